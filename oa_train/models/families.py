@@ -1,0 +1,119 @@
+"""The table of model families, and the parts of a model that it leads to.
+
+A family is data: where Hugging Face's classes keep their decoder blocks, attention output projections and MLPs.
+Nothing of a family's arithmetic is repeated here. To support another family, add one entry to `FAMILIES`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from oa_train.errors import ModelError, nearest_names
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of a Hugging Face causal language model live.
+
+    Attributes:
+        model_type: `config.model_type` of the family.
+        blocks: path from the causal language model to its list of decoder blocks.
+        attention_output: path from a block to the projection that adds all heads to the residual stream; its
+            input is the heads' values side by side.
+        mlp: path from a block to the module whose output the block adds to the residual stream.
+    """
+
+    model_type: str
+    blocks: str
+    attention_output: str
+    mlp: str
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("gpt2", blocks="transformer.h", attention_output="attn.c_proj", mlp="mlp"),
+        Family("llama", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+    )
+}
+
+
+def check_family(model_type: str) -> Family:
+    """Look a family up.
+
+    Raises:
+        ModelError: the table has no such family; the message lists those that it has.
+    """
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"Models of the family {model_type!r} are not supported. {nearest_names(model_type, FAMILIES)}\n"
+            "Another decoder family is one entry in oa_train/models/families.py; docs/extending.md shows how."
+        )
+    return FAMILIES[model_type]
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Sizes of a model, read from its configuration.
+
+    Attributes:
+        n_layers: decoder blocks.
+        n_heads: attention heads of a block; with grouped keys and values, the query heads.
+        d_head: width of one head's value.
+        d_model: width of the residual stream.
+    """
+
+    n_layers: int
+    n_heads: int
+    d_head: int
+    d_model: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Dimensions":
+        """Read the sizes from a Hugging Face configuration."""
+        n_heads, d_model = config.num_attention_heads, config.hidden_size
+        d_head = getattr(config, "head_dim", None) or d_model // n_heads
+        return cls(config.num_hidden_layers, n_heads, d_head, d_model)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The modules of one model at which components are read and replaced.
+
+    Attributes:
+        dimensions: sizes of the model.
+        attention_outputs: output projection of each layer's attention.
+        mlps: MLP of each layer.
+        unembedding: the last linear map, from the residual stream to logits.
+    """
+
+    dimensions: Dimensions
+    attention_outputs: tuple[nn.Module, ...]
+    mlps: tuple[nn.Module, ...]
+    unembedding: nn.Module
+
+
+def find_parts(model: Any) -> Parts:
+    """Find the parts of a Hugging Face causal language model.
+
+    Args:
+        model: a `PreTrainedModel` of a family in the table.
+
+    Raises:
+        ModelError: the family is not in the table, or the model is not built as its entry says.
+    """
+    family = check_family(model.config.model_type)
+    dimensions = Dimensions.of(model.config)
+    try:
+        blocks = list(model.get_submodule(family.blocks))
+        attention_outputs = tuple(block.get_submodule(family.attention_output) for block in blocks)
+        mlps = tuple(block.get_submodule(family.mlp) for block in blocks)
+    except AttributeError as problem:
+        raise ModelError(
+            f"This {family.model_type} model is not built as its entry in the family table says: {problem}. "
+            "The table follows transformers 5; is the model's code older, newer, or its own?"
+        ) from problem
+    if len(blocks) != dimensions.n_layers:
+        raise ModelError(f"The configuration names {dimensions.n_layers} layers, the model has {len(blocks)}.")
+    return Parts(dimensions, attention_outputs, mlps, model.get_output_embeddings())

@@ -1,0 +1,178 @@
+"""From a name to a frozen Hugging Face model.
+
+The model stays the plain `PreTrainedModel` that transformers made. What its parts are called stands in
+`models.families`; functions that replace parts of a run stand in `models.taps`.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from oa_train.errors import ConfigurationError, ModelError, nearest_names
+from oa_train.models.families import check_family
+
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+BosRule = Literal["auto", "none"]
+
+# Values of each parameter that enter the fingerprint: enough to tell two trainings of one architecture
+# apart, few enough that a model of tens of gigabytes is fingerprinted in a second.
+FINGERPRINT_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class LMSpec:
+    """Which frozen language model to use; named once in a configuration.
+
+    Attributes:
+        name: a built-in model (`tiny`), a local directory in Hugging Face format, or a Hub id.
+        revision: branch, tag or commit of a Hub model.
+        dtype: data type of the frozen weights; what is trained is float32 whatever stands here.
+        attn_implementation: attention back end of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
+            its own choice when empty.
+        bos: `auto` puts the tokenizer's bos token (else its eos token) in front of every prompt and never
+            ablates that position; `none` adds nothing and protects nothing.
+        local_files_only: never reach for the Hub; the environment variable HF_HUB_OFFLINE=1 does the same.
+        trust_remote_code: let transformers run model code that comes with the weights.
+    """
+
+    name: str = "tiny"
+    revision: str | None = None
+    dtype: DType = "float32"
+    attn_implementation: str | None = None
+    bos: BosRule = "auto"
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(DType):
+            raise ConfigurationError(f"lm.dtype is {self.dtype!r}. {nearest_names(self.dtype, get_args(DType))}")
+        if self.bos not in get_args(BosRule):
+            raise ConfigurationError(f"lm.bos is {self.bos!r}; expected auto or none.")
+
+
+def builtin_models() -> dict[str, Path]:
+    """Folders of the built-in models by name: in the wheel, or in `checkpoints/` of a source tree."""
+    package = Path(__file__).parent.parent
+    found = {}
+    for parent in (package.parent / "checkpoints", package / "_builtin"):
+        if parent.is_dir():
+            found |= {folder.name: folder for folder in parent.iterdir() if (folder / "config.json").is_file()}
+    return found
+
+
+def locate(spec: LMSpec) -> dict[str, Any]:
+    """Arguments by which every `from_pretrained` of transformers finds what `spec` names.
+
+    Raises:
+        ModelError: the name is a directory without a model.
+    """
+    shared = {"local_files_only": spec.local_files_only, "trust_remote_code": spec.trust_remote_code}
+    builtin = builtin_models().get(spec.name)
+    if builtin is not None:
+        return {"pretrained_model_name_or_path": str(builtin), **shared}
+    folder = Path(spec.name).expanduser()
+    looks_like_path = spec.name.startswith((".", "~", os.sep)) or spec.name.count("/") > 1
+    if folder.is_dir() or looks_like_path:
+        if not (folder / "config.json").is_file():
+            state = "has no config.json" if folder.is_dir() else "does not exist"
+            raise ModelError(
+                f"lm.name is {spec.name!r}, a directory that {state}.\nExpected a directory that "
+                "`save_pretrained` of transformers wrote, with config.json, weights and tokenizer files."
+            )
+        return {"pretrained_model_name_or_path": str(folder), **shared}
+    return {"pretrained_model_name_or_path": spec.name, "revision": spec.revision or "main", **shared}
+
+
+def load_config(spec: LMSpec) -> PretrainedConfig:
+    """Read the model's configuration without its weights.
+
+    Raises:
+        ModelError: there is no such model, it cannot be reached, or its family is not in the table.
+    """
+    try:
+        config = AutoConfig.from_pretrained(**locate(spec))
+    except (OSError, ValueError, KeyError) as problem:
+        raise _not_loaded(spec, problem) from problem
+    check_family(config.model_type)
+    return config
+
+
+def load_model(spec: LMSpec) -> PreTrainedModel:
+    """Load a model in evaluation mode with frozen weights.
+
+    Args:
+        spec: which model.
+
+    Returns:
+        The model as transformers made it, on the CPU.
+
+    Raises:
+        ModelError: there is no such model, it cannot be reached, its weights are damaged or incomplete, or its
+            family is not in the table.
+    """
+    config = load_config(spec)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **locate(spec),
+            config=config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as problem:
+        raise _not_loaded(spec, problem) from problem
+    except Exception as problem:  # safetensors raises its own class, which is a bare Exception
+        if type(problem).__module__.startswith("safetensors"):
+            raise _not_loaded(spec, problem) from problem
+        raise
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"The weights of {spec.name!r} lack {len(missing)} tensors that its configuration asks for "
+            f"({', '.join(missing[:3])}, ...); transformers would fill them with random numbers."
+        )
+    return freeze(model)
+
+
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
+    """Put a model into evaluation mode and take its weights out of every gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Identify a model by its weights.
+
+    Names, shapes and evenly spaced values of all parameters are hashed. Values are rounded to bfloat16 first, so
+    that the same weights loaded as float32 and as bfloat16 agree.
+
+    Returns:
+        Sixteen hexadecimal digits.
+    """
+    digest = hashlib.sha256(model.config.model_type.encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.detach().reshape(-1)
+        stride = max(1, flat.numel() // FINGERPRINT_VALUES)
+        values = flat[::stride][:FINGERPRINT_VALUES].to("cpu", torch.bfloat16)
+        digest.update(values.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _not_loaded(spec: LMSpec, problem: Exception) -> ModelError:
+    builtin = builtin_models()
+    first = str(problem).strip().split("\n")[0]
+    return ModelError(
+        f"The model {spec.name!r} cannot be loaded: {first}\n"
+        f"Expected a built-in name ({', '.join(sorted(builtin)) or 'none found'}), a local directory, or the id "
+        f"of a model on the Hub that this machine can reach. {_suggestion(spec.name, builtin)}".rstrip()
+    )
+
+
+def _suggestion(name: str, builtin: dict[str, Path]) -> str:
+    sentence = nearest_names(name, builtin) if builtin else ""
+    return sentence if sentence.startswith("Did you mean") else ""

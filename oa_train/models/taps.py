@@ -1,0 +1,80 @@
+"""The one place where functions are attached to a model's modules, and taken off again.
+
+Interventions supply the functions. Whatever happens inside the context, an exception included, the model leaves it
+as it entered.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+# Takes the tensor that passes; returns the one that goes on, or None to leave it as it is.
+TensorFunction = Callable[[Tensor], Tensor | None]
+# Takes the arguments of a call by name.
+CallFunction = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A function at a module's first input or at its output.
+
+    Attributes:
+        module: where the function acts.
+        side: `input` acts on the first positional argument, `output` on the returned tensor, or on the first
+            element of a returned tuple.
+        function: reads the tensor, and may return another one in its place.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+    function: TensorFunction
+
+
+@contextmanager
+def tapped(taps: Iterable[Tap]) -> Iterator[None]:
+    """Attach functions for the length of the context."""
+    with ExitStack() as stack:
+        for tap in taps:
+            if tap.side == "input":
+                handle = tap.module.register_forward_pre_hook(_input_hook(tap.function))
+            else:
+                handle = tap.module.register_forward_hook(_output_hook(tap.function))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def observed_calls(module: nn.Module, function: CallFunction) -> Iterator[None]:
+    """Show `function` the arguments of every call of `module`, by their names, for the length of the context."""
+    parameters = signature(module.forward)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        function(dict(parameters.bind(*args, **kwargs).arguments))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _input_hook(function: TensorFunction) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = function(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    return hook
+
+
+def _output_hook(function: TensorFunction) -> Callable[..., Any]:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple):
+            changed = function(output[0])
+            return None if changed is None else (changed, *output[1:])
+        return function(output)
+
+    return hook

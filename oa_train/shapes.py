@@ -1,0 +1,22 @@
+"""Names of tensor dimensions, the same in every signature of the package.
+
+    batch      prompts in a batch
+    row        rows of a model run: prompts times mask samples, or prompts times circuits
+    sample     mask samples drawn for each prompt
+    position   token columns of a padded batch
+    layer      decoder blocks, counted from 0
+    head       attention (query) heads of a layer
+    component  entries of a node mask, in the order of `models.components.Components`
+    d_head     width of one head's value
+    d_model    width of the residual stream
+    vocabulary logits
+    entry      entries of a mask, whatever they stand for
+
+Annotations are checked against the tensors that arrive when the test-suite runs (jaxtyping with beartype); at
+any other time they cost nothing.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+__all__ = ["Bool", "Float", "Int", "Tensor"]
