@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from oa_train.shapes import Bool, Int, Tensor
 TensorFunction = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """Prompts of equal padded length, each scored at one position.
 
@@ -44,7 +45,7 @@ class Batch:
         return (self.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
     def _map(self, function: TensorFunction) -> "Batch":
-        changed = {}
+        changed: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -68,6 +69,10 @@ class Batch:
         if times == 1:
             return self
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
+
+    def rows(self, chosen: slice) -> "Batch":
+        """Some of the rows, padded as before."""
+        return self._map(lambda tensor: tensor[chosen])
 
     def counterfactual(self) -> "Batch":
         """The same batch with the counterfactual prompts in place of the prompts.

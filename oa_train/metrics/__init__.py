@@ -1,1 +1,1 @@
-"""."""
+"""Measures of behaviour, from logits and token ids alone."""

@@ -1,1 +1,1 @@
-"""."""
+"""Frozen Hugging Face models: loading them, naming their parts, attaching functions to them."""

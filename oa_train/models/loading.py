@@ -16,6 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from oa_train.errors import ConfigurationError, ModelError, nearest_names
 from oa_train.models.families import check_family
 
+# What every function that runs a model takes: the plain class of transformers, under a name that other modules can
+# import without importing transformers themselves.
+CausalLM = PreTrainedModel
+
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 BosRule = Literal["auto", "none"]
 
@@ -58,7 +62,7 @@ class LMSpec:
 def builtin_models() -> dict[str, Path]:
     """Folders of the built-in models by name: in the wheel, or in `checkpoints/` of a source tree."""
     package = Path(__file__).parent.parent
-    found = {}
+    found: dict[str, Path] = {}
     for parent in (package.parent / "checkpoints", package / "_builtin"):
         if parent.is_dir():
             found |= {folder.name: folder for folder in parent.iterdir() if (folder / "config.json").is_file()}
@@ -95,14 +99,14 @@ def load_config(spec: LMSpec) -> PretrainedConfig:
         ModelError: there is no such model, it cannot be reached, or its family is not in the table.
     """
     try:
-        config = AutoConfig.from_pretrained(**locate(spec))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**locate(spec))
     except (OSError, ValueError, KeyError) as problem:
         raise _not_loaded(spec, problem) from problem
     check_family(config.model_type)
     return config
 
 
-def load_model(spec: LMSpec) -> PreTrainedModel:
+def load_model(spec: LMSpec) -> CausalLM:
     """Load a model in evaluation mode with frozen weights.
 
     Args:
@@ -117,7 +121,7 @@ def load_model(spec: LMSpec) -> PreTrainedModel:
     """
     config = load_config(spec)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **locate(spec),
             config=config,
             dtype=getattr(torch, spec.dtype),
@@ -130,6 +134,7 @@ def load_model(spec: LMSpec) -> PreTrainedModel:
         if type(problem).__module__.startswith("safetensors"):
             raise _not_loaded(spec, problem) from problem
         raise
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -139,12 +144,13 @@ def load_model(spec: LMSpec) -> PreTrainedModel:
     return freeze(model)
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
+def freeze(model: CausalLM) -> CausalLM:
     """Put a model into evaluation mode and take its weights out of every gradient."""
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: CausalLM) -> str:
     """Identify a model by its weights.
 
     Names, shapes and evenly spaced values of all parameters are hashed. Values are rounded to bfloat16 first, so

@@ -1,0 +1,171 @@
+"""Result folders: a JSON header, tensors as safetensors, and where they come from.
+
+    circuit/
+        artefact.json        kind, schema version, header, provenance, checksum of the tensors
+        tensors.safetensors
+
+A folder is written whole or not at all (temporary name, sync, rename), is never overwritten, and is checked against
+its checksum when it is read. Reading runs no code.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+
+from oa_train.errors import ArtefactError
+from oa_train.shapes import Tensor
+
+SCHEMA_VERSION = 1
+HEADER_FILE = "artefact.json"
+TENSOR_FILE = "tensors.safetensors"
+_RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """What a result folder holds.
+
+    Attributes:
+        header: plain data that describes the result.
+        tensors: its numbers, by name.
+    """
+
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def versions() -> dict[str, str]:
+    """Versions of python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in _RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a source tree that was never installed
+            continue
+    return found
+
+
+def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
+    """Write a result folder.
+
+    Args:
+        folder: where; its parent is made.
+        kind: what the folder holds ("circuit", "constants").
+        artefact: the content.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ArtefactError: the folder exists already, or cannot be written.
+    """
+    if folder.exists():
+        raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
+    blob = save_safetensors({name: t.detach().cpu().contiguous() for name, t in artefact.tensors.items()})
+    document = {
+        "kind": kind,
+        "schema_version": SCHEMA_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "header": artefact.header,
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            temporary.chmod(0o755)
+            write_synced(temporary / TENSOR_FILE, blob)
+            write_synced(temporary / HEADER_FILE, json.dumps(document, indent=2).encode())
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as problem:
+        raise ArtefactError(f"{folder} cannot be written: {problem}") from problem
+    return folder
+
+
+def load_artefact(folder: Path, kind: str) -> Artefact:
+    """Read a result folder.
+
+    Args:
+        folder: where.
+        kind: what it must hold.
+
+    Raises:
+        ArtefactError: the folder is missing, damaged, of another kind, or from a newer version.
+    """
+    document = _read_header(folder, kind)
+    try:
+        blob = (folder / TENSOR_FILE).read_bytes()
+        if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
+            raise ArtefactError(f"{folder / TENSOR_FILE} is damaged: its checksum is not the one in {HEADER_FILE}.")
+        return Artefact(document["header"], load_safetensors(blob))
+    except (OSError, KeyError, SafetensorError) as problem:
+        raise ArtefactError(f"{folder} is damaged: {problem!r}") from problem
+
+
+def _read_header(folder: Path, kind: str) -> dict[str, Any]:
+    path = folder / HEADER_FILE
+    try:
+        document = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise ArtefactError(f"There is no {kind} at {folder}: {HEADER_FILE} cannot be read ({problem}).") from problem
+    except ValueError as problem:
+        raise ArtefactError(f"{path} is damaged: it is not JSON ({problem}).") from problem
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        given = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        raise ArtefactError(f"{folder} holds {given!r}; expected {kind!r}.")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise ArtefactError(
+            f"{folder} has schema version {document.get('schema_version')}; this version of oa_train reads "
+            f"{SCHEMA_VERSION}. Was it written by a newer one?"
+        )
+    return document
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file whole; NaN is refused because it is not JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())

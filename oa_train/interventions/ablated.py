@@ -1,0 +1,91 @@
+"""A model that runs as its circuit, for the length of a context."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ArtefactError, ConfigurationError
+from oa_train.interventions.base import protected
+from oa_train.interventions.nodes import node_sites, node_taps, spread_mask
+from oa_train.models.components import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.taps import Tap, observed_calls, tapped
+from oa_train.shapes import Tensor
+
+
+@contextmanager
+def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator[CausalLM]:
+    """Run a model as a circuit: every component outside of it is replaced by its constant.
+
+    Everything that calls the model works inside the context, `generate` with its key-value cache included. The model
+    is as before afterwards, also when something raises.
+
+    Args:
+        model: frozen causal language model.
+        circuit: the components that are kept.
+        constants: what stands in for the others.
+
+    Yields:
+        The same model.
+
+    Raises:
+        ArtefactError: circuit or constants belong to another model.
+    """
+    _check_belongs(model, circuit, constants)
+    mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
+    there = constants.to(model.device)
+    current: list[Tap] = []
+
+    def prepare(arguments: dict[str, Any]) -> None:
+        tokens, positions = _tokens_and_positions(arguments)
+        kept = protected(tokens, positions, there.bos_token_id)
+        spread = spread_mask(mask.expand(len(tokens), -1), kept)
+        current[:] = node_taps(model, spread, there.replacements_at(positions))
+
+    relays = [
+        Tap(module, side, lambda value, index=index: current[index].function(value))
+        for index, (module, side) in enumerate(node_sites(model))
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(observed_calls(model, prepare))
+        stack.enter_context(tapped(relays))
+        yield model
+
+
+def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    tokens = arguments.get("input_ids")
+    if tokens is None:
+        raise ConfigurationError("Inside `ablated` the model is called with input_ids; inputs_embeds has no tokens.")
+    past = arguments.get("past_key_values")
+    seen = past.get_seq_length() if past is not None else 0
+    attention_mask = arguments.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        counted = attention_mask.long().cumsum(dim=1) - 1
+        return tokens, counted[:, seen : seen + tokens.shape[1]].clamp(min=0)
+    columns = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
+    return tokens, columns.expand(len(tokens), -1)
+
+
+def _check_belongs(model: CausalLM, circuit: Circuit, constants: Constants) -> None:
+    dimensions = Dimensions.of(model.config)
+    if circuit.components != Components.of(dimensions):
+        raise ArtefactError(
+            f"The circuit is of a model with {circuit.components.n_layers} layers of {circuit.components.n_heads} "
+            f"heads; this one has {dimensions.n_layers} of {dimensions.n_heads}."
+        )
+    expected = (dimensions.n_layers, dimensions.n_heads, dimensions.d_head, dimensions.d_model)
+    given = (constants.heads.shape[0], *constants.heads.shape[2:], constants.mlps.shape[-1])
+    if given != expected:
+        raise ArtefactError(
+            f"The constants have sizes {given} (layers, heads, d_head, d_model); the model {expected}."
+        )
+    for what, artefact in (("circuit", circuit), ("constants", constants)):
+        wanted = artefact.provenance.get("fingerprint")
+        if wanted is not None and wanted != fingerprint(model):
+            name = artefact.provenance.get("model", "another model")
+            raise ArtefactError(f"The {what} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")

@@ -1,0 +1,98 @@
+"""Node interventions: attention heads and MLPs mixed with their replacements.
+
+value = mask * value + (1 - mask) * replacement, at the input of each attention output projection for every head and
+at the output of each MLP. The biases of the output projection belong to the layer and are never ablated.
+`interventions.reference` does the same slowly and obviously.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import nn
+
+from oa_train.ablations.base import Replacements
+from oa_train.batches import Batch
+from oa_train.interventions.base import protected, scored_logits
+from oa_train.models.families import Dimensions, find_parts
+from oa_train.models.loading import CausalLM
+from oa_train.models.taps import Tap
+from oa_train.shapes import Float, Tensor
+
+Site = tuple[nn.Module, Literal["input", "output"]]
+
+# Below this a mask entry counts as ablated and its constant receives gradients. A constant is to be the best
+# replacement of a component that is gone; trained on mixtures as well, it would learn to correct their scale instead
+# (Li & Janson 2024, appendix on partial ablation).
+ABLATED_BELOW = 1e-3
+
+
+def node_logits(
+    model: CausalLM,
+    batch: Batch,
+    mask: Float[Tensor, "row component"],
+    replacements: Replacements,
+    bos_token_id: int | None,
+) -> Float[Tensor, "row vocabulary"]:
+    """Logits at the scored position with components mixed with their replacements.
+
+    Args:
+        model: frozen causal language model.
+        batch: one prompt for each row of the mask.
+        mask: 1 keeps a component, 0 ablates it; gradients flow to it from both sides of the mixture.
+        replacements: what stands in; receives gradients where the mask is below `ABLATED_BELOW` only.
+        bos_token_id: this token is never ablated at the first position.
+    """
+    everywhere = spread_mask(mask, protected(batch.tokens, batch.positions, bos_token_id))
+    return scored_logits(model, batch, node_taps(model, everywhere, replacements))
+
+
+def spread_mask(mask: Float[Tensor, "row component"], kept: Tensor) -> Float[Tensor, "row position component"]:
+    """Give every position its row's mask, and 1 where `kept` [row, position] is true."""
+    return torch.where(kept.unsqueeze(-1), 1.0, mask.unsqueeze(1))
+
+
+def node_sites(model: CausalLM) -> list[Site]:
+    """Where the taps of `node_taps` act, in their order: for each layer its heads, then its MLP."""
+    parts = find_parts(model)
+    sites: list[Site] = []
+    for projection, mlp in zip(parts.attention_outputs, parts.mlps, strict=True):
+        sites += [(projection, "input"), (mlp, "output")]
+    return sites
+
+
+def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: Replacements) -> list[Tap]:
+    """The functions that mix every head and MLP with its replacement.
+
+    Args:
+        model: the model they are for.
+        mask: a mask for each position.
+        replacements: what stands in.
+    """
+    dimensions = Dimensions.of(model.config)
+    by_layer = mask.unflatten(-1, (dimensions.n_layers, dimensions.n_heads + 1))
+    functions = []
+    for layer in range(dimensions.n_layers):
+        functions.append(_head_mixer(by_layer[:, :, layer, :-1], replacements.heads[layer]))
+        functions.append(_mixer(by_layer[:, :, layer, -1:], replacements.mlps[layer]))
+    return [Tap(module, side, mix) for (module, side), mix in zip(node_sites(model), functions, strict=True)]
+
+
+def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
+    # Made before the model runs, so that what depends on the mask alone is not computed inside its forward.
+    gated = torch.where(mask < ABLATED_BELOW, replacement, replacement.detach())
+
+    def mix(value: Tensor) -> Tensor:
+        # lerp is exact at both ends: mask 1 returns the value bit for bit, mask 0 the replacement.
+        return torch.lerp(gated.to(value.dtype), value, mask.to(value.dtype))
+
+    return mix
+
+
+def _head_mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
+    mix = _mixer(mask.unsqueeze(-1), replacement)
+
+    def mix_heads(values: Tensor) -> Tensor:
+        return mix(values.unflatten(-1, replacement.shape[-2:])).flatten(-2)
+
+    return mix_heads

@@ -1,0 +1,77 @@
+"""Uniform gradient sampling (UGS): masks that are 0, 1, or uniform between the two.
+
+Li & Janson, Optimal ablation for interpretability (NeurIPS 2024). With keep-probability theta = sigmoid(logit) an
+entry is drawn inside the window (0, 1) with probability w = theta (1 - theta), and uniformly there; else it is 1 or
+0, such that its mean is theta. Over uniform m the mean of dL/dm is L(kept) - L(ablated), so inside the window
+the derivative of the loss estimates what the entry is worth. The gradient of the logit is scaled to
+theta (1 - theta) times that estimate.
+"""
+
+from typing import Literal, get_args
+
+import torch
+
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.masks.base import MaskDistribution
+from oa_train.shapes import Float, Tensor
+
+CountNormalization = Literal["empirical", "expected"]
+
+# A window narrower than this would divide by zero when theta saturates; it is reached at |logit| > 13.
+NARROWEST_WINDOW = 1e-6
+
+
+class UniformGradientSampling(MaskDistribution):
+    """Uniform gradient sampling over independent mask entries.
+
+    Args:
+        n_entries: number of mask entries.
+        initial_logit: start of every logit; 1 keeps entries with probability 0.73.
+        window_scale: width of the window as a multiple of theta (1 - theta); above 0 and at most 2, beyond which
+            the window would leave [0, 1].
+        count_normalization: `empirical` averages an entry's gradient over the rows that fell into its window,
+            which lowers the variance; `expected` divides by how many rows do so on average, which makes the
+            estimate unbiased and linear in the rows.
+    """
+
+    def __init__(
+        self,
+        n_entries: int,
+        *,
+        initial_logit: float = 1.0,
+        window_scale: float = 1.0,
+        count_normalization: CountNormalization = "empirical",
+    ) -> None:
+        super().__init__(n_entries, initial_logit)
+        if not 0.0 < window_scale <= 2.0:
+            raise ConfigurationError(f"window_scale is {window_scale}; expected more than 0 and at most 2.")
+        if count_normalization not in get_args(CountNormalization):
+            raise ConfigurationError(
+                f"count_normalization is {count_normalization!r}. "
+                f"{nearest_names(count_normalization, get_args(CountNormalization))}"
+            )
+        self.window_scale = window_scale
+        self.count_normalization = count_normalization
+
+    def keep_probability(self) -> Float[Tensor, " entry"]:
+        """Theta, the sigmoid of the logit."""
+        return torch.sigmoid(self.logits)
+
+    def expected_size(self) -> Float[Tensor, ""]:
+        """Sum of theta over the entries."""
+        return self.keep_probability().sum()
+
+    def sample(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
+        """Draw masks; see the module's docstring for their distribution and gradient."""
+        theta = self.keep_probability()
+        fixed = theta.detach()
+        window = (self.window_scale * fixed * (1 - fixed)).clamp(min=NARROWEST_WINDOW)
+        uniform = torch.rand(n_rows, len(fixed), generator=generator, device=fixed.device, dtype=fixed.dtype)
+        mask = (0.5 + (fixed - uniform) / window).clamp(0.0, 1.0)
+        inside = (mask > 0) & (mask < 1)
+        # The loss averages over all rows, and only rows inside the window carry gradient: weighting them by
+        # rows / rows inside makes their sum the mean over the window.
+        empirical = self.count_normalization == "empirical"
+        weight = n_rows / inside.sum(dim=0).clamp(min=1) if empirical else 1 / window
+        # The bracket is zero: the value stays the mask, the gradient is the weight at entries inside the window.
+        return mask + weight * inside * (theta - fixed)

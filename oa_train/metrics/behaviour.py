@@ -1,0 +1,38 @@
+"""Whether the prediction is right, and by how much."""
+
+import torch
+
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+
+def is_correct(logits: Float[Tensor, "row vocabulary"], answers: Int[Tensor, "row answer"]) -> Bool[Tensor, " row"]:
+    """Whether the top token is one of the answers.
+
+    Args:
+        logits: predictions.
+        answers: ids of the correct tokens, padded with -1.
+    """
+    return (logits.argmax(dim=-1, keepdim=True) == answers).any(dim=-1)
+
+
+def logit_difference(
+    logits: Float[Tensor, "row vocabulary"],
+    answers: Int[Tensor, "row answer"],
+    distractors: Int[Tensor, "row distractor"],
+) -> Float[Tensor, " row"]:
+    """Log odds of the answers against the distractors.
+
+    For one answer and one distractor this is the difference of their logits; for several it is the difference of the
+    log-sum-exp of each set, the log of how much likelier the answers are together.
+
+    Args:
+        logits: predictions.
+        answers: ids of the correct tokens, padded with -1.
+        distractors: ids of the wrong tokens, padded with -1.
+    """
+    return _log_mass(logits, answers) - _log_mass(logits, distractors)
+
+
+def _log_mass(logits: Tensor, ids: Tensor) -> Tensor:
+    chosen = logits.gather(-1, ids.clamp(min=0))
+    return torch.logsumexp(chosen.masked_fill(ids < 0, float("-inf")), dim=-1)
