@@ -40,12 +40,12 @@ class Constants:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, dimensions: Dimensions, bos_token_id: int | None = None) -> "Constants":
+    def zeros(cls, dimensions: Dimensions, bos_token_id: int | None = None, n_positions: int = 1) -> "Constants":
         """Zero ablation: the module's output is Hugging Face's zero; an MLP's output bias goes with it."""
         layers, heads = dimensions.n_layers, dimensions.n_heads
         return cls(
-            heads=torch.zeros(layers, 1, heads, dimensions.d_head),
-            mlps=torch.zeros(layers, 1, dimensions.d_model),
+            heads=torch.zeros(layers, n_positions, heads, dimensions.d_head),
+            mlps=torch.zeros(layers, n_positions, dimensions.d_model),
             bos_token_id=bos_token_id,
         )
 

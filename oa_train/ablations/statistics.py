@@ -61,27 +61,30 @@ class StreamingMeans:
         counts[: len(other.counts)] += other.counts
         self.counts = counts
 
-    def pooled(self) -> Constants:
-        """One mean for each component, over all counted tokens.
+    def table(self, n_positions: int) -> Constants:
+        """Means as constants.
+
+        Args:
+            n_positions: 1 for one mean over all counted tokens; P for a mean of each of the positions 0 to P - 2 and
+                one of all later tokens together. A position without tokens (0, when the beginning-of-sequence token
+                stands there) is left zero.
 
         Raises:
             ValueError: nothing was added.
         """
-        return self._table(0)
-
-    def per_position(self) -> Constants:
-        """A mean for each position that every prompt has, and one for all positions after the last of those.
-
-        Position 0 is empty when a beginning-of-sequence token stands there; its row is zero and never used.
-        """
-        full = (self.counts == self.counts.max()).nonzero()
-        return self._table(int(full.max()) if len(full) else 0)
-
-    def _table(self, last: int) -> Constants:
         if not self.counts.sum():
             raise ValueError("No token was counted, so there is no mean.")
-        counts = torch.cat([self.counts[:last], self.counts[last:].sum(dim=0, keepdim=True)])
-        return Constants(_mean(self.heads, counts, last), _mean(self.mlps, counts, last), self.bos_token_id)
+        last = n_positions - 1
+        grown = max(0, n_positions - len(self.counts))
+        counts = torch.cat([self.counts, self.counts.new_zeros(grown)])
+        counts = torch.cat([counts[:last], counts[last:].sum(dim=0, keepdim=True)])
+        heads, mlps = (_grown(sums, sums[:, :0], len(self.counts) + grown) for sums in (self.heads, self.mlps))
+        return Constants(_mean(heads, counts, last), _mean(mlps, counts, last), self.bos_token_id)
+
+    @property
+    def n_full_positions(self) -> int:
+        """Size of the table in which every position but the last has a token of every prompt."""
+        return int((self.counts == self.counts.max()).nonzero().max()) + 1
 
 
 def _sum_by_position(values: Tensor, where: Tensor, size: int) -> Tensor:

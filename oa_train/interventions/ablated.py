@@ -14,7 +14,7 @@ from oa_train.interventions.nodes import node_sites, node_taps, spread_mask
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.models.taps import Tap, observed_calls, tapped
+from oa_train.models.taps import Tap, TensorFunction, observed_calls, tapped
 from oa_train.shapes import Tensor
 
 
@@ -47,14 +47,16 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator
         spread = spread_mask(mask.expand(len(tokens), -1), kept)
         current[:] = node_taps(model, spread, there.replacements_at(positions))
 
-    relays = [
-        Tap(module, side, lambda value, index=index: current[index].function(value))
-        for index, (module, side) in enumerate(node_sites(model))
-    ]
+    relays = [Tap(module, side, _relay(current, index)) for index, (module, side) in enumerate(node_sites(model))]
     with ExitStack() as stack:
         stack.enter_context(observed_calls(model, prepare))
         stack.enter_context(tapped(relays))
         yield model
+
+
+def _relay(current: list[Tap], index: int) -> TensorFunction:
+    """Do what the tap of that number does in the call that is under way."""
+    return lambda value: current[index].function(value)
 
 
 def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

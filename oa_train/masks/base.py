@@ -5,6 +5,7 @@ replacement are mixed. A distribution knows how many entries there are and nothi
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ class MaskDistribution(nn.Module):
             n_rows: number of masks.
             generator: the only source of randomness; on the device of the parameters.
         """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, for checkpoints."""
 
     @abstractmethod
     def keep_probability(self) -> Float[Tensor, " entry"]:

@@ -7,7 +7,7 @@ the derivative of the loss estimates what the entry is worth. The gradient of th
 theta (1 - theta) times that estimate.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -52,6 +52,14 @@ class UniformGradientSampling(MaskDistribution):
             )
         self.window_scale = window_scale
         self.count_normalization = count_normalization
+
+    def describe(self) -> dict[str, Any]:
+        """Name and settings as plain values, for checkpoints."""
+        return {
+            "class": type(self).__name__,
+            "window_scale": self.window_scale,
+            "count_normalization": self.count_normalization,
+        }
 
     def keep_probability(self) -> Float[Tensor, " entry"]:
         """Theta, the sigmoid of the logit."""

@@ -1,0 +1,40 @@
+# `make` alone lists what there is. Everything runs in .venv, which is made on demand from pyproject.toml under the
+# exact versions of constraints.txt; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-long check format bench
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(STAMP)  ## make .venv with the package and its tools
+
+demo: $(STAMP)  ## train, finish and compare a circuit on the built-in model
+	$(BIN)/oa-train demo
+
+test: check  ## all checks, then the test-suite
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(STAMP)  ## the long campaigns as well
+	$(BIN)/python -m pytest
+
+check: $(STAMP)  ## format, lint, types, layers
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format the code and mend what the linter can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(STAMP)  ## timings, side by side
+	$(BIN)/python -m benchmarks.nodes

@@ -1,0 +1,149 @@
+"""What all Lightning modules of this package share: a frozen model that no checkpoint holds."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+import lightning
+import torch
+from torch import nn
+
+from oa_train.artefacts import versions
+from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
+from oa_train.models.components import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.tasks.tokens import bos_token_id, load_tokenizer
+from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
+from oa_train.training.data import TaskData
+
+FROZEN_PREFIX = "frozen."
+
+
+class FrozenModelModule(lightning.LightningModule):
+    """A Lightning module around a frozen language model.
+
+    The model is a submodule, so that Lightning moves it to the device, but it stays in evaluation mode, has no
+    gradients and is left out of `state_dict`. A checkpoint instead names its fingerprint, and is refused by a module
+    of another model, component set, mask distribution or task.
+
+    Args:
+        lm: the frozen model; the built-in one by default.
+        seed: seeds every draw of this module; the same seed gives the same run, also across a resume.
+
+    Attributes:
+        lm: the specification of the frozen model.
+        frozen: the model.
+        components: its attention heads and MLPs.
+        bos_token_id: token that is never ablated at the first position.
+    """
+
+    def __init__(self, lm: LMSpec | None, seed: int) -> None:
+        super().__init__()
+        self.lm = lm if lm is not None else LMSpec()
+        self.seed = seed
+        self.frozen: CausalLM = load_model(self.lm)
+        self.dimensions = Dimensions.of(self.frozen.config)
+        self.components = Components.of(self.dimensions)
+        self.bos_token_id = bos_token_id(self.lm, load_tokenizer(self.lm))
+        self.fingerprint = fingerprint(self.frozen)
+        # The state dict lacks the frozen weights on purpose; `on_load_checkpoint` checks that nothing else is amiss.
+        self.strict_loading = False
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What this module trains, as plain values; a checkpoint with another description is refused."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Arguments that build this module again, as plain values."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training mode; the frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # the overloads of torch
+        """All parameters and buffers but those of the frozen model."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "") + FROZEN_PREFIX
+        return {name: value for name, value in state.items() if not name.startswith(prefix)}
+
+    def provenance(self) -> dict[str, Any]:
+        """Model, task and versions, for the header of an artefact."""
+        return {
+            "model": self.lm.name,
+            "revision": self.lm.revision,
+            "family": self.frozen.config.model_type,
+            "fingerprint": self.fingerprint,
+            "task": self.data.task.describe(),
+            "seed": self.seed,
+        }
+
+    @property
+    def data(self) -> TaskData:
+        """The datamodule of the attached trainer.
+
+        Raises:
+            ConfigurationError: the trainer runs with bare dataloaders.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, TaskData):
+            raise ConfigurationError(
+                f"{type(self).__name__} needs a TaskData datamodule, because it draws prompts for means as well: "
+                "trainer.fit(module, datamodule=TaskData(task))."
+            )
+        return data
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say what the checkpoint is of; refuse to write one that is not finite."""
+        self.check_finite(self.named_trainables(), "The trained tensors")
+        checkpoint[IDENTITY_KEY] = {
+            "identity": self._identity(),
+            "settings": self.settings(),
+            "versions": versions(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model, these components and this task, and is complete."""
+        stored = checkpoint.get(IDENTITY_KEY)
+        if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
+            raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
+        check_identity(stored["identity"], self._identity())
+        given, expected = set(checkpoint["state_dict"]), set(self.state_dict())
+        if given != expected:
+            raise CheckpointError(
+                f"The checkpoint is incomplete or of another version: missing {sorted(expected - given)}, "
+                f"unexpected {sorted(given - expected)}."
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that it is loaded into."""
+        attached = self._trainer is not None and getattr(self.trainer, "datamodule", None) is not None
+        task = {"task": self.data.task.describe()} if attached else {}
+        model = {"fingerprint": self.fingerprint, "n_layers": self.components.n_layers}
+        return {"module": type(self).__name__, "model": model, **self.describe(), **task}
+
+    def named_trainables(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    @staticmethod
+    def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+        """Stop when a tensor holds NaN or infinity.
+
+        Raises:
+            NotFiniteError: names the tensors that are not finite.
+        """
+        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise NotFiniteError(
+                f"{what} are no longer finite: {', '.join(bad)}.\nThe last good checkpoint is untouched. Lower the "
+                "learning rates, clip gradients (--trainer.gradient_clip_val 1.0) or train in float32."
+            )
+
+    def lm_settings(self) -> dict[str, Any]:
+        """The specification of the frozen model as plain values."""
+        return asdict(self.lm)

@@ -1,0 +1,99 @@
+"""Training checkpoints: written whole, read without running code, refused when they belong to something else."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from oa_train.artefacts import replace_file
+from oa_train.errors import CheckpointError, RunError
+
+# Where a checkpoint says what it is of; next to Lightning's own keys.
+IDENTITY_KEY = "oa_train"
+
+
+class WholeFileCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint under a temporary name, waits for the disk and renames it.
+
+    A process that is killed while writing leaves the previous checkpoint as it was.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            RunError: the file cannot be written; an earlier one of that name is left as it was.
+        """
+        del storage_options
+        target = Path(path)
+        blob = io.BytesIO()
+        torch.save(checkpoint, blob)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(target, blob.getvalue())
+        except OSError as problem:
+            raise RunError(
+                f"The checkpoint {target} cannot be written: {problem}.\nThe checkpoint before it is untouched; make "
+                "room or choose another folder (--trainer.default_root_dir) and resume from it."
+            ) from problem
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; tensors and plain types only, whatever `weights_only` says."""
+        del weights_only
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without running code from it.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no checkpoint of this package.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint at {path}. {_others(path)}".rstrip())
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as problem:
+        first = str(problem).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no checkpoint: {first}\nExpected a file that `oa-train fit` wrote "
+            f"(checkpoints/best.ckpt or checkpoints/last.ckpt of a run). {_others(path)}".rstrip()
+        ) from problem
+    if not isinstance(checkpoint, dict) or IDENTITY_KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{path} is no checkpoint of oa_train; expected checkpoints/best.ckpt or checkpoints/last.ckpt of a run."
+        )
+    return checkpoint
+
+
+def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare what a checkpoint is of with what is to be resumed.
+
+    Args:
+        given: identity stored in the checkpoint.
+        expected: identity of the module and its task.
+
+    Raises:
+        CheckpointError: they differ; every difference is listed.
+    """
+    differences = [
+        f"  {name}: the checkpoint has {given.get(name)}, this configuration {expected[name]}"
+        for name in expected
+        if given.get(name) != expected[name]
+    ]
+    if differences:
+        raise CheckpointError(
+            "The checkpoint belongs to another experiment:\n"
+            + "\n".join(differences)
+            + "\nResume with the configuration it was made with (config.yaml in its run folder)."
+        )
+
+
+def _others(path: Path) -> str:
+    found = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    names = [other.name for other in found if other != path]
+    return f"In the same folder: {', '.join(names)}." if names else ""

@@ -1,0 +1,106 @@
+"""One Lightning datamodule for any task, resumable at any batch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning
+
+from oa_train.batches import Batch
+from oa_train.tasks.base import Stream, Task
+
+# Prompts of an evaluation batch; validation and test are not affected by it beyond speed.
+EVALUATION_BATCH = 128
+
+
+class PromptLoader:
+    """Training batches by number: every epoch goes on where the one before ended.
+
+    Lightning stores `state_dict` in its checkpoints, so a resumed run goes on at the very next batch, also in the
+    middle of an epoch. Prompts are made from their numbers; nothing else is remembered.
+
+    Args:
+        task: what is trained on.
+        rank: number of this process; it takes every `world_size`-th batch.
+        world_size: number of processes.
+    """
+
+    def __init__(self, task: Task, rank: int = 0, world_size: int = 1) -> None:
+        self._task = task
+        self._rank = rank
+        self._world_size = world_size
+        self._given = 0
+        self._given_in_epoch = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return self._task.batches_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not self._resumed:
+            self._given_in_epoch = 0
+        self._resumed = False
+        while self._given_in_epoch < len(self):
+            number = self._given * self._world_size + self._rank
+            self._given += 1
+            self._given_in_epoch += 1
+            yield self._task.batch("train", number)
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches were given, in all and in this epoch."""
+        return {"given": self._given, "given_in_epoch": self._given_in_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that `state` counts."""
+        self._given = state["given"]
+        # A checkpoint at the end of an epoch is resumed with a fresh one.
+        self._given_in_epoch = state["given_in_epoch"] % len(self)
+        self._resumed = True
+
+
+class EvaluationLoader:
+    """Fixed batches; a class of its own because Lightning reads a list as several loaders.
+
+    Args:
+        batches: the batches of one epoch.
+    """
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._batches)
+
+
+class TaskData(lightning.LightningDataModule):
+    """The streams of a task as Lightning's train, validation and test data.
+
+    Args:
+        task: what is trained on.
+    """
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+
+    def train_dataloader(self) -> PromptLoader:
+        """Batches of the train stream, without end; an epoch is the task's `batches_per_epoch`."""
+        return PromptLoader(self.task, *self._rank_and_world_size())
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """The validation prompts of this process."""
+        return self._share("validation", self.task.n_validation)
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """The test prompts of this process."""
+        return self._share("test", self.task.n_test)
+
+    def _share(self, stream: Stream, n_prompts: int) -> EvaluationLoader:
+        rank, world_size = self._rank_and_world_size()
+        return EvaluationLoader(list(self.task.batches(stream, n_prompts, EVALUATION_BATCH))[rank::world_size])
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        trainer: Any = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)

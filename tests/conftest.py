@@ -1,0 +1,13 @@
+"""One fixture makes a tiny random model of every supported family."""
+
+import pytest
+
+from oa_train.models.families import FAMILIES
+from oa_train.models.loading import CausalLM
+from tests.builders import tiny_model
+
+
+@pytest.fixture(scope="session", params=sorted(FAMILIES))
+def any_model(request: pytest.FixtureRequest) -> CausalLM:
+    """A float64 model of each family in turn; shared, so a test that changes it fails the next one."""
+    return tiny_model(request.param)
