@@ -1,0 +1,24 @@
+"""Colours and sizes that all figures share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+# One colour for each ablation in every figure; distinguishable without red and green.
+ABLATION_COLOURS: Mapping[str, str] = {"optimal": "#0072B2", "mean": "#E69F00", "zero": "#555555"}
+KEPT, ABLATED = "#0072B2", "#D9D9D9"
+FONT_SIZE = 9
+DOTS_PER_INCH = 160
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display and no global state."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, SVG or PDF, as the file name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,153 @@
+"""After a fit: threshold the masks, refit the constants on the discrete circuit, evaluate, write it all down."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.figures.circuits import circuit_drawing
+from oa_train.figures.maps import keep_probability_map
+from oa_train.figures.style import save_figure
+from oa_train.interventions.activations import node_means
+from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.progress import Track, silent
+from oa_train.studies.results import new_study_folder, results_document, write_results
+from oa_train.studies.statistics import Estimate, estimate
+from oa_train.tasks.base import Task
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.constants import RefitSettings, fit_constants
+from oa_train.training.data import EVALUATION_BATCH
+
+RefitStart = Literal["trained", "mean", "both"]
+
+
+@dataclass(frozen=True)
+class FinishSettings:
+    """What happens when training is over.
+
+    Attributes:
+        refit: how the constants are trained once more, on the discrete circuit.
+        refit_start: where that starts: `trained`, the constants that were trained with the masks; `mean`, the means;
+            `both`, each of them, and the better by validation is kept. From the means a refit can end in a worse
+            optimum.
+    """
+
+    refit: RefitSettings = field(default_factory=RefitSettings)
+    refit_start: RefitStart = "trained"
+
+    def __post_init__(self) -> None:
+        if self.refit_start not in get_args(RefitStart):
+            sentence = nearest_names(self.refit_start, get_args(RefitStart))
+            raise ConfigurationError(f"finish.refit_start is {self.refit_start!r}. {sentence}")
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A circuit with its constants and what they are worth.
+
+    Attributes:
+        circuit: the discrete circuit.
+        constants: its refitted constants.
+        metrics: figures of the circuit on the test prompts, and of the clean model as `clean_...`.
+        folder: study folder with results and figures.
+    """
+
+    circuit: Circuit
+    constants: Constants
+    metrics: dict[str, Estimate]
+    folder: Path
+
+
+def finish(
+    module: CircuitModule,
+    task: Task,
+    run: Path,
+    settings: FinishSettings | None = None,
+    track: Track = silent,
+) -> Finished:
+    """Turn a trained module into artefacts: `circuit/`, `constants/` and `studies/fit_K/` in the run folder.
+
+    Args:
+        module: the trained module, with its best checkpoint loaded.
+        task: the task it was trained on.
+        run: run folder.
+        settings: refit.
+        track: progress.
+    """
+    settings = settings or FinishSettings()
+    circuit = module.circuit()
+    # Written before the refit starts, so that an interruption loses no more than the refit.
+    circuit.save(run / "circuit")
+    constants = _refit(module, task, circuit, settings, track)
+    constants.save(run / "constants")
+    batches = list(task.batches("test", task.n_test, EVALUATION_BATCH))
+    found = circuit_behaviour(module.frozen, batches, circuit.mask.unsqueeze(0), [constants])
+    metrics = summary(found) | {
+        f"clean_{name}": value for name, value in summary(clean_behaviour(module.frozen, batches)).items()
+    }
+    folder = new_study_folder(run, "fit")
+    document = results_document(
+        "fit",
+        run,
+        circuit.provenance,
+        task.n_test,
+        metrics={name: value.as_json() for name, value in metrics.items()},
+        rows=_rows(circuit),
+        circuit=circuit.counts(),
+    )
+    write_results(folder, document)
+    _draw(circuit, module.threshold, folder, metrics)
+    return Finished(circuit, constants, metrics, folder)
+
+
+def summary(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
+    """Estimates of all figures of one circuit."""
+    return {
+        "kl": estimate(behaviour.kl[index]),
+        "accuracy": estimate(behaviour.accuracy[index]),
+        "logit_difference": estimate(behaviour.logit_difference[index]),
+    }
+
+
+def _refit(module: CircuitModule, task: Task, circuit: Circuit, settings: FinishSettings, track: Track) -> Constants:
+    trained = module.constants.sets()[0].detach()
+    if module.ablation != "optimal":
+        return replace(trained.to("cpu"), provenance=module.provenance() | {"ablation": module.ablation})
+    starts = _starts(module, task, trained, settings.refit_start)
+    masks = circuit.mask.expand(len(starts), -1)
+    fitted = fit_constants(
+        module.frozen, task, masks, starts, settings.refit, track=track, description="refitting the constants"
+    )
+    best = int(fitted.validation_kl.argmin())
+    provenance: dict[str, Any] = module.provenance() | {"ablation": "optimal"}
+    return replace(fitted.sets[best].to("cpu"), provenance=provenance)
+
+
+def _starts(module: CircuitModule, task: Task, trained: Constants, start: RefitStart) -> Sequence[Constants]:
+    if start == "trained":
+        return [trained]
+    batches = task.batches("means", task.n_means, EVALUATION_BATCH)
+    means = node_means(module.frozen, batches, module.bos_token_id).table(trained.n_positions)
+    return [means] if start == "mean" else [trained, means]
+
+
+def _rows(circuit: Circuit) -> list[dict[str, Any]]:
+    kept = set(circuit.nodes)
+    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.components)
+    return [
+        {"component": name, "keep_probability": score, "kept": name in kept}
+        for name, score in zip(circuit.components.names, scores, strict=True)
+    ]
+
+
+def _draw(circuit: Circuit, threshold: float, folder: Path, metrics: dict[str, Estimate]) -> None:
+    sizes = circuit.components
+    title = f"{len(circuit)} of {len(sizes)} components, KL {metrics['kl'].mean:.3g} nats"
+    drawing = circuit_drawing(sizes.n_layers, sizes.n_heads, circuit.nodes, title)
+    save_figure(drawing, folder / "figures" / "circuit.png")
+    if circuit.scores is not None:
+        heat_map = keep_probability_map(circuit.scores.numpy(), sizes.n_heads, threshold)
+        save_figure(heat_map, folder / "figures" / "keep_probability.png")

@@ -1,0 +1,53 @@
+"""Means with their uncertainty, and paired differences."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from oa_train.shapes import Float, Tensor
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over prompts.
+
+    Attributes:
+        mean: average.
+        stderr: standard error of the average.
+        ci95: 95 % interval of the average, from Student's t distribution.
+        n: number of prompts.
+    """
+
+    mean: float
+    stderr: float
+    ci95: tuple[float, float]
+    n: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The metric object of a results file."""
+        return {"mean": self.mean, "stderr": self.stderr, "ci95": list(self.ci95), "n": self.n}
+
+
+def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
+    """Estimate the mean of a figure from its values on independent prompts.
+
+    Args:
+        values: at least two values.
+    """
+    array = values.double().numpy()
+    mean, stderr = float(np.mean(array)), float(stats.sem(array))
+    margin = stderr * float(stats.t.ppf(0.975, len(array) - 1))
+    assert math.isfinite(margin), "an estimate needs at least two finite values"
+    return Estimate(mean, stderr, (mean - margin, mean + margin), len(array))
+
+
+def paired_difference(first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"]) -> Estimate:
+    """Estimate the mean of `first - second` over the same prompts.
+
+    Prompts differ in difficulty far more than ablations do on one prompt, so the interval of the difference is much
+    narrower than those of the two means suggest.
+    """
+    return estimate(first.double() - second.double())

@@ -1,0 +1,96 @@
+"""Callbacks of a training run: checkpoints that survive a kill, and a picture of the masks."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from oa_train.errors import ConfigurationError
+from oa_train.figures.maps import keep_probability_map
+from oa_train.training.checkpoints import read_checkpoint
+from oa_train.training.circuits import CircuitModule
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps `checkpoints/best.ckpt`, the state with the lowest `val/objective`, across resumes.
+
+    A resumed run writes to a folder of its own. Lightning would forget the best checkpoint of the run before; here it
+    is copied over, so that the best of the whole training is kept, as without the interruption.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="best", monitor="val/objective", mode="min", enable_version_counter=False)
+        self._earlier: Path | None = None
+        self._resumed_step = 0
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Note where the run that is resumed keeps its best checkpoint."""
+        del pl_module
+        self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt"
+        self._resumed_step = checkpoint["global_step"]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the best checkpoint of the run that is resumed, unless it lies after the step of the resume."""
+        if self._earlier is None or self.dirpath is None or not self._earlier.is_file():
+            return
+        # The run before may have found a better one between its last checkpoint and its end. That one is found
+        # again, if nothing was changed; if something was, it is not this run's.
+        if read_checkpoint(self._earlier)["global_step"] > self._resumed_step:
+            return
+        copied = Path(self.dirpath) / "best.ckpt"
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(self._earlier, copied)
+        path, score = str(copied), state_dict["best_model_score"]
+        moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
+        super().load_state_dict(state_dict | moved | {"best_k_models": {path: score}, "kth_value": score})
+
+
+class LastCheckpoint(Callback):
+    """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill costs little.
+
+    Args:
+        every_n_steps: optimiser steps between two writes.
+
+    Raises:
+        ConfigurationError: it is not at least 1.
+    """
+
+    def __init__(self, every_n_steps: int = 25) -> None:
+        if every_n_steps < 1:
+            raise ConfigurationError(f"every_n_steps is {every_n_steps}; expected at least 1.")
+        self.every_n_steps = every_n_steps
+        self._saved_at = -1
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Write when it is time."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the final state."""
+        del pl_module
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        if getattr(trainer, "fast_dev_run", False) or trainer.global_step == self._saved_at:
+            return
+        self._saved_at = trainer.global_step
+        trainer.save_checkpoint(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+
+
+class MaskImages(Callback):
+    """Shows the keep-probability of every component as an image in TensorBoard after each validation."""
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw and log the map."""
+        if trainer.sanity_checking or not isinstance(pl_module, CircuitModule) or not trainer.is_global_zero:
+            return
+        figure = keep_probability_map(
+            pl_module.keep_probability().cpu().numpy(), pl_module.components.n_heads, pl_module.threshold
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("masks/keep_probability", figure, trainer.global_step)
