@@ -1,1 +1,1 @@
-"""."""
+"""The command `oa-train`: options and YAML in, objects out, errors to messages and exit status."""

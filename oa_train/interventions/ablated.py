@@ -36,7 +36,7 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator
     Raises:
         ArtefactError: circuit or constants belong to another model.
     """
-    _check_belongs(model, circuit, constants)
+    check_belongs(model, circuit, constants)
     mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
     there = constants.to(model.device)
     current: list[Tap] = []
@@ -73,7 +73,12 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return tokens, columns.expand(len(tokens), -1)
 
 
-def _check_belongs(model: CausalLM, circuit: Circuit, constants: Constants) -> None:
+def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants) -> None:
+    """Check that a circuit and constants were made for a model.
+
+    Raises:
+        ArtefactError: their sizes or fingerprints are another model's.
+    """
     dimensions = Dimensions.of(model.config)
     if circuit.components != Components.of(dimensions):
         raise ArtefactError(

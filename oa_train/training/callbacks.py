@@ -19,10 +19,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     A resumed run writes to a folder of its own. Lightning would forget the best checkpoint of the run before; here it
     is copied over, so that the best of the whole training is kept, as without the interruption.
+
+    Args:
+        folder: where `best.ckpt` is kept.
     """
 
-    def __init__(self) -> None:
-        super().__init__(filename="best", monitor="val/objective", mode="min", enable_version_counter=False)
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, filename="best", monitor="val/objective", mode="min", enable_version_counter=False)
         self._earlier: Path | None = None
         self._resumed_step = 0
 
@@ -52,15 +55,17 @@ class LastCheckpoint(Callback):
     """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill costs little.
 
     Args:
+        folder: where `last.ckpt` is kept.
         every_n_steps: optimiser steps between two writes.
 
     Raises:
         ConfigurationError: it is not at least 1.
     """
 
-    def __init__(self, every_n_steps: int = 25) -> None:
+    def __init__(self, folder: Path, every_n_steps: int = 25) -> None:
         if every_n_steps < 1:
             raise ConfigurationError(f"every_n_steps is {every_n_steps}; expected at least 1.")
+        self._path = folder / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._saved_at = -1
 
@@ -75,10 +80,9 @@ class LastCheckpoint(Callback):
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        if getattr(trainer, "fast_dev_run", False) or trainer.global_step == self._saved_at:
-            return
-        self._saved_at = trainer.global_step
-        trainer.save_checkpoint(Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        if trainer.global_step != self._saved_at:
+            self._saved_at = trainer.global_step
+            trainer.save_checkpoint(self._path)
 
 
 class MaskImages(Callback):

@@ -1,0 +1,91 @@
+"""`oa-train compare`: a finished run under each ablation."""
+
+from collections.abc import Sequence
+
+import yaml
+from rich.table import Table
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.cli.arguments import (
+    CONFIG_FILE,
+    ExplainingParser,
+    add_model_and_task,
+    check_configs,
+    read_config,
+    run_folder,
+    take_option,
+)
+from oa_train.cli.output import console, estimate_cell, track
+from oa_train.cli.quiet import silence_libraries
+from oa_train.errors import ConfigurationError
+from oa_train.interventions.ablated import check_belongs
+from oa_train.models.loading import load_model
+from oa_train.studies.compare import Compared, CompareSettings, compare
+
+# What of a run's configuration says which model and which prompts.
+SHARED_KEYS = ("seed_everything", "lm", "data")
+
+
+def compare_command(argv: Sequence[str]) -> Compared:
+    """Compare ablations on a run and show the table."""
+    silence_libraries()
+    check_configs(argv)
+    given, words = take_option(argv, "--run")
+    parser = _parser()
+    if given is None:
+        parser.parse_args([*words, "--run", "RUN"] if "--help" in words or "-h" in words else words)
+        raise ConfigurationError("compare needs --run, the folder of a finished run.")
+    folder = run_folder(given)
+    config = {key: value for key, value in read_config(folder / CONFIG_FILE).items() if key in SHARED_KEYS}
+    options = parser.parse_args(["--config", yaml.safe_dump(config), "--run", str(folder), *words])
+    chosen = parser.instantiate_classes(options)
+    circuit, constants = Circuit.load(folder / "circuit"), Constants.load(folder / "constants")
+    model = load_model(chosen.lm)
+    check_belongs(model, circuit, constants)
+    compared = compare(model, chosen.data, circuit, constants, folder, chosen.compare, track)
+    _show(compared, circuit)
+    return compared
+
+
+def _parser() -> ExplainingParser:
+    parser = ExplainingParser(
+        prog="oa-train compare",
+        description="Compare optimal, mean and zero ablation of everything outside the circuit and of each component.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+    parser.add_argument("--run", type=str, required=True, help="folder of a finished run; its model and task are used")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
+    parser.add_class_arguments(CompareSettings, "compare")
+    add_model_and_task(parser, ("data",))
+    return parser
+
+
+def _show(compared: Compared, circuit: Circuit) -> None:
+    table = Table(title="KL divergence from the clean model in nats, mean [95 % interval]", title_justify="left")
+    for column in ("ablated", "ablation", "KL", "accuracy", "logit difference", "KL minus optimal"):
+        table.add_column(column, justify="left" if column in ("ablated", "ablation") else "right")
+    previous = None
+    for row in compared.rows:
+        name = "outside the circuit" if row.component == "circuit" else row.component
+        if previous not in (None, name):
+            table.add_section()
+        table.add_row(
+            name if name != previous else "",
+            row.ablation,
+            estimate_cell(row.figures["kl"]),
+            f"{row.figures['accuracy'].mean:.3f}",
+            f"{row.figures['logit_difference'].mean:.3f}",
+            "" if row.ablation == "optimal" else estimate_cell(row.difference_to_optimal["kl"]),
+        )
+        previous = name
+    console.print(table)
+    if compared.random_kl:
+        ordered = sorted(compared.random_kl)
+        median = ordered[len(ordered) // 2]
+        console.print(
+            f"{len(ordered)} random circuits of {len(circuit)} components under optimal constants: "
+            f"median KL {median:.4g}, lowest {ordered[0]:.4g}"
+        )
+    console.print(f"results: {compared.folder}", soft_wrap=True)

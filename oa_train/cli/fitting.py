@@ -1,0 +1,248 @@
+"""`oa-train fit`, `validate` and `test`: Lightning's command line around our modules."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from oa_train.artefacts import replace_file
+from oa_train.cli.arguments import (
+    CONFIG_FILE,
+    ExplainingLightningParser,
+    add_model_and_task,
+    check_configs,
+    run_folder,
+    take_option,
+)
+from oa_train.cli.output import console, metrics_table, track
+from oa_train.cli.quiet import silence_libraries
+from oa_train.errors import CheckpointError, ConfigurationError, RunError
+from oa_train.studies.finish import FinishSettings, finish
+from oa_train.training.base import FrozenModelModule
+from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
+from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.data import TaskData
+
+# Tells the processes that a distributed strategy starts which folder the first one has made.
+RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
+
+DEFAULT_ROOT = "runs"
+
+# In the configuration of a fit, but not an option that describes the experiment.
+_NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
+
+
+class OaTrainCLI(LightningCLI):
+    """LightningCLI whose `model` is one of our modules and whose `data` is a task."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make the parser, with errors that name the nearest options."""
+        parser = ExplainingLightningParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+        return parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """What Lightning's trainer does here."""
+        skipped = {"model", "dataloaders", "datamodule"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
+            "validate": skipped,
+            "test": skipped,
+        }
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the trainer and the module; the task takes the place of Lightning's datamodule."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the model's name, the task and what comes after the fit."""
+        add_model_and_task(parser, ("model", "data"))
+        parser.add_argument(
+            "--experiment",
+            type=str,
+            default="circuit",
+            help="results go to <default_root_dir>/<experiment>/version_<N>",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=25,
+            help="optimiser steps between two writes of checkpoints/last.ckpt",
+        )
+        parser.add_argument(
+            "--resumed_from", type=str | None, default=None, help="checkpoint that this run went on from; a record"
+        )
+        parser.add_class_arguments(FinishSettings, "finish")
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: Lightning would let the checkpoint's values overrule it."""
+
+    def instantiate_classes(self) -> None:
+        """Build the module, the task's datamodule and the trainer."""
+        chosen = self.config[self.subcommand]
+        if chosen.checkpoint_every < 1:
+            raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
+        if chosen.ckpt_path is not None:
+            _check_checkpoint(chosen.ckpt_path)
+        super().instantiate_classes()
+        self.datamodule = TaskData(self.datamodule)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer around a run folder that is made for it; `fast_dev_run` and evaluation have none."""
+        config = self._get(self.config_init, "trainer")
+        plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
+        self.run: Path | None = None
+        if self.subcommand != "fit" or config.fast_dev_run:
+            return super().instantiate_trainer(
+                logger=False, enable_checkpointing=False, plugins=plugins, **_quiet_defaults(config), **kwargs
+            )
+        self.run = _make_run_folder(
+            Path(config.default_root_dir or DEFAULT_ROOT), self._get(self.config_init, "experiment")
+        )
+        self._save_config(self.run)
+        loggers = config.logger
+        if loggers in (None, True):
+            root, experiment = self.run.parent.parent, self.run.parent.name
+            version = int(self.run.name.removeprefix("version_"))
+            loggers = [kind(root, name=experiment, version=version) for kind in (TensorBoardLogger, CSVLogger)]
+        every = self._get(self.config_init, "checkpoint_every")
+        callbacks: list[Callback] = [
+            BestCheckpoint(self.run / "checkpoints"),
+            LastCheckpoint(self.run / "checkpoints", every),
+            MaskImages(),
+        ]
+        if config.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar())
+        return super().instantiate_trainer(
+            logger=loggers,
+            plugins=plugins,
+            callbacks=[*_as_list(config.callbacks), *callbacks],
+            **_quiet_defaults(config),
+            **kwargs,
+        )
+
+    def after_fit(self) -> None:
+        """Threshold, refit and evaluate, with the best checkpoint."""
+        if self.run is None or not self.trainer.is_global_zero or not isinstance(self.model, CircuitModule):
+            return
+        best = self.run / "checkpoints" / "best.ckpt"
+        if best.is_file():
+            self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
+        settings = self._get(self.config_init, "finish")
+        # Lightning moves the module back to the CPU when it is done.
+        self.model.to(self.trainer.strategy.root_device)
+        task = self.datamodule.task
+        finished = finish(self.model, task, self.run, settings, track)
+        kept = f"{len(finished.circuit)} of {len(finished.circuit.components)} components"
+        console.print(metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics))
+        console.print(f"circuit: {', '.join(finished.circuit.nodes)}")
+        console.print(f"results: {self.run}", soft_wrap=True)
+
+    def _save_config(self, run: Path) -> None:
+        """Record the whole configuration; with it the run can be made again."""
+        config = self.config[self.subcommand].clone()
+        config.resumed_from = config.ckpt_path
+        text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
+        content = {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_RECORDED}
+        replace_file(run / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def fit(argv: Sequence[str]) -> Path | None:
+    """Train, then finish; returns the run folder (None after `fast_dev_run`)."""
+    return run_lightning("fit", argv)
+
+
+def validate(argv: Sequence[str]) -> None:
+    """Evaluate a checkpoint on the validation prompts."""
+    run_lightning("validate", argv)
+
+
+def test(argv: Sequence[str]) -> None:
+    """Evaluate a checkpoint on the test prompts."""
+    run_lightning("test", argv)
+
+
+def run_lightning(command: str, argv: Sequence[str]) -> Path | None:
+    """Run `fit`, `validate` or `test`.
+
+    Args:
+        command: which.
+        argv: its options.
+
+    Returns:
+        The run folder of a fit, None of the others.
+    """
+    silence_libraries()
+    words = list(argv) if command == "fit" else _expand_run(argv)
+    check_configs(words)
+    cli = OaTrainCLI(
+        FrozenModelModule,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={"allow_abbrev": False, "prog": "oa-train"},
+        trainer_defaults={"max_epochs": 20, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
+        args=[command, *words],
+    )
+    return cli.run
+
+
+def _expand_run(argv: Sequence[str]) -> list[str]:
+    """Replace `--run DIR --ckpt best` by the configuration and checkpoint of that run."""
+    given, words = take_option(argv, "--run")
+    checkpoint, words = take_option(words, "--ckpt")
+    if given is None:
+        if checkpoint is not None:
+            raise ConfigurationError("--ckpt names a checkpoint of a run; name the run with --run as well.")
+        return words
+    folder = run_folder(given)
+    checkpoint = checkpoint or "best"
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
+    return ["--config", str(folder / CONFIG_FILE), "--ckpt_path", str(path), *words]
+
+
+def _check_checkpoint(given: str) -> None:
+    if given in ("best", "last", "hpc", "registry"):
+        raise CheckpointError(
+            f"--ckpt_path is {given!r}, which Lightning would look for in a run that has not begun. Name the file: "
+            f"runs/<experiment>/version_<N>/checkpoints/{given}.ckpt."
+        )
+    read_checkpoint(Path(given))
+
+
+def _make_run_folder(root: Path, experiment: str) -> Path:
+    made = os.environ.get(RUN_FOLDER_VARIABLE)
+    if made is not None:
+        return Path(made)
+    number = 0
+    while True:
+        folder = root / experiment / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as problem:
+            raise RunError(f"The run folder {folder} cannot be made: {problem}") from problem
+        else:
+            return folder
+
+
+def _quiet_defaults(config: Any) -> dict[str, Any]:
+    """The model summary lists the frozen model's modules; it is shown when it is asked for."""
+    return {} if config.enable_model_summary is not None else {"enable_model_summary": False}
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,106 @@
+"""Greater-than: "The war lasted from the year 1732 to the year 17" -> any two digits above 32."""
+
+import random
+from typing import Any
+
+from oa_train.models.loading import LMSpec
+from oa_train.seeds import derive_seed
+from oa_train.tasks.base import Prompt, Task
+from oa_train.tasks.tokens import PaddingSide, PromptEncoder
+from oa_train.tasks.vocabulary import require_enough, single_token_words
+
+SENTENCE = "The {noun} lasted from the year {century}{year} to the year {century}"
+CENTURIES = tuple(str(century) for century in range(10, 19))
+YEARS = tuple(f"{year:02d}" for year in range(100))
+
+# The counterfactual starts in this year, after which every year of the century is an answer.
+EARLY_YEAR = "01"
+
+MINIMUM_NOUNS = 2
+MINIMUM_YEARS = 20
+
+
+class GreaterThan(Task):
+    """The end of a span of years, which must lie after its start.
+
+    Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the
+    second year of the same century.
+
+    Args:
+        lm: the model whose tokenizer encodes the prompts; the built-in model by default.
+        seed: other seeds give other prompts.
+        batch_size: prompts in a training batch.
+        batches_per_epoch: training batches between two validations.
+        n_validation: prompts that validation uses.
+        n_test: prompts that the final evaluation uses.
+        n_means: prompts over which mean ablation averages.
+        padding_side: where shorter prompts of a batch are filled up.
+
+    Attributes:
+        nouns: events that are single tokens.
+        years: the two-digit years of each century that are one token after it.
+        starts: centuries and years in which a span may start.
+    """
+
+    name = "greater_than"
+
+    def __init__(
+        self,
+        *,
+        lm: LMSpec | None = None,
+        seed: int = 0,
+        batch_size: int = 16,
+        batches_per_epoch: int = 50,
+        n_validation: int = 512,
+        n_test: int = 2048,
+        n_means: int = 2048,
+        padding_side: PaddingSide = "right",
+    ) -> None:
+        super().__init__(
+            lm=lm,
+            seed=seed,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            n_validation=n_validation,
+            n_test=n_test,
+            n_means=n_means,
+            padding_side=padding_side,
+        )
+        self.nouns = single_token_words(self.encoder, self.name, "nouns", MINIMUM_NOUNS)
+        self.years = {century: _whole_years(self.encoder, century) for century in CENTURIES}
+        self.starts = [
+            (century, year)
+            for century, years in self.years.items()
+            if EARLY_YEAR in years
+            for year in years[:-1]  # no year of the century comes after its last one
+            if year > EARLY_YEAR
+        ]
+        require_enough(
+            [century + year for century, year in self.starts],
+            [century + year for century in CENTURIES for year in YEARS],
+            task=self.name,
+            what="years are a century and one further token",
+            minimum=MINIMUM_YEARS,
+        )
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw an event and the year in which it starts."""
+        century, start = random.choice(self.starts)
+        noun = random.choice(self.nouns)
+        years = self.years[century]
+        return Prompt(
+            text=SENTENCE.format(noun=noun, century=century, year=start),
+            answers=tuple(year for year in years if year > start),
+            distractors=tuple(year for year in years if year <= start),
+            counterfactual=SENTENCE.format(noun=noun, century=century, year=EARLY_YEAR),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        words = (*self.nouns, *(century + year for century, year in self.starts))
+        return {**super().describe(), "words": f"{derive_seed(*words):016x}"}
+
+
+def _whole_years(encoder: PromptEncoder, century: str) -> tuple[str, ...]:
+    """Years that are one token after their century, which keeps the tokens that it has alone."""
+    return tuple(year for year in YEARS if encoder.continuation(f"year {century}", year) is not None)

@@ -1,0 +1,169 @@
+"""Indirect object identification: "Then, Anna and Paul met at the park. Paul handed the ring to" -> " Anna"."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from oa_train.errors import ConfigurationError
+from oa_train.models.loading import LMSpec
+from oa_train.seeds import derive_seed
+from oa_train.tasks.base import Prompt, Task, check_choice
+from oa_train.tasks.tokens import PaddingSide
+from oa_train.tasks.vocabulary import read_data, single_token_words
+
+Order = Literal["mixed", "ABBA", "BABA"]
+
+# A prompt and its counterfactual name six people: two, three others, and a bystander.
+MINIMUM_NAMES = 6
+MINIMUM_OTHERS = 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What happens in a prompt, before it is put into words.
+
+    Attributes:
+        template: the template that the frame was made from.
+        frame: the template with everything filled in but the three mentions {A}, {B} and {S}.
+        indirect_object: who receives the thing; the answer.
+        subject: who gives it, and so is named twice.
+        unrelated: three other people, for a text in which nobody is named twice.
+        subject_first: whether the subject is named before the indirect object (BABA) or after (ABBA).
+    """
+
+    template: str
+    frame: str
+    indirect_object: str
+    subject: str
+    unrelated: tuple[str, str, str]
+    subject_first: bool
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        pair = (self.indirect_object, self.subject)
+        first, second = pair[::-1] if self.subject_first else pair
+        return self.frame.format(A=first, B=second, S=self.subject)
+
+    @property
+    def unrelated_text(self) -> str:
+        """The prompt with three people who have nothing to do with each other: there is no answer."""
+        first, second, third = self.unrelated
+        return self.frame.format(A=first, B=second, S=third)
+
+
+class IOI(Task):
+    """Indirect object identification.
+
+    Two people are introduced, one of them is named again and gives something to whom? The other one.
+    The counterfactual names three other people in the same sentence.
+
+    Args:
+        lm: the model whose tokenizer encodes the prompts; the built-in model by default.
+        order: ABBA introduces the indirect object first, BABA the subject first; mixed takes either by chance.
+        distractor_names: probability that a clause with a third name is added ("While Tom was busy,"). Without
+            such clauses a small model learns to look for the name that occurs once.
+        seed: other seeds give other prompts.
+        batch_size: prompts in a training batch.
+        batches_per_epoch: training batches between two validations.
+        n_validation: prompts that validation uses.
+        n_test: prompts that the final evaluation uses.
+        n_means: prompts over which mean ablation averages.
+        padding_side: where shorter prompts of a batch are filled up.
+
+    Attributes:
+        names: first names that are single tokens.
+        places: places that are single tokens.
+        objects: things to give that are single tokens.
+        templates: sentences with slots.
+    """
+
+    name = "ioi"
+
+    def __init__(
+        self,
+        *,
+        lm: LMSpec | None = None,
+        order: Order = "mixed",
+        distractor_names: float = 0.5,
+        seed: int = 0,
+        batch_size: int = 16,
+        batches_per_epoch: int = 50,
+        n_validation: int = 512,
+        n_test: int = 2048,
+        n_means: int = 2048,
+        padding_side: PaddingSide = "right",
+    ) -> None:
+        if not 0 <= distractor_names <= 1:
+            raise ConfigurationError(f"distractor_names is {distractor_names}; expected a probability from 0 to 1.")
+        check_choice("order", order, get_args(Order))
+        super().__init__(
+            lm=lm,
+            seed=seed,
+            batch_size=batch_size,
+            batches_per_epoch=batches_per_epoch,
+            n_validation=n_validation,
+            n_test=n_test,
+            n_means=n_means,
+            padding_side=padding_side,
+        )
+        self.order = order
+        self.distractor_names = distractor_names
+        self.names = single_token_words(self.encoder, self.name, "names", MINIMUM_NAMES)
+        self.places = single_token_words(self.encoder, self.name, "places", MINIMUM_OTHERS)
+        self.objects = single_token_words(self.encoder, self.name, "objects", MINIMUM_OTHERS)
+        data = read_data("templates")
+        self.templates: tuple[str, ...] = tuple(data["templates"])
+        self._openings: list[str] = data["openings"]
+        self._openings_with_name: list[str] = data["openings_with_name"]
+        self._places_with_name: list[str] = data["places_with_name"]
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw a scene and put it into words."""
+        scene = self.draw_scene(random)
+        return Prompt(
+            text=scene.text,
+            answers=(f" {scene.indirect_object}",),
+            distractors=(f" {scene.subject}",),
+            counterfactual=scene.unrelated_text,
+        )
+
+    def draw_scene(self, random: random.Random) -> Scene:
+        """Draw people, place, thing, template and the order of the names."""
+        first, second, *others = random.sample(self.names, MINIMUM_NAMES)
+        template = random.choice(self.templates)
+        return Scene(
+            template=template,
+            frame=self._frame(random, template, bystander=others[3]),
+            indirect_object=first,
+            subject=second,
+            unrelated=(others[0], others[1], others[2]),
+            subject_first=random.random() < 0.5 if self.order == "mixed" else self.order == "BABA",
+        )
+
+    def _frame(self, random: random.Random, template: str, bystander: str) -> str:
+        opening, place = random.choice(self._openings), "{place}"
+        if random.random() < self.distractor_names:
+            if random.random() < 0.5:
+                opening = random.choice(self._openings_with_name)
+            else:
+                place = random.choice(self._places_with_name)
+        fillings = {
+            "{opening}": opening,
+            "{place}": place.replace("{place}", random.choice(self.places)),
+            "{object}": random.choice(self.objects),
+            "{C}": bystander,
+        }
+        for slot, filling in fillings.items():
+            template = template.replace(slot, filling)
+        return template
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        words = (*self.names, *self.places, *self.objects, *self.templates)
+        return {
+            **super().describe(),
+            "order": self.order,
+            "distractor_names": self.distractor_names,
+            "words": f"{derive_seed(*words):016x}",
+        }

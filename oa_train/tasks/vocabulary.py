@@ -1,0 +1,69 @@
+"""Word lists of the task grammars, and the choice of the words that a tokenizer knows as single tokens."""
+
+import functools
+import importlib.resources
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from oa_train.errors import TaskError
+from oa_train.tasks.tokens import PromptEncoder
+
+FOLDER = "words"
+
+
+@functools.cache
+def read_data(name: str) -> Any:
+    """Read `words/<name>.json`. The value is shared between callers, who do not change it."""
+    file = importlib.resources.files("oa_train.tasks") / FOLDER / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_words(name: str) -> tuple[str, ...]:
+    """Read a list of words.
+
+    Args:
+        name: the list: names, places, objects, nouns or induction.
+    """
+    return tuple(read_data(name))
+
+
+def single_token_words(encoder: PromptEncoder, task: str, name: str, minimum: int) -> tuple[str, ...]:
+    """Leave out the words of a list that are several tokens.
+
+    Prompts that differ in one word then have the same number of tokens, whatever the word.
+
+    Args:
+        encoder: encodes with the model's tokenizer.
+        task: name of the task that asks, for the message.
+        name: the list.
+        minimum: the task cannot do with fewer words.
+
+    Raises:
+        TaskError: fewer than `minimum` words are left.
+    """
+    words = read_words(name)
+    kept = tuple(word for word in words if encoder.is_single_token(word))
+    require_enough(kept, words, task=task, what=f"words of its list {name!r} are single tokens", minimum=minimum)
+    return kept
+
+
+def require_enough(kept: Sequence[str], words: Sequence[str], *, task: str, what: str, minimum: int) -> None:
+    """Refuse a tokenizer that knows too few words of a list.
+
+    Args:
+        kept: what is left.
+        words: what there was.
+        task: name of the task that asks.
+        what: what the words are and what is true of those kept.
+        minimum: the task cannot do with fewer.
+
+    Raises:
+        TaskError: fewer than `minimum` are left.
+    """
+    if len(kept) < minimum:
+        raise TaskError(
+            f"The task {task} cannot be posed to this tokenizer: {len(kept)} of the {len(words)} {what} in the middle "
+            f"of a sentence; at least {minimum} are needed.\nChoose a model whose tokenizer keeps them whole, or "
+            "another task."
+        )
