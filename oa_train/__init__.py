@@ -1,3 +1,81 @@
-"""Learned ablations and sparse circuit masks for Hugging Face transformers."""
+"""Learned ablations and sparse circuit masks for Hugging Face transformers.
+
+Names are imported when they are first used, so that `import oa_train` is quick and imports neither torch nor
+Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from oa_train.ablations.constants import Constants as Constants
+    from oa_train.batches import Batch as Batch
+    from oa_train.circuits.circuit import Circuit as Circuit
+    from oa_train.errors import OaTrainError as OaTrainError
+    from oa_train.interventions.ablated import ablated as ablated
+    from oa_train.interventions.activations import node_means as node_means
+    from oa_train.interventions.activations import node_values as node_values
+    from oa_train.interventions.base import scored_logits as scored_logits
+    from oa_train.interventions.evaluation import circuit_behaviour as circuit_behaviour
+    from oa_train.interventions.nodes import node_logits as node_logits
+    from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
+    from oa_train.models.components import Components as Components
+    from oa_train.models.loading import LMSpec as LMSpec
+    from oa_train.models.loading import load_model as load_model
+    from oa_train.studies.compare import CompareSettings as CompareSettings
+    from oa_train.studies.compare import compare as compare
+    from oa_train.studies.finish import FinishSettings as FinishSettings
+    from oa_train.studies.finish import finish as finish
+    from oa_train.tasks.base import Prompt as Prompt
+    from oa_train.tasks.base import Task as Task
+    from oa_train.tasks.greater_than import GreaterThan as GreaterThan
+    from oa_train.tasks.induction import Induction as Induction
+    from oa_train.tasks.ioi import IOI as IOI
+    from oa_train.training.circuits import CircuitModule as CircuitModule
+    from oa_train.training.constants import RefitSettings as RefitSettings
+    from oa_train.training.constants import fit_constants as fit_constants
+    from oa_train.training.data import TaskData as TaskData
+
+_HOMES = {
+    "Batch": "batches",
+    "Circuit": "circuits.circuit",
+    "CircuitModule": "training.circuits",
+    "CompareSettings": "studies.compare",
+    "Components": "models.components",
+    "Constants": "ablations.constants",
+    "FinishSettings": "studies.finish",
+    "GreaterThan": "tasks.greater_than",
+    "IOI": "tasks.ioi",
+    "Induction": "tasks.induction",
+    "LMSpec": "models.loading",
+    "OaTrainError": "errors",
+    "Prompt": "tasks.base",
+    "RefitSettings": "training.constants",
+    "Task": "tasks.base",
+    "TaskData": "training.data",
+    "UniformGradientSampling": "masks.uniform",
+    "ablated": "interventions.ablated",
+    "circuit_behaviour": "interventions.evaluation",
+    "compare": "studies.compare",
+    "finish": "studies.finish",
+    "fit_constants": "training.constants",
+    "load_model": "models.loading",
+    "node_logits": "interventions.nodes",
+    "node_means": "interventions.activations",
+    "node_values": "interventions.activations",
+    "scored_logits": "interventions.base",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

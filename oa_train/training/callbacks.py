@@ -39,16 +39,20 @@ class BestCheckpoint(ModelCheckpoint):
         """Take over the best checkpoint of the run that is resumed, unless it lies after the step of the resume."""
         if self._earlier is None or self.dirpath is None or not self._earlier.is_file():
             return
+        earlier = read_checkpoint(self._earlier)
         # The run before may have found a better one between its last checkpoint and its end. That one is found
         # again, if nothing was changed; if something was, it is not this run's.
-        if read_checkpoint(self._earlier)["global_step"] > self._resumed_step:
+        if earlier["global_step"] > self._resumed_step:
             return
         copied = Path(self.dirpath) / "best.ckpt"
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(self._earlier, copied)
-        path, score = str(copied), state_dict["best_model_score"]
+        # Its own record of its score is the right one: `state_dict` can be older, from before a validation that
+        # followed at the same step.
+        score, path = earlier["callbacks"][self.state_key]["best_model_score"], str(copied)
         moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
-        super().load_state_dict(state_dict | moved | {"best_k_models": {path: score}, "kth_value": score})
+        taken_over = {"best_model_score": score, "kth_value": score, "best_k_models": {path: score}}
+        super().load_state_dict(state_dict | moved | taken_over)
 
 
 class LastCheckpoint(Callback):
