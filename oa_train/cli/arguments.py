@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 import oa_train.masks.uniform
 import oa_train.tasks
 import oa_train.training.circuits  # noqa: F401 (imported so that classes are known by their bare names)
-from oa_train.cli.messages import explain
-from oa_train.errors import ArtefactError, ConfigurationError
+from oa_train.cli.messages import explain, own_error
+from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.base import Task
 
@@ -25,7 +25,7 @@ class ExplainingParser(ArgumentParser):
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Raise `ConfigurationError`."""
-        raise explain(message, option_names(self)) from ex
+        raise _explained(self, message, ex) from ex
 
 
 class ExplainingLightningParser(LightningArgumentParser):
@@ -33,7 +33,12 @@ class ExplainingLightningParser(LightningArgumentParser):
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
         """Raise `ConfigurationError`."""
-        raise explain(message, option_names(self)) from ex
+        raise _explained(self, message, ex) from ex
+
+
+def _explained(parser: ArgumentParser, message: str, cause: BaseException | None) -> OaTrainError:
+    # A nested parser, of a class's arguments, has explained what it knows best already.
+    return (own_error(cause) if cause is not None else None) or explain(message, option_names(parser))
 
 
 def option_names(parser: ArgumentParser) -> list[str]:

@@ -34,7 +34,9 @@ def compare_command(argv: Sequence[str]) -> Compared:
     given, words = take_option(argv, "--run")
     parser = _parser()
     if given is None:
-        parser.parse_args([*words, "--run", "RUN"] if "--help" in words or "-h" in words else words)
+        if {"-h", "--help"} & set(words):
+            parser.print_help()
+            parser.exit()
         raise ConfigurationError("compare needs --run, the folder of a finished run.")
     folder = run_folder(given)
     config = {key: value for key, value in read_config(folder / CONFIG_FILE).items() if key in SHARED_KEYS}

@@ -1,11 +1,13 @@
 """`oa-train fit`, `validate` and `test`: Lightning's command line around our modules."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -92,17 +94,20 @@ class OaTrainCLI(LightningCLI):
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
         if chosen.ckpt_path is not None:
-            _check_checkpoint(chosen.ckpt_path)
+            _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
         super().instantiate_classes()
         self.datamodule = TaskData(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer around a run folder that is made for it; `fast_dev_run` and evaluation have none."""
         config = self._get(self.config_init, "trainer")
+        given = self.config[self.subcommand].ckpt_path
+        if given is not None:
+            self.model.check_checkpoint(read_checkpoint(Path(given)), self.datamodule)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
-            return super().instantiate_trainer(
+            return self._trainer(
                 logger=False, enable_checkpointing=False, plugins=plugins, **_quiet_defaults(config), **kwargs
             )
         self.run = _make_run_folder(
@@ -122,13 +127,21 @@ class OaTrainCLI(LightningCLI):
         ]
         if config.enable_progress_bar is not False:
             callbacks.append(RichProgressBar())
-        return super().instantiate_trainer(
+        return self._trainer(
             logger=loggers,
             plugins=plugins,
             callbacks=[*_as_list(config.callbacks), *callbacks],
             **_quiet_defaults(config),
             **kwargs,
         )
+
+    def _trainer(self, **kwargs: Any) -> Any:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as problem:
+            if self.run is not None:
+                shutil.rmtree(self.run)
+            raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
 
     def after_fit(self) -> None:
         """Threshold, refit and evaluate, with the best checkpoint."""

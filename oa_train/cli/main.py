@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         parser = _overview()
+        if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
+            raise ConfigurationError(f"There is no option {words[0]}; the command comes first. See oa-train --help.")
         chosen = parser.parse_args(words[:1])
         module, function, _ = COMMANDS[chosen.command]
         command: Command = getattr(import_module(module), function)

@@ -1,5 +1,6 @@
 """Turning what the option parser says into what a user can act on."""
 
+import difflib
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ def explain(problem: str, options: Sequence[str]) -> ConfigurationError:
         problem: message of the parser.
         options: all options that the command has, without dashes.
     """
-    for rule in (_unknown_options, _unknown_key, _unknown_argument, _unknown_class, _wrong_value):
+    for rule in (_missing, _unknown_options, _unknown_key, _unknown_argument, _unknown_class, _wrong_value):
         message = rule(problem, options)
         if message:
             return ConfigurationError(message)
@@ -37,6 +38,15 @@ def own_error(problem: BaseException) -> OaTrainError | None:
             return seen
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _missing(problem: str, options: Sequence[str]) -> str | None:
+    del options
+    found = re.search(r"the following arguments are required: (.*)", problem)
+    if found is None:
+        return None
+    names = [name.strip().rpartition(".")[2] for name in found[1].split(",")]
+    return f"Missing: {', '.join(f'--{name}' for name in names)}. Give them, or a --config file that holds them."
 
 
 def _unknown_options(problem: str, options: Sequence[str]) -> str | None:
@@ -66,15 +76,21 @@ def _no_option(shown: str, name: str, options: Sequence[str]) -> str:
 
 def _unknown_argument(problem: str, options: Sequence[str]) -> str | None:
     del options
-    argument = re.search(r"Option '(.+?)' is not accepted", problem)
-    owners = re.findall(r"class_path[=\s]'([\w.]+)'", problem[: argument.start()] if argument else "")
-    after = re.search(r"is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", problem)
-    if argument is None or not (owners or after):
+    found = re.search(r"Option '(.+?)' is not accepted", problem)
+    if found is None:
         return None
-    owner = (after[1] if after else owners[-1]).rpartition(".")[2]
-    classes = {one.__name__: one for one in _configurable()}
-    valid = [name for name in inspect.signature(classes[owner]).parameters if name != "n_entries"]
-    return f"{owner} has no argument {argument[1]!r}. {nearest_names(argument[1], valid)}"
+    # The parser does not say whose argument it is, so each name is followed by the classes that have it.
+    owners: dict[str, list[str]] = {}
+    for one in _configurable():
+        for name in inspect.signature(one).parameters:
+            owners.setdefault(name, []).append(one.__name__)
+    near = difflib.get_close_matches(found[1], owners, n=3)
+    sentence = f"Did you mean {', '.join(f'{name} (of {_listed(owners[name])})' for name in near)}?" if near else ""
+    return f"No class in this configuration has an argument {found[1]!r}. {sentence}".rstrip()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names))
 
 
 def _unknown_class(problem: str, options: Sequence[str]) -> str | None:
@@ -111,6 +127,11 @@ def _without_boilerplate(problem: str) -> str:
     key = re.search(r'Parser key "([\w.]+)"', problem)
     reasons = re.findall(r"^\s*- (?!Expected a <class 'NoneType'>)(.+)$", problem, flags=re.MULTILINE)
     if key and reasons:
+        types = [re.fullmatch(r"Expected an? (.+)", reason) for reason in reasons]
+        if all(types):
+            given = re.search(r"Given value: (.*)", problem)
+            expected = " or ".join(_plain_type(one[1]) for one in types if one)
+            return f"{key[1]} is {given[1].strip() if given else 'wrong'}; expected {expected}."
         return f"{key[1]}: " + "; ".join(reason.rstrip(":") for reason in reasons)
     return problem.strip()
 

@@ -59,6 +59,11 @@ class LMSpec:
             raise ConfigurationError(f"lm.bos is {self.bos!r}; expected auto or none.")
 
 
+# The model that everything uses when none is named. Arguments default to it and not to None, because the command line
+# can hand the fields of `lm` on to a default that is a specification, but not to one that is nothing.
+BUILT_IN = LMSpec()
+
+
 def builtin_models() -> dict[str, Path]:
     """Folders of the built-in models by name: in the wheel, or in `checkpoints/` of a source tree."""
     package = Path(__file__).parent.parent
@@ -98,8 +103,9 @@ def load_config(spec: LMSpec) -> PretrainedConfig:
     Raises:
         ModelError: there is no such model, it cannot be reached, or its family is not in the table.
     """
+    where = locate(spec)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(**locate(spec))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**where)
     except (OSError, ValueError, KeyError) as problem:
         raise _not_loaded(spec, problem) from problem
     check_family(config.model_type)
@@ -119,10 +125,10 @@ def load_model(spec: LMSpec) -> CausalLM:
         ModelError: there is no such model, it cannot be reached, its weights are damaged or incomplete, or its
             family is not in the table.
     """
-    config = load_config(spec)
+    config, where = load_config(spec), locate(spec)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **locate(spec),
+            **where,
             config=config,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attn_implementation,

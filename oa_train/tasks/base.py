@@ -10,7 +10,7 @@ import torch
 
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed, python_generator
 from oa_train.shapes import Int, Tensor
 from oa_train.tasks.tokens import PaddingSide, PromptEncoder, Tokenizer, bos_token_id, load_tokenizer
@@ -78,7 +78,7 @@ class Task(ABC):
     def __init__(
         self,
         *,
-        lm: LMSpec | None = None,
+        lm: LMSpec = BUILT_IN,
         seed: int = 0,
         batch_size: int = 16,
         batches_per_epoch: int = 50,
@@ -95,7 +95,7 @@ class Task(ABC):
         self.n_means = positive("n_means", n_means)
         self.padding_side: PaddingSide = padding_side
         self.seed = seed
-        self.lm = lm if lm is not None else LMSpec()
+        self.lm = lm
         tokenizer = load_tokenizer(self.lm)
         self.encoder = PromptEncoder(tokenizer, bos_token_id(self.lm, tokenizer))
 

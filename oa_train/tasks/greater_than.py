@@ -3,7 +3,7 @@
 import random
 from typing import Any
 
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.tasks.base import Prompt, Task
 from oa_train.tasks.tokens import PaddingSide, PromptEncoder
@@ -47,7 +47,7 @@ class GreaterThan(Task):
     def __init__(
         self,
         *,
-        lm: LMSpec | None = None,
+        lm: LMSpec = BUILT_IN,
         seed: int = 0,
         batch_size: int = 16,
         batches_per_epoch: int = 50,

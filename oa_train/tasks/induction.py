@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.tasks.base import Prompt, Task
 from oa_train.tasks.tokens import PaddingSide
@@ -41,7 +41,7 @@ class Induction(Task):
     def __init__(
         self,
         *,
-        lm: LMSpec | None = None,
+        lm: LMSpec = BUILT_IN,
         length: int = 8,
         seed: int = 0,
         batch_size: int = 16,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.tasks.base import Prompt, Task, check_choice
 from oa_train.tasks.tokens import PaddingSide
@@ -83,7 +83,7 @@ class IOI(Task):
     def __init__(
         self,
         *,
-        lm: LMSpec | None = None,
+        lm: LMSpec = BUILT_IN,
         order: Order = "mixed",
         distractor_names: float = 0.5,
         seed: int = 0,

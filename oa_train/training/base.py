@@ -14,6 +14,7 @@ from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.tasks.base import Task
 from oa_train.tasks.tokens import bos_token_id, load_tokenizer
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
 from oa_train.training.data import TaskData
@@ -39,9 +40,9 @@ class FrozenModelModule(lightning.LightningModule):
         bos_token_id: token that is never ablated at the first position.
     """
 
-    def __init__(self, lm: LMSpec | None, seed: int) -> None:
+    def __init__(self, lm: LMSpec, seed: int) -> None:
         super().__init__()
-        self.lm = lm if lm is not None else LMSpec()
+        self.lm = lm
         self.seed = seed
         self.frozen: CausalLM = load_model(self.lm)
         self.dimensions = Dimensions.of(self.frozen.config)
@@ -101,17 +102,31 @@ class FrozenModelModule(lightning.LightningModule):
         """Say what the checkpoint is of; refuse to write one that is not finite."""
         self.check_finite(self.named_trainables(), "The trained tensors")
         checkpoint[IDENTITY_KEY] = {
-            "identity": self._identity(),
+            "identity": self._identity() | {"task": self.data.task.describe()},
             "settings": self.settings(),
             "versions": versions(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, these components and this task, and is complete."""
+        attached = self._trainer is not None and isinstance(getattr(self.trainer, "datamodule", None), TaskData)
+        self.check_checkpoint(checkpoint, self.data.task if attached else None)
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
+        """Check that a checkpoint can be loaded into this module.
+
+        Args:
+            checkpoint: what was read.
+            task: the task that it must be of; None leaves that open.
+
+        Raises:
+            CheckpointError: it is of another model, component set, mask distribution or task, or is incomplete.
+        """
         stored = checkpoint.get(IDENTITY_KEY)
         if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
             raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
-        check_identity(stored["identity"], self._identity())
+        expected_identity = self._identity() | ({"task": task.describe()} if task is not None else {})
+        check_identity(stored["identity"], expected_identity)
         given, expected = set(checkpoint["state_dict"]), set(self.state_dict())
         if given != expected:
             raise CheckpointError(
@@ -120,11 +135,9 @@ class FrozenModelModule(lightning.LightningModule):
             )
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that it is loaded into."""
-        attached = self._trainer is not None and getattr(self.trainer, "datamodule", None) is not None
-        task = {"task": self.data.task.describe()} if attached else {}
+        """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
         model = {"fingerprint": self.fingerprint, "n_layers": self.components.n_layers}
-        return {"module": type(self).__name__, "model": model, **self.describe(), **task}
+        return {"module": type(self).__name__, "model": model, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

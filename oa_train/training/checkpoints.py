@@ -58,9 +58,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as problem:
-        first = str(problem).strip().split("\n")[0]
         raise CheckpointError(
-            f"{path} is truncated, damaged or no checkpoint: {first}\nExpected a file that `oa-train fit` wrote "
+            f"{path} is truncated, damaged, or no checkpoint at all.\nExpected a file that `oa-train fit` wrote "
             f"(checkpoints/best.ckpt or checkpoints/last.ckpt of a run). {_others(path)}".rstrip()
         ) from problem
     if not isinstance(checkpoint, dict) or IDENTITY_KEY not in checkpoint or "state_dict" not in checkpoint:
@@ -80,17 +79,19 @@ def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
     Raises:
         CheckpointError: they differ; every difference is listed.
     """
-    differences = [
-        f"  {name}: the checkpoint has {given.get(name)}, this configuration {expected[name]}"
-        for name in expected
-        if given.get(name) != expected[name]
-    ]
+    differences = [line for name in expected for line in _differences(name, given.get(name), expected[name])]
     if differences:
         raise CheckpointError(
             "The checkpoint belongs to another experiment:\n"
-            + "\n".join(differences)
+            + "\n".join(f"  {line}" for line in differences)
             + "\nResume with the configuration it was made with (config.yaml in its run folder)."
         )
+
+
+def _differences(name: str, given: Any, expected: Any) -> list[str]:
+    if isinstance(given, Mapping) and isinstance(expected, Mapping):
+        return [line for key in expected for line in _differences(f"{name}.{key}", given.get(key), expected[key])]
+    return [] if given == expected else [f"{name}: the checkpoint has {given}, this configuration {expected}"]
 
 
 def _others(path: Path) -> str:

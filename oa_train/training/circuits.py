@@ -1,6 +1,6 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
@@ -19,7 +19,7 @@ from oa_train.masks.penalties import SizePenalty
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.behaviour import is_correct, logit_difference
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.base import FrozenModelModule
@@ -41,8 +41,8 @@ class CircuitModule(FrozenModelModule):
         ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean` or `zero`.
         positions: size of the constants' table; 1 gives each component one constant, P gives it one for each of the
             first P - 1 positions after the beginning and one for all later ones.
-        components: shell patterns of the components that may be ablated (`a*.h*`, `m*`, `!m0`); the others are
-            always kept.
+        components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
+            the others are always kept.
         masks: distribution of the masks.
         penalty: price of a kept component in nats.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
@@ -58,11 +58,11 @@ class CircuitModule(FrozenModelModule):
     def __init__(
         self,
         *,
-        lm: LMSpec | None = None,
+        lm: LMSpec = BUILT_IN,
         seed: int = 0,
         ablation: AblationKind = "optimal",
         positions: int = 1,
-        components: Sequence[str] = ("*",),
+        components: str | list[str] = "*",
         masks: Callable[[int], MaskDistribution] = UniformGradientSampling,
         penalty: float = 0.05,
         samples_per_prompt: int = 4,
@@ -83,7 +83,7 @@ class CircuitModule(FrozenModelModule):
         self.samples_per_prompt = samples_per_prompt
         self.mask_learning_rate = mask_learning_rate
         self.constants_learning_rate = constants_learning_rate
-        self.selected = self.components.select(components)
+        self.selected = self.components.select([components] if isinstance(components, str) else components)
         self.masks = masks(len(self.selected))
         start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
         self.constants = TrainableConstants([start]).requires_grad_(ablation == "optimal")
