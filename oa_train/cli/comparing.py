@@ -65,21 +65,21 @@ def _parser() -> ExplainingParser:
 
 
 def _show(compared: Compared, circuit: Circuit) -> None:
-    table = Table(title="KL divergence from the clean model in nats, mean [95 % interval]", title_justify="left")
-    for column in ("ablated", "ablation", "KL", "accuracy", "logit difference", "KL minus optimal"):
-        table.add_column(column, justify="left" if column in ("ablated", "ablation") else "right")
+    table = Table(title="KL divergence from the clean model in nats, mean ± 95 % interval", title_justify="left")
+    for column in ("ablated", "ablation", "KL", "KL minus optimal", "accuracy", "logit diff."):
+        table.add_column(column, justify="left" if column in ("ablated", "ablation") else "right", no_wrap=True)
     previous = None
     for row in compared.rows:
-        name = "outside the circuit" if row.component == "circuit" else row.component
+        name = "all others" if row.component == "circuit" else row.component
         if previous not in (None, name):
             table.add_section()
         table.add_row(
             name if name != previous else "",
             row.ablation,
             estimate_cell(row.figures["kl"]),
-            f"{row.figures['accuracy'].mean:.3f}",
-            f"{row.figures['logit_difference'].mean:.3f}",
             "" if row.ablation == "optimal" else estimate_cell(row.difference_to_optimal["kl"]),
+            f"{row.figures['accuracy'].mean:.3f}",
+            f"{row.figures['logit_difference'].mean:.2f}",
         )
         previous = name
     console.print(table)

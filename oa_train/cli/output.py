@@ -19,16 +19,15 @@ def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
 
 
 def estimate_cell(value: Estimate) -> str:
-    """A mean with its 95 % interval."""
-    return f"{value.mean:.4g} [{value.ci95[0]:.4g}, {value.ci95[1]:.4g}]"
+    """A mean with half the width of its 95 % interval."""
+    return f"{value.mean:.4g} ± {value.ci95[1] - value.mean:.2g}"
 
 
 def metrics_table(title: str, metrics: Mapping[str, Estimate]) -> Table:
     """Figures of one thing, a row each."""
     table = Table(title=title, title_justify="left")
     table.add_column("figure")
-    table.add_column("mean [95 % interval]", justify="right")
-    table.add_column("standard error", justify="right")
+    table.add_column("mean ± 95 % interval", justify="right")
     for name, value in metrics.items():
-        table.add_row(name, estimate_cell(value), f"{value.stderr:.2g}")
+        table.add_row(name, estimate_cell(value))
     return table

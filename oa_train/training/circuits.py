@@ -154,16 +154,33 @@ class CircuitModule(FrozenModelModule):
         kept = torch.ones(n_rows, len(self.components), device=drawn.device, dtype=drawn.dtype)
         return kept.masked_scatter(self.selection, drawn)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """KL divergence under sampled masks plus the penalty."""
-        with torch.no_grad():
-            clean = scored_logits(self.frozen, batch)
+    @torch.no_grad()
+    def clean_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+        """What the unablated model predicts."""
+        return scored_logits(self.frozen, batch)
+
+    def masked_loss(
+        self, batch: Batch, clean: Float[Tensor, "batch vocabulary"], *key: int | str
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """KL divergence under sampled masks, and the penalty; their sum is what training minimises.
+
+        Args:
+            batch: prompts.
+            clean: what the unablated model predicts for them.
+            *key: names the mask samples (see `sample_masks`).
+        """
         rows = batch.repeat(self.samples_per_prompt)
-        mask = self.sample_masks(len(rows), self.global_rank, self.current_epoch, batch_idx)
+        mask = self.sample_masks(len(rows), *key)
         replacements = self.constants.sets()[0].replacements(rows)
         logits = node_logits(self.frozen, rows, mask, replacements, self.bos_token_id)
         kl = kl_divergence(clean.repeat(self.samples_per_prompt, 1), logits).mean()
-        penalty = self.penalty(self.masks)
+        return kl, self.penalty(self.masks)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step; see `masked_loss`."""
+        kl, penalty = self.masked_loss(
+            batch, self.clean_logits(batch), self.global_rank, self.current_epoch, batch_idx
+        )
         loss: Tensor = kl + penalty
         self.check_finite({"train/kl": kl.detach(), "train/penalty": penalty.detach()}, "Parts of the loss")
         size = self.masks.expected_size().detach() + len(self.components) - len(self.selected)
@@ -201,7 +218,7 @@ class CircuitModule(FrozenModelModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         mask = self.circuit_mask()
-        clean = scored_logits(self.frozen, batch)
+        clean = self.clean_logits(batch)
         replacements = self.constants.sets()[0].replacements(batch)
         logits = node_logits(self.frozen, batch, mask.float().expand(len(batch), -1), replacements, self.bos_token_id)
         figures = {

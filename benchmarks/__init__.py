@@ -1,0 +1,1 @@
+"""Timings, side by side; see each module for what it measures."""
