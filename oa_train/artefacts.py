@@ -74,7 +74,8 @@ def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
     """
     if folder.exists():
         raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
-    blob = save_safetensors({name: t.detach().cpu().contiguous() for name, t in artefact.tensors.items()})
+    # Copies, because safetensors refuses tensors that share memory.
+    blob = save_safetensors({name: t.detach().cpu().clone().contiguous() for name, t in artefact.tensors.items()})
     document = {
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
@@ -89,8 +90,9 @@ def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
         try:
             temporary.chmod(0o755)
             write_synced(temporary / TENSOR_FILE, blob)
-            write_synced(temporary / HEADER_FILE, json.dumps(document, indent=2).encode())
+            write_synced(temporary / HEADER_FILE, json.dumps(document, indent=2, allow_nan=False).encode())
             temporary.rename(folder)
+            _sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -116,7 +118,7 @@ def load_artefact(folder: Path, kind: str) -> Artefact:
             raise ArtefactError(f"{folder / TENSOR_FILE} is damaged: its checksum is not the one in {HEADER_FILE}.")
         return Artefact(document["header"], load_safetensors(blob))
     except (OSError, KeyError, SafetensorError) as problem:
-        raise ArtefactError(f"{folder} is damaged: {problem!r}") from problem
+        raise ArtefactError(f"{folder} is damaged: {type(problem).__name__}: {problem}") from problem
 
 
 def _read_header(folder: Path, kind: str) -> dict[str, Any]:
@@ -130,6 +132,8 @@ def _read_header(folder: Path, kind: str) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("kind") != kind:
         given = document.get("kind") if isinstance(document, dict) else type(document).__name__
         raise ArtefactError(f"{folder} holds {given!r}; expected {kind!r}.")
+    if not isinstance(document.get("header"), dict):
+        raise ArtefactError(f"{path} is damaged: its header is not a JSON object, so this is not a {kind}.")
     if document.get("schema_version") != SCHEMA_VERSION:
         raise ArtefactError(
             f"{folder} has schema version {document.get('schema_version')}; this version of oa_train reads "

@@ -1,13 +1,18 @@
 """Small real models and batches for the tests: random weights, true configurations, no download."""
 
+from pathlib import Path
+from typing import Any
+
+import lightning
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from oa_train.ablations.base import Replacements
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.models.families import Dimensions
-from oa_train.models.loading import CausalLM, freeze
+from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
+from oa_train.tasks import IOI
 
 BOS, PAD = 1, 0
 VOCABULARY = 37
@@ -36,7 +41,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name or "ln_" in name and name.endswith("weight") else 0.0
+            centre = 1.0 if "norm" in name or ("ln_" in name and name.endswith("weight")) else 0.0
             torch.nn.init.normal_(parameter, mean=centre, std=0.25)
     return freeze(model)
 
@@ -93,3 +98,36 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     """Float64 masks of which about a quarter each is exactly 0 and exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
+
+
+def save_language_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> LMSpec:
+    """A tiny random model of a family in a folder, with the built-in model's tokenizer and its vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(builtin_models()["tiny"])
+    sizes = TINY_CONFIGS[family] | {("n_positions" if family == "gpt2" else "max_position_embeddings"): 64}
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return LMSpec(str(folder))
+
+
+def small_ioi(**changes: Any) -> IOI:
+    """The built-in model's task with few prompts."""
+    return IOI(
+        **({"batch_size": 4, "batches_per_epoch": 5, "n_validation": 16, "n_test": 32, "n_means": 32} | changes)
+    )
+
+
+def quiet_trainer(**changes: Any) -> lightning.Trainer:
+    """A trainer that logs nothing and shows nothing."""
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "accelerator": "cpu",
+    }
+    return lightning.Trainer(**(silent | changes))

@@ -1,10 +1,14 @@
 """One fixture makes a tiny random model of every supported family."""
 
 import pytest
+import torch
 
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import CausalLM
 from tests.builders import tiny_model
+
+# The models are so small that a second thread costs more than it saves, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))

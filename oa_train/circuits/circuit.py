@@ -81,12 +81,14 @@ class Circuit:
         """
         artefact = load_artefact(folder, "circuit")
         try:
-            header = artefact.header
+            header, mask = artefact.header, artefact.tensors["mask"]
             components = Components(header["n_layers"], header["n_heads"])
             circuit = cls(components, tuple(header["nodes"]), artefact.tensors.get("scores"), header["provenance"])
         except (KeyError, TypeError) as problem:
             raise ArtefactError(f"{folder} is not a circuit: {problem}") from problem
-        if not torch.equal(circuit.mask, artefact.tensors["mask"]):
+        if circuit.scores is not None and circuit.scores.shape != mask.shape:
+            raise ArtefactError(f"{folder} contradicts itself: it has {len(mask)} components and other scores.")
+        if not torch.equal(circuit.mask, mask):
             raise ArtefactError(f"{folder} contradicts itself: names and mask name different components.")
         return circuit
 

@@ -27,7 +27,7 @@ def keep_probability_map(probabilities: np.ndarray, n_heads: int, threshold: flo
     axes.set_yticks(range(n_layers), [str(layer) for layer in range(n_layers)], fontsize=FONT_SIZE - 1)
     axes.set_ylabel("layer", fontsize=FONT_SIZE)
     for layer, column in np.argwhere(table > threshold):
-        axes.add_patch(_frame(column, layer))
+        axes.add_patch(_frame(int(column), int(layer)))
     if table.size <= MOST_LABELLED:
         for layer in range(n_layers):
             for column in range(n_heads + 1):

@@ -69,6 +69,13 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
         counted = attention_mask.long().cumsum(dim=1) - 1
         return tokens, counted[:, seen : seen + tokens.shape[1]].clamp(min=0)
+    positions = arguments.get("position_ids")
+    if isinstance(positions, Tensor):  # a static cache brings a mask of four dimensions; its positions still count
+        return tokens, positions.expand(len(tokens), -1)
+    if attention_mask is not None:
+        raise ConfigurationError(
+            "Inside `ablated` an attention mask has two dimensions, [row, position], unless position_ids are given."
+        )
     columns = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
     return tokens, columns.expand(len(tokens), -1)
 

@@ -80,6 +80,6 @@ class UniformGradientSampling(MaskDistribution):
         # The loss averages over all rows, and only rows inside the window carry gradient: weighting them by
         # rows / rows inside makes their sum the mean over the window.
         empirical = self.count_normalization == "empirical"
-        weight = n_rows / inside.sum(dim=0).clamp(min=1) if empirical else 1 / window
+        weight = n_rows / inside.sum(dim=0).clamp(min=1).to(theta.dtype) if empirical else 1 / window
         # The bracket is zero: the value stays the mask, the gradient is the weight at entries inside the window.
         return mask + weight * inside * (theta - fixed)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any
 
 import lightning
 import torch
@@ -60,7 +60,7 @@ class FrozenModelModule(lightning.LightningModule):
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "FrozenModelModule":
         """Switch to training mode; the frozen model stays in evaluation mode."""
         super().train(mode)
         self.frozen.eval()

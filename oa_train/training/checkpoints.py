@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}. {_others(path)}".rstrip())
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            # Torch warns about what it finds in files that are no checkpoints, and then refuses them.
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as problem:
         raise CheckpointError(
             f"{path} is truncated, damaged, or no checkpoint at all.\nExpected a file that `oa-train fit` wrote "

@@ -9,7 +9,7 @@ import torch
 
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.tasks import IOI, GreaterThan, Induction, Prompt, Stream, Task
 from oa_train.tasks.base import check_choice, stream_of
 
@@ -22,7 +22,7 @@ class Fixed(Task):
 
     name = "fixed"
 
-    def __init__(self, *prompts: Prompt, lm: LMSpec | None = None) -> None:
+    def __init__(self, *prompts: Prompt, lm: LMSpec = BUILT_IN) -> None:
         super().__init__(lm=lm)
         self.prompts = prompts
 

@@ -1,0 +1,145 @@
+"""Figures say what they show, for models of every size, and leave matplotlib as it was."""
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from oa_train.figures.circuits import circuit_drawing
+from oa_train.figures.comparison import SMALLEST_KL, Interval, comparison_figure
+from oa_train.figures.maps import keep_probability_map
+from oa_train.figures.style import ABLATION_COLOURS, KEPT, save_figure
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def global_state():
+    """No figure may change matplotlib's settings."""
+    before = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == before
+
+
+def saved(figure: Figure, folder) -> str:
+    """Save in both formats and return the SVG, in which every text stands as a comment."""
+    assert save_figure(figure, folder / "deep" / "figure.png").read_bytes().startswith(PNG)
+    svg = save_figure(figure, folder / "deep" / "figure.svg").read_text()
+    assert "<svg" in svg
+    return svg
+
+
+def texts(figure: Figure) -> list[str]:
+    found = [text.get_text() for axes in figure.axes for text in axes.texts]
+    return found + [axes.get_title() for axes in figure.axes] + [axes.get_title("left") for axes in figure.axes]
+
+
+def names_of(n_layers: int, n_heads: int) -> list[str]:
+    return [name for i in range(n_layers) for name in (*(f"a{i}.h{h}" for h in range(n_heads)), f"m{i}")]
+
+
+SIZES = [(1, 1), (3, 4), (12, 12), (16, 32)]
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads"), SIZES)
+def test_a_map_of_any_size(tmp_path, n_layers, n_heads):
+    probabilities = np.random.default_rng(0).random(n_layers * (n_heads + 1))
+    figure = keep_probability_map(probabilities, n_heads, 0.25)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [*(f"h{h}" for h in range(n_heads)), "MLP"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(layer) for layer in range(n_layers)]
+    table = np.asarray(axes.images[0].get_array())
+    np.testing.assert_array_equal(table.reshape(-1), probabilities)
+    svg = saved(figure, tmp_path)
+    assert "<!-- framed: above the threshold 0.25 -->" in svg
+    assert "<!-- MLP -->" in svg
+    assert f"<!-- h{n_heads - 1} -->" in svg
+    # Numbers stand in the cells as long as they can be read.
+    assert len(axes.texts) == (len(probabilities) if len(probabilities) <= 200 else 0)
+
+
+def test_a_map_frames_what_exceeds_the_threshold():
+    figure = keep_probability_map(np.array([0.9, 0.5, 0.1, 0.2, 0.51, 1.0]), 2, 0.5)
+    frames = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert sorted((frame.get_x() + 0.5, frame.get_y() + 0.5) for frame in frames) == [(0, 0), (1, 1), (2, 1)]
+    numbers = [text.get_text() for text in figure.axes[0].texts]
+    assert numbers == ["0.90", "0.50", "0.10", "0.20", "0.51", "1.00"]
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads"), SIZES[:3])
+def test_a_circuit_of_any_size(tmp_path, n_layers, n_heads):
+    names = names_of(n_layers, n_heads)
+    figure = circuit_drawing(n_layers, n_heads, names[::2], "the circuit of a task")
+    found = texts(figure)
+    assert "the circuit of a task" in found
+    assert sum(text == "MLP" for text in found) == n_layers
+    assert all(f"layer {layer}" in found for layer in range(n_layers))
+    assert sum(text == f"h{n_heads - 1}" for text in found) == n_layers
+    svg = saved(figure, tmp_path)
+    assert "<!-- the circuit of a task -->" in svg
+    assert f"<!-- layer {n_layers - 1} -->" in svg
+
+
+def test_a_circuit_fills_the_boxes_that_it_keeps():
+    figure = circuit_drawing(2, 2, {"a1.h0", "m0"}, "")
+    axes = figure.axes[0]
+    filled = []
+    for patch in axes.patches:
+        assert isinstance(patch, FancyBboxPatch)
+        if to_hex(patch.get_facecolor()) == KEPT.lower():
+            filled.append((patch.get_x() + patch.get_width() / 2, patch.get_y() + patch.get_height() / 2))
+    # Head 0 of layer 1, and the MLP of layer 0 to the right of its two heads.
+    np.testing.assert_allclose(sorted(filled), [(0, 1), (2.5, 0)], atol=1e-12)
+    assert len(axes.patches) == 6
+
+
+@pytest.mark.parametrize("kept", [(), names_of(2, 2)])
+def test_the_empty_and_the_whole_circuit_are_drawn(kept):
+    figure = circuit_drawing(2, 2, kept, "")
+    filled = [to_hex(patch.get_facecolor()) == KEPT.lower() for patch in figure.axes[0].patches]
+    assert filled == [bool(kept)] * 6
+
+
+def intervals(n: int, scale: float) -> list[Interval]:
+    return [Interval(scale * (i + 1), scale * (i + 0.5), scale * (i + 2)) for i in range(n)]
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads"), SIZES[:3])
+def test_a_comparison_of_any_size(tmp_path, n_layers, n_heads):
+    names = names_of(n_layers, n_heads)
+    circuit = {kind: Interval(x, x / 2, 2 * x) for kind, x in (("optimal", 0.01), ("mean", 0.1), ("zero", 1.0))}
+    components = {kind: intervals(len(names), x) for kind, x in (("optimal", 1e-3), ("mean", 1e-2), ("zero", 0.1))}
+    figure = comparison_figure(circuit, components, names, "three ablations")
+    upper, lower = figure.axes
+    assert [label.get_text() for label in lower.get_yticklabels()] == names
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["optimal", "mean", "zero"]
+    assert lower.get_xscale() == upper.get_xscale() == "log"
+    svg = saved(figure, tmp_path)
+    for words in ("three ablations", "KL divergence from the clean model (nats)", names[0], names[-1], "optimal"):
+        assert f"<!-- {words} -->" in svg
+
+
+def test_points_stand_at_their_means_in_their_colours():
+    components = {"optimal": intervals(3, 0.01), "zero": intervals(3, 0.1)}
+    circuit = {"optimal": Interval(0.5, 0.4, 0.7), "zero": Interval(2.0, 1.0, 3.0)}
+    upper, lower = comparison_figure(circuit, components, ["a0.h0", "a0.h1", "m0"], "").axes
+    for axes, drawn in ((upper, {kind: [one] for kind, one in circuit.items()}), (lower, components)):
+        for container, (kind, wanted) in zip(axes.containers, drawn.items(), strict=True):
+            points, _, (bars,) = container.lines
+            np.testing.assert_allclose(points.get_xdata(), [interval.mean for interval in wanted])
+            np.testing.assert_allclose(np.round(points.get_ydata()), range(len(wanted)))
+            ends = [(segment[0, 0], segment[1, 0]) for segment in bars.get_segments()]
+            np.testing.assert_allclose(ends, [(interval.low, interval.high) for interval in wanted])
+            assert points.get_color() == ABLATION_COLOURS[kind]
+    # The first component stands on top.
+    assert lower.get_ylim()[0] > lower.get_ylim()[1]
+
+
+def test_divergences_of_zero_and_below_are_drawn_at_the_edge(tmp_path):
+    none = Interval(0.0, -1e-3, 1e-3)
+    figure = comparison_figure({"mean": none}, {"mean": [none]}, ["m0"], "")
+    points = figure.axes[1].containers[0].lines[0]
+    assert points.get_xdata().tolist() == [SMALLEST_KL]
+    saved(figure, tmp_path)

@@ -1,0 +1,93 @@
+"""The family table, and the parts that it leads to."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from oa_train.errors import ModelError
+from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts
+from tests.builders import TINY_CONFIGS, VOCABULARY, tiny_model
+
+
+def test_every_family_stands_under_its_own_name():
+    assert all(check_family(name).model_type == name for name in FAMILIES)
+    assert {"gpt2", "llama"} <= FAMILIES.keys() == TINY_CONFIGS.keys()
+
+
+@pytest.mark.parametrize(("name", "words"), [("bloom", "Valid names: .*gpt2.*llama"), ("gpt3", "Did you mean gpt2")])
+def test_another_family_is_refused_with_those_that_there_are(name, words):
+    with pytest.raises(ModelError, match=f"'{name}' are not supported. {words}") as caught:
+        check_family(name)
+    assert "families.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "expected"),
+    [
+        ("gpt2", {"n_layer": 5, "n_head": 3, "n_embd": 12}, (5, 3, 4, 12)),
+        (
+            "llama",
+            {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "head_dim": 12},
+            (2, 4, 12, 32),
+        ),
+        ("llama", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, (2, 4, 8, 32)),
+    ],
+)
+def test_sizes_are_read_from_the_configuration(family, options, expected):
+    assert Dimensions.of(AutoConfig.for_model(family, **options)) == Dimensions(*expected)
+
+
+def test_a_head_width_of_none_is_the_share_of_the_model():
+    config = SimpleNamespace(num_attention_heads=4, hidden_size=32, head_dim=None, num_hidden_layers=1)
+    assert Dimensions.of(config).d_head == 8
+
+
+def test_parts_have_the_sizes_of_the_configuration(any_model):
+    parts = find_parts(any_model)
+    sizes = parts.dimensions
+    assert (sizes.n_layers, sizes.n_heads, sizes.d_model) == (3, 4, 32)
+    assert sizes.d_head == {"gpt2": 8, "llama": 12}[any_model.config.model_type]
+    assert len(set(parts.attention_outputs)) == len(set(parts.mlps)) == 3
+    heads = torch.randn(2, 5, sizes.n_heads * sizes.d_head, dtype=torch.float64)
+    residual = torch.randn(2, 5, sizes.d_model, dtype=torch.float64)
+    for projection, mlp in zip(parts.attention_outputs, parts.mlps, strict=True):
+        assert projection(heads).shape == mlp(residual).shape == (2, 5, sizes.d_model)
+    assert parts.unembedding(residual).shape == (2, 5, VOCABULARY)
+
+
+def test_parts_stand_in_the_order_of_the_layers(any_model):
+    parts = find_parts(any_model)
+    called = []
+    modules = [module for pair in zip(parts.attention_outputs, parts.mlps, strict=True) for module in pair]
+    modules.append(parts.unembedding)
+    handles = [module.register_forward_hook(lambda module, *_: called.append(module)) for module in modules]
+    any_model(input_ids=torch.tensor([[1, 5, 6]]))
+    for handle in handles:
+        handle.remove()
+    assert [id(module) for module in called] == [id(module) for module in modules]
+
+
+@pytest.mark.parametrize("n_layers", [2, 4])
+def test_another_number_of_blocks_is_refused(n_layers):
+    model = tiny_model("llama")
+    model.config.num_hidden_layers = n_layers
+    with pytest.raises(ModelError, match=f"names {n_layers} layers, the model has 3"):
+        find_parts(model)
+
+
+@pytest.mark.parametrize("path", ["model.layers", "model.layers.1.self_attn.o_proj", "model.layers.2.mlp"])
+def test_a_model_that_is_built_otherwise_is_refused(path):
+    model = copy.deepcopy(tiny_model("llama"))
+    parent, _, name = path.rpartition(".")
+    delattr(model.get_submodule(parent), name)
+    with pytest.raises(ModelError, match=f"llama model is not built as its entry .*{name}"):
+        find_parts(model)
+
+
+def test_a_model_of_another_family_is_refused():
+    model = SimpleNamespace(config=SimpleNamespace(model_type="bloom"))
+    with pytest.raises(ModelError, match="'bloom'"):
+        find_parts(model)

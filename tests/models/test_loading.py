@@ -1,0 +1,193 @@
+"""Loading real folders: what comes back, and what is said when it cannot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from oa_train.errors import ConfigurationError, ModelError
+from oa_train.models.loading import LMSpec, builtin_models, fingerprint, freeze, load_config, load_model
+from tests.builders import tiny_model
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def saved(request, tmp_path_factory) -> Path:
+    """A folder with a float32 model; shared, so tests that damage it copy it first."""
+    folder = tmp_path_factory.mktemp(request.param) / "model"
+    tiny_model(request.param, torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+@pytest.fixture
+def unchecked():
+    """Lets values past the type checker of the tests, as they are let past in use."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def refused(spec: LMSpec) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(spec)
+    assert caught.value.exit_status == 2
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_wrong_options_are_refused_by_name():
+    with pytest.raises(ConfigurationError, match=r"lm\.dtype is 'float31'\. Did you mean .*float32"):
+        LMSpec(dtype="float31")
+    with pytest.raises(ConfigurationError, match=r"lm\.bos is 'never'; expected auto or none"):
+        LMSpec(bos="never")
+
+
+def test_the_built_in_model_is_loaded_frozen():
+    assert "tiny" in builtin_models()
+    model = load_model(LMSpec())
+    assert model.config.model_type == "gpt2"
+    assert (model.config.n_layer, model.config.n_head) == (3, 4)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_a_local_folder_is_loaded_in_the_type_that_is_asked_for(saved, dtype):
+    model = load_model(LMSpec(str(saved), dtype=dtype))
+    wanted = getattr(torch, dtype)
+    original = dict(tiny_model(model.config.model_type, torch.float32).named_parameters())
+    found = dict(model.named_parameters())
+    assert found.keys() == original.keys()
+    for name, parameter in found.items():
+        assert parameter.dtype == wanted
+        assert torch.equal(parameter, original[name].to(wanted))
+        assert not parameter.requires_grad
+    assert not any(module.training for module in model.modules())
+    tokens = torch.tensor([[1, 5, 6, 7]])
+    assert torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_a_relative_folder_is_loaded(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert load_model(LMSpec("./model")).config.model_type == load_config(LMSpec("model")).model_type
+
+
+def test_the_attention_back_end_is_the_one_that_is_asked_for(saved):
+    assert load_model(LMSpec(str(saved), attn_implementation="eager")).config._attn_implementation == "eager"
+    assert "nonsense" in refused(LMSpec(str(saved), attn_implementation="nonsense"))
+
+
+def test_freeze_stops_dropout_and_gradients():
+    model = tiny_model("gpt2")
+    model.train().requires_grad_(True)
+    assert freeze(model) is model
+    assert not any(module.training for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_type(saved):
+    found = {dtype: fingerprint(load_model(LMSpec(str(saved), dtype=dtype))) for dtype in ("float32", "bfloat16")}
+    assert found["float32"] == found["bfloat16"]
+    assert len(found["float32"]) == 16
+    int(found["float32"], 16)
+
+
+def test_a_fingerprint_changes_with_any_tensor():
+    model = tiny_model("llama")
+    seen = {fingerprint(model), fingerprint(tiny_model("llama", seed=1)), fingerprint(tiny_model("gpt2"))}
+    assert len(seen) == 3
+    assert fingerprint(tiny_model("llama")) in seen
+    for _, parameter in model.named_parameters():
+        first = parameter.view(-1)[0].clone()
+        parameter.view(-1)[0] += 1
+        assert fingerprint(model) not in seen
+        parameter.view(-1)[0] = first
+    assert fingerprint(model) in seen
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path):
+    message = refused(LMSpec(str(tmp_path / "nothing")))
+    assert str(tmp_path / "nothing") in message
+    assert "does not exist" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("name", ["./nothing", "../nothing", "~/nothing-here", "a/b/c"])
+def test_what_looks_like_a_path_is_never_sought_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "does not exist" in refused(LMSpec(name))
+
+
+def test_a_folder_without_a_configuration_is_named(damaged):
+    (damaged / "config.json").unlink()
+    assert "has no config.json" in refused(LMSpec(str(damaged)))
+
+
+def test_a_family_that_is_not_supported_is_named(damaged):
+    (damaged / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    message = refused(LMSpec(str(damaged)))
+    assert "'bloom'" in message
+    assert "gpt2" in message
+    assert "llama" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model_type": "no such family"}', ""])
+def test_a_damaged_configuration_is_refused(damaged, content):
+    (damaged / "config.json").write_text(content)
+    message = refused(LMSpec(str(damaged)))
+    assert str(damaged) in message or "family" in message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.5, 0.99])
+def test_truncated_weights_are_refused(damaged, share):
+    content = (damaged / WEIGHTS).read_bytes()
+    (damaged / WEIGHTS).write_bytes(content[: int(len(content) * share)])
+    assert str(damaged) in refused(LMSpec(str(damaged)))
+
+
+def test_missing_weights_are_refused(damaged):
+    (damaged / WEIGHTS).unlink()
+    assert str(damaged) in refused(LMSpec(str(damaged)))
+
+
+def test_weights_that_lack_a_tensor_are_refused(damaged):
+    tensors = load_file(damaged / WEIGHTS)
+    gone = next(name for name in sorted(tensors) if ".1." in name)
+    del tensors[gone]
+    save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
+    message = refused(LMSpec(str(damaged)))
+    assert "lack 1 tensor" in message
+    assert gone.rsplit(".", 1)[0] in message
+
+
+def test_weights_of_another_shape_are_refused(damaged):
+    tensors = load_file(damaged / WEIGHTS)
+    name = next(name for name in sorted(tensors) if "mlp" in name and tensors[name].dim() == 2)
+    tensors[name] = tensors[name][:-1].contiguous()
+    save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
+    assert str(damaged) in refused(LMSpec(str(damaged)))
+
+
+def test_an_unknown_name_suggests_what_is_near(monkeypatch):
+    def no_network(*_, **__):
+        pytest.fail("the network was reached for")
+
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    message = refused(LMSpec("tinny", local_files_only=True))
+    assert "'tinny' cannot be loaded" in message
+    assert "Did you mean tiny?" in message
+    message = refused(LMSpec("nobody/there-is-no-such-model", local_files_only=True))
+    assert "built-in name (" in message
+    assert "tiny" in message
+    assert "Did you mean" not in message

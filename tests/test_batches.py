@@ -1,0 +1,88 @@
+"""The batch: positions, tiling, rows and counterfactuals by hand."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from oa_train.batches import Batch
+from tests.builders import batch_of
+
+ROWS = [[1, 7, 8, 9], [1, 5]]
+
+
+def full_batch(side: str = "right") -> Batch:
+    """A batch in which every field has values of its own."""
+    batch = batch_of(ROWS, side)
+    return replace(
+        batch,
+        answers=torch.tensor([[5, -1], [6, 7]]),
+        distractors=torch.tensor([[8], [9]]),
+        counterfactual_tokens=batch.tokens + 10,
+        example_ids=torch.tensor([40, 41]),
+    )
+
+
+def tensors_of(batch: Batch) -> dict[str, torch.Tensor]:
+    found = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def test_positions_count_from_the_first_real_token():
+    assert batch_of(ROWS, "right").positions.tolist() == [[0, 1, 2, 3], [0, 1, 1, 1]]
+    assert batch_of(ROWS, "left").positions.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+    assert batch_of(ROWS, "left", 6).positions.tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 0, 1]]
+
+
+def test_length_is_the_number_of_prompts():
+    assert len(full_batch()) == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_repeat_tiles_whole_batches(side):
+    batch = full_batch(side)
+    tiled = batch.repeat(3)
+    assert len(tiled) == 6
+    assert tiled.example_ids.tolist() == [40, 41, 40, 41, 40, 41]
+    assert len(tensors_of(tiled)) == 7
+    for name, tensor in tensors_of(tiled).items():
+        for sample in range(3):
+            for row in range(2):
+                assert torch.equal(tensor[sample * 2 + row], tensors_of(batch)[name][row])
+    assert tiled.padded is batch.padded
+
+
+def test_repeating_once_is_the_batch_itself():
+    batch = full_batch()
+    assert batch.repeat(1) is batch
+
+
+def test_rows_are_taken_from_every_field():
+    second = full_batch().rows(slice(1, 2))
+    assert second.tokens.tolist() == [[1, 5, 0, 0]]
+    assert second.attention_mask.tolist() == [[True, True, False, False]]
+    assert second.scored.tolist() == [1]
+    assert second.answers.tolist() == [[6, 7]]
+    assert second.distractors.tolist() == [[9]]
+    assert second.counterfactual_tokens.tolist() == [[11, 15, 10, 10]]
+    assert second.example_ids.tolist() == [41]
+    assert second.padded
+
+
+def test_to_moves_every_tensor():
+    moved = full_batch().to("meta")
+    assert len(tensors_of(moved)) == 7
+    assert {tensor.device.type for tensor in tensors_of(moved).values()} == {"meta"}
+    without = replace(full_batch(), counterfactual_tokens=None).to("meta")
+    assert without.counterfactual_tokens is None
+
+
+def test_counterfactual_takes_the_place_of_the_prompts():
+    batch = full_batch()
+    other = batch.counterfactual()
+    assert torch.equal(other.tokens, batch.tokens + 10)
+    assert other.counterfactual_tokens is None
+    assert torch.equal(other.positions, batch.positions)
+    assert torch.equal(other.answers, batch.answers)
+    with pytest.raises(ValueError, match="no counterfactuals"):
+        other.counterfactual()

@@ -1,0 +1,219 @@
+"""Training circuits: what is trained, what is not, and that a resume changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
+from oa_train.models.families import FAMILIES
+from oa_train.models.loading import LMSpec
+from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
+from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.data import TaskData
+from tests.builders import quiet_trainer, save_language_model, small_ioi
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def any_lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LMSpec:
+    return save_language_model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def train(folder: Path, max_steps: int, resume: Path | None = None, **changes) -> CircuitModule:
+    trainer_options = {key: changes.pop(key) for key in ("accumulate_grad_batches",) if key in changes}
+    module = CircuitModule(**changes)
+    trainer = quiet_trainer(
+        max_steps=max_steps,
+        enable_checkpointing=True,
+        plugins=[WholeFileCheckpointIO()],
+        callbacks=[BestCheckpoint(folder), LastCheckpoint(folder, every_n_steps=1)],
+        **trainer_options,
+    )
+    trainer.fit(module, datamodule=TaskData(small_ioi()), ckpt_path=None if resume is None else str(resume))
+    return module
+
+
+def test_training_moves_masks_and_constants_and_nothing_else(any_lm):
+    task = small_ioi(lm=any_lm)
+    module = CircuitModule(lm=any_lm, samples_per_prompt=2)
+    frozen = {name: tensor.clone() for name, tensor in module.frozen.state_dict().items()}
+    trainer = quiet_trainer(max_steps=5)
+    trainer.fit(module, datamodule=TaskData(task))
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert (module.masks.logits != 1.0).any()
+    assert module.constants.heads.abs().sum() > 0
+    for name, tensor in module.frozen.state_dict().items():
+        assert torch.equal(tensor, frozen[name])
+    assert not module.frozen.training
+    assert all(parameter.grad is None for parameter in module.frozen.parameters())
+    assert set(module.state_dict()) == {"masks.logits", "constants.heads", "constants.mlps", "constants_started"}
+
+
+def test_training_lowers_the_loss_and_separates_components():
+    module = CircuitModule(penalty=0.05)
+    trainer = quiet_trainer(max_steps=200)
+    trainer.fit(module, datamodule=TaskData(small_ioi(batch_size=16, batches_per_epoch=200)))
+    probability = module.keep_probability()
+    assert trainer.callback_metrics["val/kl"] < 0.2
+    assert probability.max() > 0.9
+    assert probability.min() < 0.1
+    assert 4 <= len(module.circuit()) <= 12
+
+
+def test_constants_start_at_the_means_of_the_means_stream():
+    from oa_train.interventions.activations import node_means
+
+    task = small_ioi()
+    module = CircuitModule(constants_learning_rate=1e-12, positions=3)
+    quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
+    means = node_means(module.frozen, task.batches("means", task.n_means, 8), task.bos_token_id).table(3)
+    torch.testing.assert_close(module.constants.sets()[0].heads, means.heads, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(module.constants.sets()[0].mlps, means.mlps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("ablation", ["mean", "zero"])
+def test_other_ablations_train_the_masks_alone(ablation):
+    module = CircuitModule(ablation=ablation)
+    quiet_trainer(max_steps=3).fit(module, datamodule=TaskData(small_ioi()))
+    assert [group["name"] for group in module.configure_optimizers().param_groups] == ["masks"]
+    assert bool(module.constants.heads.any()) == (ablation == "mean")
+    assert (module.masks.logits != 1.0).any()
+
+
+def test_two_parameter_groups_with_their_learning_rates():
+    module = CircuitModule(mask_learning_rate=0.3, constants_learning_rate=0.02)
+    groups = {group["name"]: group for group in module.configure_optimizers().param_groups}
+    assert groups["masks"]["lr"] == 0.3
+    assert groups["constants"]["lr"] == 0.02
+    trained = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in module.named_trainables().values())
+
+
+def test_components_that_are_not_selected_are_always_kept():
+    module = CircuitModule(components=["a*", "!a1.h2"])
+    masks = module.sample_masks(64, "test")
+    untouched = [module.components.index(name) for name in ("m0", "m1", "m2", "a1.h2")]
+    assert (masks[:, untouched] == 1).all()
+    assert (masks == 0).any(dim=0).sum() == 11
+    assert module.circuit_mask()[untouched].all()
+
+
+def test_mask_samples_depend_on_their_key_alone():
+    module = CircuitModule()
+    first = module.sample_masks(8, 0, 1, 2)
+    torch.rand(5)
+    module.sample_masks(3, "something else")
+    assert torch.equal(first, module.sample_masks(8, 0, 1, 2))
+    assert not torch.equal(first, module.sample_masks(8, 0, 1, 3))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, accumulate):
+    whole = train(tmp_path / "whole", 8, accumulate_grad_batches=accumulate)
+    for step in (1, 3, 5):  # in an epoch, in the next one, at the end of one
+        part = tmp_path / f"part{step}"
+        train(part, step, accumulate_grad_batches=accumulate)
+        resumed = train(tmp_path / f"rest{step}", 8, part / "last.ckpt", accumulate_grad_batches=accumulate)
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, resumed.state_dict()[name]), (step, name)
+        best = [read_checkpoint(tmp_path / name / "best.ckpt") for name in ("whole", f"rest{step}")]
+        assert best[0]["global_step"] == best[1]["global_step"]
+        for name, tensor in best[0]["state_dict"].items():
+            assert torch.equal(tensor, best[1]["state_dict"][name])
+
+
+def test_a_checkpoint_holds_the_trainables_and_plain_types_only(tmp_path):
+    train(tmp_path, 2)
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert set(checkpoint["state_dict"]) == {"masks.logits", "constants.heads", "constants.mlps", "constants_started"}
+    assert (tmp_path / "last.ckpt").stat().st_size < 100_000
+    assert not checkpoint.get("hyper_parameters")
+    assert checkpoint["oa_train"]["settings"]["penalty"] == 0.05
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"components": "a*"}, "components: the checkpoint has"),
+        ({"positions": 4}, "positions: the checkpoint has 1, this configuration 4"),
+        ({"ablation": "mean"}, "ablation: the checkpoint has optimal, this configuration mean"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, changes, said):
+    train(tmp_path / "first", 1)
+    with pytest.raises(CheckpointError, match=said):
+        train(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt", **changes)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    train(tmp_path / "first", 1)
+    other = save_language_model("gpt2", tmp_path / "other")
+    module = CircuitModule(lm=other)
+    with pytest.raises(CheckpointError, match=r"model\.fingerprint: the checkpoint has"):
+        module.check_checkpoint(read_checkpoint(tmp_path / "first" / "last.ckpt"), None)
+
+
+def test_an_incomplete_checkpoint_is_refused(tmp_path):
+    module = train(tmp_path, 1)
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    del checkpoint["state_dict"]["constants.mlps"]
+    with pytest.raises(CheckpointError, match=r"missing \['constants.mlps'\]"):
+        module.check_checkpoint(checkpoint, None)
+
+
+class Poison(Callback):
+    """Makes a constant infinite after some steps, as a learning rate that is far too high would."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 3:
+            pl_module.constants.mlps.data.fill_(float("nan"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(tmp_path):
+    trainer = quiet_trainer(
+        max_steps=8,
+        enable_checkpointing=True,
+        callbacks=[LastCheckpoint(tmp_path, 1), Poison()],
+        plugins=[WholeFileCheckpointIO()],
+    )
+    module = CircuitModule()
+    with pytest.raises(NotFiniteError, match="train/kl") as caught:
+        trainer.fit(module, datamodule=TaskData(small_ioi()))
+    assert caught.value.exit_status == 1
+    checkpoint = read_checkpoint(tmp_path / "last.ckpt")
+    assert checkpoint["global_step"] == 3
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):
+    module = train(tmp_path, 1)
+    module.masks.logits.data[2] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"masks\.logits"):
+        module.on_save_checkpoint({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"penalty": -0.1}, "penalty is -0.1; expected a price"),
+        ({"penalty": float("nan")}, "penalty is nan"),
+        ({"threshold": 1.0}, "threshold is 1.0; expected a keep-probability"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt is 0"),
+        ({"mask_learning_rate": 0.0}, "mask_learning_rate is 0.0"),
+        ({"components": "a9*"}, "matches no component"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(changes, said):
+    with pytest.raises(ConfigurationError, match=said):
+        CircuitModule(**changes)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_bare_dataloaders_are_refused_with_a_reason():
+    module = CircuitModule()
+    with pytest.raises(ConfigurationError, match="needs a TaskData datamodule"):
+        quiet_trainer(max_steps=1).fit(module, train_dataloaders=TaskData(small_ioi()).train_dataloader())

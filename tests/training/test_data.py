@@ -1,0 +1,62 @@
+"""The loader: stateless batches, epochs that go on, resumes in the middle, ranks that share nothing."""
+
+import torch
+
+from oa_train.training.data import PromptLoader, TaskData
+from tests.builders import small_ioi
+
+
+def ids(batches) -> list[list[int]]:
+    return [batch.example_ids.tolist() for batch in batches]
+
+
+def test_epochs_go_on_where_the_one_before_ended():
+    loader = PromptLoader(small_ioi(batch_size=2, batches_per_epoch=3))
+    assert ids(loader) == [[0, 1], [2, 3], [4, 5]]
+    assert ids(loader) == [[6, 7], [8, 9], [10, 11]]
+
+
+def test_a_resume_in_the_middle_of_an_epoch_gives_the_rest_of_it():
+    task = small_ioi(batch_size=2, batches_per_epoch=4)
+    first = PromptLoader(task)
+    list(first)
+    iterator = iter(first)
+    next(iterator)
+    resumed = PromptLoader(task)
+    resumed.load_state_dict(first.state_dict())
+    rest = list(iterator)
+    assert ids(rest) == ids(resumed)
+    assert ids(first) == ids(resumed)
+    again = PromptLoader(task)
+    again.load_state_dict(first.state_dict())
+    assert len(ids(again)) == 4
+
+
+def test_a_shorter_epoch_skips_nothing():
+    loader = PromptLoader(small_ioi(batch_size=1, batches_per_epoch=5))
+    seen = []
+    for _ in range(4):
+        for number, batch in enumerate(loader, 1):
+            seen += batch.example_ids.tolist()
+            if number == 2:
+                break
+    assert seen == list(range(8))
+
+
+def test_ranks_share_no_prompt_and_leave_none_out():
+    task = small_ioi(batch_size=2, batches_per_epoch=3)
+    seen = [number for rank in range(3) for row in ids(PromptLoader(task, rank, 3)) for number in row]
+    assert sorted(seen) == list(range(18))
+
+
+def test_the_same_number_gives_the_same_prompts():
+    loaders = [PromptLoader(small_ioi()) for _ in range(2)]
+    for first, second in zip(*loaders, strict=True):
+        assert torch.equal(first.tokens, second.tokens)
+
+
+def test_validation_and_test_have_the_promised_prompts():
+    data = TaskData(small_ioi(n_validation=130, n_test=5))
+    assert [len(batch) for batch in data.val_dataloader()] == [128, 2]
+    assert [len(batch) for batch in data.test_dataloader()] == [5]
+    assert len(data.val_dataloader()) == 2
