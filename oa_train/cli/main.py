@@ -104,3 +104,7 @@ def _is_misconfiguration(problem: Exception) -> bool:
 
 def _say(message: str) -> None:
     sys.stderr.write(f"oa-train: error: {message}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

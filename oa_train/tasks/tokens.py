@@ -123,10 +123,10 @@ class PromptEncoder:
 
     def _probe(self, context: str, piece: str) -> int | None:
         before, after = self._plain([context, context + piece])
-        one_more = after[:-1] == before and len(after) == len(before) + 1
-        if not one_more or after[-1] == self.tokenizer.unk_token_id:
+        if after[:-1] != before or len(after) != len(before) + 1:
             return None
-        return after[-1]
+        # A token for unknown words, declared as such or not, does not give the word back.
+        return after[-1] if str(self.tokenizer.decode(after[-1:])).strip() == piece.strip() else None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]

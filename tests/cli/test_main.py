@@ -1,0 +1,144 @@
+"""The command line: quick help, configurations that parse, runs that resume from the command line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from oa_train.cli.fitting import OaTrainCLI
+from oa_train.cli.main import main
+from oa_train.training.checkpoints import read_checkpoint
+
+ROOT = Path(__file__).parent.parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+SMALL = [
+    *("--config", str(ROOT / "configs" / "circuit_nodes_tiny.yaml")),
+    *("--data.batch_size", "4", "--data.batches_per_epoch", "20", "--trainer.max_epochs", "3"),
+    *("--data.n_validation", "32", "--data.n_means", "32", "--data.n_test", "32"),
+    *("--finish.refit.steps", "4", "--trainer.enable_progress_bar", "false", "--checkpoint_every", "1"),
+]
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout
+
+
+def test_help_and_import_load_neither_torch_nor_lightning():
+    loaded = "import sys; print(sorted({'torch', 'lightning', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    assert run_python(f"import oa_train; {loaded}") == "[]\n"
+    help_page = "import oa_train.cli.main as m; assert m.main(['--help']) == 0"
+    assert run_python(f"{help_page}; {loaded}").endswith("[]\n")
+
+
+def test_every_public_name_exists_and_unknown_ones_do_not():
+    import oa_train
+
+    for name in oa_train.__all__:
+        assert getattr(oa_train, name) is not None
+    assert "load_model" in dir(oa_train)
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        oa_train.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "demo"])
+def test_commands_describe_their_options(command, capsys):
+    assert main([command, "--help"]) == 0
+    assert "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_parses_and_prints_itself(config, capsys):
+    assert main(["fit", "--config", str(config), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"].startswith("oa_train.")
+    assert "lm" not in printed["model"]["init_args"]
+
+
+def test_the_model_is_named_once(tmp_path, monkeypatch):
+    built = {}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OaTrainCLI, "_run_subcommand", lambda self, name: built.update(cli=self))
+    assert main(["fit", *SMALL, "--lm.dtype", "bfloat16", "--seed_everything", "7"]) == 0
+    cli = built["cli"]
+    assert cli.model.frozen.dtype is torch.bfloat16
+    assert cli.model.lm == cli.datamodule.task.lm
+    assert (cli.model.seed, cli.datamodule.task.seed) == (7, 7)
+    assert {p.dtype for p in cli.model.named_trainables().values()} == {torch.float32}
+
+
+def test_a_run_records_its_configuration_and_is_made_again_from_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SMALL, "--trainer.max_epochs", "1"]) == 0
+    first = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0"
+    recorded = yaml.safe_load((first / "config.yaml").read_text())
+    assert recorded["data"]["init_args"]["batch_size"] == 4
+    assert recorded["resumed_from"] is None
+    assert main(["fit", "--config", str(first / "config.yaml")]) == 0
+    second = first.with_name("version_1")
+    states = [read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"] for run in (first, second)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SMALL, "--trainer.fast_dev_run", "true"]) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "oa_train.cli.main", "fit", *SMALL, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (folder / "said.txt").open("wb") as said:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+
+
+@pytest.mark.parametrize("attempt", range(3))
+def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, attempt, uninterrupted):
+    first = start(tmp_path)
+    last = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert first.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 1.2))
+    first.send_signal(signal.SIGKILL)
+    assert first.wait() in (-signal.SIGKILL, 0)
+    second = start(tmp_path, "--ckpt_path", str(last))
+    assert second.wait() == 0, (tmp_path / "said.txt").read_text()
+    resumed = last.parent.parent.with_name("version_1")
+    given, expected = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (resumed, uninterrupted))
+    assert given["global_step"] == expected["global_step"] == 60
+    assert given["state_dict"].keys() == expected["state_dict"].keys()
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(given["state_dict"][name], tensor), name
+    for artefact in ("circuit", "constants"):
+        contents = [(run / artefact / "tensors.safetensors").read_bytes() for run in (resumed, uninterrupted)]
+        assert contents[0] == contents[1], artefact
+    assert yaml.safe_load((resumed / "config.yaml").read_text())["resumed_from"] == str(last)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    whole = start(folder)
+    assert whole.wait() == 0, (folder / "said.txt").read_text()
+    return folder / "runs" / "circuit_nodes_tiny" / "version_0"
+
+
+def test_a_loss_that_is_not_finite_ends_with_status_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    status = main(["fit", *SMALL, "--model.constants_learning_rate", "1e36", "--model.mask_learning_rate", "0.5"])
+    assert status == 1
+    said = capsys.readouterr().err
+    assert "no longer finite" in said
+    assert "Traceback" not in said
+    last = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    assert all(tensor.isfinite().all() for tensor in read_checkpoint(last)["state_dict"].values())

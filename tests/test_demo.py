@@ -1,0 +1,103 @@
+"""The demonstration from the command line, and what it must show on the built-in model."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+from oa_train import Circuit, Constants, LMSpec, ablated, load_model
+from oa_train.cli.main import main
+from oa_train.tasks.tokens import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    assert main(["demo", "--output", str(output)]) == 0
+    return output / "circuit_nodes_tiny" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def compared(run: Path) -> dict:
+    return json.loads((run / "studies" / "compare_0" / "results.json").read_text())
+
+
+def test_the_circuit_is_small_and_faithful(run):
+    results = json.loads((run / "studies" / "fit_0" / "results.json").read_text())
+    assert results["circuit"]["nodes"] <= 7
+    assert results["metrics"]["kl"]["mean"] <= 0.03
+    assert results["metrics"]["accuracy"]["mean"] > 0.99
+
+
+def test_mean_and_zero_are_worse_on_the_circuit(compared):
+    circuit = {row["ablation"]: row for row in compared["rows"] if row["component"] == "circuit"}
+    for ablation in ("mean", "zero"):
+        assert circuit[ablation]["kl_minus_optimal"]["ci95"][0] > 0
+
+
+def test_random_circuits_of_equal_size_are_far_worse(compared):
+    circuit = next(row for row in compared["rows"] if row["ablation"] == "optimal")
+    kl = compared["random_circuits"]["kl"]
+    assert len(kl) == 20
+    assert statistics.median(kl) >= 10 * circuit["kl"]["mean"]
+
+
+def test_each_component_alone_obeys_the_law_of_optimal_ablation(compared):
+    others = [row for row in compared["rows"] if row["component"] != "circuit" and row["ablation"] != "optimal"]
+    assert len(others) == 30
+    for row in others:
+        upper_bound = -row["kl_minus_optimal"]["ci95"][0]
+        assert upper_bound <= max(1e-4, 0.02 * row["kl"]["mean"]), (row["component"], row["ablation"])
+
+
+def test_everything_is_where_the_demo_says(run):
+    for path in (
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "circuit/artefact.json",
+        "constants/tensors.safetensors",
+        "studies/fit_0/figures/circuit.png",
+        "studies/fit_0/figures/keep_probability.png",
+        "studies/compare_0/tables/comparison.csv",
+        "studies/compare_0/figures/comparison.png",
+    ):
+        assert (run / path).stat().st_size > 0, path
+    assert list(run.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_has_the_curves_and_the_heat_map(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    scalars = {"train/loss", "train/kl", "train/penalty", "train/size"}
+    scalars |= {f"val/{name}" for name in ("kl", "accuracy", "logit_difference", "size", "objective")}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["masks/keep_probability"]
+    assert len(events.Images("masks/keep_probability")) == 10
+
+
+def test_the_ablated_model_still_does_the_task(run):
+    model, tokenizer = load_model(LMSpec("tiny")), load_tokenizer(LMSpec("tiny"))
+    circuit, constants = Circuit.load(run / "circuit"), Constants.load(run / "constants")
+    prompt = "While Tom was busy, Anna and Paul met at the park. Paul handed the ring to"
+    tokens = tokenizer(tokenizer.bos_token + prompt, return_tensors="pt").input_ids
+    with ablated(model, circuit, constants):
+        continued = model.generate(tokens, max_new_tokens=1, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    assert tokenizer.decode(continued[0, -1]).strip() == "Anna"
+
+
+def test_a_run_is_evaluated_again_from_its_folder(run, capsys):
+    results = json.loads((run / "studies" / "fit_0" / "results.json").read_text())
+    for checkpoint in ("best", "last", str(run / "checkpoints" / "last.ckpt")):
+        assert main(["test", "--run", str(run), "--ckpt", checkpoint, "--trainer.enable_progress_bar", "false"]) == 0
+        shown = capsys.readouterr().out
+        assert float(re.search(r"test/size\D+([\d.]+)", shown)[1]) == results["circuit"]["nodes"]
+        # Before the refit the constants are somewhat worse.
+        assert results["metrics"]["kl"]["mean"] <= float(re.search(r"test/kl\D+([\d.]+)", shown)[1]) < 0.1
+    assert main(["validate", "--run", str(run), "--trainer.enable_progress_bar", "false"]) == 0
+    assert "val/kl" in capsys.readouterr().out
