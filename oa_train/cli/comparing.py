@@ -66,7 +66,7 @@ def _parser() -> ExplainingParser:
 
 def _show(compared: Compared, circuit: Circuit) -> None:
     table = Table(title="KL divergence from the clean model in nats, mean ± 95 % interval", title_justify="left")
-    for column in ("ablated", "ablation", "KL", "KL minus optimal", "accuracy", "logit diff."):
+    for column in ("ablated", "ablation", "KL", "KL minus optimal", "accuracy"):
         table.add_column(column, justify="left" if column in ("ablated", "ablation") else "right", no_wrap=True)
     previous = None
     for row in compared.rows:
@@ -79,7 +79,6 @@ def _show(compared: Compared, circuit: Circuit) -> None:
             estimate_cell(row.figures["kl"]),
             "" if row.ablation == "optimal" else estimate_cell(row.difference_to_optimal["kl"]),
             f"{row.figures['accuracy'].mean:.3f}",
-            f"{row.figures['logit_difference'].mean:.2f}",
         )
         previous = name
     console.print(table)

@@ -20,7 +20,7 @@ def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
 
 def estimate_cell(value: Estimate) -> str:
     """A mean with half the width of its 95 % interval."""
-    return f"{value.mean:.4g} ± {value.ci95[1] - value.mean:.2g}"
+    return f"{value.mean:.3g} ± {value.ci95[1] - value.mean:.1g}"
 
 
 def metrics_table(title: str, metrics: Mapping[str, Estimate]) -> Table:

@@ -8,6 +8,8 @@ from transformers.utils.logging import disable_progress_bar
 _WARNINGS = (
     # Our command line hands its own words to Lightning's.
     r"LightningCLI's args parameter is intended to run from within Python",
+    # Evaluation loads a checkpoint and has no use for the callbacks that wrote it.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided",
     # The frozen model is in evaluation mode on purpose.
     r"Found \d+ module\(s\) in eval mode at the start of training",
     # The run folder is new; it holds the configuration already when the loggers open it.

@@ -39,7 +39,7 @@ class CompareSettings:
         seed: of the random circuits.
     """
 
-    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16))
+    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
     random_circuits: int = 20
     seed: int = 0
 
