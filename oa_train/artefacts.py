@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
+def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
     """Write a result folder.
 
     Args:
@@ -72,6 +72,7 @@ def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
     Raises:
         ArtefactError: the folder exists already, or cannot be written.
     """
+    folder = Path(folder)
     if folder.exists():
         raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
     # Copies, because safetensors refuses tensors that share memory.
@@ -101,7 +102,7 @@ def save_artefact(folder: Path, kind: str, artefact: Artefact) -> Path:
     return folder
 
 
-def load_artefact(folder: Path, kind: str) -> Artefact:
+def load_artefact(folder: str | Path, kind: str) -> Artefact:
     """Read a result folder.
 
     Args:
@@ -111,6 +112,7 @@ def load_artefact(folder: Path, kind: str) -> Artefact:
     Raises:
         ArtefactError: the folder is missing, damaged, of another kind, or from a newer version.
     """
+    folder = Path(folder)
     document = _read_header(folder, kind)
     try:
         blob = (folder / TENSOR_FILE).read_bytes()

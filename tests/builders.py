@@ -32,6 +32,11 @@ TINY_CONFIGS = {
 }
 
 
+# Facts that tests check against, written down apart from the table of families that they check.
+HEAD_WIDTHS = {"gpt2": 8, "llama": 12}
+BLOCKS_AND_PROJECTIONS = {"gpt2": ("transformer.h", "attn.c_proj"), "llama": ("model.layers", "self_attn.o_proj")}
+
+
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> CausalLM:
     """A random model of a family; weights are spread widely so that no component is without effect."""
     config = AutoConfig.for_model(
@@ -103,7 +108,7 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
 def save_language_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> LMSpec:
     """A tiny random model of a family in a folder, with the built-in model's tokenizer and its vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(builtin_models()["tiny"])
-    sizes = TINY_CONFIGS[family] | {("n_positions" if family == "gpt2" else "max_position_embeddings"): 64}
+    sizes = {name: 64 if "positions" in name else size for name, size in TINY_CONFIGS[family].items()}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **sizes)
     with torch.random.fork_rng():

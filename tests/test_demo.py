@@ -3,6 +3,8 @@
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,11 @@ from oa_train.tasks.tokens import load_tokenizer
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs")
-    assert main(["demo", "--output", str(output)]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "oa_train.cli.main", "demo", "--output", str(output)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Where to look" in done.stdout
     return output / "circuit_nodes_tiny" / "version_0"
 
 

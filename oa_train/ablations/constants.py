@@ -62,13 +62,13 @@ class Constants:
         """A copy without gradients that later training does not change."""
         return replace(self, heads=self.heads.detach().clone(), mlps=self.mlps.detach().clone())
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write the constants as an artefact folder."""
         header = {"bos_token_id": self.bos_token_id, "provenance": dict(self.provenance)}
         return save_artefact(folder, "constants", Artefact(header, {"heads": self.heads, "mlps": self.mlps}))
 
     @classmethod
-    def load(cls, folder: Path) -> "Constants":
+    def load(cls, folder: str | Path) -> "Constants":
         """Read constants that `save` wrote.
 
         Raises:

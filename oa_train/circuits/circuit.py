@@ -61,7 +61,7 @@ class Circuit:
         """Sizes for a results file."""
         return {"nodes": len(self), "nodes_total": len(self.components)}
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write the circuit as an artefact folder."""
         header = {
             "nodes": list(self.nodes),
@@ -73,7 +73,7 @@ class Circuit:
         return save_artefact(folder, "circuit", Artefact(header, tensors))
 
     @classmethod
-    def load(cls, folder: Path) -> "Circuit":
+    def load(cls, folder: str | Path) -> "Circuit":
         """Read a circuit that `save` wrote.
 
         Raises:

@@ -117,6 +117,19 @@ def check_configs(argv: Sequence[str]) -> None:
             read_config(Path(given))
 
 
+def configs_first(argv: Sequence[str]) -> list[str]:
+    """Move every `--config` to the front, so that an option overrides it wherever it stands."""
+    configs: list[str] = []
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word in ("--config", "-c"):
+            configs += [word, next(words, "")]
+        else:
+            (configs if word.startswith(("--config=", "-c=")) else rest).append(word)
+    return [*configs, *rest]
+
+
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     """Take an option with its value out of a command line.
 

@@ -18,6 +18,7 @@ from oa_train.cli.arguments import (
     ExplainingLightningParser,
     add_model_and_task,
     check_configs,
+    configs_first,
     run_folder,
     take_option,
 )
@@ -93,6 +94,10 @@ class OaTrainCLI(LightningCLI):
         chosen = self.config[self.subcommand]
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
+        if chosen.ckpt_path is None and self.subcommand != "fit":
+            raise ConfigurationError(
+                f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
+            )
         if chosen.ckpt_path is not None:
             _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
         super().instantiate_classes()
@@ -103,7 +108,10 @@ class OaTrainCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         given = self.config[self.subcommand].ckpt_path
         if given is not None:
-            self.model.check_checkpoint(read_checkpoint(Path(given)), self.datamodule)
+            checkpoint = read_checkpoint(Path(given))
+            self.model.check_checkpoint(checkpoint, self.datamodule)
+            for change in self.model.changed_settings(checkpoint) if self.subcommand == "fit" else ():
+                console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
@@ -197,6 +205,7 @@ def run_lightning(command: str, argv: Sequence[str]) -> Path | None:
     silence_libraries()
     words = list(argv) if command == "fit" else _expand_run(argv)
     check_configs(words)
+    words = configs_first(words)
     cli = OaTrainCLI(
         FrozenModelModule,
         subclass_mode_model=True,

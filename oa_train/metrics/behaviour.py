@@ -28,11 +28,18 @@ def logit_difference(
     Args:
         logits: predictions.
         answers: ids of the correct tokens, padded with -1.
-        distractors: ids of the wrong tokens, padded with -1.
+        distractors: ids of the wrong tokens, padded with -1; a row without any is compared with all tokens that are
+            not answers.
     """
-    return _log_mass(logits, answers) - _log_mass(logits, distractors)
+    # Padding repeats the first answer, which is always there.
+    everything_else = logits.scatter(-1, torch.where(answers < 0, answers[:, :1], answers), float("-inf"))
+    rest = torch.logsumexp(everything_else, dim=-1)
+    given = (distractors >= 0).any(dim=-1)
+    return _log_mass(logits, answers) - torch.where(given, _log_mass(logits, distractors), rest)
 
 
 def _log_mass(logits: Tensor, ids: Tensor) -> Tensor:
+    if ids.shape[-1] == 0:
+        return logits.new_full(logits.shape[:-1], float("-inf"))
     chosen = logits.gather(-1, ids.clamp(min=0))
     return torch.logsumexp(chosen.masked_fill(ids < 0, float("-inf")), dim=-1)

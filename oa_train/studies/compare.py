@@ -94,7 +94,7 @@ def compare(
     task: Task,
     circuit: Circuit,
     constants: Constants,
-    run: Path,
+    run: str | Path,
     settings: CompareSettings | None = None,
     track: Track = silent,
 ) -> Compared:
@@ -109,7 +109,7 @@ def compare(
         settings: how.
         track: progress.
     """
-    settings = settings or CompareSettings()
+    settings, run = settings or CompareSettings(), Path(run)
     names = ["circuit", *circuit.components.names]
     masks = torch.cat([circuit.mask.unsqueeze(0), ~torch.eye(len(circuit.components), dtype=torch.bool)])
     sets = _all_constants(model, task, masks, constants, settings, track)
@@ -149,17 +149,19 @@ def _all_constants(
     means = node_means(model, track(batches, "averaging activations"), task.bos_token_id)
     mean = means.table(constants.n_positions)
     zero = Constants.zeros(Dimensions.of(model.config), task.bos_token_id)
+    # A run of mean or zero ablation has no learned constants; the circuit gets some like the components.
+    learned = [constants] if constants.provenance.get("ablation", "optimal") == "optimal" else []
     alone = fit_constants(
         model,
         task,
-        masks[1:],
+        masks[len(learned) :],
         [mean],
         settings.fit,
         others=[zero],
         track=track,
         description="fitting constants of each component alone",
     )
-    return {"optimal": [constants, *alone.sets], "mean": [mean], "zero": [zero]}
+    return {"optimal": [*learned, *alone.sets], "mean": [mean], "zero": [zero]}
 
 
 def _compare_one(name: str, kind: AblationKind, found: Mapping[AblationKind, Behaviour], index: int) -> Comparison:

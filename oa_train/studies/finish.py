@@ -64,7 +64,7 @@ class Finished:
 def finish(
     module: CircuitModule,
     task: Task,
-    run: Path,
+    run: str | Path,
     settings: FinishSettings | None = None,
     track: Track = silent,
 ) -> Finished:
@@ -77,7 +77,7 @@ def finish(
         settings: refit.
         track: progress.
     """
-    settings = settings or FinishSettings()
+    settings, run = settings or FinishSettings(), Path(run)
     circuit = module.circuit()
     # Written before the refit starts, so that an interruption loses no more than the refit.
     circuit.save(run / "circuit")

@@ -134,6 +134,13 @@ class FrozenModelModule(lightning.LightningModule):
                 f"unexpected {sorted(given - expected)}."
             )
 
+    def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
+        """Settings in which this module differs from the one that wrote a checkpoint, a line each."""
+        stored = checkpoint[IDENTITY_KEY]["settings"]
+        return [
+            f"{name}: {stored.get(name)} -> {now}" for name, now in self.settings().items() if stored.get(name) != now
+        ]
+
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
         model = {"fingerprint": self.fingerprint, "n_layers": self.components.n_layers}

@@ -74,8 +74,12 @@ class LastCheckpoint(Callback):
         self._saved_at = -1
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Write when it is time."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Write when it is time, and when `max_steps` is reached.
+
+        Written here, a last step inside an epoch can be resumed from there; after the training Lightning counts the
+        epoch as ended.
+        """
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

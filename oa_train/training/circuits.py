@@ -40,7 +40,7 @@ class CircuitModule(FrozenModelModule):
         seed: seeds the mask samples.
         ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean` or `zero`.
         positions: size of the constants' table; 1 gives each component one constant, P gives it one for each of the
-            first P - 1 positions after the beginning and one for all later ones.
+            positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
             the others are always kept.
         masks: distribution of the masks.
@@ -131,6 +131,13 @@ class CircuitModule(FrozenModelModule):
             "lr": self.constants_learning_rate,
         }
         return torch.optim.Adam([masks, constants] if self.ablation == "optimal" else [masks])
+
+    def on_train_start(self) -> None:
+        """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
+        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rates[group["name"]]
 
     def on_fit_start(self) -> None:
         """Start the constants at the means, unless a checkpoint brought them."""

@@ -158,6 +158,7 @@ def test_checkpoints_of_something_else(capsys):
         ("compare --run", "--run needs a value."),
         ("test --run nowhere", "--run is 'nowhere', a folder that does not exist."),
         ("test --ckpt best", "name the run with --run"),
+        ("test --model CircuitModule --data IOI", "test needs a trained module: give --run"),
         ("demo --outpt x", "There is no option --outpt. Did you mean output?"),
     ],
 )

@@ -88,6 +88,24 @@ def test_a_run_records_its_configuration_and_is_made_again_from_it(tmp_path, mon
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+def test_an_option_overrides_a_configuration_wherever_it_stands(capsys):
+    assert main(["fit", "--model.penalty", "0.7", *SMALL[:2], "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["penalty"] == 0.7
+
+
+def test_changes_on_a_resume_are_listed_and_take_effect(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    # Ends inside the second epoch; the rest of it is made up by the resume.
+    assert main(["fit", *SMALL, "--trainer.max_steps", "30"]) == 0
+    last = "runs/circuit_nodes_tiny/version_0/checkpoints/last.ckpt"
+    capsys.readouterr()
+    assert main(["fit", *SMALL, "--ckpt_path", last, "--model.mask_learning_rate", "0.5"]) == 0
+    assert "changed since the checkpoint: mask_learning_rate: 0.05 -> 0.5" in capsys.readouterr().out
+    checkpoint = read_checkpoint(Path(last.replace("version_0", "version_1")))
+    assert checkpoint["global_step"] == 60
+    assert checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] == 0.5
+
+
 def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", *SMALL, "--trainer.fast_dev_run", "true"]) == 0

@@ -8,18 +8,14 @@ from oa_train.ablations.base import Replacements
 from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import model_inputs, scored_logits
 from oa_train.interventions.nodes import node_logits
-from tests.builders import BOS, random_batch, random_replacements
+from tests.builders import BLOCKS_AND_PROJECTIONS, BOS, HEAD_WIDTHS, random_batch, random_replacements
 
 EXACT = {"rtol": 0, "atol": 1e-12}
-PATHS = {
-    "gpt2": ("transformer.h", "attn.c_proj"),
-    "llama": ("model.layers", "self_attn.o_proj"),
-}
 
 
 def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Head values [layer, position, head, d_head] and MLP outputs of one unpadded prompt."""
-    blocks, projection = PATHS[model.config.model_type]
+    blocks, projection = BLOCKS_AND_PROJECTIONS[model.config.model_type]
     heads, mlps, handles = [], [], []
     for block in model.get_submodule(blocks):
         handles += [
@@ -36,7 +32,7 @@ def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
     batch = random_batch([8, 5, 3], side)
     values = node_values(any_model, batch)
-    d_head = {"gpt2": 8, "llama": 12}[any_model.config.model_type]
+    d_head = HEAD_WIDTHS[any_model.config.model_type]
     assert values.heads.shape == (3, 3, 8, 4, d_head)
     assert values.mlps.shape == (3, 3, 8, 32)
     for row in range(3):

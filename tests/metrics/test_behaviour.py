@@ -45,3 +45,13 @@ def test_shifts_change_nothing_and_signs_turn_around():
 def test_large_logits_do_not_overflow():
     found = logit_difference(LOGITS * 1e4, torch.tensor([[3, 2]] * 3), torch.tensor([[0, 1]] * 3))
     assert found.isfinite().all()
+
+
+def test_without_distractors_answers_are_compared_with_everything_else():
+    logits = torch.randn(2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    answers = torch.tensor([[3, -1], [0, 6]])
+    for none in (torch.full((2, 1), -1), torch.zeros(2, 0, dtype=torch.long)):
+        found = logit_difference(logits, answers, none)
+        for row, chosen in enumerate(([3], [0, 6])):
+            mass = logits[row].softmax(dim=-1)[chosen].sum()
+            torch.testing.assert_close(found[row], torch.log(mass / (1 - mass)))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,3 +133,12 @@ def test_a_second_comparison_gets_a_folder_of_its_own(compared, module, task, ru
     again = compare(module.frozen, task, circuit, constants, run, settings)
     assert again.folder.name == "compare_1"
     assert compared.folder.name == "compare_0"
+
+
+def test_a_run_without_learned_constants_gets_some_for_its_circuit(compared, module, task, run, tmp_path):
+    circuit, constants = Circuit.load(run / "circuit"), Constants.load(run / "constants")
+    unlearned = replace(constants, heads=0 * constants.heads, provenance={"ablation": "zero"})
+    settings = CompareSettings(fit=QUICK, random_circuits=0)
+    rows = compare(module.frozen, task, circuit, unlearned, tmp_path, settings).rows[:3]
+    kl = {row.ablation: row.figures["kl"].mean for row in rows}
+    assert kl["optimal"] < 0.5 * min(kl["mean"], kl["zero"])
