@@ -17,24 +17,35 @@ from oa_train.tasks import IOI
 BOS, PAD = 1, 0
 VOCABULARY = 37
 
-# What makes a configuration of each family tiny; everything else is the family's default.
+# What makes a configuration of each family tiny; everything else is the family's default. Heads are wider than
+# width / heads and share keys and values where the family allows it, so that mistaking one for the other shows.
+GROUPED = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "max_position_embeddings": 24,
+}
+WIDE = GROUPED | {"head_dim": 12}
 TINY_CONFIGS = {
     "gpt2": {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "resid_pdrop": 0.1},
-    "llama": {
+    "gpt_neox": {
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "hidden_size": 32,
         "intermediate_size": 48,
-        "head_dim": 12,
         "max_position_embeddings": 24,
     },
+    "llama": WIDE,
+    "mistral": WIDE | {"sliding_window": 4},
+    "qwen2": GROUPED,
+    "qwen3": WIDE,
+    "phi3": GROUPED,
+    "smollm3": GROUPED,
+    "olmo2": GROUPED,
+    "gemma3_text": WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 4},
 }
-
-
-# Facts that tests check against, written down apart from the table of families that they check.
-HEAD_WIDTHS = {"gpt2": 8, "llama": 12}
-BLOCKS_AND_PROJECTIONS = {"gpt2": ("transformer.h", "attn.c_proj"), "llama": ("model.layers", "self_attn.o_proj")}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> CausalLM:

@@ -34,7 +34,16 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("gpt2", blocks="transformer.h", attention_output="attn.c_proj", mlp="mlp"),
+        Family("gpt_neox", blocks="gpt_neox.layers", attention_output="attention.dense", mlp="mlp"),
         Family("llama", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("mistral", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("qwen2", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("qwen3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("phi3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("smollm3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        # These norm what an MLP writes before it is added to the residual stream.
+        Family("olmo2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm"),
+        Family("gemma3_text", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm"),
     )
 }
 
@@ -114,6 +123,12 @@ def find_parts(model: Any) -> Parts:
             f"This {family.model_type} model is not built as its entry in the family table says: {problem}. "
             "The table follows transformers 5; is the model's code older, newer, or its own?"
         ) from problem
+    expected = {dimensions.n_heads * dimensions.d_head, dimensions.d_model}
+    if any(set(projection.weight.shape) != expected for projection in attention_outputs):
+        raise ModelError(
+            f"The attention output projections of this {family.model_type} model do not map "
+            f"{dimensions.n_heads} heads of width {dimensions.d_head} to {dimensions.d_model} dimensions."
+        )
     if len(blocks) != dimensions.n_layers:
         raise ModelError(f"The configuration names {dimensions.n_layers} layers, the model has {len(blocks)}.")
     return Parts(dimensions, attention_outputs, mlps, model.get_output_embeddings())

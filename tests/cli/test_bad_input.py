@@ -102,7 +102,7 @@ def test_an_unsupported_family_lists_the_supported_ones(capsys):
     Path("bloom").mkdir()
     Path("bloom/config.json").write_text('{"model_type": "bloom"}')
     said = complaint(capsys, *FIT, "--lm.name", "./bloom")
-    assert "Models of the family 'bloom' are not supported. Valid names: gpt2, llama." in said
+    assert "Models of the family 'bloom' are not supported. Valid names: gpt2, gpt_neox, llama" in said
     assert "docs/extending.md" in said
 
 

@@ -8,19 +8,22 @@ from oa_train.ablations.base import Replacements
 from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import model_inputs, scored_logits
 from oa_train.interventions.nodes import node_logits
-from tests.builders import BLOCKS_AND_PROJECTIONS, BOS, HEAD_WIDTHS, random_batch, random_replacements
+from oa_train.models.families import check_family
+from tests.builders import BOS, TINY_CONFIGS, random_batch, random_replacements
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
 def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Head values [layer, position, head, d_head] and MLP outputs of one unpadded prompt."""
-    blocks, projection = BLOCKS_AND_PROJECTIONS[model.config.model_type]
+    family = check_family(model.config.model_type)
     heads, mlps, handles = [], [], []
-    for block in model.get_submodule(blocks):
+    for block in model.get_submodule(family.blocks):
         handles += [
-            block.get_submodule(projection).register_forward_pre_hook(lambda _, args: heads.append(args[0][0])),
-            block.mlp.register_forward_hook(lambda _, __, output: mlps.append(output[0])),
+            block.get_submodule(family.attention_output).register_forward_pre_hook(
+                lambda _, args: heads.append(args[0][0])
+            ),
+            block.get_submodule(family.mlp).register_forward_hook(lambda _, __, output: mlps.append(output[0])),
         ]
     model(input_ids=tokens.unsqueeze(0))
     for handle in handles:
@@ -32,7 +35,7 @@ def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
     batch = random_batch([8, 5, 3], side)
     values = node_values(any_model, batch)
-    d_head = HEAD_WIDTHS[any_model.config.model_type]
+    d_head = TINY_CONFIGS[any_model.config.model_type].get("head_dim", 8)
     assert values.heads.shape == (3, 3, 8, 4, d_head)
     assert values.mlps.shape == (3, 3, 8, 32)
     for row in range(3):

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts
-from tests.builders import HEAD_WIDTHS, TINY_CONFIGS, VOCABULARY, tiny_model
+from tests.builders import TINY_CONFIGS, VOCABULARY, tiny_model
 
 
 def test_every_family_stands_under_its_own_name():
@@ -49,7 +49,7 @@ def test_parts_have_the_sizes_of_the_configuration(any_model):
     parts = find_parts(any_model)
     sizes = parts.dimensions
     assert (sizes.n_layers, sizes.n_heads, sizes.d_model) == (3, 4, 32)
-    assert sizes.d_head == HEAD_WIDTHS[any_model.config.model_type]
+    assert sizes.d_head == TINY_CONFIGS[any_model.config.model_type].get("head_dim", 8)
     assert len(set(parts.attention_outputs)) == len(set(parts.mlps)) == 3
     heads = torch.randn(2, 5, sizes.n_heads * sizes.d_head, dtype=torch.float64)
     residual = torch.randn(2, 5, sizes.d_model, dtype=torch.float64)

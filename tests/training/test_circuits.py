@@ -16,7 +16,11 @@ from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+# For this family transformers puts its own tokenizer in the place of any that is saved, and that splits our words.
+OWN_TOKENIZER = {"qwen2"}
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - OWN_TOKENIZER))
 def any_lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LMSpec:
     return save_language_model(request.param, tmp_path_factory.mktemp(request.param))
 
