@@ -15,7 +15,6 @@ from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
-
 # For this family transformers puts its own tokenizer in the place of any that is saved, and that splits our words.
 OWN_TOKENIZER = {"qwen2"}
 
