@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
-from oa_train.errors import ArtefactError
+from oa_train.errors import ArtefactError, RunError
 from oa_train.shapes import Tensor
 
 SCHEMA_VERSION = 1
@@ -142,6 +142,25 @@ def _read_header(folder: Path, kind: str) -> dict[str, Any]:
             f"{SCHEMA_VERSION}. Was it written by a newer one?"
         )
     return document
+
+
+def make_next_folder(parent: Path, prefix: str) -> Path:
+    """Make `<parent>/<prefix>_<N>` with the first number that is free; two processes never get the same.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
+    number = 0
+    while True:
+        folder = parent / f"{prefix}_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        except OSError as problem:
+            raise RunError(f"The folder {folder} cannot be made: {problem}") from problem
+        else:
+            return folder
 
 
 def write_synced(path: Path, content: bytes) -> None:

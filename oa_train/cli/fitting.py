@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from oa_train.artefacts import replace_file
+from oa_train.artefacts import make_next_folder, replace_file
 from oa_train.cli.arguments import (
     CONFIG_FILE,
     ExplainingLightningParser,
@@ -24,7 +24,7 @@ from oa_train.cli.arguments import (
 )
 from oa_train.cli.output import console, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
-from oa_train.errors import CheckpointError, ConfigurationError, RunError
+from oa_train.errors import CheckpointError, ConfigurationError
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
@@ -121,7 +121,8 @@ class OaTrainCLI(LightningCLI):
         self.run = _make_run_folder(
             Path(config.default_root_dir or DEFAULT_ROOT), self._get(self.config_init, "experiment")
         )
-        self._save_config(self.run)
+        if RUN_FOLDER_VARIABLE not in os.environ:
+            self._save_config(self.run)
         loggers = config.logger
         if loggers in (None, True):
             root, experiment = self.run.parent.parent, self.run.parent.name
@@ -150,6 +151,17 @@ class OaTrainCLI(LightningCLI):
             if self.run is not None:
                 shutil.rmtree(self.run)
             raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run with the folder's name in the environment, where processes that a strategy starts find it."""
+        if self.run is None or RUN_FOLDER_VARIABLE in os.environ:
+            super()._run_subcommand(subcommand)
+            return
+        os.environ[RUN_FOLDER_VARIABLE] = str(self.run)
+        try:
+            super()._run_subcommand(subcommand)
+        finally:
+            del os.environ[RUN_FOLDER_VARIABLE]
 
     def after_fit(self) -> None:
         """Threshold, refit and evaluate, with the best checkpoint."""
@@ -244,19 +256,7 @@ def _check_checkpoint(given: str) -> None:
 
 def _make_run_folder(root: Path, experiment: str) -> Path:
     made = os.environ.get(RUN_FOLDER_VARIABLE)
-    if made is not None:
-        return Path(made)
-    number = 0
-    while True:
-        folder = root / experiment / f"version_{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as problem:
-            raise RunError(f"The run folder {folder} cannot be made: {problem}") from problem
-        else:
-            return folder
+    return Path(made) if made is not None else make_next_folder(root / experiment, "version")
 
 
 def _quiet_defaults(config: Any) -> dict[str, Any]:

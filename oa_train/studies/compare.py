@@ -9,6 +9,7 @@ import torch
 
 from oa_train.ablations.base import AblationKind
 from oa_train.ablations.constants import Constants
+from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.known import random_circuits
 from oa_train.errors import ConfigurationError
@@ -20,7 +21,7 @@ from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
-from oa_train.studies.results import new_study_folder, results_document, write_results, write_table
+from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.statistics import Estimate, estimate, paired_difference
 from oa_train.tasks.base import Task
 from oa_train.training.constants import RefitSettings, fit_constants
@@ -120,7 +121,7 @@ def compare(
     }
     rows = [_compare_one(names[i], kind, found, i) for i in range(len(names)) for kind in found]
     random_kl = _random_divergences(model, task, circuit, sets["mean"], settings, track)
-    folder = new_study_folder(run, "compare")
+    folder = make_next_folder(run / "studies", "compare")
     document = results_document(
         "compare",
         run,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from oa_train.ablations.constants import Constants
+from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.circuits import circuit_drawing
@@ -14,7 +15,7 @@ from oa_train.figures.style import save_figure
 from oa_train.interventions.activations import node_means
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.progress import Track, silent
-from oa_train.studies.results import new_study_folder, results_document, write_results
+from oa_train.studies.results import results_document, write_results
 from oa_train.studies.statistics import Estimate, estimate
 from oa_train.tasks.base import Task
 from oa_train.training.circuits import CircuitModule
@@ -88,7 +89,7 @@ def finish(
     metrics = summary(found) | {
         f"clean_{name}": value for name, value in summary(clean_behaviour(module.frozen, batches)).items()
     }
-    folder = new_study_folder(run, "fit")
+    folder = make_next_folder(run / "studies", "fit")
     document = results_document(
         "fit",
         run,

@@ -15,29 +15,6 @@ from oa_train.errors import RunError
 RESULTS_FILE = "results.json"
 
 
-def new_study_folder(run: Path, command: str) -> Path:
-    """Make the next free folder for a study; nothing is ever overwritten.
-
-    Args:
-        run: run folder.
-        command: name of the study.
-
-    Raises:
-        RunError: the folder cannot be made.
-    """
-    number = 0
-    while True:
-        folder = run / "studies" / f"{command}_{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as problem:
-            raise RunError(f"{folder} cannot be made: {problem}") from problem
-        else:
-            return folder
-
-
 def results_document(
     command: str,
     run: Path,
