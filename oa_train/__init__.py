@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from oa_train.interventions.base import scored_logits as scored_logits
     from oa_train.interventions.evaluation import circuit_behaviour as circuit_behaviour
     from oa_train.interventions.nodes import node_logits as node_logits
+    from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
     from oa_train.models.components import Components as Components
     from oa_train.models.loading import LMSpec as LMSpec
@@ -47,6 +48,7 @@ _HOMES = {
     "Constants": "ablations.constants",
     "FinishSettings": "studies.finish",
     "GreaterThan": "tasks.greater_than",
+    "HardConcrete": "masks.hard_concrete",
     "IOI": "tasks.ioi",
     "Induction": "tasks.induction",
     "LMSpec": "models.loading",

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 
+import oa_train.masks.hard_concrete
 import oa_train.masks.uniform
 import oa_train.tasks
 import oa_train.training.circuits  # noqa: F401 (imported so that classes are known by their bare names)
