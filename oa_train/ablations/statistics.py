@@ -88,8 +88,9 @@ class StreamingMeans:
 
 
 def _sum_by_position(values: Tensor, where: Tensor, size: int) -> Tensor:
-    sums = torch.zeros(values.shape[0], size, *values.shape[2:], dtype=torch.float64, device=values.device)
-    return sums.index_add_(1, where, values.double()).cpu()
+    device = "cpu" if values.device.type == "mps" else values.device  # which has no float64
+    sums = torch.zeros(values.shape[0], size, *values.shape[2:], dtype=torch.float64, device=device)
+    return sums.index_add_(1, where.to(device), values.to(device).double()).cpu()
 
 
 def _grown(first: Tensor, second: Tensor, size: int) -> Tensor:

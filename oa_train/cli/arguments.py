@@ -86,6 +86,20 @@ def run_folder(given: str) -> Path:
     )
 
 
+def refuse_stored_trust(folder: Path, words: Sequence[str]) -> None:
+    """Refuse to run a model's own code because a run folder says so; folders are passed on, trust is not.
+
+    Raises:
+        ConfigurationError: the folder's configuration trusts remote code and the command line does not repeat it.
+    """
+    stored = read_config(folder / CONFIG_FILE).get("lm") or {}
+    if stored.get("trust_remote_code") and not any(word.startswith("--lm.trust_remote_code") for word in words):
+        raise ConfigurationError(
+            f"{folder / CONFIG_FILE} asks to run code that comes with the model {stored.get('name')!r}. If you "
+            "trust it, say so on the command line: --lm.trust_remote_code true."
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML configuration.
 

@@ -1,7 +1,10 @@
 """`oa-train compare`: a finished run under each ablation."""
 
+import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 import yaml
 from rich.table import Table
 
@@ -13,12 +16,13 @@ from oa_train.cli.arguments import (
     add_model_and_task,
     check_configs,
     read_config,
+    refuse_stored_trust,
     run_folder,
     take_option,
 )
 from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.interventions.ablated import check_belongs
 from oa_train.models.loading import load_model
 from oa_train.studies.compare import Compared, CompareSettings, compare
@@ -39,15 +43,39 @@ def compare_command(argv: Sequence[str]) -> Compared:
             parser.exit()
         raise ConfigurationError("compare needs --run, the folder of a finished run.")
     folder = run_folder(given)
+    refuse_stored_trust(folder, words)
     config = {key: value for key, value in read_config(folder / CONFIG_FILE).items() if key in SHARED_KEYS}
     options = parser.parse_args(["--config", yaml.safe_dump(config), "--run", str(folder), *words])
     chosen = parser.instantiate_classes(options)
-    circuit, constants = Circuit.load(folder / "circuit"), Constants.load(folder / "constants")
+    circuit, constants = _artefacts(folder)
+    device = _device(chosen.device)
     model = load_model(chosen.lm)
+    torch.nn.Module.to(model, device)
     check_belongs(model, circuit, constants)
     compared = compare(model, chosen.data, circuit, constants, folder, chosen.compare, track)
     _show(compared, circuit)
     return compared
+
+
+def _artefacts(folder: Path) -> tuple[Circuit, Constants]:
+    try:
+        return Circuit.load(folder / "circuit"), Constants.load(folder / "constants")
+    except ArtefactError as problem:
+        raise ArtefactError(
+            f"{problem}\nThe run was not finished. This finishes it, in a new version of the run:\n  oa-train fit "
+            f"--config {folder / CONFIG_FILE} --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}"
+        ) from problem
+
+
+def _device(given: str) -> str:
+    if given == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=given)
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).split("\n")[0]
+        raise ConfigurationError(f"--device {given!r} cannot be used: {first}") from problem
+    return given
 
 
 def _parser() -> ExplainingParser:
@@ -58,9 +86,11 @@ def _parser() -> ExplainingParser:
     )
     parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
     parser.add_argument("--run", type=str, required=True, help="folder of a finished run; its model and task are used")
+    parser.add_argument("--device", type=str, default="auto", help="where the model runs: auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     parser.add_class_arguments(CompareSettings, "compare")
     add_model_and_task(parser, ("data",))
+    parser.link_arguments("seed_everything", "compare.seed")
     return parser
 
 
@@ -84,7 +114,7 @@ def _show(compared: Compared, circuit: Circuit) -> None:
     console.print(table)
     if compared.random_kl:
         ordered = sorted(compared.random_kl)
-        median = ordered[len(ordered) // 2]
+        median = statistics.median(ordered)
         console.print(
             f"{len(ordered)} random circuits of {len(circuit)} components under optimal constants: "
             f"median KL {median:.4g}, lowest {ordered[0]:.4g}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
@@ -19,6 +20,7 @@ from oa_train.cli.arguments import (
     add_model_and_task,
     check_configs,
     configs_first,
+    refuse_stored_trust,
     run_folder,
     take_option,
 )
@@ -112,6 +114,7 @@ class OaTrainCLI(LightningCLI):
             self.model.check_checkpoint(checkpoint, self.datamodule)
             for change in self.model.changed_settings(checkpoint) if self.subcommand == "fit" else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
+        _check_precision(config)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
@@ -168,7 +171,9 @@ class OaTrainCLI(LightningCLI):
         if self.run is None or not self.trainer.is_global_zero or not isinstance(self.model, CircuitModule):
             return
         best = self.run / "checkpoints" / "best.ckpt"
-        if best.is_file():
+        if not best.is_file():
+            console.print("No validation took place, so the last state is finished and not the best.")
+        else:
             self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
         settings = self._get(self.config_init, "finish")
         # Lightning moves the module back to the CPU when it is done.
@@ -240,6 +245,7 @@ def _expand_run(argv: Sequence[str]) -> list[str]:
             raise ConfigurationError("--ckpt names a checkpoint of a run; name the run with --run as well.")
         return words
     folder = run_folder(given)
+    refuse_stored_trust(folder, words)
     checkpoint = checkpoint or "best"
     path = folder / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
     return ["--config", str(folder / CONFIG_FILE), "--ckpt_path", str(path), *words]
@@ -252,6 +258,18 @@ def _check_checkpoint(given: str) -> None:
             f"runs/<experiment>/version_<N>/checkpoints/{given}.ckpt."
         )
     read_checkpoint(Path(given))
+
+
+def _check_precision(config: Any) -> None:
+    precision = str(config.precision)
+    if precision not in ("None", "32", "32-true", "bf16-mixed", "16-mixed"):
+        raise ConfigurationError(
+            f"trainer.precision is {precision}; expected 32-true, bf16-mixed or 16-mixed. What is trained is always "
+            "float32; the data type of the frozen model is --lm.dtype."
+        )
+    on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
+    if precision == "16-mixed" and not on_gpu:
+        raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
 
 
 def _make_run_folder(root: Path, experiment: str) -> Path:

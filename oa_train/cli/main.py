@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "compare": ("oa_train.cli.comparing", "compare_command", "learned ablation against mean and zero ablation"),
 }
 
-INTERRUPTED, FAULT, MISTAKE = 130, 1, 2
+TERMINATED, INTERRUPTED, FAULT, MISTAKE = 143, 130, 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,13 +44,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         command: Command = getattr(import_module(module), function)
         command(words[1:])
     except SystemExit as stop:  # --help, --version and --print_config end this way
-        return stop.code if isinstance(stop.code, int) else FAULT
+        return _interrupted(stop) or (stop.code if isinstance(stop.code, int) else FAULT)
     except KeyboardInterrupt:
         _say("interrupted")
         return INTERRUPTED
     except Exception as problem:  # noqa: BLE001 (the one place where errors become messages)
         return _report(problem)
     return 0
+
+
+def _interrupted(stop: SystemExit) -> int | None:
+    """Status of a run that Lightning has ended gracefully because of Ctrl-C or SIGTERM."""
+    if type(stop).__name__ == "SIGTERMException":
+        _say("ended by SIGTERM; resume with --ckpt_path and checkpoints/last.ckpt of the run")
+        return TERMINATED
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        _say("interrupted; resume with --ckpt_path and checkpoints/last.ckpt of the run")
+        return INTERRUPTED
+    return None
 
 
 def _overview() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from oa_train.figures.style import save_figure
 from oa_train.interventions.activations import node_means
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour
 from oa_train.models.families import Dimensions
-from oa_train.models.loading import CausalLM
+from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.results import results_document, write_results, write_table
@@ -111,6 +111,10 @@ def compare(
         track: progress.
     """
     settings, run = settings or CompareSettings(), Path(run)
+    provenance = dict(circuit.provenance)
+    if "seed" not in provenance:  # a circuit that was written by hand
+        provenance |= {"model": task.lm.name, "revision": task.lm.revision, "family": model.config.model_type}
+        provenance |= {"fingerprint": fingerprint(model), "task": task.describe(), "seed": task.seed}
     names = ["circuit", *circuit.components.names]
     masks = torch.cat([circuit.mask.unsqueeze(0), ~torch.eye(len(circuit.components), dtype=torch.bool)])
     sets = _all_constants(model, task, masks, constants, settings, track)
@@ -125,7 +129,7 @@ def compare(
     document = results_document(
         "compare",
         run,
-        circuit.provenance,
+        provenance,
         task.n_test,
         metrics={f"circuit_{row.ablation}_kl": row.figures["kl"].as_json() for row in rows[: len(found)]},
         rows=[row.as_json() for row in rows],
@@ -149,7 +153,7 @@ def _all_constants(
     batches = list(task.batches("means", task.n_means, EVALUATION_BATCH))
     means = node_means(model, track(batches, "averaging activations"), task.bos_token_id)
     mean = means.table(constants.n_positions)
-    zero = Constants.zeros(Dimensions.of(model.config), task.bos_token_id)
+    zero = Constants.zeros(Dimensions.of(model.config), task.bos_token_id, constants.n_positions)
     # A run of mean or zero ablation has no learned constants; the circuit gets some like the components.
     learned = [constants] if constants.provenance.get("ablation", "optimal") == "optimal" else []
     alone = fit_constants(
@@ -181,7 +185,8 @@ def _random_divergences(
 ) -> list[float]:
     if not settings.random_circuits:
         return []
-    drawn = random_circuits(circuit.components, len(circuit), settings.random_circuits, settings.seed)
+    among = circuit.provenance.get("selected", circuit.components.names)
+    drawn = random_circuits(circuit.components, len(circuit), settings.random_circuits, settings.seed, among)
     masks = torch.stack([one.mask for one in drawn])
     fitted = fit_constants(
         model, task, masks, starts, settings.fit, track=track, description="fitting constants of random circuits"

@@ -114,7 +114,7 @@ def summary(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
 
 
 def _refit(module: CircuitModule, task: Task, circuit: Circuit, settings: FinishSettings, track: Track) -> Constants:
-    trained = module.constants.sets()[0].detach()
+    trained = module.constants.sets()[0].detach().to("cpu")
     if module.ablation != "optimal":
         return replace(trained.to("cpu"), provenance=module.provenance() | {"ablation": module.ablation})
     starts = _starts(module, task, trained, settings.refit_start)

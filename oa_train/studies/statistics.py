@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from oa_train.errors import NotFiniteError
 from oa_train.shapes import Float, Tensor
 
 
@@ -40,7 +41,8 @@ def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
     array = values.double().numpy()
     mean, stderr = float(np.mean(array)), float(stats.sem(array))
     margin = stderr * float(stats.t.ppf(0.975, len(array) - 1))
-    assert math.isfinite(margin), "an estimate needs at least two finite values"
+    if not math.isfinite(margin):
+        raise NotFiniteError(f"A mean over {len(array)} prompts and its error are not finite: {mean} ± {margin}.")
     return Estimate(mean, stderr, (mean - margin, mean + margin), len(array))
 
 

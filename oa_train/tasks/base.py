@@ -90,8 +90,9 @@ class Task(ABC):
         check_choice("padding_side", padding_side, get_args(PaddingSide))
         self.batch_size = positive("batch_size", batch_size)
         self.batches_per_epoch = positive("batches_per_epoch", batches_per_epoch)
-        self.n_validation = positive("n_validation", n_validation)
-        self.n_test = positive("n_test", n_test)
+        # Two prompts are the fewest that have a standard error.
+        self.n_validation = positive("n_validation", n_validation, least=2)
+        self.n_test = positive("n_test", n_test, least=2)
         self.n_means = positive("n_means", n_means)
         self.padding_side: PaddingSide = padding_side
         self.seed = seed
@@ -205,14 +206,14 @@ class Task(ABC):
         return self.encoder.pad(others, self.padding_side)[0]
 
 
-def positive(name: str, value: int) -> int:
-    """Return `value` when it is at least 1.
+def positive(name: str, value: int, least: int = 1) -> int:
+    """Return `value` when it is at least `least`.
 
     Raises:
         ConfigurationError: it is not.
     """
-    if value < 1:
-        raise ConfigurationError(f"{name} is {value}; expected a number of at least 1.")
+    if value < least:
+        raise ConfigurationError(f"{name} is {value}; expected a number of at least {least}.")
     return value
 
 

@@ -90,7 +90,7 @@ class FrozenModelModule(lightning.LightningModule):
         Raises:
             ConfigurationError: the trainer runs with bare dataloaders.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, TaskData):
             raise ConfigurationError(
                 f"{type(self).__name__} needs a TaskData datamodule, because it draws prompts for means as well: "
@@ -123,7 +123,7 @@ class FrozenModelModule(lightning.LightningModule):
             CheckpointError: it is of another model, component set, mask distribution or task, or is incomplete.
         """
         stored = checkpoint.get(IDENTITY_KEY)
-        if not isinstance(stored, dict) or not isinstance(stored.get("identity"), dict):
+        if not isinstance(stored, dict) or not {"identity", "settings"} <= stored.keys():
             raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
         expected_identity = self._identity() | ({"task": task.describe()} if task is not None else {})
         check_identity(stored["identity"], expected_identity)
@@ -144,7 +144,8 @@ class FrozenModelModule(lightning.LightningModule):
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
         model = {"fingerprint": self.fingerprint, "n_layers": self.components.n_layers}
-        return {"module": type(self).__name__, "model": model, **self.describe()}
+        beginning = {"bos_token_id": self.bos_token_id}
+        return {"module": type(self).__name__, "model": model, **beginning, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

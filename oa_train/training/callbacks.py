@@ -31,8 +31,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Note where the run that is resumed keeps its best checkpoint."""
-        del pl_module
-        self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt"
+        changed = pl_module.changed_settings(checkpoint)
+        # Under another penalty or threshold the objectives of the two runs cannot be compared.
+        comparable = not any(change.startswith(("penalty", "threshold")) for change in changed)
+        self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if comparable else None
         self._resumed_step = checkpoint["global_step"]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -42,7 +44,7 @@ class BestCheckpoint(ModelCheckpoint):
         earlier = read_checkpoint(self._earlier)
         # The run before may have found a better one between its last checkpoint and its end. That one is found
         # again, if nothing was changed; if something was, it is not this run's.
-        if earlier["global_step"] > self._resumed_step:
+        if earlier["global_step"] > self._resumed_step or self.state_key not in earlier["callbacks"]:
             return
         copied = Path(self.dirpath) / "best.ckpt"
         copied.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +81,8 @@ class LastCheckpoint(Callback):
         Written here, a last step inside an epoch can be resumed from there; after the training Lightning counts the
         epoch as ended.
         """
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        step = trainer.global_step
+        if step and (step % self.every_n_steps == 0 or step == trainer.max_steps):
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

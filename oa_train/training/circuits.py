@@ -213,7 +213,8 @@ class CircuitModule(FrozenModelModule):
     def circuit(self) -> Circuit:
         """The thresholded circuit."""
         mask, scores = self.circuit_mask().cpu(), self.keep_probability().cpu()
-        return Circuit.from_mask(self.components, mask, scores, self.provenance())
+        provenance = self.provenance() | {"selected": list(self.selected)}
+        return Circuit.from_mask(self.components, mask, scores, provenance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuit."""

@@ -154,7 +154,8 @@ class _Best:
 
     def offer(self, sets: Sequence[Constants]) -> None:
         behaviour = circuit_behaviour(self._model, self._batches, self._masks, sets, self._rows_per_run)
-        kl = behaviour.kl.mean(dim=1)
+        # What is not finite is never the best.
+        kl = behaviour.kl.mean(dim=1).nan_to_num(nan=float("inf"))
         if not self.sets:
             self.sets = [one.detach() for one in sets]
         for index in (kl < self.kl).nonzero().flatten().tolist():

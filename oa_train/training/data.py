@@ -6,6 +6,7 @@ from typing import Any
 import lightning
 
 from oa_train.batches import Batch
+from oa_train.errors import ConfigurationError
 from oa_train.tasks.base import Stream, Task
 
 # Prompts of an evaluation batch; validation and test are not affected by it beyond speed.
@@ -22,10 +23,12 @@ class PromptLoader:
         task: what is trained on.
         rank: number of this process; it takes every `world_size`-th batch.
         world_size: number of processes.
+        epoch_length: batches of an epoch; the task's when not given.
     """
 
-    def __init__(self, task: Task, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, task: Task, rank: int = 0, world_size: int = 1, epoch_length: int | None = None) -> None:
         self._task = task
+        self._epoch_length = task.batches_per_epoch if epoch_length is None else epoch_length
         self._rank = rank
         self._world_size = world_size
         self._given = 0
@@ -33,7 +36,7 @@ class PromptLoader:
         self._resumed = False
 
     def __len__(self) -> int:
-        return self._task.batches_per_epoch
+        return self._epoch_length
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._resumed:
@@ -87,7 +90,14 @@ class TaskData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> PromptLoader:
         """Batches of the train stream, without end; an epoch is the task's `batches_per_epoch`."""
-        return PromptLoader(self.task, *self._rank_and_world_size())
+        length = self.task.batches_per_epoch
+        limit = getattr(self.trainer, "limit_train_batches", None)
+        if isinstance(limit, int):
+            length = min(length, limit)
+        elif isinstance(limit, float):
+            length = int(length * limit)
+        # The loader's own epochs end where the trainer's do, so that a resume knows where in an epoch it is.
+        return PromptLoader(self.task, *self._rank_and_world_size(), length)
 
     def val_dataloader(self) -> EvaluationLoader:
         """The validation prompts of this process."""
@@ -99,7 +109,10 @@ class TaskData(lightning.LightningDataModule):
 
     def _share(self, stream: Stream, n_prompts: int) -> EvaluationLoader:
         rank, world_size = self._rank_and_world_size()
-        return EvaluationLoader(list(self.task.batches(stream, n_prompts, EVALUATION_BATCH))[rank::world_size])
+        if n_prompts < world_size:
+            raise ConfigurationError(f"{n_prompts} {stream} prompts cannot be shared out to {world_size} processes.")
+        size = min(EVALUATION_BATCH, n_prompts // world_size)
+        return EvaluationLoader(list(self.task.batches(stream, n_prompts, size))[rank::world_size])
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         trainer: Any = self.trainer

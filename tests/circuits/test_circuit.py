@@ -160,3 +160,13 @@ def test_every_circuit_is_equally_likely():
 def test_a_size_that_the_model_does_not_have_is_refused(size):
     with pytest.raises(ConfigurationError, match=f"A circuit of {size} of 8 components"):
         random_circuits(COMPONENTS, size, 1, seed=0)
+
+
+def test_random_circuits_among_some_components_keep_the_others():
+    components = Components(3, 4)
+    heads = components.select(["a*"])
+    for circuit in random_circuits(components, 6, 20, 0, among=heads):
+        assert len(circuit) == 6
+        assert {"m0", "m1", "m2"} <= set(circuit.nodes)
+    with pytest.raises(ConfigurationError):
+        random_circuits(components, 2, 1, 0, among=heads)

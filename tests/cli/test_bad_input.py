@@ -54,6 +54,9 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--trainer.accelerator gpuu", "You selected an invalid accelerator name"),
         ("--trainer.max_epochs many", "trainer.max_epochs is many; expected a whole number"),
         ("--trainer.devices 0", "The trainer cannot be built from these options"),
+        ("--trainer.precision bf16-true", "trainer.precision is bf16-true; expected 32-true, bf16-mixed or 16-mixed"),
+        ("--trainer.precision 16-mixed --trainer.accelerator cpu", "16-mixed needs a GPU"),
+        ("--data.n_test 1", "n_test is 1; expected a number of at least 2."),
         ("--checkpoint_every 0", "checkpoint_every is 0; expected at least 1."),
         ("--finish.refit_start meen", "finish.refit_start is 'meen'; expected one of trained, mean, both."),
         ("--finish.refit.steps -3", "steps is -3; expected 0 or more."),
@@ -164,6 +167,22 @@ def test_checkpoints_of_something_else(capsys):
 )
 def test_wrong_commands(capsys, words, said):
     assert said in complaint(capsys, *words.split())
+
+
+def test_a_run_folder_is_not_trusted_to_run_code(capsys):
+    Path("shared").mkdir()
+    Path("shared/config.yaml").write_text("lm: {name: tiny, trust_remote_code: true}\ndata: IOI\nmodel: CircuitModule")
+    for command in ("test", "compare"):
+        said = complaint(capsys, command, "--run", "shared")
+        assert "asks to run code that comes with the model 'tiny'" in said
+        assert "--lm.trust_remote_code true" in said
+
+
+def test_a_run_that_was_not_finished_says_how_to_finish_it(capsys):
+    Path("broken").mkdir()
+    Path("broken/config.yaml").write_text("lm: {name: tiny}\ndata: IOI")
+    said = complaint(capsys, "compare", "--run", "broken")
+    assert "oa-train fit --config broken/config.yaml --ckpt_path broken/checkpoints/last.ckpt" in said
 
 
 def test_a_folder_that_is_no_run_names_runs_nearby(capsys):

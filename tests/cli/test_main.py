@@ -160,3 +160,20 @@ def test_a_loss_that_is_not_finite_ends_with_status_1(tmp_path, monkeypatch, cap
     assert "Traceback" not in said
     last = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0" / "checkpoints" / "last.ckpt"
     assert all(tensor.isfinite().all() for tensor in read_checkpoint(last)["state_dict"].values())
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "SIGTERM")]
+)
+def test_a_run_that_is_interrupted_says_how_to_resume(tmp_path, sent, status, said):
+    run = start(tmp_path, "--trainer.max_epochs", "500")
+    last = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    while not last.exists():
+        assert run.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.05)
+    run.send_signal(sent)
+    assert run.wait(timeout=60) == status
+    words = (tmp_path / "said.txt").read_text()
+    assert said in words
+    assert "--ckpt_path" in words
+    assert read_checkpoint(last)["global_step"] > 0

@@ -142,3 +142,13 @@ def test_a_run_without_learned_constants_gets_some_for_its_circuit(compared, mod
     rows = compare(module.frozen, task, circuit, unlearned, tmp_path, settings).rows[:3]
     kl = {row.ablation: row.figures["kl"].mean for row in rows}
     assert kl["optimal"] < 0.5 * min(kl["mean"], kl["zero"])
+
+
+def test_a_circuit_written_by_hand_is_compared_at_positions(module, task, tmp_path):
+    circuit = Circuit.from_patterns(module.components, ["a0*", "a1*", "m0"])
+    constants = Constants.zeros(module.dimensions, module.bos_token_id, 4)
+    settings = CompareSettings(fit=RefitSettings(steps=0), random_circuits=0)
+    compared = compare(module.frozen, task, circuit, constants, tmp_path, settings)
+    results = json.loads((compared.folder / "results.json").read_text())
+    assert results["model"]["fingerprint"] == module.fingerprint
+    assert results["task"]["name"] == "ioi"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from oa_train.errors import NotFiniteError
 from oa_train.studies.statistics import estimate, paired_difference
 
 # Student's t at 0.975 with two degrees of freedom, from its closed form (2p - 1) / sqrt(2 p (1 - p)).
@@ -72,5 +73,5 @@ def test_json():
 @pytest.mark.parametrize("values", [[1.0, math.nan], [1.0, math.inf]])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_values_that_are_not_finite_have_no_estimate(values):
-    with pytest.raises(AssertionError, match="finite"):
+    with pytest.raises(NotFiniteError, match="finite"):
         estimate(torch.tensor(values))

@@ -25,7 +25,9 @@ def any_lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def train(folder: Path, max_steps: int, resume: Path | None = None, **changes) -> CircuitModule:
-    trainer_options = {key: changes.pop(key) for key in ("accumulate_grad_batches",) if key in changes}
+    trainer_options = {
+        key: changes.pop(key) for key in ("accumulate_grad_batches", "limit_train_batches") if key in changes
+    }
     module = CircuitModule(**changes)
     trainer = quiet_trainer(
         max_steps=max_steps,
@@ -85,6 +87,11 @@ def test_other_ablations_train_the_masks_alone(ablation):
     assert (module.masks.logits != 1.0).any()
 
 
+def test_a_module_without_a_trainer_says_what_it_needs():
+    with pytest.raises(ConfigurationError, match="needs a TaskData datamodule"):
+        CircuitModule().circuit()
+
+
 def test_two_parameter_groups_with_their_learning_rates():
     module = CircuitModule(mask_learning_rate=0.3, constants_learning_rate=0.02)
     groups = {group["name"]: group for group in module.configure_optimizers().param_groups}
@@ -127,6 +134,20 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, accumu
             assert torch.equal(tensor, best[1]["state_dict"][name])
 
 
+def test_a_resume_is_exact_where_epochs_are_cut_short(tmp_path):
+    whole = train(tmp_path / "whole", 8, limit_train_batches=3)
+    train(tmp_path / "part", 3, limit_train_batches=3)
+    resumed = train(tmp_path / "rest", 8, tmp_path / "part" / "last.ckpt", limit_train_batches=3)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_under_another_penalty_the_best_of_the_run_before_does_not_count(tmp_path):
+    train(tmp_path / "cheap", 5, penalty=0.01)
+    train(tmp_path / "dear", 10, tmp_path / "cheap" / "last.ckpt", penalty=3.0)
+    assert read_checkpoint(tmp_path / "dear" / "best.ckpt")["global_step"] > 5
+
+
 def test_a_checkpoint_holds_the_trainables_and_plain_types_only(tmp_path):
     train(tmp_path, 2)
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
@@ -142,6 +163,7 @@ def test_a_checkpoint_holds_the_trainables_and_plain_types_only(tmp_path):
     [
         ({"components": "a*"}, "components: the checkpoint has"),
         ({"positions": 4}, "positions: the checkpoint has 1, this configuration 4"),
+        ({"lm": LMSpec("tiny", bos="none")}, "bos_token_id: the checkpoint has"),
         ({"ablation": "mean"}, "ablation: the checkpoint has optimal, this configuration mean"),
     ],
 )

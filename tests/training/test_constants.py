@@ -72,6 +72,13 @@ def test_what_does_better_on_validation_is_kept(model, task, mean):
     assert torch.equal(kept.sets[0].heads, zero.heads)
 
 
+def test_what_is_not_a_number_is_never_kept(model, task, mean):
+    bad = Constants(torch.full_like(mean.heads, float("nan")), mean.mlps, mean.bos_token_id)
+    kept = fit_constants(model, task, masks_of(model, "* !a0.h0"), [mean], RefitSettings(steps=0), others=[bad])
+    assert torch.equal(kept.sets[0].heads, mean.heads)
+    assert kept.validation_kl.isfinite().all()
+
+
 def test_the_same_call_gives_the_same_constants(model, task, mean):
     masks = masks_of(model, "* !m0")
     settings = RefitSettings(steps=5, batch_size=4, evaluate_every=5)

@@ -1,7 +1,11 @@
 """The loader: stateless batches, epochs that go on, resumes in the middle, ranks that share nothing."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 
+from oa_train.errors import ConfigurationError
 from oa_train.training.data import PromptLoader, TaskData
 from tests.builders import small_ioi
 
@@ -60,3 +64,17 @@ def test_validation_and_test_have_the_promised_prompts():
     assert [len(batch) for batch in data.val_dataloader()] == [128, 2]
     assert [len(batch) for batch in data.test_dataloader()] == [5]
     assert len(data.val_dataloader()) == 2
+
+
+def test_every_process_gets_evaluation_prompts():
+    def share(rank: int, world_size: int, n_prompts: int) -> list[int]:
+        data = TaskData(small_ioi(n_validation=n_prompts))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        return [number for row in ids(data.val_dataloader()) for number in row]
+
+    for world_size, n_prompts in ((2, 16), (3, 256), (5, 512)):
+        shares = [share(rank, world_size, n_prompts) for rank in range(world_size)]
+        assert all(shares)
+        assert sorted(number for one in shares for number in one) == list(range(n_prompts))
+    with pytest.raises(ConfigurationError, match="2 validation prompts cannot be shared out to 3 processes"):
+        share(0, 3, 2)
