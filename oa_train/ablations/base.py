@@ -1,9 +1,8 @@
-"""The values that replace components in a run, and what makes them."""
+"""The values that replace components in a run."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
-from oa_train.batches import Batch
 from oa_train.shapes import Float, Tensor
 
 AblationKind = Literal["zero", "mean", "optimal"]
@@ -20,11 +19,3 @@ class Replacements:
 
     heads: Float[Tensor, "layer row_or_1 position_or_1 head d_head"]
     mlps: Float[Tensor, "layer row_or_1 position_or_1 d_model"]
-
-
-class Ablation(Protocol):
-    """Anything that can say what replaces the components of a batch."""
-
-    def replacements(self, batch: Batch) -> Replacements:
-        """Values for the rows of `batch`."""
-        ...
