@@ -151,7 +151,7 @@ class OaTrainCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as problem:
-            if self.run is not None:
+            if self.run is not None and RUN_FOLDER_VARIABLE not in os.environ:  # else it is another process's
                 shutil.rmtree(self.run)
             raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
 
