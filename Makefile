@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check format bench
+.PHONY: help install demo test test-long check format bench docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ check: $(STAMP)  ## format, lint, types, layers
 format: $(STAMP)  ## format the code and mend what the linter can
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+docs: $(STAMP)  ## write the pages of the manual that come from the code
+	$(BIN)/python -m oa_train.cli.documentation docs
 
 bench: $(STAMP)  ## timings, side by side
 	$(BIN)/python -m benchmarks.nodes

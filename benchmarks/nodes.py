@@ -65,15 +65,16 @@ class RandomTokens(Induction):
         return Batch(
             tokens=tokens,
             attention_mask=torch.ones_like(tokens, dtype=torch.bool),
-            scored=torch.full((size,), POSITIONS - 1),
-            answers=torch.full((size, 1), 5),
-            distractors=torch.full((size, 1), 6),
+            scored=torch.full((size, 1), POSITIONS - 1),
+            weights=torch.ones(size, 1),
+            answers=torch.full((size, 1, 1), 5),
+            distractors=torch.full((size, 1, 1), 6),
             counterfactual_tokens=None,
             example_ids=torch.arange(size),
             padded=False,
         )
 
-    def batches(self, stream: str, n_prompts: int, size: int):  # type: ignore[no-untyped-def]
+    def batches(self, stream: str, n_prompts: int, size: int | None = None):  # type: ignore[no-untyped-def]
         """One small batch; means and validation are not timed."""
         yield self.batch(stream, 0, 2)
 

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from oa_train.ablations.constants import Constants as Constants
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit
+    from oa_train.circuits.circuit import jaccard as jaccard
     from oa_train.errors import OaTrainError as OaTrainError
     from oa_train.interventions.ablated import ablated as ablated
     from oa_train.interventions.activations import node_means as node_means
     from oa_train.interventions.activations import node_values as node_values
     from oa_train.interventions.base import scored_logits as scored_logits
     from oa_train.interventions.evaluation import circuit_behaviour as circuit_behaviour
+    from oa_train.interventions.kinds import KINDS as KINDS
+    from oa_train.interventions.kinds import AblationSource as AblationSource
     from oa_train.interventions.nodes import node_logits as node_logits
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
@@ -27,42 +30,53 @@ if TYPE_CHECKING:
     from oa_train.models.loading import load_model as load_model
     from oa_train.studies.compare import CompareSettings as CompareSettings
     from oa_train.studies.compare import compare as compare
+    from oa_train.studies.constants import finish_constants as finish_constants
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
+    from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
     from oa_train.tasks.base import Prompt as Prompt
+    from oa_train.tasks.base import Question as Question
     from oa_train.tasks.base import Task as Task
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
     from oa_train.training.circuits import CircuitModule as CircuitModule
-    from oa_train.training.constants import RefitSettings as RefitSettings
-    from oa_train.training.constants import fit_constants as fit_constants
+    from oa_train.training.constants import ConstantsModule as ConstantsModule
     from oa_train.training.data import TaskData as TaskData
+    from oa_train.training.refit import RefitSettings as RefitSettings
+    from oa_train.training.refit import fit_constants as fit_constants
 
 _HOMES = {
+    "AblationSource": "interventions.kinds",
     "Batch": "batches",
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuits",
     "CompareSettings": "studies.compare",
     "Components": "models.components",
     "Constants": "ablations.constants",
+    "ConstantsModule": "training.constants",
     "FinishSettings": "studies.finish",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",
     "IOI": "tasks.ioi",
     "Induction": "tasks.induction",
+    "KINDS": "interventions.kinds",
     "LMSpec": "models.loading",
     "OaTrainError": "errors",
     "Prompt": "tasks.base",
-    "RefitSettings": "training.constants",
+    "Question": "tasks.base",
+    "RefitSettings": "training.refit",
     "Task": "tasks.base",
     "TaskData": "training.data",
+    "TrainedCircuit": "studies.runs",
     "UniformGradientSampling": "masks.uniform",
     "ablated": "interventions.ablated",
     "circuit_behaviour": "interventions.evaluation",
     "compare": "studies.compare",
     "finish": "studies.finish",
-    "fit_constants": "training.constants",
+    "finish_constants": "studies.constants",
+    "fit_constants": "training.refit",
+    "jaccard": "circuits.circuit",
     "load_model": "models.loading",
     "node_logits": "interventions.nodes",
     "node_means": "interventions.activations",

@@ -6,19 +6,22 @@ from typing import Any
 
 import torch
 
-from oa_train.shapes import Bool, Int, Tensor
+from oa_train.errors import TaskError
+from oa_train.shapes import Bool, Float, Int, Tensor
 
 TensorFunction = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Prompts of equal padded length, each scored at one position.
+    """Prompts of equal padded length, scored at one position or at several.
 
     Attributes:
         tokens: token ids; padded on the left or on the right.
         attention_mask: True at real tokens, False at padding.
-        scored: column of the position whose next-token prediction is scored.
+        scored: columns of the positions whose next-token predictions are scored, from left to right. A prompt with
+            fewer than others repeats its last one.
+        weights: part of each scored position in the prompt's average; they sum to 1, and repetitions have 0.
         answers: ids of the tokens that are correct there, padded with -1.
         distractors: ids of the wrong tokens that answers are compared with, padded with -1.
         counterfactual_tokens: the same prompts with other content, token for token parallel to `tokens`.
@@ -29,9 +32,10 @@ class Batch:
 
     tokens: Int[Tensor, "batch position"]
     attention_mask: Bool[Tensor, "batch position"]
-    scored: Int[Tensor, " batch"]
-    answers: Int[Tensor, "batch answer"]
-    distractors: Int[Tensor, "batch distractor"]
+    scored: Int[Tensor, "batch scored"]
+    weights: Float[Tensor, "batch scored"]
+    answers: Int[Tensor, "batch scored answer"]
+    distractors: Int[Tensor, "batch scored distractor"]
     counterfactual_tokens: Int[Tensor, "batch position"] | None
     example_ids: Int[Tensor, " batch"]
     padded: bool
@@ -44,6 +48,15 @@ class Batch:
         """Position of each token counted from its row's first real token; 0 at padding before it."""
         return (self.attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens of each prompt."""
+        return self.attention_mask.sum(dim=1)
+
+    def average(self, values: Float[Tensor, "batch scored"]) -> Float[Tensor, " batch"]:
+        """Each prompt's mean of a figure over its scored positions."""
+        return (values * self.weights.to(values.dtype)).sum(dim=1)
+
     def _map(self, function: TensorFunction) -> "Batch":
         changed: dict[str, Any] = {}
         for field in fields(self):
@@ -55,10 +68,6 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Copy every tensor to `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        """Copy every tensor to page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
 
     def repeat(self, times: int) -> "Batch":
         """Tile the batch: row `s * len(self) + b` is prompt `b` again.
@@ -78,8 +87,34 @@ class Batch:
         """The same batch with the counterfactual prompts in place of the prompts.
 
         Raises:
-            ValueError: the task made no counterfactuals.
+            TaskError: the task made no counterfactuals.
         """
         if self.counterfactual_tokens is None:
-            raise ValueError("These prompts have no counterfactuals; the task does not make any.")
+            raise TaskError(
+                "These prompts have no counterfactuals: their task makes none, so there is no counterfactual "
+                "ablation. Choose another ablation, or let the task's prompts name a counterfactual each."
+            )
         return replace(self, tokens=self.counterfactual_tokens, counterfactual_tokens=None)
+
+
+def unanswered(tokens: Int[Tensor, "batch position"], attention_mask: Bool[Tensor, "batch position"]) -> Batch:
+    """A batch of prompts without answers, each scored at its last real token.
+
+    Args:
+        tokens: token ids; padded on the left or on the right.
+        attention_mask: True at real tokens; every row has one.
+    """
+    n_rows, width = tokens.shape
+    columns = torch.arange(width, device=tokens.device)
+    none = torch.full((n_rows, 1, 1), -1, device=tokens.device)
+    return Batch(
+        tokens=tokens,
+        attention_mask=attention_mask,
+        scored=torch.where(attention_mask, columns, 0).amax(dim=1, keepdim=True),
+        weights=torch.ones(n_rows, 1, device=tokens.device),
+        answers=none,
+        distractors=none,
+        counterfactual_tokens=None,
+        example_ids=torch.arange(n_rows, device=tokens.device),
+        padded=not bool(attention_mask.all()),
+    )

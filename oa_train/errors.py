@@ -1,22 +1,37 @@
 """Every error that `oa_train` raises on purpose.
 
-A message says what was given, what was expected and what to do about it. `exit_status` is what the command
-line returns: 2 for a mistake that the user can mend before anything runs, 1 for a fault while running. Each
-class is also the built-in error that it is, so that callers who do not know this module can still catch it.
+A message says in its first line what is wrong, then what was expected and what to do about it. `exit_status` is what
+the command line returns: 2 for a mistake that the user can mend before anything runs, 1 for a fault while running.
+Each class is also the built-in error that it is, so that callers who do not know this module can still catch it.
+
+The docstrings are the manual: `make docs` writes docs/errors.md from them.
 """
 
 import difflib
 from collections.abc import Iterable
 
+DONE, FAULT, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+EXIT_STATUSES: dict[int, str] = {
+    DONE: "done",
+    FAULT: "a fault while running: not finite, disk full, or an error of a library",
+    MISTAKE: "a mistake in options, configuration, model, task or files; nothing is left behind",
+    INTERRUPTED: "interrupted with Ctrl-C; the message holds the command that goes on from there",
+    TERMINATED: "ended by SIGTERM; the message holds the command that goes on from there",
+}
+
 
 class OaTrainError(Exception):
-    """Base of all errors of this package.
+    """Any error that this package raises on purpose.
+
+    What to do: catch this one in a program that goes on when one of several runs fails; on the command line read the
+    first line of the message.
 
     Attributes:
         exit_status: status of the process when the error ends a command.
     """
 
-    exit_status = 2
+    exit_status = MISTAKE
 
     def __str__(self) -> str:
         # KeyError would show the repr of its argument, which turns line breaks into "\n".
@@ -24,39 +39,69 @@ class OaTrainError(Exception):
 
 
 class ConfigurationError(OaTrainError, ValueError):
-    """An option or argument has a value that cannot work."""
+    """An option or argument is missing, unknown, or has a value that cannot work.
+
+    What to do: change what the first line names. `oa-train COMMAND --help` lists the options of a command,
+    `--print_config` shows the configuration that comes of a file and options together.
+    """
 
 
 class UnknownNameError(OaTrainError, KeyError):
-    """A name is not one of the known ones."""
+    """A name is not one of the known ones.
+
+    What to do: take one of the names that the message lists, the nearest ones first.
+    """
 
 
 class ModelError(OaTrainError, ValueError):
-    """A model cannot be loaded, or is of a family that is not in the table."""
+    """A model cannot be loaded, or is of a family that is not in the table.
+
+    What to do: check `lm.name` (a built-in model, a local folder that `save_pretrained` wrote, or a Hub id) and
+    whether the Hub can be reached; docs/extending.md says how a family is added.
+    """
 
 
 class TaskError(OaTrainError, ValueError):
-    """A task cannot be posed to this tokenizer or with these options."""
+    """A task cannot be posed to this tokenizer or with these options.
+
+    What to do: choose a model whose tokenizer holds the words that the message names, another task, or looser options
+    of the task.
+    """
 
 
 class ArtefactError(OaTrainError, ValueError):
-    """A file or folder is missing, damaged, of another kind, or belongs to another model."""
+    """A file or folder is missing, damaged, of another kind, or belongs to another model.
+
+    What to do: check the path. What is damaged is made again by the command that wrote it; a run that was cut off is
+    finished by `oa-train fit --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt`.
+    """
 
 
 class CheckpointError(ArtefactError):
-    """A training checkpoint is missing, damaged, or belongs to another model, component set or task."""
+    """A training checkpoint is missing, damaged, or belongs to another model, component set or task.
+
+    What to do: resume with the configuration that the checkpoint was made with, `config.yaml` in its run folder, and
+    with `best.ckpt` when `last.ckpt` is damaged.
+    """
 
 
 class NotFiniteError(OaTrainError, ArithmeticError):
-    """A loss, gradient or trained tensor is NaN or infinite."""
+    """A loss, gradient or trained tensor is NaN or infinite.
 
-    exit_status = 1
+    What to do: lower the learning rates, clip gradients (`--trainer.gradient_clip_val 1.0`) or train in float32, and
+    resume from the last checkpoint, which is still good.
+    """
+
+    exit_status = FAULT
 
 
 class RunError(OaTrainError, RuntimeError):
-    """Something failed while a job was running."""
+    """Something failed while a job was running.
 
-    exit_status = 1
+    What to do: see to what the message names (a full disk, say) and resume from the last checkpoint.
+    """
+
+    exit_status = FAULT
 
 
 def nearest_names(given: str, valid: Iterable[str], most: int = 3) -> str:
@@ -72,6 +117,9 @@ def nearest_names(given: str, valid: Iterable[str], most: int = 3) -> str:
     """
     names = list(dict.fromkeys(valid))
     near = difflib.get_close_matches(given, names, n=most, cutoff=0.6)
+    if not near:
+        # The same in another case, or the beginning of a name, is near as well.
+        near = [name for name in names if given and name.lower().startswith(given.lower())][:most]
     if near:
         return f"Did you mean {', '.join(near)}?"
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

@@ -6,7 +6,11 @@
     position   token columns of a padded batch
     layer      decoder blocks, counted from 0
     head       attention (query) heads of a layer
+    scored     positions of a prompt at which its prediction is scored
     component  entries of a node mask, in the order of `models.components.Components`
+    source     what writes to the residual stream, in the order of `models.graph.Graph.sources`
+    reader     what reads it, in the order of `models.graph.Graph.readers`
+    edge       pairs of the two, in the order of `models.graph.Graph.edge_readers`
     d_head     width of one head's value
     d_model    width of the residual stream
     vocabulary logits

@@ -1,18 +1,28 @@
 """Small real models and batches for the tests: random weights, true configurations, no download."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
-from oa_train.ablations.base import Replacements
+from oa_train.ablations.base import NodeValues
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
 from oa_train.tasks import IOI
+from oa_train.tasks.vocabulary import read_data, read_words
 
 BOS, PAD = 1, 0
 VOCABULARY = 37
@@ -37,15 +47,42 @@ TINY_CONFIGS = {
         "intermediate_size": 48,
         "max_position_embeddings": 24,
     },
+    "gpt_neo": {
+        "num_layers": 3,
+        "num_heads": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "max_position_embeddings": 24,
+        "attention_types": [[["global", "local", "global"], 1]],
+        "window_size": 4,
+    },
+    "gptj": {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "rotary_dim": 4},
+    "opt": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 48,
+        "max_position_embeddings": 24,
+    },
+    "phi": GROUPED,
     "llama": WIDE,
     "mistral": WIDE | {"sliding_window": 4},
     "qwen2": GROUPED,
     "qwen3": WIDE,
     "phi3": GROUPED,
     "smollm3": GROUPED,
+    "olmo": GROUPED,
     "olmo2": GROUPED,
+    "gemma": WIDE,
+    "gemma2": WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 4},
     "gemma3_text": WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 4},
 }
+
+# Of these families transformers loads every tokenizer as byte-level BPE, whatever class was saved.
+BYTE_LEVEL = {"qwen2"}
+# Left out of the text that tokenizers are trained on, so that the byte-level tokenizer splits them.
+RARE = {"Anthony", "museum", "necklace", "rebellion", "velvet"}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> CausalLM:
@@ -80,12 +117,27 @@ def batch_of(rows: list[list[int]], padding_side: str = "right", width: int | No
     return Batch(
         tokens=torch.tensor(tokens),
         attention_mask=torch.tensor(mask).bool(),
-        scored=torch.tensor(scored),
-        answers=torch.full((len(rows), 1), 5),
-        distractors=torch.full((len(rows), 1), 6),
+        scored=torch.tensor(scored).unsqueeze(1),
+        weights=torch.ones(len(rows), 1),
+        answers=torch.full((len(rows), 1, 1), 5),
+        distractors=torch.full((len(rows), 1, 1), 6),
         counterfactual_tokens=None,
         example_ids=torch.arange(len(rows)),
         padded=any(pads),
+    )
+
+
+def widened(batch: Batch, side: str, further: int) -> Batch:
+    """The batch with further columns of padding."""
+    pads = (further, 0) if side == "left" else (0, further)
+    others = batch.counterfactual_tokens
+    return replace(
+        batch,
+        tokens=torch.nn.functional.pad(batch.tokens, pads, value=PAD),
+        attention_mask=torch.nn.functional.pad(batch.attention_mask, pads, value=False),
+        scored=batch.scored + pads[0],
+        counterfactual_tokens=None if others is None else torch.nn.functional.pad(others, pads, value=PAD),
+        padded=True,
     )
 
 
@@ -100,14 +152,14 @@ def random_constants(model: CausalLM, n_positions: int = 1, seed: int = 0, requi
     return Constants(heads.requires_grad_(requires_grad), mlps.requires_grad_(requires_grad), BOS)
 
 
-def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> Replacements:
+def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> NodeValues:
     """Random replacements that differ in every row and position, with gradients."""
     sizes = Dimensions.of(model.config)
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.n_layers, rows, positions)
     heads = torch.randn(*shape, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64)
     mlps = torch.randn(*shape, sizes.d_model, generator=generator, dtype=torch.float64)
-    return Replacements(heads.requires_grad_(), mlps.requires_grad_())
+    return NodeValues(heads.requires_grad_(), mlps.requires_grad_())
 
 
 def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
@@ -116,10 +168,39 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
 
 
+def training_text() -> Iterator[str]:
+    """What the tasks are made of, for training tokenizers."""
+    for name in ("names", "places", "objects", "nouns", "induction"):
+        yield from (f"Then {word}, {word}." for word in read_words(name) if word not in RARE for _ in range(20))
+    for sentences in read_data("templates").values():
+        yield from sentences * 20
+    yield from [f"Then {century}" for century in range(10, 19)] * 200
+    yield from [f"{year:02d}" for year in range(100) if year != 55] * 100
+    yield from ["The lasted from the year to the year", "Words: a"] * 20
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer like GPT-2's, in which most words of the tasks are one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(), trainer)
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
+
+
 def save_language_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> LMSpec:
-    """A tiny random model of a family in a folder, with the built-in model's tokenizer and its vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(builtin_models()["tiny"])
-    sizes = {name: 64 if "positions" in name else size for name, size in TINY_CONFIGS[family].items()}
+    """A tiny random model of a family in a folder, with a tokenizer that knows the tasks and its vocabulary."""
+    tokenizer: PreTrainedTokenizerBase = (
+        byte_level_tokenizer() if family in BYTE_LEVEL else AutoTokenizer.from_pretrained(builtin_models()["tiny"])
+    )
+    sizes = {name: 64 if "position" in name else size for name, size in TINY_CONFIGS[family].items()}
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **sizes)
     with torch.random.fork_rng():

@@ -1,17 +1,27 @@
 """One fixture makes a tiny random model of every supported family."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import CausalLM
 from tests.builders import tiny_model
+from tests.precision import WithoutSinglePrecision
 
 # The models are so small that a second thread costs more than it saves, above all on a busy machine.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
-def any_model(request: pytest.FixtureRequest) -> CausalLM:
+def shared_model(request: pytest.FixtureRequest) -> CausalLM:
     """A float64 model of each family in turn; shared, so a test that changes it fails the next one."""
     return tiny_model(request.param)
+
+
+@pytest.fixture
+def any_model(shared_model: CausalLM) -> Iterator[CausalLM]:
+    """A float64 model of each family in turn, which computes in float64 throughout."""
+    with WithoutSinglePrecision():
+        yield shared_model

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from oa_train.batches import Batch
+from oa_train.batches import Batch, unanswered
 from tests.builders import batch_of
 
 ROWS = [[1, 7, 8, 9], [1, 5]]
@@ -16,8 +16,8 @@ def full_batch(side: str = "right") -> Batch:
     batch = batch_of(ROWS, side)
     return replace(
         batch,
-        answers=torch.tensor([[5, -1], [6, 7]]),
-        distractors=torch.tensor([[8], [9]]),
+        answers=torch.tensor([[[5, -1]], [[6, 7]]]),
+        distractors=torch.tensor([[[8]], [[9]]]),
         counterfactual_tokens=batch.tokens + 10,
         example_ids=torch.tensor([40, 41]),
     )
@@ -44,7 +44,7 @@ def test_repeat_tiles_whole_batches(side):
     tiled = batch.repeat(3)
     assert len(tiled) == 6
     assert tiled.example_ids.tolist() == [40, 41, 40, 41, 40, 41]
-    assert len(tensors_of(tiled)) == 7
+    assert len(tensors_of(tiled)) == 8
     for name, tensor in tensors_of(tiled).items():
         for sample in range(3):
             for row in range(2):
@@ -61,9 +61,10 @@ def test_rows_are_taken_from_every_field():
     second = full_batch().rows(slice(1, 2))
     assert second.tokens.tolist() == [[1, 5, 0, 0]]
     assert second.attention_mask.tolist() == [[True, True, False, False]]
-    assert second.scored.tolist() == [1]
-    assert second.answers.tolist() == [[6, 7]]
-    assert second.distractors.tolist() == [[9]]
+    assert second.scored.tolist() == [[1]]
+    assert second.weights.tolist() == [[1.0]]
+    assert second.answers.tolist() == [[[6, 7]]]
+    assert second.distractors.tolist() == [[[9]]]
     assert second.counterfactual_tokens.tolist() == [[11, 15, 10, 10]]
     assert second.example_ids.tolist() == [41]
     assert second.padded
@@ -71,7 +72,7 @@ def test_rows_are_taken_from_every_field():
 
 def test_to_moves_every_tensor():
     moved = full_batch().to("meta")
-    assert len(tensors_of(moved)) == 7
+    assert len(tensors_of(moved)) == 8
     assert {tensor.device.type for tensor in tensors_of(moved).values()} == {"meta"}
     without = replace(full_batch(), counterfactual_tokens=None).to("meta")
     assert without.counterfactual_tokens is None
@@ -86,3 +87,35 @@ def test_counterfactual_takes_the_place_of_the_prompts():
     assert torch.equal(other.answers, batch.answers)
     with pytest.raises(ValueError, match="no counterfactuals"):
         other.counterfactual()
+
+
+def test_a_prompt_s_average_is_over_its_own_scored_positions():
+    batch = replace(
+        batch_of(ROWS),
+        scored=torch.tensor([[1, 3], [1, 1]]),
+        weights=torch.tensor([[0.5, 0.5], [1.0, 0.0]]),
+        answers=torch.full((2, 2, 1), 5),
+        distractors=torch.full((2, 2, 1), 6),
+    )
+    values = torch.tensor([[2.0, 4.0], [7.0, 100.0]])
+    assert batch.average(values).tolist() == [3.0, 7.0]
+    assert batch.average(values.double()).dtype == torch.float64
+    assert batch.repeat(2).average(values.repeat(2, 1)).tolist() == [3.0, 7.0] * 2
+
+
+def test_lengths_count_real_tokens():
+    assert batch_of(ROWS, "left", 9).lengths.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_without_answers_are_scored_at_their_last_real_token(side):
+    expected = batch_of(ROWS, side, 6)
+    batch = unanswered(expected.tokens, expected.attention_mask)
+    assert torch.equal(batch.scored, expected.scored)
+    assert batch.weights.tolist() == [[1.0], [1.0]]
+    assert (batch.answers == -1).all()
+    assert (batch.distractors == -1).all()
+    assert batch.counterfactual_tokens is None
+    assert batch.example_ids.tolist() == [0, 1]
+    assert batch.padded
+    assert not unanswered(torch.tensor([ROWS[0]]), torch.ones(1, 4).bool()).padded

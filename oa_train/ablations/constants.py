@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import Replacements
+from oa_train.ablations.base import Ablation, NodeValues, ValuesOf
 from oa_train.artefacts import Artefact, load_artefact, save_artefact
 from oa_train.batches import Batch
-from oa_train.errors import ArtefactError
+from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.models.families import Dimensions
 from oa_train.shapes import Float, Int, Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Constants:
+class Constants(Ablation):
     """One vector for each component, or one for each component and position.
 
     Positions count from a prompt's first real token. A table of P positions gives position P - 1 and everything
@@ -54,6 +54,25 @@ class Constants:
         """Rows of the table; 1 when the constants are pooled."""
         return self.heads.shape[1]
 
+    def with_positions(self, n_positions: int) -> "Constants":
+        """The same constants in a larger table, whose further positions get what the last one has.
+
+        Args:
+            n_positions: size of the table.
+
+        Raises:
+            ConfigurationError: it is smaller than this one.
+        """
+        further = n_positions - self.n_positions
+        if further < 0:
+            raise ConfigurationError(
+                f"These constants tell {self.n_positions} positions apart and cannot be put into a table of "
+                f"{n_positions}; give at least as many."
+            )
+        heads = torch.cat([self.heads, self.heads[:, -1:].expand(-1, further, -1, -1)], dim=1)
+        mlps = torch.cat([self.mlps, self.mlps[:, -1:].expand(-1, further, -1)], dim=1)
+        return replace(self, heads=heads, mlps=mlps)
+
     def to(self, device: torch.device | str) -> "Constants":
         """Copy to a device."""
         return replace(self, heads=self.heads.to(device), mlps=self.mlps.to(device))
@@ -82,33 +101,17 @@ class Constants:
         except KeyError as problem:
             raise ArtefactError(f"{folder} does not hold constants: {problem} is missing.") from problem
 
-    def replacements(self, batch: Batch) -> Replacements:
-        """The constants laid out for the rows and positions of a batch, with gradients to them."""
+    def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> NodeValues:
+        """The constants laid out for the rows and positions of a batch, with gradients to them; no model is run."""
+        del values_of
         return self.replacements_at(batch.positions)
 
-    def replacements_at(self, positions: Int[Tensor, "row position"]) -> Replacements:
+    def replacements_at(self, positions: Int[Tensor, "row position"]) -> NodeValues:
         """The same for positions that were counted elsewhere."""
         if self.n_positions == 1:
-            return Replacements(self.heads.unsqueeze(1), self.mlps.unsqueeze(1))
+            return NodeValues(self.heads.unsqueeze(1), self.mlps.unsqueeze(1))
         rows = positions.clamp(max=self.n_positions - 1)
-        return Replacements(self.heads[:, rows], self.mlps[:, rows])
-
-
-def replacements_of_sets(sets: Sequence[Constants], batch: Batch) -> Replacements:
-    """Lay out several sets of constants for one batch.
-
-    Args:
-        sets: one set for all rows, or one for each of as many equal runs of rows as there are sets.
-        batch: for S sets, the S copies of the same prompts that `Batch.repeat` makes.
-    """
-    if len(sets) == 1:
-        return sets[0].replacements(batch)
-    n_rows = len(batch) // len(sets)
-    laid = [one.replacements(batch.rows(slice(i * n_rows, (i + 1) * n_rows))) for i, one in enumerate(sets)]
-    return Replacements(
-        heads=torch.cat([one.heads.expand(-1, n_rows, -1, -1, -1) for one in laid], dim=1),
-        mlps=torch.cat([one.mlps.expand(-1, n_rows, -1, -1) for one in laid], dim=1),
-    )
+        return NodeValues(self.heads[:, rows], self.mlps[:, rows])
 
 
 class TrainableConstants(nn.Module):

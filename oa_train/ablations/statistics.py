@@ -4,6 +4,8 @@ Sums are kept in float64 together with counts, so merging is addition and no ord
 bits of float64.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from oa_train.ablations.constants import Constants
@@ -34,6 +36,7 @@ class StreamingMeans:
         mlps: Float[Tensor, "layer batch position d_model"],
         positions: Int[Tensor, "batch position"],
         counted: Bool[Tensor, "batch position"],
+        of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Add the values of a batch.
 
@@ -42,12 +45,13 @@ class StreamingMeans:
             mlps: MLP outputs.
             positions: position of each token counted from its row's first real token.
             counted: tokens that take part: real, not protected, at or before the scored position.
+            of: applied to the values in float64 before they are summed.
         """
         size = int(positions[counted].max()) + 1 if counted.any() else 0
         batch = StreamingMeans()
         where = positions[counted]
-        batch.heads = _sum_by_position(heads[:, counted], where, size)
-        batch.mlps = _sum_by_position(mlps[:, counted], where, size)
+        batch.heads = _sum_by_position(heads[:, counted], where, size, of)
+        batch.mlps = _sum_by_position(mlps[:, counted], where, size, of)
         batch.counts = torch.bincount(where, minlength=size).cpu()
         self.merge(batch)
 
@@ -72,6 +76,25 @@ class StreamingMeans:
         Raises:
             ValueError: nothing was added.
         """
+        heads, mlps = self._means(n_positions)
+        return Constants(heads.float(), mlps.float(), self.bos_token_id)
+
+    def spread(self, squares: "StreamingMeans", n_positions: int) -> Constants:
+        """Standard deviations as constants.
+
+        The difference of large numbers that they are made of is taken in float64, so that a mean which is a thousand
+        times as large does no harm.
+
+        Args:
+            squares: sums of the squares of the same values.
+            n_positions: as in `table`.
+        """
+        pairs = zip(squares._means(n_positions), self._means(n_positions), strict=True)
+        heads, mlps = ((square - mean.square()).clamp(min=0).sqrt().float() for square, mean in pairs)
+        return Constants(heads, mlps, self.bos_token_id)
+
+    def _means(self, n_positions: int) -> tuple[Tensor, Tensor]:
+        """Means of heads and MLPs in float64, laid out as in `table`."""
         if not self.counts.sum():
             raise ValueError("No token was counted, so there is no mean.")
         last = n_positions - 1
@@ -79,7 +102,7 @@ class StreamingMeans:
         counts = torch.cat([self.counts, self.counts.new_zeros(grown)])
         counts = torch.cat([counts[:last], counts[last:].sum(dim=0, keepdim=True)])
         heads, mlps = (_grown(sums, sums[:, :0], len(self.counts) + grown) for sums in (self.heads, self.mlps))
-        return Constants(_mean(heads, counts, last), _mean(mlps, counts, last), self.bos_token_id)
+        return _mean(heads, counts, last), _mean(mlps, counts, last)
 
     @property
     def n_full_positions(self) -> int:
@@ -87,10 +110,10 @@ class StreamingMeans:
         return int((self.counts == self.counts.max()).nonzero().max()) + 1
 
 
-def _sum_by_position(values: Tensor, where: Tensor, size: int) -> Tensor:
+def _sum_by_position(values: Tensor, where: Tensor, size: int, of: Callable[[Tensor], Tensor]) -> Tensor:
     device = "cpu" if values.device.type == "mps" else values.device  # which has no float64
     sums = torch.zeros(values.shape[0], size, *values.shape[2:], dtype=torch.float64, device=device)
-    return sums.index_add_(1, where.to(device), values.to(device).double()).cpu()
+    return sums.index_add_(1, where.to(device), of(values.to(device).double())).cpu()
 
 
 def _grown(first: Tensor, second: Tensor, size: int) -> Tensor:
@@ -105,4 +128,4 @@ def _grown(first: Tensor, second: Tensor, size: int) -> Tensor:
 
 def _mean(sums: Tensor, counts: Tensor, last: int) -> Tensor:
     table = torch.cat([sums[:, :last], sums[:, last:].sum(dim=1, keepdim=True)], dim=1)
-    return (table / counts.clamp(min=1).view(1, -1, *[1] * (table.dim() - 2))).float()
+    return table / counts.clamp(min=1).view(1, -1, *[1] * (table.dim() - 2))

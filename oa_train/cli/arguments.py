@@ -1,20 +1,23 @@
 """Parsers that the commands share: the model is named once, errors name the nearest options."""
 
-from collections.abc import Iterable, Sequence
+import os
+import re
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 import oa_train.masks.hard_concrete
 import oa_train.masks.uniform
 import oa_train.tasks
-import oa_train.training.circuits  # noqa: F401 (imported so that classes are known by their bare names)
-from oa_train.cli.messages import explain, own_error
-from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError
+import oa_train.training.circuits
+import oa_train.training.constants  # noqa: F401 (imported so that classes are known by their bare names)
+from oa_train.cli.messages import LINKED, explain, group_problem, own_error
+from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, nearest_names
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.base import Task
 
@@ -50,7 +53,8 @@ def option_names(parser: ArgumentParser) -> list[str]:
         choices = action.choices if isinstance(action.choices, dict) else {}
         for subparser in choices.values():
             names |= dict.fromkeys(option_names(subparser))
-    return [name for name in names if not name.endswith("+")]
+    # Neither appending to a list nor a class's help page is what a misspelt name was meant to be.
+    return [name for name in names if re.fullmatch(r"[\w.]+", name) and not name.endswith((".help", "print_shtab"))]
 
 
 def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
@@ -68,6 +72,33 @@ def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
         parser.link_arguments("seed_everything", f"{target}.init_args.seed")
 
 
+def check_groups(parser: ArgumentParser, options: Namespace) -> None:
+    """Check that groups of options hold options; the parser takes `trainer: 5` from a file as it stands.
+
+    Raises:
+        ConfigurationError: a single value stands for a group.
+    """
+    names = option_names(parser)
+    for group in dict.fromkeys(name.rpartition(".")[0] for name in names if "." in name):
+        value = options.get(group)
+        if value is not None and not isinstance(value, Namespace):
+            raise ConfigurationError(group_problem(group, value, names))
+
+
+def check_output(option: str, given: str) -> None:
+    """Check that a folder can be made, and files in it.
+
+    Raises:
+        ConfigurationError: a file is in the way, or the folder above must not be written to.
+    """
+    folder = Path(given).expanduser().absolute()
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not above.is_dir():
+        raise ConfigurationError(f"{option} is {given!r}, but {above} is a file and no folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{option} is {given!r}, but the folder {above} must not be written to.")
+
+
 def run_folder(given: str) -> Path:
     """Check that a folder is a run.
 
@@ -78,6 +109,10 @@ def run_folder(given: str) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return folder
     state = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
+    if folder.is_file():
+        raise ArtefactError(
+            f"--run is {given!r}, which is a file. Give the folder of the run, {str(folder.parent)!r}?"
+        )
     near = sorted({*folder.glob(f"*/{CONFIG_FILE}"), *folder.parent.glob(f"*/{CONFIG_FILE}")})[:5]
     hint = f" Runs nearby: {', '.join(str(path.parent) for path in near)}." if near else ""
     raise ArtefactError(
@@ -107,29 +142,67 @@ def read_config(path: Path) -> dict[str, Any]:
         ConfigurationError: the file is missing, or no YAML mapping.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeys)  # noqa: S506 (it makes nothing but plain values)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        how = "cannot be read" if isinstance(problem, OSError) else "cannot be read as YAML"
         first = " ".join(str(problem).split())
-        raise ConfigurationError(f"The configuration {path} cannot be read as YAML: {first}") from problem
+        raise ConfigurationError(f"The configuration {path} {how}: {first}") from problem
+    if content is None:
+        raise ConfigurationError(f"The configuration {path} is empty; expected named options.")
     if not isinstance(content, dict):
-        raise ConfigurationError(f"The configuration {path} holds {type(content).__name__}; expected named options.")
+        raise ConfigurationError(
+            f"The configuration {path} holds a {type(content).__name__}; expected named options (experiment: name)."
+        )
     return content
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a name that stands twice in one mapping; YAML itself would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def check_configs(argv: Sequence[str]) -> None:
-    """Check every `--config` of a command line before the parser sees it.
+    """Check every `--config` of a command line, and what is given once for all, before the parser sees it.
 
     Raises:
-        ConfigurationError: a file is missing, or no YAML mapping.
+        ConfigurationError: a file is missing, or no YAML mapping; the model or the seed is given to a class.
     """
     words = list(argv)
+    for word in words:
+        found = re.match(r"--(?:model|data)\.(?:init_args\.)?(lm|seed)(\.\w+)?(?==|$)", word)
+        if found:
+            raise ConfigurationError(_given_at_the_top(word.split("=")[0], found[1]))
     for index, word in enumerate(words):
         name, _, value = word.partition("=")
         if name in ("--config", "-c"):
             given = value or (words[index + 1] if index + 1 < len(words) else "")
+            if not given or given.startswith("--"):
+                raise ConfigurationError(f"{name} needs a value: a configuration file.")
             if not Path(given).is_file():
-                raise ConfigurationError(f"There is no configuration file {given!r} (--config).{_configs_near(given)}")
-            read_config(Path(given))
+                state = "is a folder" if Path(given).is_dir() else "does not exist"
+                raise ConfigurationError(f"The configuration file {given!r} {state}.{_configs_near(given)}")
+            _check_config(Path(given))
+
+
+def _check_config(path: Path) -> None:
+    content = read_config(path)
+    for group in ("model", "data"):
+        chosen = content.get(group)
+        arguments = chosen.get("init_args") if isinstance(chosen, dict) else None
+        for name in LINKED:
+            if isinstance(arguments, dict) and name in arguments:
+                raise ConfigurationError(f"{path}: {_given_at_the_top(f'{group}.init_args.{name}', name)}")
+
+
+def _given_at_the_top(shown: str, name: str) -> str:
+    return f"{shown} cannot be given to a class: {LINKED[name]} is given once, at the top, and handed on."
 
 
 def configs_first(argv: Sequence[str]) -> list[str]:
@@ -145,28 +218,45 @@ def configs_first(argv: Sequence[str]) -> list[str]:
     return [*configs, *rest]
 
 
-def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Take an option with its value out of a command line.
+def take_options(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """Take every occurrence of an option with its value out of a command line.
+
+    Returns:
+        The values in their order, and the other words.
 
     Raises:
-        ConfigurationError: its value is missing.
+        ConfigurationError: a value is missing.
     """
     rest: list[str] = []
-    value = None
+    values: list[str] = []
     words = iter(argv)
     for word in words:
         if word == name:
             value = next(words, None)
             if value is None or value.startswith("--"):
                 raise ConfigurationError(f"{name} needs a value.")
+            values.append(value)
         elif word.startswith(f"{name}="):
-            value = word.removeprefix(f"{name}=")
+            values.append(word.removeprefix(f"{name}="))
         else:
             rest.append(word)
-    return value, rest
+    return values, rest
+
+
+def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """Take an option that may be given once out of a command line.
+
+    Raises:
+        ConfigurationError: its value is missing, or it is given several times.
+    """
+    values, rest = take_options(argv, name)
+    if len(values) > 1:
+        raise ConfigurationError(f"{name} is given {len(values)} times: {', '.join(values)}; expected one.")
+    return (values[0] if values else None), rest
 
 
 def _configs_near(given: str) -> str:
-    parent = Path(given).parent
-    names = sorted(path.name for path in parent.glob("*.y*ml")) if parent.is_dir() else []
-    return f" In {parent}: {', '.join(names[:10])}." if names else ""
+    parent = Path(given) if Path(given).is_dir() else Path(given).parent
+    names = sorted(path.name for path in parent.glob("*.y*ml") if path.is_file()) if parent.is_dir() else []
+    sentence = nearest_names(Path(given).name, names) if names else ""
+    return f" {sentence.replace('Valid names', f'In {parent}')}" if names else ""

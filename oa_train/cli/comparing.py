@@ -1,4 +1,4 @@
-"""`oa-train compare`: a finished run under each ablation."""
+"""`oa-train compare`: one finished run or several under each ablation."""
 
 import statistics
 from collections.abc import Sequence
@@ -8,62 +8,70 @@ import torch
 import yaml
 from rich.table import Table
 
-from oa_train.ablations.constants import Constants
-from oa_train.circuits.circuit import Circuit
 from oa_train.cli.arguments import (
     CONFIG_FILE,
     ExplainingParser,
     add_model_and_task,
     check_configs,
+    check_groups,
     read_config,
     refuse_stored_trust,
     run_folder,
-    take_option,
+    take_options,
 )
+from oa_train.cli.interruption import resume_command, terminable
 from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
+from oa_train.cli.record import record_in
 from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.interventions.ablated import check_belongs
+from oa_train.interventions.kinds import KINDS
 from oa_train.models.loading import load_model
-from oa_train.studies.compare import Compared, CompareSettings, compare
+from oa_train.studies.compare import Compared, CompareSettings, Comparison, compare
+from oa_train.studies.runs import TrainedCircuit
 
 # What of a run's configuration says which model and which prompts.
 SHARED_KEYS = ("seed_everything", "lm", "data")
 
 
 def compare_command(argv: Sequence[str]) -> Compared:
-    """Compare ablations on a run and show the table."""
+    """Compare ablations on one run or several and show the tables."""
     silence_libraries()
     check_configs(argv)
-    given, words = take_option(argv, "--run")
+    given, words = take_options(argv, "--run")
     parser = _parser()
-    if given is None:
+    if not given:
         if {"-h", "--help"} & set(words):
             parser.print_help()
             parser.exit()
         raise ConfigurationError("compare needs --run, the folder of a finished run.")
-    folder = run_folder(given)
+    folders = [run_folder(one) for one in given]
+    folder = folders[0]
     refuse_stored_trust(folder, words)
     config = {key: value for key, value in read_config(folder / CONFIG_FILE).items() if key in SHARED_KEYS}
     options = parser.parse_args(["--config", yaml.safe_dump(config), "--run", str(folder), *words])
+    check_groups(parser, options)
     chosen = parser.instantiate_classes(options)
-    circuit, constants = _artefacts(folder)
+    runs = [_load(one) for one in folders]
     device = _device(chosen.device)
     model = load_model(chosen.lm)
     torch.nn.Module.to(model, device)
-    check_belongs(model, circuit, constants)
-    compared = compare(model, chosen.data, circuit, constants, folder, chosen.compare, track)
-    _show(compared, circuit)
+    for run in runs:
+        check_belongs(model, run.circuit, run.constants)
+    record_in(folder)
+    with terminable():
+        compared = compare(model, chosen.data, runs, folder, chosen.compare, track)
+    _show(compared, runs)
     return compared
 
 
-def _artefacts(folder: Path) -> tuple[Circuit, Constants]:
+def _load(folder: Path) -> TrainedCircuit:
     try:
-        return Circuit.load(folder / "circuit"), Constants.load(folder / "constants")
+        return TrainedCircuit.load(folder)
     except ArtefactError as problem:
         raise ArtefactError(
-            f"{problem}\nThe run was not finished. This finishes it, in a new version of the run:\n  oa-train fit "
-            f"--config {folder / CONFIG_FILE} --ckpt_path {folder / 'checkpoints' / 'last.ckpt'}"
+            f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
+            f"  {resume_command(folder)}"
         ) from problem
 
 
@@ -71,7 +79,7 @@ def _device(given: str) -> str:
     if given == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=given)
+        torch.zeros(1, device=given).cpu()
     except (RuntimeError, AssertionError) as problem:
         first = str(problem).split("\n")[0]
         raise ConfigurationError(f"--device {given!r} cannot be used: {first}") from problem
@@ -81,11 +89,17 @@ def _device(given: str) -> str:
 def _parser() -> ExplainingParser:
     parser = ExplainingParser(
         prog="oa-train compare",
-        description="Compare optimal, mean and zero ablation of everything outside the circuit and of each component.",
+        description="Compare all ablations of everything outside the circuit, and of each component alone.",
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
-    parser.add_argument("--run", type=str, required=True, help="folder of a finished run; its model and task are used")
+    parser.add_argument(
+        "--run",
+        type=str,
+        required=True,
+        help="folder of a finished run; may be given several times: the first one's model and task are used, and its "
+        "folder gets the results",
+    )
     parser.add_argument("--device", type=str, default="auto", help="where the model runs: auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     parser.add_class_arguments(CompareSettings, "compare")
@@ -94,29 +108,71 @@ def _parser() -> ExplainingParser:
     return parser
 
 
-def _show(compared: Compared, circuit: Circuit) -> None:
-    table = Table(title="KL divergence from the clean model in nats, mean ± 95 % interval", title_justify="left")
-    for column in ("ablated", "ablation", "KL", "KL minus optimal", "accuracy"):
-        table.add_column(column, justify="left" if column in ("ablated", "ablation") else "right", no_wrap=True)
-    previous = None
-    for row in compared.rows:
-        name = "all others" if row.component == "circuit" else row.component
-        if previous not in (None, name):
-            table.add_section()
-        table.add_row(
-            name if name != previous else "",
-            row.ablation,
-            estimate_cell(row.figures["kl"]),
-            "" if row.ablation == "optimal" else estimate_cell(row.difference_to_optimal["kl"]),
-            f"{row.figures['accuracy'].mean:.3f}",
-        )
-        previous = name
-    console.print(table)
-    if compared.random_kl:
-        ordered = sorted(compared.random_kl)
-        median = statistics.median(ordered)
+def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
+    for run in runs:
+        console.print(_circuit_table(run, [row for row in compared.circuits() if row.run is run]))
+    if compared.components():
+        console.print(_component_table(compared))
+    for size, found in compared.random_kl.items():
         console.print(
-            f"{len(ordered)} random circuits of {len(circuit)} components under optimal constants: "
-            f"median KL {median:.4g}, lowest {ordered[0]:.4g}"
+            f"{len(found)} random circuits of {size} components under optimal constants: "
+            f"median KL {statistics.median(found):.4g}, lowest {min(found):.4g}"
+        )
+    if len(runs) > 1:
+        console.print(_overlap_table(compared, runs))
+    for group in compared.seeds:
+        console.print(
+            f"{group['experiment']}, {len(group['seeds'])} seeds: KL {group['kl']['mean']:.3g} ± "
+            f"{group['kl']['standard_deviation']:.1g} (standard deviation), size {group['size']['mean']:.3g} ± "
+            f"{group['size']['standard_deviation']:.1g}, Jaccard {group['jaccard']:.2f}"
         )
     console.print(f"results: {compared.folder}", soft_wrap=True)
+
+
+def _circuit_table(run: TrainedCircuit, rows: Sequence[Comparison]) -> Table:
+    kept = f"{len(run.circuit)} of {len(run.circuit.components)} components"
+    table = Table(
+        title=f"{run.name}: {kept}, trained with {run.ablation.replace('_', ' ')} ablation\n"
+        "KL divergence in nats with everything else ablated, mean ± 95 % interval",
+        title_justify="left",
+    )
+    for column in ("ablation", "KL", "KL minus optimal", "accuracy", "logit\ndifference"):
+        table.add_column(column, justify="left" if column == "ablation" else "right", no_wrap=True)
+    for row in rows:
+        difference = row.difference_to_optimal.get("kl")
+        table.add_row(
+            _label(row),
+            estimate_cell(row.figures["kl"]),
+            "" if difference is None or row.ablation == "optimal" else estimate_cell(difference),
+            f"{row.figures['accuracy'].mean:.3f}",
+            f"{row.figures['logit_difference'].mean:.2f}",
+        )
+    return table
+
+
+def _component_table(compared: Compared) -> Table:
+    table = Table(title="KL divergence in nats with one component ablated", title_justify="left", padding=(0, 0, 0, 1))
+    table.add_column("ablated", no_wrap=True)
+    by_name: dict[str, dict[str, str]] = {}
+    for row in compared.components():
+        by_name.setdefault(row.component, {})[_label(row)] = f"{row.figures['kl'].mean:.2g}"
+    for label in next(iter(by_name.values())):
+        table.add_column(label.replace("counterfactual", "counter-factual").replace(" ", "\n"), justify="right")
+    for name, cells in by_name.items():
+        table.add_row(name, *cells.values())
+    return table
+
+
+def _overlap_table(compared: Compared, runs: Sequence[TrainedCircuit]) -> Table:
+    table = Table(title="Jaccard overlap of the circuits", title_justify="left")
+    table.add_column("")
+    for number in range(len(runs)):
+        table.add_column(str(number + 1), justify="right")
+    for number, (run, overlaps) in enumerate(zip(runs, compared.jaccard, strict=True)):
+        table.add_row(f"{number + 1}  {run.name}", *(f"{overlap:.2f}" for overlap in overlaps))
+    return table
+
+
+def _label(row: Comparison) -> str:
+    name = row.ablation.replace("_", " ")
+    return name if KINDS[row.ablation].total else f"{name} (not total)"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from oa_train.cli.arguments import ExplainingParser
+from oa_train.cli.arguments import ExplainingParser, check_output
 from oa_train.cli.comparing import compare_command
 from oa_train.cli.fitting import fit
 from oa_train.cli.output import console
@@ -21,6 +21,7 @@ def demo(argv: Sequence[str]) -> Path:
     )
     parser.add_argument("--output", type=str, default="runs", help="folder that gets the run")
     options = parser.parse_args(list(argv))
+    check_output("--output", options.output)
     console.print("[bold]1. Train masks and constants, then refit the constants[/bold] (oa-train fit)")
     run = fit(["--config", str(experiment_file()), "--trainer.default_root_dir", options.output])
     assert run is not None

@@ -19,19 +19,26 @@ from oa_train.cli.arguments import (
     ExplainingLightningParser,
     add_model_and_task,
     check_configs,
+    check_groups,
+    check_output,
     configs_first,
     refuse_stored_trust,
     run_folder,
     take_option,
 )
+from oa_train.cli.interruption import resumable, terminable
+from oa_train.cli.messages import PRECISIONS
 from oa_train.cli.output import console, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
-from oa_train.errors import CheckpointError, ConfigurationError
+from oa_train.cli.record import record_in
+from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
+from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuits import CircuitModule
+from oa_train.training.constants import ConstantsModule
 from oa_train.training.data import TaskData
 
 # Tells the processes that a distributed strategy starts which folder the first one has made.
@@ -42,9 +49,29 @@ DEFAULT_ROOT = "runs"
 # In the configuration of a fit, but not an option that describes the experiment.
 _NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
 
+# Smallest numbers of the trainer that work; -1 is without limit.
+_LEAST = {
+    "max_epochs": -1,
+    "max_steps": -1,
+    "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "num_nodes": 1,
+}
+
 
 class OaTrainCLI(LightningCLI):
-    """LightningCLI whose `model` is one of our modules and whose `data` is a task."""
+    """LightningCLI whose `model` is one of our modules and whose `data` is a task.
+
+    Args:
+        command: the one subcommand that is set up; the parsers of the others would only take time.
+        **options: of LightningCLI.
+    """
+
+    def __init__(self, command: str, **options: Any) -> None:
+        self._command = command
+        super().__init__(**options)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with errors that name the nearest options."""
@@ -52,15 +79,25 @@ class OaTrainCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
         return parser
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """What Lightning's trainer does here."""
-        skipped = {"model", "dataloaders", "datamodule"}
-        return {
-            "fit": skipped | {"train_dataloaders", "val_dataloaders"},
-            "validate": skipped,
-            "test": skipped,
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method of Lightning's
+        """What Lightning's trainer does here, and which of its arguments are no options."""
+        return {self._command: {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}}
+
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            # Replaced by the run's configuration before the parser sees them; here only to be listed.
+            parser.add_argument("--run", type=str | None, default=None, help="folder of a run")
+            parser.add_argument(
+                "--ckpt", type=str | None, default=None, help="of that run: best (default), last, a path"
+            )
+        return parser
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if isinstance(seed, bool) or not 0 <= seed < 2**32:
+            raise ConfigurationError(f"seed_everything is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+        super()._set_seed()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the trainer and the module; the task takes the place of Lightning's datamodule."""
@@ -94,6 +131,8 @@ class OaTrainCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build the module, the task's datamodule and the trainer."""
         chosen = self.config[self.subcommand]
+        check_groups(self._parser(self.subcommand), chosen)
+        _check_trainer(chosen)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
         if chosen.ckpt_path is None and self.subcommand != "fit":
@@ -114,7 +153,7 @@ class OaTrainCLI(LightningCLI):
             self.model.check_checkpoint(checkpoint, self.datamodule)
             for change in self.model.changed_settings(checkpoint) if self.subcommand == "fit" else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
-        _check_precision(config)
+        _check_intervals(config, self.datamodule.batches_per_epoch)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
@@ -126,6 +165,9 @@ class OaTrainCLI(LightningCLI):
         )
         if RUN_FOLDER_VARIABLE not in os.environ:
             self._save_config(self.run)
+            record_in(self.run)
+        if config.enable_progress_bar is not False:
+            self.model.track = track
         loggers = config.logger
         if loggers in (None, True):
             root, experiment = self.run.parent.parent, self.run.parent.name
@@ -162,28 +204,46 @@ class OaTrainCLI(LightningCLI):
             return
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run)
         try:
-            super()._run_subcommand(subcommand)
+            with resumable(self.run):
+                super()._run_subcommand(subcommand)
         finally:
             del os.environ[RUN_FOLDER_VARIABLE]
 
     def after_fit(self) -> None:
-        """Threshold, refit and evaluate, with the best checkpoint."""
-        if self.run is None or not self.trainer.is_global_zero or not isinstance(self.model, CircuitModule):
+        """Finish what was trained, with the best checkpoint."""
+        if self.run is None or not self.trainer.is_global_zero:
             return
         best = self.run / "checkpoints" / "best.ckpt"
         if not best.is_file():
             console.print("No validation took place, so the last state is finished and not the best.")
         else:
             self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
-        settings = self._get(self.config_init, "finish")
         # Lightning moves the module back to the CPU when it is done.
         self.model.to(self.trainer.strategy.root_device)
-        task = self.datamodule.task
-        finished = finish(self.model, task, self.run, settings, track)
+        with terminable():
+            if isinstance(self.model, CircuitModule):
+                self._finish_circuit(self.model, self.run)
+            elif isinstance(self.model, ConstantsModule):
+                self._finish_constants(self.model, self.run)
+        console.print(f"results: {self.run}", soft_wrap=True)
+
+    def _finish_circuit(self, module: CircuitModule, run: Path) -> None:
+        task, settings = self.datamodule.task, self._get(self.config_init, "finish")
+        finished = finish(module, task, run, settings, module.track)
         kept = f"{len(finished.circuit)} of {len(finished.circuit.components)} components"
         console.print(metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics))
-        console.print(f"circuit: {', '.join(finished.circuit.nodes)}")
-        console.print(f"results: {self.run}", soft_wrap=True)
+        console.print(f"circuit: {', '.join(finished.circuit.nodes)}", soft_wrap=True)
+
+    def _finish_constants(self, module: ConstantsModule, run: Path) -> None:
+        task = self.datamodule.task
+        finished = finish_constants(module, task, run, module.track)
+        on = f"on {task.n_test} held-out prompts"
+        if module.each_alone:
+            alone = {name: figures["kl"] for name, figures in finished.metrics.items()}
+            console.print(metrics_table(f"KL divergence in nats with one component ablated, {on}", alone))
+        else:
+            kept = f"{len(module.circuits['circuit'])} of {len(module.components)} components"
+            console.print(metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]))
 
     def _save_config(self, run: Path) -> None:
         """Record the whole configuration; with it the run can be made again."""
@@ -224,7 +284,8 @@ def run_lightning(command: str, argv: Sequence[str]) -> Path | None:
     check_configs(words)
     words = configs_first(words)
     cli = OaTrainCLI(
-        FrozenModelModule,
+        command,
+        model_class=FrozenModelModule,
         subclass_mode_model=True,
         save_config_callback=None,
         seed_everything_default=0,
@@ -247,6 +308,9 @@ def _expand_run(argv: Sequence[str]) -> list[str]:
     folder = run_folder(given)
     refuse_stored_trust(folder, words)
     checkpoint = checkpoint or "best"
+    if checkpoint not in ("best", "last") and not Path(checkpoint).suffix and not Path(checkpoint).exists():
+        sentence = nearest_names(checkpoint, ("best", "last"))
+        raise ConfigurationError(f"--ckpt is {checkpoint!r}; expected best, last or the path of a file. {sentence}")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
     return ["--config", str(folder / CONFIG_FILE), "--ckpt_path", str(path), *words]
 
@@ -260,12 +324,39 @@ def _check_checkpoint(given: str) -> None:
     read_checkpoint(Path(given))
 
 
+def _check_trainer(chosen: Any) -> None:
+    """Check what Lightning would not, or only after the run has begun."""
+    config = chosen.trainer
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
+    if str(config.devices).strip("-").isdigit() and int(config.devices) < 1 and int(config.devices) != -1:
+        raise ConfigurationError(f"trainer.devices is {config.devices}; expected 1 or more, -1 for all, or auto.")
+    _check_precision(config)
+    if ".." in Path(chosen.experiment).parts or Path(chosen.experiment).is_absolute() or not chosen.experiment:
+        raise ConfigurationError(
+            f"experiment is {chosen.experiment!r}; expected a name, which becomes a folder below "
+            "trainer.default_root_dir."
+        )
+    check_output("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
+
+
+def _check_intervals(config: Any, batches_per_epoch: int) -> None:
+    every = config.val_check_interval
+    if isinstance(every, int) and every > batches_per_epoch and config.check_val_every_n_epoch is not None:
+        raise ConfigurationError(
+            f"trainer.val_check_interval is {every}, but an epoch has {batches_per_epoch} batches "
+            "(data.batches_per_epoch). Lower it, or set trainer.check_val_every_n_epoch to null."
+        )
+
+
 def _check_precision(config: Any) -> None:
     precision = str(config.precision)
     if precision not in ("None", "32", "32-true", "bf16-mixed", "16-mixed"):
         raise ConfigurationError(
-            f"trainer.precision is {precision}; expected 32-true, bf16-mixed or 16-mixed. What is trained is always "
-            "float32; the data type of the frozen model is --lm.dtype."
+            f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; the data "
+            "type of the frozen model is --lm.dtype."
         )
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if precision == "16-mixed" and not on_gpu:

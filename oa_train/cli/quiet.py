@@ -1,9 +1,15 @@
-"""Silencing what other libraries say that a user of a command can do nothing about; one entry and one reason each."""
+"""Silencing what other libraries say that a user of a command can do nothing about; one entry and one reason each.
+
+Warnings are silenced for good. Notices are kept off the terminal only: they are in the record of the run.
+"""
 
 import logging
+import sys
 import warnings
 
 from transformers.utils.logging import disable_progress_bar
+
+from oa_train.cli.record import LIBRARIES
 
 _WARNINGS = (
     # Our command line hands its own words to Lightning's.
@@ -14,8 +20,15 @@ _WARNINGS = (
     r"Found \d+ module\(s\) in eval mode at the start of training",
     # The run folder is new; it holds the configuration already when the loggers open it.
     r"Experiment logs directory .* exists and is not empty",
+    r"Checkpoint directory .* exists and is not empty",
     # Lightning's own use of a deprecated function of torch.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # A run that ends before its first validation has no best checkpoint; `fit` says so itself.
+    r"`ModelCheckpoint\(monitor='val/objective'\)` could not find the monitored key",
+    # Batches are made from their numbers in the process itself; there are no workers to be had.
+    r"The '\w+' does not have many workers",
+    # Short epochs are logged at their end as well.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
 )
 
 
@@ -23,6 +36,12 @@ def silence_libraries() -> None:
     """Keep notices about devices, tips and known harmless warnings off the terminal."""
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in LIBRARIES:
+        for handler in logging.getLogger(name).handlers:
+            # Of the libraries' own, that is; a record takes everything.
+            if type(handler) is logging.StreamHandler:
+                handler.setLevel(logging.WARNING)
+                # They keep the stream of the moment when they were imported, which may be closed by now; under
+                # --quiet it is another one.
+                handler.stream = sys.stderr
     disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Ablations side by side: the circuit above, every component alone below."""
+"""Ablations side by side: circuits above, components alone below."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import ABLATION_COLOURS, FONT_SIZE, new_figure
+from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, FONT_SIZE, new_figure
 
 # Divergences are drawn on a logarithmic axis; what lies below is drawn at its edge.
 SMALLEST_KL = 1e-5
+
+# More rows than this cannot be told apart on a page; those that matter most are shown.
+MOST_ROWS = 40
+
+RANDOM_CIRCUITS = "random circuits, optimal"
 
 
 @dataclass(frozen=True)
@@ -22,50 +27,103 @@ class Interval:
     high: float
 
 
-def comparison_figure(
-    circuit: Mapping[str, Interval], components: Mapping[str, Sequence[Interval]], names: Sequence[str], title: str
-) -> Figure:
+Rows = Mapping[str, Sequence[Interval]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of the figure.
+
+    Attributes:
+        title: what stands above it.
+        names: its rows.
+        rows: intervals of each ablation, in the order of `names`.
+        random_kl: divergences of random circuits, drawn below the first row.
+    """
+
+    title: str
+    names: Sequence[str]
+    rows: Rows
+    random_kl: Sequence[float] = ()
+
+    def shortened(self) -> "Panel":
+        """The rows that matter most under the first ablation, in their order, if there are too many to draw."""
+        n_rows = len(self.names)
+        if n_rows <= MOST_ROWS:
+            return self
+        first = next(iter(self.rows.values()))
+        chosen = sorted(np.argsort([-interval.mean for interval in first])[:MOST_ROWS].tolist())
+        return Panel(
+            title=f"{self.title}: the {MOST_ROWS} of {n_rows} that matter most",
+            names=[self.names[i] for i in chosen],
+            rows={kind: [intervals[i] for i in chosen] for kind, intervals in self.rows.items()},
+        )
+
+
+def comparison_figure(panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None) -> Figure:
     """KL divergence under each ablation, with 95 % intervals.
 
     Args:
-        circuit: divergence of the circuit, for each ablation.
-        components: divergence with one component ablated, for each ablation, in the order of `names`.
-        names: components.
+        panels: drawn from top to bottom over one axis; those without rows are left out.
         title: what stands above.
+        labels: what the legend calls each ablation; its name when not given.
     """
-    figure = new_figure(6.4, max(4.2, 2.0 + 0.17 * len(names)))
-    upper, lower = figure.subplots(2, 1, height_ratios=[1, max(2.0, 0.16 * len(names))], sharex=True)
-    _draw(upper, {kind: [interval] for kind, interval in circuit.items()}, ["circuit"])
-    upper.set_title("the circuit: everything outside of it ablated", fontsize=FONT_SIZE, loc="left")
-    _draw(lower, components, names)
-    lower.set_title("one component ablated", fontsize=FONT_SIZE, loc="left")
-    lower.set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    upper.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=FONT_SIZE, frameon=False, title="ablation")
+    shown = [panel.shortened() for panel in panels if panel.names]
+    n_kinds = max(len(panel.rows) for panel in shown)
+    heights = [max(0.8, (0.1 + 0.05 * n_kinds) * len(panel.names) + 0.3) for panel in shown]
+    figure = new_figure(7.0, 1.4 + sum(heights))
+    drawn = figure.subplots(len(shown), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(drawn, shown, strict=True):
+        _draw(axes, panel, labels or {kind: kind for kind in panel.rows})
+    drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
+    _legend(figure, drawn[0])
     figure.suptitle(title, fontsize=FONT_SIZE + 1)
     return figure
 
 
-def _draw(axes: Axes, rows: Mapping[str, Sequence[Interval]], names: Sequence[str]) -> None:
-    n_kinds = len(rows)
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    order = sorted(range(len(names)), key=lambda i: names[i] == RANDOM_CIRCUITS)
+    figure.legend(
+        [handles[i] for i in order],
+        [names[i] for i in order],
+        loc="outside right upper",
+        fontsize=FONT_SIZE - 1,
+        frameon=False,
+        title="ablation",
+    )
+
+
+def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
+    rows, names = panel.rows, panel.names
+    spacing = 0.8 / max(1, len(rows))
     for number, (kind, intervals) in enumerate(rows.items()):
-        heights = np.arange(len(names)) + 0.22 * (number - (n_kinds - 1) / 2)
-        means = np.array([max(interval.mean, SMALLEST_KL) for interval in intervals])
-        low = np.array([max(interval.low, SMALLEST_KL) for interval in intervals])
-        high = np.array([max(interval.high, SMALLEST_KL) for interval in intervals])
-        colour = ABLATION_COLOURS.get(kind, "#CC79A7")
+        heights = np.arange(len(names)) + min(0.22, spacing) * (number - (len(rows) - 1) / 2)
+        means, low, high = (
+            np.array([max(getattr(interval, end), SMALLEST_KL) for interval in intervals])
+            for end in ("mean", "low", "high")
+        )
         axes.errorbar(
             means,
             heights,
             xerr=[np.maximum(means - low, 0), np.maximum(high - means, 0)],
-            fmt="o",
+            fmt=ABLATION_MARKERS.get(kind, "o"),
             markersize=4,
-            color=colour,
-            label=kind,
-            elinewidth=1.2,
+            color=ABLATION_COLOURS.get(kind, "#000000"),
+            # What is no total ablation is hollow.
+            markerfacecolor="white" if "not total" in labels[kind] else None,
+            label=labels[kind],
+            elinewidth=1.0,
         )
+    if panel.random_kl:
+        shown = np.maximum(panel.random_kl, SMALLEST_KL)
+        axes.plot(shown, np.full(len(shown), 0.44), "|", color="#999999", label=RANDOM_CIRCUITS)
+    axes.set_title(panel.title, fontsize=FONT_SIZE, loc="left")
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 1)
     axes.set_ylim(len(names) - 0.5, -0.5)
+    for boundary in range(1, len(names)):
+        axes.axhline(boundary - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
     axes.tick_params(axis="x", labelsize=FONT_SIZE - 1)
     axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

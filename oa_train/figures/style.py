@@ -6,7 +6,24 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 # One colour for each ablation in every figure; distinguishable without red and green.
-ABLATION_COLOURS: Mapping[str, str] = {"optimal": "#0072B2", "mean": "#E69F00", "zero": "#555555"}
+ABLATION_COLOURS: Mapping[str, str] = {
+    "optimal": "#0072B2",
+    "mean": "#E69F00",
+    "zero": "#555555",
+    "resample": "#009E73",
+    "noise": "#CC79A7",
+    "counterfactual_mean": "#8C6D31",
+    "counterfactual": "#D55E00",
+}
+ABLATION_MARKERS: Mapping[str, str] = {
+    "optimal": "o",
+    "mean": "s",
+    "zero": "x",
+    "resample": "^",
+    "noise": "v",
+    "counterfactual_mean": "P",
+    "counterfactual": "D",
+}
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
 DOTS_PER_INCH = 160

@@ -1,6 +1,6 @@
 """A model that runs as its circuit, for the length of a context."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -80,8 +80,8 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return tokens, columns.expand(len(tokens), -1)
 
 
-def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants) -> None:
-    """Check that a circuit and constants were made for a model.
+def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None) -> None:
+    """Check that a circuit, and constants if there are any, were made for a model.
 
     Raises:
         ArtefactError: their sizes or fingerprints are another model's.
@@ -92,14 +92,20 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants) -> No
             f"The circuit is of a model with {circuit.components.n_layers} layers of {circuit.components.n_heads} "
             f"heads; this one has {dimensions.n_layers} of {dimensions.n_heads}."
         )
+    _check_fingerprint(model, "circuit", circuit.provenance)
+    if constants is None:
+        return
     expected = (dimensions.n_layers, dimensions.n_heads, dimensions.d_head, dimensions.d_model)
     given = (constants.heads.shape[0], *constants.heads.shape[2:], constants.mlps.shape[-1])
     if given != expected:
         raise ArtefactError(
             f"The constants have sizes {given} (layers, heads, d_head, d_model); the model {expected}."
         )
-    for what, artefact in (("circuit", circuit), ("constants", constants)):
-        wanted = artefact.provenance.get("fingerprint")
-        if wanted is not None and wanted != fingerprint(model):
-            name = artefact.provenance.get("model", "another model")
-            raise ArtefactError(f"The {what} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")
+    _check_fingerprint(model, "constants", constants.provenance)
+
+
+def _check_fingerprint(model: CausalLM, what: str, provenance: Mapping[str, Any]) -> None:
+    wanted = provenance.get("fingerprint")
+    if wanted is not None and wanted != fingerprint(model):
+        name = provenance.get("model", "another model")
+        raise ArtefactError(f"The {what} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")

@@ -1,30 +1,17 @@
 """Reading component values of the clean model, and their means over a stream of prompts."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 
+from oa_train.ablations.base import NodeValues
 from oa_train.ablations.statistics import StreamingMeans
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap
-from oa_train.shapes import Float, Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class NodeValues:
-    """Values of all components in one run.
-
-    Attributes:
-        heads: value of each head, the input of the attention output projection.
-        mlps: output of each MLP.
-    """
-
-    heads: Float[Tensor, "layer batch position head d_head"]
-    mlps: Float[Tensor, "layer batch position d_model"]
+from oa_train.shapes import Tensor
 
 
 @torch.no_grad()
@@ -36,27 +23,35 @@ def node_values(model: CausalLM, batch: Batch) -> NodeValues:
     taps = [Tap(module, "input", heads.append) for module in parts.attention_outputs]
     taps += [Tap(module, "output", mlps.append) for module in parts.mlps]
     scored_logits(model, batch, taps)
-    shape = (parts.dimensions.n_heads, parts.dimensions.d_head)
-    return NodeValues(torch.stack(heads).unflatten(-1, shape), torch.stack(mlps))
+    # Heads come side by side, and some families put rows and positions into one dimension.
+    shape = (len(heads), *batch.tokens.shape)
+    by_head = torch.stack(heads).reshape(*shape, parts.dimensions.n_heads, parts.dimensions.d_head)
+    return NodeValues(by_head, torch.stack(mlps).reshape(*shape, parts.dimensions.d_model))
 
 
-def node_means(model: CausalLM, batches: Iterable[Batch], bos_token_id: int | None) -> StreamingMeans:
+def node_means(
+    model: CausalLM,
+    batches: Iterable[Batch],
+    bos_token_id: int | None,
+    of: Callable[[Tensor], Tensor] = lambda value: value,
+) -> StreamingMeans:
     """Sum the values of all components over prompts, position by position.
 
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
         bos_token_id: left out of the sums where it is never ablated.
+        of: applied to the values first, in float64; `torch.square` sums their squares.
 
     Returns:
-        Sums over real tokens up to the scored position; later tokens cannot influence the prediction.
+        Sums over real tokens up to the last scored position; later tokens cannot influence the prediction.
     """
     means = StreamingMeans(bos_token_id)
     for batch in batches:
         shown = batch.to(model.device)
         columns = torch.arange(shown.tokens.shape[1], device=model.device)
-        counted = shown.attention_mask & (columns <= shown.scored.unsqueeze(1))
+        counted = shown.attention_mask & (columns <= shown.scored[:, -1:])
         counted &= ~protected(shown.tokens, shown.positions, bos_token_id)
         values = node_values(model, shown)
-        means.add(values.heads, values.mlps, shown.positions, counted)
+        means.add(values.heads, values.mlps, shown.positions, counted, of)
     return means

@@ -1,14 +1,15 @@
 """Running the frozen model on a batch, as Hugging Face wrote it."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from oa_train.batches import Batch
-from oa_train.models.families import find_parts
+from oa_train.models.families import check_family, find_parts
 from oa_train.models.loading import CausalLM
-from oa_train.models.taps import Tap, tapped
+from oa_train.models.taps import Tap, changed_argument, tapped
 from oa_train.shapes import Bool, Float, Tensor
 
 
@@ -24,22 +25,41 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def scored_logits(model: CausalLM, batch: Batch, taps: Iterable[Tap] = ()) -> Float[Tensor, "row vocabulary"]:
-    """Next-token logits at each row's scored position.
+def scored_logits(model: CausalLM, batch: Batch, taps: Iterable[Tap] = ()) -> Float[Tensor, "row scored vocabulary"]:
+    """Next-token logits at each row's scored positions.
 
-    Only that position passes through the unembedding, which for a small model is the largest matrix of all.
+    Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
 
     Args:
         model: frozen causal language model.
         batch: prompts.
         taps: functions attached for this run.
     """
-    rows = torch.arange(len(batch), device=batch.tokens.device)
+    rows = torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
     unembedding = find_parts(model).unembedding
-    scored = Tap(unembedding, "input", lambda residual: residual[rows, batch.scored].unsqueeze(1))
-    with tapped([*taps, scored]):
+    scored = Tap(unembedding, "input", lambda residual: residual[rows, batch.scored])
+    with masks_within_single_precision(model), tapped([*taps, scored]):
         logits: Tensor = model(**model_inputs(batch)).logits
-    return logits.squeeze(1)
+    return logits
+
+
+def masks_within_single_precision(model: CausalLM) -> AbstractContextManager[None]:
+    """Keep a float64 model's padding finite, for the length of the context.
+
+    Hugging Face's eager attention hides columns by adding the lowest number of the model's data type, and then takes
+    the softmax in float32. The lowest number of float64 is minus infinity there: a row in which everything is hidden,
+    as padding has them, becomes not a number, and in the next layer so does every token that it is hidden from. The
+    lowest number of float32 hides columns just as well. Other data types have nothing lower and are left alone.
+    """
+    lowest = torch.finfo(torch.float32).min
+    if torch.finfo(model.dtype).min >= lowest:
+        return nullcontext()
+    blocks: Any = model.get_submodule(check_family(model.config.model_type).blocks)
+
+    def raised(mask: Tensor) -> Tensor | None:
+        return mask.clamp(min=lowest) if mask.is_floating_point() else None
+
+    return changed_argument(blocks, "attention_mask", raised)
 
 
 def protected(tokens: Tensor, positions: Tensor, bos_token_id: int | None) -> Bool[Tensor, "row position"]:

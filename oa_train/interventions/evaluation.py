@@ -2,15 +2,16 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from oa_train.ablations.constants import Constants, replacements_of_sets
+from oa_train.ablations.base import Ablation, replacements_of_copies
 from oa_train.batches import Batch
+from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.nodes import node_logits
-from oa_train.metrics.behaviour import is_correct, logit_difference
-from oa_train.metrics.divergence import kl_divergence
+from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Bool, Float, Tensor
 
@@ -20,17 +21,24 @@ ROWS_PER_RUN = 512
 
 @dataclass(frozen=True, eq=False)
 class Behaviour:
-    """Figures of every circuit on every prompt, on the CPU.
+    """Measures of every circuit on every prompt, averaged over the prompt's scored positions, on the CPU.
 
     Attributes:
         kl: KL divergence from the clean model, in nats.
-        accuracy: 1 where the top token is an answer, else 0.
+        accuracy: share of the scored positions at which the top token is an answer.
         logit_difference: log odds of the answers against the distractors, in nats.
+        cross_entropy: minus the log probability of the answers, in nats.
     """
 
     kl: Float[Tensor, "circuit prompt"]
     accuracy: Float[Tensor, "circuit prompt"]
     logit_difference: Float[Tensor, "circuit prompt"]
+    cross_entropy: Float[Tensor, "circuit prompt"]
+
+    def loss(self, name: Loss) -> Float[Tensor, "circuit prompt"]:
+        """What is minimised under the loss of that name (see `metrics.measures.loss_of`)."""
+        values: Tensor = getattr(self, name)
+        return LOSS_SIGNS[name] * values
 
 
 @torch.no_grad()
@@ -38,7 +46,7 @@ def circuit_behaviour(
     model: CausalLM,
     batches: Iterable[Batch],
     masks: Bool[Tensor, "circuit component"],
-    sets: Sequence[Constants],
+    ablations: Sequence[Ablation],
     rows_per_run: int = ROWS_PER_RUN,
 ) -> Behaviour:
     """Run a model as each of several circuits on the same prompts.
@@ -47,50 +55,65 @@ def circuit_behaviour(
         model: frozen causal language model.
         batches: prompts, on any device.
         masks: a circuit in each row; false entries are ablated.
-        sets: constants of each circuit, or one set for all.
+        ablations: what replaces the ablated components of each circuit, or one ablation for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory.
     """
-    found = [_one_batch(model, batch.to(model.device), masks, sets, rows_per_run) for batch in batches]
-    return Behaviour(*(torch.cat(figures, dim=1).cpu() for figures in zip(*found, strict=True)))
+    there = [one.to(model.device) for one in ablations]
+    return _gathered(_one_batch(model, batch.to(model.device), masks, there, rows_per_run) for batch in batches)
 
 
 @torch.no_grad()
 def clean_behaviour(model: CausalLM, batches: Iterable[Batch]) -> Behaviour:
     """Run the model itself; its divergence from itself is 0."""
-    found = []
-    for batch in batches:
-        shown = batch.to(model.device)
-        logits = scored_logits(model, shown)
-        found.append(_figures(logits, logits, shown, 1))
-    return Behaviour(*(torch.cat(figures, dim=1).cpu() for figures in zip(*found, strict=True)))
+    return _gathered(_one_clean_batch(model, batch.to(model.device)) for batch in batches)
+
+
+def _gathered(found: Iterable[dict[str, Tensor]]) -> Behaviour:
+    batches = list(found)
+    return Behaviour(**{name: torch.cat([one[name] for one in batches], dim=1).cpu() for name in MEASURES})
+
+
+def _one_clean_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+    logits = scored_logits(model, batch)
+    return {name: measured(name, logits, logits, batch).unsqueeze(0) for name in MEASURES}
 
 
 def _one_batch(
-    model: CausalLM, batch: Batch, masks: Tensor, sets: Sequence[Constants], rows_per_run: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    model: CausalLM, batch: Batch, masks: Tensor, ablations: Sequence[Ablation], rows_per_run: int
+) -> dict[str, Tensor]:
     clean = scored_logits(model, batch)
     at_once = max(1, rows_per_run // len(batch))
     found = []
     for start in range(0, len(masks), at_once):
-        some = masks[start : start + at_once].to(model.device, torch.float32)
-        their = sets if len(sets) == 1 else sets[start : start + at_once]
+        some = masks[start : start + at_once]
+        their = ablations if len(ablations) == 1 else ablations[start : start + at_once]
+        logits = circuit_logits(model, batch, some, their)
         rows = batch.repeat(len(some))
-        logits = node_logits(
-            model,
-            rows,
-            some.repeat_interleave(len(batch), dim=0),
-            replacements_of_sets([one.to(model.device) for one in their], rows),
-            their[0].bos_token_id,
-        )
-        found.append(_figures(clean.repeat(len(some), 1), logits, rows, len(some)))
-    kl, accuracy, difference = (torch.cat(figures) for figures in zip(*found, strict=True))
-    return kl, accuracy, difference
+        repeated = clean.repeat(len(some), 1, 1)
+        found.append({name: measured(name, repeated, logits, rows).view(len(some), -1) for name in MEASURES})
+    return {name: torch.cat([one[name] for one in found]) for name in MEASURES}
 
 
-def _figures(clean: Tensor, logits: Tensor, rows: Batch, n_circuits: int) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (n_circuits, -1)
-    return (
-        kl_divergence(clean, logits).view(shape),
-        is_correct(logits, rows.answers).float().view(shape),
-        logit_difference(logits.float(), rows.answers, rows.distractors).view(shape),
+def circuit_logits(
+    model: CausalLM, batch: Batch, masks: Bool[Tensor, "circuit component"], ablations: Sequence[Ablation]
+) -> Float[Tensor, "row scored vocabulary"]:
+    """Logits of several circuits on the same prompts, in one run of the model.
+
+    Args:
+        model: frozen causal language model.
+        batch: B prompts on the model's device.
+        masks: a circuit in each of S rows.
+        ablations: one for each circuit, or one for all; gradients flow to trained constants.
+
+    Returns:
+        S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
+    """
+    there = masks.to(batch.tokens.device, torch.float32)
+    replacements = replacements_of_copies(ablations, batch, len(masks), partial(node_values, model))
+    return node_logits(
+        model,
+        batch.repeat(len(masks)),
+        there.repeat_interleave(len(batch), dim=0),
+        replacements,
+        ablations[0].bos_token_id,
     )

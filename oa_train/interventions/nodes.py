@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from oa_train.ablations.base import Replacements
+from oa_train.ablations.base import NodeValues
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
 from oa_train.models.families import Dimensions, find_parts
@@ -31,10 +31,10 @@ def node_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row component"],
-    replacements: Replacements,
+    replacements: NodeValues,
     bos_token_id: int | None,
-) -> Float[Tensor, "row vocabulary"]:
-    """Logits at the scored position with components mixed with their replacements.
+) -> Float[Tensor, "row scored vocabulary"]:
+    """Logits at the scored positions with components mixed with their replacements.
 
     Args:
         model: frozen causal language model.
@@ -61,7 +61,7 @@ def node_sites(model: CausalLM) -> list[Site]:
     return sites
 
 
-def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: Replacements) -> list[Tap]:
+def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: NodeValues) -> list[Tap]:
     """The functions that mix every head and MLP with its replacement.
 
     Args:
@@ -73,7 +73,7 @@ def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], re
     by_layer = mask.unflatten(-1, (dimensions.n_layers, dimensions.n_heads + 1))
     functions = []
     for layer in range(dimensions.n_layers):
-        functions.append(_head_mixer(by_layer[:, :, layer, :-1], replacements.heads[layer]))
+        functions.append(_mixer(by_layer[:, :, layer, :-1, None], replacements.heads[layer]))
         functions.append(_mixer(by_layer[:, :, layer, -1:], replacements.mlps[layer]))
     return [Tap(module, side, mix) for (module, side), mix in zip(node_sites(model), functions, strict=True)]
 
@@ -83,16 +83,9 @@ def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
     gated = torch.where(mask < ABLATED_BELOW, replacement, replacement.detach())
 
     def mix(value: Tensor) -> Tensor:
+        # Heads come side by side, and some families put rows and positions into one dimension.
+        laid_out = value.reshape(*mask.shape[:2], *replacement.shape[2:])
         # lerp is exact at both ends: mask 1 returns the value bit for bit, mask 0 the replacement.
-        return torch.lerp(gated.to(value.dtype), value, mask.to(value.dtype))
+        return torch.lerp(gated.to(value.dtype), laid_out, mask.to(value.dtype)).reshape(value.shape)
 
     return mix
-
-
-def _head_mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
-    mix = _mixer(mask.unsqueeze(-1), replacement)
-
-    def mix_heads(values: Tensor) -> Tensor:
-        return mix(values.unflatten(-1, replacement.shape[-2:])).flatten(-2)
-
-    return mix_heads

@@ -1,7 +1,8 @@
 """The slow, obvious oracle that the fast interventions are tested against.
 
-Nothing is shared with them: one row, one position and one component at a time, with hooks of its own, the mixture
-written out as in the paper, and logits at all positions from which the scored one is picked at the end.
+Nothing is shared with them but what keeps padding finite: one row, one position and one component at a time, with
+hooks of its own, the mixture written out as in the paper, and logits at all positions from which the scored ones are
+picked at the end.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import Replacements
+from oa_train.ablations.base import NodeValues
 from oa_train.batches import Batch
+from oa_train.interventions.base import masks_within_single_precision
 from oa_train.models.families import Dimensions, check_family
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Float, Tensor
@@ -21,9 +23,9 @@ def reference_node_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row component"],
-    replacements: Replacements,
+    replacements: NodeValues,
     bos_token_id: int | None,
-) -> Float[Tensor, "row vocabulary"]:
+) -> Float[Tensor, "row scored vocabulary"]:
     """Do what `interventions.nodes.node_logits` does, in loops."""
     family = check_family(model.config.model_type)
     sizes = Dimensions.of(model.config)
@@ -42,25 +44,30 @@ def reference_node_logits(
             return (_rebuild(args[0], batch, bos_token_id, value_of),)
 
         def replace_mlp(_: Any, __: Any, output: Tensor, layer: int = layer, entries: Tensor = entries) -> Tensor:
-            def value_of(row: int, column: int) -> Tensor:
-                return _mix(entries[row, -1], output[row, column], _pick(replacements.mlps[layer], row, column))
+            by_row = output.view(*batch.tokens.shape, sizes.d_model)
 
-            return _rebuild(output, batch, bos_token_id, value_of)
+            def value_of(row: int, column: int) -> Tensor:
+                return _mix(entries[row, -1], by_row[row, column], _pick(replacements.mlps[layer], row, column))
+
+            return _rebuild(by_row, batch, bos_token_id, value_of).view(output.shape)
 
         projection: nn.Module = block.get_submodule(family.attention_output)
         handles.append(projection.register_forward_pre_hook(replace_heads))
         handles.append(block.get_submodule(family.mlp).register_forward_hook(replace_mlp))
     try:
-        logits = model(
-            input_ids=batch.tokens,
-            attention_mask=batch.attention_mask.long(),
-            position_ids=batch.positions,
-            use_cache=False,
-        ).logits
+        with masks_within_single_precision(model):
+            logits = model(
+                input_ids=batch.tokens,
+                attention_mask=batch.attention_mask.long(),
+                position_ids=batch.positions,
+                use_cache=False,
+            ).logits
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([logits[row, int(batch.scored[row])] for row in range(len(batch))])
+    return torch.stack(
+        [torch.stack([logits[row, int(column)] for column in batch.scored[row]]) for row in range(len(batch))]
+    )
 
 
 def _mix(keep: Tensor, value: Tensor, replacement: Tensor) -> Tensor:

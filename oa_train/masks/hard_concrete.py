@@ -6,26 +6,44 @@ positive probability.
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.masks.base import MaskDistribution
 from oa_train.shapes import Float, Tensor
+
+HardConcreteForm = Literal["standard", "published"]
+
+# What the published form adds to the uniform number before its logarithm is taken.
+PUBLISHED_SHIFT = 1e-3
+
+# A learned temperature comes no nearer to 0, where samples would have no gradient and the quotient no value.
+LOWEST_TEMPERATURE = 1e-3
 
 
 class HardConcrete(MaskDistribution):
     """Hard concrete distribution over independent mask entries.
 
-    With logistic noise e, an entry is sigmoid((e + logit) / temperature), stretched linearly from (0, 1) to
-    (lower, upper) and clamped to [0, 1].
+    With noise e, an entry is s = sigmoid((e + logit) / temperature), stretched and clamped to [0, 1]:
+
+        standard     e = log(u) - log(1 - u)            m = s * (upper - lower) + lower
+        published    e = log(u + 0.001) - log(1 - u)    m = (s + lower) * (upper - lower)
+
+    with u uniform on (0, 1). The second is what the published code of Li & Janson (2024) draws. It is kept for
+    comparisons with it: its noise is bounded from below, so that an entry whose logit is large (about 5.4 with the
+    other defaults) is never exactly 0, and the size penalty has no gradient there.
 
     Args:
         n_entries: number of mask entries.
         initial_logit: start of every logit; with the other defaults 2 keeps entries with probability 0.97.
-        temperature: the lower, the more samples are exactly 0 or 1; positive.
+        temperature: the lower, the more samples are exactly 0 or 1; positive. Where it is learned, its start.
+        learned_temperature: train a temperature for each entry. It is 0.001 plus the softplus of a parameter; the
+            published code has a rectifier in the place of the softplus, which has no gradient at the floor.
+        form: `standard` or `published`, see above.
         lower: lower end of the stretch, below 0.
         upper: upper end of the stretch, above 1.
 
@@ -39,30 +57,54 @@ class HardConcrete(MaskDistribution):
         *,
         initial_logit: float = 2.0,
         temperature: float = 2 / 3,
+        learned_temperature: bool = False,
+        form: HardConcreteForm = "standard",
         lower: float = -0.1,
         upper: float = 1.1,
     ) -> None:
         super().__init__(n_entries, initial_logit)
-        if not temperature > 0:
-            raise ConfigurationError(f"temperature is {temperature}; expected more than 0.")
+        lowest = LOWEST_TEMPERATURE if learned_temperature else 0
+        if not lowest < temperature < math.inf:
+            raise ConfigurationError(f"temperature is {temperature}; expected more than {lowest}.")
+        if form not in get_args(HardConcreteForm):
+            raise ConfigurationError(f"form is {form!r}. {nearest_names(form, get_args(HardConcreteForm))}")
         if not (lower < 0 and upper > 1):
             raise ConfigurationError(f"The stretch is ({lower}, {upper}); expected an end below 0 and one above 1.")
+        if form == "published" and not (1 + lower) * (upper - lower) > 1:
+            raise ConfigurationError(
+                f"The stretch is ({lower}, {upper}); the published form needs (1 + lower) * (upper - lower) > 1, "
+                "or no entry is ever exactly 1."
+            )
         self.temperature = temperature
+        self.form: HardConcreteForm = form
         self.lower = lower
         self.upper = upper
+        self.raw_temperatures: nn.Parameter | None = None
+        if learned_temperature:
+            excess = temperature - LOWEST_TEMPERATURE
+            inverse_softplus = excess + math.log(-math.expm1(-excess))
+            self.raw_temperatures = nn.Parameter(torch.full((n_entries,), inverse_softplus))
 
     def describe(self) -> dict[str, Any]:
         """Name and settings as plain values, for checkpoints."""
         return {
             "class": type(self).__name__,
             "temperature": self.temperature,
+            "learned_temperature": self.raw_temperatures is not None,
+            "form": self.form,
             "lower": self.lower,
             "upper": self.upper,
         }
 
+    def temperatures(self) -> Float[Tensor, " entry"] | float:
+        """The temperature of every entry where it is learned, with gradients; else the one of all."""
+        if self.raw_temperatures is None:
+            return self.temperature
+        return LOWEST_TEMPERATURE + F.softplus(self.raw_temperatures)
+
     def keep_probability(self) -> Float[Tensor, " entry"]:
         """Probability that a sample is not exactly 0."""
-        return torch.sigmoid(self.logits - self.temperature * math.log(-self.lower / self.upper))
+        return self._probability_above(0.0)
 
     def expected_size(self) -> Float[Tensor, ""]:
         """Expected number of entries that are not exactly 0, the L0 penalty of the paper."""
@@ -72,7 +114,25 @@ class HardConcrete(MaskDistribution):
         """Draw masks; gradients flow where a sample lies strictly between 0 and 1."""
         logits = self.logits
         uniform = torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
-        # The generator can return exactly 0, whose logit is infinite; the nearest number above it is not.
-        noise = torch.logit(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
-        soft = torch.sigmoid((noise + logits) / self.temperature)
-        return F.hardtanh(soft * (self.upper - self.lower) + self.lower, 0.0, 1.0)
+        if self.form == "published":
+            noise = (uniform + PUBLISHED_SHIFT).log() - torch.log1p(-uniform)
+        else:
+            # The generator can return exactly 0, whose logit is infinite; the nearest number above it is not.
+            noise = torch.logit(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
+        soft = torch.sigmoid((noise + logits) / self.temperatures())
+        scale, offset = self._stretch()
+        return F.hardtanh(soft * scale + offset, 0.0, 1.0)
+
+    def _stretch(self) -> tuple[float, float]:
+        """Slope and offset of the line on which the stretched value lies."""
+        scale = self.upper - self.lower
+        return scale, self.lower * scale if self.form == "published" else self.lower
+
+    def _probability_above(self, value: float) -> Float[Tensor, " entry"]:
+        """Probability that the stretched value exceeds `value`, before it is clamped."""
+        scale, offset = self._stretch()
+        cut = (value - offset) / scale
+        least_noise = self.temperatures() * math.log(cut / (1 - cut)) - self.logits
+        logistic = torch.sigmoid(-least_noise)
+        # log(u + shift) - log(1 - u) > x where u > (exp(x) - shift) / (exp(x) + 1), and u is never below 0.
+        return ((1 + PUBLISHED_SHIFT) * logistic).clamp(max=1.0) if self.form == "published" else logistic

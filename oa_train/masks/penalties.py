@@ -1,19 +1,35 @@
-"""Penalties that make masks sparse."""
+"""Penalties that make masks sparse: a fixed price for each kept entry, or a price that leads to a given size."""
 
 import math
+from abc import abstractmethod
 
+import torch
 from torch import nn
 
 from oa_train.errors import ConfigurationError
-from oa_train.masks.base import MaskDistribution
-from oa_train.shapes import Float, Tensor
+from oa_train.masks.base import MaskDistribution, check_threshold
+from oa_train.shapes import Float, Int, Tensor
+
+# The price carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
+# the price from overshooting while entries are on their way.
+PROPORTIONAL_POWER = 4.0
+
+# The controller sees no size as more than e times the goal, or less than the e-th part of it.
+LARGEST_ERROR = 1.0
+
+# Relative distance from the target within which a size counts as reached; the nearest whole size always does.
+TOLERANCE = 0.05
+
+# Nats. No loss counts for more, nor for less than its negative, so that every circuit of the right size ranks before
+# all of a wrong one.
+LARGEST_LOSS = 1000.0
 
 
-class SizePenalty(nn.Module):
-    """The expected number of kept entries times a weight.
+class Penalty(nn.Module):
+    """The expected number of kept entries times a price.
 
     Args:
-        weight: price of one kept entry, in nats; keeping it must lower the KL divergence by more than that.
+        weight: price of one kept entry in nats, at the start of training.
 
     Raises:
         ConfigurationError: the weight is negative or not finite.
@@ -25,6 +41,136 @@ class SizePenalty(nn.Module):
             raise ConfigurationError(f"penalty is {weight}; expected a price in nats for each kept entry, at least 0.")
         self.weight = weight
 
+    @property
+    @abstractmethod
+    def price(self) -> Float[Tensor, ""] | float:
+        """What a kept entry costs now, in nats; never negative."""
+
+    @abstractmethod
+    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        """What the best checkpoint minimises.
+
+        Args:
+            loss: loss of the discrete circuit in nats, the KL divergence for instance.
+            size: how many entries it keeps, those that are never ablated included.
+        """
+
+    def update(self, distribution: MaskDistribution) -> None:
+        """Set the price for the next step; called once after every optimiser step.
+
+        Args:
+            distribution: the masks as they are now.
+        """
+
     def forward(self, distribution: MaskDistribution) -> Float[Tensor, ""]:
         """The penalty in nats, with gradients to the distribution."""
-        return self.weight * distribution.expected_size()
+        return self.price * distribution.expected_size()
+
+
+class SizePenalty(Penalty):
+    """A fixed price: keeping an entry must lower the KL divergence by more than `weight` nats."""
+
+    @property
+    def price(self) -> float:
+        """The weight."""
+        return self.weight
+
+    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        """Loss plus the price of the circuit, in nats."""
+        return loss + self.weight * size
+
+
+class TargetSize(Penalty):
+    """A price that leads to a circuit of a given size: a Lagrange multiplier, kept by a controller.
+
+    The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
+    All sizes counted without the entries that are never ablated, the price of a kept entry is
+
+        weight * exp(rate * sum over the steps so far of log(kept / goal)) * (expected / goal) ^ PROPORTIONAL_POWER
+
+    with `kept` the size of the thresholded mask and `expected` the size that is penalised. It rises while the masks
+    are too large and falls while they are too small; the sum rests when the discrete mask has the right size, however
+    many entries that are nearly off add up to. Only ratios of sizes and of prices enter, so the same rule serves few
+    entries and many and a loss of any scale, and the price is always positive.
+
+    Args:
+        target: how many entries are to be kept, those that are never ablated included.
+        n_entries: number of entries of the distribution.
+        weight: price of one kept entry at the start, in nats; more than 0, because the price moves by factors.
+        warmup: optimiser steps in which the goal falls to the target, at least 1.
+        rate: how fast the price moves: the change of its logarithm in one step at a size e times the goal. The
+            learning rate of the masks suits, so that prices move no faster than the logits that answer them.
+        threshold: keep-probability above which an entry counts as kept.
+        always_kept: entries that belong to no distribution because they are never ablated.
+
+    Attributes:
+        log_price: buffer; log of the price without its last factor.
+        excess: buffer; log(expected / goal) after the latest step.
+        steps: buffer; optimiser steps so far.
+
+    Raises:
+        ConfigurationError: the target cannot be reached, or another argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        n_entries: int,
+        *,
+        weight: float,
+        warmup: int,
+        rate: float = 0.05,
+        threshold: float = 0.5,
+        always_kept: int = 0,
+    ) -> None:
+        super().__init__(weight)
+        if weight == 0:
+            raise ConfigurationError(
+                "penalty is 0; with target_size it is the price in nats from which the search starts, in factors: "
+                "expected more than 0, for instance 0.05."
+            )
+        if not always_kept < target <= always_kept + n_entries:
+            raise ConfigurationError(
+                f"target_size is {target}; expected more than {always_kept} and at most {always_kept + n_entries}. It "
+                f"counts the whole circuit: the {n_entries} components that may be ablated, and the {always_kept} "
+                "that are always kept because `components` does not select them."
+            )
+        if warmup < 1:
+            raise ConfigurationError(f"target_warmup is {warmup}; expected at least 1 optimiser step.")
+        self.target = target
+        self.n_entries = n_entries
+        self.warmup = warmup
+        self.rate = rate
+        self.threshold = check_threshold(threshold)
+        self.always_kept = always_kept
+        self.log_price: Tensor
+        self.register_buffer("log_price", torch.tensor(math.log(weight)))
+        self.excess: Tensor
+        self.register_buffer("excess", torch.tensor(0.0))
+        self.steps: Tensor
+        self.register_buffer("steps", torch.tensor(0))
+
+    @property
+    def price(self) -> Float[Tensor, ""]:
+        """What a kept entry costs now, in nats."""
+        return (self.log_price + PROPORTIONAL_POWER * self.excess).exp()
+
+    @torch.no_grad()
+    def update(self, distribution: MaskDistribution) -> None:
+        """Raise the price while the masks are larger than the goal, lower it while they are smaller."""
+        self.steps += 1
+        done = (self.steps / self.warmup).clamp(max=1.0)
+        goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
+        self.log_price += self.rate * _log_ratio(distribution.threshold(self.threshold).sum(), goal)
+        self.excess.copy_(_log_ratio(distribution.expected_size(), goal))
+
+    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+        """The loss, at the target size or within 5 % of it; elsewhere more than any such, the farther the more."""
+        distance = (size - self.target).abs()
+        # A target may lie between two whole sizes; the nearest one is always near enough.
+        reached = distance <= max(0.5, TOLERANCE * (self.target - self.always_kept))
+        return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + (~reached) * LARGEST_LOSS * (2 + distance)
+
+
+def _log_ratio(size: Tensor, goal: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return (size / goal).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)

@@ -5,7 +5,7 @@ import torch
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 
-def is_correct(logits: Float[Tensor, "row vocabulary"], answers: Int[Tensor, "row answer"]) -> Bool[Tensor, " row"]:
+def is_correct(logits: Float[Tensor, "*row vocabulary"], answers: Int[Tensor, "*row answer"]) -> Bool[Tensor, "*row"]:
     """Whether the top token is one of the answers.
 
     Args:
@@ -16,10 +16,10 @@ def is_correct(logits: Float[Tensor, "row vocabulary"], answers: Int[Tensor, "ro
 
 
 def logit_difference(
-    logits: Float[Tensor, "row vocabulary"],
-    answers: Int[Tensor, "row answer"],
-    distractors: Int[Tensor, "row distractor"],
-) -> Float[Tensor, " row"]:
+    logits: Float[Tensor, "*row vocabulary"],
+    answers: Int[Tensor, "*row answer"],
+    distractors: Int[Tensor, "*row distractor"],
+) -> Float[Tensor, "*row"]:
     """Log odds of the answers against the distractors.
 
     For one answer and one distractor this is the difference of their logits; for several it is the difference of the
@@ -32,10 +32,25 @@ def logit_difference(
             not answers.
     """
     # Padding repeats the first answer, which is always there.
-    everything_else = logits.scatter(-1, torch.where(answers < 0, answers[:, :1], answers), float("-inf"))
+    everything_else = logits.scatter(-1, torch.where(answers < 0, answers[..., :1], answers), float("-inf"))
     rest = torch.logsumexp(everything_else, dim=-1)
     given = (distractors >= 0).any(dim=-1)
     return _log_mass(logits, answers) - torch.where(given, _log_mass(logits, distractors), rest)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "*row vocabulary"], answers: Int[Tensor, "*row answer"]
+) -> Float[Tensor, "*row"]:
+    """Minus the log probability of the answers, together where there are several.
+
+    Args:
+        logits: predictions.
+        answers: ids of the correct tokens, padded with -1.
+
+    Returns:
+        Nats; at least 0 up to rounding.
+    """
+    return torch.logsumexp(logits, dim=-1) - _log_mass(logits, answers)
 
 
 def _log_mass(logits: Tensor, ids: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from oa_train.shapes import Float, Tensor
 
 
 def kl_divergence(
-    clean: Float[Tensor, "row vocabulary"], ablated: Float[Tensor, "row vocabulary"]
-) -> Float[Tensor, " row"]:
+    clean: Float[Tensor, "*row vocabulary"], ablated: Float[Tensor, "*row vocabulary"]
+) -> Float[Tensor, "*row"]:
     """KL divergence of the clean prediction from the ablated one, for each row.
 
     Sum over the vocabulary of p (log p - log q), p clean and q ablated: the ablation loss gap of Li & Janson (2024).

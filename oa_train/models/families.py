@@ -22,28 +22,43 @@ class Family:
         attention_output: path from a block to the projection that adds all heads to the residual stream; its
             input is the heads' values side by side.
         mlp: path from a block to the module whose output the block adds to the residual stream.
+        parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
+            the heads of its own layer; or the name of the configuration's attribute that says so.
+        post_norms: whether what attention and MLP write is normed before it is added to the residual stream.
+        requires: an attribute that the configuration must set, where other models of the family norm the residual
+            stream itself, so that what a part writes does not stay in it.
     """
 
     model_type: str
     blocks: str
     attention_output: str
     mlp: str
+    parallel: bool | str = False
+    post_norms: bool = False
+    requires: str = ""
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("gpt2", blocks="transformer.h", attention_output="attn.c_proj", mlp="mlp"),
-        Family("gpt_neox", blocks="gpt_neox.layers", attention_output="attention.dense", mlp="mlp"),
+        Family("gpt_neox", "gpt_neox.layers", "attention.dense", mlp="mlp", parallel="use_parallel_residual"),
         Family("llama", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         Family("mistral", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         Family("qwen2", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         Family("qwen3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         Family("phi3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         Family("smollm3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("gpt_neo", blocks="transformer.h", attention_output="attn.attention.out_proj", mlp="mlp"),
+        Family("gptj", "transformer.h", "attn.out_proj", mlp="mlp", parallel=True),
+        Family("opt", "model.decoder.layers", "self_attn.out_proj", mlp="fc2", requires="do_layer_norm_before"),
+        Family("phi", "model.layers", "self_attn.dense", mlp="mlp", parallel=True),
+        Family("gemma", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
+        Family("olmo", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
         # These norm what an MLP writes before it is added to the residual stream.
-        Family("olmo2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm"),
-        Family("gemma3_text", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm"),
+        Family("gemma2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
+        Family("olmo2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
+        Family("gemma3_text", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
     )
 }
 
@@ -60,6 +75,32 @@ def check_family(model_type: str) -> Family:
             "Another decoder family is one entry in oa_train/models/families.py; docs/extending.md shows how."
         )
     return FAMILIES[model_type]
+
+
+def check_config(config: Any) -> Family:
+    """Look the family of a model up.
+
+    Raises:
+        ModelError: the table has no such family, or the model is of a kind that its entry is not for.
+    """
+    family = check_family(config.model_type)
+    if family.requires and not getattr(config, family.requires):
+        raise ModelError(
+            f"Models of the family {family.model_type!r} are supported where their configuration has "
+            f"{family.requires}, and this one has not: it norms the residual stream itself, so that what a head or "
+            "an MLP writes does not stay in it."
+        )
+    return family
+
+
+def is_parallel(config: Any) -> bool:
+    """Whether attention and MLP of a block read the same residual stream in a model of this configuration.
+
+    Raises:
+        ModelError: the family is not in the table.
+    """
+    parallel = check_family(config.model_type).parallel
+    return bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
 
 
 @dataclass(frozen=True)
@@ -112,19 +153,20 @@ def find_parts(model: Any) -> Parts:
     Raises:
         ModelError: the family is not in the table, or the model is not built as its entry says.
     """
-    family = check_family(model.config.model_type)
+    family = check_config(model.config)
     dimensions = Dimensions.of(model.config)
     try:
         blocks = list(model.get_submodule(family.blocks))
         attention_outputs = tuple(block.get_submodule(family.attention_output) for block in blocks)
         mlps = tuple(block.get_submodule(family.mlp) for block in blocks)
-    except AttributeError as problem:
+    except (AttributeError, TypeError) as problem:
         raise ModelError(
             f"This {family.model_type} model is not built as its entry in the family table says: {problem}. "
             "The table follows transformers 5; is the model's code older, newer, or its own?"
         ) from problem
     expected = {dimensions.n_heads * dimensions.d_head, dimensions.d_model}
-    if any(set(projection.weight.shape) != expected for projection in attention_outputs):
+    weights = [getattr(projection, "weight", None) for projection in attention_outputs]
+    if any(weight is None or set(weight.shape) != expected for weight in weights):
         raise ModelError(
             f"The attention output projections of this {family.model_type} model do not map "
             f"{dimensions.n_heads} heads of width {dimensions.d_head} to {dimensions.d_model} dimensions."

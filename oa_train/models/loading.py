@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from oa_train.errors import ConfigurationError, ModelError, nearest_names
-from oa_train.models.families import check_family
+from oa_train.models.families import check_config
+from oa_train.models.hub import hub_answers
 
 # What every function that runs a model takes: the plain class of transformers, under a name that other modules can
 # import without importing transformers themselves.
@@ -53,6 +54,8 @@ class LMSpec:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ConfigurationError("lm.name is empty; expected a built-in name, a local directory or a Hub id.")
         if self.dtype not in get_args(DType):
             raise ConfigurationError(f"lm.dtype is {self.dtype!r}. {nearest_names(self.dtype, get_args(DType))}")
         if self.bos not in get_args(BosRule):
@@ -94,6 +97,7 @@ def locate(spec: LMSpec) -> dict[str, Any]:
                 "`save_pretrained` of transformers wrote, with config.json, weights and tokenizer files."
             )
         return {"pretrained_model_name_or_path": str(folder), **shared}
+    shared["local_files_only"] = spec.local_files_only or not hub_answers()
     return {"pretrained_model_name_or_path": spec.name, "revision": spec.revision or "main", **shared}
 
 
@@ -108,7 +112,7 @@ def load_config(spec: LMSpec) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(**where)
     except (OSError, ValueError, KeyError) as problem:
         raise _not_loaded(spec, problem) from problem
-    check_family(config.model_type)
+    check_config(config)
     return config
 
 
@@ -150,6 +154,33 @@ def load_model(spec: LMSpec) -> CausalLM:
     return freeze(model)
 
 
+def empty_model(spec: LMSpec) -> CausalLM:
+    """Build a model without its weights, on torch's meta device, where tensors have shapes and no content.
+
+    Args:
+        spec: which model; only its configuration is read. Of the attention back ends only `eager` makes a
+            difference: the others need not be installed.
+
+    Returns:
+        The model in evaluation mode, frozen.
+
+    Raises:
+        ModelError: there is no such configuration, it cannot be reached, or its family is not in the table.
+    """
+    config = load_config(spec)
+    try:
+        with torch.device("meta"):
+            model: CausalLM = AutoModelForCausalLM.from_config(
+                config,
+                dtype=getattr(torch, spec.dtype),
+                attn_implementation="eager" if spec.attn_implementation == "eager" else None,
+                trust_remote_code=spec.trust_remote_code,
+            )
+    except (OSError, ValueError, KeyError, ImportError) as problem:
+        raise _not_loaded(spec, problem) from problem
+    return freeze(model)
+
+
 def freeze(model: CausalLM) -> CausalLM:
     """Put a model into evaluation mode and take its weights out of every gradient."""
     model.eval().requires_grad_(False)
@@ -186,5 +217,5 @@ def _not_loaded(spec: LMSpec, problem: Exception) -> ModelError:
 
 
 def _suggestion(name: str, builtin: dict[str, Path]) -> str:
-    sentence = nearest_names(name, builtin) if builtin else ""
+    sentence = nearest_names(name, builtin) if builtin and name not in builtin else ""
     return sentence if sentence.startswith("Did you mean") else ""

@@ -62,6 +62,34 @@ def observed_calls(module: nn.Module, function: CallFunction) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def changed_argument(modules: Iterable[nn.Module], name: str, function: TensorFunction) -> Iterator[None]:
+    """Let `function` change the tensor of that name among the arguments of every call, for the length of the context.
+
+    Calls that are given no such tensor stay as they are.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            hook = _argument_hook(module, name, function)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _argument_hook(module: nn.Module, name: str, function: TensorFunction) -> Callable[..., Any]:
+    parameters = signature(module.forward)
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = parameters.bind(*args, **kwargs)
+        given = call.arguments.get(name)
+        changed = function(given) if isinstance(given, Tensor) else None
+        if changed is None:
+            return None
+        call.arguments[name] = changed
+        return call.args, call.kwargs
+
+    return hook
+
+
 def _input_hook(function: TensorFunction) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         changed = function(args[0])

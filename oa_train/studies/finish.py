@@ -1,10 +1,10 @@
 """After a fit: threshold the masks, refit the constants on the discrete circuit, evaluate, write it all down."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
@@ -12,15 +12,15 @@ from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import save_figure
-from oa_train.interventions.activations import node_means
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.interventions.kinds import AblationSource
+from oa_train.metrics.measures import MEASURES
 from oa_train.progress import Track, silent
 from oa_train.studies.results import results_document, write_results
 from oa_train.studies.statistics import Estimate, estimate
 from oa_train.tasks.base import Task
 from oa_train.training.circuits import CircuitModule
-from oa_train.training.constants import RefitSettings, fit_constants
-from oa_train.training.data import EVALUATION_BATCH
+from oa_train.training.refit import RefitSettings, fit_constants
 
 RefitStart = Literal["trained", "mean", "both"]
 
@@ -47,17 +47,17 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A circuit with its constants and what they are worth.
+    """A circuit with what replaces the rest, and what it is worth.
 
     Attributes:
         circuit: the discrete circuit.
-        constants: its refitted constants.
+        constants: its constants, refitted if they are learned; None when the ablation is not one by constants.
         metrics: figures of the circuit on the test prompts, and of the clean model as `clean_...`.
         folder: study folder with results and figures.
     """
 
     circuit: Circuit
-    constants: Constants
+    constants: Constants | None
     metrics: dict[str, Estimate]
     folder: Path
 
@@ -82,13 +82,11 @@ def finish(
     circuit = module.circuit()
     # Written before the refit starts, so that an interruption loses no more than the refit.
     circuit.save(run / "circuit")
-    constants = _refit(module, task, circuit, settings, track)
-    constants.save(run / "constants")
-    batches = list(task.batches("test", task.n_test, EVALUATION_BATCH))
-    found = circuit_behaviour(module.frozen, batches, circuit.mask.unsqueeze(0), [constants])
-    metrics = summary(found) | {
-        f"clean_{name}": value for name, value in summary(clean_behaviour(module.frozen, batches)).items()
-    }
+    ablation = _final_ablation(module, task, circuit, settings, track)
+    constants = ablation if isinstance(ablation, Constants) else None
+    if constants is not None:
+        constants.save(run / "constants")
+    metrics = _evaluated(module, task, circuit, ablation, settings.refit.rows_per_run, track)
     folder = make_next_folder(run / "studies", "fit")
     document = results_document(
         "fit",
@@ -98,6 +96,7 @@ def finish(
         metrics={name: value.as_json() for name, value in metrics.items()},
         rows=_rows(circuit),
         circuit=circuit.counts(),
+        ablation=module.ablation,
     )
     write_results(folder, document)
     _draw(circuit, module.threshold, folder, metrics)
@@ -105,34 +104,46 @@ def finish(
 
 
 def summary(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
-    """Estimates of all figures of one circuit."""
-    return {
-        "kl": estimate(behaviour.kl[index]),
-        "accuracy": estimate(behaviour.accuracy[index]),
-        "logit_difference": estimate(behaviour.logit_difference[index]),
-    }
+    """Estimates of all measures of one circuit."""
+    return {name: estimate(getattr(behaviour, name)[index]) for name in MEASURES}
 
 
-def _refit(module: CircuitModule, task: Task, circuit: Circuit, settings: FinishSettings, track: Track) -> Constants:
+def _evaluated(
+    module: CircuitModule, task: Task, circuit: Circuit, ablation: Ablation, rows_per_run: int, track: Track
+) -> dict[str, Estimate]:
+    batches = list(task.batches("test", task.n_test))
+    masks = circuit.mask.unsqueeze(0)
+    shown = track(batches, "evaluating the circuit")
+    found = circuit_behaviour(module.frozen, shown, masks, [ablation], rows_per_run)
+    clean = clean_behaviour(module.frozen, track(batches, "evaluating the clean model"))
+    return summary(found) | {f"clean_{name}": value for name, value in summary(clean).items()}
+
+
+def _final_ablation(
+    module: CircuitModule, task: Task, circuit: Circuit, settings: FinishSettings, track: Track
+) -> Ablation:
+    """The ablation with which the circuit is evaluated: refitted constants, or what it was trained with."""
+    source = AblationSource(module.frozen, task, module.positions, track)
+    if module.constants is None:
+        return module.kind.prepare(source)
     trained = module.constants.sets()[0].detach().to("cpu")
-    if module.ablation != "optimal":
-        return replace(trained.to("cpu"), provenance=module.provenance() | {"ablation": module.ablation})
-    starts = _starts(module, task, trained, settings.refit_start)
+    if not module.kind.learned:
+        return replace(trained, provenance=circuit.provenance)
+    means = [] if settings.refit_start == "trained" else [source.mean]
+    starts = means if settings.refit_start == "mean" else [trained, *means]
     masks = circuit.mask.expand(len(starts), -1)
     fitted = fit_constants(
-        module.frozen, task, masks, starts, settings.refit, track=track, description="refitting the constants"
+        module.frozen,
+        task,
+        masks,
+        starts,
+        settings.refit,
+        loss=module.loss,
+        track=track,
+        description="refitting the constants",
     )
-    best = int(fitted.validation_kl.argmin())
-    provenance: dict[str, Any] = module.provenance() | {"ablation": "optimal"}
-    return replace(fitted.sets[best].to("cpu"), provenance=provenance)
-
-
-def _starts(module: CircuitModule, task: Task, trained: Constants, start: RefitStart) -> Sequence[Constants]:
-    if start == "trained":
-        return [trained]
-    batches = task.batches("means", task.n_means, EVALUATION_BATCH)
-    means = node_means(module.frozen, batches, module.bos_token_id).table(trained.n_positions)
-    return [means] if start == "mean" else [trained, means]
+    best = int(fitted.validation_loss.argmin())
+    return replace(fitted.sets[best].to("cpu"), provenance=circuit.provenance)
 
 
 def _rows(circuit: Circuit) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -16,6 +16,7 @@ from oa_train.shapes import Int, Tensor
 from oa_train.tasks.tokens import PaddingSide, PromptEncoder, Tokenizer, bos_token_id, load_tokenizer
 
 Stream = Literal["train", "refit", "means", "validation", "test"]
+AnswerPositions = Literal["last", "every"]
 
 # Which tenths of all texts belong to which stream. Neither a seed nor an option moves a text to another
 # stream, so what one run trains on is never what another one tests on.
@@ -27,20 +28,34 @@ ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One question.
+class Question:
+    """A place inside a prompt at which an answer is expected.
 
     Attributes:
-        text: the prompt, up to and including the token that predicts the answer.
+        text: the beginning of the prompt, up to and including the token that predicts the answer.
         answers: texts of which each is a right continuation by one token (" Anna", "32").
         distractors: wrong continuations of one token that the answers are compared with.
-        counterfactual: the prompt with other content, as many tokens long; None when the task has none.
     """
 
     text: str
     answers: tuple[str, ...]
     distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt(Question):
+    """A text that ends with a question, and may hold others before.
+
+    Attributes:
+        text: the prompt, up to and including the token that predicts the last answer.
+        answers: texts of which each is a right continuation by one token (" Anna", "32").
+        distractors: wrong continuations of one token that the answers are compared with.
+        counterfactual: the prompt with other content, as many tokens long; None when the task has none.
+        earlier: questions that the text answers itself as it goes on, from left to right.
+    """
+
     counterfactual: str | None = None
+    earlier: tuple[Question, ...] = ()
 
 
 def stream_of(text: str) -> Stream:
@@ -62,6 +77,9 @@ class Task(ABC):
         n_test: prompts that the final evaluation uses.
         n_means: prompts over which mean ablation averages.
         padding_side: where shorter prompts of a batch are filled up.
+        evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
+        n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
+        answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
 
     Attributes:
         name: name of the task in configurations and artefacts.
@@ -86,8 +104,15 @@ class Task(ABC):
         n_test: int = 2048,
         n_means: int = 2048,
         padding_side: PaddingSide = "right",
+        evaluation_batch_size: int = 128,
+        n_tokens: int | None = None,
+        answer_positions: AnswerPositions = "last",
     ) -> None:
         check_choice("padding_side", padding_side, get_args(PaddingSide))
+        check_choice("answer_positions", answer_positions, get_args(AnswerPositions))
+        self.evaluation_batch_size = positive("evaluation_batch_size", evaluation_batch_size)
+        self.n_tokens = None if n_tokens is None else positive("n_tokens", n_tokens)
+        self.answer_positions: AnswerPositions = answer_positions
         self.batch_size = positive("batch_size", batch_size)
         self.batches_per_epoch = positive("batches_per_epoch", batches_per_epoch)
         # Two prompts are the fewest that have a standard error.
@@ -110,7 +135,12 @@ class Task(ABC):
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
-        return {"name": self.name, "seed": self.seed}
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "n_tokens": self.n_tokens,
+            "answer_positions": self.answer_positions,
+        }
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -126,12 +156,23 @@ class Task(ABC):
         """Prompt number `index` of a stream.
 
         Raises:
-            TaskError: the task has so few different prompts that none belongs to this stream.
+            TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
         """
+        lengths = set()
         for attempt in range(ATTEMPTS):
             prompt = self.draw(python_generator(self.seed, self.name, stream, index, attempt))
-            if stream_of(prompt.text) == stream:
+            if stream_of(prompt.text) != stream:
+                continue
+            if self.n_tokens is None:
                 return prompt
+            lengths.add(len(self.encoder.encode([prompt.text])[0]))
+            if self.n_tokens in lengths:
+                return prompt
+        if lengths:
+            raise TaskError(
+                f"n_tokens is {self.n_tokens}, and no prompt that the task {self.name} drew has so many; their "
+                f"lengths are {', '.join(map(str, sorted(lengths)))}."
+            )
         raise TaskError(
             f"None of {ATTEMPTS} prompts that the task {self.name} drew belongs to the stream {stream!r}. Streams "
             "share no prompt, so the task has too few different prompts; allow more words, names or templates."
@@ -151,43 +192,74 @@ class Task(ABC):
         size = self.batch_size if size is None else positive("size", size)
         return self._collate(stream, range(index * size, (index + 1) * size))
 
-    def batches(self, stream: Stream, n_prompts: int, size: int) -> Iterator[Batch]:
-        """The first `n_prompts` prompts of a stream in batches of `size`; the last may be smaller."""
-        for start in range(0, n_prompts, positive("size", size)):
+    def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
+        """The first `n_prompts` prompts of a stream; the last batch may be smaller.
+
+        Args:
+            stream: which stream.
+            n_prompts: how many in all.
+            size: prompts in a batch; `evaluation_batch_size` when not given.
+        """
+        size = self.evaluation_batch_size if size is None else positive("size", size)
+        for start in range(0, n_prompts, size):
             yield self._collate(stream, range(start, min(start + size, n_prompts)))
 
     def _collate(self, stream: Stream, numbers: range) -> Batch:
         prompts = [self.prompt(stream, number) for number in numbers]
         rows = self.encoder.encode([prompt.text for prompt in prompts])
         tokens, mask = self.encoder.pad(rows, self.padding_side)
-        lengths = mask.sum(dim=1)
         width = tokens.shape[1]
-        scored = lengths - 1 if self.padding_side == "right" else torch.full_like(lengths, width - 1)
+        questions = [self._questions(prompt) for prompt in prompts]
+        most = max(map(len, questions))
+        # A prompt with fewer questions repeats its last one, with weight 0.
+        filled = [[*asked, *[asked[-1]] * (most - len(asked))] for asked in questions]
         return Batch(
             tokens=tokens,
             attention_mask=mask,
-            scored=scored,
-            answers=self._continuations(prompts, [prompt.answers for prompt in prompts]),
-            distractors=self._continuations(prompts, [prompt.distractors for prompt in prompts]),
+            scored=torch.tensor([self._columns(*pair, width) for pair in zip(filled, rows, strict=True)]),
+            weights=torch.tensor([[(i < len(asked)) / len(asked) for i in range(most)] for asked in questions]),
+            answers=self._continuations(filled, lambda question: question.answers),
+            distractors=self._continuations(filled, lambda question: question.distractors),
             counterfactual_tokens=self._counterfactuals(prompts, rows),
             example_ids=torch.tensor(list(numbers)),
             padded=any(len(row) < width for row in rows),
         )
 
+    def _questions(self, prompt: Prompt) -> list[Question]:
+        return [*prompt.earlier, prompt] if self.answer_positions == "every" else [prompt]
+
+    def _columns(self, questions: Sequence[Question], row: list[int], width: int) -> list[int]:
+        """Where the last token of each question stands in a padded row."""
+        padding = width - len(row) if self.padding_side == "left" else 0
+        *earlier, last = questions
+        columns = []
+        for question in earlier:
+            begins = row if question is last else self.encoder.encode([question.text])[0]
+            if row[: len(begins)] != begins:
+                raise TaskError(
+                    f"The tokens of {question.text!r} are not those with which {last.text!r} begins, so the position "
+                    "that answers it cannot be told. End the question at the end of a word."
+                )
+            columns.append(padding + len(begins) - 1)
+        return [*columns, padding + len(row) - 1]
+
     def _continuations(
-        self, prompts: Sequence[Prompt], pieces: Sequence[tuple[str, ...]]
-    ) -> Int[Tensor, "batch piece"]:
-        ids = torch.full((len(prompts), max(map(len, pieces))), -1, dtype=torch.long)
-        for row, (prompt, texts) in enumerate(zip(prompts, pieces, strict=True)):
-            for column, text in enumerate(texts):
-                token = self.encoder.continuation(prompt.text, text)
-                if token is None:
-                    raise TaskError(
-                        f"{text!r} after {prompt.text!r} is not one token of this tokenizer. The task {self.name} "
-                        "scores one token, so leave this word out or choose a model whose tokenizer holds it."
-                    )
-                ids[row, column] = token
-        return ids
+        self, questions: Sequence[Sequence[Question]], pieces: Callable[[Question], tuple[str, ...]]
+    ) -> Int[Tensor, "batch scored piece"]:
+        most = max(len(pieces(question)) for row in questions for question in row)
+        ids = [[self._tokens(question, pieces(question), most) for question in row] for row in questions]
+        return torch.tensor(ids, dtype=torch.long).view(len(questions), len(questions[0]), most)
+
+    def _tokens(self, question: Question, pieces: Sequence[str], most: int) -> list[int]:
+        """The token of each piece, filled up with -1."""
+        found = [self.encoder.continuation(question.text, piece) for piece in pieces]
+        for piece, token in zip(pieces, found, strict=True):
+            if token is None:
+                raise TaskError(
+                    f"{piece!r} after {question.text!r} is not one token of this tokenizer. The task {self.name} "
+                    "scores one token, so leave this word out or choose a model whose tokenizer holds it."
+                )
+        return [token for token in found if token is not None] + [-1] * (most - len(found))
 
     def _counterfactuals(
         self, prompts: Sequence[Prompt], rows: Sequence[list[int]]

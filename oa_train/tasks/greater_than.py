@@ -3,10 +3,9 @@
 import random
 from typing import Any
 
-from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.tasks.base import Prompt, Task
-from oa_train.tasks.tokens import PaddingSide, PromptEncoder
+from oa_train.tasks.tokens import PromptEncoder
 from oa_train.tasks.vocabulary import require_enough, single_token_words
 
 SENTENCE = "The {noun} lasted from the year {century}{year} to the year {century}"
@@ -27,14 +26,7 @@ class GreaterThan(Task):
     second year of the same century.
 
     Args:
-        lm: the model whose tokenizer encodes the prompts; the built-in model by default.
-        seed: other seeds give other prompts.
-        batch_size: prompts in a training batch.
-        batches_per_epoch: training batches between two validations.
-        n_validation: prompts that validation uses.
-        n_test: prompts that the final evaluation uses.
-        n_means: prompts over which mean ablation averages.
-        padding_side: where shorter prompts of a batch are filled up.
+        **options: the options of every task (see `Task`).
 
     Attributes:
         nouns: events that are single tokens.
@@ -44,28 +36,8 @@ class GreaterThan(Task):
 
     name = "greater_than"
 
-    def __init__(
-        self,
-        *,
-        lm: LMSpec = BUILT_IN,
-        seed: int = 0,
-        batch_size: int = 16,
-        batches_per_epoch: int = 50,
-        n_validation: int = 512,
-        n_test: int = 2048,
-        n_means: int = 2048,
-        padding_side: PaddingSide = "right",
-    ) -> None:
-        super().__init__(
-            lm=lm,
-            seed=seed,
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            n_validation=n_validation,
-            n_test=n_test,
-            n_means=n_means,
-            padding_side=padding_side,
-        )
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.nouns = single_token_words(self.encoder, self.name, "nouns", MINIMUM_NOUNS)
         self.years = {century: _whole_years(self.encoder, century) for century in CENTURIES}
         self.starts = [

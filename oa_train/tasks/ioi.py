@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.tasks.base import Prompt, Task, check_choice
-from oa_train.tasks.tokens import PaddingSide
 from oa_train.tasks.vocabulary import read_data, single_token_words
 
 Order = Literal["mixed", "ABBA", "BABA"]
@@ -59,17 +57,10 @@ class IOI(Task):
     The counterfactual names three other people in the same sentence.
 
     Args:
-        lm: the model whose tokenizer encodes the prompts; the built-in model by default.
         order: ABBA introduces the indirect object first, BABA the subject first; mixed takes either by chance.
         distractor_names: probability that a clause with a third name is added ("While Tom was busy,"). Without
             such clauses a small model learns to look for the name that occurs once.
-        seed: other seeds give other prompts.
-        batch_size: prompts in a training batch.
-        batches_per_epoch: training batches between two validations.
-        n_validation: prompts that validation uses.
-        n_test: prompts that the final evaluation uses.
-        n_means: prompts over which mean ablation averages.
-        padding_side: where shorter prompts of a batch are filled up.
+        **options: the options of every task (see `Task`).
 
     Attributes:
         names: first names that are single tokens.
@@ -83,30 +74,14 @@ class IOI(Task):
     def __init__(
         self,
         *,
-        lm: LMSpec = BUILT_IN,
         order: Order = "mixed",
         distractor_names: float = 0.5,
-        seed: int = 0,
-        batch_size: int = 16,
-        batches_per_epoch: int = 50,
-        n_validation: int = 512,
-        n_test: int = 2048,
-        n_means: int = 2048,
-        padding_side: PaddingSide = "right",
+        **options: Any,
     ) -> None:
         if not 0 <= distractor_names <= 1:
             raise ConfigurationError(f"distractor_names is {distractor_names}; expected a probability from 0 to 1.")
         check_choice("order", order, get_args(Order))
-        super().__init__(
-            lm=lm,
-            seed=seed,
-            batch_size=batch_size,
-            batches_per_epoch=batches_per_epoch,
-            n_validation=n_validation,
-            n_test=n_test,
-            n_means=n_means,
-            padding_side=padding_side,
-        )
+        super().__init__(**options)
         self.order = order
         self.distractor_names = distractor_names
         self.names = single_token_words(self.encoder, self.name, "names", MINIMUM_NAMES)

@@ -14,6 +14,7 @@ from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.progress import Track, silent
 from oa_train.tasks.base import Task
 from oa_train.tasks.tokens import bos_token_id, load_tokenizer
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
@@ -38,12 +39,14 @@ class FrozenModelModule(lightning.LightningModule):
         frozen: the model.
         components: its attention heads and MLPs.
         bos_token_id: token that is never ablated at the first position.
+        track: shows the progress of passes over prompts that are no steps of the trainer; silent unless it is set.
     """
 
     def __init__(self, lm: LMSpec, seed: int) -> None:
         super().__init__()
         self.lm = lm
         self.seed = seed
+        self.track: Track = silent
         self.frozen: CausalLM = load_model(self.lm)
         self.dimensions = Dimensions.of(self.frozen.config)
         self.components = Components.of(self.dimensions)

@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from oa_train.metrics.behaviour import is_correct
 from oa_train.models.loading import LMSpec
 from oa_train.seeds import derive_seed, python_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
@@ -280,8 +281,8 @@ def accuracy(model: GPT2LMHeadModel, task: Task, n_prompts: int = 2000) -> float
     right = 0
     for batch in task.batches("test", n_prompts, 200):
         logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
-        top = logits[torch.arange(len(batch)), batch.scored].argmax(dim=-1)
-        right += int((batch.answers == top[:, None]).any(dim=1).sum())
+        scored = logits[torch.arange(len(batch)).unsqueeze(1), batch.scored]
+        right += int(is_correct(scored, batch.answers).sum())
     return right / n_prompts
 
 

@@ -32,8 +32,8 @@ class BestCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Note where the run that is resumed keeps its best checkpoint."""
         changed = pl_module.changed_settings(checkpoint)
-        # Under another penalty or threshold the objectives of the two runs cannot be compared.
-        comparable = not any(change.startswith(("penalty", "threshold")) for change in changed)
+        # Under another penalty, target size or threshold the objectives of the two runs cannot be compared.
+        comparable = not any(change.startswith(("penalty", "target_size", "threshold")) for change in changed)
         self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if comparable else None
         self._resumed_step = checkpoint["global_step"]
 

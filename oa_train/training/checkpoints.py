@@ -55,7 +55,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or no checkpoint of this package.
     """
     if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint at {path}. {_others(path)}".rstrip())
+        what = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
+        raise CheckpointError(f"{what}. {_others(path)}".rstrip())
     try:
         with warnings.catch_warnings():
             # Torch warns about what it finds in files that are no checkpoints, and then refuses them.
@@ -99,6 +100,7 @@ def _differences(name: str, given: Any, expected: Any) -> list[str]:
 
 
 def _others(path: Path) -> str:
-    found = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-    names = [other.name for other in found if other != path]
-    return f"In the same folder: {', '.join(names)}." if names else ""
+    folder, patterns = (path, ("*.ckpt", "checkpoints/*.ckpt")) if path.is_dir() else (path.parent, ("*.ckpt",))
+    found = sorted(other for pattern in patterns for other in folder.glob(pattern) if other != path)
+    names = [str(other.relative_to(folder)) for other in found]
+    return f"In {folder}: {', '.join(names[:10])}." if names else ""

@@ -1,50 +1,57 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
 from collections.abc import Callable
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
 import torch
 from torchmetrics import MeanMetric
 
-from oa_train.ablations.base import AblationKind
+from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
-from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.interventions.activations import node_means
+from oa_train.errors import ConfigurationError
+from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import scored_logits
+from oa_train.interventions.evaluation import circuit_logits
+from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
 from oa_train.interventions.nodes import node_logits
 from oa_train.masks.base import MaskDistribution, check_threshold
-from oa_train.masks.penalties import SizePenalty
+from oa_train.masks.penalties import Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
-from oa_train.metrics.behaviour import is_correct, logit_difference
-from oa_train.metrics.divergence import kl_divergence
+from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.base import FrozenModelModule
-from oa_train.training.data import EVALUATION_BATCH
-
-EVALUATED = ("kl", "accuracy", "logit_difference")
 
 
 class CircuitModule(FrozenModelModule):
     """Finds the components that do a task, and the constants that replace the others.
 
     Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its constant. The loss is the
+    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its replacement. The loss is the
     KL divergence of the clean prediction from the masked one, plus the penalty on the number of kept components.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: seeds the mask samples.
-        ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean` or `zero`.
+        ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean`, `zero`,
+            `resample` (its value on another prompt of equal length), `noise` (Gaussian, with its mean and spread),
+            `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
+        loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
+            answers against distractors, which is made large.
         positions: size of the constants' table; 1 gives each component one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
             the others are always kept.
         masks: distribution of the masks.
-        penalty: price of a kept component in nats.
+        penalty: price of a kept component in nats; with a target size the price at the start.
+        target_size: how many components the circuit is to have, those that are always kept included; the price is
+            then moved until it has them. None keeps the price fixed.
+        target_warmup: optimiser steps in which the goal falls from all components to the target size; less than
+            half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
         threshold: a component is in the circuit when its keep-probability exceeds this.
         mask_learning_rate: Adam's learning rate of the mask parameters.
@@ -61,45 +68,72 @@ class CircuitModule(FrozenModelModule):
         lm: LMSpec = BUILT_IN,
         seed: int = 0,
         ablation: AblationKind = "optimal",
+        loss: Loss = "kl",
         positions: int = 1,
         components: str | list[str] = "*",
         masks: Callable[[int], MaskDistribution] = UniformGradientSampling,
         penalty: float = 0.05,
+        target_size: float | None = None,
+        target_warmup: int = 200,
         samples_per_prompt: int = 4,
         threshold: float = 0.5,
         mask_learning_rate: float = 0.05,
         constants_learning_rate: float = 0.005,
     ) -> None:
         # Cheap checks come before the model is loaded.
-        if ablation not in get_args(AblationKind):
-            raise ConfigurationError(f"ablation is {ablation!r}. {nearest_names(ablation, get_args(AblationKind))}")
+        kind = check_kind("ablation", ablation)
+        check_loss("loss", loss)
         _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
         _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
+        if target_size is not None:
+            _check_positive(target_size=target_size, target_warmup=target_warmup)
         self_threshold, size_penalty = check_threshold(threshold), SizePenalty(penalty)
         super().__init__(lm, seed)
         self.threshold = self_threshold
-        self.penalty = size_penalty
         self.ablation: AblationKind = ablation
+        self.kind = kind
+        self.loss: Loss = loss
+        self.positions = positions
         self.samples_per_prompt = samples_per_prompt
         self.mask_learning_rate = mask_learning_rate
         self.constants_learning_rate = constants_learning_rate
         self.selected = self.components.select([components] if isinstance(components, str) else components)
+        if not self.selected:
+            raise ConfigurationError(f"components is {components!r}, which selects nothing that could be trained.")
         self.masks = masks(len(self.selected))
-        start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
-        self.constants = TrainableConstants([start]).requires_grad_(ablation == "optimal")
+        self.target_size = target_size
+        self.target_warmup = target_warmup
+        self.penalty: Penalty = size_penalty
+        if target_size is not None:
+            self.penalty = TargetSize(
+                target_size,
+                len(self.selected),
+                weight=penalty,
+                warmup=target_warmup,
+                rate=mask_learning_rate,
+                threshold=threshold,
+                always_kept=len(self.components) - len(self.selected),
+            )
+        self.constants: TrainableConstants | None = None
+        if kind.constant:
+            start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
+            self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
+        self._other_ablation: Ablation | None = None
         self.selection: Tensor
         self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(ablation == "zero"))
-        self.evaluated = torch.nn.ModuleDict({name: MeanMetric() for name in EVALUATED})
+        self.evaluated = torch.nn.ModuleDict({name: MeanMetric() for name in MEASURES})
 
     def describe(self) -> dict[str, Any]:
-        """Components, mask distribution and ablation."""
+        """Components, mask distribution, kind of penalty and ablation."""
         return {
             "components": list(self.selected),
             "masks": self.masks.describe(),
+            "penalty_kind": type(self.penalty).__name__,
             "ablation": self.ablation,
-            "positions": self.constants.heads.shape[2],
+            "positions": self.positions,
+            "loss": self.loss,
         }
 
     def settings(self) -> dict[str, Any]:
@@ -108,6 +142,8 @@ class CircuitModule(FrozenModelModule):
             "lm": self.lm_settings(),
             "seed": self.seed,
             "penalty": self.penalty.weight,
+            "target_size": self.target_size,
+            "target_warmup": self.target_warmup,
             "samples_per_prompt": self.samples_per_prompt,
             "threshold": self.threshold,
             "mask_learning_rate": self.mask_learning_rate,
@@ -125,12 +161,14 @@ class CircuitModule(FrozenModelModule):
             "lr": self.mask_learning_rate,
             "betas": (0.9, 0.995),
         }
+        if self.constants is None or not self.kind.learned:
+            return torch.optim.Adam([masks])
         constants = {
             "name": "constants",
             "params": list(self.constants.parameters()),
             "lr": self.constants_learning_rate,
         }
-        return torch.optim.Adam([masks, constants] if self.ablation == "optimal" else [masks])
+        return torch.optim.Adam([masks, constants])
 
     def on_train_start(self) -> None:
         """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
@@ -140,14 +178,48 @@ class CircuitModule(FrozenModelModule):
                 group["lr"] = rates[group["name"]]
 
     def on_fit_start(self) -> None:
-        """Start the constants at the means, unless a checkpoint brought them."""
-        if bool(self.constants_started):
+        """Prepare the ablation; constants start at the means, unless a checkpoint brought them."""
+        self.prepare_ablation()
+
+    def on_validation_start(self) -> None:
+        """Prepare the ablation, unless a fit has."""
+        self.prepare_ablation()
+
+    def on_test_start(self) -> None:
+        """Prepare the ablation."""
+        self.prepare_ablation()
+
+    def prepare_ablation(self) -> None:
+        """Gather what the ablation needs from the task's `means` prompts, unless a checkpoint brought it."""
+        if bool(self.constants_started) if self.constants is not None else self._other_ablation is not None:
             return
-        task = self.data.task
-        batches = task.batches("means", task.n_means, EVALUATION_BATCH)
-        means = node_means(self.frozen, batches, self.bos_token_id)
-        self.constants.load(means.table(self.constants.heads.shape[2]))
-        self.constants_started.fill_(True)
+        prepared = self.kind.prepare(AblationSource(self.frozen, self.data.task, self.positions, self.track))
+        if self.constants is None:
+            self._other_ablation = prepared.to(self.device)
+        else:
+            assert isinstance(prepared, Constants)
+            self.constants.load(prepared)
+            self.constants_started.fill_(True)
+
+    def replacing(self) -> Ablation:
+        """What replaces ablated components, as trained so far; gradients flow to the constants.
+
+        Raises:
+            ConfigurationError: nothing has been fitted, validated or tested, so the ablation is not prepared.
+        """
+        if self.constants is not None:
+            return self.constants.sets()[0]
+        if self._other_ablation is None:
+            raise ConfigurationError(
+                f"The {self.ablation} ablation is prepared with the task's prompts when a trainer fits, validates or "
+                "tests; without one, use `KINDS` of oa_train.interventions.kinds."
+            )
+        return self._other_ablation
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as Lightning does, then let the penalty set the price of the next step."""
+        super().optimizer_step(*args, **kwargs)
+        self.penalty.update(self.masks)
 
     def sample_masks(self, n_rows: int, *key: int | str) -> Float[Tensor, "row component"]:
         """Draw masks over all components; those that are not selected are kept.
@@ -162,14 +234,14 @@ class CircuitModule(FrozenModelModule):
         return kept.masked_scatter(self.selection, drawn)
 
     @torch.no_grad()
-    def clean_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+    def clean_logits(self, batch: Batch) -> Float[Tensor, "batch scored vocabulary"]:
         """What the unablated model predicts."""
         return scored_logits(self.frozen, batch)
 
     def masked_loss(
-        self, batch: Batch, clean: Float[Tensor, "batch vocabulary"], *key: int | str
+        self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"], *key: int | str
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """KL divergence under sampled masks, and the penalty; their sum is what training minimises.
+        """The loss under sampled masks, and the penalty; their sum is what training minimises.
 
         Args:
             batch: prompts.
@@ -178,20 +250,26 @@ class CircuitModule(FrozenModelModule):
         """
         rows = batch.repeat(self.samples_per_prompt)
         mask = self.sample_masks(len(rows), *key)
-        replacements = self.constants.sets()[0].replacements(rows)
-        logits = node_logits(self.frozen, rows, mask, replacements, self.bos_token_id)
-        kl = kl_divergence(clean.repeat(self.samples_per_prompt, 1), logits).mean()
-        return kl, self.penalty(self.masks)
+        replacements = self.replacing().replacements(batch, partial(node_values, self.frozen))
+        logits = node_logits(self.frozen, rows, mask, replacements.repeat(self.samples_per_prompt), self.bos_token_id)
+        lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()
+        return lost, self.penalty(self.masks)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see `masked_loss`."""
-        kl, penalty = self.masked_loss(
+        lost, penalty = self.masked_loss(
             batch, self.clean_logits(batch), self.global_rank, self.current_epoch, batch_idx
         )
-        loss: Tensor = kl + penalty
-        self.check_finite({"train/kl": kl.detach(), "train/penalty": penalty.detach()}, "Parts of the loss")
+        loss: Tensor = lost + penalty
+        measure = f"train/{self.loss}"
+        self.check_finite({measure: lost.detach(), "train/penalty": penalty.detach()}, "Parts of the loss")
         size = self.masks.expected_size().detach() + len(self.components) - len(self.selected)
-        figures = {"train/kl": kl.detach(), "train/penalty": penalty.detach(), "train/size": size}
+        figures = {
+            measure: LOSS_SIGNS[self.loss] * lost.detach(),
+            "train/penalty": penalty.detach(),
+            "train/price": self.penalty.price,
+            "train/size": size,
+        }
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict(figures, batch_size=len(batch))
         return loss
@@ -213,7 +291,11 @@ class CircuitModule(FrozenModelModule):
     def circuit(self) -> Circuit:
         """The thresholded circuit."""
         mask, scores = self.circuit_mask().cpu(), self.keep_probability().cpu()
-        provenance = self.provenance() | {"selected": list(self.selected)}
+        provenance = self.provenance() | {
+            "ablation": self.ablation,
+            "loss": self.loss,
+            "selected": list(self.selected),
+        }
         return Circuit.from_mask(self.components, mask, scores, provenance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -227,16 +309,10 @@ class CircuitModule(FrozenModelModule):
     def _evaluate(self, batch: Batch, stage: str) -> None:
         mask = self.circuit_mask()
         clean = self.clean_logits(batch)
-        replacements = self.constants.sets()[0].replacements(batch)
-        logits = node_logits(self.frozen, batch, mask.float().expand(len(batch), -1), replacements, self.bos_token_id)
-        figures = {
-            "kl": kl_divergence(clean, logits),
-            "accuracy": is_correct(logits, batch.answers).float(),
-            "logit_difference": logit_difference(logits.float(), batch.answers, batch.distractors),
-        }
-        for name, values in figures.items():
+        logits = circuit_logits(self.frozen, batch, mask.unsqueeze(0), [self.replacing()])
+        for name in MEASURES:
             average = self._average(name)
-            average.update(values)
+            average.update(measured(name, clean, logits, batch))
             self.log(f"{stage}/{name}", average, prog_bar=name == "kl", batch_size=len(batch))
         self.log(f"{stage}/size", mask.sum().float(), prog_bar=True, batch_size=len(batch))
 
@@ -248,7 +324,8 @@ class CircuitModule(FrozenModelModule):
     def on_validation_epoch_end(self) -> None:
         """Log what the best checkpoint minimises."""
         size = self.circuit_mask().sum()
-        self.log("val/objective", self._average("kl").compute() + self.penalty.weight * size)
+        loss = LOSS_SIGNS[self.loss] * self._average(self.loss).compute()
+        self.log("val/objective", self.penalty.objective(loss, size))
 
 
 def _check_positive(**values: float) -> None:

@@ -9,9 +9,6 @@ from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError
 from oa_train.tasks.base import Stream, Task
 
-# Prompts of an evaluation batch; validation and test are not affected by it beyond speed.
-EVALUATION_BATCH = 128
-
 
 class PromptLoader:
     """Training batches by number: every epoch goes on where the one before ended.
@@ -111,7 +108,7 @@ class TaskData(lightning.LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         if n_prompts < world_size:
             raise ConfigurationError(f"{n_prompts} {stream} prompts cannot be shared out to {world_size} processes.")
-        size = min(EVALUATION_BATCH, n_prompts // world_size)
+        size = min(self.task.evaluation_batch_size, n_prompts // world_size)
         return EvaluationLoader(list(self.task.batches(stream, n_prompts, size))[rank::world_size])
 
     def _rank_and_world_size(self) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from oa_train.ablations.constants import Constants, TrainableConstants, replacements_of_sets
+from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.artefacts import HEADER_FILE, Artefact, save_artefact
 from oa_train.errors import ArtefactError
 from oa_train.models.families import Dimensions
@@ -54,35 +54,6 @@ def test_gradients_reach_the_rows_that_are_used(model, n_positions):
     used = [1.0] if n_positions == 1 else [2.0, 2.0, 2.0, 0.0]
     assert heads[0, :, 0, 0].tolist() == used
     assert mlps[0, :, 0].tolist() == used
-
-
-@pytest.mark.parametrize("n_positions", [1, 3])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_several_sets_are_each_alone(model, side, n_positions):
-    batch = random_batch([6, 3], side)
-    sets = [random_constants(model, n_positions, seed) for seed in range(3)]
-    together = replacements_of_sets(sets, batch.repeat(3))
-    assert together.heads.shape[1] == together.mlps.shape[1] == 6
-    for number, one in enumerate(sets):
-        alone = one.replacements(batch)
-        rows = slice(2 * number, 2 * number + 2)
-        assert torch.equal(together.heads[:, rows], alone.heads.expand_as(together.heads[:, rows]))
-        assert torch.equal(together.mlps[:, rows], alone.mlps.expand_as(together.mlps[:, rows]))
-
-
-def test_each_set_has_its_own_run_of_rows(model):
-    batch = random_batch([6, 4, 2], "left")
-    sets = [random_constants(model, 3, seed) for seed in range(3)]
-    together = replacements_of_sets(sets, batch)
-    for row, one in enumerate(sets):
-        assert torch.equal(together.heads[:, row], one.replacements(batch).heads[:, row])
-        assert torch.equal(together.mlps[:, row], one.replacements(batch).mlps[:, row])
-
-
-def test_one_set_serves_all_rows(model):
-    batch = random_batch([6, 3]).repeat(3)
-    one = random_constants(model, 3)
-    assert torch.equal(replacements_of_sets([one], batch).heads, one.replacements(batch).heads)
 
 
 def test_zeros_are_zero():

@@ -96,7 +96,7 @@ def test_a_bos_token_later_in_the_prompt_and_another_first_token_count(model):
 
 def test_tokens_after_the_scored_position_are_left_out(model):
     rows = prompts(2, 7, 7)
-    batch = replace(batch_of(rows), scored=torch.tensor([3, 5]))
+    batch = replace(batch_of(rows), scored=torch.tensor([[3], [5]]))
     means = node_means(model, [batch], BOS)
     assert means.counts.tolist() == [0, 2, 2, 2, 1, 1]
     assert_sums(means, sums_by_hand(model, rows, BOS, ends=[4, 6]))

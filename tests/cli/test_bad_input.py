@@ -1,5 +1,6 @@
 """Every mistake gets a clear message, status 2, no traceback, and leaves nothing behind."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO
 from tests.builders import save_language_model
 
 FIT = ["fit", "--model", "CircuitModule", "--data", "IOI"]
+CHOSEN = "model: CircuitModule\ndata: IOI\n"
 
 
 @pytest.fixture(autouse=True)
@@ -29,42 +31,94 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        # Names that are not known.
         ("--modle.width 3", "There is no option --modle.width."),
         ("--trainer.max_epoch 3", "There is no option --trainer.max_epoch. Did you mean trainer.max_epochs"),
         ("--trainer.max_ep 3", "There is no option --trainer.max_ep."),
         ("--lm.nam tiny", "There is no option --lm.nam. Did you mean lm.name?"),
-        ("--model.penalti 3", "has an argument 'penalti'. Did you mean penalty (of CircuitModule)"),
-        ("--model.masks.window 3", "has an argument 'window'. Did you mean window_scale (of UniformGradientSampling)"),
+        ("--quite", "There is no option --quite. Did you mean quiet?"),
+        ("-x", "There is no option -x. Valid names: "),
+        ("-- foo", "These words belong to no option: "),
+        ("--finish.refit.step 0", "There is no option --finish.refit.step. Did you mean finish.refit.steps"),
+        ("--model.penalti 3", "CircuitModule has no argument 'penalti'. Did you mean penalty?"),
+        ("--model.foo.bar 3", "CircuitModule has no argument 'foo.bar'. Valid names: "),
+        ("--model.masks.window 3", "UniformGradientSampling has no argument 'window'. Did you mean window_scale?"),
+        ("--model.masks.init_args.foo 3", "UniformGradientSampling has no argument 'foo'. Valid names: initial_logit"),
+        ("--model.masks HardConcrete --model.masks.temprature 1", "Did you mean temperature"),
+        ("--data.foo 3", "IOI has no argument 'foo'. Valid names: "),
+        ("--data Induction --data.order ABBA", "Induction has no argument 'order'. Valid names: length"),
+        ("--data Induction --data.order ABBA", "(IOI has one.)"),
+        # Classes, part by part.
+        ("--model circuitmodule", "model is 'circuitmodule', which is no class known here. Did you mean Circuit"),
+        ("--model.masks HardConcret", "masks is 'HardConcret', which is no class known here. Did you mean HardC"),
+        ("--trainer.callbacks+=EarlyStoping", "Did you mean EarlyStopping?"),
+        ("--data nosuch.IOI", "data is 'nosuch.IOI', but there is no module 'nosuch'."),
+        ("--data oa_train.taks.IOI", "but there is no module 'oa_train.taks'. Did you mean tasks"),
+        ("--data oa_train.tasks.IOIx", "but the module oa_train.tasks has no class 'IOIx'. Did you mean IOI?"),
+        ("--data needs_more.X", "the module needs_more cannot be imported: it needs 'nosuchthing', which is not"),
+        ("--data raises.X", "the module raises cannot be imported: RuntimeError: boom"),
+        ("--model.class_path os.path.join", "model is 'os.path.join', which is a function and no class."),
+        ("--model IOI", "model is 'IOI', which is no FrozenModelModule; expected a kind of FrozenModelModule: Circ"),
+        ("--model torch.nn.Linear", "model is 'torch.nn.Linear', which is no FrozenModelModule"),
+        ("--data Task", "data is 'Task', which is abstract; expected a kind of Task: "),
+        # Values.
         ("--data.batch_size 0", "batch_size is 0; expected a number of at least 1."),
         ("--data.batch_size x", "batch_size is 'x'; expected a whole number."),
+        ("--data.order abba", "order is 'abba'; expected one of mixed, ABBA, BABA. Did you mean ABBA?"),
+        ("--data.n_test 1", "n_test is 1; expected a number of at least 2."),
+        ("--data.distractor_names -1", "distractor_names is -1.0; expected a probability from 0 to 1."),
         ("--model.penalty -1", "penalty is -1.0; expected a price in nats"),
         ("--model.penalty .nan", "penalty is nan; expected a price in nats"),
         ("--model.threshold 1.5", "threshold is 1.5; expected a keep-probability between 0 and 1"),
         ("--model.threshold 0", "threshold is 0.0; expected a keep-probability"),
-        ("--model.ablation optimum", "ablation is 'optimum'; expected one of zero, mean, optimal."),
+        ("--model.threshold", "--model or an argument of it needs a value."),
+        ("--model.ablation optimum", "Did you mean optimal?"),
         ("--model.components a9.h1", "The pattern 'a9.h1' matches no component. Did you mean a"),
+        ("--model.components []", "components is [], which selects nothing that could be trained."),
         ("--model.samples_per_prompt 0", "samples_per_prompt is 0; expected more than 0."),
         ("--model.mask_learning_rate -0.1", "mask_learning_rate is -0.1; expected more than 0."),
         ("--lm.name tinny --lm.local_files_only true", "The model 'tinny' cannot be loaded"),
         ("--lm.name tinny --lm.local_files_only true", "Did you mean tiny?"),
         ("--lm.name ./nowhere", "lm.name is './nowhere', a directory that does not exist."),
         ("--lm.name .", "lm.name is '.', a directory that has no config.json."),
+        ("--lm.name=", "lm.name is empty; expected a built-in name"),
         ("--lm.dtype float31", "lm.dtype is 'float31'; expected one of float32, bfloat16, float16, float64."),
-        ("--seed_everything abc", "seed_everything is abc; expected true or false or a whole number."),
-        ("--trainer.accelerator gpuu", "You selected an invalid accelerator name"),
-        ("--trainer.max_epochs many", "trainer.max_epochs is many; expected a whole number"),
-        ("--trainer.devices 0", "The trainer cannot be built from these options"),
-        ("--trainer.precision bf16-true", "trainer.precision is bf16-true; expected 32-true, bf16-mixed or 16-mixed"),
-        ("--trainer.precision 16-mixed --trainer.accelerator cpu", "16-mixed needs a GPU"),
-        ("--data.n_test 1", "n_test is 1; expected a number of at least 2."),
+        ("--lm.dtype", "--lm.dtype needs a value."),
+        ("--lm tiny", "lm is 'tiny'; expected a group of options (lm.name, "),
+        ("--seed_everything abc", "seed_everything is 'abc'; expected a whole number."),
+        ("--seed_everything true", "seed_everything is 'True'; expected a whole number."),
+        ("--seed_everything -4", "seed_everything is -4; expected a whole number from 0 to 4294967295."),
+        ("--experiment", "--experiment needs a value."),
+        ("--experiment ../../x", "experiment is '../../x'; expected a name"),
         ("--checkpoint_every 0", "checkpoint_every is 0; expected at least 1."),
         ("--finish.refit_start meen", "finish.refit_start is 'meen'; expected one of trained, mean, both."),
         ("--finish.refit.steps -3", "steps is -3; expected 0 or more."),
         ("--ckpt_path nope.ckpt", "There is no checkpoint at nope.ckpt."),
+        ("--ckpt_path .", ". is a folder and no checkpoint."),
         ("--ckpt_path last", "--ckpt_path is 'last', which Lightning would look for"),
+        # What is given once, at the top.
+        ("--model.lm.name gpt2", "--model.lm.name cannot be given to a class: lm is given once, at the top"),
+        ("--data.init_args.seed=3", "seed_everything is given once, at the top"),
+        # The trainer.
+        ("--trainer.accelerator gpuu", "You selected an invalid accelerator name"),
+        ("--trainer.max_epochs many", "trainer.max_epochs is 'many'; expected a whole number"),
+        ("--trainer.max_steps -7", "trainer.max_steps is -7; expected -1 or more."),
+        ("--trainer.devices 0", "trainer.devices is 0; expected 1 or more"),
+        ("--trainer.devices=-3", "trainer.devices is -3; expected 1 or more"),
+        ("--trainer.gradient_clip_val -1", "trainer.gradient_clip_val is -1; expected 0 or more."),
+        ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0; expected 1 or more."),
+        ("--trainer.val_check_interval 99", "trainer.val_check_interval is 99, but an epoch has 50 batches"),
+        ("--trainer.precision bf16-true", "trainer.precision is 'bf16-true'; expected 32-true, bf16-mixed or"),
+        ("--trainer.precision fp12", "trainer.precision is 'fp12'; expected 32-true, bf16-mixed or"),
+        ("--trainer.precision 16-mixed --trainer.accelerator cpu", "16-mixed needs a GPU"),
+        ("--trainer.logger nologger", "trainer.logger is 'nologger', which is no class known here. Did you mean"),
+        ("--trainer.default_root_dir raises.py/x", "raises.py is a file and no folder."),
     ],
 )
-def test_wrong_options_of_fit(capsys, options, said):
+def test_wrong_options_of_fit(capsys, monkeypatch, options, said):
+    Path("needs_more.py").write_text("import nosuchthing")
+    Path("raises.py").write_text("raise RuntimeError('boom')")
+    monkeypatch.syspath_prepend(".")
     assert said in complaint(capsys, *FIT, *options.split())
 
 
@@ -72,18 +126,37 @@ def test_wrong_options_of_fit(capsys, options, said):
     ("content", "said"),
     [
         ("a: [1\nb: {", "cannot be read as YAML"),
-        ("just text", "holds str; expected named options."),
-        (
-            "model: CircuitModule\ndata: IOI\nmodle: 3",
-            "There is no option modle (in the configuration). Did you mean model",
-        ),
-        ("model: CircuitModule\ndata: IOI\ntrainer: {max_epoch: 3}", "Did you mean trainer.max_epochs"),
+        ("a:\n\t- b", "cannot be read as YAML"),
+        ("", "The configuration given.yaml is empty; expected named options."),
+        ("# nothing", "The configuration given.yaml is empty"),
+        ("just text", "The configuration given.yaml holds a str; expected named options"),
+        ("- a\n- b", "The configuration given.yaml holds a list; expected named options"),
+        (f"{CHOSEN}seed_everything: 1\nseed_everything: 2", "'seed_everything' stands here twice"),
+        (f"{CHOSEN}modle: 3", "There is no option modle (in the configuration). Did you mean model"),
+        (f"{CHOSEN}trainer: {{max_epoch: 3}}", "Did you mean trainer.max_epochs"),
+        (f"{CHOSEN}trainer: {{max_epochs: [1, 2]}}", "trainer.max_epochs is [1, 2]; expected a whole number."),
+        (f"{CHOSEN}trainer: 5", "trainer is 5; expected a group of options (trainer.accelerator, "),
+        (f"{CHOSEN}finish: {{refit: 3}}", "finish.refit is 3; expected a group of options (finish.refit.steps, "),
+        (f"{CHOSEN}lm: tiny", "lm is 'tiny'; expected a group of options (lm.name, "),
+        (f"{CHOSEN}lm: {{name: [tiny]}}", "lm.name is ['tiny']; expected a text."),
+        (f"{CHOSEN}experiment: [a, b]", "experiment is ['a', 'b']; expected a text."),
+        ("model: [CircuitModule]\ndata: IOI", "model is ['CircuitModule']; expected the name of a class"),
         ("model: {class_path: CircuitModule, init_args: {penaltie: 1}}\ndata: IOI", "Did you mean penalty"),
+        ("model: {class_path: CircuitModule, penalty: 1}\ndata: IOI", "its arguments stand under init_args."),
         (
-            "model: CircuitModul\ndata: IOI",
-            "model is 'CircuitModul', which is no class known here. Did you mean Circuit",
+            "model: {class_paht: CircuitModule}\ndata: IOI",
+            "There is no argument 'class_paht' here. Did you mean class_p",
         ),
+        (
+            "model: {class_path: CircuitModule, init_args: {components: [3]}}\ndata: IOI",
+            "components is [3]; expected a",
+        ),
+        ("model: {class_path: CircuitModule, init_args: {seed: 3}}\ndata: IOI", "seed_everything is given once"),
+        ("model: CircuitModul\ndata: IOI", "model is 'CircuitModul', which is no class known here. Did you mean Ci"),
+        ("model: {class_path: oa_train.training.circits.X}\ndata: IOI", "no module 'oa_train.training.circits'. Did"),
         ("model: CircuitModule\ndata: IOY", "data is 'IOY', which is no class known here. Did you mean IOI"),
+        ("model: CircuitModule\ndata: 3", "data is 3; expected the name of a class"),
+        ("model: CircuitModule\ndata: {class_path: IOI, init_args: [1]}", "data.init_args is [1]; expected named arg"),
         ("model: CircuitModule", "Missing: --data."),
         ("data: {class_path: IOI, init_args: {order: XX}}\nmodel: CircuitModule", "expected one of mixed, ABBA, BABA"),
     ],
@@ -95,10 +168,12 @@ def test_wrong_configurations(capsys, content, said):
 
 def test_configurations_that_are_no_files(capsys):
     Path("near.yaml").write_text("data: IOI")
-    assert "In .: near.yaml." in complaint(capsys, "fit", "--config", "nope.yaml")
+    assert "does not exist. Did you mean near.yaml?" in complaint(capsys, "fit", "--config", "nope.yaml")
+    Path("folder.yaml").mkdir()
+    assert "'folder.yaml' is a folder." in complaint(capsys, "fit", "--config", "folder.yaml")
     Path("binary.yaml").write_bytes(bytes(range(256)))
     assert "cannot be read as YAML" in complaint(capsys, "fit", "--config=binary.yaml")
-    assert "no configuration file" in complaint(capsys, "fit", "--config")
+    assert "--config needs a value" in complaint(capsys, "fit", "--config")
 
 
 def test_an_unsupported_family_lists_the_supported_ones(capsys):
@@ -154,7 +229,7 @@ def test_checkpoints_of_something_else(capsys):
     ("words", "said"),
     [
         ("fitt", "There is no command 'fitt'. Did you mean fit?"),
-        ("", "Commands: demo, fit, validate, test, compare."),
+        ("", "Commands: demo, fit, validate, test, compare, inspect."),
         ("--bogus", "There is no option --bogus"),
         ("compare", "compare needs --run"),
         ("compare --run nowhere", "--run is 'nowhere', a folder that does not exist."),
@@ -162,7 +237,14 @@ def test_checkpoints_of_something_else(capsys):
         ("test --run nowhere", "--run is 'nowhere', a folder that does not exist."),
         ("test --ckpt best", "name the run with --run"),
         ("test --model CircuitModule --data IOI", "test needs a trained module: give --run"),
+        ("compare --run a --device", "--run is 'a', a folder that does not exist."),
+        ("test --run a --run b", "--run is given 2 times: a, b; expected one."),
+        ("test --rnu a", "There is no option --rnu. Did you mean run?"),
+        ("--versoin", "There is no option --versoin before the command. Did you mean --version?"),
+        ("-q", "No command was given."),
         ("demo --outpt x", "There is no option --outpt. Did you mean output?"),
+        ("demo --output", "--output needs a value."),
+        ("demo extra", "These words belong to no option: extra"),
     ],
 )
 def test_wrong_commands(capsys, words, said):
@@ -189,3 +271,38 @@ def test_a_folder_that_is_no_run_names_runs_nearby(capsys):
     Path("things/version_0").mkdir(parents=True)
     Path("things/version_0/config.yaml").write_text("lm: {name: tiny}")
     assert "Runs nearby: things/version_0." in complaint(capsys, "compare", "--run", "things")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("test --ckpt bst", "--ckpt is 'bst'; expected best, last or the path of a file. Did you mean best?"),
+        ("test --ckpt nope.ckpt", "There is no checkpoint at nope.ckpt."),
+        ("validate", "There is no checkpoint at run/checkpoints/best.ckpt."),
+        ("validate --lm.dtype x", "lm.dtype is 'x'; expected one of"),
+        ("compare --compare.fit.step 3", "Did you mean compare.fit.steps"),
+        ("compare --compare 3", "compare is '3'; expected a group of options (compare."),
+        ("compare --compare.seed 3", "compare.seed follows --seed_everything; give that instead."),
+        ("compare --trainer.max_epochs 3", "There is no option --trainer.max_epochs."),
+        ("compare --data.n_test 1", "n_test is 1; expected a number of at least 2."),
+        ("compare extra", "These words belong to no option: extra"),
+    ],
+)
+def test_wrong_options_beside_a_run(capsys, words, said):
+    Path("run").mkdir()
+    Path("run/config.yaml").write_text(CHOSEN if words.startswith(("test", "validate")) else "data: IOI")
+    command, *rest = words.split()
+    assert said in complaint(capsys, command, "--run", "run", *rest)
+
+
+def test_the_file_of_a_run_in_place_of_its_folder(capsys):
+    Path("config.yaml").write_text("data: IOI")
+    assert "which is a file. Give the folder of the run" in complaint(capsys, "compare", "--run", "config.yaml")
+
+
+def test_a_folder_that_must_not_be_written_to(capsys):
+    Path("sealed").mkdir()
+    Path("sealed").chmod(0o500)
+    if os.access("sealed", os.W_OK):
+        pytest.skip("this user may write anywhere")
+    assert "must not be written to" in complaint(capsys, *FIT, "--trainer.default_root_dir", "sealed")

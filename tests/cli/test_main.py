@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from oa_train.cli.fitting import OaTrainCLI
+from oa_train.cli.interruption import resume_command
 from oa_train.cli.main import main
 from oa_train.training.checkpoints import read_checkpoint
 
@@ -39,6 +40,16 @@ def test_help_and_import_load_neither_torch_nor_lightning():
     assert run_python(f"{help_page}; {loaded}").endswith("[]\n")
 
 
+def test_help_is_quick():
+    # The best of three, because the machine may be busy.
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        run_python("import oa_train.cli.main as m; m.main(['--help'])")
+        seconds.append(time.perf_counter() - begun)
+    assert min(seconds) < 1.5
+
+
 def test_every_public_name_exists_and_unknown_ones_do_not():
     import oa_train
 
@@ -49,7 +60,7 @@ def test_every_public_name_exists_and_unknown_ones_do_not():
         oa_train.load_modle  # noqa: B018
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "demo"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "inspect", "demo"])
 def test_commands_describe_their_options(command, capsys):
     assert main([command, "--help"]) == 0
     assert "--" in capsys.readouterr().out
@@ -175,5 +186,35 @@ def test_a_run_that_is_interrupted_says_how_to_resume(tmp_path, sent, status, sa
     assert run.wait(timeout=60) == status
     words = (tmp_path / "said.txt").read_text()
     assert said in words
-    assert "--ckpt_path" in words
     assert read_checkpoint(last)["global_step"] > 0
+    assert resume_command(last.parent.parent.relative_to(tmp_path)) in words
+    log = (last.parent.parent / "run.log").read_text()
+    assert log.splitlines()[-1].strip().startswith("oa-train fit --config runs/")
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_refit_is_finished_by_the_command_that_it_says(tmp_path, sent, status):
+    run = start(tmp_path, "--trainer.max_epochs", "1", "--finish.refit.steps", "100000", "--quiet")
+    folder = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0"
+    log = folder / "run.log"
+    while not log.exists() or "refitting the constants" not in log.read_text():
+        assert run.poll() is None, (tmp_path / "said.txt").read_text()
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(sent)
+    assert run.wait(timeout=60) == status
+    words = (tmp_path / "said.txt").read_text()
+    command = resume_command(folder.relative_to(tmp_path))
+    assert command in words
+    assert "Traceback" not in words
+    assert (folder / "circuit").is_dir()
+    assert not (folder / "constants").exists()
+    more = [*command.split()[1:], "--finish.refit.steps", "1", "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-m", "oa_train.cli.main", *more], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    finished = folder.with_name("version_1")
+    assert (finished / "studies" / "fit_0" / "results.json").is_file()
+    steps = [read_checkpoint(one / "checkpoints" / "last.ckpt")["global_step"] for one in (folder, finished)]
+    assert steps == [20, 20]

@@ -22,6 +22,8 @@ COMPONENTS = Components(3, 4)
 CIRCUIT = Circuit(COMPONENTS, ("a0.h0", "a0.h3", "m0", "a1.h2", "m1", "a2.h1", "m2"))
 WHOLE = Circuit(COMPONENTS, COMPONENTS.names)
 STEPS = 6
+# Its attention takes the last columns of the cache for the newest, and in a static cache those are still empty.
+WRONG_WITH_A_STATIC_CACHE = {"gpt_neo"}
 
 
 def small_constants(model, n_positions: int = 4) -> Constants:
@@ -70,7 +72,7 @@ def test_every_position_is_ablated_as_if_it_were_the_last(any_model):
         whole = any_model(torch.tensor([row])).logits[0]
     for length in range(1, 8):
         alone = logits_by_rows(any_model, batch_of([row[:length]]), CIRCUIT, constants)
-        assert_close(whole[length - 1], alone[0], **EXACT)
+        assert_close(whole[length - 1], alone[0, 0], **EXACT)
 
 
 @pytest.mark.parametrize("n_positions", [1, 9])
@@ -88,10 +90,9 @@ def test_generation_with_the_cache_equals_one_without_and_node_logits(any_model,
         prompt = batch.tokens[row][mask].tolist()
         made = cached.sequences[row, batch.tokens.shape[1] :].tolist()
         for step in range(STEPS):
-            alone = logits_by_rows(any_model, batch_of([prompt + made[:step]]), CIRCUIT, constants)[0]
-            # `generate` hands logits out as float32.
-            assert_close(cached.logits[step][row], alone.float(), rtol=1e-6, atol=1e-6)
-            assert_close(plain.logits[step][row], alone.float(), rtol=1e-6, atol=1e-6)
+            alone = logits_by_rows(any_model, batch_of([prompt + made[:step]]), CIRCUIT, constants)[0, 0]
+            assert_close(cached.logits[step][row], alone, **EXACT)
+            assert_close(plain.logits[step][row], alone, **EXACT)
     clean = generate(any_model, batch, use_cache=True)
     assert not torch.equal(clean.sequences, cached.sequences)
 
@@ -100,11 +101,16 @@ def test_generation_with_a_static_cache_equals_one_without(any_model):
     # Such a cache comes with a mask of four dimensions, from which no positions can be counted.
     constants = small_constants(any_model, 9)
     batch = random_batch([6, 3, 5], "left")
+    static = {"cache_implementation": "static", "disable_compile": True}
+    if any_model.config.model_type in WRONG_WITH_A_STATIC_CACHE:
+        itself = [generate(any_model, batch, **options).sequences for options in (static, {"use_cache": False})]
+        assert not torch.equal(*itself)
+        pytest.skip("Without any ablation, too, this family generates something else with a static cache.")
     with ablated(any_model, CIRCUIT, constants):
-        static = generate(any_model, batch, cache_implementation="static", disable_compile=True)
+        cached = generate(any_model, batch, **static)
         plain = generate(any_model, batch, use_cache=False)
-    assert torch.equal(static.sequences, plain.sequences)
-    assert_close(torch.stack(static.logits), torch.stack(plain.logits), rtol=1e-6, atol=1e-6)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(torch.stack(cached.logits), torch.stack(plain.logits), **EXACT)
 
 
 def test_all_kept_is_the_model_itself(any_model):
@@ -144,7 +150,7 @@ def test_contexts_follow_each_other(any_model):
     for seed in range(2):
         constants = random_constants(any_model, 3, seed)
         with ablated(any_model, CIRCUIT, constants):
-            found = any_model(**model_inputs(batch)).logits[:, -1]
+            found = any_model(**model_inputs(batch)).logits[:, -1:]
         assert_close(found, logits_by_rows(any_model, batch, CIRCUIT, constants), **EXACT)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.ablations.base import Replacements
+from oa_train.ablations.base import NodeValues
 from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import model_inputs, scored_logits
 from oa_train.interventions.nodes import node_logits
@@ -23,7 +23,9 @@ def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
             block.get_submodule(family.attention_output).register_forward_pre_hook(
                 lambda _, args: heads.append(args[0][0])
             ),
-            block.get_submodule(family.mlp).register_forward_hook(lambda _, __, output: mlps.append(output[0])),
+            block.get_submodule(family.mlp).register_forward_hook(
+                lambda _, __, output: mlps.append(output.view(len(tokens), -1))
+            ),
         ]
     model(input_ids=tokens.unsqueeze(0))
     for handle in handles:
@@ -59,7 +61,7 @@ def test_values_of_another_prompt_patched_in_give_that_prompts_logits(any_model)
     second.tokens[0, -1] = first.tokens[0, -1]
     values = node_values(any_model, second)
     mask = torch.zeros(1, 15, dtype=torch.float64)
-    patched = node_logits(any_model, first, mask, Replacements(values.heads, values.mlps), BOS)
+    patched = node_logits(any_model, first, mask, NodeValues(values.heads, values.mlps), BOS)
     assert_close(patched, scored_logits(any_model, second), **EXACT)
     assert (patched - scored_logits(any_model, first)).abs().max() > 1e-3
     other = random_replacements(any_model, 1, 6)

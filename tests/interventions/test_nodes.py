@@ -18,6 +18,7 @@ from tests.builders import (
     random_constants,
     random_mask,
     random_replacements,
+    tiny_model,
 )
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -35,7 +36,29 @@ def test_all_kept_is_the_model_itself(any_model, side):
     for row in range(3):
         tokens = batch.tokens[row][batch.attention_mask[row]]
         alone = any_model(input_ids=tokens.unsqueeze(0)).logits[0, -1]
-        assert_close(logits[row], alone, **EXACT)
+        assert_close(logits[row, 0], alone, **EXACT)
+    assert torch.equal(logits, scored_logits(any_model, batch))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["gemma2", "llama", "gpt_neo"])
+def test_padding_is_finite_where_attention_is_computed_in_single_precision(family, side):
+    # A window shorter than the padding hides all real tokens from it on the right, too.
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    batch = random_batch([12, 4, 1], side)
+    found = []
+    for run in (node_logits, reference_node_logits):
+        mask = random_mask(3, len(components_of(model))).requires_grad_()
+        logits = run(model, batch, mask, random_constants(model).replacements(batch), BOS)
+        found.append((logits, *torch.autograd.grad(logits.sum(), mask)))
+    assert all(tensor.isfinite().all() for pair in found for tensor in pair)
+    for fast, slow in zip(*found, strict=True):
+        assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    for row in range(3):
+        alone = model(input_ids=batch.tokens[row][batch.attention_mask[row]].unsqueeze(0)).logits[0, -1]
+        assert_close(scored_logits(model, batch)[row, 0], alone, rtol=1e-5, atol=1e-5)
+    assert not hooks_of(model)
 
 
 def test_all_ablated_depends_only_on_token_and_position(any_model):

@@ -1,4 +1,4 @@
-"""The size penalty by hand, and thresholds that are probabilities."""
+"""Penalties by hand, the controller of the target size in a model of the loss, and thresholds."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import check_threshold
-from oa_train.masks.penalties import SizePenalty
+from oa_train.masks.penalties import PROPORTIONAL_POWER, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 
 
@@ -35,6 +35,139 @@ def test_a_price_that_is_negative_or_not_finite_is_refused(weight):
         SizePenalty(weight)
     assert caught.value.exit_status == 2
     assert str(weight) in str(caught.value)
+
+
+def test_the_price_of_the_size_penalty_never_moves():
+    penalty, distribution = SizePenalty(0.4), UniformGradientSampling(5)
+    penalty.update(distribution)
+    assert penalty.price == 0.4
+    assert not penalty.state_dict()
+    assert penalty.objective(torch.tensor(0.5), torch.tensor(3)).item() == pytest.approx(1.7)
+
+
+def masks_of(*thetas: float) -> UniformGradientSampling:
+    distribution = UniformGradientSampling(len(thetas))
+    with torch.no_grad():
+        distribution.logits.copy_(torch.logit(torch.tensor(thetas)))
+    return distribution
+
+
+def test_the_price_follows_its_rule():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)  # three are kept, 2.6 are expected
+    penalty = TargetSize(2, 4, weight=0.1, warmup=2, rate=0.5)
+    assert penalty.price.item() == pytest.approx(0.1)
+    moved = 0.0
+    for goal in (3, 2, 2):  # from 4 to 2 in two steps, and no further
+        penalty.update(distribution)
+        moved += 0.5 * math.log(3 / goal)
+        expected = 0.1 * math.exp(moved) * (2.6 / goal) ** PROPORTIONAL_POWER
+        assert penalty.price.item() == pytest.approx(expected, rel=1e-5)
+    value = penalty(distribution)
+    assert value.item() == pytest.approx(expected * 2.6, rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, distribution.logits)
+    assert gradient.tolist() == pytest.approx([expected * t * (1 - t) for t in (0.9, 0.8, 0.6, 0.3)], rel=1e-5)
+
+
+def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)
+    penalties = [
+        TargetSize(2, 4, weight=0.1, warmup=5),
+        TargetSize(12, 4, weight=0.1, warmup=5, always_kept=10),
+    ]
+    for penalty in penalties:
+        penalty.update(distribution)
+    assert torch.equal(penalties[0].price, penalties[1].price)
+    loss = torch.tensor(0.25)
+    assert penalties[1].objective(loss, torch.tensor(12)) == loss
+    # 5 % of the two components that remain to be chosen, not of twelve.
+    assert penalties[1].objective(loss, torch.tensor(13)) > 1000
+
+
+@pytest.mark.parametrize("theta", [1e-6, 1 - 1e-6])
+def test_the_price_stays_positive_and_finite_at_the_extremes(theta):
+    distribution = masks_of(*[theta] * 8)
+    penalty = TargetSize(4, 8, weight=0.05, warmup=1)
+    for _ in range(500):
+        penalty.update(distribution)
+    assert 0 < penalty.price.item() < math.inf
+    assert (penalty.price > 0.05) == (theta > 0.5)
+
+
+def test_the_price_lives_in_the_state():
+    distribution = masks_of(0.9, 0.7, 0.2)
+    first, second = (TargetSize(1, 3, weight=0.05, warmup=4) for _ in range(2))
+    for _ in range(3):
+        first.update(distribution)
+    assert set(first.state_dict()) == {"log_price", "excess", "steps"}
+    assert not list(first.parameters())
+    second.load_state_dict(first.state_dict())
+    for penalty in (first, second):
+        penalty.update(distribution)
+    assert torch.equal(first.price, second.price)
+
+
+@pytest.mark.parametrize(
+    ("target", "n_entries", "reached", "missed"),
+    [(7, 15, [7], [6, 8]), (7.5, 15, [7, 8], [6, 9]), (100, 156, [95, 105], [94, 106])],
+)
+def test_the_objective_puts_the_right_size_first_and_nearer_sizes_before_others(target, n_entries, reached, missed):
+    penalty = TargetSize(target, n_entries, weight=0.1, warmup=1)
+
+    def objective(loss: float, size: int) -> float:
+        return penalty.objective(torch.tensor(loss), torch.tensor(size)).item()
+
+    for size in reached:
+        assert objective(0.125, size) == 0.125
+        # A loss can be negative (a logit difference) or infinite.
+        assert objective(-3.0, size) == -3.0
+    worst = max(objective(math.inf, size) for size in reached)
+    for size in missed:
+        assert worst < objective(-1e9, size) < math.inf
+        assert objective(1.0, size) < objective(2.0, size)
+    assert objective(5.0, missed[1]) < objective(0.0, missed[1] + 1) < objective(0.0, missed[1] + 2) < math.inf
+    assert objective(5.0, missed[0]) < objective(0.0, missed[0] - 1) < objective(math.inf, 0) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("n_entries", "target", "scale"), [(15, 5, 1.0), (156, 20, 1.0), (156, 80, 50.0), (3000, 1000, 1.0)]
+)
+def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_the_scale(n_entries, target, scale):
+    # Every entry is worth a fixed number of nats, spread over two orders of magnitude; the loss is their sum.
+    generator = torch.Generator().manual_seed(0)
+    worth = scale * 0.1 * torch.randn(n_entries, generator=generator).mul(2).exp()
+    distribution = UniformGradientSampling(n_entries)
+    penalty = TargetSize(target, n_entries, weight=0.12, warmup=200)
+    optimizer = torch.optim.Adam(distribution.parameters(), lr=0.05, betas=(0.9, 0.995))
+    for _ in range(500):
+        loss = ((1 - distribution.sample(32, generator)) * worth).sum(dim=1).mean() + penalty(distribution)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        penalty.update(distribution)
+    kept = distribution.threshold(0.5)
+    assert abs(int(kept.sum()) - target) <= max(1, 0.05 * target)
+    most_useful = worth.topk(target).indices
+    assert kept[most_useful].sum() >= 0.95 * target - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": 0}, r"target_size is 0; expected more than 0 and at most 8"),
+        ({"target": -2.5}, r"target_size is -2.5; expected more than 0"),
+        ({"target": 9}, r"target_size is 9; expected more than 0 and at most 8"),
+        ({"target": math.nan}, r"target_size is nan"),
+        ({"target": 3, "always_kept": 3}, "more than 3 and at most 11.*the 8 components .* and the 3 that are always"),
+        ({"warmup": 0}, "target_warmup is 0; expected at least 1"),
+        ({"weight": 0.0}, "penalty is 0; with target_size it is the price"),
+        ({"weight": -1.0}, "penalty is -1.0; expected a price in nats"),
+    ],
+)
+def test_targets_that_cannot_be_reached_are_refused(changes, said):
+    options = {"target": 4, "n_entries": 8, "weight": 0.1, "warmup": 10} | changes
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        TargetSize(**options)
+    assert caught.value.exit_status == 2
 
 
 @pytest.mark.parametrize("level", [1e-9, 0.5, 0.999])

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from oa_train.errors import ModelError
-from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts
+from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts, is_parallel
+from oa_train.models.taps import Tap, tapped
 from tests.builders import TINY_CONFIGS, VOCABULARY, tiny_model
 
 
@@ -17,11 +18,38 @@ def test_every_family_stands_under_its_own_name():
     assert {"gpt2", "llama"} <= FAMILIES.keys() == TINY_CONFIGS.keys()
 
 
-@pytest.mark.parametrize(("name", "words"), [("bloom", "Valid names: .*gpt2.*llama"), ("gpt3", "Did you mean gpt2")])
+@pytest.mark.parametrize(("name", "words"), [("bloom", "Valid names: .*gpt2.*llama"), ("gpt-2", "Did you mean gpt2")])
 def test_another_family_is_refused_with_those_that_there_are(name, words):
     with pytest.raises(ModelError, match=f"'{name}' are not supported. {words}") as caught:
         check_family(name)
-    assert "families.py" in str(caught.value)
+    assert "one entry in oa_train/models/families.py; docs/extending.md shows how" in str(caught.value)
+
+
+def test_a_model_that_norms_its_residual_stream_is_refused():
+    # So is OPT-350m. Its blocks norm after they have added, so that no part's output stays in the stream.
+    options = TINY_CONFIGS["opt"] | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
+    config = AutoConfig.for_model("opt", vocab_size=VOCABULARY, **options)
+    with pytest.raises(ModelError, match=r"'opt' are supported where .* do_layer_norm_before, and this one has not"):
+        find_parts(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "parallel"),
+    [
+        ("gpt2", {}, False),
+        ("gpt_neox", {}, True),
+        ("gpt_neox", {"use_parallel_residual": False}, False),
+        ("gptj", {}, True),
+        ("phi", {}, True),
+        ("opt", {}, False),
+    ],
+)
+def test_parallel_blocks_are_told_from_others(family, options, parallel):
+    assert is_parallel(AutoConfig.for_model(family, **options)) is parallel
+
+
+def test_post_norms_are_named():
+    assert {name for name in FAMILIES if FAMILIES[name].post_norms} == {"gemma2", "gemma3_text", "olmo2"}
 
 
 @pytest.mark.parametrize(
@@ -53,8 +81,11 @@ def test_parts_have_the_sizes_of_the_configuration(any_model):
     assert len(set(parts.attention_outputs)) == len(set(parts.mlps)) == 3
     heads = torch.randn(2, 5, sizes.n_heads * sizes.d_head, dtype=torch.float64)
     residual = torch.randn(2, 5, sizes.d_model, dtype=torch.float64)
-    for projection, mlp in zip(parts.attention_outputs, parts.mlps, strict=True):
-        assert projection(heads).shape == mlp(residual).shape == (2, 5, sizes.d_model)
+    assert all(projection(heads).shape == (2, 5, sizes.d_model) for projection in parts.attention_outputs)
+    written: list[torch.Tensor] = []
+    with tapped(Tap(mlp, "output", written.append) for mlp in parts.mlps):
+        any_model(input_ids=torch.tensor([[1, 5, 6]]))
+    assert [(value.numel(), value.shape[-1]) for value in written] == [(3 * sizes.d_model, sizes.d_model)] * 3
     assert parts.unembedding(residual).shape == (2, 5, VOCABULARY)
 
 

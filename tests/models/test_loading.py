@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from oa_train.errors import ConfigurationError, ModelError
-from oa_train.models.loading import LMSpec, builtin_models, fingerprint, freeze, load_config, load_model
+from oa_train.models.loading import (
+    LMSpec,
+    builtin_models,
+    empty_model,
+    fingerprint,
+    freeze,
+    load_config,
+    load_model,
+)
 from tests.builders import tiny_model
 
 WEIGHTS = "model.safetensors"
@@ -86,6 +94,23 @@ def test_a_relative_folder_is_loaded(saved, monkeypatch):
 def test_the_attention_back_end_is_the_one_that_is_asked_for(saved):
     assert load_model(LMSpec(str(saved), attn_implementation="eager")).config._attn_implementation == "eager"
     assert "nonsense" in refused(LMSpec(str(saved), attn_implementation="nonsense"))
+
+
+@pytest.mark.parametrize("back_end", [None, "eager", "flash_attention_2"])
+def test_an_empty_model_has_the_shapes_of_the_loaded_one_and_needs_no_weights(damaged, back_end):
+    whole = load_model(LMSpec(str(damaged)))
+    (damaged / "model.safetensors").unlink()
+    before = torch.get_rng_state()
+    empty = empty_model(LMSpec(str(damaged), dtype="bfloat16", attn_implementation=back_end))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not empty.training
+    for (name, given), (expected_name, expected) in zip(
+        empty.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        assert (name, given.shape) == (expected_name, expected.shape)
+        assert given.is_meta
+        assert given.dtype is torch.bfloat16
+        assert not given.requires_grad
 
 
 def test_freeze_stops_dropout_and_gradients():

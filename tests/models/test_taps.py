@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from oa_train.models.taps import Tap, observed_calls, tapped
+from oa_train.models.taps import Tap, changed_argument, observed_calls, tapped
 
 
 class Double(nn.Module):
@@ -49,6 +49,29 @@ def test_the_first_element_of_a_tuple_is_tapped_and_the_rest_kept():
     assert value.tolist() == [3.0, 11.0]
     assert rest == "cache"
     assert isinstance(module(X), tuple)
+
+
+@pytest.mark.parametrize("name", ["x", "offset"])
+def test_an_argument_is_changed_however_it_is_given(name):
+    modules = [Double(), Double()]
+    offset = torch.tensor([10.0, 10.0])
+    expected = [14.0, 22.0] if name == "x" else [13.0, 21.0]
+    with changed_argument(modules, name, lambda value: value + 1):
+        for module in modules:
+            for made in (module(X, offset), module(X, offset=offset), module(x=X, offset=offset)):
+                assert made.tolist() == expected
+    assert modules[0](X, offset).tolist() == [12.0, 20.0]
+    assert not any(hooks(module) for module in modules)
+
+
+@pytest.mark.parametrize("name", ["offset", "mask"])
+def test_calls_without_the_argument_stay_as_they_are(name):
+    module, seen = Double(), []
+    with changed_argument([module], name, seen.append):
+        assert module(X).tolist() == [2.0, 10.0]
+        assert module(X, 1.0).tolist() == [3.0, 11.0]
+        assert module(X, offset=X).tolist() == [3.0, 15.0]
+    assert len(seen) == (name == "offset")
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

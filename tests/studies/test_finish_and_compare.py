@@ -13,8 +13,8 @@ from oa_train.errors import ArtefactError
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.circuits import CircuitModule
-from oa_train.training.constants import RefitSettings
 from oa_train.training.data import TaskData
+from oa_train.training.refit import RefitSettings
 from tests.builders import quiet_trainer, small_ioi
 
 QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=20)

@@ -1,6 +1,5 @@
 """Tokenizers of three kinds, trained on the spot: whole words, byte-level BPE as in GPT-2, and one like Llama's."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from oa_train.models.loading import LMSpec
-from oa_train.tasks.vocabulary import read_data, read_words
-
-# Left out of the training text, so that the byte-level tokenizer splits them.
-RARE = {"Anthony", "museum", "necklace", "rebellion", "velvet"}
-
-
-def training_text() -> Iterator[str]:
-    for name in ("names", "places", "objects", "nouns", "induction"):
-        yield from (f"Then {word}, {word}." for word in read_words(name) if word not in RARE for _ in range(20))
-    for sentences in read_data("templates").values():
-        yield from sentences * 20
-    yield from [f"Then {century}" for century in range(10, 19)] * 200
-    yield from [f"{year:02d}" for year in range(100) if year != 55] * 100
-    yield from ["The lasted from the year to the year", "Words: a"] * 20
+from tests.builders import byte_level_tokenizer, training_text
 
 
 def save(folder: Path, tokenizer: PreTrainedTokenizerFast, config: PretrainedConfig) -> LMSpec:
@@ -32,19 +18,7 @@ def save(folder: Path, tokenizer: PreTrainedTokenizerFast, config: PretrainedCon
 
 @pytest.fixture(scope="session")
 def bytes_lm(tmp_path_factory: pytest.TempPathFactory) -> LMSpec:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1200,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(training_text(), trainer)
-    end = "<|endoftext|>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end)
-    return save(tmp_path_factory.mktemp("bytes"), fast, GPT2Config())
+    return save(tmp_path_factory.mktemp("bytes"), byte_level_tokenizer(), GPT2Config())
 
 
 @pytest.fixture(scope="session")

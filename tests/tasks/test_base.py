@@ -2,16 +2,20 @@ import dataclasses
 import random
 from collections import Counter
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
+from torch.testing import assert_close
 
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.models.loading import BUILT_IN, LMSpec
+from oa_train.interventions.base import scored_logits
+from oa_train.models.loading import BUILT_IN, LMSpec, load_model
 from oa_train.tasks import IOI, GreaterThan, Induction, Prompt, Stream, Task
-from oa_train.tasks.base import check_choice, stream_of
+from oa_train.tasks.base import Question, check_choice, stream_of
+from tests.builders import batch_of
 
 STREAMS = get_args(Stream)
 TASKS = [IOI, GreaterThan, Induction]
@@ -22,8 +26,8 @@ class Fixed(Task):
 
     name = "fixed"
 
-    def __init__(self, *prompts: Prompt, lm: LMSpec = BUILT_IN) -> None:
-        super().__init__(lm=lm)
+    def __init__(self, *prompts: Prompt, lm: LMSpec = BUILT_IN, **options: Any) -> None:
+        super().__init__(lm=lm, **options)
         self.prompts = prompts
 
     def draw(self, random: random.Random) -> Prompt:
@@ -104,9 +108,9 @@ def test_left_and_right_padding_agree_on_every_real_token(kind: type[Task], byte
         left = kind(lm=lm, padding_side="left").batch("train", 0, 32)
         assert real_tokens(right) == real_tokens(left)
         rows = torch.arange(32)
-        assert torch.equal(right.tokens[rows, right.scored], left.tokens[rows, left.scored])
-        assert torch.equal(right.positions[rows, right.scored], left.positions[rows, left.scored])
-        assert [row[-1] for row in real_tokens(left)] == left.tokens[rows, left.scored].tolist()
+        assert torch.equal(right.tokens[rows, right.scored[:, 0]], left.tokens[rows, left.scored[:, 0]])
+        assert torch.equal(right.positions[rows, right.scored[:, 0]], left.positions[rows, left.scored[:, 0]])
+        assert [row[-1] for row in real_tokens(left)] == left.tokens[rows, left.scored[:, 0]].tolist()
         assert torch.equal(right.answers, left.answers)
         assert (left.scored == left.tokens.shape[1] - 1).all()
         assert right.padded == left.padded == (not bool(right.attention_mask.all()))
@@ -128,11 +132,11 @@ def test_answers_and_distractors_follow_the_text_as_one_token(kind: type[Task], 
     batch = task.batch("validation", 0, 24)
     for row in range(24):
         prompt = task.prompt("validation", row)
-        for pieces, ids in ((prompt.answers, batch.answers[row]), (prompt.distractors, batch.distractors[row])):
+        for pieces, ids in ((prompt.answers, batch.answers[row, 0]), (prompt.distractors, batch.distractors[row, 0])):
             whole = task.encoder.encode([prompt.text + piece for piece in pieces])
             before = task.encoder.encode([prompt.text])[0]
             assert whole == [[*before, token] for token in ids[ids >= 0].tolist()]
-        assert not set(batch.answers[row].tolist()) & set(batch.distractors[row].tolist()) - {-1}
+        assert not set(batch.answers[row, 0].tolist()) & set(batch.distractors[row, 0].tolist()) - {-1}
 
 
 @pytest.mark.parametrize("kind", [IOI, Induction])
@@ -145,7 +149,7 @@ def test_counterfactuals_are_parallel_and_another_text(kind: type[Task], lm: LMS
         assert (changed.sum(dim=1) == (3 if kind is IOI else 1)).all()
         assert torch.equal(other.tokens[~batch.attention_mask], batch.tokens[~batch.attention_mask])
         rows = torch.arange(32)
-        assert torch.equal(other.tokens[rows, batch.scored], batch.tokens[rows, batch.scored])
+        assert torch.equal(other.tokens[rows, batch.scored[:, 0]], batch.tokens[rows, batch.scored[:, 0]])
 
 
 def test_numbers_of_answers_may_differ() -> None:
@@ -153,12 +157,13 @@ def test_numbers_of_answers_may_differ() -> None:
     task = Fixed(Prompt("Then Anna", (" Paul", " Mary")))
     batch = task.batch(stream, 0, 2)
     assert (batch.answers >= 0).all()
-    assert batch.distractors.shape == (2, 0)
+    assert batch.distractors.shape == (2, 1, 0)
     assert batch.counterfactual_tokens is None
     batch = GreaterThan().batch("train", 0, 8)
-    counts = (batch.answers >= 0).sum(dim=1)
+    answers = batch.answers[:, 0]
+    counts = (answers >= 0).sum(dim=1)
     assert counts.unique().numel() > 2
-    assert all((row[count:] == -1).all() for row, count in zip(batch.answers, counts, strict=True))
+    assert all((row[count:] == -1).all() for row, count in zip(answers, counts, strict=True))
 
 
 def test_a_counterfactual_of_another_length_is_refused() -> None:
@@ -181,7 +186,10 @@ def test_a_task_with_too_few_prompts_is_refused() -> None:
         task.prompt(other, 0)
 
 
-@pytest.mark.parametrize("option", ["batch_size", "batches_per_epoch", "n_validation", "n_test", "n_means"])
+@pytest.mark.parametrize(
+    "option",
+    ["batch_size", "batches_per_epoch", "n_validation", "n_test", "n_means", "evaluation_batch_size", "n_tokens"],
+)
 @pytest.mark.parametrize("kind", TASKS)
 def test_numbers_must_be_positive(kind: type[Task], option: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{option} is 0; expected a number of at least [12]"):
@@ -206,7 +214,7 @@ def test_a_choice_lists_what_was_expected() -> None:
 def test_a_description_is_plain_and_tells_options_and_words_apart(kind: type[Task], bytes_lm: LMSpec) -> None:
     description = kind().describe()
     assert description["name"] == kind.name
-    assert all(isinstance(value, int | float | str) for value in description.values())
+    assert all(isinstance(value, int | float | str | None) for value in description.values())
     assert description == kind(batch_size=3, n_test=5, padding_side="left").describe()
     others = [kind(seed=1).describe(), kind(lm=bytes_lm).describe()]
     assert all(description != other for other in others)
@@ -215,7 +223,156 @@ def test_a_description_is_plain_and_tells_options_and_words_apart(kind: type[Tas
 def test_options_enter_the_description() -> None:
     descriptions = [
         IOI().describe(), IOI(order="ABBA").describe(), IOI(distractor_names=0.0).describe(),
-        Induction().describe(), Induction(length=5).describe(),
+        Induction().describe(), Induction(length=5).describe(), Induction(repeated=2).describe(),
+        Induction(repeated=2, answer_positions="every").describe(), IOI(n_tokens=15).describe(),
     ]  # fmt: skip
     assert all(one != other for one, other in pairwise(descriptions))
     assert len({str(each) for each in descriptions}) == len(descriptions)
+
+
+def test_the_evaluation_batch_size_is_what_batches_are_unless_told_otherwise() -> None:
+    task = IOI(evaluation_batch_size=3)
+    assert [len(batch) for batch in task.batches("test", 7)] == [3, 3, 1]
+    assert [len(batch) for batch in task.batches("test", 7, 5)] == [5, 2]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("stream", ["train", "means", "test"])
+def test_only_prompts_of_n_tokens_are_drawn(side: str, stream: Stream) -> None:
+    task = IOI(n_tokens=18, padding_side=side)
+    batch = task.batch(stream, 0, 24)
+    assert batch.lengths.tolist() == [18] * 24
+    assert batch.tokens.shape == (24, 18)
+    assert not batch.padded
+    assert all(stream_of(task.prompt(stream, index).text) == stream for index in range(24))
+    assert len({task.prompt(stream, index).text for index in range(24)}) > 20
+
+
+def test_n_tokens_counts_the_bos() -> None:
+    lengths = [IOI(n_tokens=18, lm=LMSpec(bos=bos)).batch("train", 0, 1).tokens.shape[1] for bos in ("auto", "none")]
+    assert lengths == [18, 18]
+    texts = [IOI(n_tokens=n, lm=LMSpec(bos=bos)).prompt("train", 0).text for n, bos in ((18, "auto"), (17, "none"))]
+    assert texts[0] == texts[1]
+
+
+def test_a_length_that_does_not_occur_is_refused_with_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("oa_train.tasks.base.ATTEMPTS", 300)
+    with pytest.raises(TaskError, match=r"n_tokens is 40, .* task ioi .* lengths are 1\d, 1\d, (\d\d, )+2\d\."):
+        IOI(n_tokens=40).prompt("train", 0)
+    one_length = len(Induction().encoder.encode([Induction().prompt("train", 0).text])[0])
+    with pytest.raises(TaskError, match=rf"n_tokens is 3, .* task induction .* lengths are {one_length}\."):
+        Induction(n_tokens=3).batch("train", 0)
+
+
+# Two questions, three, and one; the first text is the longest, so both others are padded.
+CHAINS = [
+    ("Then Anna and Paul met Anna and Mary", (" Paul", " Mary")),
+    ("Then Paul met Mary and Anna", (" Mary", " Anna", " Paul")),
+    ("Then Mary met", (" Anna",)),
+]
+BEGINNINGS = [
+    ["Then Anna and", CHAINS[0][0]],
+    ["Then Paul", "Then Paul met Mary and", CHAINS[1][0]],
+    [CHAINS[2][0]],
+]
+
+
+class Chains(Task):
+    """Prompts with different numbers of questions, in turn."""
+
+    name = "chains"
+
+    def draw(self, random: random.Random) -> Prompt:
+        raise NotImplementedError
+
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        text, answers = CHAINS[index % 3]
+        *earlier, last = [
+            Question(begins, (answer,), (" David", " James")[:number])
+            for number, (begins, answer) in enumerate(zip(BEGINNINGS[index % 3], answers, strict=True))
+        ]
+        assert last.text == text
+        return Prompt(last.text, last.answers, last.distractors, earlier=tuple(earlier))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_with_fewer_questions_repeat_their_last_one_without_weight(side: str) -> None:
+    task = Chains(answer_positions="every", padding_side=side)
+    batch = task.batch("train", 0, 3)
+    width = batch.tokens.shape[1]
+    ids = [task.encoder.encode(begins) for begins in BEGINNINGS]
+    for row, begins in enumerate(ids):
+        padding = width - len(begins[-1]) if side == "left" else 0
+        columns = [padding + len(tokens) - 1 for tokens in begins]
+        assert batch.scored[row].tolist() == columns + columns[-1:] * (3 - len(begins))
+        for place, tokens in enumerate(begins):
+            assert int(batch.tokens[row, batch.scored[row, place]]) == tokens[-1]
+        answers = [task.encoder.continuation(CHAINS[row][0], answer) for answer in CHAINS[row][1]]
+        assert batch.answers[row, :, 0].tolist() == answers + answers[-1:] * (3 - len(begins))
+        counts = [0, 1, 2][: len(begins)]
+        assert (batch.distractors[row] >= 0).sum(dim=-1).tolist() == counts + counts[-1:] * (3 - len(begins))
+    expected = torch.tensor([[1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3], [1, 0, 0]])
+    assert_close(batch.weights, expected)
+    assert Chains(padding_side=side).batch("train", 0, 3).scored.shape == (3, 1)
+
+
+def test_a_question_that_ends_inside_a_token_is_refused() -> None:
+    question = Question("Then Anna and Pa", (" Paul",))
+    task = Fixed(Prompt("Then Anna and Paul", (" Mary",), earlier=(question,)), answer_positions="every")
+    with pytest.raises(TaskError, match=r"tokens of 'Then Anna and Pa' are not those with which 'Then Anna and Paul'"):
+        task.batch(any_stream(task)[0], 0)
+    last_alone = Fixed(*task.prompts)
+    assert last_alone.batch(any_stream(last_alone)[0], 0, 1).scored.shape == (1, 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_scored_position_equals_a_prompt_of_its_own_that_ends_there(side: str, padded: bool) -> None:
+    model = load_model(LMSpec(dtype="float64"))
+    options: dict[str, Any] = {"answer_positions": "every", "padding_side": side}
+    task = Chains(**options) if padded else Induction(repeated=3, **options)
+    batch = task.batch("train", 0, 3)
+    assert batch.padded == padded
+    logits = scored_logits(model, batch)
+    for row in range(3):
+        prompt = task.prompt("train", row)
+        for place, question in enumerate((*prompt.earlier, prompt)):
+            alone = batch_of(task.encoder.encode([question.text]))
+            assert_close(logits[row, place], scored_logits(model, alone)[0, 0], rtol=0, atol=1e-12)
+
+
+OPTIONS = {
+    "batch_size": 3, "batches_per_epoch": 7, "n_validation": 5, "n_test": 6, "n_means": 4, "padding_side": "left",
+    "evaluation_batch_size": 9, "n_tokens": 18, "answer_positions": "every", "seed": 11,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_option_of_every_task_is_offered_and_explained_on_the_command_line(kind: type[Task]) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Task, "data")
+    words = [f"--data={kind.__name__}", *(f"--data.{name}={value}" for name, value in OPTIONS.items())]
+    task = parser.instantiate_classes(parser.parse_args(words)).data
+    assert type(task) is kind
+    assert {name: getattr(task, name) for name in OPTIONS} == OPTIONS
+    from_python = kind(**OPTIONS)
+    assert from_python.describe() == task.describe()
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_help_of_a_task_explains_every_option(kind: type[Task], capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Task, "data")
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--data.help={kind.__name__}"])
+    page = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "prompts in a training batch",
+        "where shorter prompts of a batch are filled up",
+        "prompts of a batch when the model is only evaluated; bounds memory, changes no result",
+        "only prompts of so many tokens, a prepended BOS included",
+        "`last` scores each prompt's last answer, `every` the earlier ones as well",
+    ):
+        assert said in page
+    for name in OPTIONS:
+        assert f"--data.init_args.{name}" in page or f"--data.{name}" in page

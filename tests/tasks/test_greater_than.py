@@ -5,7 +5,7 @@ import pytest
 from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import GreaterThan
-from tests.tasks.conftest import RARE
+from tests.builders import RARE
 
 
 @pytest.fixture(params=["tiny", "bytes"])

@@ -1,11 +1,12 @@
 import re
 
 import pytest
+import torch
 
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import Induction
-from tests.tasks.conftest import RARE
+from tests.builders import RARE
 
 
 @pytest.mark.parametrize("length", [3, 8, 12])
@@ -41,6 +42,56 @@ def test_the_counterfactual_leaves_nothing_to_induce() -> None:
         assert other.count(other[-1]) == 1
 
 
+@pytest.mark.parametrize(("length", "repeated"), [(3, 1), (5, 3), (8, 2), (8, 6)])
+def test_words_come_back_in_their_order_and_each_is_a_question(lm: LMSpec, length: int, repeated: int) -> None:
+    task = Induction(lm=lm, length=length, repeated=repeated)
+    for index in range(50):
+        prompt = task.prompt("train", index)
+        words = prompt.text.split()[1:]
+        row, again = words[:length], words[length:]
+        assert len(row) == len(set(row)) == length
+        place = row.index(again[0])
+        assert again == row[place : place + repeated]
+        questions = (*prompt.earlier, prompt)
+        assert len(questions) == repeated
+        for number, question in enumerate(questions):
+            answer = row[place + number + 1]
+            assert question.text == " ".join(["Words:", *row, *again[: number + 1]])
+            assert question.answers == (f" {answer}",)
+            assert {word.strip() for word in question.distractors} == set(row) - {again[number], answer}
+
+
+def test_the_counterfactual_of_several_words_leaves_nothing_to_induce() -> None:
+    task = Induction(length=8, repeated=3)
+    for index in range(100):
+        prompt = task.prompt("train", index)
+        words, other = prompt.text.split(), prompt.counterfactual.split()
+        changed = [place for place, (one, two) in enumerate(zip(words, other, strict=True)) if one != two]
+        assert changed == list(range(changed[0], changed[0] + 3))
+        assert words[changed[0] : changed[-1] + 1] == words[-3:] == other[-3:]
+        assert len(set(other[1:])) == len(other[1:])  # no word comes back
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_answer_is_scored_where_the_text_goes_on_with_it(lm: LMSpec, side: str) -> None:
+    task = Induction(lm=lm, length=6, repeated=3, answer_positions="every", padding_side=side)
+    batch, width = task.batch("train", 0, 16), len(task.encoder.encode([task.prompt("train", 0).text])[0])
+    assert batch.scored.tolist() == [[width - 3, width - 2, width - 1]] * 16
+    assert torch.allclose(batch.weights, torch.full((16, 3), 1 / 3))
+    assert batch.answers.shape == (16, 3, 1)
+    assert batch.distractors.shape == (16, 3, 4)
+    for row in range(16):
+        # Each word that comes back but the last is followed by the answer to it.
+        assert batch.tokens[row, width - 2 :].tolist() == batch.answers[row, :-1, 0].tolist()
+        for place in range(3):
+            assert not set(batch.answers[row, place].tolist()) & set(batch.distractors[row, place].tolist())
+    last = Induction(lm=lm, length=6, repeated=3, padding_side=side).batch("train", 0, 16)
+    assert torch.equal(last.tokens, batch.tokens)
+    assert torch.equal(last.scored, batch.scored[:, -1:])
+    assert torch.equal(last.answers, batch.answers[:, -1:])
+    assert last.weights.tolist() == [[1.0]] * 16
+
+
 def test_split_words_are_never_drawn(bytes_lm: LMSpec) -> None:
     task = Induction(lm=bytes_lm)
     texts = " ".join(task.prompt("train", index).text for index in range(500))
@@ -52,3 +103,6 @@ def test_rows_that_are_too_short_or_too_long_are_refused() -> None:
         Induction(length=2)
     with pytest.raises(TaskError, match=r"49 of the 49 words of its list 'induction' .*at least 61"):
         Induction(length=60)
+    for repeated in (0, 7):
+        with pytest.raises(ConfigurationError, match=f"repeated is {repeated}; expected 1 to 6 words"):
+            Induction(length=8, repeated=repeated)

@@ -6,7 +6,7 @@ from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import IOI, Prompt
 from oa_train.tasks.vocabulary import read_data, read_words
-from tests.tasks.conftest import RARE
+from tests.builders import RARE
 
 NAMES = set(read_words("names"))
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from oa_train.errors import ModelError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.tokens import PromptEncoder, bos_token_id, load_tokenizer
-from tests.tasks.conftest import RARE
+from tests.builders import RARE
 
 
 def encoder_of(lm: LMSpec) -> PromptEncoder:

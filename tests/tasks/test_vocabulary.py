@@ -4,7 +4,7 @@ from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.tokens import PromptEncoder, load_tokenizer
 from oa_train.tasks.vocabulary import read_data, read_words, single_token_words
-from tests.tasks.conftest import RARE
+from tests.builders import RARE
 
 LISTS = ("names", "places", "objects", "nouns", "induction")
 

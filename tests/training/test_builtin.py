@@ -48,7 +48,7 @@ def test_tiny_has_no_answer_where_there_is_none() -> None:
     rows = torch.arange(200)
     with torch.no_grad():
         clean, other = (
-            model(input_ids=tokens, attention_mask=batch.attention_mask).logits[rows, batch.scored].softmax(-1)
+            model(input_ids=tokens, attention_mask=batch.attention_mask).logits[rows, batch.scored[:, 0]].softmax(-1)
             for tokens in (batch.tokens, batch.counterfactual_tokens)
         )
     assert clean[rows, batch.answers[:, 0]].mean() > 0.95

@@ -1,12 +1,20 @@
 """Training circuits: what is trained, what is not, and that a resume changes nothing."""
 
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from oa_train.ablations.constants import Constants
 from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
+from oa_train.interventions.activations import node_values
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.interventions.kinds import KINDS, AblationSource
+from oa_train.interventions.nodes import node_logits
+from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, loss_of
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
@@ -15,11 +23,8 @@ from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
-# For this family transformers puts its own tokenizer in the place of any that is saved, and that splits our words.
-OWN_TOKENIZER = {"qwen2"}
 
-
-@pytest.fixture(scope="module", params=sorted(FAMILIES.keys() - OWN_TOKENIZER))
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
 def any_lm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LMSpec:
     return save_language_model(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -165,6 +170,8 @@ def test_a_checkpoint_holds_the_trainables_and_plain_types_only(tmp_path):
         ({"positions": 4}, "positions: the checkpoint has 1, this configuration 4"),
         ({"lm": LMSpec("tiny", bos="none")}, "bos_token_id: the checkpoint has"),
         ({"ablation": "mean"}, "ablation: the checkpoint has optimal, this configuration mean"),
+        ({"ablation": "resample"}, "ablation: the checkpoint has optimal, this configuration resample"),
+        ({"loss": "cross_entropy"}, "loss: the checkpoint has kl, this configuration cross_entropy"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, changes, said):
@@ -242,3 +249,105 @@ def test_bare_dataloaders_are_refused_with_a_reason():
     module = CircuitModule()
     with pytest.raises(ConfigurationError, match="needs a TaskData datamodule"):
         quiet_trainer(max_steps=1).fit(module, train_dataloaders=TaskData(small_ioi()).train_dataloader())
+
+
+def few(**changes):
+    return small_ioi(**({"batches_per_epoch": 3, "n_validation": 8, "n_means": 16} | changes))
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("ablation", KINDS)
+def test_every_ablation_trains_with_every_loss(ablation, loss):
+    kind, task = KINDS[ablation], few()
+    module = CircuitModule(ablation=ablation, loss=loss, samples_per_prompt=2)
+    trainer = quiet_trainer(max_steps=3)
+    trainer.fit(module, datamodule=TaskData(task))
+    figures = trainer.callback_metrics
+    assert {f"train/{loss}", "val/objective", *(f"val/{name}" for name in MEASURES)} <= set(figures)
+    assert all(value.isfinite() for value in figures.values())
+    objective = LOSS_SIGNS[loss] * figures[f"val/{loss}"] + 0.05 * figures["val/size"]
+    torch.testing.assert_close(figures["val/objective"], objective)
+    trained = LOSS_SIGNS[loss] * figures[f"train/{loss}"] + figures["train/penalty"]
+    torch.testing.assert_close(figures["train/loss"], trained)
+    assert (module.masks.logits != 1.0).sum() >= len(module.components) // 2
+    assert set(module.named_trainables()) == {"masks.logits"} | (
+        {"constants.heads", "constants.mlps"} if kind.learned else set()
+    )
+    assert (module.constants is not None) == kind.constant
+    if kind.constant:
+        start, now = kind.prepare(AblationSource(module.frozen, task)), module.replacing()
+        assert isinstance(start, Constants)
+        assert torch.equal(now.heads, start.heads) != kind.learned
+        assert torch.equal(now.mlps, start.mlps) != kind.learned
+
+
+@pytest.mark.parametrize("ablation", ["resample", "noise", "counterfactual", "counterfactual_mean"])
+def test_a_resume_in_the_middle_is_exact_under_other_ablations(tmp_path, ablation):
+    whole = train(tmp_path / "whole", 7, ablation=ablation)
+    train(tmp_path / "part", 3, ablation=ablation)
+    resumed = train(tmp_path / "rest", 7, tmp_path / "part" / "last.ckpt", ablation=ablation)
+    assert (whole.masks.logits != 1.0).any()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    best = [read_checkpoint(tmp_path / name / "best.ckpt") for name in ("whole", "rest")]
+    assert best[0]["global_step"] == best[1]["global_step"]
+    for name, tensor in best[0]["state_dict"].items():
+        assert torch.equal(tensor, best[1]["state_dict"][name])
+
+
+def test_a_checkpoint_without_constants_is_refused_by_another_ablation_without(tmp_path):
+    train(tmp_path / "first", 1, ablation="resample")
+    with pytest.raises(CheckpointError, match="ablation: the checkpoint has resample, this configuration noise"):
+        train(tmp_path / "second", 2, tmp_path / "first" / "last.ckpt", ablation="noise")
+
+
+@pytest.mark.parametrize("ablation", ["resample", "noise", "counterfactual"])
+def test_an_ablation_that_is_not_prepared_says_what_it_needs(ablation):
+    module = CircuitModule(ablation=ablation)
+    with pytest.raises(ConfigurationError, match=rf"The {ablation} ablation is prepared with .* when a trainer fits"):
+        module.replacing()
+    with pytest.raises(ConfigurationError, match="without one, use `KINDS`"):
+        module.masked_loss(few().batch("train", 0), torch.zeros(4, 1, 393), 0)
+
+
+@pytest.mark.parametrize("ablation", ["resample", "noise", "counterfactual_mean"])
+def test_validation_and_test_prepare_the_ablation_and_measure_the_circuit(ablation):
+    task = few(n_test=8)
+    for stage in ("validation", "test"):
+        module, trainer = CircuitModule(ablation=ablation), quiet_trainer()
+        module.masks.logits.data[::2] = -3.0
+        (trainer.validate if stage == "validation" else trainer.test)(module, TaskData(task), verbose=False)
+        masks, kind = module.circuit_mask().unsqueeze(0), KINDS[ablation]
+        assert 0 < masks.sum() < len(module.components)
+        one = kind.prepare(AblationSource(module.frozen, task))
+        expected = circuit_behaviour(module.frozen, task.batches(stage, 8), masks, [one])
+        for name in MEASURES:
+            found = trainer.callback_metrics[f"{'val' if stage == 'validation' else stage}/{name}"]
+            torch.testing.assert_close(found, getattr(expected, name).mean(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize("ablation", ["resample", "noise", "mean"])
+def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_replacements(ablation, loss):
+    task = few()
+    module = CircuitModule(lm=LMSpec(dtype="float64"), ablation=ablation, loss=loss, samples_per_prompt=3)
+    quiet_trainer().validate(module, TaskData(task), verbose=False)
+    batch = task.batch("train", 0)
+    clean = module.clean_logits(batch)
+    found, _ = module.masked_loss(batch, clean, 5, 6)
+    masks = module.sample_masks(12, 5, 6)
+    one, lost = module.replacing(), []
+    for sample in range(3):
+        replacements = one.replacements(batch, partial(node_values, module.frozen))
+        rows = masks[4 * sample : 4 * sample + 4]
+        logits = node_logits(module.frozen, batch, rows, replacements, module.bos_token_id)
+        lost.append(loss_of(loss, clean, logits, batch).mean())
+    torch.testing.assert_close(found, sum(lost) / 3, rtol=0, atol=1e-12)
+
+
+def test_a_loss_or_an_ablation_that_there_is_not_is_refused_before_the_model_is_loaded():
+    nowhere = LMSpec("./no/such/folder")
+    with pytest.raises(ConfigurationError, match="loss is 'crossentropy'"):
+        CircuitModule.__init__.__wrapped__(CircuitModule.__new__(CircuitModule), lm=nowhere, loss="crossentropy")
+    with pytest.raises(ConfigurationError, match="ablation is 'resampling'"):
+        CircuitModule.__init__.__wrapped__(CircuitModule.__new__(CircuitModule), lm=nowhere, ablation="resampling")

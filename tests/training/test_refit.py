@@ -1,5 +1,8 @@
 """Fitting constants: it helps, circuits do not touch each other, and what does better is kept."""
 
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,10 +10,12 @@ from torch.testing import assert_close
 from oa_train.ablations.constants import Constants
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.interventions.activations import node_means
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.metrics.measures import Loss
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import LMSpec, load_model
-from oa_train.training.constants import RefitSettings, fit_constants
+from oa_train.training.refit import RefitSettings, fit_constants
 from tests.builders import small_ioi
 
 
@@ -36,9 +41,9 @@ def masks_of(model, *patterns: str) -> torch.Tensor:
 
 def test_fitted_constants_beat_the_mean_on_held_out_prompts(model, task, mean):
     masks = masks_of(model, "* !a0.h0", "a0* a1* m0")
-    start = fit_constants(model, task, masks, [mean], RefitSettings(steps=0)).validation_kl
+    start = fit_constants(model, task, masks, [mean], RefitSettings(steps=0)).validation_loss
     fitted = fit_constants(model, task, masks, [mean], RefitSettings(steps=60, batch_size=16, evaluate_every=20))
-    assert (fitted.validation_kl < 0.8 * start).all()
+    assert (fitted.validation_loss < 0.8 * start).all()
     assert not torch.equal(fitted.sets[0].heads, fitted.sets[1].heads)
 
 
@@ -46,13 +51,13 @@ def test_circuits_side_by_side_equal_circuits_one_after_another(model, task, mea
     masks = masks_of(model, "* !a0.h0", "* !m1", "a0* a1* m0")
     settings = RefitSettings(steps=8, batch_size=4, evaluate_every=4)
     together = fit_constants(model, task, masks, [mean], settings)
-    chunked = fit_constants(model, task, masks, [mean], settings, rows_per_run=8)
+    chunked = fit_constants(model, task, masks, [mean], replace(settings, rows_per_run=8))
     for index in range(len(masks)):
         alone = fit_constants(model, task, masks[index : index + 1], [mean], settings)
         for fitted in (together, chunked):
             assert_close(fitted.sets[index].heads, alone.sets[0].heads, rtol=0, atol=1e-5)
             assert_close(fitted.sets[index].mlps, alone.sets[0].mlps, rtol=0, atol=1e-5)
-            assert_close(fitted.validation_kl[index], alone.validation_kl[0], rtol=0, atol=1e-5)
+            assert_close(fitted.validation_loss[index], alone.validation_loss[0], rtol=0, atol=1e-5)
 
 
 def test_only_constants_of_ablated_components_move(model, task, mean):
@@ -62,6 +67,19 @@ def test_only_constants_of_ablated_components_move(model, task, mean):
     assert moved.nonzero().tolist() in ([[1, 2]], [])
     moved_mlps = (fitted.mlps != mean.mlps).any(dim=-1).squeeze(1)
     assert moved_mlps.nonzero().flatten().tolist() in ([0], [])
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_each_loss_is_what_is_minimised_and_what_is_told(model, task, mean, loss):
+    masks = masks_of(model, "* !a0.h0", "a0* a1* m0")
+    settings = RefitSettings(steps=40, batch_size=8, evaluate_every=20)
+    start = fit_constants(model, task, masks, [mean], replace(settings, steps=0), loss=loss)
+    fitted = fit_constants(model, task, masks, [mean], settings, loss=loss)
+    assert (fitted.validation_loss < start.validation_loss).all()
+    batches = list(task.batches("validation", task.n_validation))
+    for found in (start, fitted):
+        told = circuit_behaviour(model, batches, masks, found.sets).loss(loss).mean(dim=1)
+        assert_close(found.validation_loss, told, rtol=0, atol=1e-5)
 
 
 def test_what_does_better_on_validation_is_kept(model, task, mean):
@@ -76,7 +94,7 @@ def test_what_is_not_a_number_is_never_kept(model, task, mean):
     bad = Constants(torch.full_like(mean.heads, float("nan")), mean.mlps, mean.bos_token_id)
     kept = fit_constants(model, task, masks_of(model, "* !a0.h0"), [mean], RefitSettings(steps=0), others=[bad])
     assert torch.equal(kept.sets[0].heads, mean.heads)
-    assert kept.validation_kl.isfinite().all()
+    assert kept.validation_loss.isfinite().all()
 
 
 def test_the_same_call_gives_the_same_constants(model, task, mean):
@@ -104,7 +122,10 @@ def test_a_loss_that_is_not_finite_stops_the_fit(model, task, mean):
         fit_constants(model, task, masks_of(model, "* !m0"), [bad], RefitSettings(steps=1, batch_size=2))
 
 
-@pytest.mark.parametrize("changes", [{"steps": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"evaluate_every": 0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": -1}, {"batch_size": 0}, {"learning_rate": 0.0}, {"evaluate_every": 0}, {"rows_per_run": 0}],
+)
 def test_settings_that_cannot_work_are_refused(changes):
     with pytest.raises(ConfigurationError, match=f"{next(iter(changes))} is"):
         RefitSettings(**changes)

@@ -1,0 +1,55 @@
+"""Several trained circuits beside each other: each under every ablation, and their overlap."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+
+from oa_train.figures.style import FONT_SIZE, new_figure
+
+# Divergences below this are drawn in one colour.
+SMALLEST_KL = 1e-4
+
+
+def agreement_figure(
+    names: Sequence[str], kl: Mapping[str, Sequence[float]], jaccard: Sequence[Sequence[float]]
+) -> Figure:
+    """Two tables in colour: KL divergence of each circuit under each ablation, and overlap of every two circuits.
+
+    Args:
+        names: the circuits.
+        kl: divergence of each circuit in nats, by ablation.
+        jaccard: [circuit, circuit] overlaps between 0 and 1.
+    """
+    height = 1.4 + 0.5 * len(names)
+    figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, height))
+    left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])
+    divergences = np.array(list(kl.values())).T
+    largest = max(float(divergences.max()), 10 * SMALLEST_KL)
+    _table(left, divergences, LogNorm(SMALLEST_KL, largest), "Oranges", "{:.2g}")
+    left.set_xticks(range(len(kl)), [name.replace(" ", "\n") for name in kl], fontsize=FONT_SIZE - 2)
+    left.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 2)
+    left.set_title("KL divergence (nats), tested under", fontsize=FONT_SIZE)
+    _table(right, np.array(jaccard), Normalize(0, 1), "Blues", "{:.2f}")
+    right.set_xticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=FONT_SIZE - 2)
+    right.set_yticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=FONT_SIZE - 2)
+    right.set_title("Jaccard overlap", fontsize=FONT_SIZE)
+    return figure
+
+
+def _table(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str) -> None:
+    axes.imshow(np.maximum(values, norm.vmin or 0), norm=norm, cmap=colours, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = float(norm(max(value, norm.vmin or 0))) > 0.6
+        axes.text(
+            column,
+            row,
+            form.format(value),
+            ha="center",
+            va="center",
+            color="white" if dark else "black",
+            fontsize=FONT_SIZE - 2,
+        )
+    axes.tick_params(length=0)

@@ -1,0 +1,75 @@
+"""The measures by which an ablated model is judged, a value for each prompt, and the losses made of them."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from oa_train.batches import Batch
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.metrics.behaviour import cross_entropy, is_correct, logit_difference
+from oa_train.metrics.divergence import kl_divergence
+from oa_train.shapes import Float, Tensor
+
+# From clean logits, ablated logits and the batch that they belong to, a value at each scored position.
+_Measure = Callable[[Tensor, Tensor, Batch], Tensor]
+
+MEASURES: dict[str, _Measure] = {
+    "kl": lambda clean, logits, batch: kl_divergence(clean, logits),
+    "accuracy": lambda clean, logits, batch: is_correct(logits, batch.answers).to(logits.dtype),
+    "logit_difference": lambda clean, logits, batch: logit_difference(logits, batch.answers, batch.distractors),
+    "cross_entropy": lambda clean, logits, batch: cross_entropy(logits, batch.answers),
+}
+
+Loss = Literal["kl", "cross_entropy", "logit_difference"]
+
+# A loss is minimised, and of these the logit difference is the one that should be large.
+LOSS_SIGNS: dict[Loss, int] = {"kl": 1, "cross_entropy": 1, "logit_difference": -1}
+
+
+def measured(
+    name: str,
+    clean: Float[Tensor, "batch scored vocabulary"],
+    logits: Float[Tensor, "batch scored vocabulary"],
+    batch: Batch,
+) -> Float[Tensor, " batch"]:
+    """A measure of every prompt, averaged over its scored positions.
+
+    Args:
+        name: a key of `MEASURES`.
+        clean: logits of the clean model.
+        logits: logits of the ablated model.
+        batch: the prompts.
+
+    Returns:
+        Nats, or 0 and 1 for accuracy; float32, or float64 where that is given.
+    """
+    # Half precision is too coarse for differences of logits.
+    precise = logits if logits.dtype.itemsize == 8 else logits.float()
+    return batch.average(MEASURES[name](clean, precise, batch))
+
+
+def check_loss(option: str, name: str) -> None:
+    """Refuse a loss that there is not.
+
+    Raises:
+        ConfigurationError: it is none of `Loss`.
+    """
+    if name not in LOSS_SIGNS:
+        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, LOSS_SIGNS)}")
+
+
+def loss_of(
+    name: Loss,
+    clean: Float[Tensor, "batch scored vocabulary"],
+    logits: Float[Tensor, "batch scored vocabulary"],
+    batch: Batch,
+) -> Float[Tensor, " batch"]:
+    """What is minimised, of every prompt: a measure, with its sign turned where more of it is better.
+
+    Args:
+        name: `kl`, the divergence from the clean model; `cross_entropy`, of the task's answers; `logit_difference`,
+            of answers against distractors, which has no bound: a circuit that is surer than the model is better.
+        clean: logits of the clean model.
+        logits: logits of the ablated model.
+        batch: the prompts.
+    """
+    return LOSS_SIGNS[name] * measured(name, clean, logits, batch)

@@ -1,0 +1,27 @@
+"""The generated pages of the manual are those that the code generates."""
+
+from pathlib import Path
+
+from oa_train.cli.documentation import error_classes, errors_page, main
+from oa_train.errors import EXIT_STATUSES, OaTrainError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_committed_page_is_what_make_docs_writes(tmp_path):
+    main([str(tmp_path)])
+    assert (ROOT / "docs" / "errors.md").read_text() == (tmp_path / "errors.md").read_text(), "run `make docs`"
+
+
+def test_the_page_says_of_every_class_what_to_do():
+    sections = errors_page().split("\n### ")[1:]
+    assert [section.split("\n")[0] for section in sections] == [kind.__name__ for kind in error_classes()]
+    assert OaTrainError in error_classes()
+    for section in sections:
+        assert "\nWhat to do: " in section
+        assert "Attributes:" not in section
+
+
+def test_the_page_has_every_exit_status():
+    assert all(f"\n| {status} | {meaning} |\n" in errors_page() for status, meaning in EXIT_STATUSES.items())
+    assert {kind.exit_status for kind in error_classes()} <= EXIT_STATUSES.keys()

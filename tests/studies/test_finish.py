@@ -1,0 +1,94 @@
+"""The end of a fit with every kind of ablation and loss: what is refitted, what is written, what is measured."""
+
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.interventions.evaluation import circuit_behaviour, clean_behaviour
+from oa_train.interventions.kinds import KINDS, AblationSource
+from oa_train.metrics.measures import MEASURES, Loss
+from oa_train.studies import finish as finishing
+from oa_train.studies.finish import FinishSettings, finish
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.data import TaskData
+from oa_train.training.refit import RefitSettings
+from tests.builders import quiet_trainer, small_ioi
+
+QUICK = FinishSettings(refit=RefitSettings(steps=10, batch_size=4, evaluate_every=5))
+KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return small_ioi()
+
+
+def trained(task, **changes) -> CircuitModule:
+    module = CircuitModule(**changes)
+    quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
+    module.masks.logits.data.copy_(torch.where(module.components.mask(KEPT), 3.0, -3.0))
+    return module
+
+
+@pytest.mark.parametrize("ablation", KINDS)
+def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
+    kind, module = KINDS[ablation], trained(task, ablation=ablation)
+    told = []
+
+    def track(steps, description):
+        told.append(description)
+        return steps
+
+    finished = finish(module, task, tmp_path, QUICK, track)
+    assert ("refitting the constants" in told) == kind.learned
+    assert (tmp_path / "constants").exists() == kind.constant == (finished.constants is not None)
+    circuit = Circuit.load(tmp_path / "circuit")
+    assert circuit.nodes == KEPT
+    assert circuit.provenance["ablation"] == ablation
+    assert circuit.provenance["loss"] == "kl"
+    if kind.constant:
+        constants = Constants.load(tmp_path / "constants")
+        assert constants.provenance == circuit.provenance
+        assert torch.equal(constants.heads, finished.constants.heads)
+        assert torch.equal(constants.heads, module.replacing().heads) != kind.learned
+    document = json.loads((finished.folder / "results.json").read_text())
+    assert document["ablation"] == ablation
+    assert set(document["metrics"]) == {*MEASURES, *(f"clean_{name}" for name in MEASURES)}
+    assert document["metrics"]["cross_entropy"]["n"] == task.n_test
+
+    one = finished.constants or kind.prepare(AblationSource(module.frozen, task))
+    batches = list(task.batches("test", task.n_test))
+    expected = circuit_behaviour(module.frozen, batches, circuit.mask.unsqueeze(0), [one])
+    clean = clean_behaviour(module.frozen, batches)
+    for name in MEASURES:
+        assert finished.metrics[name].mean == pytest.approx(float(getattr(expected, name).mean()), rel=1e-5, abs=1e-6)
+        whole = finished.metrics[f"clean_{name}"].mean
+        assert whole == pytest.approx(float(getattr(clean, name).mean()), rel=1e-5, abs=1e-6)
+    assert finished.metrics["clean_kl"].mean == 0
+    assert finished.metrics["kl"].mean > 1e-3
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+def test_the_refit_minimises_what_the_fit_minimised(task, tmp_path, loss, monkeypatch):
+    module = trained(task, loss=loss)
+    fitted, asked = finishing.fit_constants, []
+
+    def recorded(*args, **options):
+        asked.append(options["loss"])
+        return fitted(*args, **options)
+
+    monkeypatch.setattr(finishing, "fit_constants", recorded)
+    finished = finish(module, task, tmp_path, QUICK)
+    assert asked == [loss]
+    masks = finished.circuit.mask.unsqueeze(0)
+    validation = list(task.batches("validation", task.n_validation))
+    before, after = (
+        float(circuit_behaviour(module.frozen, validation, masks, [one]).loss(loss).mean())
+        for one in (module.replacing(), finished.constants)
+    )
+    assert after < before
+    assert Circuit.load(tmp_path / "circuit").provenance["loss"] == loss
