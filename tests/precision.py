@@ -1,5 +1,7 @@
 """Lifts the single precision inside of Hugging Face's code, so that tests can compare float64 to its last digits."""
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -8,21 +10,36 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class WithoutSinglePrecision(TorchFunctionMode):
-    """Inside, what would turn a float64 tensor into float32 leaves it float64.
+    """Inside, what would turn a float64 tensor into float32 in the code of transformers leaves it float64.
 
     Several families norm, or compute attention weights, in float32 whatever the model's data type is. Such a result
     depends on how many rows and columns a batch has from its seventh digit on. Hugging Face's code is executed as it
-    is; only its rounding to single precision is taken away.
+    is; only its rounding to single precision is taken away. The package's own code is left alone.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves((args, kwargs))):
+        if any(map(_is_double, tree_leaves((args, kwargs)))) and _called_by_transformers(sys._getframe(1)):
             if function is torch.Tensor.float:
                 function = torch.Tensor.double
             args, kwargs = tree_map(_doubled, (args, kwargs))
         return function(*args, **kwargs)
 
 
+def _is_double(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float64
+
+
 def _doubled(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+def _called_by_transformers(frame: FrameType | None) -> bool:
+    """Whether the nearest frame that is not torch's own is one of transformers."""
+    while frame is not None and _package(frame) == "torch":
+        frame = frame.f_back
+    return frame is not None and _package(frame) == "transformers"
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]

@@ -104,11 +104,6 @@ class StreamingMeans:
         heads, mlps = (_grown(sums, sums[:, :0], len(self.counts) + grown) for sums in (self.heads, self.mlps))
         return _mean(heads, counts, last), _mean(mlps, counts, last)
 
-    @property
-    def n_full_positions(self) -> int:
-        """Size of the table in which every position but the last has a token of every prompt."""
-        return int((self.counts == self.counts.max()).nonzero().max()) + 1
-
 
 def _sum_by_position(values: Tensor, where: Tensor, size: int, of: Callable[[Tensor], Tensor]) -> Tensor:
     device = "cpu" if values.device.type == "mps" else values.device  # which has no float64

@@ -157,7 +157,7 @@ def _component_table(compared: Compared) -> Table:
     for row in compared.components():
         by_name.setdefault(row.component, {})[_label(row)] = f"{row.figures['kl'].mean:.2g}"
     for label in next(iter(by_name.values())):
-        table.add_column(label.replace("counterfactual", "counter-factual").replace(" ", "\n"), justify="right")
+        table.add_column(label.replace("counterfactual", "counter-\nfactual").replace(" ", "\n"), justify="right")
     for name, cells in by_name.items():
         table.add_row(name, *cells.values())
     return table

@@ -287,11 +287,9 @@ def _comparison(
 
 def _write(compared: Compared, study: _Study, folder: Path) -> None:
     first = study.runs[0].circuit
-    provenance = dict(first.provenance)
-    if "seed" not in provenance:  # a circuit that was written by hand
-        provenance |= {"model": study.task.lm.name, "revision": study.task.lm.revision}
-        provenance |= {"family": study.model.config.model_type, "fingerprint": fingerprint(study.model)}
-        provenance |= {"task": study.task.describe(), "seed": study.task.seed}
+    provenance: dict[str, Any] = {"model": study.task.lm.name, "revision": study.task.lm.revision}
+    provenance |= {"family": study.model.config.model_type, "fingerprint": fingerprint(study.model)}
+    provenance |= {"task": study.task.describe(), "seed": study.settings.seed}
     document = results_document(
         "compare",
         folder,

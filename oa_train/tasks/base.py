@@ -26,6 +26,10 @@ TENTHS: tuple[Stream, ...] = ("train",) * 5 + ("refit",) * 2 + ("means", "valida
 # chance of 0.9 ** 1000.
 ATTEMPTS = 1000
 
+# So many times as many attempts are made for prompts of one length: with this a length that one prompt in fifty has is
+# missed with a chance of 0.998 ** 20000.
+RARE_LENGTHS = 20
+
 
 @dataclass(frozen=True)
 class Question:
@@ -159,7 +163,7 @@ class Task(ABC):
             TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
         """
         lengths = set()
-        for attempt in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS if self.n_tokens is None else ATTEMPTS * RARE_LENGTHS):
             prompt = self.draw(python_generator(self.seed, self.name, stream, index, attempt))
             if stream_of(prompt.text) != stream:
                 continue

@@ -16,8 +16,8 @@ FURTHER_PROMPTS = 20_000
 class Donors:
     """Gives every prompt a partner: a prompt of as many tokens, from the stream `means`, drawn at random.
 
-    Streams share no text, so a prompt is never its own partner, whatever batch it comes in. The partner follows from
-    the seed and the prompt's number alone.
+    Streams share no text, so a prompt of any other stream is never its own partner, whatever batch it comes in. The
+    partner follows from the seed and the prompt's number alone.
 
     Args:
         task: where donors come from.

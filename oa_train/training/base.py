@@ -1,5 +1,6 @@
 """What all Lightning modules of this package share: a frozen model that no checkpoint holds."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -100,6 +101,16 @@ class FrozenModelModule(lightning.LightningModule):
                 "trainer.fit(module, datamodule=TaskData(task))."
             )
         return data
+
+    def planned_steps(self) -> float:
+        """Optimiser steps of the whole training; infinite when nothing ends it.
+
+        Lightning's own estimate would make the dataloader before a checkpoint is restored, which then begins anew.
+        """
+        trainer = self.trainer
+        in_epoch = math.ceil(self.data.epoch_length / trainer.accumulate_grad_batches)
+        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * in_epoch
+        return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of; refuse to write one that is not finite."""

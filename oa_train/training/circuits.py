@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torchmetrics import MeanMetric
 
 from oa_train.ablations.base import Ablation
@@ -24,6 +25,7 @@ from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, lo
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
+from oa_train.tasks.base import Task
 from oa_train.training.base import FrozenModelModule
 
 
@@ -119,6 +121,7 @@ class CircuitModule(FrozenModelModule):
             start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
             self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
         self._other_ablation: Ablation | None = None
+        self._prepared_for: Task | None = None
         self.selection: Tensor
         self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
@@ -179,7 +182,15 @@ class CircuitModule(FrozenModelModule):
 
     def on_fit_start(self) -> None:
         """Prepare the ablation; constants start at the means, unless a checkpoint brought them."""
+        self._warn_of_a_short_training()
         self.prepare_ablation()
+
+    def _warn_of_a_short_training(self) -> None:
+        if self.target_size is not None and self.planned_steps() < 2 * self.target_warmup:
+            rank_zero_warn(
+                f"The circuit shrinks to target_size in {self.target_warmup} steps and then settles; this training "
+                f"has {self.planned_steps()} steps, so it may end larger. Train for longer, or lower target_warmup."
+            )
 
     def on_validation_start(self) -> None:
         """Prepare the ablation, unless a fit has."""
@@ -191,11 +202,12 @@ class CircuitModule(FrozenModelModule):
 
     def prepare_ablation(self) -> None:
         """Gather what the ablation needs from the task's `means` prompts, unless a checkpoint brought it."""
-        if bool(self.constants_started) if self.constants is not None else self._other_ablation is not None:
+        task = self.data.task
+        if bool(self.constants_started) if self.constants is not None else self._prepared_for is task:
             return
-        prepared = self.kind.prepare(AblationSource(self.frozen, self.data.task, self.positions, self.track))
+        prepared = self.kind.prepare(AblationSource(self.frozen, task, self.positions, self.track))
         if self.constants is None:
-            self._other_ablation = prepared.to(self.device)
+            self._other_ablation, self._prepared_for = prepared.to(self.device), task
         else:
             assert isinstance(prepared, Constants)
             self.constants.load(prepared)

@@ -167,7 +167,7 @@ class ConstantsModule(FrozenModelModule):
 
     def configure_optimizers(self) -> Any:
         """Adam, its learning rate falling to zero along a cosine over the whole training."""
-        n_steps = self.trainer.estimated_stepping_batches
+        n_steps = self.planned_steps()
         if not math.isfinite(n_steps):
             raise ConfigurationError(
                 "The learning rate of the constants falls to zero over the training, which therefore needs an end: "
@@ -258,18 +258,22 @@ class ConstantsModule(FrozenModelModule):
         found = circuit_behaviour(self.frozen, [batch], self.masks, constants.sets(), self.rows_per_run)
         self.validation_loss.update(found.loss(self.loss).mean(dim=1).to(self.device), len(batch))
 
+    def _mean_losses(self) -> Float[Tensor, " circuit"]:
+        # torchmetrics turns a tensor of one element into a number.
+        losses: Tensor = self.validation_loss.compute().reshape(len(self.circuits))
+        self.validation_loss.reset()
+        return losses
+
     def on_validation_epoch_end(self) -> None:
         """Keep what is best for each circuit; the best checkpoint minimises the mean of the best losses."""
-        losses = self.validation_loss.compute()
-        self.validation_loss.reset()
+        losses = self._mean_losses()
         self._offer(self.constants, losses)
         self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean(), prog_bar=True)
         self.log("val/objective", self.best_loss.mean())
 
     def on_test_epoch_end(self) -> None:
         """Report the mean over circuits."""
-        losses = self.validation_loss.compute()
-        self.validation_loss.reset()
+        losses = self._mean_losses()
         self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean())
 
     def best_constants(self) -> Constants:

@@ -87,14 +87,17 @@ class TaskData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> PromptLoader:
         """Batches of the train stream, without end; an epoch is the task's `batches_per_epoch`."""
+        # The loader's own epochs end where the trainer's do, so that a resume knows where in an epoch it is.
+        return PromptLoader(self.task, *self._rank_and_world_size(), self.epoch_length)
+
+    @property
+    def epoch_length(self) -> int:
+        """Training batches of an epoch in each process, as the attached trainer limits them."""
         length = self.task.batches_per_epoch
         limit = getattr(self.trainer, "limit_train_batches", None)
         if isinstance(limit, int):
-            length = min(length, limit)
-        elif isinstance(limit, float):
-            length = int(length * limit)
-        # The loader's own epochs end where the trainer's do, so that a resume knows where in an epoch it is.
-        return PromptLoader(self.task, *self._rank_and_world_size(), length)
+            return min(length, limit)
+        return int(length * limit) if isinstance(limit, float) else length
 
     def val_dataloader(self) -> EvaluationLoader:
         """The validation prompts of this process."""

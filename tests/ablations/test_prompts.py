@@ -52,10 +52,10 @@ def test_a_partner_is_another_prompt_of_equal_length_from_the_means_stream(whole
 
 
 def test_prompts_have_partners_of_their_own():
-    task = small_ioi(n_tokens=18, n_means=64)
-    found = [tuple(row) for row in partners(task.batch("test", 0, 64), task)]
-    # 64 draws from 64 donors hit about 40 of them.
-    assert 30 < len(set(found)) < 52
+    task = small_ioi(n_tokens=18, n_means=48)
+    found = [tuple(row) for row in partners(task.batch("test", 0, 48), task)]
+    # 48 draws from 48 donors hit about 30 of them.
+    assert 22 < len(set(found)) < 40
     assert sum(one == other for one, other in zip(found[1:], found, strict=False)) < 4
 
 

@@ -102,6 +102,32 @@ def test_tokens_after_the_scored_position_are_left_out(model):
     assert_sums(means, sums_by_hand(model, rows, BOS, ends=[4, 6]))
 
 
+def test_of_several_scored_positions_the_last_one_counts(model):
+    rows = prompts(2, 7, 7)
+    several = {"answers": torch.full((2, 2, 1), 5), "distractors": torch.full((2, 2, 1), 6)}
+    scored, weights = torch.tensor([[1, 3], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    batch = replace(batch_of(rows), scored=scored, weights=weights, **several)
+    assert_sums(node_means(model, [batch], BOS), sums_by_hand(model, rows, BOS, ends=[4, 6]))
+
+
+@pytest.mark.parametrize("n_positions", [1, 3, 12])
+def test_spreads_are_standard_deviations_over_tokens(model, n_positions):
+    rows = prompts(6, 3, 8, seed=3)
+    sums = node_means(model, [batch_of(rows)], BOS)
+    found = sums.spread(node_means(model, [batch_of(rows)], BOS, torch.square), n_positions)
+    assert found.bos_token_id == BOS
+    tokens = [values_by_hand(model, row) for row in rows]
+    for number in range(n_positions):
+        places = [number] if number < n_positions - 1 else range(number, 12)
+        there = [(one, place) for one in tokens for place in places if 0 < place < one[0].shape[1]]
+        if not there:
+            assert not found.heads[:, number].any()
+            continue
+        heads, mlps = (torch.stack([one[i][:, place] for one, place in there]).std(0, unbiased=False) for i in (0, 1))
+        assert_close(found.heads[:, number].flatten(-2).double(), heads, rtol=1e-6, atol=1e-7)
+        assert_close(found.mlps[:, number].double(), mlps, rtol=1e-6, atol=1e-7)
+
+
 def test_uneven_batches_one_batch_and_merged_halves_agree(model):
     rows = prompts(9, seed=1)
     whole = node_means(model, [batch_of(rows)], BOS)
@@ -148,14 +174,6 @@ def test_the_table_pools_the_tail(model, n_positions):
         mean_of_mlps = sum(mlps[position] for position in pooled if position in counts) / n
         assert_close(table.heads[:, number].flatten(-2).double(), mean_of_heads, rtol=1e-6, atol=1e-6)
         assert_close(table.mlps[:, number].double(), mean_of_mlps, rtol=1e-6, atol=1e-6)
-
-
-def test_full_positions_have_a_token_of_every_prompt(model):
-    rows = [[BOS, 5, 6, 7], [BOS, 5, 6, 7, 8, 9], [BOS, 5, 6, 7, 8]]
-    # Positions 1, 2 and 3 have three tokens, 4 has two: the last row of the table pools 3, 4 and 5.
-    assert node_means(model, [batch_of(rows)], BOS).n_full_positions == 4
-    assert node_means(model, [batch_of(rows[:1])], BOS).n_full_positions == 4
-    assert node_means(model, [batch_of([[5], *rows])], None).n_full_positions == 1
 
 
 def test_no_token_no_mean():

@@ -194,7 +194,9 @@ def test_a_run_that_is_interrupted_says_how_to_resume(tmp_path, sent, status, sa
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_refit_is_finished_by_the_command_that_it_says(tmp_path, sent, status):
-    run = start(tmp_path, "--trainer.max_epochs", "1", "--finish.refit.steps", "100000", "--quiet")
+    # Without progress bars the passes after the training would not be recorded.
+    bars = ("--trainer.enable_progress_bar", "true", "--quiet")
+    run = start(tmp_path, "--trainer.max_epochs", "1", "--finish.refit.steps", "100000", *bars)
     folder = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0"
     log = folder / "run.log"
     while not log.exists() or "refitting the constants" not in log.read_text():

@@ -1,5 +1,7 @@
 """Figures say what they show, for models of every size, and leave matplotlib as it was."""
 
+from typing import get_args
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -7,10 +9,19 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.circuits import circuit_drawing
-from oa_train.figures.comparison import SMALLEST_KL, Interval, comparison_figure
+from oa_train.figures.comparison import (
+    MOST_ROWS,
+    RANDOM_CIRCUITS,
+    SMALLEST_KL,
+    Interval,
+    Panel,
+    comparison_figure,
+)
 from oa_train.figures.maps import keep_probability_map
-from oa_train.figures.style import ABLATION_COLOURS, KEPT, save_figure
+from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, KEPT, save_figure
+from oa_train.interventions.kinds import AblationKind
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -106,26 +117,41 @@ def intervals(n: int, scale: float) -> list[Interval]:
     return [Interval(scale * (i + 1), scale * (i + 0.5), scale * (i + 2)) for i in range(n)]
 
 
-@pytest.mark.parametrize(("n_layers", "n_heads"), SIZES[:3])
+def two_panels(circuit, components, names, title: str = "", **options):
+    panels = [Panel("circuits", ["circuit"], circuit, **options), Panel("components", names, components)]
+    return comparison_figure(panels, title)
+
+
+@pytest.mark.parametrize(("n_layers", "n_heads"), SIZES[:2])
 def test_a_comparison_of_any_size(tmp_path, n_layers, n_heads):
     names = names_of(n_layers, n_heads)
-    circuit = {kind: Interval(x, x / 2, 2 * x) for kind, x in (("optimal", 0.01), ("mean", 0.1), ("zero", 1.0))}
-    components = {kind: intervals(len(names), x) for kind, x in (("optimal", 1e-3), ("mean", 1e-2), ("zero", 0.1))}
-    figure = comparison_figure(circuit, components, names, "three ablations")
+    scales = (("optimal", 0.01), ("mean", 0.1), ("zero", 1.0))
+    circuit = {kind: intervals(1, scale) for kind, scale in scales}
+    components = {kind: intervals(len(names), scale) for kind, scale in scales}
+    figure = two_panels(circuit, components, names, "three ablations", random_kl=[0.5, 0.7])
     upper, lower = figure.axes
     assert [label.get_text() for label in lower.get_yticklabels()] == names
-    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["optimal", "mean", "zero"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["optimal", "mean", "zero", RANDOM_CIRCUITS]
     assert lower.get_xscale() == upper.get_xscale() == "log"
     svg = saved(figure, tmp_path)
     for words in ("three ablations", "KL divergence from the clean model (nats)", names[0], names[-1], "optimal"):
         assert f"<!-- {words} -->" in svg
 
 
+def test_of_many_components_those_that_matter_most_are_drawn():
+    names = names_of(12, 12)
+    values = intervals(len(names), 0.01)[::-1]
+    figure = comparison_figure([Panel("one component ablated", names, {"optimal": values})], "")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == names[:MOST_ROWS]
+    assert f"the {MOST_ROWS} of {len(names)} that matter most" in axes.get_title(loc="left")
+
+
 def test_points_stand_at_their_means_in_their_colours():
     components = {"optimal": intervals(3, 0.01), "zero": intervals(3, 0.1)}
-    circuit = {"optimal": Interval(0.5, 0.4, 0.7), "zero": Interval(2.0, 1.0, 3.0)}
-    upper, lower = comparison_figure(circuit, components, ["a0.h0", "a0.h1", "m0"], "").axes
-    for axes, drawn in ((upper, {kind: [one] for kind, one in circuit.items()}), (lower, components)):
+    circuit = {"optimal": [Interval(0.5, 0.4, 0.7)], "zero": [Interval(2.0, 1.0, 3.0)]}
+    upper, lower = two_panels(circuit, components, ["a0.h0", "a0.h1", "m0"]).axes
+    for axes, drawn in ((upper, circuit), (lower, components)):
         for container, (kind, wanted) in zip(axes.containers, drawn.items(), strict=True):
             points, _, (bars,) = container.lines
             np.testing.assert_allclose(points.get_xdata(), [interval.mean for interval in wanted])
@@ -133,13 +159,41 @@ def test_points_stand_at_their_means_in_their_colours():
             ends = [(segment[0, 0], segment[1, 0]) for segment in bars.get_segments()]
             np.testing.assert_allclose(ends, [(interval.low, interval.high) for interval in wanted])
             assert points.get_color() == ABLATION_COLOURS[kind]
+            assert points.get_marker() == ABLATION_MARKERS[kind]
     # The first component stands on top.
     assert lower.get_ylim()[0] > lower.get_ylim()[1]
 
 
+def test_every_ablation_has_a_colour_and_a_marker_of_its_own():
+    assert set(get_args(AblationKind)) == set(ABLATION_COLOURS) == set(ABLATION_MARKERS)
+    assert len(set(ABLATION_COLOURS.values())) == len(set(ABLATION_MARKERS.values())) == len(ABLATION_COLOURS)
+
+
+def test_what_is_no_total_ablation_is_hollow():
+    rows = {kind: intervals(1, 0.1) for kind in ("optimal", "counterfactual")}
+    labels = {"optimal": "optimal", "counterfactual": "counterfactual (not total)"}
+    (axes,) = comparison_figure([Panel("circuits", ["circuit"], rows)], "", labels).axes
+    faces = [to_hex(container.lines[0].get_markerfacecolor()) for container in axes.containers]
+    assert faces == [ABLATION_COLOURS["optimal"].lower(), "#ffffff"]
+
+
 def test_divergences_of_zero_and_below_are_drawn_at_the_edge(tmp_path):
-    none = Interval(0.0, -1e-3, 1e-3)
-    figure = comparison_figure({"mean": none}, {"mean": [none]}, ["m0"], "")
+    none = [Interval(0.0, -1e-3, 1e-3)]
+    figure = two_panels({"mean": none}, {"mean": none}, ["m0"])
     points = figure.axes[1].containers[0].lines[0]
     assert points.get_xdata().tolist() == [SMALLEST_KL]
+    saved(figure, tmp_path)
+
+
+@pytest.mark.parametrize("n_runs", [2, 5])
+def test_runs_are_tabled_with_their_numbers(tmp_path, n_runs):
+    names = [f"run {number}" for number in range(n_runs)]
+    kl = {kind: [0.0123 * (i + 1) for i in range(n_runs)] for kind in ("optimal", "counterfactual mean")}
+    overlap = [[1.0 if i == j else 0.25 for j in range(n_runs)] for i in range(n_runs)]
+    figure = agreement_figure(names, kl, overlap)
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_yticklabels()] == names
+    shown = [text.get_text() for text in left.texts]
+    assert shown == [f"{kl[kind][i]:.2g}" for i in range(n_runs) for kind in kl]
+    assert [text.get_text() for text in right.texts].count("0.25") == n_runs * (n_runs - 1)
     saved(figure, tmp_path)

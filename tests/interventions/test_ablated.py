@@ -89,10 +89,10 @@ def test_generation_with_the_cache_equals_one_without_and_node_logits(any_model,
     for row, mask in enumerate(batch.attention_mask):
         prompt = batch.tokens[row][mask].tolist()
         made = cached.sequences[row, batch.tokens.shape[1] :].tolist()
-        for step in range(STEPS):
-            alone = logits_by_rows(any_model, batch_of([prompt + made[:step]]), CIRCUIT, constants)[0, 0]
-            assert_close(cached.logits[step][row], alone, **EXACT)
-            assert_close(plain.logits[step][row], alone, **EXACT)
+        steps = batch_of([prompt + made[:step] for step in range(STEPS)])
+        expected = logits_by_rows(any_model, steps, CIRCUIT, constants)[:, 0]
+        for generated in (cached, plain):
+            assert_close(torch.stack(generated.logits)[:, row], expected, **EXACT)
     clean = generate(any_model, batch, use_cache=True)
     assert not torch.equal(clean.sequences, cached.sequences)
 

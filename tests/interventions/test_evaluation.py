@@ -47,7 +47,7 @@ def ablation(name: str, model, task) -> Ablation:
 
 
 def several() -> Induction:
-    return Induction(length=5, repeated=3, answer_positions="every")
+    return Induction(length=5, repeated=3, answer_positions="every", n_means=32)
 
 
 def assert_same(found: Behaviour, expected: Behaviour, **tolerance: float) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ArtefactError
 from oa_train.interventions.evaluation import circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
 from oa_train.metrics.measures import MEASURES, Loss
@@ -18,6 +19,7 @@ from oa_train.training.data import TaskData
 from oa_train.training.refit import RefitSettings
 from tests.builders import quiet_trainer, small_ioi
 
+REFITTED = FinishSettings(refit=RefitSettings(steps=60, batch_size=8, evaluate_every=20))
 QUICK = FinishSettings(refit=RefitSettings(steps=10, batch_size=4, evaluate_every=5))
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
 
@@ -32,6 +34,54 @@ def trained(task, **changes) -> CircuitModule:
     quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
     module.masks.logits.data.copy_(torch.where(module.components.mask(KEPT), 3.0, -3.0))
     return module
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    task = small_ioi(n_validation=128, n_test=256, n_means=64)
+    module = trained(task)
+    run = tmp_path_factory.mktemp("experiment") / "version_0"
+    finish(module, task, run, REFITTED)
+    return module, task, run
+
+
+def test_finish_writes_what_it_found(finished_run):
+    module, _, run = finished_run
+    circuit = Circuit.load(run / "circuit")
+    assert circuit.nodes == KEPT
+    torch.testing.assert_close(circuit.scores, module.keep_probability())
+    constants = Constants.load(run / "constants")
+    assert constants.bos_token_id == module.bos_token_id
+    assert constants.provenance["fingerprint"] == module.fingerprint
+    results = json.loads((run / "studies" / "fit_0" / "results.json").read_text())
+    assert results["schema_version"] == 1
+    assert results["command"] == "fit"
+    assert results["circuit"] == {"nodes": 7, "nodes_total": 15}
+    assert results["task"] | {"name": "ioi", "n_prompts": 256, "split": "test"} == results["task"]
+    assert results["model"]["name"] == "tiny"
+    assert results["metrics"]["kl"]["n"] == 256
+    low, high = results["metrics"]["kl"]["ci95"]
+    assert low < results["metrics"]["kl"]["mean"] < high
+    assert len(results["rows"]) == 15
+    figures = {path.name for path in (run / "studies" / "fit_0" / "figures").iterdir()}
+    assert figures == {"circuit.png", "keep_probability.png"}
+
+
+def test_results_are_never_overwritten(finished_run):
+    module, task, run = finished_run
+    before = (run / "circuit" / "artefact.json").read_bytes()
+    with pytest.raises(ArtefactError, match="never overwritten"):
+        finish(module, task, run, QUICK)
+    assert (run / "circuit" / "artefact.json").read_bytes() == before
+
+
+def test_refit_starts_are_honoured(finished_run, tmp_path):
+    module, task, _ = finished_run
+    found = {}
+    for start in ("trained", "mean", "both"):
+        settings = FinishSettings(refit=RefitSettings(steps=0), refit_start=start)
+        found[start] = finish(module, task, tmp_path / start, settings)
+    assert found["both"].metrics["kl"].mean in (found["trained"].metrics["kl"].mean, found["mean"].metrics["kl"].mean)
 
 
 @pytest.mark.parametrize("ablation", KINDS)

@@ -248,6 +248,14 @@ def test_only_prompts_of_n_tokens_are_drawn(side: str, stream: Stream) -> None:
     assert len({task.prompt(stream, index).text for index in range(24)}) > 20
 
 
+def test_a_length_that_few_prompts_have_is_found() -> None:
+    share = sum(IOI().batch("train", 0, 200).lengths.tolist().count(length) for length in (15, 24)) / 200
+    assert share < 0.1
+    for length in (15, 24):
+        batch = IOI(n_tokens=length).batch("test", 0, 12)
+        assert batch.lengths.tolist() == [length] * 12
+
+
 def test_n_tokens_counts_the_bos() -> None:
     lengths = [IOI(n_tokens=18, lm=LMSpec(bos=bos)).batch("train", 0, 1).tokens.shape[1] for bos in ("auto", "none")]
     assert lengths == [18, 18]
@@ -256,7 +264,7 @@ def test_n_tokens_counts_the_bos() -> None:
 
 
 def test_a_length_that_does_not_occur_is_refused_with_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oa_train.tasks.base.ATTEMPTS", 300)
+    monkeypatch.setattr("oa_train.tasks.base.ATTEMPTS", 30)
     with pytest.raises(TaskError, match=r"n_tokens is 40, .* task ioi .* lengths are 1\d, 1\d, (\d\d, )+2\d\."):
         IOI(n_tokens=40).prompt("train", 0)
     one_length = len(Induction().encoder.encode([Induction().prompt("train", 0).text])[0])

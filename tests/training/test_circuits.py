@@ -343,11 +343,3 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
         logits = node_logits(module.frozen, batch, rows, replacements, module.bos_token_id)
         lost.append(loss_of(loss, clean, logits, batch).mean())
     torch.testing.assert_close(found, sum(lost) / 3, rtol=0, atol=1e-12)
-
-
-def test_a_loss_or_an_ablation_that_there_is_not_is_refused_before_the_model_is_loaded():
-    nowhere = LMSpec("./no/such/folder")
-    with pytest.raises(ConfigurationError, match="loss is 'crossentropy'"):
-        CircuitModule.__init__.__wrapped__(CircuitModule.__new__(CircuitModule), lm=nowhere, loss="crossentropy")
-    with pytest.raises(ConfigurationError, match="ablation is 'resampling'"):
-        CircuitModule.__init__.__wrapped__(CircuitModule.__new__(CircuitModule), lm=nowhere, ablation="resampling")

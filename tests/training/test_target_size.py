@@ -1,5 +1,6 @@
 """Training to a target size: it is reached, resumes are exact, and checkpoints of other penalties are refused."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
+
+# Runs are short here; one test expects this warning.
+pytestmark = pytest.mark.filterwarnings("ignore:The circuit shrinks to target_size")
 
 
 def train(folder: Path, max_steps: int, resume: Path | None = None, accumulate: int = 1, **changes) -> CircuitModule:
@@ -129,3 +133,11 @@ def test_with_another_target_the_best_of_the_run_before_does_not_count(tmp_path)
 def test_targets_that_cannot_work_are_refused(changes, said):
     with pytest.raises(ConfigurationError, match=said):
         CircuitModule(**changes)
+
+
+def test_a_training_that_is_too_short_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="in 4 steps and then settles; this training has 7 steps"):
+        train(tmp_path, 7)
+    with warnings.catch_warnings(record=True) as caught:
+        train(tmp_path / "longer", 8)
+    assert not [one for one in caught if "target_size" in str(one.message)]

@@ -1,0 +1,178 @@
+"""The manual says what the code does: its tables of options are whole, its links lead somewhere, its code compiles."""
+
+import inspect
+import re
+import textwrap
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import oa_train
+from oa_train.cli.main import COMMANDS
+from oa_train.interventions.kinds import KINDS
+from oa_train.masks.hard_concrete import HardConcrete
+from oa_train.masks.uniform import UniformGradientSampling
+from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
+from oa_train.models.families import FAMILIES
+from oa_train.models.loading import LMSpec
+from oa_train.studies.compare import CompareSettings
+from oa_train.studies.finish import FinishSettings
+from oa_train.tasks.base import Task
+from oa_train.tasks.greater_than import GreaterThan
+from oa_train.tasks.induction import Induction
+from oa_train.tasks.ioi import IOI
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.constants import ConstantsModule
+from oa_train.training.refit import RefitSettings
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+
+# Heading of docs/configuration.md, the class whose options its table lists, and the columns with its defaults.
+TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
+    ("lm", LMSpec, (LMSpec(),)),
+    ("CircuitModule", CircuitModule, ()),
+    ("ConstantsModule", ConstantsModule, ()),
+    ("UniformGradientSampling", UniformGradientSampling, ()),
+    ("HardConcrete", HardConcrete, ()),
+    ("Every task", Task, ()),
+    ("IOI", IOI, ()),
+    ("Induction", Induction, ()),
+    ("finish", FinishSettings, (FinishSettings(),)),
+    ("compare", CompareSettings, (CompareSettings(),)),
+    ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
+]
+
+# Given once at the top of a configuration, or filled in by the module.
+FILLED_IN = {"lm", "seed", "n_entries", "options"}
+
+on_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def options(kind: type) -> dict[str, Any]:
+    """Names and defaults of what can be configured."""
+    if is_dataclass(kind):
+        return {field.name: field.default for field in fields(kind)}
+    parameters = inspect.signature(kind).parameters.values()
+    return {one.name: one.default for one in parameters if one.name not in FILLED_IN}
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The other cells of each row under a heading, by the name in the first."""
+    section = re.search(rf"^### {heading}\n(.*?)(?=^##)", CONFIGURATION.read_text(), re.MULTILINE | re.DOTALL)
+    assert section, f"docs/configuration.md has no heading {heading!r}"
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", section[1], re.MULTILINE)
+    assert len({name for name, _ in rows}) == len(rows)
+    return {name: cells.split(" | ") for name, cells in rows}
+
+
+def shown(value: Any) -> str:
+    """How the manual writes a default."""
+    if value is None:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return value.__name__ if inspect.isclass(value) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_written(cell: str, default: Any) -> bool:
+    text = cell.strip("`")
+    return float(text) == float(shown(default)) if isinstance(default, float) else text == shown(default)
+
+
+@pytest.mark.parametrize(("heading", "kind", "given"), TABLES, ids=[heading for heading, _, _ in TABLES])
+def test_the_table_of_a_class_has_its_options_and_no_others(heading: str, kind: type, given: tuple[Any, ...]) -> None:
+    rows = table(heading)
+    assert rows.keys() == options(kind).keys()
+    for name, default in options(kind).items():
+        values = [getattr(one, name) for one in given] or [default]
+        for cell, value in zip(rows[name], values, strict=False):
+            assert is_dataclass(value) or value is MISSING or is_written(cell, value), f"{heading}: {name} is {value}"
+
+
+def test_no_configurable_class_is_left_out() -> None:
+    listed = {kind for _, kind, _ in TABLES}
+    assert {CircuitModule, ConstantsModule, UniformGradientSampling, HardConcrete} <= listed
+    tasks = {kind for kind in Task.__subclasses__() if kind.__module__.startswith("oa_train.")}
+    assert {kind for kind in tasks if options(kind)} <= listed
+    assert not options(GreaterThan)
+
+
+@pytest.mark.parametrize("page", ["configuration.md", "components.md"])
+def test_every_kind_of_ablation_is_named(page: str) -> None:
+    assert all(f"`{kind}`" in (ROOT / "docs" / page).read_text() for kind in KINDS)
+
+
+def test_every_kind_of_ablation_has_a_section_and_says_whether_it_is_total() -> None:
+    text = (ROOT / "docs" / "components.md").read_text()
+    assert re.findall(r"^### `(\w+)`$", text, re.MULTILINE) == list(KINDS)
+    for kind in KINDS.values():
+        row = re.search(rf"^\| `{kind.name}` \|(.*\|){{5}}$", text, re.MULTILINE)
+        assert row, kind.name
+        assert row[0].split("|")[4].strip().startswith("yes" if kind.total else "**no**")
+
+
+def test_every_loss_and_measure_is_named() -> None:
+    for page in ("configuration.md", "tasks.md"):
+        text = (ROOT / "docs" / page).read_text()
+        assert all(f"`{name}`" in text for name in (*LOSS_SIGNS, *MEASURES))
+
+
+def test_the_table_of_families_is_the_code_s() -> None:
+    text = (ROOT / "docs" / "components.md").read_text()
+    rows = re.findall(r"^\| (`\w+`.*?) \| `([\w.]+)` \| `([\w.]+)` \| `(\w+)` \|$", text, re.MULTILINE)
+    listed = {
+        name: (*places, cell) for cell, *places in rows for name in re.findall(r"`(\w+)`", cell) if name in FAMILIES
+    }
+    assert listed.keys() == FAMILIES.keys()
+    for name, family in FAMILIES.items():
+        *places, cell = listed[name]
+        assert places == [family.blocks, family.attention_output, family.mlp], name
+        assert ("post-norms" in cell) == family.post_norms
+        assert ("parallel" in cell) == bool(family.parallel)
+        for attribute in (family.parallel, family.requires):
+            assert not isinstance(attribute, str) or attribute in cell
+
+
+@on_every_page
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@on_every_page
+def test_every_python_block_compiles(page: Path) -> None:
+    for block in re.findall(r"^ *```python\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+        code = textwrap.dedent(block)
+        # An entry of a dictionary is shown without the dictionary.
+        compile(f"{{{code}}}" if code.startswith('"') and code.rstrip().endswith("},") else code, page.name, "exec")
+
+
+@on_every_page
+def test_every_command_exists(page: Path) -> None:
+    for command in re.findall(r"oa-train +([a-z]\w*)", page.read_text()):
+        assert command in COMMANDS, f"{page.name} has oa-train {command}"
+
+
+@on_every_page
+def test_every_name_that_is_imported_from_the_package_exists(page: Path) -> None:
+    for names in re.findall(r"^ *from oa_train import (\([^)]*\)|.*)$", page.read_text(), re.MULTILINE):
+        for name in re.findall(r"\w+", names):
+            assert name in oa_train.__all__, f"{page.name} imports {name}"
+
+
+def test_every_command_is_listed() -> None:
+    assert [name for name in COMMANDS if f"`oa-train {name} " not in CONFIGURATION.read_text()] == []

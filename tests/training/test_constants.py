@@ -1,0 +1,203 @@
+"""Constants alone as a Lightning job: the same as `fit_constants`, resumable, stopped when flat."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from torch.testing import assert_close
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.studies.constants import finish_constants
+from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
+from oa_train.training.checkpoints import WholeFileCheckpointIO
+from oa_train.training.constants import ConstantsModule
+from oa_train.training.data import TaskData
+from tests.builders import quiet_trainer, small_ioi
+
+
+def train(max_steps: int, folder: Path | None = None, resume: Path | None = None, **changes) -> ConstantsModule:
+    module = ConstantsModule(**changes)
+    callbacks = [BestCheckpoint(folder), LastCheckpoint(folder, every_n_steps=1)] if folder else []
+    trainer = quiet_trainer(
+        max_epochs=4,
+        limit_train_batches=max_steps,
+        enable_checkpointing=bool(folder),
+        plugins=[WholeFileCheckpointIO()],
+        callbacks=callbacks,
+    )
+    trainer.fit(module, datamodule=TaskData(small_ioi()), ckpt_path=None if resume is None else str(resume))
+    return module
+
+
+def test_all_components_in_one_job_equal_a_job_for_each():
+    together = train(2, alone="*")
+    assert list(together.circuits) == list(together.components.names)
+    for index, name in enumerate(together.components.names):
+        alone = train(2, alone=name)
+        for table in ("heads", "mlps"):
+            one, other = getattr(together.constants, table)[index], getattr(alone.constants, table)[0]
+            assert_close(one, other, rtol=0, atol=1e-5)
+        assert_close(together.best_loss[index], alone.best_loss[0], rtol=0, atol=1e-5)
+
+
+def test_circuits_run_in_parts_are_the_same():
+    whole, parts = (train(2, alone=["a0*", "m*"], rows_per_run=rows) for rows in (512, 8))
+    assert_close(whole.constants.heads, parts.constants.heads, rtol=0, atol=1e-5)
+    assert_close(whole.constants.mlps, parts.constants.mlps, rtol=0, atol=1e-5)
+
+
+def test_the_best_by_validation_is_kept_and_never_worse_than_mean_and_zero():
+    module = train(4, alone=["a0.h0", "m0", "m1"], learning_rate=0.02)
+    task = small_ioi()
+    found = circuit_behaviour(
+        module.frozen, list(task.batches("validation", task.n_validation)), module.masks, module.best.sets()
+    )
+    assert_close(found.kl.mean(dim=1), module.best_loss, rtol=0, atol=1e-6)
+    for start in ("mean", "zero"):
+        unmoved = train(1, alone=["a0.h0", "m0", "m1"], start=start, learning_rate=1e-9)
+        assert (module.best_loss <= unmoved.best_loss + 1e-6).all()
+    wild = train(2, alone=["a0.h0", "m0", "m1"], learning_rate=100.0)
+    assert (wild.best_loss <= unmoved.best_loss + 1e-6).all()
+
+
+def test_constants_of_components_alone_are_merged_each_from_its_own(tmp_path):
+    module = train(2, alone="*")
+    merged = module.best_constants()
+    for index, name in enumerate(module.components.names):
+        layer, head = divmod(index, 5)
+        own = module.best.sets()[index]
+        if head < 4:
+            assert torch.equal(merged.heads[layer, :, head], own.heads[layer, :, head])
+        else:
+            assert torch.equal(merged.mlps[layer], own.mlps[layer]), name
+    finished = finish_constants(module, small_ioi(), tmp_path)
+    assert list(finished.metrics) == list(module.components.names)
+    assert torch.equal(Constants.load(tmp_path / "constants").heads, merged.heads)
+    assert not (tmp_path / "circuit").exists()
+    assert (finished.folder / "tables" / "constants.csv").is_file()
+    assert (finished.folder / "figures" / "components.png").stat().st_size > 5_000
+
+
+def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
+    named = train(2, keep=["a0*", "a1*", "m0"])
+    finish_constants(named, small_ioi(), tmp_path / "run")
+    assert Circuit.load(tmp_path / "run" / "circuit").nodes == named.circuits["circuit"].nodes
+    for folder in (tmp_path / "run", tmp_path / "run" / "circuit"):
+        loaded = train(2, circuit=str(folder))
+        assert torch.equal(loaded.constants.heads, named.constants.heads)
+    continued = ConstantsModule(keep=["a0*", "a1*", "m0"], start=str(tmp_path / "run" / "constants"), positions=3)
+    quiet_trainer(max_epochs=1, limit_train_batches=1).fit(continued, datamodule=TaskData(small_ioi()))
+    assert continued.best_constants().n_positions == 3
+    assert continued.best_loss <= named.best_loss + 1e-6
+
+
+def test_only_constants_of_what_is_ablated_move():
+    module = train(2, keep=["*", "!a1.h2", "!m0"])
+    start = train(1, keep=["*", "!a1.h2", "!m0"], learning_rate=1e-12)
+    moved = (module.constants.heads - start.constants.heads).abs().amax(dim=(2, 4))[0] > 1e-9
+    assert moved.nonzero().tolist() == [[1, 2]]
+    moved_mlps = (module.constants.mlps - start.constants.mlps).abs().amax(dim=(2, 3))[0] > 1e-9
+    assert moved_mlps.nonzero().flatten().tolist() == [0]
+
+
+def test_a_resumed_job_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path):
+    class Kill(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 5:
+                raise KeyError("killed")
+
+    whole = train(2, tmp_path / "whole", alone=["a0*", "m1"])
+    module = ConstantsModule(alone=["a0*", "m1"])
+    part = tmp_path / "part"
+    trainer = quiet_trainer(
+        max_epochs=4,
+        limit_train_batches=2,
+        enable_checkpointing=True,
+        plugins=[WholeFileCheckpointIO()],
+        callbacks=[BestCheckpoint(part), LastCheckpoint(part, every_n_steps=1), Kill()],
+    )
+    with pytest.raises(KeyError, match="killed"):
+        trainer.fit(module, datamodule=TaskData(small_ioi()))
+    rest = train(2, tmp_path / "rest", part / "last.ckpt", alone=["a0*", "m1"])
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, rest.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_other_circuits_is_refused(tmp_path):
+    train(1, tmp_path, alone=["a0*"])
+    with pytest.raises(CheckpointError, match="another experiment"):
+        train(1, tmp_path / "other", tmp_path / "last.ckpt", alone=["a1*"])
+    with pytest.raises(CheckpointError, match="loss: the checkpoint has kl"):
+        train(1, tmp_path / "other", tmp_path / "last.ckpt", alone=["a0*"], loss="cross_entropy")
+
+
+def test_training_ends_early_when_nothing_improves():
+    module = ConstantsModule(alone=["a2*"], learning_rate=1e-9, patience=2)
+    trainer = quiet_trainer(max_epochs=20, limit_train_batches=1)
+    trainer.fit(module, datamodule=TaskData(small_ioi()))
+    assert trainer.current_epoch < 5
+
+
+def test_the_learning_rate_falls_to_zero_over_the_whole_training():
+    rates = []
+
+    class Watch(lightning.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer = quiet_trainer(max_epochs=2, limit_train_batches=4, callbacks=[Watch()])
+    trainer.fit(ConstantsModule(alone="m0", learning_rate=0.1), datamodule=TaskData(small_ioi()))
+    assert rates[0] == 0.1
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(0.05)
+    assert rates[-1] < 0.01
+    endless = quiet_trainer(max_epochs=-1)
+    with pytest.raises(ConfigurationError, match="needs an end"):
+        endless.fit(ConstantsModule(alone="m0"), datamodule=TaskData(small_ioi()))
+
+
+def test_every_start_and_loss_is_honoured():
+    zero = train(1, alone="m0", start="zero", learning_rate=1e-12)
+    assert zero.constants.mlps.abs().max() < 1e-9
+    mean = train(1, alone="m0", start="mean", learning_rate=1e-12)
+    counterfactual = train(1, alone="m0", start="counterfactual_mean", learning_rate=1e-12)
+    assert not torch.equal(mean.constants.mlps, counterfactual.constants.mlps)
+    for loss in ("cross_entropy", "logit_difference"):
+        module = train(10, alone="a0.h0", loss=loss, learning_rate=0.05)
+        start = train(1, alone="a0.h0", loss=loss, learning_rate=1e-12)
+        assert (module.best_loss < start.best_loss).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "exactly one of .* given: none"),
+        ({"keep": "m0", "alone": "*"}, "given: keep, alone"),
+        ({"alone": "b*"}, "matches no component"),
+        ({"alone": "*", "start": "maen"}, "Did you mean mean"),
+        ({"alone": "*", "start": "resample"}, "no folder of constants either"),
+        ({"alone": "*", "positions": 0}, "positions is 0"),
+        ({"alone": "*", "patience": 0}, "patience is 0"),
+        ({"alone": "*", "learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"alone": "*", "rows_per_run": 0}, "rows_per_run is 0"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, words):
+    with pytest.raises(ConfigurationError, match=words):
+        ConstantsModule(**changes)
+
+
+def test_artefacts_of_another_model_are_refused(tmp_path):
+    circuit = replace(
+        Circuit.from_patterns(ConstantsModule(alone="m0").components, ["m0"]), provenance={"fingerprint": "0"}
+    )
+    circuit.save(tmp_path / "circuit")
+    with pytest.raises(ArtefactError, match="belongs to another model"):
+        ConstantsModule(circuit=str(tmp_path / "circuit"))
+    with pytest.raises(ArtefactError):
+        ConstantsModule(circuit=str(tmp_path / "nothing"))
