@@ -11,6 +11,7 @@ import pytest
 
 from oa_train import Circuit, Constants, LMSpec, ablated, load_model
 from oa_train.cli.main import main
+from oa_train.interventions.kinds import KINDS
 from oa_train.tasks.tokens import load_tokenizer
 
 
@@ -45,17 +46,39 @@ def test_mean_and_zero_are_worse_on_the_circuit(compared):
 
 def test_random_circuits_of_equal_size_are_far_worse(compared):
     circuit = next(row for row in compared["rows"] if row["ablation"] == "optimal")
-    kl = compared["random_circuits"]["kl"]
+    (drawn,) = compared["random_circuits"]
+    assert drawn["size"] == compared["circuit"]["nodes"]
+    kl = drawn["kl"]
     assert len(kl) == 20
     assert statistics.median(kl) >= 10 * circuit["kl"]["mean"]
 
 
 def test_each_component_alone_obeys_the_law_of_optimal_ablation(compared):
-    others = [row for row in compared["rows"] if row["component"] != "circuit" and row["ablation"] != "optimal"]
+    others = [row for row in compared["rows"] if row["component"] != "circuit" and row["ablation"] in ("mean", "zero")]
     assert len(others) == 30
     for row in others:
-        upper_bound = -row["kl_minus_optimal"]["ci95"][0]
-        assert upper_bound <= max(1e-4, 0.02 * row["kl"]["mean"]), (row["component"], row["ablation"])
+        assert_optimal_is_not_worse(row)
+
+
+def assert_optimal_is_not_worse(row: dict) -> None:
+    upper_bound = -row["kl_minus_optimal"]["ci95"][0]
+    assert upper_bound <= max(1e-4, 0.02 * row["kl"]["mean"]), (row["component"], row["ablation"])
+
+
+def test_constants_per_position_obey_the_law_against_resample_on_prompts_of_one_length(run):
+    words = ["--data.n_tokens", "19", "--compare.positions", "every", "--compare.random_circuits", "0"]
+    assert main(["compare", "--run", str(run), "--quiet", *words, "--compare.ablations", "[optimal, resample]"]) == 0
+    results = json.loads((run / "studies" / "compare_1" / "results.json").read_text())
+    assert results["positions"] == results["task"]["n_tokens"] == 19
+    rows = [row for row in results["rows"] if row["ablation"] == "resample"]
+    assert len(rows) == 16
+    for row in rows:
+        assert_optimal_is_not_worse(row)
+
+
+def test_counterfactual_ablation_is_told_apart_as_not_total(compared):
+    assert {row["ablation"] for row in compared["rows"] if not row["total"]} == {"counterfactual"}
+    assert {row["ablation"] for row in compared["rows"]} == set(KINDS)
 
 
 def test_everything_is_where_the_demo_says(run):
