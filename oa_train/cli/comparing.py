@@ -69,6 +69,11 @@ def _load(folder: Path) -> TrainedCircuit:
     try:
         return TrainedCircuit.load(folder)
     except ArtefactError as problem:
+        if (folder / "constants").is_dir() and not (folder / "circuit").exists():
+            raise ArtefactError(
+                f"{folder} holds constants of components that were ablated alone, and no circuit.\nCompare runs that "
+                "trained a circuit, or constants for one (`circuit` or `keep` of ConstantsModule)."
+            ) from problem
         raise ArtefactError(
             f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
             f"  {resume_command(folder)}"
@@ -135,8 +140,9 @@ def _circuit_table(run: TrainedCircuit, rows: Sequence[Comparison]) -> Table:
         title=f"{run.name}: {kept}, trained with {run.ablation.replace('_', ' ')} ablation\n"
         "KL divergence in nats with everything else ablated, mean ± 95 % interval",
         title_justify="left",
+        padding=(0, 0, 0, 1),
     )
-    for column in ("ablation", "KL", "KL minus optimal", "accuracy", "logit\ndifference"):
+    for column in ("ablation", "KL", "KL minus\noptimal", "accuracy", "logit\ndifference"):
         table.add_column(column, justify="left" if column == "ablation" else "right", no_wrap=True)
     for row in rows:
         difference = row.difference_to_optimal.get("kl")
@@ -175,4 +181,4 @@ def _overlap_table(compared: Compared, runs: Sequence[TrainedCircuit]) -> Table:
 
 def _label(row: Comparison) -> str:
     name = row.ablation.replace("_", " ")
-    return name if KINDS[row.ablation].total else f"{name} (not total)"
+    return name if KINDS[row.ablation].total else f"{name}\n(not total)"

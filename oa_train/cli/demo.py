@@ -25,7 +25,7 @@ def demo(argv: Sequence[str]) -> Path:
     console.print("[bold]1. Train masks and constants, then refit the constants[/bold] (oa-train fit)")
     run = fit(["--config", str(experiment_file()), "--trainer.default_root_dir", options.output])
     assert run is not None
-    console.print("\n[bold]2. Compare the learned constants with mean and zero ablation[/bold] (oa-train compare)")
+    console.print("\n[bold]2. Compare the learned constants with every other ablation[/bold] (oa-train compare)")
     compared = compare_command(["--run", str(run)])
     console.print("\n[bold]Where to look[/bold]")
     places = {

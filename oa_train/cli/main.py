@@ -34,7 +34,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "fit": ("oa_train.cli.fitting", "fit", "train masks and constants; --ckpt_path resumes"),
     "validate": ("oa_train.cli.fitting", "validate", "evaluate a run on its validation prompts"),
     "test": ("oa_train.cli.fitting", "test", "evaluate a run on held-out prompts"),
-    "compare": ("oa_train.cli.comparing", "compare_command", "learned ablation against mean and zero ablation"),
+    "compare": (
+        "oa_train.cli.comparing",
+        "compare_command",
+        "learned ablation against all others, for one run or several",
+    ),
     "inspect": ("oa_train.cli.inspecting", "inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
 

@@ -27,10 +27,11 @@ def agreement_figure(
     figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, height))
     left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])
     divergences = np.array(list(kl.values())).T
-    largest = max(float(divergences.max()), 10 * SMALLEST_KL)
-    _table(left, divergences, LogNorm(SMALLEST_KL, largest), "Oranges", "{:.2g}")
-    left.set_xticks(range(len(kl)), [name.replace(" ", "\n") for name in kl], fontsize=FONT_SIZE - 2)
-    left.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 2)
+    smallest = max(float(divergences.min()) / 2, SMALLEST_KL)
+    _table(left, divergences, LogNorm(smallest, max(float(divergences.max()), 10 * smallest)), "Oranges", "{:.2g}")
+    left.set_xticks(range(len(kl)), [name.replace(" ", "\n", 1) for name in kl], fontsize=FONT_SIZE - 2)
+    numbered = [f"{number}  {name}" for number, name in enumerate(names, start=1)]
+    left.set_yticks(range(len(names)), numbered, fontsize=FONT_SIZE - 2)
     left.set_title("KL divergence (nats), tested under", fontsize=FONT_SIZE)
     _table(right, np.array(jaccard), Normalize(0, 1), "Blues", "{:.2f}")
     right.set_xticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=FONT_SIZE - 2)

@@ -40,7 +40,7 @@ class CompareSettings:
         components: a shell pattern, or a list of them, of the components that are ablated alone as well; an empty list
             for none.
         positions: size of the tables of constants: 1 pools all positions, P tells P of them apart, `every` all
-            positions that prompts have; as in the first run when not given.
+            positions that prompts have; as many as the runs tell apart when not given.
         fit: training of the constants of each component alone, of the random circuits, and of circuits that have none
             of that size.
         random_circuits: circuits of each run's size that are drawn at random and given optimal constants; 0 for none.
@@ -193,8 +193,7 @@ class _Study:
         given = self.settings.positions
         if given == "every":
             return max(int(batch.lengths.max()) for batch in self.batches)
-        own = self.runs[0].constants
-        return given or (own.n_positions if own is not None else 1)
+        return given or max((run.constants.n_positions for run in self.runs if run.constants is not None), default=1)
 
     def rows(self) -> list[Comparison]:
         found = {kind: self._behaviour(kind) for kind in self.kinds}

@@ -44,7 +44,7 @@ def finish_constants(module: ConstantsModule, task: Task, run: str | Path, track
     """
     run, constants = Path(run), module.best_constants()
     if not module.each_alone:
-        module.circuits["circuit"].save(run / "circuit")
+        module.circuit().save(run / "circuit")
     constants.save(run / "constants")
     batches = track(list(task.batches("test", task.n_test)), "evaluating the constants")
     found = circuit_behaviour(module.frozen, batches, module.masks, [constants], module.rows_per_run)

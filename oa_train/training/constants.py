@@ -1,7 +1,8 @@
 """Training constants alone: for a given circuit, or for every component ablated alone, in one job."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,23 @@ class ConstantsModule(FrozenModelModule):
         losses = self._mean_losses()
         self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean())
 
+    def circuit(self) -> Circuit:
+        """The circuit that constants were trained for; whatever it was found under, it is optimally ablated now.
+
+        Raises:
+            ConfigurationError: components were ablated alone.
+        """
+        if self.each_alone:
+            raise ConfigurationError("Constants of components that were ablated alone belong to no circuit.")
+        given = self.circuits["circuit"]
+        return replace(given, provenance={**given.provenance, **self._optimal_provenance()})
+
+    def _optimal_provenance(self) -> dict[str, Any]:
+        return self.provenance() | {"ablation": "optimal", "loss": self.loss}
+
     def best_constants(self) -> Constants:
         """The best constants by validation: of the circuit, or of each component its own from where it was alone."""
-        provenance: Mapping[str, Any] = self.provenance() | {"ablation": "optimal", "loss": self.loss}
+        provenance = self._optimal_provenance()
         sets = [one.detach().to("cpu") for one in self.best.sets()]
         if not self.each_alone:
             return Constants(sets[0].heads, sets[0].mlps, self.bos_token_id, provenance)

@@ -192,7 +192,7 @@ def test_runs_are_tabled_with_their_numbers(tmp_path, n_runs):
     overlap = [[1.0 if i == j else 0.25 for j in range(n_runs)] for i in range(n_runs)]
     figure = agreement_figure(names, kl, overlap)
     left, right = figure.axes
-    assert [label.get_text() for label in left.get_yticklabels()] == names
+    assert [label.get_text() for label in left.get_yticklabels()] == [f"{i + 1}  run {i}" for i in range(n_runs)]
     shown = [text.get_text() for text in left.texts]
     assert shown == [f"{kl[kind][i]:.2g}" for i in range(n_runs) for kind in kl]
     assert [text.get_text() for text in right.texts].count("0.25") == n_runs * (n_runs - 1)

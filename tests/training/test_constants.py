@@ -13,6 +13,7 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.studies.constants import finish_constants
+from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO
 from oa_train.training.constants import ConstantsModule
@@ -201,3 +202,19 @@ def test_artefacts_of_another_model_are_refused(tmp_path):
         ConstantsModule(circuit=str(tmp_path / "circuit"))
     with pytest.raises(ArtefactError):
         ConstantsModule(circuit=str(tmp_path / "nothing"))
+
+
+def test_a_circuit_found_under_another_ablation_is_optimally_ablated_from_now_on(tmp_path):
+    components = ConstantsModule(alone="m0").components
+    found = replace(
+        Circuit.from_patterns(components, ["a*", "m0"]), provenance={"ablation": "resample", "selected": ["m1"]}
+    )
+    found.save(tmp_path / "found")
+    finish_constants(train(1, circuit=str(tmp_path / "found")), small_ioi(), tmp_path / "run")
+    loaded = TrainedCircuit.load(tmp_path / "run")
+    assert loaded.ablation == "optimal"
+    assert loaded.constants is not None
+    assert loaded.seed == 0
+    assert loaded.circuit.provenance["selected"] == ["m1"]
+    with pytest.raises(ConfigurationError, match="belong to no circuit"):
+        ConstantsModule(alone="m0").circuit()
