@@ -1,5 +1,6 @@
 """One fixture makes a tiny random model of every supported family."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,9 @@ from oa_train.models.loading import CausalLM
 from tests.builders import tiny_model
 from tests.precision import WithoutSinglePrecision
 
-# The models are so small that a second thread costs more than it saves, above all on a busy machine.
+# The models are so small that a second thread costs more than it saves, above all where tests run side by side.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))

@@ -9,7 +9,7 @@ import torch
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.interventions.base import protected
+from oa_train.interventions.base import masks_within_single_precision, protected
 from oa_train.interventions.nodes import node_sites, node_taps, spread_mask
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
@@ -49,6 +49,7 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator
 
     relays = [Tap(module, side, _relay(current, index)) for index, (module, side) in enumerate(node_sites(model))]
     with ExitStack() as stack:
+        stack.enter_context(masks_within_single_precision(model))
         stack.enter_context(observed_calls(model, prepare))
         stack.enter_context(tapped(relays))
         yield model

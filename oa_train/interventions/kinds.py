@@ -1,6 +1,7 @@
 """The ablations by name: what each replaces components with, and how it is prepared for a model and a task.
 
-To add a kind of ablation, write an `Ablation` and add one entry to `KINDS`.
+To add a kind of ablation, write an `Ablation` and add its name and one entry to `KINDS` here; figures take its colour
+from `figures.style`.
 """
 
 from collections.abc import Callable
@@ -98,6 +99,7 @@ class Kind:
         constant: whether it replaces by the same values on every prompt, so that they can be stored.
         learned: whether its constants are trained from there on.
         total: whether what it passes on carries nothing about the prompt.
+        paired: whether it needs the counterfactuals of a task's prompts.
     """
 
     name: AblationKind
@@ -105,6 +107,7 @@ class Kind:
     constant: bool = True
     learned: bool = False
     total: bool = True
+    paired: bool = False
 
 
 def _resample(source: AblationSource) -> Ablation:
@@ -127,8 +130,8 @@ KINDS: dict[AblationKind, Kind] = {
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False),
         Kind("noise", _noise, constant=False),
-        Kind("counterfactual_mean", lambda source: source.counterfactual_mean),
-        Kind("counterfactual", _counterfactual, constant=False, total=False),
+        Kind("counterfactual_mean", lambda source: source.counterfactual_mean, paired=True),
+        Kind("counterfactual", _counterfactual, constant=False, total=False, paired=True),
     )
 }
 

@@ -187,7 +187,7 @@ class _Study:
         if self.settings.ablations is not None:
             return self.settings.ablations
         has_counterfactuals = self.batches[0].counterfactual_tokens is not None
-        return [kind for kind in KINDS if has_counterfactuals or not kind.startswith("counterfactual")]
+        return [name for name, kind in KINDS.items() if has_counterfactuals or not kind.paired]
 
     def _n_positions(self) -> int:
         given = self.settings.positions

@@ -234,3 +234,14 @@ def test_artefacts_of_this_model_are_taken(any_model):
     circuit = Circuit(COMPONENTS, CIRCUIT.nodes, None, mine)
     with ablated(any_model, circuit, replace(small_constants(any_model), provenance=mine)):
         any_model(torch.tensor([[BOS, 5]]))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama"])
+def test_eager_attention_in_double_precision_generates_after_padding_on_the_left(family):
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    constants = small_constants(model)
+    batch = random_batch([6, 3, 1], "left")
+    with ablated(model, CIRCUIT, constants):
+        made = generate(model, batch)
+    assert torch.stack(made.logits).isfinite().all()

@@ -1,7 +1,5 @@
 """Sources, readers and edges, against an enumeration of what is written before what is read."""
 
-import time
-
 import pytest
 import torch
 from transformers import AutoConfig
@@ -44,10 +42,8 @@ def enumerate_edges(n_layers: int, n_heads: int, n_groups: int, parallel: bool) 
 )
 def test_gpt2_has_as_many_edges_as_it_should(n_layer, n_head, edges):
     config = AutoConfig.for_model("gpt2", n_layer=n_layer, n_head=n_head, n_embd=64 * n_head)
-    start = time.perf_counter()
     graph = Graph.of(config)
     assert graph.n_edges == len(graph.edge_sources) == len(graph.edge_readers) == edges
-    assert time.perf_counter() - start < 1
 
 
 @pytest.mark.parametrize(("family", "options", "n_groups", "parallel"), SMALL)
