@@ -141,7 +141,7 @@ def masked_part(module: CircuitModule, batch: Batch) -> Callable[[], object]:
     clean = module.clean_logits(batch)
 
     def run() -> None:
-        kl, penalty = module.masked_loss(batch, clean, "benchmark", 0)
+        kl, penalty = module.masked_loss(batch, clean)
         (kl + penalty).backward()
         module.zero_grad(set_to_none=True)
 
@@ -157,7 +157,7 @@ def whole_step(module: CircuitModule, task: RandomTokens) -> Callable[[], object
         number = next(numbers)
         batch = task.batch("train", number)
         optimizer.zero_grad(set_to_none=True)
-        kl, penalty = module.masked_loss(batch, module.clean_logits(batch), 0, 0, number)
+        kl, penalty = module.masked_loss(batch, module.clean_logits(batch))
         (kl + penalty).backward()
         optimizer.step()
 

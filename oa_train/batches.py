@@ -66,8 +66,9 @@ class Batch:
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Copy every tensor to `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """Copy every tensor to `device` but the prompts' numbers, by which generators are seeded on the CPU."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return replace(moved, example_ids=self.example_ids)
 
     def repeat(self, times: int) -> "Batch":
         """Tile the batch: row `s * len(self) + b` is prompt `b` again.

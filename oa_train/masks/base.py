@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from oa_train.errors import ConfigurationError
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.shapes import Bool, Float, Int, Tensor
 
 
 class MaskDistribution(nn.Module):
@@ -26,13 +26,35 @@ class MaskDistribution(nn.Module):
         self.logits = nn.Parameter(torch.full((n_entries,), float(initial_logit)))
 
     @abstractmethod
-    def sample(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw independent masks that carry gradients to the parameters.
+    def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
+        """Turn uniform numbers into independent masks that carry gradients to the parameters.
+
+        Args:
+            uniform: independent draws from [0, 1), the only source of chance: the same numbers give the same masks.
+        """
+
+    def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
+        """Which samples an entry's gradient is to be averaged over; None where it is a plain sum over rows.
+
+        Args:
+            mask: samples, after whatever was removed from them.
+        """
+        del mask
+        return None
+
+    def draw(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
+        """Draw masks whose gradients are averaged over these rows alone.
 
         Args:
             n_rows: number of masks.
             generator: the only source of randomness; on the device of the parameters.
         """
+        logits = self.logits
+        mask = self.sample(
+            torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
+        )
+        inside = self.carries_gradient(mask)
+        return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), n_rows)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -50,6 +72,24 @@ class MaskDistribution(nn.Module):
     def threshold(self, level: float) -> Bool[Tensor, " entry"]:
         """The discrete mask: entries whose keep-probability exceeds `level`."""
         return self.keep_probability() > level
+
+
+def averaged_gradient(
+    mask: Float[Tensor, "row entry"], counts: Int[Tensor, " entry"], n_rows: int
+) -> Float[Tensor, "row entry"]:
+    """The same masks, an entry's gradient being scaled so that it is a mean over the rows that carry it.
+
+    A loss averages over all rows, and only some of them carry gradient to an entry: weighting these by
+    rows / rows that carry it turns their sum into their mean.
+
+    Args:
+        mask: samples.
+        counts: rows that carry gradient to each entry, in all that enters one step of the optimiser.
+        n_rows: all rows that enter that step.
+    """
+    weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
+    # The bracket is zero: the value stays the mask.
+    return mask.detach() + weight * (mask - mask.detach())
 
 
 def check_threshold(level: float) -> float:

@@ -110,16 +110,14 @@ class HardConcrete(MaskDistribution):
         """Expected number of entries that are not exactly 0, the L0 penalty of the paper."""
         return self.keep_probability().sum()
 
-    def sample(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw masks; gradients flow where a sample lies strictly between 0 and 1."""
-        logits = self.logits
-        uniform = torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
+    def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
+        """Turn uniform numbers into masks; gradients flow where a sample lies strictly between 0 and 1."""
         if self.form == "published":
             noise = (uniform + PUBLISHED_SHIFT).log() - torch.log1p(-uniform)
         else:
-            # The generator can return exactly 0, whose logit is infinite; the nearest number above it is not.
+            # A generator can return exactly 0, whose logit is infinite; the nearest number above it is not.
             noise = torch.logit(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
-        soft = torch.sigmoid((noise + logits) / self.temperatures())
+        soft = torch.sigmoid((noise + self.logits) / self.temperatures())
         scale, offset = self._stretch()
         return F.hardtanh(soft * scale + offset, 0.0, 1.0)
 

@@ -13,7 +13,7 @@ import torch
 
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.masks.base import MaskDistribution
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 
 CountNormalization = Literal["empirical", "expected"]
 
@@ -29,8 +29,8 @@ class UniformGradientSampling(MaskDistribution):
         initial_logit: start of every logit; 1 keeps entries with probability 0.73.
         window_scale: width of the window as a multiple of theta (1 - theta); above 0 and at most 2, beyond which
             the window would leave [0, 1].
-        count_normalization: `empirical` averages an entry's gradient over the rows that fell into its window,
-            which lowers the variance; `expected` divides by how many rows do so on average, which makes the
+        count_normalization: `empirical` averages an entry's gradient over the rows of a step that fell into its
+            window, which lowers the variance; `expected` divides by how many rows do so on average, which makes the
             estimate unbiased and linear in the rows.
     """
 
@@ -69,17 +69,20 @@ class UniformGradientSampling(MaskDistribution):
         """Sum of theta over the entries."""
         return self.keep_probability().sum()
 
-    def sample(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw masks; see the module's docstring for their distribution and gradient."""
+    def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
+        """Turn uniform numbers into masks; see the module's docstring for their distribution and gradient."""
         theta = self.keep_probability()
         fixed = theta.detach()
         window = (self.window_scale * fixed * (1 - fixed)).clamp(min=NARROWEST_WINDOW)
-        uniform = torch.rand(n_rows, len(fixed), generator=generator, device=fixed.device, dtype=fixed.dtype)
         mask = (0.5 + (fixed - uniform) / window).clamp(0.0, 1.0)
-        inside = (mask > 0) & (mask < 1)
-        # The loss averages over all rows, and only rows inside the window carry gradient: weighting them by
-        # rows / rows inside makes their sum the mean over the window.
-        empirical = self.count_normalization == "empirical"
-        weight = n_rows / inside.sum(dim=0).clamp(min=1).to(theta.dtype) if empirical else 1 / window
+        weight = 1 / window if self.count_normalization == "expected" else 1.0
         # The bracket is zero: the value stays the mask, the gradient is the weight at entries inside the window.
-        return mask + weight * inside * (theta - fixed)
+        return mask + weight * _inside(mask) * (theta - fixed)
+
+    def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
+        """Samples inside the window, which `empirical` averages over; `expected` counts none."""
+        return _inside(mask) if self.count_normalization == "empirical" else None
+
+
+def _inside(mask: Tensor) -> Tensor:
+    return (mask > 0) & (mask < 1)

@@ -1,6 +1,7 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +19,28 @@ from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
 from oa_train.interventions.nodes import node_logits
-from oa_train.masks.base import MaskDistribution, check_threshold
+from oa_train.masks.base import MaskDistribution, averaged_gradient, check_threshold
 from oa_train.masks.penalties import Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import torch_generator
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks.base import Task
 from oa_train.training.base import FrozenModelModule
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The rows that enter one step of the optimiser, over accumulated batches and processes.
+
+    Attributes:
+        counts: rows that carry gradient to each mask entry.
+        n_rows: all rows.
+    """
+
+    counts: Int[Tensor, " entry"]
+    n_rows: int
 
 
 class CircuitModule(FrozenModelModule):
@@ -122,6 +136,7 @@ class CircuitModule(FrozenModelModule):
             self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
         self._other_ablation: Ablation | None = None
         self._prepared_for: Task | None = None
+        self._counted: tuple[tuple[int, int], StepRows] | None = None
         self.selection: Tensor
         self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
@@ -233,17 +248,61 @@ class CircuitModule(FrozenModelModule):
         super().optimizer_step(*args, **kwargs)
         self.penalty.update(self.masks)
 
-    def sample_masks(self, n_rows: int, *key: int | str) -> Float[Tensor, "row component"]:
-        """Draw masks over all components; those that are not selected are kept.
+    def sample_masks(self, batch: Batch, step: StepRows | None = None) -> Float[Tensor, "row component"]:
+        """Draw masks over all components for every prompt; those that are not selected are kept.
+
+        A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
 
         Args:
-            n_rows: number of masks.
-            *key: what the draw is for; the same key draws the same masks.
+            batch: B prompts.
+            step: rows that gradients are averaged over; those of this batch when not given.
+
+        Returns:
+            S * B rows, laid out as `batch.repeat(S)` lays out the prompts, S being `samples_per_prompt`.
         """
-        generator = torch_generator(self.seed, "masks", *key, device=self.selection.device)
-        drawn = self.masks.sample(n_rows, generator)
-        kept = torch.ones(n_rows, len(self.components), device=drawn.device, dtype=drawn.dtype)
+        drawn = self.masks.sample(self._uniform(batch.example_ids))
+        inside = self.masks.carries_gradient(drawn)
+        if inside is not None:
+            rows = step or StepRows(inside.sum(dim=0), len(drawn))
+            drawn = averaged_gradient(drawn, rows.counts, rows.n_rows)
+        kept = torch.ones(len(drawn), len(self.components), device=drawn.device, dtype=drawn.dtype)
         return kept.masked_scatter(self.selection, drawn)
+
+    def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
+        """Uniform numbers for the masks of the prompts with these numbers."""
+        shape, device = (self.samples_per_prompt, len(self.selected)), self.selection.device
+        drawn = [
+            torch.rand(shape, generator=torch_generator(self.seed, "masks", number, device=device), device=device)
+            for number in numbers.tolist()
+        ]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
+
+    @torch.no_grad()
+    def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
+        """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to.
+
+        Their masks can be drawn ahead, because the parameters stay as they are until the step.
+        """
+        accumulated, n_processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        if accumulated == 1 and n_processes == 1:
+            return None
+        first = batch_idx - batch_idx % accumulated
+        if self._counted is None or self._counted[0] != (self.current_epoch, first):
+            further = range(first, min(first + accumulated, self.data.epoch_length))
+            found = [self._counts(batch.example_ids + (i - batch_idx) * n_processes * len(batch)) for i in further]
+            counts = (
+                torch.stack([one for one in found if one is not None]).sum(dim=0) if found[0] is not None else None
+            )
+            if counts is None:
+                return None
+            total = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            n_rows = len(found) * len(batch) * self.samples_per_prompt * n_processes
+            self._counted = ((self.current_epoch, first), StepRows(total, n_rows))
+        return self._counted[1]
+
+    def _counts(self, numbers: Int[Tensor, " batch"]) -> Int[Tensor, " entry"] | None:
+        inside = self.masks.carries_gradient(self.masks.sample(self._uniform(numbers)))
+        return None if inside is None else inside.sum(dim=0)
 
     @torch.no_grad()
     def clean_logits(self, batch: Batch) -> Float[Tensor, "batch scored vocabulary"]:
@@ -251,17 +310,17 @@ class CircuitModule(FrozenModelModule):
         return scored_logits(self.frozen, batch)
 
     def masked_loss(
-        self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"], *key: int | str
+        self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"], step: StepRows | None = None
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The loss under sampled masks, and the penalty; their sum is what training minimises.
 
         Args:
             batch: prompts.
             clean: what the unablated model predicts for them.
-            *key: names the mask samples (see `sample_masks`).
+            step: rows that mask gradients are averaged over; those of this batch when not given.
         """
         rows = batch.repeat(self.samples_per_prompt)
-        mask = self.sample_masks(len(rows), *key)
+        mask = self.sample_masks(batch, step)
         replacements = self.replacing().replacements(batch, partial(node_values, self.frozen))
         logits = node_logits(self.frozen, rows, mask, replacements.repeat(self.samples_per_prompt), self.bos_token_id)
         lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()
@@ -269,9 +328,7 @@ class CircuitModule(FrozenModelModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see `masked_loss`."""
-        lost, penalty = self.masked_loss(
-            batch, self.clean_logits(batch), self.global_rank, self.current_epoch, batch_idx
-        )
+        lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
         loss: Tensor = lost + penalty
         measure = f"train/{self.loss}"
         self.check_finite({measure: lost.detach(), "train/penalty": penalty.detach()}, "Parts of the loss")

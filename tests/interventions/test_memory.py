@@ -41,7 +41,7 @@ def measured_peak(model: CausalLM, n_prompts: int, n_tokens: int, n_samples: int
             with torch.no_grad():
                 clean = scored_logits(model, batch)
             rows = batch.repeat(n_samples)
-            mask = masks.sample(len(rows), generator)
+            mask = masks.draw(len(rows), generator)
             logits = node_logits(model, rows, mask, constants.sets()[0].replacements(rows), None)
             loss = kl_divergence(torch.cat([clean] * n_samples), logits).mean()
             optimiser.zero_grad()
@@ -64,7 +64,7 @@ def test_the_estimate_is_near_a_step_of_the_training_module():
     batch = small_ioi(batch_size=16).batch("train", 0)
     weights = sum(tensor.nbytes for tensor in (*module.frozen.parameters(), *module.frozen.buffers()))
     with LiveBytes() as live:
-        sum(module.masked_loss(batch, module.clean_logits(batch), 0, 0)).backward()
+        sum(module.masked_loss(batch, module.clean_logits(batch))).backward()
     estimate = node_step_memory(empty_model(lm), *batch.tokens.shape, module.samples_per_prompt)
     assert estimate.total == pytest.approx(weights + live.peak, rel=0.15)
 

@@ -139,7 +139,7 @@ def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_t
     penalty = TargetSize(target, n_entries, weight=0.12, warmup=200)
     optimizer = torch.optim.Adam(distribution.parameters(), lr=0.05, betas=(0.9, 0.995))
     for _ in range(500):
-        loss = ((1 - distribution.sample(32, generator)) * worth).sum(dim=1).mean() + penalty(distribution)
+        loss = ((1 - distribution.draw(32, generator)) * worth).sum(dim=1).mean() + penalty(distribution)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

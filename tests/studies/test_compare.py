@@ -14,7 +14,6 @@ from oa_train.interventions.kinds import KINDS
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.tasks.base import Prompt
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
 from oa_train.training.refit import RefitSettings
@@ -178,15 +177,10 @@ def test_a_circuit_written_by_hand_is_compared(module, task, tmp_path):
     assert kl_of(found.circuits(), "optimal") == kl_of(found.circuits(), "zero")
 
 
-class Plain(type(small_ioi())):
-    """The same prompts without counterfactuals."""
-
-    def draw(self, random) -> Prompt:
-        return replace(super().draw(random), counterfactual=None)
-
-
-def test_a_task_without_counterfactuals_is_compared_without_them(module, trained, tmp_path):
-    task = Plain(n_validation=16, n_test=16, n_means=64)
+def test_a_task_without_counterfactuals_is_compared_without_them(module, trained, tmp_path, monkeypatch):
+    task = small_ioi(n_means=64)
+    draw = task.draw
+    monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), counterfactual=None))
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
     found = compare(module.frozen, task, [trained], tmp_path, settings)
     assert [row.ablation for row in found.rows] == [kind for kind in KINDS if not kind.startswith("counterfactual")]

@@ -14,6 +14,8 @@ from oa_train.interventions.activations import node_values
 from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
 from oa_train.interventions.nodes import node_logits
+from oa_train.masks.hard_concrete import HardConcrete
+from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, loss_of
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import LMSpec
@@ -108,20 +110,49 @@ def test_two_parameter_groups_with_their_learning_rates():
 
 def test_components_that_are_not_selected_are_always_kept():
     module = CircuitModule(components=["a*", "!a1.h2"])
-    masks = module.sample_masks(64, "test")
+    masks = module.sample_masks(few(batch_size=16).batch("train", 0))
     untouched = [module.components.index(name) for name in ("m0", "m1", "m2", "a1.h2")]
     assert (masks[:, untouched] == 1).all()
     assert (masks == 0).any(dim=0).sum() == 11
     assert module.circuit_mask()[untouched].all()
 
 
-def test_mask_samples_depend_on_their_key_alone():
-    module = CircuitModule()
-    first = module.sample_masks(8, 0, 1, 2)
+def test_masks_depend_on_the_seed_and_the_prompt_s_number_alone():
+    module, task = CircuitModule(samples_per_prompt=3), few()
+    whole = module.sample_masks(task.batch("train", 0, 8))
     torch.rand(5)
-    module.sample_masks(3, "something else")
-    assert torch.equal(first, module.sample_masks(8, 0, 1, 2))
-    assert not torch.equal(first, module.sample_masks(8, 0, 1, 3))
+    assert torch.equal(whole, module.sample_masks(task.batch("validation", 0, 8)))
+    halves = [module.sample_masks(task.batch("train", half, 4)).view(3, 4, -1) for half in (0, 1)]
+    assert torch.equal(whole.view(3, 8, -1), torch.cat(halves, dim=1))
+    assert not torch.equal(halves[0], halves[1])
+    assert not torch.equal(whole, CircuitModule(samples_per_prompt=3, seed=1).sample_masks(task.batch("train", 0, 8)))
+    assert (whole.view(3, 8, -1)[0] != whole.view(3, 8, -1)[1]).any()
+
+
+class Gradients(Callback):
+    """Notes the gradients of every optimiser step."""
+
+    def __init__(self) -> None:
+        self.steps = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.steps.append({name: p.grad.clone() for name, p in pl_module.named_trainables().items()})
+
+
+@pytest.mark.parametrize("masks", [UniformGradientSampling, partial(HardConcrete, initial_logit=0.0)])
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(masks):
+    found = []
+    for accumulate, size in ((1, 8), (4, 2)):
+        gradients = Gradients()
+        module = CircuitModule(lm=LMSpec(dtype="float64"), masks=masks, samples_per_prompt=2)
+        trainer = quiet_trainer(max_steps=2, accumulate_grad_batches=accumulate, callbacks=[gradients])
+        trainer.fit(module, TaskData(few(batch_size=size, batches_per_epoch=8)))
+        found.append(gradients.steps)
+    assert len(found[0]) == len(found[1]) == 2
+    for large, accumulated in zip(*found, strict=True):
+        for name, gradient in large.items():
+            assert gradient.abs().max() > 1e-6
+            torch.testing.assert_close(accumulated[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -307,7 +338,7 @@ def test_an_ablation_that_is_not_prepared_says_what_it_needs(ablation):
     with pytest.raises(ConfigurationError, match=rf"The {ablation} ablation is prepared with .* when a trainer fits"):
         module.replacing()
     with pytest.raises(ConfigurationError, match="without one, use `KINDS`"):
-        module.masked_loss(few().batch("train", 0), torch.zeros(4, 1, 393), 0)
+        module.masked_loss(few().batch("train", 0), torch.zeros(4, 1, 393))
 
 
 @pytest.mark.parametrize("ablation", ["resample", "noise", "counterfactual_mean"])
@@ -334,8 +365,8 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
     quiet_trainer().validate(module, TaskData(task), verbose=False)
     batch = task.batch("train", 0)
     clean = module.clean_logits(batch)
-    found, _ = module.masked_loss(batch, clean, 5, 6)
-    masks = module.sample_masks(12, 5, 6)
+    found, _ = module.masked_loss(batch, clean)
+    masks = module.sample_masks(batch)
     one, lost = module.replacing(), []
     for sample in range(3):
         replacements = one.replacements(batch, partial(node_values, module.frozen))
