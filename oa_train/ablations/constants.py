@@ -125,12 +125,12 @@ class TrainableConstants(nn.Module):
         super().__init__()
         self.heads = nn.Parameter(torch.stack([start.heads.detach().float() for start in starts]))
         self.mlps = nn.Parameter(torch.stack([start.mlps.detach().float() for start in starts]))
-        self._bos_token_id = starts[0].bos_token_id
+        self.bos_token_id = starts[0].bos_token_id
 
     def sets(self) -> list[Constants]:
         """The constants of each circuit, sharing gradients with the parameters."""
         tables = zip(self.heads.unbind(), self.mlps.unbind(), strict=True)
-        return [Constants(heads, mlps, self._bos_token_id) for heads, mlps in tables]
+        return [Constants(heads, mlps, self.bos_token_id) for heads, mlps in tables]
 
     @torch.no_grad()
     def load(self, constants: Constants) -> None:

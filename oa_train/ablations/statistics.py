@@ -70,8 +70,8 @@ class StreamingMeans:
 
         Args:
             n_positions: 1 for one mean over all counted tokens; P for a mean of each of the positions 0 to P - 2 and
-                one of all later tokens together. A position without tokens (0, when the beginning-of-sequence token
-                stands there) is left zero.
+                one of all later tokens together. A position without tokens has the mean of the nearest one before it;
+                the first is left zero when the beginning-of-sequence token stands there.
 
         Raises:
             ValueError: nothing was added.
@@ -123,4 +123,7 @@ def _grown(first: Tensor, second: Tensor, size: int) -> Tensor:
 
 def _mean(sums: Tensor, counts: Tensor, last: int) -> Tensor:
     table = torch.cat([sums[:, :last], sums[:, last:].sum(dim=1, keepdim=True)], dim=1)
-    return table / counts.clamp(min=1).view(1, -1, *[1] * (table.dim() - 2))
+    means = table / counts.clamp(min=1).view(1, -1, *[1] * (table.dim() - 2))
+    numbers = torch.arange(len(counts))
+    nearest = torch.where(counts > 0, numbers, 0).cummax(dim=0).values
+    return means[:, nearest]

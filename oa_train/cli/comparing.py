@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def compare_command(argv: Sequence[str]) -> Compared:
     options = parser.parse_args(["--config", yaml.safe_dump(config), "--run", str(folder), *words])
     check_groups(parser, options)
     chosen = parser.instantiate_classes(options)
-    runs = [_load(one) for one in folders]
+    runs = _named_apart([_load(one) for one in folders], folders)
     device = _device(chosen.device)
     model = load_model(chosen.lm)
     torch.nn.Module.to(model, device)
@@ -78,6 +79,13 @@ def _load(folder: Path) -> TrainedCircuit:
             f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
             f"  {resume_command(folder)}"
         ) from problem
+
+
+def _named_apart(runs: Sequence[TrainedCircuit], folders: Sequence[Path]) -> list[TrainedCircuit]:
+    """The runs, by their whole paths where experiment and version are the same."""
+    if len({run.name for run in runs}) == len(runs):
+        return list(runs)
+    return [replace(run, name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
 
 
 def _device(given: str) -> str:
@@ -118,17 +126,19 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
         console.print(_circuit_table(run, [row for row in compared.circuits() if row.run is run]))
     if compared.components():
         console.print(_component_table(compared))
-    for size, found in compared.random_kl.items():
+    for size, found in compared.random_circuits.items():
         console.print(
-            f"{len(found)} random circuits of {size} components under optimal constants: "
-            f"median KL {statistics.median(found):.4g}, lowest {min(found):.4g}"
+            f"{len(found.kl)} random circuits of {size} components under optimal constants: median KL "
+            f"{statistics.median(found.kl):.4g}, lowest {min(found.kl):.4g}; the run's circuit after the same "
+            f"training {found.run_kl:.4g}"
         )
     if len(runs) > 1:
         console.print(_overlap_table(compared, runs))
     for group in compared.seeds:
         console.print(
-            f"{group['experiment']}, {len(group['seeds'])} seeds: KL {group['kl']['mean']:.3g} ± "
-            f"{group['kl']['standard_deviation']:.1g} (standard deviation), size {group['size']['mean']:.3g} ± "
+            f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
+            f"{group['ablation']} ablation {group['kl']['mean']:.3g} ± {group['kl']['standard_deviation']:.1g} "
+            f"(standard deviation), size {group['size']['mean']:.3g} ± "
             f"{group['size']['standard_deviation']:.1g}, Jaccard {group['jaccard']:.2f}"
         )
     console.print(f"results: {compared.folder}", soft_wrap=True)

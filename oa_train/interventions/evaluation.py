@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from oa_train.ablations.base import Ablation, replacements_of_copies
+from oa_train.ablations.base import Ablation, NodeValues, replacements_of_copies
 from oa_train.batches import Batch
 from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import scored_logits
@@ -83,14 +83,21 @@ def _one_batch(
 ) -> dict[str, Tensor]:
     clean = scored_logits(model, batch)
     at_once = max(1, rows_per_run // len(batch))
+    values_of = partial(node_values, model)
+    # What stands in for all circuits may cost a run of the model, so it is asked for once.
+    shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
     found = []
     for start in range(0, len(masks), at_once):
         some = masks[start : start + at_once]
-        their = ablations if len(ablations) == 1 else ablations[start : start + at_once]
-        logits = circuit_logits(model, batch, some, their)
-        rows = batch.repeat(len(some))
-        repeated = clean.repeat(len(some), 1, 1)
-        found.append({name: measured(name, repeated, logits, rows).view(len(some), -1) for name in MEASURES})
+        copies = len(some)
+        if shared is not None:
+            replacements = shared.repeat(copies)
+        else:
+            their = ablations[start : start + at_once]
+            replacements = replacements_of_copies(their, batch, copies, values_of)
+        logits = _copies_logits(model, batch, some, replacements, ablations[0].bos_token_id)
+        rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
+        found.append({name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES})
     return {name: torch.cat([one[name] for one in found]) for name in MEASURES}
 
 
@@ -108,12 +115,12 @@ def circuit_logits(
     Returns:
         S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
     """
-    there = masks.to(batch.tokens.device, torch.float32)
     replacements = replacements_of_copies(ablations, batch, len(masks), partial(node_values, model))
-    return node_logits(
-        model,
-        batch.repeat(len(masks)),
-        there.repeat_interleave(len(batch), dim=0),
-        replacements,
-        ablations[0].bos_token_id,
-    )
+    return _copies_logits(model, batch, masks, replacements, ablations[0].bos_token_id)
+
+
+def _copies_logits(
+    model: CausalLM, batch: Batch, masks: Tensor, replacements: NodeValues, bos_token_id: int | None
+) -> Tensor:
+    there = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
+    return node_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id)

@@ -80,7 +80,12 @@ def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], re
 
 def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
     # Made before the model runs, so that what depends on the mask alone is not computed inside its forward.
-    gated = torch.where(mask < ABLATED_BELOW, replacement, replacement.detach())
+    # What needs no gradient is not spread out over rows and positions before it is used.
+    gated = (
+        torch.where(mask < ABLATED_BELOW, replacement, replacement.detach())
+        if replacement.requires_grad
+        else replacement
+    )
 
     def mix(value: Tensor) -> Tensor:
         # Heads come side by side, and some families put rows and positions into one dimension.

@@ -1,5 +1,6 @@
 """How much several circuits agree: their overlap, and how figures vary over seeds."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,32 +16,41 @@ def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
     return [[jaccard(one.circuit, other.circuit) for other in runs] for one in runs]
 
 
-def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Mean and spread over the runs of each experiment, where there are several.
+def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> list[dict[str, Any]]:
+    """Mean and spread over runs that differ in nothing but their seed.
 
     Args:
-        runs: the runs; those of one experiment and one ablation differ in their seeds.
+        runs: the runs. Those that were trained alike, on one task, with different seeds belong together.
         kl: KL divergence of each run's circuit in nats, by its name.
+        ablation: under which that was measured.
 
     Returns:
-        For each experiment: its name, the ablation it was trained under, the seeds, mean, standard deviation and 95 %
+        For each group of at least two: names and seeds of its runs, the ablations, mean, standard deviation and 95 %
         interval of size and KL divergence over runs, and the mean overlap of two of its circuits.
     """
-    groups: dict[tuple[str, str], list[TrainedCircuit]] = {}
+    groups: dict[str, dict[int, TrainedCircuit]] = {}
     for run in runs:
-        groups.setdefault((run.experiment, run.ablation), []).append(run)
-    return [
-        {
-            "experiment": experiment,
-            "trained_with": ablation,
-            "seeds": [run.seed for run in group],
-            "size": _spread([len(run.circuit) for run in group]),
-            "kl": _spread([kl[run.name] for run in group]),
-            "jaccard": _mean_overlap(group),
-        }
-        for (experiment, ablation), group in groups.items()
-        if len(group) > 1
-    ]
+        if run.seed is not None and "training" in run.circuit.provenance:
+            groups.setdefault(_all_but_the_seed(run), {}).setdefault(run.seed, run)
+    return [_summary(list(group.values()), kl, ablation) for group in groups.values() if len(group) > 1]
+
+
+def _all_but_the_seed(run: TrainedCircuit) -> str:
+    provenance = {key: value for key, value in run.circuit.provenance.items() if key != "seed"}
+    task = {key: value for key, value in provenance["task"].items() if key != "seed"}
+    return json.dumps(provenance | {"task": task}, sort_keys=True, default=str)
+
+
+def _summary(group: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> dict[str, Any]:
+    return {
+        "runs": [run.name for run in group],
+        "seeds": [run.seed for run in group],
+        "trained_with": group[0].ablation,
+        "ablation": ablation,
+        "size": _spread([len(run.circuit) for run in group]),
+        "kl": _spread([kl[run.name] for run in group]),
+        "jaccard": _mean_overlap(group),
+    }
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:

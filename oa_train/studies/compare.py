@@ -1,7 +1,7 @@
 """Ablations on the same prompts: of everything outside a circuit, of each component alone, for one run or several."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +41,11 @@ class CompareSettings:
             for none.
         positions: size of the tables of constants: 1 pools all positions, P tells P of them apart, `every` all
             positions that prompts have; as many as the runs tell apart when not given.
-        fit: training of the constants of each component alone, of the random circuits, and of circuits that have none
-            of that size.
+        fit: training of the constants of each component alone, and of the random circuits.
+        circuit_fit: training of the constants of a run's circuit that has none, or none for this task, for KL
+            divergence, or for a table of this size.
         random_circuits: circuits of each run's size that are drawn at random and given optimal constants; 0 for none.
+            The run's own circuit is given the same training, so that they can be compared.
         seed: of the random circuits.
     """
 
@@ -51,6 +53,7 @@ class CompareSettings:
     components: str | list[str] = "*"
     positions: int | Literal["every"] | None = None
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
+    circuit_fit: RefitSettings = field(default_factory=RefitSettings)
     random_circuits: int = 20
     seed: int = 0
 
@@ -61,8 +64,11 @@ class CompareSettings:
             raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
         if self.ablations is not None and not self.ablations:
             raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
-        for kind in self.ablations or ():
+        given = self.ablations or []
+        for kind in given:
             check_kind("ablations", kind)
+        if len(set(given)) < len(given):
+            raise ConfigurationError(f"ablations names one of {', '.join(given)} twice.")
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,32 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class RandomCircuits:
+    """Random circuits of one size, and a run's circuit of that size, after the same training of their constants.
+
+    Attributes:
+        kl: KL divergence of each random circuit in nats.
+        run_kl: KL divergence of the run's circuit, its constants being trained from the means like theirs.
+    """
+
+    kl: Sequence[float]
+    run_kl: float
+
+
+@dataclass(frozen=True)
 class Compared:
     """The answer of `compare`.
 
     Attributes:
         rows: a comparison for each run's circuit and for each component, under each ablation.
-        random_kl: KL divergence of random circuits of each size under optimal constants, in nats.
+        random_circuits: how random circuits of each size do under optimal constants.
         jaccard: overlap of every two runs' circuits.
         seeds: spread over the runs of each experiment that has several (see `studies.agreement.over_seeds`).
         folder: study folder.
     """
 
     rows: Sequence[Comparison]
-    random_kl: Mapping[int, Sequence[float]]
+    random_circuits: Mapping[int, "RandomCircuits"]
     jaccard: Sequence[Sequence[float]]
     seeds: Sequence[Mapping[str, Any]]
     folder: Path
@@ -151,10 +170,10 @@ def compare(
     """
     study = _Study(model, task, runs, settings or CompareSettings(), track)
     rows = study.rows()
-    random_kl = study.random_divergences()
+    random = study.random_circuits()
     kl = {row.run.name: row.figures["kl"].mean for row in rows if row.run and row.ablation == study.kinds[0]}
     written = make_next_folder(Path(folder) / "studies", "compare")
-    compared = Compared(rows, random_kl, jaccard_matrix(runs), over_seeds(runs, kl), written)
+    compared = Compared(rows, random, jaccard_matrix(runs), over_seeds(runs, kl, study.kinds[0]), written)
     _write(compared, study, Path(folder))
     _draw(compared, study)
     return compared
@@ -179,9 +198,11 @@ class _Study:
         patterns = [settings.components] if isinstance(settings.components, str) else settings.components
         components = Components.of(Dimensions.of(model.config))
         self.alone = components.select(patterns)
+        self.circuit_masks = torch.stack([run.circuit.mask for run in runs])
         without = [~components.mask([name]) for name in self.alone]
-        self.masks = torch.stack([*(run.circuit.mask for run in runs), *without])
+        self.alone_masks = torch.stack(without) if without else self.circuit_masks[:0]
         self.source = AblationSource(model, task, self._n_positions(), track)
+        self._ablations: dict[AblationKind, Ablation] = {}
 
     def _kinds(self) -> list[AblationKind]:
         if self.settings.ablations is not None:
@@ -196,69 +217,111 @@ class _Study:
         return given or max((run.constants.n_positions for run in self.runs if run.constants is not None), default=1)
 
     def rows(self) -> list[Comparison]:
-        found = {kind: self._behaviour(kind) for kind in self.kinds}
-        named = [("circuit", run) for run in self.runs] + [(name, None) for name in self.alone]
-        return [
-            _comparison(name, run, kind, found, index)
-            for index, (name, run) in enumerate(named)
+        """Every circuit and component under every ablation."""
+        of_circuits = {kind: self._behaviour(kind, self.circuit_masks, self._circuit_constants) for kind in self.kinds}
+        rows = [
+            _comparison("circuit", run, kind, of_circuits, index)
+            for index, run in enumerate(self.runs)
+            for kind in self.kinds
+        ]
+        if not self.alone:
+            return rows
+        of_alone = {kind: self._behaviour(kind, self.alone_masks, self._alone_constants) for kind in self.kinds}
+        return rows + [
+            _comparison(name, None, kind, of_alone, index)
+            for index, name in enumerate(self.alone)
             for kind in self.kinds
         ]
 
-    def _behaviour(self, kind: AblationKind) -> Behaviour:
-        ablations = self._optimal() if KINDS[kind].learned else [KINDS[kind].prepare(self.source)]
-        shown = self.track(self.batches, f"evaluating {kind.replace('_', ' ')} ablation")
-        return circuit_behaviour(self.model, shown, self.masks, ablations, self.settings.fit.rows_per_run)
+    def _behaviour(self, kind: AblationKind, masks: Tensor, constants: Callable[[], Sequence[Constants]]) -> Behaviour:
+        ablations = constants() if KINDS[kind].learned else [self._prepared(kind)]
+        what = "circuits" if masks is self.circuit_masks else "components"
+        shown = self.track(self.batches, f"evaluating {what} under {kind.replace('_', ' ')} ablation")
+        return circuit_behaviour(self.model, shown, masks, ablations, self.settings.fit.rows_per_run)
 
-    def _optimal(self) -> Sequence[Ablation]:
-        """Constants of every circuit and component: the run's own where they fit, else trained here."""
-        own = [self._own_constants(run) for run in self.runs]
+    def _prepared(self, kind: AblationKind) -> Ablation:
+        if kind not in self._ablations:
+            self._ablations[kind] = KINDS[kind].prepare(self.source)
+        return self._ablations[kind]
+
+    def _circuit_constants(self) -> list[Constants]:
+        """Each run's own optimal constants where they are for this; else trained, from its own or from the means."""
+        ready = [self._has_constants(run) for run in self.runs]
         size = self.source.n_positions
-        ready = [constants is not None and constants.n_positions == size for constants in own]
-        missing = torch.tensor([not one for one in ready] + [True] * len(self.alone))
-        starts = [constants.with_positions(size) if constants is not None else self.source.mean for constants in own]
+        starts = [
+            run.constants.with_positions(size)
+            if run.constants is not None and KINDS[run.ablation].learned
+            else self.source.mean
+            for run in self.runs
+        ]
+        lacking = [index for index, one in enumerate(ready) if not one]
         fitted = self._fitted(
-            self.masks[missing],
-            [start for start, one in zip(starts, ready, strict=True) if not one]
-            + [self.source.mean] * len(self.alone),
-            "fitting constants of each component alone",
+            self.circuit_masks[lacking],
+            [starts[index] for index in lacking],
+            self.settings.circuit_fit,
+            "fitting constants of circuits",
         )
-        trained = iter(fitted)
-        return [own[i] if i < len(own) and ready[i] else next(trained) for i in range(len(self.masks))]  # type: ignore[misc]
+        trained = dict(zip(lacking, fitted, strict=True))
+        return [trained.get(index, start) for index, start in enumerate(starts)]
 
-    @staticmethod
-    def _own_constants(run: TrainedCircuit) -> Constants | None:
-        return run.constants if KINDS[run.ablation].learned else None
+    def _has_constants(self, run: TrainedCircuit) -> bool:
+        """Whether a run's constants were trained for what is measured here."""
+        if run.constants is None or not KINDS[run.ablation].learned:
+            return False
+        provenance = run.constants.provenance
+        task = {**self.task.describe(), "seed": None}
+        return (
+            run.constants.n_positions == self.source.n_positions
+            and {**provenance.get("task", task), "seed": None} == task
+            and provenance.get("loss", "kl") == "kl"
+        )
+
+    def _alone_constants(self) -> list[Constants]:
+        what = "fitting constants of components alone"
+        return self._fitted(self.alone_masks, [self.source.mean], self.settings.fit, what)
 
     def _fitted(
-        self, masks: Bool[Tensor, "circuit component"], starts: Sequence[Constants], what: str
+        self,
+        masks: Bool[Tensor, "circuit component"],
+        starts: Sequence[Constants],
+        settings: RefitSettings,
+        description: str,
     ) -> list[Constants]:
         if not len(masks):
             return []
-        others = [self.source.mean, self.source.zero]
         fitted = fit_constants(
-            self.model, self.task, masks, starts, self.settings.fit, others=others, track=self.track, description=what
+            self.model,
+            self.task,
+            masks,
+            starts,
+            settings,
+            others=[self.source.mean, self.source.zero],
+            track=self.track,
+            description=description,
         )
         return fitted.sets
 
-    def random_divergences(self) -> dict[int, list[float]]:
-        """KL divergence of random circuits of each run's size, with optimal constants of their own."""
+    def random_circuits(self) -> dict[int, RandomCircuits]:
+        """Random circuits of each run's size, with optimal constants of their own."""
         if not self.settings.random_circuits or "optimal" not in self.kinds:
             return {}
-        of_size = {len(run.circuit): run for run in self.runs}
-        return {size: self._random_divergences(run) for size, run in of_size.items()}
+        of_size = {len(run.circuit): run for run in reversed(self.runs)}
+        return {size: self._random_circuits(run) for size, run in of_size.items()}
 
-    def _random_divergences(self, run: TrainedCircuit) -> list[float]:
+    def _random_circuits(self, run: TrainedCircuit) -> RandomCircuits:
         circuit = run.circuit
         among = circuit.provenance.get("selected", circuit.components.names)
         drawn = random_circuits(
             circuit.components, len(circuit), self.settings.random_circuits, self.settings.seed, among
         )
-        masks = torch.stack([one.mask for one in drawn])
-        sets = self._fitted(masks, [self.source.mean] * len(masks), "fitting constants of random circuits")
+        masks = torch.stack([circuit.mask, *(one.mask for one in drawn)])
+        sets = self._fitted(
+            masks, [self.source.mean] * len(masks), self.settings.fit, "fitting constants of random circuits"
+        )
         shown = self.track(self.batches, "evaluating random circuits")
         found = circuit_behaviour(self.model, shown, masks, sets, self.settings.fit.rows_per_run)
-        kl: list[float] = found.kl.mean(dim=1).tolist()
-        return kl
+        run_kl, *kl = found.kl.mean(dim=1).tolist()
+        return RandomCircuits(kl, run_kl)
 
 
 def _comparison(
@@ -312,7 +375,12 @@ def _write(compared: Compared, study: _Study, folder: Path) -> None:
             }
             for run in study.runs
         ],
-        random_circuits=[{"size": size, "kl": kl} for size, kl in compared.random_kl.items()],
+        random_circuits=[
+            {"size": size, "kl": list(found.kl), "run_kl": found.run_kl}
+            for size, found in compared.random_circuits.items()
+        ],
+        fit=asdict(study.settings.fit),
+        circuit_fit=asdict(study.settings.circuit_fit),
         jaccard=[list(row) for row in compared.jaccard],
         seeds=[dict(group) for group in compared.seeds],
     )
@@ -333,7 +401,7 @@ def _draw(compared: Compared, study: _Study) -> None:
             "circuits: everything outside ablated",
             ["circuit"] if n_runs == 1 else [run.name for run in study.runs],
             _intervals(compared.circuits()),
-            compared.random_kl.get(len(first.circuit), ()) if n_runs == 1 else (),
+            compared.random_circuits[len(first.circuit)].kl if n_runs == 1 and compared.random_circuits else (),
         ),
         Panel("one component ablated", list(study.alone), _intervals(compared.components())),
     ]

@@ -48,8 +48,3 @@ class TrainedCircuit:
         """Seed of the training; None for a circuit written by hand."""
         seed: int | None = self.circuit.provenance.get("seed")
         return seed
-
-    @property
-    def experiment(self) -> str:
-        """The name without its version: runs that share it differ in seed or date."""
-        return self.name.rpartition("/")[0] or self.name

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -111,6 +111,13 @@ class FrozenModelModule(lightning.LightningModule):
         in_epoch = math.ceil(self.data.epoch_length / trainer.accumulate_grad_batches)
         by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * in_epoch
         return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+
+    @staticmethod
+    def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the first one's values: sums on a GPU may differ in their last bits."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor.detach(), src=0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of; refuse to write one that is not finite."""

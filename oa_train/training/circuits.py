@@ -226,6 +226,7 @@ class CircuitModule(FrozenModelModule):
         else:
             assert isinstance(prepared, Constants)
             self.constants.load(prepared)
+            self.share_from_first_process(self.constants.parameters())
             self.constants_started.fill_(True)
 
     def replacing(self) -> Ablation:
@@ -364,6 +365,7 @@ class CircuitModule(FrozenModelModule):
             "ablation": self.ablation,
             "loss": self.loss,
             "selected": list(self.selected),
+            "training": {name: value for name, value in self.settings().items() if name not in ("lm", "seed")},
         }
         return Circuit.from_mask(self.components, mask, scores, provenance)
 
@@ -383,7 +385,7 @@ class CircuitModule(FrozenModelModule):
             average = self._average(name)
             average.update(measured(name, clean, logits, batch))
             self.log(f"{stage}/{name}", average, prog_bar=name == "kl", batch_size=len(batch))
-        self.log(f"{stage}/size", mask.sum().float(), prog_bar=True, batch_size=len(batch))
+        self.log(f"{stage}/size", mask.sum().float(), prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def _average(self, name: str) -> MeanMetric:
         average = self.evaluated[name]
@@ -394,7 +396,7 @@ class CircuitModule(FrozenModelModule):
         """Log what the best checkpoint minimises."""
         size = self.circuit_mask().sum()
         loss = LOSS_SIGNS[self.loss] * self._average(self.loss).compute()
-        self.log("val/objective", self.penalty.objective(loss, size))
+        self.log("val/objective", self.penalty.objective(loss, size), sync_dist=True)
 
 
 def _check_positive(**values: float) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
@@ -24,10 +23,11 @@ from oa_train.metrics.measures import LOSS_SIGNS, Loss, check_loss
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
 from oa_train.training.base import FrozenModelModule
-from oa_train.training.refit import circuit_losses
+from oa_train.training.best import BestConstants
+from oa_train.training.refit import circuit_losses, falling
 
-# Nats by which the mean of the best losses must fall between two validations to count as progress.
-LEAST_PROGRESS = 1e-4
+# Share of its loss by which one circuit at least must improve for a validation to count as progress.
+LEAST_PROGRESS = 0.01
 
 
 class CircuitMeans(Metric):
@@ -47,8 +47,9 @@ class CircuitMeans(Metric):
 
     def update(self, means: Float[Tensor, " circuit"], n_prompts: int) -> None:
         """Add the means over some prompts."""
-        self.total += means * n_prompts
-        self.count += n_prompts
+        # Not in place: after a validation of its own Lightning leaves tensors that may not be written.
+        self.total = self.total + means * n_prompts
+        self.count = self.count + n_prompts
 
     def compute(self) -> Float[Tensor, " circuit"]:
         """The means over all prompts so far."""
@@ -58,8 +59,8 @@ class CircuitMeans(Metric):
 class ConstantsModule(FrozenModelModule):
     """Finds the constants that replace components best, the circuit being given.
 
-    Several circuits, each component ablated alone for instance, are trained side by side: each has constants of its
-    own, and a step shows the same prompts to all. They do not touch each other, so this equals one job for each.
+    Components that are ablated alone are trained side by side: a step shows the same prompts to all, and each row of
+    the batch reads and moves the constants of its own component only, so this equals one job for each.
 
     Exactly one of `circuit`, `keep` and `alone` says what is ablated.
 
@@ -73,7 +74,8 @@ class ConstantsModule(FrozenModelModule):
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
         positions: size of the constants' table; 1 gives each component one constant.
         learning_rate: of Adam at the start; it falls to zero along a cosine over the whole training.
-        patience: validations without progress after which the training ends; never when not given.
+        patience: validations after which the training ends when no circuit's loss has fallen by a hundredth; never
+            when not given.
         rows_per_run: most rows (circuits times prompts) whose activations are kept at once; further circuits are run
             twice in a step, which bounds memory and changes no result.
 
@@ -120,14 +122,20 @@ class ConstantsModule(FrozenModelModule):
         self.start = start
         self._starts_from = starts_from
         self.circuits = self._circuits(circuit, keep, alone)
-        zeros = Constants.zeros(self.dimensions, self.bos_token_id, positions)
-        self.constants = TrainableConstants([zeros] * len(self.circuits))
-        self.best = TrainableConstants([zeros] * len(self.circuits)).requires_grad_(False)
         self.masks: Tensor
         self.register_buffer("masks", torch.stack([one.mask for one in self.circuits.values()]), persistent=False)
-        self.best_loss: Tensor
-        self.register_buffer("best_loss", torch.full((len(self.circuits),), float("inf")))
-        self.validation_loss = CircuitMeans(len(self.circuits))
+        # One table: no two of the circuits ablate the same component.
+        self.constants = TrainableConstants([Constants.zeros(self.dimensions, self.bos_token_id, positions)])
+        self.best = BestConstants(self.masks, self.constants)
+        self.constants_started: Tensor
+        self.register_buffer("constants_started", torch.tensor(False))
+        self.progress: Tensor
+        self.register_buffer("progress", torch.full((len(self.circuits),), float("inf")))
+        self.stale: Tensor
+        self.register_buffer("stale", torch.tensor(0))
+        self._candidates: list[TrainableConstants] = []
+        self.validation_losses = torch.nn.ModuleList()
+        self._measure(1)
 
     def _circuits(
         self, circuit: str | None, keep: str | list[str] | None, alone: str | list[str] | None
@@ -140,6 +148,8 @@ class ConstantsModule(FrozenModelModule):
         if keep is not None:
             return {"circuit": Circuit.from_patterns(self.components, _as_list(keep))}
         ablated = self.components.select(_as_list(alone or []))
+        if not ablated:
+            raise ConfigurationError(f"alone is {alone!r}, which selects no component; * selects all.")
         return {name: Circuit.from_patterns(self.components, ["*", f"!{name}"]) for name in ablated}
 
     @property
@@ -151,6 +161,7 @@ class ConstantsModule(FrozenModelModule):
         """What is ablated, and for which loss constants are sought."""
         return {
             "kept": {name: list(circuit.nodes) for name, circuit in self.circuits.items()},
+            "start": self.start if isinstance(self._starts_from, Kind) else "constants",
             "positions": self.positions,
             "loss": self.loss,
         }
@@ -160,7 +171,6 @@ class ConstantsModule(FrozenModelModule):
         return {
             "lm": self.lm_settings(),
             "seed": self.seed,
-            "start": self.start,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
             **self.describe(),
@@ -175,29 +185,37 @@ class ConstantsModule(FrozenModelModule):
                 "give trainer.max_epochs or trainer.max_steps."
             )
         optimizer = torch.optim.Adam(self.constants.parameters(), lr=self.learning_rate)
-        decay = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / n_steps, 1.0))))
+        decay = LambdaLR(optimizer, lambda step: falling(step, n_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Stop early when a patience was given."""
-        if self.patience is None:
-            return []
-        return [EarlyStopping("val/objective", min_delta=LEAST_PROGRESS, patience=self.patience)]
+    def on_train_start(self) -> None:
+        """Use this module's learning rate, also where a checkpoint has just brought that of the run before."""
+        (config,) = self.trainer.lr_scheduler_configs
+        config.scheduler.base_lrs = [self.learning_rate]
+        done = config.scheduler.last_epoch
+        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * falling(done, self.planned_steps())
 
     def on_fit_start(self) -> None:
         """Start where it was asked to, unless a checkpoint brought constants; mean and zero are the first to beat."""
-        if bool(torch.isfinite(self.best_loss).all()):
+        if self.patience is not None and self.trainer.limit_val_batches == 0:
+            raise ConfigurationError("patience counts validations, and trainer.limit_val_batches is 0.")
+        started = bool(self.constants_started)
+        if started and bool(torch.isfinite(self.best.loss).all()):
             return
-        task = self.data.task
-        source = AblationSource(self.frozen, task, self.positions, self.track)
+        source = AblationSource(self.frozen, self.data.task, self.positions, self.track)
         start = self._starting_constants(source)
-        self.constants.load(start)
-        batches = list(task.batches("validation", task.n_validation))
-        for candidate in (start, source.mean, source.zero):
-            shown = self.track(batches, "evaluating where to start")
-            found = circuit_behaviour(self.frozen, shown, self.masks, [candidate], self.rows_per_run)
-            offered = TrainableConstants([candidate] * len(self.circuits)).to(self.device)
-            self._offer(offered, found.loss(self.loss).mean(dim=1).to(self.device))
+        if not started:
+            self.constants.load(start)
+            self.constants_started.fill_(True)
+            self.share_from_first_process([self.constants.heads, self.constants.mlps])
+        candidates = [TrainableConstants([one]).to(self.device) for one in (start, source.mean, source.zero)]
+        self._candidates = [one.requires_grad_(False) for one in candidates]
+        self._measure(1 + len(candidates))
+
+    def _measure(self, n_tables: int) -> None:
+        """Make room for the losses of so many tables, of which the trained one is the first."""
+        made = [CircuitMeans(len(self.circuits)).to(self.device) for _ in range(n_tables)]
+        self.validation_losses = torch.nn.ModuleList(made)
 
     def _starting_constants(self, source: AblationSource) -> Constants:
         if isinstance(self._starts_from, Constants):
@@ -207,14 +225,6 @@ class ConstantsModule(FrozenModelModule):
         assert isinstance(prepared, Constants)
         return prepared
 
-    @torch.no_grad()
-    def _offer(self, candidate: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
-        """Keep a candidate for every circuit that it is the best for so far; what is not finite never is."""
-        better = loss < self.best_loss
-        self.best.heads[better] = candidate.heads[better]
-        self.best.mlps[better] = candidate.mlps[better]
-        self.best_loss[better] = loss[better]
-
     def losses(self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"]) -> Float[Tensor, " circuit"]:
         """Mean loss of every circuit over the prompts, with gradients to its own constants.
 
@@ -223,19 +233,17 @@ class ConstantsModule(FrozenModelModule):
             clean: what the unablated model predicts for them.
         """
         at_once = max(1, self.rows_per_run // len(batch))
-        n_circuits = len(self.circuits)
 
         def some(chosen: slice, heads: Tensor, mlps: Tensor) -> Tensor:
-            tables = zip(heads.unbind(), mlps.unbind(), strict=True)
-            sets = [Constants(one, other, self.bos_token_id) for one, other in tables]
-            return circuit_losses(self.frozen, batch, clean, self.masks[chosen], sets, self.loss)
+            table = Constants(heads, mlps, self.bos_token_id)
+            return circuit_losses(self.frozen, batch, clean, self.masks[chosen], [table], self.loss)
 
-        if n_circuits <= at_once:
-            return some(slice(None), self.constants.heads, self.constants.mlps)
+        heads, mlps = self.constants.heads[0], self.constants.mlps[0]
+        parts = [slice(first, first + at_once) for first in range(0, len(self.circuits), at_once)]
+        if len(parts) == 1:
+            return some(parts[0], heads, mlps)
         # Run again in the backward pass: only one part's activations are alive at a time.
-        parts = [slice(first, first + at_once) for first in range(0, n_circuits, at_once)]
-        heads, mlps = self.constants.heads, self.constants.mlps
-        return torch.cat([checkpoint(some, part, heads[part], mlps[part], use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(some, part, heads, mlps, use_reentrant=False) for part in parts])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all circuits."""
@@ -248,34 +256,52 @@ class ConstantsModule(FrozenModelModule):
         return losses.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the constants as they are now."""
-        self._evaluate(batch, self.constants)
+        """Losses of the constants as they are now, and once of those where the training may have started."""
+        self._evaluate(batch, [self.constants.sets(), *(one.sets() for one in self._candidates)])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the best constants."""
-        self._evaluate(batch, self.best)
+        self._evaluate(batch, [self.best.sets()])
 
-    def _evaluate(self, batch: Batch, constants: TrainableConstants) -> None:
-        found = circuit_behaviour(self.frozen, [batch], self.masks, constants.sets(), self.rows_per_run)
-        self.validation_loss.update(found.loss(self.loss).mean(dim=1).to(self.device), len(batch))
+    def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
+        for metric, table in zip(self.validation_losses, tables, strict=False):
+            assert isinstance(metric, CircuitMeans)
+            found = circuit_behaviour(self.frozen, [batch], self.masks, table, self.rows_per_run)
+            metric.update(found.loss(self.loss).mean(dim=1).to(self.device), len(batch))
 
-    def _mean_losses(self) -> Float[Tensor, " circuit"]:
+    def _mean_losses(self, index: int) -> Float[Tensor, " circuit"]:
+        metric = self.validation_losses[index]
+        assert isinstance(metric, CircuitMeans)
         # torchmetrics turns a tensor of one element into a number.
-        losses: Tensor = self.validation_loss.compute().reshape(len(self.circuits))
-        self.validation_loss.reset()
+        losses: Tensor = metric.compute().reshape(len(self.circuits))
+        metric.reset()
         return losses
 
     def on_validation_epoch_end(self) -> None:
         """Keep what is best for each circuit; the best checkpoint minimises the mean of the best losses."""
-        losses = self._mean_losses()
-        self._offer(self.constants, losses)
-        self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean(), prog_bar=True)
-        self.log("val/objective", self.best_loss.mean())
+        found = [self._mean_losses(index) for index in range(1 + len(self._candidates))]
+        if self.trainer.sanity_checking:  # of a few prompts, with which later figures cannot be compared
+            return
+        for candidate, losses in zip(self._candidates, found[1:], strict=True):
+            self.best.offer(candidate, losses)
+        self._candidates = []
+        self.best.offer(self.constants, found[0])
+        self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * found[0].mean(), prog_bar=True, sync_dist=True)
+        self.log("val/objective", self.best.loss.mean(), sync_dist=True)
+        self._stop_when_flat()
+
+    def _stop_when_flat(self) -> None:
+        least = torch.where(self.progress.isfinite(), LEAST_PROGRESS * self.progress.abs(), 0.0)
+        fallen = self.best.loss < self.progress - least
+        self.progress[fallen] = self.best.loss[fallen]
+        self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1
+        if self.patience is not None and int(self.stale) >= self.patience:
+            self.trainer.should_stop = True
 
     def on_test_epoch_end(self) -> None:
         """Report the mean over circuits."""
-        losses = self._mean_losses()
-        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean())
+        losses = self._mean_losses(0)
+        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean(), sync_dist=True)
 
     def circuit(self) -> Circuit:
         """The circuit that constants were trained for; whatever it was found under, it is optimally ablated now.
@@ -293,18 +319,10 @@ class ConstantsModule(FrozenModelModule):
 
     def best_constants(self) -> Constants:
         """The best constants by validation: of the circuit, or of each component its own from where it was alone."""
-        provenance = self._optimal_provenance()
-        sets = [one.detach().to("cpu") for one in self.best.sets()]
-        if not self.each_alone:
-            return Constants(sets[0].heads, sets[0].mlps, self.bos_token_id, provenance)
-        merged = Constants.zeros(self.dimensions, self.bos_token_id, self.positions)
-        for name, own in zip(self.circuits, sets, strict=True):
-            layer, head = divmod(self.components.index(name), self.components.n_heads + 1)
-            if head < self.components.n_heads:
-                merged.heads[layer, :, head] = own.heads[layer, :, head]
-            else:
-                merged.mlps[layer] = own.mlps[layer]
-        return Constants(merged.heads, merged.mlps, self.bos_token_id, provenance)
+        # Without any validation the last constants are all there is to know.
+        known = bool(torch.isfinite(self.best.loss).all())
+        (table,) = self.best.sets() if known else self.constants.sets()
+        return replace(table.detach().to("cpu"), provenance=self._optimal_provenance())
 
 
 def _start_kind(name: str) -> Kind:

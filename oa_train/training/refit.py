@@ -1,7 +1,8 @@
 """Training the constants of fixed circuits, any number of them side by side.
 
 Each circuit has constants of its own and each step shows all circuits the same prompts, as copies in one batch. The
-circuits do not touch each other, so this equals training them one after another.
+circuits do not touch each other, so this equals training them one after another. Circuits that ablate nothing in
+common, each component alone for instance, have theirs in one table.
 """
 
 import math
@@ -20,6 +21,7 @@ from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.base import Task
+from oa_train.training.best import BestConstants, share_a_table
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class FittedConstants:
     """Constants of each circuit, the best seen by validation.
 
     Attributes:
-        sets: the constants.
+        sets: the constants of each circuit; one table for all if no two ablate the same component.
         validation_loss: their loss on the validation prompts, in nats.
     """
 
@@ -90,29 +92,43 @@ def fit_constants(
     Raises:
         NotFiniteError: the loss became NaN or infinite.
     """
-    n_circuits = len(masks)
-    constants = TrainableConstants([starts[i if len(starts) > 1 else 0] for i in range(n_circuits)]).to(model.device)
-    best = _Best(model, task, masks, loss, settings.rows_per_run)
+    n_tables = 1 if len(starts) == 1 and share_a_table(masks) else len(masks)
+    constants = TrainableConstants([starts[i if len(starts) > 1 else 0] for i in range(n_tables)]).to(model.device)
+    best = BestConstants(masks, constants)
+    batches = list(task.batches("validation", task.n_validation))
+
+    def offer(tables: TrainableConstants) -> None:
+        found = circuit_behaviour(model, batches, masks, tables.sets(), settings.rows_per_run)
+        best.offer(tables, found.loss(loss).mean(dim=1))
+
     for candidate in others:
-        best.offer([candidate] * n_circuits)
-    best.offer(constants.sets())
+        offer(TrainableConstants([candidate] * n_tables).to(model.device))
+    offer(constants)
     optimizer = torch.optim.Adam(constants.parameters(), lr=settings.learning_rate)
     for step in track(range(settings.steps), description):
-        optimizer.param_groups[0]["lr"] = (
-            settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-        )
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * falling(step, settings.steps)
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)
         losses = _accumulate_gradient(model, batch, masks, constants, loss, settings.rows_per_run)
         if not torch.isfinite(losses).all():
             raise NotFiniteError(
-                f"The loss of the constants is {float(losses.sum())} at step {step} of the refit. Lower its learning "
-                "rate."
+                f"The loss of the constants is {losses.tolist()} at step {step} of the refit, which is not finite. "
+                "Lower its learning rate."
             )
         optimizer.step()
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-            best.offer(constants.sets())
-    return FittedConstants(best.sets, best.loss)
+            offer(constants)
+    return FittedConstants(best.sets(), best.loss.cpu())
+
+
+def falling(step: int, n_steps: float) -> float:
+    """Share of a learning rate that falls to zero along a cosine.
+
+    Args:
+        step: number of the step.
+        n_steps: steps until zero.
+    """
+    return 0.5 * (1 + math.cos(math.pi * min(step / n_steps, 1.0)))
 
 
 def circuit_losses(
@@ -130,7 +146,7 @@ def circuit_losses(
         batch: prompts.
         clean: what the unablated model predicts for them.
         masks: a circuit in each row.
-        sets: the constants of each.
+        sets: the constants of each, or one table for all.
         loss: what is minimised.
     """
     logits = circuit_logits(model, batch, masks, sets)
@@ -146,32 +162,9 @@ def _accumulate_gradient(
     at_once = max(1, rows_per_run // len(batch))
     found = []
     for start in range(0, len(masks), at_once):
-        some = slice(start, start + at_once)
-        losses = circuit_losses(model, batch, clean, masks[some], constants.sets()[some], loss)
+        some, sets = slice(start, start + at_once), constants.sets()
+        losses = circuit_losses(model, batch, clean, masks[some], sets if len(sets) == 1 else sets[some], loss)
         # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
         losses.sum().backward()
         found.append(losses.detach())
     return torch.cat(found)
-
-
-class _Best:
-    """The best constants of each circuit so far, by the loss on the validation prompts."""
-
-    def __init__(self, model: CausalLM, task: Task, masks: Tensor, loss: Loss, rows_per_run: int) -> None:
-        self._model = model
-        self._masks = masks
-        self._name: Loss = loss
-        self._rows_per_run = rows_per_run
-        self._batches = list(task.batches("validation", task.n_validation))
-        self.loss = torch.full((len(masks),), float("inf"))
-        self.sets: list[Constants] = []
-
-    def offer(self, sets: Sequence[Constants]) -> None:
-        behaviour = circuit_behaviour(self._model, self._batches, self._masks, sets, self._rows_per_run)
-        # What is not finite is never the best.
-        found = behaviour.loss(self._name).mean(dim=1).nan_to_num(nan=float("inf"))
-        if not self.sets:
-            self.sets = [one.detach() for one in sets]
-        for index in (found < self.loss).nonzero().flatten().tolist():
-            self.sets[index] = sets[index].detach()
-        self.loss = torch.minimum(self.loss, found)

@@ -11,8 +11,9 @@ from oa_train.batches import Batch
 from oa_train.interventions import evaluation
 from oa_train.interventions.activations import node_values
 from oa_train.interventions.base import scored_logits
-from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, circuit_logits, clean_behaviour
+from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
+from oa_train.interventions.nodes import node_logits
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.components import Components
@@ -74,16 +75,16 @@ def test_circuits_at_once_are_circuits_one_at_a_time(model, masks, task, name):
 def test_the_rows_of_a_run_change_no_result(model, masks, task, rows_per_run, monkeypatch):
     widths = []
 
-    def counted(model, batch, some, ablations):
-        widths.append(len(some) * len(batch))
-        return circuit_logits(model, batch, some, ablations)
+    def counted(model, rows, *arguments):
+        widths.append(len(rows))
+        return node_logits(model, rows, *arguments)
 
     batches = list(task.batches("test", 7, 4))
     different = [random_constants(model, 1, seed) for seed in range(len(masks))]
     for ablations in ([ablation("resample", model, task)], different):
         expected = circuit_behaviour(model, batches, masks, ablations)
         with monkeypatch.context() as patched:
-            patched.setattr(evaluation, "circuit_logits", counted)
+            patched.setattr(evaluation, "node_logits", counted)
             assert_same(circuit_behaviour(model, batches, masks, ablations, rows_per_run), expected)
     assert max(widths) <= max(rows_per_run, 4)
 

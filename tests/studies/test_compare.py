@@ -11,6 +11,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.interventions.kinds import KINDS
+from oa_train.studies.agreement import over_seeds
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.runs import TrainedCircuit
@@ -82,6 +83,8 @@ def test_results_name_the_run_and_its_circuit(compared, run):
     assert results["seeds"] == []
     assert results["positions"] == 1
     assert [(one["size"], len(one["kl"])) for one in results["random_circuits"]] == [(7, 3)]
+    assert results["fit"]["steps"] == 60
+    assert results["circuit_fit"]["steps"] == 300
 
 
 def test_differences_are_paired(compared):
@@ -109,7 +112,12 @@ def test_optimal_is_at_most_mean_and_zero_for_every_component(compared):
 def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(module, run, trained):
     task = small_ioi(n_validation=128, n_test=256, n_means=256, n_tokens=16)
     settings = CompareSettings(
-        ablations=["optimal", "resample", "mean"], components=FEW, positions="every", fit=QUICK, random_circuits=0
+        ablations=["optimal", "resample", "mean"],
+        components=FEW,
+        positions="every",
+        fit=QUICK,
+        circuit_fit=QUICK,
+        random_circuits=0,
     )
     found = compare(module.frozen, task, [trained], run, settings)
     assert json.loads((found.folder / "results.json").read_text())["positions"] == 16
@@ -120,9 +128,11 @@ def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(mo
 
 
 def test_random_circuits_are_worse(compared):
-    ordered = sorted(compared.random_kl[7])
-    assert len(ordered) == 3
-    assert ordered[1] > 5 * kl_of(compared.circuits(), "optimal")
+    found = compared.random_circuits[7]
+    assert len(found.kl) == 3
+    # After the same training: the run's own constants had more.
+    assert sorted(found.kl)[1] > 5 * found.run_kl
+    assert found.run_kl >= 0.9 * kl_of(compared.circuits(), "optimal")
 
 
 def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
@@ -131,18 +141,19 @@ def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
     resampled = Circuit(module.components, KEPT[:5], None, provenance | {"ablation": "resample"})
     runs = [
         trained,
-        TrainedCircuit(f"{trained.experiment}/version_1", other, trained.constants),
+        TrainedCircuit("experiment/version_1", other, trained.constants),
         TrainedCircuit("elsewhere/version_0", resampled),
     ]
-    settings = CompareSettings(["optimal", "resample"], components=[], fit=QUICK, random_circuits=0)
+    settings = CompareSettings(["optimal", "resample"], components=[], circuit_fit=QUICK, random_circuits=0)
     found = compare(module.frozen, task, runs, tmp_path, settings)
     assert [(row.run.name, row.ablation) for row in found.rows] == [
         (run.name, kind) for run in runs for kind in ("optimal", "resample")
     ]
     assert found.jaccard[0] == [1.0, 6 / 8, 5 / 7]
     (group,) = found.seeds
-    assert group["experiment"] == trained.experiment
+    assert group["runs"] == [trained.name, "experiment/version_1"]
     assert group["seeds"] == [0, 1]
+    assert group["ablation"] == group["trained_with"] == "optimal"
     assert group["jaccard"] == 6 / 8
     first, second = (kl_of([row for row in found.rows if row.run is run], "optimal") for run in runs[:2])
     assert group["kl"]["mean"] == pytest.approx((first + second) / 2)
@@ -155,7 +166,7 @@ def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
 def test_a_circuit_trained_otherwise_is_given_constants_of_its_own(module, task, trained, tmp_path):
     zero = replace(trained.constants, heads=0 * trained.constants.heads, provenance={"ablation": "zero"})
     circuit = replace(trained.circuit, provenance=dict(trained.circuit.provenance) | {"ablation": "zero"})
-    settings = CompareSettings(["optimal", "mean", "zero"], components=[], fit=QUICK, random_circuits=0)
+    settings = CompareSettings(["optimal", "mean", "zero"], components=[], circuit_fit=QUICK, random_circuits=0)
     rows = compare(module.frozen, task, [TrainedCircuit("zero", circuit, zero)], tmp_path, settings).rows
     assert kl_of(rows, "optimal") < 0.5 * min(kl_of(rows, "mean"), kl_of(rows, "zero"))
 
@@ -169,12 +180,40 @@ def test_a_second_comparison_gets_a_folder_of_its_own(module, task, trained, tmp
 def test_a_circuit_written_by_hand_is_compared(module, task, tmp_path):
     circuit = Circuit.from_patterns(module.components, ["a0*", "a1*", "m0"])
     constants = Constants.zeros(module.dimensions, module.bos_token_id, 4)
-    settings = CompareSettings(["optimal", "zero"], components=FEW, fit=UNFITTED, random_circuits=0)
+    settings = CompareSettings(
+        ["optimal", "zero"], components=FEW, fit=UNFITTED, circuit_fit=UNFITTED, random_circuits=0
+    )
     found = compare(module.frozen, task, [TrainedCircuit("by hand", circuit, constants)], tmp_path, settings)
     results = json.loads((found.folder / "results.json").read_text())
     assert results["model"]["fingerprint"] == module.fingerprint
     assert results["positions"] == 4
     assert kl_of(found.circuits(), "optimal") == kl_of(found.circuits(), "zero")
+
+
+@pytest.mark.parametrize("changed", ["task", "loss"])
+def test_constants_for_other_prompts_or_another_loss_are_a_start_and_no_more(module, task, trained, tmp_path, changed):
+    provenance = dict(trained.constants.provenance)
+    provenance |= {"task": provenance["task"] | {"name": "other"}} if changed == "task" else {"loss": "cross_entropy"}
+    bad = replace(trained.constants, heads=trained.constants.heads + 1, provenance=provenance)
+    settings = CompareSettings(["optimal", "mean"], components=[], circuit_fit=QUICK, random_circuits=0)
+    foreign = compare(module.frozen, task, [replace(trained, constants=bad)], tmp_path, settings)
+    assert kl_of(foreign.rows, "optimal") < kl_of(foreign.rows, "mean")
+    own = replace(bad, provenance=trained.constants.provenance)
+    kept = compare(module.frozen, task, [replace(trained, constants=own)], tmp_path, settings)
+    assert kl_of(kept.rows, "optimal") > kl_of(foreign.rows, "optimal")
+
+
+def test_runs_that_differ_in_more_than_their_seed_are_no_sample(trained):
+    def like(name: str, seed: int, **training) -> TrainedCircuit:
+        provenance = dict(trained.circuit.provenance)
+        provenance |= {"seed": seed, "training": provenance["training"] | training}
+        return TrainedCircuit(name, replace(trained.circuit, provenance=provenance), trained.constants)
+
+    kl = dict.fromkeys("abcd", 0.1)
+    assert over_seeds([like("a", 0), like("b", 1, penalty=3.0)], kl, "optimal") == []
+    assert over_seeds([like("a", 0), like("b", 0)], kl, "optimal") == []
+    (group,) = over_seeds([like("a", 0), like("b", 1), like("c", 1), like("d", 2, loss="kl2")], kl, "optimal")
+    assert group["runs"] == ["a", "b"]
 
 
 def test_a_task_without_counterfactuals_is_compared_without_them(module, trained, tmp_path, monkeypatch):
@@ -195,6 +234,8 @@ def test_what_cannot_be_compared_is_refused(module, task, trained, tmp_path):
         compare(module.frozen, task, [trained], tmp_path, CompareSettings(components="a9*"))
     with pytest.raises(ConfigurationError, match="ablations is empty"):
         CompareSettings(ablations=[])
+    with pytest.raises(ConfigurationError, match="twice"):
+        CompareSettings(ablations=["mean", "zero", "mean"])
     with pytest.raises(ConfigurationError, match="positions is 0"):
         CompareSettings(positions=0)
     with pytest.raises(ConfigurationError, match="random_circuits is -1"):

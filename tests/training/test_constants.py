@@ -15,7 +15,7 @@ from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
-from oa_train.training.checkpoints import WholeFileCheckpointIO
+from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.constants import ConstantsModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
@@ -35,15 +35,20 @@ def train(max_steps: int, folder: Path | None = None, resume: Path | None = None
     return module
 
 
+def constants_of(module: ConstantsModule, name: str) -> torch.Tensor:
+    """What is trained for one component."""
+    layer, head = divmod(module.components.index(name), module.components.n_heads + 1)
+    heads, mlps = module.constants.heads[0], module.constants.mlps[0]
+    return heads[layer, :, head] if head < module.components.n_heads else mlps[layer]
+
+
 def test_all_components_in_one_job_equal_a_job_for_each():
     together = train(2, alone="*")
     assert list(together.circuits) == list(together.components.names)
     for index, name in enumerate(together.components.names):
         alone = train(2, alone=name)
-        for table in ("heads", "mlps"):
-            one, other = getattr(together.constants, table)[index], getattr(alone.constants, table)[0]
-            assert_close(one, other, rtol=0, atol=1e-5)
-        assert_close(together.best_loss[index], alone.best_loss[0], rtol=0, atol=1e-5)
+        assert_close(constants_of(together, name), constants_of(alone, name), rtol=0, atol=1e-5)
+        assert_close(together.best.loss[index], alone.best.loss[0], rtol=0, atol=1e-5)
 
 
 def test_circuits_run_in_parts_are_the_same():
@@ -58,30 +63,69 @@ def test_the_best_by_validation_is_kept_and_never_worse_than_mean_and_zero():
     found = circuit_behaviour(
         module.frozen, list(task.batches("validation", task.n_validation)), module.masks, module.best.sets()
     )
-    assert_close(found.kl.mean(dim=1), module.best_loss, rtol=0, atol=1e-6)
+    assert_close(found.kl.mean(dim=1), module.best.loss, rtol=0, atol=1e-6)
     for start in ("mean", "zero"):
         unmoved = train(1, alone=["a0.h0", "m0", "m1"], start=start, learning_rate=1e-9)
-        assert (module.best_loss <= unmoved.best_loss + 1e-6).all()
+        assert (module.best.loss <= unmoved.best.loss + 1e-6).all()
     wild = train(2, alone=["a0.h0", "m0", "m1"], learning_rate=100.0)
-    assert (wild.best_loss <= unmoved.best_loss + 1e-6).all()
+    assert (wild.best.loss <= unmoved.best.loss + 1e-6).all()
 
 
-def test_constants_of_components_alone_are_merged_each_from_its_own(tmp_path):
+def test_constants_of_components_alone_stand_in_one_table(tmp_path):
     module = train(2, alone="*")
-    merged = module.best_constants()
-    for index, name in enumerate(module.components.names):
-        layer, head = divmod(index, 5)
-        own = module.best.sets()[index]
-        if head < 4:
-            assert torch.equal(merged.heads[layer, :, head], own.heads[layer, :, head])
-        else:
-            assert torch.equal(merged.mlps[layer], own.mlps[layer]), name
+    table = module.best_constants()
+    assert table.provenance["ablation"] == "optimal"
     finished = finish_constants(module, small_ioi(), tmp_path)
     assert list(finished.metrics) == list(module.components.names)
-    assert torch.equal(Constants.load(tmp_path / "constants").heads, merged.heads)
+    assert torch.equal(Constants.load(tmp_path / "constants").heads, table.heads)
     assert not (tmp_path / "circuit").exists()
     assert (finished.folder / "tables" / "constants.csv").is_file()
     assert (finished.folder / "figures" / "components.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("options", [{"num_sanity_val_steps": 2}, {"limit_val_batches": 1}])
+def test_a_look_at_part_of_the_prompts_is_not_taken_for_all(options):
+    task = small_ioi(evaluation_batch_size=4, n_validation=16)
+    module = ConstantsModule(alone="*")
+    quiet_trainer(max_epochs=2, limit_train_batches=2, **options).fit(module, datamodule=TaskData(task))
+    n_prompts = 4 if "limit_val_batches" in options else 16
+    batches = list(task.batches("validation", n_prompts))
+    found = circuit_behaviour(module.frozen, batches, module.masks, module.best.sets())
+    assert_close(found.kl.mean(dim=1), module.best.loss, rtol=0, atol=1e-6)
+
+
+def test_validation_before_the_fit_does_no_harm():
+    module, data = ConstantsModule(alone=["a0*", "m0"]), TaskData(small_ioi())
+    quiet_trainer().validate(module, data, verbose=False)
+    quiet_trainer(max_epochs=1, limit_train_batches=2).fit(module, datamodule=data)
+    plain = ConstantsModule(alone=["a0*", "m0"])
+    quiet_trainer(max_epochs=1, limit_train_batches=2).fit(plain, datamodule=data)
+    assert torch.equal(module.constants.heads, plain.constants.heads)
+
+
+def test_without_validation_the_last_constants_are_kept():
+    module = ConstantsModule(alone="m0")
+    quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(module, TaskData(small_ioi()))
+    assert torch.equal(module.best_constants().mlps, module.constants.mlps[0].detach())
+    with pytest.raises(ConfigurationError, match="patience counts validations"):
+        quiet_trainer(max_epochs=1, limit_val_batches=0).fit(
+            ConstantsModule(alone="m0", patience=1), TaskData(small_ioi())
+        )
+
+
+def test_a_resume_uses_the_learning_rate_it_is_given(tmp_path):
+    train(2, tmp_path / "first", alone="m0")
+    resumed = ConstantsModule(alone="m0", learning_rate=1e-12)
+    trainer = quiet_trainer(
+        max_epochs=6,
+        limit_train_batches=2,
+        enable_checkpointing=True,
+        plugins=[WholeFileCheckpointIO()],
+        callbacks=[BestCheckpoint(tmp_path / "second")],
+    )
+    before = read_checkpoint(tmp_path / "first" / "last.ckpt")["state_dict"]["constants.mlps"]
+    trainer.fit(resumed, TaskData(small_ioi()), ckpt_path=str(tmp_path / "first" / "last.ckpt"))
+    assert_close(resumed.constants.mlps.detach(), before, rtol=0, atol=1e-9)
 
 
 def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
@@ -94,7 +138,7 @@ def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
     continued = ConstantsModule(keep=["a0*", "a1*", "m0"], start=str(tmp_path / "run" / "constants"), positions=3)
     quiet_trainer(max_epochs=1, limit_train_batches=1).fit(continued, datamodule=TaskData(small_ioi()))
     assert continued.best_constants().n_positions == 3
-    assert continued.best_loss <= named.best_loss + 1e-6
+    assert continued.best.loss <= named.best.loss + 1e-6
 
 
 def test_only_constants_of_what_is_ablated_move():
@@ -171,7 +215,7 @@ def test_every_start_and_loss_is_honoured():
     for loss in ("cross_entropy", "logit_difference"):
         module = train(10, alone="a0.h0", loss=loss, learning_rate=0.05)
         start = train(1, alone="a0.h0", loss=loss, learning_rate=1e-12)
-        assert (module.best_loss < start.best_loss).all()
+        assert (module.best.loss < start.best.loss).all()
 
 
 @pytest.mark.parametrize(
@@ -180,6 +224,8 @@ def test_every_start_and_loss_is_honoured():
         ({}, "exactly one of .* given: none"),
         ({"keep": "m0", "alone": "*"}, "given: keep, alone"),
         ({"alone": "b*"}, "matches no component"),
+        ({"alone": []}, "selects no component"),
+        ({"alone": "!m0"}, "selects no component"),
         ({"alone": "*", "start": "maen"}, "Did you mean mean"),
         ({"alone": "*", "start": "resample"}, "no folder of constants either"),
         ({"alone": "*", "positions": 0}, "positions is 0"),

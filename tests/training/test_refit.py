@@ -44,7 +44,10 @@ def test_fitted_constants_beat_the_mean_on_held_out_prompts(model, task, mean):
     start = fit_constants(model, task, masks, [mean], RefitSettings(steps=0)).validation_loss
     fitted = fit_constants(model, task, masks, [mean], RefitSettings(steps=60, batch_size=16, evaluate_every=20))
     assert (fitted.validation_loss < 0.8 * start).all()
-    assert not torch.equal(fitted.sets[0].heads, fitted.sets[1].heads)
+    # They ablate nothing in common, so one table holds the constants of both.
+    assert len(fitted.sets) == 1
+    (moved,) = ((fitted.sets[0].heads != mean.heads).any(dim=-1).squeeze(1),)
+    assert moved.nonzero().tolist() == [[0, 0], [2, 0], [2, 1], [2, 2], [2, 3]]
 
 
 def test_circuits_side_by_side_equal_circuits_one_after_another(model, task, mean):
@@ -87,7 +90,7 @@ def test_what_does_better_on_validation_is_kept(model, task, mean):
     zero = Constants.zeros(Dimensions.of(model.config), task.bos_token_id)
     far = Constants(mean.heads + 50.0, mean.mlps + 50.0, mean.bos_token_id)
     kept = fit_constants(model, task, masks, [far], RefitSettings(steps=0), others=[zero])
-    assert torch.equal(kept.sets[0].heads, zero.heads)
+    assert not kept.sets[0].heads[2, :, 0].any()
 
 
 def test_what_is_not_a_number_is_never_kept(model, task, mean):
