@@ -1,7 +1,7 @@
 """Result folders: a JSON header, tensors as safetensors, and where they come from.
 
     circuit/
-        artefact.json        kind, schema version, header, provenance, checksum of the tensors
+        artefact.json        kind, schema version, header, provenance, checksums of header and tensors
         tensors.safetensors
 
 A folder is written whole or not at all (temporary name, sync, rename), is never overwritten, and is checked against
@@ -83,6 +83,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
+        "header_sha256": _header_checksum(artefact.header),
         "header": artefact.header,
     }
     try:
@@ -115,12 +116,20 @@ def load_artefact(folder: str | Path, kind: str) -> Artefact:
     folder = Path(folder)
     document = _read_header(folder, kind)
     try:
+        if _header_checksum(document["header"]) != document["header_sha256"]:
+            raise ArtefactError(
+                f"{folder / HEADER_FILE} is damaged or was edited: its header's checksum is not the one beside it."
+            )
         blob = (folder / TENSOR_FILE).read_bytes()
         if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
             raise ArtefactError(f"{folder / TENSOR_FILE} is damaged: its checksum is not the one in {HEADER_FILE}.")
         return Artefact(document["header"], load_safetensors(blob))
     except (OSError, KeyError, SafetensorError) as problem:
         raise ArtefactError(f"{folder} is damaged: {type(problem).__name__}: {problem}") from problem
+
+
+def _header_checksum(header: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _read_header(folder: Path, kind: str) -> dict[str, Any]:

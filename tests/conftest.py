@@ -27,3 +27,8 @@ def any_model(shared_model: CausalLM) -> Iterator[CausalLM]:
     """A float64 model of each family in turn, which computes in float64 throughout."""
     with WithoutSinglePrecision():
         yield shared_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest file first, so that with several processes none is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_demo.py")

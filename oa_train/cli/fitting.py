@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.artefacts import make_next_folder, replace_file
 from oa_train.cli.arguments import (
@@ -151,7 +152,8 @@ class OaTrainCLI(LightningCLI):
         if given is not None:
             checkpoint = read_checkpoint(Path(given))
             self.model.check_checkpoint(checkpoint, self.datamodule)
-            for change in self.model.changed_settings(checkpoint) if self.subcommand == "fit" else ():
+            told = self.subcommand == "fit" and _is_first_process()
+            for change in self.model.changed_settings(checkpoint) if told else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
         _check_intervals(config, self.datamodule.batches_per_epoch)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
@@ -163,10 +165,10 @@ class OaTrainCLI(LightningCLI):
         self.run = _make_run_folder(
             Path(config.default_root_dir or DEFAULT_ROOT), self._get(self.config_init, "experiment")
         )
-        if RUN_FOLDER_VARIABLE not in os.environ:
+        if _is_first_process():
             self._save_config(self.run)
             record_in(self.run)
-        if config.enable_progress_bar is not False:
+        if _is_first_process() and config.enable_progress_bar is not False:
             self.model.track = track
         loggers = config.logger
         if loggers in (None, True):
@@ -193,13 +195,13 @@ class OaTrainCLI(LightningCLI):
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as problem:
-            if self.run is not None and RUN_FOLDER_VARIABLE not in os.environ:  # else it is another process's
+            if self.run is not None and _is_first_process():  # else it is another process's
                 shutil.rmtree(self.run)
             raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run with the folder's name in the environment, where processes that a strategy starts find it."""
-        if self.run is None or RUN_FOLDER_VARIABLE in os.environ:
+        if self.run is None or not _is_first_process():
             super()._run_subcommand(subcommand)
             return
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run)
@@ -363,9 +365,17 @@ def _check_precision(config: Any) -> None:
         raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
 
 
+def _is_first_process() -> bool:
+    """Whether this is the only process or the first of several, whoever started them (Lightning, torchrun, SLURM)."""
+    return getattr(rank_zero_only, "rank", 0) == 0 and RUN_FOLDER_VARIABLE not in os.environ
+
+
 def _make_run_folder(root: Path, experiment: str) -> Path:
     made = os.environ.get(RUN_FOLDER_VARIABLE)
-    return Path(made) if made is not None else make_next_folder(root / experiment, "version")
+    if made is not None:
+        return Path(made)
+    # Another process writes nothing, and learns of the folder when checkpoints are shared out; any name will do.
+    return make_next_folder(root / experiment, "version") if _is_first_process() else root / experiment / "version_0"
 
 
 def _quiet_defaults(config: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class BestCheckpoint(ModelCheckpoint):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, filename="best", monitor="val/objective", mode="min", enable_version_counter=False)
         self._earlier: Path | None = None
+        self._is_global_zero = True
         self._resumed_step = 0
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -36,6 +37,7 @@ class BestCheckpoint(ModelCheckpoint):
         comparable = not any(change.startswith(("penalty", "target_size", "threshold")) for change in changed)
         self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if comparable else None
         self._resumed_step = checkpoint["global_step"]
+        self._is_global_zero = trainer.is_global_zero
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best checkpoint of the run that is resumed, unless it lies after the step of the resume."""
@@ -47,8 +49,9 @@ class BestCheckpoint(ModelCheckpoint):
         if earlier["global_step"] > self._resumed_step or self.state_key not in earlier["callbacks"]:
             return
         copied = Path(self.dirpath) / "best.ckpt"
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(self._earlier, copied)
+        if self._is_global_zero:
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self._earlier, copied)
         # Its own record of its score is the right one: `state_dict` can be older, from before a validation that
         # followed at the same step.
         score, path = earlier["callbacks"][self.state_key]["best_model_score"], str(copied)

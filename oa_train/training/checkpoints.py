@@ -2,7 +2,10 @@
 
 import io
 import pickle
+import struct
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,20 @@ from oa_train.errors import CheckpointError, RunError
 
 # Where a checkpoint says what it is of; next to Lightning's own keys.
 IDENTITY_KEY = "oa_train"
+
+
+# What reading a damaged file can end in.
+_DAMAGE = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    OSError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+)
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
@@ -58,11 +75,12 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         what = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
         raise CheckpointError(f"{what}. {_others(path)}".rstrip())
     try:
+        _check_sums(path)
         with warnings.catch_warnings():
             # Torch warns about what it finds in files that are no checkpoints, and then refuses them.
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as problem:
+    except _DAMAGE as problem:
         raise CheckpointError(
             f"{path} is truncated, damaged, or no checkpoint at all.\nExpected a file that `oa-train fit` wrote "
             f"(checkpoints/best.ckpt or checkpoints/last.ckpt of a run). {_others(path)}".rstrip()
@@ -72,6 +90,18 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             f"{path} is no checkpoint of oa_train; expected checkpoints/best.ckpt or checkpoints/last.ckpt of a run."
         )
     return checkpoint
+
+
+def _check_sums(path: Path) -> None:
+    """Compare every part of a checkpoint with its checksum, which torch writes and does not read.
+
+    Raises:
+        BadZipFile: a part is damaged, or the file is none that torch wrote.
+    """
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
 def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

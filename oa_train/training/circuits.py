@@ -385,7 +385,6 @@ class CircuitModule(FrozenModelModule):
             average = self._average(name)
             average.update(measured(name, clean, logits, batch))
             self.log(f"{stage}/{name}", average, prog_bar=name == "kl", batch_size=len(batch))
-        self.log(f"{stage}/size", mask.sum().float(), prog_bar=True, batch_size=len(batch), sync_dist=True)
 
     def _average(self, name: str) -> MeanMetric:
         average = self.evaluated[name]
@@ -393,10 +392,19 @@ class CircuitModule(FrozenModelModule):
         return average
 
     def on_validation_epoch_end(self) -> None:
-        """Log what the best checkpoint minimises."""
-        size = self.circuit_mask().sum()
+        """Log the size, and what the best checkpoint minimises."""
+        size = self._log_size("val")
         loss = LOSS_SIGNS[self.loss] * self._average(self.loss).compute()
         self.log("val/objective", self.penalty.objective(loss, size), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the size."""
+        self._log_size("test")
+
+    def _log_size(self, stage: str) -> Int[Tensor, ""]:
+        size = self.circuit_mask().sum()
+        self.log(f"{stage}/size", size.float(), prog_bar=True, sync_dist=True)
+        return size
 
 
 def _check_positive(**values: float) -> None:
