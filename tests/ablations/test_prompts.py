@@ -1,6 +1,6 @@
 """Resample and counterfactual ablation: which prompt stands in for which, and that its values do."""
 
-import random
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +12,7 @@ from oa_train.batches import Batch
 from oa_train.errors import TaskError
 from oa_train.interventions.activations import node_values
 from oa_train.models.loading import LMSpec, load_model
-from oa_train.tasks import IOI, Prompt, Task, donors
+from oa_train.tasks import IOI, Task, donors
 from oa_train.tasks.base import stream_of
 from oa_train.tasks.donors import Donors
 from tests.builders import batch_of, small_ioi, widened
@@ -146,16 +146,10 @@ def test_counterfactual_values_are_those_of_the_counterfactuals(model, side):
     assert (found.mlps - node_values(model, batch).mlps).abs().max() > 1e-2
 
 
-class Plain(IOI):
-    """Prompts without counterfactuals."""
-
-    def draw(self, random: random.Random) -> Prompt:
-        prompt = super().draw(random)
-        return Prompt(prompt.text, prompt.answers)
-
-
-def test_a_task_without_counterfactuals_is_refused_with_what_to_do(model):
-    task = Plain()
+def test_a_task_without_counterfactuals_is_refused_with_what_to_do(model, monkeypatch):
+    task = IOI()
+    draw = task.draw
+    monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), counterfactual=None))
     assert stream_of(task.prompt("test", 0).text) == "test"
     ablation = OtherPromptAblation(Batch.counterfactual, task.bos_token_id)
     with pytest.raises(TaskError, match=r"no counterfactuals: their task makes none.*Choose another ablation, or"):
