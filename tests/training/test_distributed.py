@@ -1,5 +1,6 @@
 """Real processes on this machine: several do what one does with batches as large as theirs together."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from oa_train.training.checkpoints import read_checkpoint
+
 ROOT = Path(__file__).parent.parent.parent
+PATHS = {"PYTHONPATH": str(ROOT)}
 
 
 def gradients(file: Path, n_processes: int, batch_size: int, distribution: str) -> dict[str, Any]:
@@ -32,3 +36,39 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, d
     # Seven prompts in two shares: the mean is over prompts and not over processes.
     for name in ("val/kl", "val/accuracy", "val/logit_difference", "val/size", "val/objective"):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
+
+
+LAUNCHED = {
+    "by Lightning": ["-m", "oa_train.cli.main"],
+    "by torchrun": [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29611",
+        "-m",
+        "oa_train.cli.main",
+    ],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_a_run_in_two_processes_writes_its_files_once(tmp_path, launcher):
+    options = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --trainer.max_steps 3"
+    options += " --data.batch_size 2 --data.batches_per_epoch 3 --data.n_validation 8 --data.n_test 8 --data.n_means 8"
+    options += " --finish.refit.steps 2 --trainer.default_root_dir runs --experiment shared --checkpoint_every 1"
+    config = ROOT / "configs" / "circuit_nodes_tiny.yaml"
+    words = [*LAUNCHED[launcher], "fit", "--config", str(config), *options.split()]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | PATHS
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "runs" / "shared").iterdir()
+    assert run.name == "version_0"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+    assert [path.name for path in (run / "studies").iterdir()] == ["fit_0"]
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    steps = [line for line in (run / "metrics.csv").read_text().splitlines() if line][1:]
+    assert len(steps) <= 4
