@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -113,24 +116,37 @@ def test_fast_dev_run_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "oa_train.cli.main", "fit", *SMALL, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+SEVERAL = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices")
+
+
+def start(folder: Path, *more: str, n_processes: int = 1) -> subprocess.Popen:
+    several = [*SEVERAL, str(n_processes)] if n_processes > 1 else []
+    command = [sys.executable, "-m", "oa_train.cli.main", "fit", *SMALL, *several, *more]
     with (folder / "said.txt").open("wb") as said:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=said, stderr=said)
+        # In a session of its own, so that all processes of a run can be killed at once.
+        return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, start_new_session=True)
 
 
-@pytest.mark.parametrize("attempt", range(3))
-def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, attempt, uninterrupted):
-    first = start(tmp_path)
+QUICK_KILLS = [(1, 0), (1, 1), (1, 2), (2, 0)]
+KILLS = [(1, attempt) for attempt in range(20)] + [(2, attempt) for attempt in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "attempt"),
+    [kill if kill in QUICK_KILLS else pytest.param(*kill, marks=pytest.mark.long) for kill in KILLS],
+)
+def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, n_processes, attempt, whole_runs):
+    uninterrupted = whole_runs(n_processes)
+    first = start(tmp_path, n_processes=n_processes)
     last = tmp_path / "runs" / "circuit_nodes_tiny" / "version_0" / "checkpoints" / "last.ckpt"
     while not last.exists():
         assert first.poll() is None, (tmp_path / "said.txt").read_text()
         time.sleep(0.01)
     time.sleep(random.uniform(0, 1.2))
-    first.send_signal(signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it may have ended
+        os.killpg(first.pid, signal.SIGKILL)
     assert first.wait() in (-signal.SIGKILL, 0)
-    second = start(tmp_path, "--ckpt_path", str(last))
+    second = start(tmp_path, "--ckpt_path", str(last), n_processes=n_processes)
     assert second.wait() == 0, (tmp_path / "said.txt").read_text()
     resumed = last.parent.parent.with_name("version_1")
     given, expected = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (resumed, uninterrupted))
@@ -145,11 +161,17 @@ def test_killed_at_a_random_step_and_resumed_it_ends_bit_for_bit_the_same(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    whole = start(folder)
-    assert whole.wait() == 0, (folder / "said.txt").read_text()
-    return folder / "runs" / "circuit_nodes_tiny" / "version_0"
+def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Runs that were never interrupted, by their number of processes."""
+
+    @cache
+    def made(n_processes: int) -> Path:
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        whole = start(folder, n_processes=n_processes)
+        assert whole.wait() == 0, (folder / "said.txt").read_text()
+        return folder / "runs" / "circuit_nodes_tiny" / "version_0"
+
+    return made
 
 
 def test_a_loss_that_is_not_finite_ends_with_status_1(tmp_path, monkeypatch, capsys):
