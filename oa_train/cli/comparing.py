@@ -28,7 +28,8 @@ from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.interventions.ablated import check_belongs
 from oa_train.interventions.kinds import KINDS
 from oa_train.models.loading import load_model
-from oa_train.studies.compare import Compared, CompareSettings, Comparison, compare
+from oa_train.studies.compare import CompareSettings, compare
+from oa_train.studies.comparison import Compared, Comparison
 from oa_train.studies.runs import TrainedCircuit
 
 # What of a run's configuration says which model and which prompts.

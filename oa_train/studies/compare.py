@@ -24,9 +24,10 @@ from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
+from oa_train.studies.comparison import Compared, Comparison, RandomCircuits
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.studies.statistics import Estimate, estimate, paired_difference
+from oa_train.studies.statistics import estimate, paired_difference
 from oa_train.tasks.base import Task
 from oa_train.training.refit import RefitSettings, fit_constants
 
@@ -69,78 +70,6 @@ class CompareSettings:
             check_kind("ablations", kind)
         if len(set(given)) < len(given):
             raise ConfigurationError(f"ablations names one of {', '.join(given)} twice.")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Figures under one ablation.
-
-    Attributes:
-        component: `circuit` when everything outside a circuit is ablated, else the one component that is.
-        run: the run that the circuit is of; None for a component.
-        ablation: what replaces the ablated components.
-        figures: each measure on the test prompts.
-        difference_to_optimal: the same figures minus those under optimal ablation, prompt by prompt; empty when
-            that was not asked for.
-    """
-
-    component: str
-    run: TrainedCircuit | None
-    ablation: AblationKind
-    figures: Mapping[str, Estimate]
-    difference_to_optimal: Mapping[str, Estimate]
-
-    def as_json(self) -> dict[str, Any]:
-        """The row of a results file."""
-        run = {"run": self.run.name, "trained_with": self.run.ablation} if self.run is not None else {}
-        return {
-            "component": self.component,
-            **run,
-            "ablation": self.ablation,
-            "total": KINDS[self.ablation].total,
-            **{name: value.as_json() for name, value in self.figures.items()},
-            **{f"{name}_minus_optimal": value.as_json() for name, value in self.difference_to_optimal.items()},
-        }
-
-
-@dataclass(frozen=True)
-class RandomCircuits:
-    """Random circuits of one size, and a run's circuit of that size, after the same training of their constants.
-
-    Attributes:
-        kl: KL divergence of each random circuit in nats.
-        run_kl: KL divergence of the run's circuit, its constants being trained from the means like theirs.
-    """
-
-    kl: Sequence[float]
-    run_kl: float
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The answer of `compare`.
-
-    Attributes:
-        rows: a comparison for each run's circuit and for each component, under each ablation.
-        random_circuits: how random circuits of each size do under optimal constants.
-        jaccard: overlap of every two runs' circuits.
-        seeds: spread over the runs of each experiment that has several (see `studies.agreement.over_seeds`).
-        folder: study folder.
-    """
-
-    rows: Sequence[Comparison]
-    random_circuits: Mapping[int, "RandomCircuits"]
-    jaccard: Sequence[Sequence[float]]
-    seeds: Sequence[Mapping[str, Any]]
-    folder: Path
-
-    def circuits(self) -> list[Comparison]:
-        """The rows of the runs' circuits."""
-        return [row for row in self.rows if row.run is not None]
-
-    def components(self) -> list[Comparison]:
-        """The rows of components ablated alone."""
-        return [row for row in self.rows if row.run is None]
 
 
 def compare(

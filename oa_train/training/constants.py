@@ -70,7 +70,8 @@ class ConstantsModule(FrozenModelModule):
         circuit: folder of a circuit, or of a run that has one; everything outside of it is ablated.
         keep: names or shell patterns of the components that are kept, all others being ablated.
         alone: names or shell patterns of components, each of which is ablated alone (`*` for all).
-        start: where the constants start: `mean`, `zero` or `counterfactual_mean`, or a folder of constants.
+        start: where the constants start: `mean`, `zero` or `counterfactual_mean`, or a folder of constants, or of a
+            run that has some.
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
         positions: size of the constants' table; 1 gives each component one constant.
         learning_rate: of Adam at the start; it falls to zero along a cosine over the whole training.
@@ -112,7 +113,7 @@ class ConstantsModule(FrozenModelModule):
         for name, value in numbers.items() | ({"patience": patience}.items() if patience is not None else set()):
             if not value > 0:
                 raise ConfigurationError(f"{name} is {value}; expected more than 0.")
-        starts_from = Constants.load(start) if Path(start).is_dir() else _start_kind(start)
+        starts_from = Constants.load(_inside(start, "constants")) if Path(start).is_dir() else _start_kind(start)
         super().__init__(lm, seed)
         self.loss: Loss = loss
         self.positions = positions
@@ -141,8 +142,7 @@ class ConstantsModule(FrozenModelModule):
         self, circuit: str | None, keep: str | list[str] | None, alone: str | list[str] | None
     ) -> dict[str, Circuit]:
         if circuit is not None:
-            folder = Path(circuit)
-            loaded = Circuit.load(folder / "circuit" if (folder / "circuit").is_dir() else folder)
+            loaded = Circuit.load(_inside(circuit, "circuit"))
             check_belongs(self.frozen, loaded, None)
             return {"circuit": loaded}
         if keep is not None:
@@ -333,6 +333,12 @@ def _start_kind(name: str) -> Kind:
             f"start is {name!r}, which is no folder of constants either. {nearest_names(name, kinds)}"
         )
     return check_kind("start", name)
+
+
+def _inside(folder: str, artefact: str) -> Path:
+    """The folder of an artefact, which may be given by the run that it is in."""
+    path = Path(folder)
+    return path / artefact if (path / artefact).is_dir() else path
 
 
 def _as_list(patterns: str | list[str]) -> list[str]:

@@ -135,7 +135,7 @@ def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
     for folder in (tmp_path / "run", tmp_path / "run" / "circuit"):
         loaded = train(2, circuit=str(folder))
         assert torch.equal(loaded.constants.heads, named.constants.heads)
-    continued = ConstantsModule(keep=["a0*", "a1*", "m0"], start=str(tmp_path / "run" / "constants"), positions=3)
+    continued = ConstantsModule(keep=["a0*", "a1*", "m0"], start=str(tmp_path / "run"), positions=3)
     quiet_trainer(max_epochs=1, limit_train_batches=1).fit(continued, datamodule=TaskData(small_ioi()))
     assert continued.best_constants().n_positions == 3
     assert continued.best.loss <= named.best.loss + 1e-6
