@@ -21,10 +21,10 @@ demo: $(STAMP)  ## train, finish and compare a circuit on the built-in model
 	$(BIN)/oa-train demo
 
 test: check  ## all checks, then the test-suite
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: $(STAMP)  ## the long campaigns as well
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check
