@@ -30,7 +30,7 @@ Command = Callable[[list[str]], object]
 
 # Name, module, function, and what the overview says.
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "demo": ("oa_train.cli.demo", "demo", "the whole way on the built-in model, in about two minutes"),
+    "demo": ("oa_train.cli.demo", "demo", "the whole way on the built-in model, in a few minutes"),
     "fit": ("oa_train.cli.fitting", "fit", "train masks and constants; --ckpt_path resumes"),
     "validate": ("oa_train.cli.fitting", "validate", "evaluate a run on its validation prompts"),
     "test": ("oa_train.cli.fitting", "test", "evaluate a run on held-out prompts"),
