@@ -83,7 +83,8 @@ def compare(
     """Compare ablations on the same held-out prompts.
 
     Each run's circuit is tested under every ablation, whatever it was trained under. Under optimal ablation it keeps
-    its own constants when it has some, and is given some when it has not.
+    its own constants when they were trained on this task, for KL divergence and for a table of this size, and is given
+    some otherwise.
 
     Args:
         model: frozen causal language model.

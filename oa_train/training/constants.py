@@ -208,8 +208,9 @@ class ConstantsModule(FrozenModelModule):
             self.constants.load(start)
             self.constants_started.fill_(True)
             self.share_from_first_process([self.constants.heads, self.constants.mlps])
-        candidates = [TrainableConstants([one]).to(self.device) for one in (start, source.mean, source.zero)]
-        self._candidates = [one.requires_grad_(False) for one in candidates]
+        # The means are the usual start, and need not be evaluated twice.
+        candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
+        self._candidates = [TrainableConstants([one]).to(self.device).requires_grad_(False) for one in candidates]
         self._measure(1 + len(candidates))
 
     def _measure(self, n_tables: int) -> None:
