@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
@@ -21,17 +20,16 @@ from oa_train.cli.arguments import (
     add_model_and_task,
     check_configs,
     check_groups,
-    check_output,
     configs_first,
     refuse_stored_trust,
     run_folder,
     take_option,
 )
 from oa_train.cli.interruption import resumable, terminable
-from oa_train.cli.messages import PRECISIONS
 from oa_train.cli.output import console, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
+from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
@@ -45,21 +43,8 @@ from oa_train.training.data import TaskData
 # Tells the processes that a distributed strategy starts which folder the first one has made.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
 
-DEFAULT_ROOT = "runs"
-
 # In the configuration of a fit, but not an option that describes the experiment.
 _NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
-
-# Smallest numbers of the trainer that work; -1 is without limit.
-_LEAST = {
-    "max_epochs": -1,
-    "max_steps": -1,
-    "log_every_n_steps": 0,
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "num_nodes": 1,
-}
 
 
 class OaTrainCLI(LightningCLI):
@@ -133,7 +118,7 @@ class OaTrainCLI(LightningCLI):
         """Build the module, the task's datamodule and the trainer."""
         chosen = self.config[self.subcommand]
         check_groups(self._parser(self.subcommand), chosen)
-        _check_trainer(chosen)
+        check_trainer(chosen)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
         if chosen.ckpt_path is None and self.subcommand != "fit":
@@ -155,7 +140,7 @@ class OaTrainCLI(LightningCLI):
             told = self.subcommand == "fit" and _is_first_process()
             for change in self.model.changed_settings(checkpoint) if told else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
-        _check_intervals(config, self.datamodule.batches_per_epoch)
+        check_intervals(config, self.datamodule.batches_per_epoch)
         plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
@@ -324,45 +309,6 @@ def _check_checkpoint(given: str) -> None:
             f"runs/<experiment>/version_<N>/checkpoints/{given}.ckpt."
         )
     read_checkpoint(Path(given))
-
-
-def _check_trainer(chosen: Any) -> None:
-    """Check what Lightning would not, or only after the run has begun."""
-    config = chosen.trainer
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
-            raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
-    if str(config.devices).strip("-").isdigit() and int(config.devices) < 1 and int(config.devices) != -1:
-        raise ConfigurationError(f"trainer.devices is {config.devices}; expected 1 or more, -1 for all, or auto.")
-    _check_precision(config)
-    if ".." in Path(chosen.experiment).parts or Path(chosen.experiment).is_absolute() or not chosen.experiment:
-        raise ConfigurationError(
-            f"experiment is {chosen.experiment!r}; expected a name, which becomes a folder below "
-            "trainer.default_root_dir."
-        )
-    check_output("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
-
-
-def _check_intervals(config: Any, batches_per_epoch: int) -> None:
-    every = config.val_check_interval
-    if isinstance(every, int) and every > batches_per_epoch and config.check_val_every_n_epoch is not None:
-        raise ConfigurationError(
-            f"trainer.val_check_interval is {every}, but an epoch has {batches_per_epoch} batches "
-            "(data.batches_per_epoch). Lower it, or set trainer.check_val_every_n_epoch to null."
-        )
-
-
-def _check_precision(config: Any) -> None:
-    precision = str(config.precision)
-    if precision not in ("None", "32", "32-true", "bf16-mixed", "16-mixed"):
-        raise ConfigurationError(
-            f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; the data "
-            "type of the frozen model is --lm.dtype."
-        )
-    on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
-    if precision == "16-mixed" and not on_gpu:
-        raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
 
 
 def _is_first_process() -> bool:

@@ -1,0 +1,63 @@
+"""What is asked of Lightning's trainer: checks of its options that Lightning lacks, or makes after the run began."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from oa_train.cli.arguments import check_output
+from oa_train.cli.messages import PRECISIONS
+from oa_train.errors import ConfigurationError
+
+DEFAULT_ROOT = "runs"
+
+# Smallest numbers of the trainer that work; -1 is without limit.
+_LEAST = {
+    "max_epochs": -1,
+    "max_steps": -1,
+    "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "num_nodes": 1,
+}
+
+
+def check_trainer(chosen: Any) -> None:
+    """Check what Lightning would not, or only after the run has begun."""
+    config = chosen.trainer
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
+    if str(config.devices).strip("-").isdigit() and int(config.devices) < 1 and int(config.devices) != -1:
+        raise ConfigurationError(f"trainer.devices is {config.devices}; expected 1 or more, -1 for all, or auto.")
+    _check_precision(config)
+    if ".." in Path(chosen.experiment).parts or Path(chosen.experiment).is_absolute() or not chosen.experiment:
+        raise ConfigurationError(
+            f"experiment is {chosen.experiment!r}; expected a name, which becomes a folder below "
+            "trainer.default_root_dir."
+        )
+    check_output("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
+
+
+def check_intervals(config: Any, batches_per_epoch: int) -> None:
+    """Check that a validation interval in batches fits into an epoch."""
+    every = config.val_check_interval
+    if isinstance(every, int) and every > batches_per_epoch and config.check_val_every_n_epoch is not None:
+        raise ConfigurationError(
+            f"trainer.val_check_interval is {every}, but an epoch has {batches_per_epoch} batches "
+            "(data.batches_per_epoch). Lower it, or set trainer.check_val_every_n_epoch to null."
+        )
+
+
+def _check_precision(config: Any) -> None:
+    precision = str(config.precision)
+    if precision not in ("None", "32", "32-true", "bf16-mixed", "16-mixed"):
+        raise ConfigurationError(
+            f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; the data "
+            "type of the frozen model is --lm.dtype."
+        )
+    on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
+    if precision == "16-mixed" and not on_gpu:
+        raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
