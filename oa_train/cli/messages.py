@@ -12,7 +12,7 @@ from oa_train.errors import ConfigurationError, OaTrainError, nearest_names
 # Arguments that follow options of the whole command line.
 LINKED = {"lm": "lm", "seed": "seed_everything"}
 
-PRECISIONS = "32-true, bf16-mixed or, on a GPU, 16-mixed"
+PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 
 # Where what the parser would accept is not what works.
 _EXPECTED = {"seed_everything": "a whole number", "trainer.precision": PRECISIONS}

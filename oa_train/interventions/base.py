@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from oa_train.batches import Batch
-from oa_train.models.families import check_family, find_parts
+from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
-from oa_train.models.taps import Tap, changed_argument, tapped
+from oa_train.models.taps import Tap, changed_argument, recomputed, tapped
 from oa_train.shapes import Bool, Float, Tensor
 
 
@@ -25,7 +25,9 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def scored_logits(model: CausalLM, batch: Batch, taps: Iterable[Tap] = ()) -> Float[Tensor, "row scored vocabulary"]:
+def scored_logits(
+    model: CausalLM, batch: Batch, taps: Iterable[Tap] = (), recompute: bool = False
+) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions.
 
     Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
@@ -34,11 +36,15 @@ def scored_logits(model: CausalLM, batch: Batch, taps: Iterable[Tap] = ()) -> Fl
         model: frozen causal language model.
         batch: prompts.
         taps: functions attached for this run.
+        recompute: keep only the inputs of each block for the backward pass, which then runs the block again: less
+            memory, more time, the same result.
     """
     rows = torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
-    unembedding = find_parts(model).unembedding
-    scored = Tap(unembedding, "input", lambda residual: residual[rows, batch.scored])
-    with masks_within_single_precision(model), tapped([*taps, scored]):
+    parts = find_parts(model)
+    scored = Tap(parts.unembedding, "input", lambda residual: residual[rows, batch.scored])
+    every = [*taps, scored]
+    attached = recomputed(parts.blocks, every) if recompute else tapped(every)
+    with masks_within_single_precision(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
     return logits
 
@@ -54,12 +60,11 @@ def masks_within_single_precision(model: CausalLM) -> AbstractContextManager[Non
     lowest = torch.finfo(torch.float32).min
     if torch.finfo(model.dtype).min >= lowest:
         return nullcontext()
-    blocks: Any = model.get_submodule(check_family(model.config.model_type).blocks)
 
     def raised(mask: Tensor) -> Tensor | None:
         return mask.clamp(min=lowest) if mask.is_floating_point() else None
 
-    return changed_argument(blocks, "attention_mask", raised)
+    return changed_argument(find_parts(model).blocks, "attention_mask", raised)
 
 
 def protected(tokens: Tensor, positions: Tensor, bos_token_id: int | None) -> Bool[Tensor, "row position"]:

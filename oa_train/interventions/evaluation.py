@@ -102,7 +102,11 @@ def _one_batch(
 
 
 def circuit_logits(
-    model: CausalLM, batch: Batch, masks: Bool[Tensor, "circuit component"], ablations: Sequence[Ablation]
+    model: CausalLM,
+    batch: Batch,
+    masks: Bool[Tensor, "circuit component"],
+    ablations: Sequence[Ablation],
+    recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Logits of several circuits on the same prompts, in one run of the model.
 
@@ -111,16 +115,22 @@ def circuit_logits(
         batch: B prompts on the model's device.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
+        recompute: see `scored_logits`.
 
     Returns:
         S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
     """
     replacements = replacements_of_copies(ablations, batch, len(masks), partial(node_values, model))
-    return _copies_logits(model, batch, masks, replacements, ablations[0].bos_token_id)
+    return _copies_logits(model, batch, masks, replacements, ablations[0].bos_token_id, recompute)
 
 
 def _copies_logits(
-    model: CausalLM, batch: Batch, masks: Tensor, replacements: NodeValues, bos_token_id: int | None
+    model: CausalLM,
+    batch: Batch,
+    masks: Tensor,
+    replacements: NodeValues,
+    bos_token_id: int | None,
+    recompute: bool = False,
 ) -> Tensor:
     there = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
-    return node_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id)
+    return node_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id, recompute)

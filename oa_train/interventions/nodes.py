@@ -33,6 +33,7 @@ def node_logits(
     mask: Float[Tensor, "row component"],
     replacements: NodeValues,
     bos_token_id: int | None,
+    recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Logits at the scored positions with components mixed with their replacements.
 
@@ -42,9 +43,10 @@ def node_logits(
         mask: 1 keeps a component, 0 ablates it; gradients flow to it from both sides of the mixture.
         replacements: what stands in; receives gradients where the mask is below `ABLATED_BELOW` only.
         bos_token_id: this token is never ablated at the first position.
+        recompute: see `scored_logits`.
     """
     everywhere = spread_mask(mask, protected(batch.tokens, batch.positions, bos_token_id))
-    return scored_logits(model, batch, node_taps(model, everywhere, replacements))
+    return scored_logits(model, batch, node_taps(model, everywhere, replacements), recompute)
 
 
 def spread_mask(mask: Float[Tensor, "row component"], kept: Tensor) -> Float[Tensor, "row position component"]:

@@ -156,7 +156,7 @@ class _Trial:
     @torch.no_grad()
     def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
         """What each block adds to the residual stream."""
-        blocks: Any = self.model.get_submodule(check_family(self.model.config.model_type).blocks)
+        blocks = find_parts(self.model).blocks
         read: list[Tensor] = []
         written: list[Tensor] = []
         ends = [

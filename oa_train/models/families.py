@@ -133,12 +133,14 @@ class Parts:
 
     Attributes:
         dimensions: sizes of the model.
+        blocks: decoder blocks.
         attention_outputs: output projection of each layer's attention.
         mlps: MLP of each layer.
         unembedding: the last linear map, from the residual stream to logits.
     """
 
     dimensions: Dimensions
+    blocks: tuple[nn.Module, ...]
     attention_outputs: tuple[nn.Module, ...]
     mlps: tuple[nn.Module, ...]
     unembedding: nn.Module
@@ -156,7 +158,7 @@ def find_parts(model: Any) -> Parts:
     family = check_config(model.config)
     dimensions = Dimensions.of(model.config)
     try:
-        blocks = list(model.get_submodule(family.blocks))
+        blocks = tuple(model.get_submodule(family.blocks))
         attention_outputs = tuple(block.get_submodule(family.attention_output) for block in blocks)
         mlps = tuple(block.get_submodule(family.mlp) for block in blocks)
     except (AttributeError, TypeError) as problem:
@@ -173,4 +175,4 @@ def find_parts(model: Any) -> Parts:
         )
     if len(blocks) != dimensions.n_layers:
         raise ModelError(f"The configuration names {dimensions.n_layers} layers, the model has {len(blocks)}.")
-    return Parts(dimensions, attention_outputs, mlps, model.get_output_embeddings())
+    return Parts(dimensions, blocks, attention_outputs, mlps, model.get_output_embeddings())

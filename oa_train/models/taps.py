@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Takes the tensor that passes; returns the one that goes on, or None to leave it as it is.
 TensorFunction = Callable[[Tensor], Tensor | None]
@@ -45,6 +46,41 @@ def tapped(taps: Iterable[Tap]) -> Iterator[None]:
                 handle = tap.module.register_forward_hook(_output_hook(tap.function))
             stack.callback(handle.remove)
         yield
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap]) -> Iterator[None]:
+    """Attach functions, and keep of each block's run only its inputs; the backward pass runs the block again.
+
+    A function inside a block is attached whenever the block runs, so that the second run, which comes after the
+    context has ended, is the same as the first.
+
+    Args:
+        blocks: modules, none inside another; random numbers must not enter their results.
+        taps: functions inside the blocks or elsewhere.
+    """
+    elsewhere = list(taps)
+    with ExitStack() as stack:
+        for block in blocks:
+            parts = set(block.modules()) - {block}
+            inside = [tap for tap in elsewhere if tap.module in parts]
+            elsewhere = [tap for tap in elsewhere if tap.module not in parts]
+            # Shadows the method of the class for this one module.
+            block.forward = _rerunnable(block.forward, inside)
+            stack.callback(delattr, block, "forward")
+        stack.enter_context(tapped(elsewhere))
+        yield
+
+
+def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with tapped(taps):
+            return forward(*args, **kwargs)
+
+    def forward_again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward_again
 
 
 @contextmanager

@@ -194,7 +194,7 @@ class Task(ABC):
             TaskError: a prompt does not fit the tokenizer.
         """
         size = self.batch_size if size is None else positive("size", size)
-        return self._collate(stream, range(index * size, (index + 1) * size))
+        return self.batch_of(stream, range(index * size, (index + 1) * size))
 
     def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
         """The first `n_prompts` prompts of a stream; the last batch may be smaller.
@@ -206,9 +206,18 @@ class Task(ABC):
         """
         size = self.evaluation_batch_size if size is None else positive("size", size)
         for start in range(0, n_prompts, size):
-            yield self._collate(stream, range(start, min(start + size, n_prompts)))
+            yield self.batch_of(stream, range(start, min(start + size, n_prompts)))
 
-    def _collate(self, stream: Stream, numbers: range) -> Batch:
+    def batch_of(self, stream: Stream, numbers: range) -> Batch:
+        """The prompts of a stream that have these numbers, as a batch.
+
+        Args:
+            stream: which stream.
+            numbers: at least one.
+
+        Raises:
+            TaskError: a prompt does not fit the tokenizer.
+        """
         prompts = [self.prompt(stream, number) for number in numbers]
         rows = self.encoder.encode([prompt.text for prompt in prompts])
         tokens, mask = self.encoder.pad(rows, self.padding_side)

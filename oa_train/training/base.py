@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from torch import nn
 
 from oa_train.artefacts import versions
@@ -20,6 +21,7 @@ from oa_train.tasks.base import Task
 from oa_train.tasks.tokens import bos_token_id, load_tokenizer
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
 from oa_train.training.data import TaskData
+from oa_train.training.sharding import ShardedStrategy, check_strategy, shard
 
 FROZEN_PREFIX = "frozen."
 
@@ -55,6 +57,10 @@ class FrozenModelModule(lightning.LightningModule):
         self.fingerprint = fingerprint(self.frozen)
         # The state dict lacks the frozen weights on purpose; `on_load_checkpoint` checks that nothing else is amiss.
         self.strict_loading = False
+        # Every process has loaded the same weights. DDP would send them around at the start, and their buffers before
+        # every step.
+        frozen = (*self.frozen.named_parameters(), *self.frozen.named_buffers())
+        self._ddp_params_and_buffers_to_ignore = [f"{FROZEN_PREFIX}{name}" for name, _ in frozen]
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -63,6 +69,22 @@ class FrozenModelModule(lightning.LightningModule):
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
+
+    def configure_model(self) -> None:
+        """Share the frozen model out among the processes, where the strategy is to do so.
+
+        Raises:
+            ConfigurationError: strategy or precision would change what is trained.
+        """
+        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
+        check_strategy(strategy)
+        if isinstance(precision, (HalfPrecision, DoublePrecision)):
+            raise ConfigurationError(
+                f"precision is {precision.precision!r}, which would change the data type of what is trained; that is "
+                "always float32. The data type of the frozen model is lm.dtype, with precision 32-true."
+            )
+        if isinstance(strategy, ShardedStrategy):
+            shard(self.frozen, strategy.device_mesh["data_parallel"])
 
     def train(self, mode: bool = True) -> "FrozenModelModule":
         """Switch to training mode; the frozen model stays in evaluation mode."""
@@ -118,6 +140,15 @@ class FrozenModelModule(lightning.LightningModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.detach(), src=0)
+
+    def over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of a tensor over all processes, without gradients; a figure of a step is that of all its prompts.
+
+        What is not finite in one process is so in all, which then stop at the same step.
+        """
+        reduced = self.trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
+        assert isinstance(reduced, torch.Tensor)
+        return reduced
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what the checkpoint is of; refuse to write one that is not finite."""

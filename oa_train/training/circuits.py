@@ -72,6 +72,8 @@ class CircuitModule(FrozenModelModule):
         threshold: a component is in the circuit when its keep-probability exceeds this.
         mask_learning_rate: Adam's learning rate of the mask parameters.
         constants_learning_rate: Adam's learning rate of the constants.
+        activation_checkpointing: keep only what enters each decoder block and run the block again in the backward
+            pass; less memory, more time, the same result.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -95,6 +97,7 @@ class CircuitModule(FrozenModelModule):
         threshold: float = 0.5,
         mask_learning_rate: float = 0.05,
         constants_learning_rate: float = 0.005,
+        activation_checkpointing: bool = False,
     ) -> None:
         # Cheap checks come before the model is loaded.
         kind = check_kind("ablation", ablation)
@@ -113,6 +116,7 @@ class CircuitModule(FrozenModelModule):
         self.samples_per_prompt = samples_per_prompt
         self.mask_learning_rate = mask_learning_rate
         self.constants_learning_rate = constants_learning_rate
+        self.activation_checkpointing = activation_checkpointing
         self.selected = self.components.select([components] if isinstance(components, str) else components)
         if not self.selected:
             raise ConfigurationError(f"components is {components!r}, which selects nothing that could be trained.")
@@ -166,6 +170,7 @@ class CircuitModule(FrozenModelModule):
             "threshold": self.threshold,
             "mask_learning_rate": self.mask_learning_rate,
             "constants_learning_rate": self.constants_learning_rate,
+            "activation_checkpointing": self.activation_checkpointing,
             **self.describe(),
         }
 
@@ -323,7 +328,8 @@ class CircuitModule(FrozenModelModule):
         rows = batch.repeat(self.samples_per_prompt)
         mask = self.sample_masks(batch, step)
         replacements = self.replacing().replacements(batch, partial(node_values, self.frozen))
-        logits = node_logits(self.frozen, rows, mask, replacements.repeat(self.samples_per_prompt), self.bos_token_id)
+        laid_out, recompute = replacements.repeat(self.samples_per_prompt), self.activation_checkpointing
+        logits = node_logits(self.frozen, rows, mask, laid_out, self.bos_token_id, recompute)
         lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()
         return lost, self.penalty(self.masks)
 
@@ -331,16 +337,16 @@ class CircuitModule(FrozenModelModule):
         """One step; see `masked_loss`."""
         lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
         loss: Tensor = lost + penalty
-        measure = f"train/{self.loss}"
-        self.check_finite({measure: lost.detach(), "train/penalty": penalty.detach()}, "Parts of the loss")
+        measure, mean = f"train/{self.loss}", self.over_processes(lost)
+        self.check_finite({measure: mean, "train/penalty": penalty.detach()}, "Parts of the loss")
         size = self.masks.expected_size().detach() + len(self.components) - len(self.selected)
         figures = {
-            measure: LOSS_SIGNS[self.loss] * lost.detach(),
+            measure: LOSS_SIGNS[self.loss] * mean,
             "train/penalty": penalty.detach(),
             "train/price": self.penalty.price,
             "train/size": size,
         }
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", mean + penalty.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict(figures, batch_size=len(batch))
         return loss
 

@@ -79,6 +79,8 @@ class ConstantsModule(FrozenModelModule):
             when not given.
         rows_per_run: most rows (circuits times prompts) whose activations are kept at once; further circuits are run
             twice in a step, which bounds memory and changes no result.
+        activation_checkpointing: keep only what enters each decoder block and run the block again in the backward
+            pass; less memory, more time, the same result.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -100,6 +102,7 @@ class ConstantsModule(FrozenModelModule):
         learning_rate: float = 0.01,
         patience: int | None = None,
         rows_per_run: int = ROWS_PER_RUN,
+        activation_checkpointing: bool = False,
     ) -> None:
         given = {"circuit": circuit, "keep": keep, "alone": alone}
         chosen = [name for name, value in given.items() if value is not None]
@@ -120,6 +123,7 @@ class ConstantsModule(FrozenModelModule):
         self.learning_rate = learning_rate
         self.patience = patience
         self.rows_per_run = rows_per_run
+        self.activation_checkpointing = activation_checkpointing
         self.start = start
         self._starts_from = starts_from
         self.circuits = self._circuits(circuit, keep, alone)
@@ -173,6 +177,7 @@ class ConstantsModule(FrozenModelModule):
             "seed": self.seed,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
+            "activation_checkpointing": self.activation_checkpointing,
             **self.describe(),
         }
 
@@ -237,7 +242,8 @@ class ConstantsModule(FrozenModelModule):
 
         def some(chosen: slice, heads: Tensor, mlps: Tensor) -> Tensor:
             table = Constants(heads, mlps, self.bos_token_id)
-            return circuit_losses(self.frozen, batch, clean, self.masks[chosen], [table], self.loss)
+            masks, recompute = self.masks[chosen], self.activation_checkpointing
+            return circuit_losses(self.frozen, batch, clean, masks, [table], self.loss, recompute)
 
         heads, mlps = self.constants.heads[0], self.constants.mlps[0]
         parts = [slice(first, first + at_once) for first in range(0, len(self.circuits), at_once)]
@@ -251,8 +257,9 @@ class ConstantsModule(FrozenModelModule):
         with torch.no_grad():
             clean = scored_logits(self.frozen, batch)
         losses = self.losses(batch, clean)
-        self.check_finite({"train/loss": losses.detach()}, "Losses")
-        self.log("train/loss", losses.detach().mean(), prog_bar=True, batch_size=len(batch))
+        means = self.over_processes(losses)
+        self.check_finite({"train/loss": means}, "Losses")
+        self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
         # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
         return losses.sum()
 

@@ -1,5 +1,7 @@
 """One Lightning datamodule for any task, resumable at any batch."""
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -111,8 +113,12 @@ class TaskData(lightning.LightningDataModule):
         rank, world_size = self._rank_and_world_size()
         if n_prompts < world_size:
             raise ConfigurationError(f"{n_prompts} {stream} prompts cannot be shared out to {world_size} processes.")
-        size = min(self.task.evaluation_batch_size, n_prompts // world_size)
-        return EvaluationLoader(list(self.task.batches(stream, n_prompts, size))[rank::world_size])
+        # As many batches for each process: where the model is shared out, they can run it together only.
+        n_batches = math.ceil(n_prompts / (world_size * self.task.evaluation_batch_size))
+        n_batches = min(n_batches, n_prompts // world_size) * world_size
+        bounds = [n_prompts * number // n_batches for number in range(n_batches + 1)]
+        parts = list(itertools.pairwise(bounds))[rank::world_size]
+        return EvaluationLoader([self.task.batch_of(stream, range(*part)) for part in parts])
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         trainer: Any = self.trainer

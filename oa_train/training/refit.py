@@ -138,6 +138,7 @@ def circuit_losses(
     masks: Bool[Tensor, "circuit component"],
     sets: Sequence[Constants],
     loss: Loss,
+    recompute: bool = False,
 ) -> Float[Tensor, " circuit"]:
     """Mean loss of each circuit over the prompts, in one run of the model, with gradients to the constants.
 
@@ -148,8 +149,9 @@ def circuit_losses(
         masks: a circuit in each row.
         sets: the constants of each, or one table for all.
         loss: what is minimised.
+        recompute: see `scored_logits`.
     """
-    logits = circuit_logits(model, batch, masks, sets)
+    logits = circuit_logits(model, batch, masks, sets, recompute)
     lost = loss_of(loss, clean.repeat(len(masks), 1, 1), logits, batch.repeat(len(masks)))
     return lost.view(len(masks), -1).mean(dim=1)
 

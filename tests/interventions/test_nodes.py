@@ -5,10 +5,11 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.interventions.base import scored_logits
+from oa_train.interventions.memory import LiveBytes
 from oa_train.interventions.nodes import node_logits
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.models.components import Components
-from oa_train.models.families import Dimensions
+from oa_train.models.families import Dimensions, find_parts
 from oa_train.models.taps import Tap, tapped
 from tests.builders import (
     BOS,
@@ -161,3 +162,48 @@ def test_the_model_is_untouched_afterwards_and_after_an_exception(any_model):
         assert torch.equal(tensor, before[name])
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in any_model.parameters())
     assert torch.equal(any_model(input_ids=batch.tokens).logits, clean)
+
+
+def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(shared_model):
+    batch, n = random_batch([9, 6, 4]), len(components_of(shared_model))
+    found = []
+    for recompute in (False, True):
+        mask = random_mask(3, n).requires_grad_()
+        replacements = random_replacements(shared_model, 3, 9)
+        logits = node_logits(shared_model, batch, mask, replacements, BOS, recompute)
+        parts = (mask, replacements.heads, replacements.mlps)
+        found.append((logits, *torch.autograd.grad(logits.softmax(-1)[..., :5].sum(), parts)))
+    for kept, again in zip(*found, strict=True):
+        assert torch.equal(kept, again)
+    # The forward of a class is seen again, and no hook is left.
+    for module in shared_model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_blocks_that_run_again_keep_less_memory():
+    model, batch = tiny_model("llama"), random_batch([12] * 8)
+    peaks = []
+    for recompute in (False, True):
+        mask = random_mask(8, len(components_of(model))).requires_grad_()
+        replacements = random_constants(model, requires_grad=True).replacements(batch)
+        with LiveBytes() as live:
+            before = live.now
+            logits = node_logits(model, batch, mask, replacements, BOS, recompute)
+            peaks.append(live.now - before)
+        logits.sum().backward()
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+def test_a_block_that_fails_leaves_no_trace():
+    model, batch = tiny_model("gpt2"), random_batch([5])
+
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("in a tap")
+
+    inside, before = find_parts(model).mlps[1], scored_logits(model, batch)
+    with pytest.raises(RuntimeError, match="in a tap"):
+        scored_logits(model, batch, [Tap(inside, "output", fail)], recompute=True)
+    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
+    assert torch.equal(scored_logits(model, batch), before)

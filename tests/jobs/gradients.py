@@ -1,6 +1,6 @@
 """Train two steps in so many processes, and write the gradients of every step.
 
-python -m tests.jobs.gradients FILE PROCESSES BATCH_SIZE DISTRIBUTION
+python -m tests.jobs.gradients FILE PROCESSES BATCH_SIZE DISTRIBUTION [ddp|fsdp] [recompute]
 """
 
 import sys
@@ -17,9 +17,12 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.loading import LMSpec
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
+from oa_train.training.sharding import ShardedStrategy
 from tests.builders import small_ioi
 
 DISTRIBUTIONS = {"uniform": UniformGradientSampling, "hard_concrete": partial(HardConcrete, initial_logit=0.0)}
+
+STRATEGIES = {"ddp": DDPStrategy, "fsdp": ShardedStrategy}
 
 
 class Gradients(Callback):
@@ -32,15 +35,19 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in pl_module.named_trainables().items()})
 
 
-def main(file: str, n_processes: str, batch_size: str, distribution: str) -> None:
+def main(file: str, n_processes: str, batch_size: str, distribution: str, strategy: str = "ddp", *more: str) -> None:
     gradients = Gradients()
     module = CircuitModule(
-        lm=LMSpec(dtype="float64"), masks=DISTRIBUTIONS[distribution], samples_per_prompt=2, target_size=7
+        lm=LMSpec(dtype="float64"),
+        masks=DISTRIBUTIONS[distribution],
+        samples_per_prompt=2,
+        target_size=7,
+        activation_checkpointing="recompute" in more,
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=int(n_processes),
-        strategy=DDPStrategy(process_group_backend="gloo") if n_processes != "1" else "auto",
+        strategy=STRATEGIES[strategy](process_group_backend="gloo") if n_processes != "1" else "auto",
         max_steps=2,
         logger=False,
         enable_checkpointing=False,

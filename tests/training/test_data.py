@@ -61,20 +61,22 @@ def test_the_same_number_gives_the_same_prompts():
 
 def test_validation_and_test_have_the_promised_prompts():
     data = TaskData(small_ioi(n_validation=130, n_test=5))
-    assert [len(batch) for batch in data.val_dataloader()] == [128, 2]
+    assert [len(batch) for batch in data.val_dataloader()] == [65, 65]
     assert [len(batch) for batch in data.test_dataloader()] == [5]
     assert len(data.val_dataloader()) == 2
 
 
 def test_every_process_gets_evaluation_prompts():
-    def share(rank: int, world_size: int, n_prompts: int) -> list[int]:
-        data = TaskData(small_ioi(n_validation=n_prompts))
+    def share(rank: int, world_size: int, n_prompts: int, size: int = 128) -> list[list[int]]:
+        data = TaskData(small_ioi(n_validation=n_prompts, evaluation_batch_size=size))
         data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
-        return [number for row in ids(data.val_dataloader()) for number in row]
+        return ids(data.val_dataloader())
 
-    for world_size, n_prompts in ((2, 16), (3, 256), (5, 512)):
-        shares = [share(rank, world_size, n_prompts) for rank in range(world_size)]
-        assert all(shares)
-        assert sorted(number for one in shares for number in one) == list(range(n_prompts))
+    for world_size, n_prompts, size in ((2, 16, 128), (3, 256, 128), (5, 512, 128), (2, 7, 3), (2, 3, 1), (4, 4, 1)):
+        shares = [share(rank, world_size, n_prompts, size) for rank in range(world_size)]
+        # A model that is shared out is run by all processes together, so none may have a batch more.
+        assert len({len(one) for one in shares}) == 1
+        assert all(1 <= len(batch) <= size + 1 for one in shares for batch in one)
+        assert sorted(number for one in shares for batch in one for number in batch) == list(range(n_prompts))
     with pytest.raises(ConfigurationError, match="2 validation prompts cannot be shared out to 3 processes"):
         share(0, 3, 2)

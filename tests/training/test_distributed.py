@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent.parent
 PATHS = {"PYTHONPATH": str(ROOT)}
 
 
-def gradients(file: Path, n_processes: int, batch_size: int, distribution: str) -> dict[str, Any]:
-    words = [str(file), str(n_processes), str(batch_size), distribution]
+def gradients(file: Path, n_processes: int, batch_size: int, distribution: str, *more: str) -> dict[str, Any]:
+    words = [str(file), str(n_processes), str(batch_size), distribution, *more]
     done = subprocess.run(
         [sys.executable, "-m", "tests.jobs.gradients", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -34,8 +34,26 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, d
             assert gradient.abs().max() > 1e-6, name
             torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-7)
     # Seven prompts in two shares: the mean is over prompts and not over processes.
-    for name in ("val/kl", "val/accuracy", "val/logit_difference", "val/size", "val/objective"):
+    for name in (
+        "train/loss",
+        "train/kl",
+        "val/kl",
+        "val/accuracy",
+        "val/logit_difference",
+        "val/size",
+        "val/objective",
+    ):
         assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("more", [("fsdp",), ("fsdp", "recompute")], ids=" ".join)
+def test_a_model_that_is_shared_out_gives_the_gradients_of_one_that_is_not(tmp_path, more):
+    whole = gradients(tmp_path / "whole", 2, 4, "hard_concrete", "ddp")
+    shared = gradients(tmp_path / "shared", 2, 4, "hard_concrete", *more)
+    for expected, given in zip(whole["gradients"], shared["gradients"], strict=True):
+        for name, gradient in expected.items():
+            assert torch.equal(given[name], gradient), name
+    assert whole["metrics"] == shared["metrics"]
 
 
 LAUNCHED = {
