@@ -3,7 +3,9 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from rich.table import Table
 
 from oa_train.artefacts import make_next_folder, replace_file
 from oa_train.cli.arguments import (
@@ -29,7 +32,15 @@ from oa_train.cli.interruption import resumable, terminable
 from oa_train.cli.output import console, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
-from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer
+from oa_train.cli.requeue import (
+    checkpoint_to_go_on_from,
+    is_restarted,
+    requeued,
+    slurm_environment,
+    slurm_job,
+    stop_signals,
+)
+from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, trainer_changes
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
@@ -39,6 +50,8 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.constants import ConstantsModule
 from oa_train.training.data import TaskData
+from oa_train.training.interruption import StopAtSignal
+from oa_train.training.sharding import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which folder the first one has made.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
@@ -109,6 +122,9 @@ class OaTrainCLI(LightningCLI):
         parser.add_argument(
             "--resumed_from", type=str | None, default=None, help="checkpoint that this run went on from; a record"
         )
+        parser.add_argument(
+            "--slurm_job", type=str | None, default=None, help="SLURM job that this run belongs to; a record"
+        )
         parser.add_class_arguments(FinishSettings, "finish")
 
     def _parse_ckpt_path(self) -> None:
@@ -125,6 +141,9 @@ class OaTrainCLI(LightningCLI):
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
+        begins = self.subcommand == "fit" and chosen.ckpt_path is None and not chosen.trainer.fast_dev_run
+        if begins and is_restarted():
+            chosen.ckpt_path = self._checkpoint_of_this_job()
         if chosen.ckpt_path is not None:
             _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
         super().instantiate_classes()
@@ -141,15 +160,20 @@ class OaTrainCLI(LightningCLI):
             for change in self.model.changed_settings(checkpoint) if told else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
         check_intervals(config, self.datamodule.batches_per_epoch)
-        plugins = [WholeFileCheckpointIO(), *_as_list(config.plugins)]
+        plugins = _as_list(config.plugins)
+        self._signals = stop_signals(plugins)
+        plugins = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
         self.run: Path | None = None
         if self.subcommand != "fit" or config.fast_dev_run:
             return self._trainer(
-                logger=False, enable_checkpointing=False, plugins=plugins, **_quiet_defaults(config), **kwargs
+                logger=False,
+                enable_checkpointing=False,
+                plugins=plugins,
+                default_root_dir=str(self._experiment_folder()),
+                **trainer_changes(config),
+                **kwargs,
             )
-        self.run = _make_run_folder(
-            Path(config.default_root_dir or DEFAULT_ROOT), self._get(self.config_init, "experiment")
-        )
+        self.run = _make_run_folder(self._experiment_folder())
         if _is_first_process():
             self._save_config(self.run)
             record_in(self.run)
@@ -161,9 +185,11 @@ class OaTrainCLI(LightningCLI):
             version = int(self.run.name.removeprefix("version_"))
             loggers = [kind(root, name=experiment, version=version) for kind in (TensorBoardLogger, CSVLogger)]
         every = self._get(self.config_init, "checkpoint_every")
+        last = LastCheckpoint(self.run / "checkpoints", every)
         callbacks: list[Callback] = [
             BestCheckpoint(self.run / "checkpoints"),
-            LastCheckpoint(self.run / "checkpoints", every),
+            last,
+            StopAtSignal(last, self._signals),
             MaskImages(),
         ]
         if config.enable_progress_bar is not False:
@@ -172,7 +198,9 @@ class OaTrainCLI(LightningCLI):
             logger=loggers,
             plugins=plugins,
             callbacks=[*_as_list(config.callbacks), *callbacks],
-            **_quiet_defaults(config),
+            # Under SLURM Lightning resumes from what any job has left in the root: only this run's folder holds none.
+            default_root_dir=str(self.run),
+            **trainer_changes(config),
             **kwargs,
         )
 
@@ -189,56 +217,82 @@ class OaTrainCLI(LightningCLI):
         if self.run is None or not _is_first_process():
             super()._run_subcommand(subcommand)
             return
+        given = self.config[self.subcommand].ckpt_path
         os.environ[RUN_FOLDER_VARIABLE] = str(self.run)
         try:
-            with resumable(self.run):
+            with requeued(), resumable(self.run, None if given is None else Path(given)):
                 super()._run_subcommand(subcommand)
         finally:
             del os.environ[RUN_FOLDER_VARIABLE]
 
     def after_fit(self) -> None:
         """Finish what was trained, with the best checkpoint."""
-        if self.run is None or not self.trainer.is_global_zero:
+        first, strategy = self.trainer.is_global_zero, self.trainer.strategy
+        if self.run is None or not (first or isinstance(strategy, ShardedStrategy)):
             return
         best = self.run / "checkpoints" / "best.ckpt"
-        if not best.is_file():
-            console.print("No validation took place, so the last state is finished and not the best.")
-        else:
-            self.model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)
+        state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
+        # All processes are needed to run a model that is shared out. They compute the same; the first one's files
+        # are kept.
+        state = strategy.broadcast(state) if isinstance(strategy, ShardedStrategy) else state
+        if state is not None:
+            self.model.load_state_dict(state, strict=False)
         # Lightning moves the module back to the CPU when it is done.
-        self.model.to(self.trainer.strategy.root_device)
-        with terminable():
-            if isinstance(self.model, CircuitModule):
-                self._finish_circuit(self.model, self.run)
-            elif isinstance(self.model, ConstantsModule):
-                self._finish_constants(self.model, self.run)
-        console.print(f"results: {self.run}", soft_wrap=True)
+        self.model.to(strategy.root_device)
+        with terminable(self._signals), nullcontext(self.run) if first else TemporaryDirectory() as folder:
+            said = self._finished(Path(folder))
+        if first:
+            if state is None:
+                console.print("No validation took place, so the last state was finished and not the best.")
+            for one in (*said, f"results: {self.run}"):
+                console.print(one, soft_wrap=isinstance(one, str))
 
-    def _finish_circuit(self, module: CircuitModule, run: Path) -> None:
+    def _finished(self, run: Path) -> Sequence[Table | str]:
+        """Finish what was trained, and return what there is to say about it."""
+        if isinstance(self.model, CircuitModule):
+            return self._finish_circuit(self.model, run)
+        if isinstance(self.model, ConstantsModule):
+            return self._finish_constants(self.model, run)
+        return ()
+
+    def _finish_circuit(self, module: CircuitModule, run: Path) -> Sequence[Table | str]:
         task, settings = self.datamodule.task, self._get(self.config_init, "finish")
         finished = finish(module, task, run, settings, module.track)
         kept = f"{len(finished.circuit)} of {len(finished.circuit.components)} components"
-        console.print(metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics))
-        console.print(f"circuit: {', '.join(finished.circuit.nodes)}", soft_wrap=True)
+        table = metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics)
+        return table, f"circuit: {', '.join(finished.circuit.nodes)}"
 
-    def _finish_constants(self, module: ConstantsModule, run: Path) -> None:
+    def _finish_constants(self, module: ConstantsModule, run: Path) -> Sequence[Table | str]:
         task = self.datamodule.task
         finished = finish_constants(module, task, run, module.track)
         on = f"on {task.n_test} held-out prompts"
         if module.each_alone:
             alone = {name: figures["kl"] for name, figures in finished.metrics.items()}
-            console.print(metrics_table(f"KL divergence in nats with one component ablated, {on}", alone))
-        else:
-            kept = f"{len(module.circuits['circuit'])} of {len(module.components)} components"
-            console.print(metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]))
+            return (metrics_table(f"KL divergence in nats with one component ablated, {on}", alone),)
+        kept = f"{len(module.circuits['circuit'])} of {len(module.components)} components"
+        return (metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]),)
 
     def _save_config(self, run: Path) -> None:
         """Record the whole configuration; with it the run can be made again."""
+        replace_file(run / CONFIG_FILE, yaml.safe_dump(self._recorded(), sort_keys=False).encode())
+
+    def _recorded(self) -> dict[str, Any]:
         config = self.config[self.subcommand].clone()
         config.resumed_from = config.ckpt_path
+        config.slurm_job = slurm_job()
         text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
-        content = {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_RECORDED}
-        replace_file(run / CONFIG_FILE, yaml.safe_dump(content, sort_keys=False).encode())
+        return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_RECORDED}
+
+    def _experiment_folder(self) -> Path:
+        chosen = self.config[self.subcommand]
+        return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT, chosen.experiment)
+
+    def _checkpoint_of_this_job(self) -> str | None:
+        """Where a job that SLURM has started again goes on; the same in all its processes."""
+        found, said = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+        for line in said if _is_first_process() else ():
+            console.print(line, soft_wrap=True)
+        return None if found is None else str(found)
 
 
 def fit(argv: Sequence[str]) -> Path | None:
@@ -316,17 +370,12 @@ def _is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0 and RUN_FOLDER_VARIABLE not in os.environ
 
 
-def _make_run_folder(root: Path, experiment: str) -> Path:
+def _make_run_folder(experiment: Path) -> Path:
     made = os.environ.get(RUN_FOLDER_VARIABLE)
     if made is not None:
         return Path(made)
     # Another process writes nothing, and learns of the folder when checkpoints are shared out; any name will do.
-    return make_next_folder(root / experiment, "version") if _is_first_process() else root / experiment / "version_0"
-
-
-def _quiet_defaults(config: Any) -> dict[str, Any]:
-    """The model summary lists the frozen model's modules; it is shown when it is asked for."""
-    return {} if config.enable_model_summary is not None else {"enable_model_summary": False}
+    return make_next_folder(experiment, "version") if _is_first_process() else experiment / "version_0"
 
 
 def _as_list(value: Any) -> list[Any]:

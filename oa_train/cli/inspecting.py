@@ -4,16 +4,17 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 from rich.markup import escape
 from rich.table import Table
 
 from oa_train.cli.arguments import ExplainingParser, check_configs
+from oa_train.cli.messages import check_true_precision
 from oa_train.cli.output import console
 from oa_train.cli.quiet import silence_libraries
 from oa_train.errors import ConfigurationError, RunError
-from oa_train.interventions.memory import node_step_memory
+from oa_train.interventions.memory import StepSettings, Strategy, node_step_memory
 from oa_train.interventions.selfcheck import Check, self_check
 from oa_train.models.components import Components
 from oa_train.models.families import check_family, find_parts
@@ -22,6 +23,8 @@ from oa_train.models.loading import CausalLM, LMSpec, empty_model, load_model
 from oa_train.tasks.base import positive
 
 DEFAULT_TOKENS = 32
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 
 # Up to this size a model is checked in float64, whatever its own type: half a billion parameters.
 FLOAT64_BYTES = 2**32
@@ -40,7 +43,16 @@ def inspect_command(argv: Sequence[str]) -> dict[str, Any]:
     parser = _parser()
     options = parser.parse_args(list(argv))
     lm: LMSpec = parser.instantiate_classes(options).lm
-    facts = model_facts(lm, options.batch_size, options.n_tokens, options.samples_per_prompt)
+    facts = model_facts(
+        lm,
+        options.batch_size,
+        options.n_tokens,
+        options.samples_per_prompt,
+        precision=options.precision,
+        strategy=options.strategy,
+        devices=options.devices,
+        activation_checkpointing=options.activation_checkpointing,
+    )
     if not options.json:
         _show(facts)
     checks: tuple[Check, ...] = ()
@@ -63,16 +75,28 @@ def inspect_command(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def model_facts(
-    lm: LMSpec, batch_size: int = 16, n_tokens: int | None = None, samples_per_prompt: int = 4
+    lm: LMSpec,
+    batch_size: int = 16,
+    n_tokens: int | None = None,
+    samples_per_prompt: int = 4,
+    *,
+    precision: Precision = "32-true",
+    strategy: Strategy = "auto",
+    devices: int = 1,
+    activation_checkpointing: bool = False,
 ) -> dict[str, Any]:
     """Gather what can be known of a model without its weights.
 
     Args:
         lm: the model; its configuration is read.
-        batch_size: prompts in a training batch.
+        batch_size: prompts in a training batch of one process.
         n_tokens: tokens of every prompt, and positions of a table of constants; by default 32, or as many as the
             model has.
         samples_per_prompt: mask samples drawn for each prompt.
+        precision: of the trainer.
+        strategy: of the trainer.
+        devices: processes of the trainer, on all nodes together.
+        activation_checkpointing: of the module.
 
     Returns:
         Plain values; sizes in bytes.
@@ -83,11 +107,24 @@ def model_facts(
     """
     positive("batch_size", batch_size)
     positive("samples_per_prompt", samples_per_prompt)
+    positive("devices", devices)
+    check_true_precision("precision", precision, lm.dtype)
+    if devices > 1 and strategy == "auto":
+        raise ConfigurationError(f"devices is {devices}, which needs a strategy: ddp or fsdp.")
     model = empty_model(lm)
     config: Any = model.config
     n_tokens = _prompt_length(config, n_tokens)
     family, graph = check_family(config.model_type), Graph.of(config)
-    memory = node_step_memory(model, batch_size, n_tokens, samples_per_prompt)
+    settings = StepSettings(
+        batch_size,
+        n_tokens,
+        samples_per_prompt,
+        autocast=precision.endswith("-mixed"),
+        activation_checkpointing=activation_checkpointing,
+        strategy=strategy,
+        n_processes=devices,
+    )
+    memory = node_step_memory(model, settings)
     parts = find_parts(model)
     return {
         "model": {
@@ -111,7 +148,7 @@ def model_facts(
             "bytes": sum(parameter.nbytes for parameter in model.parameters()),
         },
         **_circuit_facts(model, graph, n_tokens),
-        "step": {"batch_size": batch_size, "n_tokens": n_tokens, "samples_per_prompt": samples_per_prompt},
+        "step": {**asdict(settings), "precision": precision},
         "step_bytes": {**asdict(memory), "total": memory.total},
     }
 
@@ -185,9 +222,15 @@ def _parser() -> ExplainingParser:
     )
     parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
     parser.add_class_arguments(LMSpec, "lm")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts in a training batch")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts in a training batch of one process")
     parser.add_argument("--n_tokens", type=int | None, help=f"tokens of a prompt; {DEFAULT_TOKENS} or all there are")
     parser.add_argument("--samples_per_prompt", type=int, default=4, help="mask samples drawn for each prompt")
+    parser.add_argument("--precision", type=Precision, default="32-true", help="of the trainer")
+    parser.add_argument("--strategy", type=Strategy, default="auto", help="of the trainer")
+    parser.add_argument("--devices", type=int, default=1, help="processes of the trainer, on all nodes together")
+    parser.add_argument(
+        "--activation_checkpointing", type=bool, default=False, help="whether blocks run again in the backward pass"
+    )
     parser.add_argument("--check", action="store_true", help="load the weights and check that the interventions fit")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
@@ -239,13 +282,26 @@ def _circuit_rows(facts: dict[str, Any]) -> Rows:
 def _memory_rows(facts: dict[str, Any]) -> Rows:
     found, step = facts["step_bytes"], facts["step"]
     rows = f"{step['batch_size']} prompts of {step['n_tokens']} tokens, {step['samples_per_prompt']} samples each"
-    yield "node training step", _size(found["total"]), f"{rows}; peak of all tensors:"
-    yield "  weights", _size(found["weights"]), "frozen parameters and buffers"
+    yield "node training step", _size(found["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
+    share = f", a share of 1 in {step['n_processes']}" if step["strategy"] == "fsdp" else ""
+    yield "  weights", _size(found["weights"]), f"frozen parameters and buffers{share}"
+    if found["gathered"]:
+        yield "  gathered", _size(found["gathered"]), "weights outside of the blocks, from other processes"
     yield "  trained", _size(found["trained"]), "masks and pooled constants, their gradients, Adam's moments"
     yield "  replacements", _size(found["replacements"]), "constants laid out for all rows and positions"
     yield "  activations", _size(found["activations"]), "kept for the backward pass"
     yield "  logits", _size(found["logits"]), "of both runs, with their divergence"
     yield "  passing", _size(found["passing"]), "made and dropped on the way"
+
+
+def _manner(step: dict[str, Any]) -> str:
+    """How the step is carried out, where it is not the usual way."""
+    parts = [
+        f", {step['precision']}" if step["autocast"] else "",
+        ", with activation checkpointing" if step["activation_checkpointing"] else "",
+        f", in each of {step['n_processes']} processes" if step["n_processes"] > 1 else "",
+    ]
+    return "".join(parts)
 
 
 def _show_checks(checks: Sequence[Check], dtype: str) -> None:

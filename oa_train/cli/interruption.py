@@ -3,27 +3,33 @@
 import shlex
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from oa_train.cli.arguments import CONFIG_FILE
-from oa_train.errors import TERMINATED
+from oa_train.training.interruption import Stopped
 
 
-def resume_command(run: Path) -> str:
-    """The command that resumes or finishes a run, ready to be pasted into a shell."""
-    config, checkpoint = run / CONFIG_FILE, run / "checkpoints" / "last.ckpt"
+def resume_command(run: Path, checkpoint: Path | None = None) -> str:
+    """The command that resumes or finishes a run, ready to be pasted into a shell.
+
+    Args:
+        run: run folder.
+        checkpoint: where it goes on; at its `last.ckpt` when not given.
+    """
+    config, checkpoint = run / CONFIG_FILE, checkpoint or run / "checkpoints" / "last.ckpt"
     return f"oa-train fit --config {shlex.quote(str(config))} --ckpt_path {shlex.quote(str(checkpoint))}"
 
 
 @contextmanager
-def resumable(run: Path) -> Iterator[None]:
+def resumable(run: Path, resumed_from: Path | None = None) -> Iterator[None]:
     """Have an interruption say how the run goes on.
 
     Args:
         run: run folder.
+        resumed_from: checkpoint that this run itself goes on from.
     """
     try:
         yield
@@ -32,27 +38,35 @@ def resumable(run: Path) -> Iterator[None]:
         if last.is_file():
             stop.add_note(f"Nothing up to {last} is lost. This goes on from there, in a new version of the run:")
             stop.add_note(f"  {resume_command(run)}")
+        elif resumed_from is not None:
+            stop.add_note(f"No checkpoint had been written yet. This goes on from {resumed_from} once more:")
+            stop.add_note(f"  {resume_command(run, resumed_from)}")
         else:
             stop.add_note(f"No checkpoint had been written yet. This starts again:\n  {_start_command(run)}")
         raise
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Have SIGTERM end what runs inside in order, like Ctrl-C; by itself Python just dies of it."""
+def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
+    """Have SIGTERM end what runs inside in order, like Ctrl-C; by itself Python just dies of it.
+
+    Args:
+        signals: what to end at.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _terminate) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise SystemExit(TERMINATED)
+    del frame
+    raise Stopped(signal.Signals(number))
 
 
 def _start_command(run: Path) -> str:

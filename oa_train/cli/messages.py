@@ -8,11 +8,15 @@ from typing import Any
 
 from oa_train.cli.classes import class_problem, own_classes
 from oa_train.errors import ConfigurationError, OaTrainError, nearest_names
+from oa_train.models.families import WITHOUT_DEVICE_MAP
 
 # Arguments that follow options of the whole command line.
 LINKED = {"lm": "lm", "seed": "seed_everything"}
 
 PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
+
+# These set the data type of the frozen model, which has to be loaded in it.
+TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 
 # Where what the parser would accept is not what works.
 _EXPECTED = {"seed_everything": "a whole number", "trainer.precision": PRECISIONS}
@@ -45,6 +49,20 @@ def explain(problem: str, options: Sequence[str]) -> ConfigurationError:
         if message:
             return ConfigurationError(message)
     return ConfigurationError(problem.strip())
+
+
+def check_true_precision(option: str, precision: str, dtype: str) -> None:
+    """Check that a precision that is to hold for the frozen model is the data type in which it is loaded.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    wanted = TRUE_PRECISIONS.get(precision, dtype)
+    if dtype != wanted:
+        raise ConfigurationError(
+            f"{option} is {precision}, a frozen model in {wanted}, and lm.dtype is {dtype}; give --lm.dtype {wanted}. "
+            "What is trained is float32 either way."
+        )
 
 
 def own_error(problem: BaseException) -> OaTrainError | None:
@@ -96,6 +114,8 @@ def _unknown_key(problem: str, options: Sequence[str]) -> str | None:
 
 
 def _no_option(shown: str, name: str, options: Sequence[str]) -> str:
+    if name == "lm.device_map":
+        return f"There is no option {shown}. {WITHOUT_DEVICE_MAP}"
     sentence = nearest_names(name, options)
     if not sentence.startswith("Did you mean"):
         prefix = name.rpartition(".")[0]

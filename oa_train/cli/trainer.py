@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from oa_train.cli.arguments import check_output
-from oa_train.cli.messages import PRECISIONS
+from oa_train.cli.messages import PRECISIONS, TRUE_PRECISIONS, check_true_precision
 from oa_train.errors import ConfigurationError
 from oa_train.training.sharding import ShardedStrategy
 
@@ -16,8 +16,6 @@ DEFAULT_ROOT = "runs"
 SHARDED = "fsdp"
 
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
-# These set the data type of the frozen model, which is loaded in it.
-_TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 
 # Smallest numbers of the trainer that work; -1 is without limit.
 _LEAST = {
@@ -70,7 +68,7 @@ def trainer_changes(config: Any) -> dict[str, Any]:
     if config.enable_model_summary is None:
         # It lists the frozen model's modules; it is shown when it is asked for.
         changes["enable_model_summary"] = False
-    if config.precision in _TRUE_PRECISIONS:
+    if config.precision in TRUE_PRECISIONS:
         # The model has been loaded in this type; Lightning would cast what is trained as well.
         changes["precision"] = "32-true"
     if config.strategy == SHARDED:
@@ -80,17 +78,12 @@ def trainer_changes(config: Any) -> dict[str, Any]:
 
 def _check_precision(chosen: Any) -> None:
     config, precision, dtype = chosen.trainer, str(chosen.trainer.precision), chosen.lm.dtype
-    if precision not in (*_PRECISIONS, *_TRUE_PRECISIONS):
+    if precision not in (*_PRECISIONS, *TRUE_PRECISIONS):
         raise ConfigurationError(
             f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; "
             "the data type of the frozen model is --lm.dtype."
         )
-    if precision in _TRUE_PRECISIONS and dtype != _TRUE_PRECISIONS[precision]:
-        wanted = _TRUE_PRECISIONS[precision]
-        raise ConfigurationError(
-            f"trainer.precision is {precision}, a frozen model in {wanted}, and lm.dtype is {dtype}; give "
-            f"--lm.dtype {wanted}. What is trained is float32 either way."
-        )
+    check_true_precision("trainer.precision", precision, dtype)
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if precision == "16-mixed" and not on_gpu:
         raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")

@@ -11,6 +11,12 @@ from torch import nn
 
 from oa_train.errors import ModelError, nearest_names
 
+WITHOUT_DEVICE_MAP = (
+    "Masks and constants stand on one device and are mixed into every layer, so all layers have to be there too. Load "
+    "the model onto one device, in bfloat16 if it is large (lm.dtype); one that is larger still is shared out among "
+    "devices by --trainer.strategy fsdp."
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -146,6 +152,13 @@ class Parts:
     unembedding: nn.Module
 
 
+def _check_one_device(model: Any) -> None:
+    """Refuse a model that `from_pretrained(device_map=...)` has spread over devices."""
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
+
+
 def find_parts(model: Any) -> Parts:
     """Find the parts of a Hugging Face causal language model.
 
@@ -153,9 +166,11 @@ def find_parts(model: Any) -> Parts:
         model: a `PreTrainedModel` of a family in the table.
 
     Raises:
-        ModelError: the family is not in the table, or the model is not built as its entry says.
+        ModelError: the family is not in the table, the model is not built as its entry says, or it is spread over
+            several devices.
     """
     family = check_config(model.config)
+    _check_one_device(model)
     dimensions = Dimensions.of(model.config)
     try:
         blocks = tuple(model.get_submodule(family.blocks))

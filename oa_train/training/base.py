@@ -16,12 +16,13 @@ from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.models.sharding import shard
 from oa_train.progress import Track, silent
 from oa_train.tasks.base import Task
 from oa_train.tasks.tokens import bos_token_id, load_tokenizer
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
 from oa_train.training.data import TaskData
-from oa_train.training.sharding import ShardedStrategy, check_strategy, shard
+from oa_train.training.sharding import ShardedStrategy, check_strategy
 
 FROZEN_PREFIX = "frozen."
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from oa_train.errors import ConfigurationError
@@ -25,7 +25,15 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, filename="best", monitor="val/objective", mode="min", enable_version_counter=False)
+        super().__init__(
+            folder,
+            filename="best",
+            monitor="val/objective",
+            mode="min",
+            # Right after the validation: a checkpoint of the end of an epoch is resumed with a batch left out.
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
         self._earlier: Path | None = None
         self._is_global_zero = True
         self._resumed_step = 0
@@ -60,8 +68,11 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict | moved | taken_over)
 
 
-class LastCheckpoint(Callback):
+class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill costs little.
+
+    Like all of Lightning's checkpoint callbacks it is run after the others. List it after `BestCheckpoint`, so that
+    `last.ckpt` never knows of a validation that `best.ckpt` does not.
 
     Args:
         folder: where `last.ckpt` is kept.
@@ -76,27 +87,60 @@ class LastCheckpoint(Callback):
             raise ConfigurationError(f"every_n_steps is {every_n_steps}; expected at least 1.")
         self._path = folder / "last.ckpt"
         self.every_n_steps = every_n_steps
+        self._step = 0
         self._saved_at = -1
+        self._due = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Count from the step that is resumed."""
+        del pl_module
+        self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Write when it is time, and when `max_steps` is reached.
+        """Write when it is time, and when `max_steps` or `max_epochs` is reached.
 
-        Written here, a last step inside an epoch can be resumed from there; after the training Lightning counts the
-        epoch as ended.
+        What is written here can be gone on from for longer; what is written after the training, when Lightning counts
+        the epoch as ended, with a batch left out. Where a validation follows, it is written after that, or a resume
+        would leave it out. While gradients are accumulated nothing is written, because no checkpoint holds them.
         """
         step = trainer.global_step
-        if step and (step % self.every_n_steps == 0 or step == trainer.max_steps):
-            self._save(trainer)
+        stepped, self._step = step != self._step, step
+        self._due = stepped and (step % self.every_n_steps == 0 or _is_last_step(trainer))
+        if self._due and not validation_follows(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write what was due before the validation."""
+        del pl_module
+        if self._due and not trainer.sanity_checking:
+            self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the final state."""
         del pl_module
-        self._save(trainer)
+        self.save(trainer)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Write the state, unless this step's is written; all processes have to take part."""
+        self._due = False
         if trainer.global_step != self._saved_at:
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self._path)
+
+
+def _is_last_step(trainer: lightning.Trainer) -> bool:
+    ends_with_epoch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return trainer.global_step == trainer.max_steps or ends_with_epoch
+
+
+def validation_follows(trainer: lightning.Trainer) -> bool:
+    """Whether the training batch that has just ended is followed by a validation.
+
+    A checkpoint from between the two is resumed after the validation, as if it had taken place.
+    """
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 class MaskImages(Callback):

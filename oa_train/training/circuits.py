@@ -1,7 +1,6 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,28 +18,15 @@ from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
 from oa_train.interventions.nodes import node_logits
-from oa_train.masks.base import MaskDistribution, averaged_gradient, check_threshold
+from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.masks.penalties import Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.loading import BUILT_IN, LMSpec
-from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks.base import Task
 from oa_train.training.base import FrozenModelModule
-
-
-@dataclass(frozen=True, eq=False)
-class StepRows:
-    """The rows that enter one step of the optimiser, over accumulated batches and processes.
-
-    Attributes:
-        counts: rows that carry gradient to each mask entry.
-        n_rows: all rows.
-    """
-
-    counts: Int[Tensor, " entry"]
-    n_rows: int
+from oa_train.training.sampling import MaskSampler, StepRows
 
 
 class CircuitModule(FrozenModelModule):
@@ -121,6 +107,7 @@ class CircuitModule(FrozenModelModule):
         if not self.selected:
             raise ConfigurationError(f"components is {components!r}, which selects nothing that could be trained.")
         self.masks = masks(len(self.selected))
+        self.sampler = MaskSampler(self.masks, seed, samples_per_prompt)
         self.target_size = target_size
         self.target_warmup = target_warmup
         self.penalty: Penalty = size_penalty
@@ -140,7 +127,7 @@ class CircuitModule(FrozenModelModule):
             self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
         self._other_ablation: Ablation | None = None
         self._prepared_for: Task | None = None
-        self._counted: tuple[tuple[int, int], StepRows] | None = None
+        self._counted: tuple[tuple[int, int], StepRows | None] | None = None
         self.selection: Tensor
         self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
@@ -266,49 +253,23 @@ class CircuitModule(FrozenModelModule):
         Returns:
             S * B rows, laid out as `batch.repeat(S)` lays out the prompts, S being `samples_per_prompt`.
         """
-        drawn = self.masks.sample(self._uniform(batch.example_ids))
-        inside = self.masks.carries_gradient(drawn)
-        if inside is not None:
-            rows = step or StepRows(inside.sum(dim=0), len(drawn))
-            drawn = averaged_gradient(drawn, rows.counts, rows.n_rows)
+        drawn = self.sampler.draw(batch.example_ids, step)
         kept = torch.ones(len(drawn), len(self.components), device=drawn.device, dtype=drawn.dtype)
         return kept.masked_scatter(self.selection, drawn)
 
-    def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
-        """Uniform numbers for the masks of the prompts with these numbers."""
-        shape, device = (self.samples_per_prompt, len(self.selected)), self.selection.device
-        drawn = [
-            torch.rand(shape, generator=torch_generator(self.seed, "masks", number, device=device), device=device)
-            for number in numbers.tolist()
-        ]
-        return torch.stack(drawn, dim=1).flatten(0, 1)
-
-    @torch.no_grad()
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
-        """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to.
-
-        Their masks can be drawn ahead, because the parameters stay as they are until the step.
-        """
-        accumulated, n_processes = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
+        trainer = self.trainer
+        accumulated, n_processes = trainer.accumulate_grad_batches, trainer.world_size
         if accumulated == 1 and n_processes == 1:
             return None
         first = batch_idx - batch_idx % accumulated
         if self._counted is None or self._counted[0] != (self.current_epoch, first):
-            further = range(first, min(first + accumulated, self.data.epoch_length))
-            found = [self._counts(batch.example_ids + (i - batch_idx) * n_processes * len(batch)) for i in further]
-            counts = (
-                torch.stack([one for one in found if one is not None]).sum(dim=0) if found[0] is not None else None
-            )
-            if counts is None:
-                return None
-            total = self.trainer.strategy.reduce(counts, reduce_op="sum")
-            n_rows = len(found) * len(batch) * self.samples_per_prompt * n_processes
-            self._counted = ((self.current_epoch, first), StepRows(total, n_rows))
+            together = range(first, min(first + accumulated, self.data.epoch_length))
+            numbers = [batch.example_ids + (i - batch_idx) * n_processes * len(batch) for i in together]
+            summed = partial(trainer.strategy.reduce, reduce_op="sum")
+            self._counted = (self.current_epoch, first), self.sampler.rows_of_step(numbers, summed, n_processes)
         return self._counted[1]
-
-    def _counts(self, numbers: Int[Tensor, " batch"]) -> Int[Tensor, " entry"] | None:
-        inside = self.masks.carries_gradient(self.masks.sample(self._uniform(numbers)))
-        return None if inside is None else inside.sum(dim=0)
 
     @torch.no_grad()
     def clean_logits(self, batch: Batch) -> Float[Tensor, "batch scored vocabulary"]:

@@ -48,12 +48,12 @@ class PromptLoader:
             yield self._task.batch("train", number)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches were given, in all and in this epoch."""
-        return {"given": self._given, "given_in_epoch": self._given_in_epoch}
+        """How many batches each process was given, in all and in this epoch, and how many processes there are."""
+        return {"given": self._given, "given_in_epoch": self._given_in_epoch, "world_size": self._world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that `state` counts."""
-        self._given = state["given"]
+        """Go on after the batches that `state` counts, those of all its processes."""
+        self._given = math.ceil(state["given"] * state["world_size"] / self._world_size)
         # A checkpoint at the end of an epoch is resumed with a fresh one.
         self._given_in_epoch = state["given_in_epoch"] % len(self)
         self._resumed = True

@@ -1,4 +1,4 @@
-"""The frozen model shared out among processes, for models that are too large for one device."""
+"""The training strategy for models that are too large for one device: the frozen model is shared out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,8 @@ from lightning.pytorch.strategies import (
     ParallelStrategy,
     Strategy,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from oa_train.errors import ConfigurationError
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
 from oa_train.shapes import Tensor
 
 
@@ -82,22 +78,6 @@ class ShardedStrategy(ModelParallelStrategy):
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
-
-
-def shard(model: CausalLM, mesh: DeviceMesh) -> None:
-    """Share a frozen model's weights out among processes, block by block; once done it stays so.
-
-    Args:
-        model: the same in every process; its weights are moved to the mesh's device as they are shared out.
-        mesh: the processes.
-    """
-    if isinstance(model, FSDPModule):
-        return
-    for block in find_parts(model).blocks:
-        fully_shard(block, mesh=mesh)
-    # Embedding, final norm and unembedding; as the root of all it also lets one block's weights travel while another
-    # runs.
-    fully_shard(model, mesh=mesh)
 
 
 def check_strategy(strategy: Strategy) -> None:

@@ -43,6 +43,20 @@ def test_gpt2_small_and_xl_without_weights(capsys, options, edges, parameters):
     assert facts["frozen"] == {"parameters": parameters, "bytes": 2 * parameters}
 
 
+def test_precision_and_strategy_change_what_a_step_takes(capsys):
+    save_config("model", "gpt2", n_layer=3)
+    whole = facts_of(capsys, "--lm.name", "./model")["step_bytes"]
+    mixed = facts_of(capsys, "--lm.name", "./model", "--precision", "bf16-mixed")["step_bytes"]
+    again = facts_of(capsys, "--lm.name", "./model", "--activation_checkpointing", "true")["step_bytes"]
+    shared = facts_of(capsys, "--lm.name", "./model", "--strategy", "fsdp", "--devices", "8")
+    # Half precision keeps copies of weights in that type beside them.
+    assert mixed["activations"] < whole["activations"]
+    assert again["activations"] < whole["activations"] / 5
+    assert shared["step_bytes"]["weights"] == pytest.approx(whole["weights"] / 8, rel=0.01)
+    assert shared["step_bytes"]["gathered"] > 0
+    assert (shared["step"]["strategy"], shared["step"]["n_processes"]) == ("fsdp", 8)
+
+
 def test_facts_of_gpt2_small(capsys):
     save_config("model", "gpt2")
     facts = facts_of(capsys, "--lm.name", "./model", "--n_tokens", "20")
@@ -134,6 +148,10 @@ def test_a_wrong_entry_ends_with_status_1_and_names_the_failed_checks(capsys, mo
         ("--batch_size 0", "batch_size is 0; expected a number of at least 1."),
         ("--n_tokens 49", "n_tokens is 49; this model has 48 positions."),
         ("--chekc", "There is no option --chekc. Did you mean check"),
+        ("--devices 8", "devices is 8, which needs a strategy: ddp or fsdp."),
+        ("--precision bf16-true", "precision is bf16-true, a frozen model in bfloat16, and lm.dtype is float32"),
+        ("--precision bf16", "precision is 'bf16'; expected one of 32-true, bf16-mixed"),
+        ("--strategy deepspeed", "strategy is 'deepspeed'; expected one of auto, ddp, fsdp."),
     ],
 )
 def test_mistakes(capsys, words, said):

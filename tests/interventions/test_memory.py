@@ -6,10 +6,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.nodes import make_model
+from benchmarks.scaling import Arrangement, estimated, measure
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import unanswered
+from oa_train.errors import RunError
 from oa_train.interventions.base import scored_logits
-from oa_train.interventions.memory import LiveBytes, node_step_memory
+from oa_train.interventions.live_bytes import LiveBytes
+from oa_train.interventions.memory import StepSettings, node_step_memory
 from oa_train.interventions.nodes import node_logits
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
@@ -54,7 +58,7 @@ def measured_peak(model: CausalLM, n_prompts: int, n_tokens: int, n_samples: int
 @pytest.mark.parametrize(("dtype", "shape"), [(torch.float32, (2, 16, 4)), (torch.bfloat16, (8, 12, 1))])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_estimate_is_near_the_measured_peak(family, dtype, shape):
-    estimate = node_step_memory(built(family, dtype, "meta"), *shape)
+    estimate = node_step_memory(built(family, dtype, "meta"), StepSettings(*shape))
     assert estimate.total == pytest.approx(measured_peak(built(family, dtype, "cpu"), *shape), rel=0.15)
 
 
@@ -65,14 +69,50 @@ def test_the_estimate_is_near_a_step_of_the_training_module():
     weights = sum(tensor.nbytes for tensor in (*module.frozen.parameters(), *module.frozen.buffers()))
     with LiveBytes() as live:
         sum(module.masked_loss(batch, module.clean_logits(batch))).backward()
-    estimate = node_step_memory(empty_model(lm), *batch.tokens.shape, module.samples_per_prompt)
+    estimate = node_step_memory(empty_model(lm), StepSettings(*batch.tokens.shape, module.samples_per_prompt))
     assert estimate.total == pytest.approx(weights + live.peak, rel=0.15)
+
+
+WAYS = [
+    Arrangement("alone", activation_checkpointing=True),
+    Arrangement("mixed", dtype="float32", precision="bf16-mixed"),
+    Arrangement("shared", processes=2, strategy="fsdp", dtype="bfloat16"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_the_estimate_is_near_what_the_allocator_gives_to_a_trainer(tmp_path, way):
+    make_model("quick", tmp_path / "model")
+    found = measure(way, tmp_path, "cpu", n_timed=1)
+    assert estimated(way, tmp_path) == pytest.approx(found["above_weights_bytes"], rel=0.15)
+
+
+def test_processes_that_share_a_model_need_less_and_are_gone_afterwards():
+    model = built("llama", torch.bfloat16, "meta")
+    alone, *shared = (
+        node_step_memory(model, StepSettings(4, 12, 2, strategy=strategy, n_processes=n))
+        for strategy, n in (("auto", 1), ("fsdp", 2), ("fsdp", 8))
+    )
+    assert not torch.distributed.is_initialized()
+    assert alone.gathered == 0
+    for n, one in zip((2, 8), shared, strict=True):
+        # Buffers are not shared out, and what does not divide is filled up.
+        assert one.weights == pytest.approx(alone.weights / n, rel=0.1)
+        # At least embedding and unembedding; blocks come and go.
+        assert one.gathered >= 2 * 301 * 32 * 2 * (1 - 1 / n)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(RunError, match="on its own"):
+            node_step_memory(model, StepSettings(4, 12, 2, strategy="fsdp", n_processes=2))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_parts_are_what_they_say_and_grow_as_they_should():
     model = built("llama", torch.float32, "meta")
     before = {name: id(tensor) for name, tensor in model.named_parameters()}
-    found, twice = (node_step_memory(model, n, 12, 2) for n in (4, 8))
+    found, twice = (node_step_memory(model, StepSettings(n, 12, 2)) for n in (4, 8))
     assert found.weights == twice.weights
     assert found.weights >= sum(parameter.nbytes for parameter in model.parameters())
     sizes = Dimensions.of(model.config)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.interventions.base import scored_logits
-from oa_train.interventions.memory import LiveBytes
+from oa_train.interventions.live_bytes import LiveBytes
 from oa_train.interventions.nodes import node_logits
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.models.components import Components

@@ -73,6 +73,16 @@ def test_a_head_width_of_none_is_the_share_of_the_model():
     assert Dimensions.of(config).d_head == 8
 
 
+def test_a_model_that_is_spread_over_devices_is_refused():
+    model = tiny_model("gpt2")
+    # What `from_pretrained(device_map=...)` leaves.
+    model.hf_device_map = {"": "cpu"}
+    assert find_parts(model)
+    model.hf_device_map = {"transformer.wte": 0, "transformer.h": 1, "lm_head": "cpu"}
+    with pytest.raises(ModelError, match=r"spread over 0, 1, cpu \(device_map\)\. .* --trainer\.strategy fsdp"):
+        find_parts(model)
+
+
 def test_parts_have_the_sizes_of_the_configuration(any_model):
     parts = find_parts(any_model)
     sizes = parts.dimensions

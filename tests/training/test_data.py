@@ -53,6 +53,20 @@ def test_ranks_share_no_prompt_and_leave_none_out():
     assert sorted(seen) == list(range(18))
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3), (4, 3)])
+def test_another_number_of_processes_sees_no_prompt_twice(before, after):
+    task = small_ioi(batch_size=1, batches_per_epoch=5)
+    loaders = [PromptLoader(task, rank, before) for rank in range(before)]
+    seen = [number for loader in loaders for row in ids(loader) for number in row]
+    more = [PromptLoader(task, rank, after) for rank in range(after)]
+    for loader in more:
+        loader.load_state_dict(loaders[0].state_dict())
+    further = sorted(number for loader in more for row in ids(loader) for number in row)
+    assert not set(seen) & set(further)
+    # None but the few that do not share out evenly is left out.
+    assert further[0] - max(seen) <= after
+
+
 def test_the_same_number_gives_the_same_prompts():
     loaders = [PromptLoader(small_ioi()) for _ in range(2)]
     for first, second in zip(*loaders, strict=True):

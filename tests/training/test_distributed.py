@@ -1,6 +1,5 @@
 """Real processes on this machine: several do what one does with batches as large as theirs together."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +9,7 @@ import pytest
 import torch
 
 from oa_train.training.checkpoints import read_checkpoint
-
-ROOT = Path(__file__).parent.parent.parent
-PATHS = {"PYTHONPATH": str(ROOT)}
+from tests.jobs.fits import FIRST, ROOT, SECOND, finished, free_port, start, torchrun
 
 
 def gradients(file: Path, n_processes: int, batch_size: int, distribution: str, *more: str) -> dict[str, Any]:
@@ -56,37 +53,88 @@ def test_a_model_that_is_shared_out_gives_the_gradients_of_one_that_is_not(tmp_p
     assert whole["metrics"] == shared["metrics"]
 
 
-LAUNCHED = {
-    "by Lightning": ["-m", "oa_train.cli.main"],
-    "by torchrun": [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
+FEW = [
+    *[
+        "--trainer.max_steps",
+        "3",
+        "--data.batch_size",
         "2",
-        "--master_port",
-        "29611",
-        "-m",
-        "oa_train.cli.main",
+        "--data.batches_per_epoch",
+        "3",
+        "--data.n_validation",
+        "8",
+        "--data.n_test",
+        "8",
     ],
-}
+    *["--data.n_means", "8", "--finish.refit.steps", "2", "--checkpoint_every", "1"],
+]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHED)
-def test_a_run_in_two_processes_writes_its_files_once(tmp_path, launcher):
-    options = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp --trainer.max_steps 3"
-    options += " --data.batch_size 2 --data.batches_per_epoch 3 --data.n_validation 8 --data.n_test 8 --data.n_means 8"
-    options += " --finish.refit.steps 2 --trainer.default_root_dir runs --experiment shared --checkpoint_every 1"
-    config = ROOT / "configs" / "circuit_nodes_tiny.yaml"
-    words = [*LAUNCHED[launcher], "fit", "--config", str(config), *options.split()]
-    done = subprocess.run(
-        [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300, env=os.environ | PATHS
+def launch(folder: Path, way: str, *more: str) -> list[subprocess.Popen[bytes]]:
+    """Start a short run of two processes."""
+    if way != "two nodes":
+        launcher = torchrun(2) if way == "torchrun" else ["-m"]
+        return [start(folder, *FEW, *more, n_processes=2, launcher=launcher)]
+    port, options = (
+        free_port(),
+        ["--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.num_nodes", "2"],
     )
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "runs" / "shared").iterdir()
-    assert run.name == "version_0"
+    node = ["-m", "torch.distributed.run", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    launchers = [[*node, "--node_rank", str(rank), "--nproc_per_node", "1", "-m"] for rank in range(2)]
+    return [start(folder, *FEW, *options, *more, launcher=launcher) for launcher in launchers]
+
+
+@pytest.fixture(scope="module")
+def by_lightning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of two processes that Lightning has started."""
+    folder = tmp_path_factory.mktemp("lightning")
+    for process in launch(folder, "lightning"):
+        finished(process, folder)
+    return folder / FIRST
+
+
+def written_once(run: Path) -> None:
+    """Check that two processes have made one run."""
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     assert [path.name for path in (run / "studies").iterdir()] == ["fit_0"]
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 3
     steps = [line for line in (run / "metrics.csv").read_text().splitlines() if line][1:]
     assert len(steps) <= 4
+
+
+def test_two_processes_write_their_files_once(by_lightning):
+    written_once(by_lightning)
+
+
+# FSDP computes the same, and the first process writes; the others are needed for the refit.
+WAYS = {"torchrun": (), "two nodes": (), "fsdp": ("--trainer.strategy", "fsdp")}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whoever_starts_two_processes_and_shares_them_out_they_end_alike(tmp_path, way, by_lightning):
+    for process in launch(tmp_path, way, *WAYS[way]):
+        finished(process, tmp_path)
+    run = tmp_path / FIRST
+    written_once(run)
+    given, expected = (read_checkpoint(one / "checkpoints" / "last.ckpt")["state_dict"] for one in (run, by_lightning))
+    for name, tensor in expected.items():
+        assert torch.equal(given[name], tensor), name
+    for artefact in ("circuit", "constants"):
+        contents = [(one / artefact / "tensors.safetensors").read_bytes() for one in (run, by_lightning)]
+        assert contents[0] == contents[1], artefact
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", "ddp"), ("ddp", "fsdp")])
+@pytest.mark.long
+def test_a_run_is_resumed_under_another_strategy_bit_for_bit(tmp_path, before, after, by_lightning):
+    for process in launch(tmp_path, before, "--trainer.strategy", before, "--trainer.max_steps", "2"):
+        finished(process, tmp_path)
+    last = str(FIRST / "checkpoints" / "last.ckpt")
+    for process in launch(tmp_path, after, "--trainer.strategy", after, "--ckpt_path", last):
+        finished(process, tmp_path)
+    given = read_checkpoint(tmp_path / SECOND / "checkpoints" / "last.ckpt")["state_dict"]
+    expected = read_checkpoint(by_lightning / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, tensor in expected.items():
+        assert torch.equal(given[name], tensor), name

@@ -13,7 +13,7 @@ from tests.builders import quiet_trainer, small_ioi
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
 def test_strategies_that_share_out_what_is_trained_are_refused(strategy):
-    with pytest.raises(ConfigurationError, match="--trainer.strategy fsdp"):
+    with pytest.raises(ConfigurationError, match=r"--trainer\.strategy fsdp"):
         check_strategy(strategy())
     check_strategy(ShardedStrategy())
 

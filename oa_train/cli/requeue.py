@@ -1,0 +1,152 @@
+"""A fit under SLURM: which job it belongs to, how it is queued again, and what it then goes on from."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+
+from oa_train.cli.arguments import CONFIG_FILE, read_config
+from oa_train.errors import CheckpointError, ConfigurationError
+from oa_train.training.checkpoints import read_checkpoint
+from oa_train.training.interruption import Stopped
+
+# What SLURM sends ahead of the time limit, where the job asks for it (sbatch --signal=USR1@60).
+REQUEUE_SIGNAL = signal.SIGUSR1
+
+# In a recorded configuration, but what became of the run and not how it is made.
+RECORDS = ("resumed_from", "slurm_job")
+
+_SECONDS_TO_ANSWER = 60
+
+
+def slurm_job() -> str | None:
+    """Id of the SLURM job that this process runs in, None elsewhere and in interactive sessions.
+
+    A task of a job array is named as such: the bare id may stand for the whole array.
+    """
+    job = SLURMEnvironment.job_id()
+    if job is None:
+        return None
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return str(job) if array is None or task is None else f"{array}_{task}"
+
+
+def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvironment]:
+    """What Lightning would find by itself under SLURM, but without its own requeueing.
+
+    That writes a checkpoint from inside a signal handler, to a folder in which every other job would look for it.
+
+    Args:
+        plugins: what the user has asked for; an environment among them is left alone.
+        strategy: the same.
+
+    Raises:
+        ConfigurationError: the job's own settings cannot work.
+    """
+    chosen = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
+    if chosen or getattr(strategy, "cluster_environment", None) is not None or slurm_job() is None:
+        return []
+    if TorchElasticEnvironment.detect() or not SLURMEnvironment.detect():
+        return []
+    try:
+        return [SLURMEnvironment(auto_requeue=False)]
+    except RuntimeError as problem:
+        raise ConfigurationError(f"The SLURM job cannot be used like this: {problem}") from problem
+
+
+def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
+    """What a fit ends at: SIGTERM, and in a SLURM job its requeue signal, unless Lightning was told to do that.
+
+    Args:
+        plugins: of the trainer.
+    """
+    by_lightning = any(isinstance(plugin, SLURMEnvironment) and plugin.auto_requeue for plugin in plugins)
+    requeues = slurm_job() is not None and not by_lightning
+    return (signal.SIGTERM, REQUEUE_SIGNAL) if requeues else (signal.SIGTERM,)
+
+
+@contextmanager
+def requeued() -> Iterator[None]:
+    """Have SLURM start the job again when what runs inside was ended by the requeue signal; the end says so."""
+    try:
+        yield
+    except Stopped as stop:
+        job = slurm_job()
+        if stop.signal is REQUEUE_SIGNAL and job is not None:
+            # SLURM ends the processes of a job that it requeues. This one is about to end, and still has to say how.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stop.add_note(_requeue(job))
+        raise
+
+
+def _requeue(job: str) -> str:
+    """Ask SLURM to start a job again; returns what came of it."""
+    command = ["scontrol", "requeue", job]
+    by_hand = "The job does not go on by itself."
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_ANSWER)  # noqa: S603
+    except FileNotFoundError:
+        return f"SLURM's command scontrol is not on PATH, so job {job} was not requeued. {by_hand}"
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return f"{' '.join(command)} did not work: {problem}. {by_hand}"
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        return f"{' '.join(command)} failed with status {done.returncode}: {said}. {by_hand}"
+    return f"SLURM has requeued job {job}, which will go on by itself."
+
+
+def is_restarted() -> bool:
+    """Whether SLURM has started this job before: it was requeued, preempted, or lost its node."""
+    return slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+
+
+def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
+    """Find where the latest run of this job, with this configuration, was cut off.
+
+    Runs whose checkpoint is damaged are passed over, so that one of them does not end every further start of the job.
+
+    Args:
+        folder: holds the runs, `version_<N>`.
+        config: configuration of this run, as it would be recorded.
+
+    Returns:
+        The checkpoint, None when there is none, and what there is to say about it, a line each.
+    """
+    job = slurm_job()
+    damaged = []
+    for run in _runs(folder):
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        if not checkpoint.is_file() or not _is_run_of(run, job, config):
+            continue
+        try:
+            read_checkpoint(checkpoint)
+        except CheckpointError:
+            damaged.append(f"{checkpoint} is damaged and is passed over.")
+            continue
+        return checkpoint, [*damaged, f"SLURM has started job {job} again; it goes on from {checkpoint}."]
+    return None, [*damaged, f"SLURM has started job {job} again, but it left no checkpoint; it begins anew."]
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Run folders, the latest first."""
+    numbered = {run.name.removeprefix("version_"): run for run in folder.glob("version_*")}
+    return [numbered[number] for number in sorted(filter(str.isdecimal, numbered), key=int, reverse=True)]
+
+
+def _is_run_of(run: Path, job: str | None, config: Mapping[str, Any]) -> bool:
+    try:
+        recorded = read_config(run / CONFIG_FILE)
+    except ConfigurationError:
+        return False
+    return recorded.get("slurm_job") == job and _described(recorded) == _described(config)
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in RECORDS}

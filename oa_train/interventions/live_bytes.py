@@ -1,0 +1,58 @@
+"""Counting the bytes of tensors that live."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from oa_train.shapes import Tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside the context and still live, each storage once.
+
+    Attributes:
+        now: bytes that live.
+        peak: most bytes that ever lived at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._storages: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        if getattr(function, "namespace", "") == "fsdp":
+            # Weights that were gathered from other processes are dropped by emptying their storages, which is no
+            # operation; the next gathering is one.
+            self._measure_again()
+        before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
+        for tensor in filter(_is_tensor, tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            # A view or an in-place result of something older than the context is not made here.
+            if storage._cdata not in before and storage._cdata not in self._sizes:
+                self._storages[storage._cdata] = storage
+                weakref.finalize(storage, self._drop, storage._cdata)
+                self._set(storage._cdata, storage.nbytes())
+        return made
+
+    def _measure_again(self) -> None:
+        for key, storage in list(self._storages.items()):
+            self._set(key, storage.nbytes())
+
+    def _set(self, key: int, size: int) -> None:
+        self.now += size - self._sizes.get(key, 0)
+        self.peak = max(self.peak, self.now)
+        self._sizes[key] = size
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)

@@ -1,0 +1,202 @@
+"""A training that is told to end does so at a whole step, in all its processes, and leaves a checkpoint of it."""
+
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from oa_train.errors import TERMINATED
+from oa_train.training.callbacks import LastCheckpoint, validation_follows
+
+# How long the first process waits for those that it has started, once all have agreed to end.
+SECONDS_TO_END = 30.0
+
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
+
+
+class Stopped(SystemExit):
+    """A signal has ended a training; the exit status is 143.
+
+    Args:
+        number: the signal.
+
+    Attributes:
+        signal: the signal.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(TERMINATED)
+        self.signal = number
+
+
+class StopAtSignal(Checkpoint):
+    """Ends a training in order when one of its processes gets a signal.
+
+    A handler only notes the signal. At the end of the next batch that completed an optimiser step (accumulated
+    gradients are in no checkpoint), or after the validation that follows it, all processes learn whether any has been
+    told to end. Then all write `last.ckpt` together and raise `Stopped`, which makes the exit status 143, and a resume
+    goes on bit for bit. Before the training begins there is nothing to write: a single process ends at once, several
+    end when all are ready to begin.
+
+    Lightning's own handling of these signals is out of force meanwhile: it would talk to the other processes from
+    inside the handler, whatever they are doing, and write nothing. The handlers from before are back when the training
+    has ended, however it did. Only processes that something else has started side by side stay deaf to the signals
+    once they have agreed to end: torchrun and srun send SIGTERM to all as soon as they have seen one end.
+
+    Being a checkpoint callback it is run after all others. List it last.
+
+        last = LastCheckpoint(folder)
+        trainer = lightning.Trainer(callbacks=[BestCheckpoint(folder), last, StopAtSignal(last)])
+
+    Args:
+        last: writes the checkpoint.
+        signals: what to end at; where several have come, the latest of this list counts.
+    """
+
+    def __init__(self, last: LastCheckpoint, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> None:
+        self._last = last
+        self._signals = tuple(signals)
+        self._before: dict[signal.Signals, Handler] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._noted = 0  # place in the list of signals, from 1 on
+        self._at_once = False
+        self._step = 0
+        self._whole_step = False
+        self._deaf = False
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Begin to listen, before the module prepares anything."""
+        del pl_module
+        if stage != "fit" or threading.current_thread() is not threading.main_thread():
+            return
+        self._forget()
+        self._at_once = trainer.world_size == 1
+        self._listen()
+        self._displace_lightning(trainer)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End here if the signal came during the preparation."""
+        del pl_module
+        self._at_once = False
+        self._step = trainer.global_step
+        self._end_if_agreed(trainer, save=False)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """End here, unless gradients are being accumulated or a validation belongs to this step."""
+        self._whole_step, self._step = trainer.global_step != self._step, trainer.global_step
+        if self._whole_step and not validation_follows(trainer):
+            self._end_if_agreed(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End here, unless gradients are being accumulated."""
+        del pl_module
+        if self._whole_step and not trainer.sanity_checking:
+            self._end_if_agreed(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """End here, before anything is made of what was trained."""
+        del pl_module
+        self._end_if_agreed(trainer)
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Put the handlers from before back; a signal that nobody has looked at since the last step is not lost.
+
+        Raises:
+            Stopped: there is one. The other processes have nothing left to do.
+        """
+        del pl_module, stage
+        late = self._noted
+        self._leave(trainer)
+        if late and trainer.is_global_zero:
+            raise Stopped(self._signals[late - 1])
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Put the handlers from before back."""
+        del pl_module, exception
+        self._leave(trainer)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._noted = max(self._noted, 1 + self._signals.index(signal.Signals(number)))
+        if self._at_once:
+            self._at_once = False
+            raise Stopped(signal.Signals(number))
+
+    def _listen(self) -> None:
+        for number in self._signals:
+            found = signal.signal(number, self._note)
+            self._before.setdefault(number, found)
+
+    def _displace_lightning(self, trainer: lightning.Trainer) -> None:
+        """Have Lightning, when it comes to set its handlers, leave these signals alone; at its teardown as well."""
+        connector = trainer._signal_connector
+        register = connector.register_signal_handlers
+
+        def register_others() -> None:
+            register()
+            for number in self._signals:
+                connector._original_handlers.pop(number, None)
+            self._listen()
+
+        vars(connector)["register_signal_handlers"] = register_others
+
+    def _leave(self, trainer: lightning.Trainer) -> None:
+        vars(trainer._signal_connector).pop("register_signal_handlers", None)
+        for number, before in self._before.items():
+            # None stands for a handler that was not set from Python, and cannot be set from there either.
+            signal.signal(number, signal.SIG_IGN if self._deaf else signal.SIG_DFL if before is None else before)
+        self._before.clear()
+        self._forget()
+
+    def _end_if_agreed(self, trainer: lightning.Trainer, *, save: bool = True) -> None:
+        noted = self._agreed(trainer)
+        if not noted:
+            return
+        children = _take_children(trainer)
+        if save:
+            self._last.save(trainer)
+        _wait_for(children)
+        self._deaf = trainer.world_size > 1 and not children
+        raise Stopped(self._signals[noted - 1])
+
+    def _agreed(self, trainer: lightning.Trainer) -> int:
+        """What the processes have noted; the same in all, because they ask at the same point."""
+        if trainer.world_size == 1:
+            return self._noted
+        noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(noted, reduce_op="max"))
+
+
+def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
+    """Take charge of the processes that Lightning has started from this one; none in all other processes.
+
+    A thread of Lightning's looks at its list of them every few seconds, and kills this process when one has ended with
+    another status than 0. They are about to do so on purpose. The thread shares the list and ends when it is empty.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    children = list(launcher.procs)
+    launcher.procs.clear()
+    return children
+
+
+def _wait_for(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until the processes have ended; one that does not is killed, rather than left behind."""
+    for child in children:
+        try:
+            child.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

@@ -1,0 +1,89 @@
+"""Masks for the prompts of a training step, each prompt's from its own random numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from oa_train.masks.base import MaskDistribution, averaged_gradient
+from oa_train.seeds import torch_generator
+from oa_train.shapes import Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """The rows that enter one step of the optimiser, over accumulated batches and processes.
+
+    Attributes:
+        counts: rows that carry gradient to each mask entry.
+        n_rows: all rows.
+    """
+
+    counts: Int[Tensor, " entry"]
+    n_rows: int
+
+
+class MaskSampler:
+    """Draws masks that follow from the seed and a prompt's number.
+
+    So they do not depend on how prompts are shared out to batches and processes.
+
+    Args:
+        masks: their distribution.
+        seed: of the random numbers.
+        samples_per_prompt: S masks are drawn for each prompt.
+    """
+
+    def __init__(self, masks: MaskDistribution, seed: int, samples_per_prompt: int) -> None:
+        self._masks = masks
+        self._seed = seed
+        self._samples_per_prompt = samples_per_prompt
+
+    def draw(self, numbers: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
+        """Draw masks, with gradients to the distribution.
+
+        Args:
+            numbers: of B prompts.
+            step: rows that gradients are averaged over; those drawn here when not given.
+
+        Returns:
+            S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
+        """
+        drawn = self._masks.sample(self._uniform(numbers))
+        inside = self._masks.carries_gradient(drawn)
+        if inside is None:
+            return drawn
+        rows = step or StepRows(inside.sum(dim=0), len(drawn))
+        return averaged_gradient(drawn, rows.counts, rows.n_rows)
+
+    @torch.no_grad()
+    def rows_of_step(
+        self, batches: Sequence[Int[Tensor, " batch"]], over_processes: Callable[[Tensor], Tensor], n_processes: int
+    ) -> StepRows | None:
+        """Count the rows that carry gradient in a whole step of the optimiser.
+
+        Args:
+            batches: numbers of the prompts of each batch of this process in the step. Their masks can be drawn ahead,
+                because the parameters stay as they are until the step.
+            over_processes: sums a tensor over processes.
+            n_processes: how many processes there are, with as many prompts each.
+
+        Returns:
+            None for a distribution whose gradients are not averaged.
+        """
+        counts, n_rows = torch.zeros_like(self._masks.logits, dtype=torch.long), 0
+        for numbers in batches:
+            inside = self._masks.carries_gradient(self._masks.sample(self._uniform(numbers)))
+            if inside is None:
+                return None
+            counts += inside.sum(dim=0)
+            n_rows += len(inside)
+        return StepRows(over_processes(counts), n_rows * n_processes)
+
+    def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
+        shape, device = (self._samples_per_prompt, len(self._masks.logits)), self._masks.logits.device
+        drawn = [
+            torch.rand(shape, generator=torch_generator(self._seed, "masks", number, device=device), device=device)
+            for number in numbers.tolist()
+        ]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
