@@ -4,7 +4,7 @@ A family is data: where Hugging Face's classes keep their decoder blocks, attent
 Nothing of a family's arithmetic is repeated here. To support another family, add one entry to `FAMILIES`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -28,9 +28,17 @@ class Family:
         attention_output: path from a block to the projection that adds all heads to the residual stream; its
             input is the heads' values side by side.
         mlp: path from a block to the module whose output the block adds to the residual stream.
+        final_norm: path from the causal language model to the norm before the unembedding.
+        attention_norm: path from a block to the norm through which attention reads the residual stream; empty where
+            there is none.
+        projections: paths from a block to the projections to queries, keys and values, or to the one that makes all
+            three: all queries first, then all keys, then all values.
+        mlp_input: path from a block to the module that the MLP's share of the residual stream enters first, its norm.
+        interleaved: whether the one projection makes each head's query, key and value side by side.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer; or the name of the configuration's attribute that says so.
         post_norms: whether what attention and MLP write is normed before it is added to the residual stream.
+        attention_post_norm: path from a block to that norm of attention.
         requires: an attribute that the configuration must set, where other models of the family norm the residual
             stream itself, so that what a part writes does not stay in it.
     """
@@ -39,32 +47,101 @@ class Family:
     blocks: str
     attention_output: str
     mlp: str
+    final_norm: str
+    attention_norm: str
+    projections: tuple[str, ...]
+    mlp_input: str
+    interleaved: bool = False
     parallel: bool | str = False
     post_norms: bool = False
+    attention_post_norm: str = ""
     requires: str = ""
 
+
+GPT2 = Family(
+    "gpt2",
+    blocks="transformer.h",
+    attention_output="attn.c_proj",
+    mlp="mlp",
+    final_norm="transformer.ln_f",
+    attention_norm="ln_1",
+    projections=("attn.c_attn",),
+    mlp_input="ln_2",
+)
+LLAMA = Family(
+    "llama",
+    blocks="model.layers",
+    attention_output="self_attn.o_proj",
+    mlp="mlp",
+    final_norm="model.norm",
+    attention_norm="input_layernorm",
+    projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    mlp_input="post_attention_layernorm",
+)
+# These norm what attention and MLP write before it is added to the residual stream.
+GEMMA2 = replace(
+    LLAMA,
+    model_type="gemma2",
+    mlp="post_feedforward_layernorm",
+    post_norms=True,
+    attention_post_norm="post_attention_layernorm",
+    mlp_input="pre_feedforward_layernorm",
+)
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("gpt2", blocks="transformer.h", attention_output="attn.c_proj", mlp="mlp"),
-        Family("gpt_neox", "gpt_neox.layers", "attention.dense", mlp="mlp", parallel="use_parallel_residual"),
-        Family("llama", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("mistral", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("qwen2", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("qwen3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("phi3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("smollm3", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("gpt_neo", blocks="transformer.h", attention_output="attn.attention.out_proj", mlp="mlp"),
-        Family("gptj", "transformer.h", "attn.out_proj", mlp="mlp", parallel=True),
-        Family("opt", "model.decoder.layers", "self_attn.out_proj", mlp="fc2", requires="do_layer_norm_before"),
-        Family("phi", "model.layers", "self_attn.dense", mlp="mlp", parallel=True),
-        Family("gemma", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        Family("olmo", blocks="model.layers", attention_output="self_attn.o_proj", mlp="mlp"),
-        # These norm what an MLP writes before it is added to the residual stream.
-        Family("gemma2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
-        Family("olmo2", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
-        Family("gemma3_text", "model.layers", "self_attn.o_proj", mlp="post_feedforward_layernorm", post_norms=True),
+        GPT2,
+        replace(
+            GPT2,
+            model_type="gpt_neo",
+            attention_output="attn.attention.out_proj",
+            projections=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        ),
+        replace(
+            GPT2,
+            model_type="gptj",
+            attention_output="attn.out_proj",
+            parallel=True,
+            projections=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            mlp_input="ln_1",
+        ),
+        LLAMA,
+        *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo")),
+        replace(LLAMA, model_type="phi3", projections=("self_attn.qkv_proj",)),
+        replace(
+            LLAMA,
+            model_type="phi",
+            attention_output="self_attn.dense",
+            parallel=True,
+            final_norm="model.final_layernorm",
+            mlp_input="input_layernorm",
+        ),
+        replace(
+            LLAMA,
+            model_type="gpt_neox",
+            blocks="gpt_neox.layers",
+            attention_output="attention.dense",
+            parallel="use_parallel_residual",
+            final_norm="gpt_neox.final_layer_norm",
+            projections=("attention.query_key_value",),
+            interleaved=True,
+        ),
+        replace(
+            LLAMA,
+            model_type="opt",
+            blocks="model.decoder.layers",
+            attention_output="self_attn.out_proj",
+            mlp="fc2",
+            requires="do_layer_norm_before",
+            final_norm="model.decoder.final_layer_norm",
+            attention_norm="self_attn_layer_norm",
+            mlp_input="final_layer_norm",
+        ),
+        GEMMA2,
+        replace(GEMMA2, model_type="gemma3_text"),
+        # Attention and MLP read the residual stream without a norm.
+        replace(GEMMA2, model_type="olmo2", attention_norm="", mlp_input="mlp"),
     )
 }
 

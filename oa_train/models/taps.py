@@ -49,6 +49,17 @@ def tapped(taps: Iterable[Tap]) -> Iterator[None]:
 
 
 @contextmanager
+def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Have modules do something else when they are called, for the length of the context; their taps still act."""
+    with ExitStack() as stack:
+        for module, forward in forwards:
+            # Shadows the method of the class for this one module.
+            module.forward = forward
+            stack.callback(delattr, module, "forward")
+        yield
+
+
+@contextmanager
 def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap]) -> Iterator[None]:
     """Attach functions, and keep of each block's run only its inputs; the backward pass runs the block again.
 
@@ -59,16 +70,13 @@ def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap]) -> Iterator[Non
         blocks: modules, none inside another; random numbers must not enter their results.
         taps: functions inside the blocks or elsewhere.
     """
-    elsewhere = list(taps)
-    with ExitStack() as stack:
-        for block in blocks:
-            parts = set(block.modules()) - {block}
-            inside = [tap for tap in elsewhere if tap.module in parts]
-            elsewhere = [tap for tap in elsewhere if tap.module not in parts]
-            # Shadows the method of the class for this one module.
-            block.forward = _rerunnable(block.forward, inside)
-            stack.callback(delattr, block, "forward")
-        stack.enter_context(tapped(elsewhere))
+    elsewhere, forwards = list(taps), []
+    for block in blocks:
+        parts = set(block.modules()) - {block}
+        inside = [tap for tap in elsewhere if tap.module in parts]
+        elsewhere = [tap for tap in elsewhere if tap.module not in parts]
+        forwards.append((block, _rerunnable(block.forward, inside)))
+    with replaced_forwards(forwards), tapped(elsewhere):
         yield
 
 

@@ -1,0 +1,102 @@
+"""Edge interventions against Hugging Face itself, the literal reference, and node interventions."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from oa_train.interventions.base import scored_logits
+from oa_train.interventions.edge_reference import reference_edge_logits
+from oa_train.interventions.edges import EdgeValues, edge_logits
+from oa_train.interventions.nodes import node_logits
+from oa_train.models.components import Components
+from oa_train.models.families import FAMILIES, Dimensions
+from oa_train.models.graph import Graph
+from tests.builders import BOS, random_batch, random_constants, random_mask, random_replacements, tiny_model
+from tests.precision import WithoutSinglePrecision
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+
+
+def edge_values(model, nodes, rows: int = 1, positions: int = 1, requires_grad: bool = False) -> EdgeValues:
+    generator = torch.Generator().manual_seed(9)
+    shape = (rows, positions, model.config.hidden_size)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return EdgeValues(inputs.requires_grad_(requires_grad), nodes.heads, nodes.mlps)
+
+
+def ones(model, rows: int) -> torch.Tensor:
+    return torch.ones(rows, Graph.of(model.config).n_edges, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_all_kept_is_the_model_itself(any_model, side):
+    batch = random_batch([9, 6, 4], side)
+    values = edge_values(any_model, random_constants(any_model).replacements(batch))
+    assert_close(
+        edge_logits(any_model, batch, ones(any_model, 3), values, BOS), scored_logits(any_model, batch), **EXACT
+    )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values_and_gradients_are_those_of_the_reference(any_model, side):
+    batch, graph = random_batch([6, 4], side), Graph.of(any_model.config)
+    found = []
+    for run in (edge_logits, reference_edge_logits):
+        mask = random_mask(2, graph.n_edges).requires_grad_()
+        if side == "right":
+            constants = random_constants(any_model, requires_grad=True)
+            leaves, nodes, sizes = [constants.heads, constants.mlps], constants.replacements(batch), (1, 1)
+        else:
+            nodes, sizes = random_replacements(any_model, 2, 6), (2, 6)
+            leaves = [nodes.heads, nodes.mlps]
+        values = edge_values(any_model, nodes, *sizes, requires_grad=True)
+        logits = run(any_model, batch, mask, values, BOS)
+        gradients = torch.autograd.grad(logits.softmax(-1)[..., :4].sum(), [mask, values.inputs, *leaves])
+        found.append((logits, *gradients))
+    for fast, slow in zip(*found, strict=True):
+        assert slow.abs().max() > 1e-8
+        assert_close(fast, slow, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if not family.post_norms))
+def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
+    # With post-norms a head's write depends on the heads beside it, so the two are different ablations.
+    model, batch = tiny_model(family), random_batch([7, 5], "left")
+    graph, n = Graph.of(model.config), len(Components.of(Dimensions.of(model.config)))
+    by_node = random_mask(2, n)
+    constants = random_constants(model)
+    values = edge_values(model, constants.replacements(batch))
+    # The embedding is no component: it is always kept.
+    by_source = torch.cat([torch.ones(2, 1, dtype=torch.float64), by_node], dim=1)
+    with WithoutSinglePrecision():
+        edges = edge_logits(model, batch, by_source[:, graph.edge_sources], values, BOS)
+        nodes = node_logits(model, batch, by_node, constants.replacements(batch), BOS)
+    assert_close(edges, nodes, **EXACT)
+
+
+def test_an_edge_that_is_cut_changes_what_its_reader_reads_and_nothing_before():
+    model, batch = tiny_model("gpt2"), random_batch([7])
+    graph = Graph.of(model.config)
+    values = edge_values(model, random_constants(model).replacements(batch))
+    whole = ones(model, 1)
+    last = whole.clone()
+    # An edge into the logits changes them; without it all is as it was.
+    last[0, graph.n_edges - 1] = 0
+    changed = edge_logits(model, batch, last, values, BOS)
+    assert not torch.allclose(changed, scored_logits(model, batch))
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_the_model_is_untouched_after_an_exception():
+    model, batch = tiny_model("llama"), random_batch([5])
+    before = scored_logits(model, batch)
+    values = edge_values(model, random_constants(model).replacements(batch))
+    with pytest.raises(IndexError):
+        edge_logits(model, replace(batch, tokens=batch.tokens + 1000), ones(model, 1), values, BOS)
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert torch.equal(scored_logits(model, batch), before)
