@@ -40,15 +40,20 @@ if TYPE_CHECKING:
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
+    from oa_train.training.callbacks import BestCheckpoint as BestCheckpoint
+    from oa_train.training.callbacks import LastCheckpoint as LastCheckpoint
     from oa_train.training.circuits import CircuitModule as CircuitModule
     from oa_train.training.constants import ConstantsModule as ConstantsModule
     from oa_train.training.data import TaskData as TaskData
+    from oa_train.training.interruption import StopAtSignal as StopAtSignal
     from oa_train.training.refit import RefitSettings as RefitSettings
     from oa_train.training.refit import fit_constants as fit_constants
+    from oa_train.training.sharding import ShardedStrategy as ShardedStrategy
 
 _HOMES = {
     "AblationSource": "interventions.kinds",
     "Batch": "batches",
+    "BestCheckpoint": "training.callbacks",
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuits",
     "CompareSettings": "studies.compare",
@@ -62,10 +67,13 @@ _HOMES = {
     "Induction": "tasks.induction",
     "KINDS": "interventions.kinds",
     "LMSpec": "models.loading",
+    "LastCheckpoint": "training.callbacks",
     "OaTrainError": "errors",
     "Prompt": "tasks.base",
     "Question": "tasks.base",
     "RefitSettings": "training.refit",
+    "ShardedStrategy": "training.sharding",
+    "StopAtSignal": "training.interruption",
     "Task": "tasks.base",
     "TaskData": "training.data",
     "TrainedCircuit": "studies.runs",

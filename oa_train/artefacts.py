@@ -70,7 +70,8 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
         The folder.
 
     Raises:
-        ArtefactError: the folder exists already, or cannot be written.
+        ArtefactError: the folder exists already.
+        RunError: it cannot be written; nothing of it is left behind.
     """
     folder = Path(folder)
     if folder.exists():
@@ -99,7 +100,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as problem:
-        raise ArtefactError(f"{folder} cannot be written: {problem}") from problem
+        raise RunError(f"{folder} cannot be written: {problem.strerror or problem}.") from problem
     return folder
 
 
@@ -173,19 +174,33 @@ def make_next_folder(parent: Path, prefix: str) -> Path:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a file and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the error names the file, which the system does only when it cannot be opened.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part."""
+    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the error names the file, and the old one is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_synced(temporary, content)
         temporary.replace(path)
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem  # not the temporary name
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)

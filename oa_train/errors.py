@@ -8,15 +8,16 @@ The docstrings are the manual: `make docs` writes docs/errors.md from them.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-DONE, FAULT, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+DONE, FAULT, MISTAKE, INTERRUPTED, UNREAD, TERMINATED = 0, 1, 2, 130, 141, 143
 
 EXIT_STATUSES: dict[int, str] = {
     DONE: "done",
-    FAULT: "a fault while running: not finite, disk full, or an error of a library",
+    FAULT: "a fault while running: not finite, disk full, out of memory, another process gone, an error of a library",
     MISTAKE: "a mistake in options, configuration, model, task or files; nothing is left behind",
     INTERRUPTED: "interrupted with Ctrl-C; the message holds the command that goes on from there",
+    UNREAD: "whoever read the output has ended, as in `oa-train inspect | head -1`; nothing is said",
     TERMINATED: "ended by SIGTERM; the message holds the command that goes on from there",
 }
 
@@ -98,10 +99,24 @@ class NotFiniteError(OaTrainError, ArithmeticError):
 class RunError(OaTrainError, RuntimeError):
     """Something failed while a job was running.
 
-    What to do: see to what the message names (a full disk, say) and resume from the last checkpoint.
+    What to do: see to what the message names (a full disk, say) and resume from the last checkpoint, with the command
+    that the message ends with.
     """
 
     exit_status = FAULT
+
+
+def causes(problem: BaseException) -> Iterator[BaseException]:
+    """An error, the one that it was made from or met with, and so on; each once.
+
+    An error that a thread keeps, and that is raised anew at every use, is met with itself: the way back is a circle.
+    """
+    seen: list[BaseException] = []
+    one: BaseException | None = problem
+    while one is not None and not any(one is earlier for earlier in seen):
+        yield one
+        seen.append(one)
+        one = one.__cause__ or one.__context__
 
 
 def nearest_names(given: str, valid: Iterable[str], most: int = 3) -> str:

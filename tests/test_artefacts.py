@@ -20,7 +20,7 @@ from oa_train.artefacts import (
     save_artefact,
     write_json,
 )
-from oa_train.errors import ArtefactError
+from oa_train.errors import ArtefactError, RunError
 
 
 def example() -> Artefact:
@@ -109,7 +109,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path, artefact):
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     folder = tmp_path / "file" / "r"
-    with pytest.raises(ArtefactError, match=f"{re.escape(str(folder))} cannot be written"):
+    with pytest.raises(RunError, match=f"{re.escape(str(folder))} cannot be written"):
         save_artefact(folder, "test", example())
     assert names_in(tmp_path) == ["file"]
 
@@ -119,7 +119,7 @@ def test_a_disk_that_fails_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(ArtefactError, match="No space left"):
+    with pytest.raises(RunError, match="No space left"):
         save_artefact(tmp_path / "r", "test", example())
     assert names_in(tmp_path) == []
 

@@ -28,6 +28,7 @@ from oa_train.cli.arguments import (
     run_folder,
     take_option,
 )
+from oa_train.cli.faults import faults_explained, lost_peers_explained
 from oa_train.cli.interruption import resumable, terminable
 from oa_train.cli.output import console, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
@@ -141,9 +142,9 @@ class OaTrainCLI(LightningCLI):
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
-        begins = self.subcommand == "fit" and chosen.ckpt_path is None and not chosen.trainer.fast_dev_run
-        if begins and is_restarted():
-            chosen.ckpt_path = self._checkpoint_of_this_job()
+        if self.subcommand == "fit" and not chosen.trainer.fast_dev_run and is_restarted():
+            # A checkpoint that the command line names is where the job began; it has come further since.
+            chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
         if chosen.ckpt_path is not None:
             _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
         super().instantiate_classes()
@@ -214,16 +215,31 @@ class OaTrainCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run with the folder's name in the environment, where processes that a strategy starts find it."""
-        if self.run is None or not _is_first_process():
+        if self.run is None:
             super()._run_subcommand(subcommand)
             return
-        given = self.config[self.subcommand].ckpt_path
-        os.environ[RUN_FOLDER_VARIABLE] = str(self.run)
+        if not _is_first_process():
+            with lost_peers_explained(self._shared_run):
+                super()._run_subcommand(subcommand)
+            return
+        run, given = self.run, self.config[self.subcommand].ckpt_path
+        resumed_from = None if given is None else Path(given)
+        os.environ[RUN_FOLDER_VARIABLE] = str(run)
         try:
-            with requeued(), resumable(self.run, None if given is None else Path(given)):
+            with (
+                requeued(),
+                resumable(run, resumed_from),
+                faults_explained(run, resumed_from, lambda: self._save_config(run)),
+            ):
                 super()._run_subcommand(subcommand)
         finally:
             del os.environ[RUN_FOLDER_VARIABLE]
+
+    def _shared_run(self) -> Path:
+        """The run folder as another process has learned it from the first one."""
+        best = next(one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+        assert best.dirpath is not None
+        return Path(best.dirpath).parent
 
     def after_fit(self) -> None:
         """Finish what was trained, with the best checkpoint."""

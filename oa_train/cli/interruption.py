@@ -34,16 +34,28 @@ def resumable(run: Path, resumed_from: Path | None = None) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stop:
-        last = run / "checkpoints" / "last.ckpt"
-        if last.is_file():
-            stop.add_note(f"Nothing up to {last} is lost. This goes on from there, in a new version of the run:")
-            stop.add_note(f"  {resume_command(run)}")
-        elif resumed_from is not None:
-            stop.add_note(f"No checkpoint had been written yet. This goes on from {resumed_from} once more:")
-            stop.add_note(f"  {resume_command(run, resumed_from)}")
-        else:
-            stop.add_note(f"No checkpoint had been written yet. This starts again:\n  {_start_command(run)}")
+        for line in way_on(run, resumed_from):
+            stop.add_note(line)
         raise
+
+
+def way_on(run: Path, resumed_from: Path | None = None) -> list[str]:
+    """How a run that was cut off goes on, a line each.
+
+    Args:
+        run: run folder.
+        resumed_from: checkpoint that this run itself goes on from.
+    """
+    folder = run / "checkpoints"
+    # The best one is all that there is if the folder was deleted and the run ended while it wrote that one again.
+    kept = next((path for path in (folder / "last.ckpt", folder / "best.ckpt") if path.is_file()), None)
+    if kept is not None:
+        said = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
+        return [said, f"  {resume_command(run, kept)}"]
+    if resumed_from is not None:
+        said = f"No checkpoint had been written yet. This goes on from {resumed_from} once more:"
+        return [said, f"  {resume_command(run, resumed_from)}"]
+    return ["No checkpoint had been written yet. This starts again:", f"  {_start_command(run)}"]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from typing import NoReturn
 
@@ -21,6 +21,7 @@ from oa_train.errors import (
     INTERRUPTED,
     MISTAKE,
     TERMINATED,
+    UNREAD,
     ConfigurationError,
     OaTrainError,
     nearest_names,
@@ -61,8 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             with _silence(len(words) < len(given) and not asking):
                 _run(words)
+            _flush()
         except SystemExit as stop:  # --help, --version and --print_config end this way
             return _ended(stop)
+        except BrokenPipeError:
+            return _unread()
         except KeyboardInterrupt as stop:
             return _interrupted(stop, "interrupted", INTERRUPTED)
         except Exception as problem:  # noqa: BLE001 (the one place where errors become messages)
@@ -99,14 +103,34 @@ class _Nowhere(io.TextIOBase):
 
 
 def _ended(stop: SystemExit) -> int:
-    """Status of a command that has asked to exit; Lightning does so after Ctrl-C and SIGTERM."""
+    """Status of a command that has asked to exit; Lightning does so after Ctrl-C and SIGTERM, rich when unread."""
     if type(stop).__name__ == "SIGTERMException" or stop.code == TERMINATED:
         return _interrupted(stop, "ended by SIGTERM", TERMINATED)
     if isinstance(stop.__context__, KeyboardInterrupt):
         return _interrupted(stop, "interrupted", INTERRUPTED)
+    if isinstance(stop.__context__, BrokenPipeError):
+        return _unread()
     if stop.code is None:
         return DONE
     return stop.code if isinstance(stop.code, int) else FAULT
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is when the shell has closed it
+        sys.stdout.flush()
+
+
+def _unread() -> int:
+    """Have Python's own flush at the end succeed, and return the status that a shell gives to a broken pipe."""
+    said.info("nobody reads the output any more")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # what is no file, or closed, needs no end
+            stream.flush()
+            continue
+        with suppress(OSError, ValueError, AttributeError):
+            os.dup2(nowhere, stream.fileno())
+    return UNREAD
 
 
 def _interrupted(stop: BaseException, what: str, status: int) -> int:
@@ -142,23 +166,34 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _report(problem: Exception) -> int:
+    notes = tuple(getattr(problem, "__notes__", ()))
     if isinstance(problem, OaTrainError):
-        _say(f"error: {problem}", problem)
-        return problem.exit_status
+        return _complain(str(problem), notes, problem, problem.exit_status)
     from oa_train.cli.messages import own_error
 
     own = own_error(problem)
     if own is not None:
-        return _report(own)
+        return _complain(str(own), notes, problem, own.exit_status)
     if _is_misconfiguration(problem):
-        _say(f"error: {problem}", problem)
-        return MISTAKE
-    _say(f"error: {type(problem).__name__}: {problem}", problem)
+        return _complain(str(problem), (), problem, MISTAKE)
+    from oa_train.cli.faults import explain_fault, place_outside
+
+    fault = explain_fault(problem)
+    if fault is not None:
+        status = _complain(str(fault), notes, problem, FAULT)
+    else:
+        place = place_outside(problem)
+        whose = "This is a fault of oa_train or of a library" if place is None else f"It was raised {place}"
+        words = f"{type(problem).__name__}: {problem}\n{whose}; OA_TRAIN_TRACEBACK=1 shows the way there."
+        status = _complain(words, notes, problem, FAULT)
     if os.environ.get("OA_TRAIN_TRACEBACK"):
         traceback.print_exception(problem)
-    else:
-        sys.stderr.write("This is a fault of oa_train or of a library; OA_TRAIN_TRACEBACK=1 shows where.\n")
-    return FAULT
+    return status
+
+
+def _complain(message: str, notes: Sequence[str], problem: Exception, status: int) -> int:
+    _say("\n".join([f"error: {message}", *notes]), problem)
+    return status
 
 
 def _is_misconfiguration(problem: Exception) -> bool:
@@ -167,7 +202,8 @@ def _is_misconfiguration(problem: Exception) -> bool:
 
 def _say(message: str, problem: Exception | None) -> None:
     """Say something on the error stream, and in the record with the traceback."""
-    sys.stderr.write(f"oa-train: {message}\n")
+    with suppress(OSError, AttributeError):  # it may be full or closed, and there is no other place
+        sys.stderr.write(f"oa-train: {message}\n")
     said.error(message, exc_info=problem)
 
 

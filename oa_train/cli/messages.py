@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oa_train.cli.classes import class_problem, own_classes
-from oa_train.errors import ConfigurationError, OaTrainError, nearest_names
+from oa_train.errors import ConfigurationError, OaTrainError, causes, nearest_names
 from oa_train.models.families import WITHOUT_DEVICE_MAP
 
 # Arguments that follow options of the whole command line.
@@ -70,12 +70,7 @@ def own_error(problem: BaseException) -> OaTrainError | None:
 
     The parser catches what constructors raise and wraps it into messages about types.
     """
-    seen: BaseException | None = problem
-    while seen is not None:
-        if isinstance(seen, OaTrainError):
-            return seen
-        seen = seen.__cause__ or seen.__context__
-    return None
+    return next((one for one in causes(problem) if isinstance(one, OaTrainError)), None)
 
 
 def _missing(problem: str, options: Sequence[str]) -> str | None:

@@ -2,9 +2,10 @@
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
@@ -34,7 +35,7 @@ class Record(MemoryHandler):
             if Path(self.target.baseFilename) == path.absolute():
                 return
             self.target.close()
-        target = logging.FileHandler(path, encoding="utf-8")
+        target = _LogFile(path, encoding="utf-8")
         target.setFormatter(logging.Formatter(_LINE))
         self.setTarget(target)
         self.flushLevel = logging.NOTSET
@@ -53,9 +54,20 @@ class Record(MemoryHandler):
         super().close()
 
 
+class _LogFile(logging.FileHandler):
+    """Keeps quiet when the disk is full: what it cannot take has been said on the terminal already."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
+        del record
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 @contextmanager
 def recording(words: Sequence[str]) -> Iterator[None]:
-    """Record what a command says, Python's warnings included; nothing of it is left behind.
+    """Record what a command says, Python's warnings and errors of threads included; nothing of it is left behind.
 
     Args:
         words: the command line, which is the first line of the record.
@@ -68,10 +80,12 @@ def recording(words: Sequence[str]) -> Iterator[None]:
         logger.addHandler(record)
     said.info("oa-train %s", " ".join(words))
     try:
+        threading.excepthook = _thread_ended
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
     finally:
+        threading.excepthook = threading.__excepthook__
         for logger in loggers:
             logger.removeHandler(record)
         record.close()
@@ -95,3 +109,18 @@ def _show_warning(
     del file, line
     sys.stderr.write(f"oa-train: warning: {message}\n")
     said.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)
+
+
+def _thread_ended(given: threading.ExceptHookArgs) -> None:
+    """Record an error that has ended a thread, and warn of it.
+
+    TensorBoard writes in a thread: that a file cannot be written is raised again where the writer is used next.
+    """
+    problem = given.exc_value
+    if problem is None or isinstance(problem, SystemExit):
+        return
+    name = "A thread" if given.thread is None else given.thread.name
+    message = f"{name} has ended: {type(problem).__name__}: {problem}"
+    if not isinstance(problem, OSError) and sys.stderr is not None:
+        sys.stderr.write(f"oa-train: warning: {message}\n")
+    said.warning("%s", message, exc_info=problem)

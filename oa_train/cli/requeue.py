@@ -131,7 +131,7 @@ def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[P
             damaged.append(f"{checkpoint} is damaged and is passed over.")
             continue
         return checkpoint, [*damaged, f"SLURM has started job {job} again; it goes on from {checkpoint}."]
-    return None, [*damaged, f"SLURM has started job {job} again, but it left no checkpoint; it begins anew."]
+    return None, [*damaged, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -1,9 +1,12 @@
 """Colours and sizes that all figures share."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from oa_train.artefacts import replace_file
 
 # One colour for each ablation in every figure; distinguishable without red and green.
 ABLATION_COLOURS: Mapping[str, str] = {
@@ -35,7 +38,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, SVG or PDF, as the file name says."""
+    """Write a figure whole, as PNG, SVG or PDF, as the file name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    replace_file(path, drawn.getvalue())
     return path

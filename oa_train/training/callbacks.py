@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from oa_train.errors import ConfigurationError
 from oa_train.figures.maps import keep_probability_map
-from oa_train.training.checkpoints import read_checkpoint
+from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuits import CircuitModule
 
 
@@ -90,11 +90,16 @@ class LastCheckpoint(Checkpoint):
         self._step = 0
         self._saved_at = -1
         self._due = False
+        self._is_watched = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Count from the step that is resumed."""
+        """Count from the step that is resumed, and have it noticed when the folder is deleted from now on."""
         del pl_module
         self._step = trainer.global_step
+        writer = trainer.strategy.checkpoint_io
+        if trainer.is_global_zero and isinstance(writer, WholeFileCheckpointIO):
+            writer.make_folder(self._path.parent)
+            self._is_watched = True
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Write when it is time, and when `max_steps` or `max_epochs` is reached.
@@ -105,7 +110,8 @@ class LastCheckpoint(Checkpoint):
         """
         step = trainer.global_step
         stepped, self._step = step != self._step, step
-        self._due = stepped and (step % self.every_n_steps == 0 or _is_last_step(trainer))
+        due = step % self.every_n_steps == 0 or _is_last_step(trainer) or self._is_deleted(trainer)
+        self._due = stepped and due
         if self._due and not validation_follows(trainer):
             self.save(trainer)
 
@@ -126,6 +132,13 @@ class LastCheckpoint(Checkpoint):
         if trainer.global_step != self._saved_at:
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self._path)
+
+    def _is_deleted(self, trainer: lightning.Trainer) -> bool:
+        """Whether the folder is gone, so that the state is written before anything else fails; it ends the run.
+
+        Several processes would have to agree on it, and write when it is time anyway.
+        """
+        return self._is_watched and trainer.world_size == 1 and not self._path.parent.is_dir()
 
 
 def _is_last_step(trainer: lightning.Trainer) -> bool:

@@ -37,27 +37,54 @@ _DAMAGE = (
 class WholeFileCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, waits for the disk and renames it.
 
-    A process that is killed while writing leaves the previous checkpoint as it was.
+    A process that is killed while writing leaves the previous checkpoint as it was. A folder that was deleted since
+    something was written to it is made again, so that the state is safe; then the run is ended, because what else the
+    folder held is lost, and it cannot be told what more is about to be deleted.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder for checkpoints; from now on it is noticed when it is deleted.
+
+        Raises:
+            RunError: it cannot be made.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise RunError(f"The folder {folder} cannot be made: {problem}") from problem
+        self._folders.add(folder)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            RunError: the file cannot be written; an earlier one of that name is left as it was.
+            RunError: the file cannot be written, and an earlier one of that name is left as it was; or it was
+                written to a folder that had been deleted meanwhile.
         """
         del storage_options
         target = Path(path)
         blob = io.BytesIO()
         torch.save(checkpoint, blob)
+        deleted = target.parent in self._folders and not target.parent.is_dir()
+        self.make_folder(target.parent)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             replace_file(target, blob.getvalue())
         except OSError as problem:
+            untouched = "The checkpoint before it is untouched; make" if target.is_file() else "Make"
             raise RunError(
-                f"The checkpoint {target} cannot be written: {problem}.\nThe checkpoint before it is untouched; make "
-                "room or choose another folder (--trainer.default_root_dir) and resume from it."
+                f"The checkpoint {target} cannot be written: {problem.strerror or problem}.\n{untouched} room or "
+                "choose another folder (--trainer.default_root_dir)."
             ) from problem
+        if deleted:
+            raise RunError(
+                f"The folder {target.parent} was deleted while the run wrote to it.\nThe state of step "
+                f"{checkpoint.get('global_step')} was written to it again, and the run was ended there; what else the "
+                "folder held is gone."
+            )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; tensors and plain types only, whatever `weights_only` says."""

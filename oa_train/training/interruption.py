@@ -18,6 +18,10 @@ from oa_train.training.callbacks import LastCheckpoint, validation_follows
 # How long the first process waits for those that it has started, once all have agreed to end.
 SECONDS_TO_END = 30.0
 
+# How long it waits when it fails by itself. Another one that has failed as well says so meanwhile; one that waits for
+# this one's share would do so for ever.
+SECONDS_AFTER_A_FAULT = 2.0
+
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
@@ -122,8 +126,15 @@ class StopAtSignal(Checkpoint):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Put the handlers from before back."""
-        del pl_module, exception
+        """Put the handlers from before back, and leave none of the other processes behind.
+
+        One of several that were started side by side stays deaf: it still has to say why it ends.
+        """
+        del pl_module
+        if not isinstance(exception, KeyboardInterrupt):  # Lightning sees to that
+            children = _take_children(trainer)
+            self._deaf = self._deaf or (trainer.world_size > 1 and not children)
+            _wait_for(children, SECONDS_AFTER_A_FAULT)
         self._leave(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -192,11 +203,11 @@ def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
     return children
 
 
-def _wait_for(children: Sequence[subprocess.Popen[bytes]]) -> None:
+def _wait_for(children: Sequence[subprocess.Popen[bytes]], seconds: float = SECONDS_TO_END) -> None:
     """Wait until the processes have ended; one that does not is killed, rather than left behind."""
     for child in children:
         try:
-            child.wait(SECONDS_TO_END)
+            child.wait(seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -1,6 +1,8 @@
 """Every mistake gets a clear message, status 2, no traceback, and leaves nothing behind."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from oa_train.cli.main import main
 from oa_train.training.checkpoints import WholeFileCheckpointIO
 from tests.builders import save_language_model
+from tests.jobs.fits import ROOT
 
 FIT = ["fit", "--model", "CircuitModule", "--data", "IOI"]
 CHOSEN = "model: CircuitModule\ndata: IOI\n"
@@ -185,7 +188,7 @@ def test_an_unsupported_family_lists_the_supported_ones(capsys):
     Path("bloom").mkdir()
     Path("bloom/config.json").write_text('{"model_type": "bloom"}')
     said = complaint(capsys, *FIT, "--lm.name", "./bloom")
-    assert "Models of the family 'bloom' are not supported. Valid names: gpt2, gpt_neox, llama" in said
+    assert "Models of the family 'bloom' are not supported. Valid names: gpt2, gpt_neo, gptj" in said
     assert "docs/extending.md" in said
 
 
@@ -305,9 +308,24 @@ def test_the_file_of_a_run_in_place_of_its_folder(capsys):
     assert "which is a file. Give the folder of the run" in complaint(capsys, "compare", "--run", "config.yaml")
 
 
-def test_a_folder_that_must_not_be_written_to(capsys):
+# Starts the command without root's right to pass over permissions (PR_CAPBSET_DROP, CAP_DAC_OVERRIDE).
+WITHOUT_PRIVILEGE = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0);"
+    "os.execv(sys.executable, [sys.executable, '-m', 'oa_train.cli.main', *sys.argv[1:]])"
+)
+
+
+def test_a_folder_that_must_not_be_written_to():
     Path("sealed").mkdir()
     Path("sealed").chmod(0o500)
-    if os.access("sealed", os.W_OK):
-        pytest.skip("this user may write anywhere")
-    assert "must not be written to" in complaint(capsys, *FIT, "--trainer.default_root_dir", "sealed")
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_PRIVILEGE, *FIT, "--trainer.default_root_dir", "sealed"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("oa-train: error: trainer.default_root_dir is 'sealed', but the folder ")
+    assert "must not be written to" in done.stderr
+    assert not list(Path("sealed").iterdir())

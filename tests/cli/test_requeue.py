@@ -115,7 +115,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
         assert main(["fit", *QUICK, *more]) == 0
         return capsys.readouterr().out
 
-    runs = [job / FIRST.with_name(f"version_{number}") for number in range(8)]
+    runs = [job / FIRST.with_name(f"version_{number}") for number in range(9)]
     # What Lightning would take for the state of this job.
     for folder in (job, job / "runs"):
         folder.mkdir(exist_ok=True)
@@ -124,12 +124,12 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert f"it goes on from {LAST}." in fit()
     assert recorded(runs[1])["resumed_from"] == str(LAST)
-    # A run of another configuration begins anew.
-    assert "it begins anew" in fit("--model.penalty", "0.3")
+    # A run of another configuration does not.
+    assert "it begins as it did" in fit("--model.penalty", "0.3")
     assert recorded(runs[2])["resumed_from"] is None
     # So does another job.
     monkeypatch.setenv("SLURM_JOB_ID", "4243")
-    assert "it begins anew" in fit()
+    assert "it begins as it did" in fit()
     assert recorded(runs[3])["slurm_job"] == "4243"
     # The newest run of this job has no checkpoint (nothing was left to train), and the one before it is damaged.
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
@@ -139,13 +139,17 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     said = fit()
     assert said.count("is damaged and is passed over") == 1
     assert recorded(runs[5])["resumed_from"] == str(LAST)
-    # A checkpoint that is asked for is taken.
-    assert "SLURM has" not in fit("--ckpt_path", str(LAST))
+    # The checkpoint that a job began with is taken when it has none of its own.
+    given = str(runs[0] / "checkpoints" / "best.ckpt")
+    assert "again; it goes on from runs" in fit("--ckpt_path", given)
+    monkeypatch.setenv("SLURM_JOB_ID", "4244")
+    assert "it begins as it did" in fit("--ckpt_path", given)
+    assert recorded(runs[7])["resumed_from"] == given
     # Outside of SLURM the record is not carried on.
     for name in (*JOB, "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name)
     assert main(["fit", "--config", str(runs[0] / "config.yaml")]) == 0
-    assert (recorded(runs[0])["slurm_job"], recorded(runs[7])["slurm_job"]) == ("4242", None)
+    assert (recorded(runs[0])["slurm_job"], recorded(runs[8])["slurm_job"]) == ("4242", None)
 
 
 @pytest.mark.parametrize(

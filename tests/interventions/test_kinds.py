@@ -170,7 +170,7 @@ def test_uneven_batches_one_batch_and_merged_halves_have_the_same_sums(model, si
     task = small_ioi(padding_side=side)
     bos = task.bos_token_id
     everything = node_means(model, [task.batch("means", 0, 24)], bos)
-    parts = [task._collate("means", numbers) for numbers in (range(1), range(1, 15), range(15, 24))]
+    parts = [task.batch_of("means", numbers) for numbers in (range(1), range(1, 15), range(15, 24))]
     merged = node_means(model, parts[:2], bos)
     merged.merge(node_means(model, parts[2:], bos))
     halves = [node_means(model, [task.batch("means", number, 12)], bos) for number in range(2)]
