@@ -41,3 +41,4 @@ docs: $(STAMP)  ## write the pages of the manual that come from the code
 
 bench: $(STAMP)  ## timings, side by side
 	$(BIN)/python -m benchmarks.nodes
+	$(BIN)/python -m benchmarks.scaling

@@ -288,7 +288,7 @@ def _memory_rows(facts: dict[str, Any]) -> Rows:
     if found["gathered"]:
         yield "  gathered", _size(found["gathered"]), "weights outside of the blocks, from other processes"
     yield "  trained", _size(found["trained"]), "masks and pooled constants, their gradients, Adam's moments"
-    yield "  replacements", _size(found["replacements"]), "constants laid out for all rows and positions"
+    yield "  replacements", _size(found["replacements"]), "masks laid out for all rows and positions"
     yield "  activations", _size(found["activations"]), "kept for the backward pass"
     yield "  logits", _size(found["logits"]), "of both runs, with their divergence"
     yield "  passing", _size(found["passing"]), "made and dropped on the way"

@@ -67,7 +67,7 @@ class StepMemory:
         gathered: weights from other processes that stay when a run of a shared model has ended: those outside of the
             blocks, which are gathered one by one and dropped again.
         trained: masks and pooled constants, their gradients and Adam's two moments.
-        replacements: masks and constants laid out for every row and position.
+        replacements: masks, and constants that differ by position, laid out for every row and position.
         activations: what the masked run keeps for the backward pass.
         logits: logits of the clean and the masked run, and what their divergence keeps.
         passing: made and dropped on the way, at the worst moment.

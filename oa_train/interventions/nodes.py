@@ -6,10 +6,11 @@ at the output of each MLP. The biases of the output projection belong to the lay
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from oa_train.ablations.base import NodeValues
 from oa_train.batches import Batch
@@ -81,18 +82,41 @@ def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], re
 
 
 def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
-    # Made before the model runs, so that what depends on the mask alone is not computed inside its forward.
-    # What needs no gradient is not spread out over rows and positions before it is used.
-    gated = (
-        torch.where(mask < ABLATED_BELOW, replacement, replacement.detach())
-        if replacement.requires_grad
-        else replacement
-    )
-
     def mix(value: Tensor) -> Tensor:
         # Heads come side by side, and some families put rows and positions into one dimension.
         laid_out = value.reshape(*mask.shape[:2], *replacement.shape[2:])
-        # lerp is exact at both ends: mask 1 returns the value bit for bit, mask 0 the replacement.
-        return torch.lerp(gated.to(value.dtype), laid_out, mask.to(value.dtype)).reshape(value.shape)
+        mixed: Tensor = _Mixture.apply(laid_out, mask, replacement)
+        return mixed.reshape(value.shape)
 
     return mix
+
+
+class _Mixture(torch.autograd.Function):
+    """mask * value + (1 - mask) * replacement; the replacement's gradient comes from where it stands alone.
+
+    Written out because autograd would keep the replacement spread over all rows and positions, and in half precision a
+    copy of that as well, for every layer.
+    """
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, mask: Tensor, replacement: Tensor) -> Tensor:
+        context.save_for_backward(value, mask, replacement)
+        # lerp is exact at both ends: mask 1 returns the value bit for bit, mask 0 the replacement.
+        return torch.lerp(replacement.to(value.dtype), value, mask.to(value.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        value, mask, replacement = context.saved_tensors
+        to_value, to_mask, to_replacement = None, None, None
+        if context.needs_input_grad[0]:
+            to_value = gradient * mask.to(gradient.dtype)
+        if context.needs_input_grad[1]:
+            passed = gradient * (value - replacement.to(value.dtype))
+            to_mask = passed.sum(dim=-1, keepdim=True, dtype=mask.dtype)
+        if context.needs_input_grad[2]:
+            alone = gradient * torch.where(mask < ABLATED_BELOW, 1 - mask, 0.0).to(gradient.dtype)
+            shared = [dim for dim in (0, 1) if replacement.shape[dim] == 1]
+            summed = alone.sum(dim=shared, keepdim=True, dtype=replacement.dtype) if shared else alone
+            to_replacement = summed.to(replacement.dtype)
+        return to_value, to_mask, to_replacement

@@ -53,7 +53,7 @@ class PromptLoader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that `state` counts, those of all its processes."""
-        self._given = math.ceil(state["given"] * state["world_size"] / self._world_size)
+        self._given = math.ceil(state["given"] * state.get("world_size", self._world_size) / self._world_size)
         # A checkpoint at the end of an epoch is resumed with a fresh one.
         self._given_in_epoch = state["given_in_epoch"] % len(self)
         self._resumed = True
