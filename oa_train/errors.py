@@ -18,7 +18,7 @@ EXIT_STATUSES: dict[int, str] = {
     MISTAKE: "a mistake in options, configuration, model, task or files; nothing is left behind",
     INTERRUPTED: "interrupted with Ctrl-C; the message holds the command that goes on from there",
     UNREAD: "whoever read the output has ended, as in `oa-train inspect | head -1`; nothing is said",
-    TERMINATED: "ended by SIGTERM; the message holds the command that goes on from there",
+    TERMINATED: "ended by SIGTERM, or in a SLURM job by SIGUSR1; the message holds the command that goes on",
 }
 
 

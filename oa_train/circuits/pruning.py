@@ -1,7 +1,8 @@
 """Edges that lead nowhere: of a circuit only those count that lie on a way from the input to the logits.
 
-An edge into a source that nobody reads changes nothing, and neither does one out of a source that reads nothing of the
-prompt: under constants that source is a constant itself. Removing them makes circuits smaller and no different.
+An edge into a source that nobody reads changes nothing. A source that reads nothing of the prompt tells nothing of it:
+under constants it is a constant itself, though another one than its replacement, so that constants are to be refitted
+after its edges are gone.
 """
 
 import torch

@@ -39,8 +39,9 @@ _WRITERS = {
 
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|enough memory|bad_alloc|unable to mmap|create a memory object")
 _LOWER = """\
-What a step needs falls with --data.batch_size, --model.samples_per_prompt, --model.activation_checkpointing true and
---lm.dtype bfloat16, what evaluation needs with --data.evaluation_batch_size. `oa-train inspect` estimates a step."""
+What a step needs falls with --data.batch_size, --model.samples_per_prompt (circuits) or --model.rows_per_run
+(constants), --model.activation_checkpointing true and --lm.dtype bfloat16; what evaluation needs falls with
+--data.evaluation_batch_size. `oa-train inspect` estimates a step."""
 
 _NO_PEER = re.compile(r"gloo/|connection (closed|reset) by peer|nccl (error|communicator)|broken pipe", re.IGNORECASE)
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
@@ -108,9 +109,9 @@ def faults_explained(
 
 @contextmanager
 def lost_peers_explained(run: Callable[[], Path]) -> Iterator[None]:
-    """Have a process that is not the first say how the run goes on when another one has ended.
+    """Have a process that is not the first say how the run goes on after a fault that the others may not have.
 
-    Nobody else may be left to say it. Of all other faults the first process says it.
+    Nobody else may be left to say it. What all processes find together, a loss that is not finite say, the first says.
 
     Args:
         run: finds the run folder, which such a process may learn only during the run.
@@ -118,7 +119,7 @@ def lost_peers_explained(run: Callable[[], Path]) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        if own_error(problem) is None and any(_is_lost_peer(one) for one in causes(problem)):
+        if own_error(problem) is None and _is_fault(problem):
             for line in _way_on(run(), None):
                 problem.add_note(line)
         raise

@@ -51,7 +51,7 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.constants import ConstantsModule
 from oa_train.training.data import TaskData
-from oa_train.training.interruption import StopAtSignal
+from oa_train.training.interruption import StopAtSignal, none_left_behind
 from oa_train.training.sharding import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which folder the first one has made.
@@ -250,13 +250,15 @@ class OaTrainCLI(LightningCLI):
         state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
         # All processes are needed to run a model that is shared out. They compute the same; the first one's files
         # are kept.
-        state = strategy.broadcast(state) if isinstance(strategy, ShardedStrategy) else state
-        if state is not None:
-            self.model.load_state_dict(state, strict=False)
-        # Lightning moves the module back to the CPU when it is done.
-        self.model.to(strategy.root_device)
-        with terminable(self._signals), nullcontext(self.run) if first else TemporaryDirectory() as folder:
-            said = self._finished(Path(folder))
+        shared = isinstance(strategy, ShardedStrategy)
+        with none_left_behind(self.trainer) if shared else nullcontext():
+            state = strategy.broadcast(state) if shared else state
+            if state is not None:
+                self.model.load_state_dict(state, strict=False)
+            # Lightning moves the module back to the CPU when it is done.
+            self.model.to(strategy.root_device)
+            with terminable(self._signals), nullcontext(self.run) if first else TemporaryDirectory() as folder:
+                said = self._finished(Path(folder))
         if first:
             if state is None:
                 console.print("No validation took place, so the last state was finished and not the best.")

@@ -105,7 +105,8 @@ class _Nowhere(io.TextIOBase):
 def _ended(stop: SystemExit) -> int:
     """Status of a command that has asked to exit; Lightning does so after Ctrl-C and SIGTERM, rich when unread."""
     if type(stop).__name__ == "SIGTERMException" or stop.code == TERMINATED:
-        return _interrupted(stop, "ended by SIGTERM", TERMINATED)
+        number = getattr(stop, "signal", None)
+        return _interrupted(stop, f"ended by {number.name if number is not None else 'SIGTERM'}", TERMINATED)
     if isinstance(stop.__context__, KeyboardInterrupt):
         return _interrupted(stop, "interrupted", INTERRUPTED)
     if isinstance(stop.__context__, BrokenPipeError):

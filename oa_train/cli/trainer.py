@@ -50,11 +50,15 @@ def check_trainer(chosen: Any) -> None:
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
     """Check that a validation interval in batches fits into an epoch."""
-    every = config.val_check_interval
-    if isinstance(every, int) and every > batches_per_epoch and config.check_val_every_n_epoch is not None:
+    every, limit = config.val_check_interval, config.limit_train_batches
+    length = batches_per_epoch
+    if limit is not None:
+        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if isinstance(every, int) and every > length and config.check_val_every_n_epoch is not None:
         raise ConfigurationError(
-            f"trainer.val_check_interval is {every}, but an epoch has {batches_per_epoch} batches "
-            "(data.batches_per_epoch). Lower it, or set trainer.check_val_every_n_epoch to null."
+            f"trainer.val_check_interval is {every}, but an epoch has {length} batches "
+            "(data.batches_per_epoch, trainer.limit_train_batches). Lower it, or set trainer.check_val_every_n_epoch "
+            "to null."
         )
 
 

@@ -63,6 +63,7 @@ class _Loops:
         # By source: [row, position, d_model].
         self.values: dict[str, Tensor] = {}
         self.stand_ins: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}  # the same without gradients to constants
         self.biases: dict[int, Tensor] = {}
         self.streams: dict[int, Tensor] = {}
 
@@ -88,6 +89,7 @@ class _Loops:
             if layer == 0:
                 self.values["input"] = args[0]
                 self.stand_ins["input"] = self.replacements.inputs
+                self.fixed["input"] = self.replacements.inputs.detach()
 
         return hook
 
@@ -97,7 +99,7 @@ class _Loops:
         for source, keep in self.masks[reader].items():
             rows = keep.view(-1, 1, 1)
             stand_in = self.stand_ins[source]
-            shown = torch.where(rows < 0.001, stand_in, stand_in.detach())
+            shown = torch.where(rows < 0.001, stand_in, self.fixed[source])
             total = total + rows * self.values[source] + (1 - rows) * shown
         for written_in, bias in self.biases.items():
             # A layer's bias is read by those who read its heads.
@@ -153,10 +155,12 @@ class _Loops:
             nothing = torch.zeros_like(heads).flatten(2)
             bias = output.forward(nothing)
             total = output.forward(heads.flatten(2))
+            stand_ins = self.replacements.heads[layer].expand_as(heads)
             for head in range(self.sizes.n_heads):
                 for values, written in (
                     (heads, self.values),
-                    (self.replacements.heads[layer].expand_as(heads), self.stand_ins),
+                    (stand_ins, self.stand_ins),
+                    (stand_ins.detach(), self.fixed),
                 ):
                     alone = torch.zeros_like(heads)
                     alone[:, :, head] = values[:, :, head]
@@ -181,5 +185,6 @@ class _Loops:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
             self.values[f"m{layer}"] = output.view(*self.batch.tokens.shape, self.sizes.d_model)
             self.stand_ins[f"m{layer}"] = self.replacements.mlps[layer]
+            self.fixed[f"m{layer}"] = self.replacements.mlps[layer].detach()
 
         return hook

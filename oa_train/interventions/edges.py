@@ -87,6 +87,7 @@ class _Run:
         self._kept = kept.unsqueeze(1).unsqueeze(-1)
         self._written: list[Tensor] = []
         self._standing: list[Tensor] = []
+        self._fixed: list[Tensor] = []  # the same without gradients to constants
         self._biases: list[tuple[int, Tensor]] = []  # after how many sources each was written
         self._n_written = 0
         self._next_reader = 0
@@ -125,7 +126,8 @@ class _Run:
 
         def enter(hidden: Tensor) -> None:
             if layer == 0:
-                self._write(hidden.unsqueeze(1), self._replacements.inputs.unsqueeze(1))
+                standing = self._replacements.inputs.unsqueeze(1)
+                self._write(hidden.unsqueeze(1), standing, standing.detach())
             self._normed = readers.norm(self._read(readers.n_heads + 2 * readers.n_kv_heads, hidden))
 
         return enter
@@ -139,10 +141,14 @@ class _Run:
         def write(values: Tensor) -> None:
             by_head = values.reshape(*self._kept.shape[::2], sizes.n_heads, sizes.d_head)
             written = head_writes(projection, by_head)
-            standing = head_writes(projection, self._replacements.heads[layer])
             bias = output_bias(projection)
             scale = self._post_norm_scale(layer, written, bias)
-            self._write(written * scale, standing * scale)
+            values_of_constants = self._replacements.heads[layer]
+            standing, fixed = (
+                head_writes(projection, one) for one in (values_of_constants, values_of_constants.detach())
+            )
+            # Through the scale a gradient flows to what was written before, whatever the mask.
+            self._write(written * scale, standing * scale, fixed * scale)
             if bias is not None:
                 self._biases.append((self._n_written, bias * scale))
 
@@ -159,7 +165,8 @@ class _Run:
     def _mlp_writes(self, layer: int) -> Callable[[Tensor], None]:
         def write(output: Tensor) -> None:
             by_row = output.view(*self._kept.shape[::2], -1)
-            self._write(by_row.unsqueeze(1), self._replacements.mlps[layer].unsqueeze(1))
+            standing = self._replacements.mlps[layer].unsqueeze(1)
+            self._write(by_row.unsqueeze(1), standing, standing.detach())
 
         return write
 
@@ -167,9 +174,11 @@ class _Run:
         self,
         written: Float[Tensor, "row source position d_model"],
         standing: Float[Tensor, "row_or_1 source position_or_1 d_model"],
+        fixed: Float[Tensor, "row_or_1 source position_or_1 d_model"],
     ) -> None:
         self._written.append(written)
         self._standing.append(standing.to(written.dtype))
+        self._fixed.append(fixed.to(written.dtype))
         self._n_written += written.shape[1]
 
     def _read(self, n_readers: int, hidden: Tensor) -> Float[Tensor, "row reader position d_model"]:
@@ -178,8 +187,8 @@ class _Run:
         self._next_reader += n_readers
         n_read = mask.shape[-1]  # fewer than were written where attention and MLP run in parallel
         written = torch.cat(self._written, dim=1)[:, :n_read]
-        standing = _side_by_side(self._standing)[:, :n_read]
-        mixed = _mixture(mask.to(written.dtype), written, standing)
+        standing, fixed = (_side_by_side(one)[:, :n_read] for one in (self._standing, self._fixed))
+        mixed = _mixture(mask.to(written.dtype), written, standing, fixed)
         for after, bias in self._biases:
             if after <= n_read:
                 mixed = mixed + bias
@@ -191,9 +200,9 @@ def _mixture(
     mask: Float[Tensor, "row reader source"],
     written: Float[Tensor, "row source position d_model"],
     standing: Float[Tensor, "row_or_1 source position_or_1 d_model"],
+    fixed: Float[Tensor, "row_or_1 source position_or_1 d_model"],
 ) -> Float[Tensor, "row reader position d_model"]:
     """Sum over sources of mask * written + (1 - mask) * standing, in one product of matrices for all readers."""
-    fixed = standing.detach()
     shape = (len(mask), mask.shape[1], *written.shape[2:])
     mixed = (mask @ (written - fixed).flatten(2)).view(shape) + fixed.sum(dim=1, keepdim=True)
     if not standing.requires_grad:

@@ -135,6 +135,19 @@ class FrozenModelModule(lightning.LightningModule):
         by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * in_epoch
         return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
+    def batches_of_step(self, batch_idx: int) -> range:
+        """Numbers, in the epoch, of the batches that are accumulated for the same optimiser step as this one."""
+        accumulated = self.trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % accumulated
+        return range(first, min(first + accumulated, self.data.epoch_length))
+
+    def share_of_step(self, batch_idx: int) -> float:
+        """What a batch's loss is multiplied with, so that its step has the mean over the batches that there are.
+
+        Lightning divides by `accumulate_grad_batches`, also where an epoch ends with fewer.
+        """
+        return self.trainer.accumulate_grad_batches / len(self.batches_of_step(batch_idx))
+
     @staticmethod
     def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
         """Give every process the first one's values: sums on a GPU may differ in their last bits."""

@@ -260,15 +260,14 @@ class CircuitModule(FrozenModelModule):
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
         trainer = self.trainer
-        accumulated, n_processes = trainer.accumulate_grad_batches, trainer.world_size
-        if accumulated == 1 and n_processes == 1:
+        together, n_processes = self.batches_of_step(batch_idx), trainer.world_size
+        if len(together) == 1 and n_processes == 1:
             return None
-        first = batch_idx - batch_idx % accumulated
-        if self._counted is None or self._counted[0] != (self.current_epoch, first):
-            together = range(first, min(first + accumulated, self.data.epoch_length))
+        key = (self.current_epoch, together.start)
+        if self._counted is None or self._counted[0] != key:
             numbers = [batch.example_ids + (i - batch_idx) * n_processes * len(batch) for i in together]
             summed = partial(trainer.strategy.reduce, reduce_op="sum")
-            self._counted = (self.current_epoch, first), self.sampler.rows_of_step(numbers, summed, n_processes)
+            self._counted = key, self.sampler.rows_of_step(numbers, summed, n_processes)
         return self._counted[1]
 
     @torch.no_grad()
@@ -309,7 +308,7 @@ class CircuitModule(FrozenModelModule):
         }
         self.log("train/loss", mean + penalty.detach(), prog_bar=True, batch_size=len(batch))
         self.log_dict(figures, batch_size=len(batch))
-        return loss
+        return loss * self.share_of_step(batch_idx)
 
     @torch.no_grad()
     def circuit_mask(self) -> Bool[Tensor, " component"]:

@@ -261,7 +261,7 @@ class ConstantsModule(FrozenModelModule):
         self.check_finite({"train/loss": means}, "Losses")
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
         # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
-        return losses.sum()
+        return losses.sum() * self.share_of_step(batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the constants as they are now, and once of those where the training may have started."""
@@ -272,9 +272,12 @@ class ConstantsModule(FrozenModelModule):
         self._evaluate(batch, [self.best.sets()])
 
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
+        # As many circuits at once in every process, whose batches may differ by a prompt: where the model is shared
+        # out, all processes run it together.
+        at_once = max(1, self.rows_per_run // self.data.task.evaluation_batch_size)
         for metric, table in zip(self.validation_losses, tables, strict=False):
             assert isinstance(metric, CircuitMeans)
-            found = circuit_behaviour(self.frozen, [batch], self.masks, table, self.rows_per_run)
+            found = circuit_behaviour(self.frozen, [batch], self.masks, table, at_once * len(batch))
             metric.update(found.loss(self.loss).mean(dim=1).to(self.device), len(batch))
 
     def _mean_losses(self, index: int) -> Float[Tensor, " circuit"]:

@@ -3,7 +3,8 @@
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -187,6 +188,22 @@ class StopAtSignal(Checkpoint):
             return self._noted
         noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
         return int(trainer.strategy.reduce(noted, reduce_op="max"))
+
+
+@contextmanager
+def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
+    """Have the first process outlive those that it has started, while they work together outside of the training.
+
+    Lightning would kill it as soon as one of them fails, before it could say how to go on; and would leave them behind
+    when it fails itself.
+    """
+    children = _take_children(trainer)
+    try:
+        yield
+    except BaseException:
+        _wait_for(children, SECONDS_AFTER_A_FAULT)
+        raise
+    _wait_for(children)
 
 
 def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:

@@ -60,6 +60,23 @@ def test_values_and_gradients_are_those_of_the_reference(any_model, side):
         assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
+def test_gradients_to_the_mask_are_differences(any_model):
+    # The reference shares the rule for partial masks; finite differences share nothing.
+    batch, graph = random_batch([5, 4]), Graph.of(any_model.config)
+    values = edge_values(any_model, random_constants(any_model).replacements(batch))
+    generator = torch.Generator().manual_seed(3)
+    middle, direction = (torch.rand(2, graph.n_edges, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = (0.2 + 0.6 * middle).requires_grad_()
+
+    def figure(at: torch.Tensor) -> torch.Tensor:
+        return edge_logits(any_model, batch, at, values, BOS)[..., :5].sum()
+
+    (gradient,) = torch.autograd.grad(figure(mask), mask)
+    with torch.no_grad():
+        difference = (figure(mask + 1e-6 * direction) - figure(mask - 1e-6 * direction)) / 2e-6
+    assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if not family.post_norms))
 def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
     # With post-norms a head's write depends on the heads beside it, so the two are different ablations.

@@ -374,3 +374,21 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
         logits = node_logits(module.frozen, batch, rows, replacements, module.bos_token_id)
         lost.append(loss_of(loss, clean, logits, batch).mean())
     torch.testing.assert_close(found, sum(lost) / 3, rtol=0, atol=1e-12)
+
+
+def test_the_last_step_of_an_epoch_has_the_mean_of_the_batches_that_there_are():
+    gradients = []
+
+    class Gradients(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            gradients.append(pl_module.masks.logits.grad.clone())
+
+    for accumulated in (1, 4):
+        # Of one batch only: with accumulation it is the whole of an epoch's step.
+        trainer = quiet_trainer(
+            max_epochs=1, accumulate_grad_batches=accumulated, limit_val_batches=0, callbacks=[Gradients()]
+        )
+        trainer.fit(CircuitModule(samples_per_prompt=2), TaskData(small_ioi(batches_per_epoch=1)))
+    alone, accumulated = gradients
+    assert alone.abs().max() > 1e-6
+    assert torch.allclose(accumulated, alone, rtol=1e-5, atol=1e-9)
