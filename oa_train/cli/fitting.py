@@ -247,11 +247,11 @@ class OaTrainCLI(LightningCLI):
         if self.run is None or not (first or isinstance(strategy, ShardedStrategy)):
             return
         best = self.run / "checkpoints" / "best.ckpt"
-        state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
         # All processes are needed to run a model that is shared out. They compute the same; the first one's files
         # are kept.
         shared = isinstance(strategy, ShardedStrategy)
         with none_left_behind(self.trainer) if shared else nullcontext():
+            state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
             state = strategy.broadcast(state) if shared else state
             if state is not None:
                 self.model.load_state_dict(state, strict=False)

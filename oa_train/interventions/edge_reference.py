@@ -1,8 +1,9 @@
 """The slow, obvious oracle that edge interventions are tested against.
 
-Nothing is shared with them but the table of families, the order of edges, and what keeps padding finite. The input of
-every reader is summed up source by source, under the names of edges; the model's own norm and the whole of its own
-projection are applied to it, and the reader's part is picked from what comes out.
+Nothing is shared with them but the table of families and the order of edges; with the oracle of node interventions it
+shares how the model is run. The input of every reader is summed up source by source, under the names of edges; the
+model's own norm and the whole of its own projection are applied to it, and the reader's part is picked from what comes
+out.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 from oa_train.batches import Batch
-from oa_train.interventions.base import masks_within_single_precision
 from oa_train.interventions.edges import EdgeValues
+from oa_train.interventions.reference import run_with_hooks
 from oa_train.models.families import Dimensions, Family, check_family
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
@@ -29,21 +30,7 @@ def reference_edge_logits(
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Do what `interventions.edges.edge_logits` does, in loops."""
     run = _Loops(model, batch, mask, replacements, bos_token_id)
-    handles = run.attach()
-    try:
-        with masks_within_single_precision(model):
-            logits = model(
-                input_ids=batch.tokens,
-                attention_mask=batch.attention_mask.long(),
-                position_ids=batch.positions,
-                use_cache=False,
-            ).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack(
-        [torch.stack([logits[row, int(column)] for column in batch.scored[row]]) for row in range(len(batch))]
-    )
+    return run_with_hooks(model, batch, run.attach())
 
 
 class _Loops:

@@ -5,7 +5,7 @@ hooks of its own, the mixture written out as in the paper, and logits at all pos
 picked at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ def reference_node_logits(
         projection: nn.Module = block.get_submodule(family.attention_output)
         handles.append(projection.register_forward_pre_hook(replace_heads))
         handles.append(block.get_submodule(family.mlp).register_forward_hook(replace_mlp))
+    return run_with_hooks(model, batch, handles)
+
+
+def run_with_hooks(model: CausalLM, batch: Batch, handles: Iterable[Any]) -> Float[Tensor, "row scored vocabulary"]:
+    """Run a model whose hooks are attached, take them off, and pick the logits at the scored positions one by one."""
     try:
         with masks_within_single_precision(model):
             logits = model(
