@@ -276,9 +276,10 @@ class OaTrainCLI(LightningCLI):
     def _finish_circuit(self, module: CircuitModule, run: Path) -> Sequence[Table | str]:
         task, settings = self.datamodule.task, self._get(self.config_init, "finish")
         finished = finish(module, task, run, settings, module.track)
-        kept = f"{len(finished.circuit)} of {len(finished.circuit.components)} components"
+        circuit = finished.circuit
+        kept = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}"
         table = metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics)
-        return table, f"circuit: {', '.join(finished.circuit.nodes)}"
+        return table, f"circuit: {', '.join(circuit.names)}"
 
     def _finish_constants(self, module: ConstantsModule, run: Path) -> Sequence[Table | str]:
         task = self.datamodule.task

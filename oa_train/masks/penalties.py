@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from oa_train.errors import ConfigurationError
-from oa_train.masks.base import MaskDistribution, check_threshold
+from oa_train.masks.base import MaskDistribution
 from oa_train.shapes import Float, Int, Tensor
 
 # The price carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
@@ -25,21 +25,63 @@ TOLERANCE = 0.05
 LARGEST_LOSS = 1000.0
 
 
-class Penalty(nn.Module):
-    """The expected number of kept entries times a price.
+class NodeRegulariser(nn.Module):
+    """Counts edges once more at every node, and the further ones of a node for less and less.
+
+    With E the expected number of kept edges that enter or leave a node, and M nodes in all, a node adds
+    (M / 2) * tanh(2 E / M). So the last edges of a node that has few cost more than another edge of a busy one, which
+    empties nodes (Li & Janson 2024).
 
     Args:
-        weight: price of one kept entry in nats, at the start of training.
+        weight: what this is multiplied with, as a part of the price of an edge.
+        entries: entries of the distribution that enter or leave a node; one that does both to different nodes, or
+            serves several, stands here several times.
+        nodes: the node of each of them.
+        n_nodes: how many nodes there are.
 
     Raises:
         ConfigurationError: the weight is negative or not finite.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(
+        self, weight: float, entries: Int[Tensor, " pair"], nodes: Int[Tensor, " pair"], n_nodes: int
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigurationError(f"node_penalty is {weight}; expected a part of the penalty, at least 0.")
+        self.weight = weight
+        self.entries: Tensor
+        self.nodes: Tensor
+        self.register_buffer("entries", entries, persistent=False)
+        self.register_buffer("nodes", nodes, persistent=False)
+        self.n_nodes = n_nodes
+
+    def forward(self, distribution: MaskDistribution) -> Float[Tensor, ""]:
+        """What is added to the expected size, with gradients to the distribution."""
+        each = distribution.keep_probability()
+        edges = torch.zeros(self.n_nodes, dtype=each.dtype, device=each.device)
+        edges = edges.index_add(0, self.nodes, each[self.entries])
+        most = self.n_nodes / 2
+        return self.weight * most * torch.tanh(edges / most).sum()
+
+
+class Penalty(nn.Module):
+    """The expected number of kept entries times a price.
+
+    Args:
+        weight: price of one kept entry in nats, at the start of training.
+        regulariser: adds to the number.
+
+    Raises:
+        ConfigurationError: the weight is negative or not finite.
+    """
+
+    def __init__(self, weight: float, regulariser: NodeRegulariser | None = None) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigurationError(f"penalty is {weight}; expected a price in nats for each kept entry, at least 0.")
         self.weight = weight
+        self.regulariser = regulariser
 
     @property
     @abstractmethod
@@ -55,16 +97,18 @@ class Penalty(nn.Module):
             size: how many entries it keeps, those that are never ablated included.
         """
 
-    def update(self, distribution: MaskDistribution) -> None:
+    def update(self, distribution: MaskDistribution, size: Int[Tensor, ""]) -> None:
         """Set the price for the next step; called once after every optimiser step.
 
         Args:
             distribution: the masks as they are now.
+            size: of the circuit that they are cut off to, entries that are never ablated included.
         """
 
     def forward(self, distribution: MaskDistribution) -> Float[Tensor, ""]:
         """The penalty in nats, with gradients to the distribution."""
-        return self.price * distribution.expected_size()
+        size = distribution.expected_size()
+        return self.price * (size if self.regulariser is None else size + self.regulariser(distribution))
 
 
 class SizePenalty(Penalty):
@@ -88,7 +132,7 @@ class TargetSize(Penalty):
 
         weight * exp(rate * sum over the steps so far of log(kept / goal)) * (expected / goal) ^ PROPORTIONAL_POWER
 
-    with `kept` the size of the thresholded mask and `expected` the size that is penalised. It rises while the masks
+    with `kept` the size of the discrete circuit and `expected` the size that is penalised. It rises while the masks
     are too large and falls while they are too small; the sum rests when the discrete mask has the right size, however
     many entries that are nearly off add up to. Only ratios of sizes and of prices enter, so the same rule serves few
     entries and many and a loss of any scale, and the price is always positive.
@@ -100,8 +144,8 @@ class TargetSize(Penalty):
         warmup: optimiser steps in which the goal falls to the target, at least 1.
         rate: how fast the price moves: the change of its logarithm in one step at a size e times the goal. The
             learning rate of the masks suits, so that prices move no faster than the logits that answer them.
-        threshold: keep-probability above which an entry counts as kept.
         always_kept: entries that belong to no distribution because they are never ablated.
+        regulariser: adds to the number of kept entries.
 
     Attributes:
         log_price: buffer; log of the price without its last factor.
@@ -120,10 +164,10 @@ class TargetSize(Penalty):
         weight: float,
         warmup: int,
         rate: float = 0.05,
-        threshold: float = 0.5,
         always_kept: int = 0,
+        regulariser: NodeRegulariser | None = None,
     ) -> None:
-        super().__init__(weight)
+        super().__init__(weight, regulariser)
         if weight == 0:
             raise ConfigurationError(
                 "penalty is 0; with target_size it is the price in nats from which the search starts, in factors: "
@@ -132,7 +176,7 @@ class TargetSize(Penalty):
         if not always_kept < target <= always_kept + n_entries:
             raise ConfigurationError(
                 f"target_size is {target}; expected more than {always_kept} and at most {always_kept + n_entries}. It "
-                f"counts the whole circuit: the {n_entries} components that may be ablated, and the {always_kept} "
+                f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} "
                 "that are always kept because `components` does not select them."
             )
         if warmup < 1:
@@ -141,7 +185,6 @@ class TargetSize(Penalty):
         self.n_entries = n_entries
         self.warmup = warmup
         self.rate = rate
-        self.threshold = check_threshold(threshold)
         self.always_kept = always_kept
         self.log_price: Tensor
         self.register_buffer("log_price", torch.tensor(math.log(weight)))
@@ -156,12 +199,12 @@ class TargetSize(Penalty):
         return (self.log_price + PROPORTIONAL_POWER * self.excess).exp()
 
     @torch.no_grad()
-    def update(self, distribution: MaskDistribution) -> None:
+    def update(self, distribution: MaskDistribution, size: Int[Tensor, ""]) -> None:
         """Raise the price while the masks are larger than the goal, lower it while they are smaller."""
         self.steps += 1
         done = (self.steps / self.warmup).clamp(max=1.0)
         goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
-        self.log_price += self.rate * _log_ratio(distribution.threshold(self.threshold).sum(), goal)
+        self.log_price += self.rate * _log_ratio(size - self.always_kept, goal)
         self.excess.copy_(_log_ratio(distribution.expected_size(), goal))
 
     def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:

@@ -9,8 +9,6 @@ from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.figures.circuits import circuit_drawing
-from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import save_figure
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import AblationSource
@@ -20,6 +18,7 @@ from oa_train.studies.results import results_document, write_results
 from oa_train.studies.statistics import Estimate, estimate
 from oa_train.tasks.base import Task
 from oa_train.training.circuits import CircuitModule
+from oa_train.training.pictures import circuit_picture, probability_picture
 from oa_train.training.refit import RefitSettings, fit_constants
 
 RefitStart = Literal["trained", "mean", "both"]
@@ -147,19 +146,24 @@ def _final_ablation(
 
 
 def _rows(circuit: Circuit) -> list[dict[str, Any]]:
-    kept = set(circuit.nodes)
-    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.components)
+    """Every component with its score; of edges, which may be millions, those that are kept."""
+    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.parts)
+    if circuit.of_edges:
+        numbers = circuit.mask.nonzero().flatten().tolist()
+        pairs = zip(circuit.names, numbers, strict=True)
+        return [{"edge": name, "keep_probability": scores[number]} for name, number in pairs]
+    kept = set(circuit.names)
     return [
         {"component": name, "keep_probability": score, "kept": name in kept}
-        for name, score in zip(circuit.components.names, scores, strict=True)
+        for name, score in zip(circuit.parts.names, scores, strict=True)
     ]
 
 
 def _draw(circuit: Circuit, threshold: float, folder: Path, metrics: dict[str, Estimate]) -> None:
-    sizes = circuit.components
-    title = f"{len(circuit)} of {len(sizes)} components, KL {metrics['kl'].mean:.3g} nats"
-    drawing = circuit_drawing(sizes.n_layers, sizes.n_heads, circuit.nodes, title)
-    save_figure(drawing, folder / "figures" / "circuit.png")
+    title = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {metrics['kl'].mean:.3g} nats"
+    drawing = circuit_picture(circuit, title)
+    if drawing is not None:
+        save_figure(drawing, folder / "figures" / "circuit.png")
     if circuit.scores is not None:
-        heat_map = keep_probability_map(circuit.scores.numpy(), sizes.n_heads, threshold)
+        heat_map = probability_picture(circuit.parts, circuit.scores, threshold)
         save_figure(heat_map, folder / "figures" / "keep_probability.png")

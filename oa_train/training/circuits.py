@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,33 +12,42 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
-from oa_train.errors import ConfigurationError
+from oa_train.circuits.pruning import without_dangling
+from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
-from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.masked import masked_logits
 from oa_train.masks.base import MaskDistribution, check_threshold
-from oa_train.masks.penalties import Penalty, SizePenalty, TargetSize
+from oa_train.masks.penalties import NodeRegulariser, Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
+from oa_train.models.components import Components
+from oa_train.models.graph import Graph
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks.base import Task
 from oa_train.training.base import FrozenModelModule
+from oa_train.training.parts import MaskedParts
 from oa_train.training.sampling import MaskSampler, StepRows
+
+GraphKind = Literal["nodes", "edges"]
 
 
 class CircuitModule(FrozenModelModule):
-    """Finds the components that do a task, and the constants that replace the others.
+    """Finds the components, or the edges between them, that do a task, and the constants that replace the others.
 
     Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its replacement. The loss is the
-    KL divergence of the clean prediction from the masked one, plus the penalty on the number of kept components.
+    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its replacement; where the mask
+    is of an edge, to the one reader that the edge leads to. The loss is the KL divergence of the clean prediction from
+    the masked one, plus the penalty on the number of kept components or edges.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: seeds the mask samples.
+        graph: what the circuit is made of: `nodes`, heads and MLPs; or `edges` from what writes to the residual stream
+            to what reads it: queries, keys and values of heads, MLPs, and the logits.
         ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean`, `zero`,
             `resample` (its value on another prompt of equal length), `noise` (Gaussian, with its mean and spread),
             `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
@@ -47,15 +56,19 @@ class CircuitModule(FrozenModelModule):
         positions: size of the constants' table; 1 gives each component one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
-            the others are always kept.
+            the others are always kept. Of edges, a pattern of those that may be cut (`a*.h*->logits`, `input->*<v>`);
+            one without an arrow is for all edges from a component.
         masks: distribution of the masks.
-        penalty: price of a kept component in nats; with a target size the price at the start.
-        target_size: how many components the circuit is to have, those that are always kept included; the price is
-            then moved until it has them. None keeps the price fixed.
-        target_warmup: optimiser steps in which the goal falls from all components to the target size; less than
-            half of the training, so that the masks have time to follow.
+        penalty: price of a kept component or edge in nats; with a target size the price at the start.
+        node_penalty: with edges, what the edges of a head cost more while it has few, as a part of the penalty; above
+            0 it empties heads.
+        target_size: how many components or edges the circuit is to have, those that are always kept included; the
+            price is then moved until it has them. None keeps the price fixed.
+        target_warmup: optimiser steps in which the goal falls from all components or edges to the target size; less
+            than half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
-        threshold: a component is in the circuit when its keep-probability exceeds this.
+        threshold: a component or edge is in the circuit when its keep-probability exceeds this; of edges only those
+            that then lie on a way from the input to the logits.
         mask_learning_rate: Adam's learning rate of the mask parameters.
         constants_learning_rate: Adam's learning rate of the constants.
         activation_checkpointing: keep only what enters each decoder block and run the block again in the backward
@@ -71,12 +84,14 @@ class CircuitModule(FrozenModelModule):
         *,
         lm: LMSpec = BUILT_IN,
         seed: int = 0,
+        graph: GraphKind = "nodes",
         ablation: AblationKind = "optimal",
         loss: Loss = "kl",
         positions: int = 1,
         components: str | list[str] = "*",
         masks: Callable[[int], MaskDistribution] = UniformGradientSampling,
         penalty: float = 0.05,
+        node_penalty: float = 0.0,
         target_size: float | None = None,
         target_warmup: int = 200,
         samples_per_prompt: int = 4,
@@ -87,13 +102,16 @@ class CircuitModule(FrozenModelModule):
     ) -> None:
         # Cheap checks come before the model is loaded.
         kind = check_kind("ablation", ablation)
+        _check_graph(graph, node_penalty)
         check_loss("loss", loss)
         _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
         _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
         if target_size is not None:
             _check_positive(target_size=target_size, target_warmup=target_warmup)
-        self_threshold, size_penalty = check_threshold(threshold), SizePenalty(penalty)
+        SizePenalty(penalty)
+        self_threshold = check_threshold(threshold)
         super().__init__(lm, seed)
+        self.graph: GraphKind = graph
         self.threshold = self_threshold
         self.ablation: AblationKind = ablation
         self.kind = kind
@@ -103,41 +121,50 @@ class CircuitModule(FrozenModelModule):
         self.mask_learning_rate = mask_learning_rate
         self.constants_learning_rate = constants_learning_rate
         self.activation_checkpointing = activation_checkpointing
-        self.selected = self.components.select([components] if isinstance(components, str) else components)
-        if not self.selected:
-            raise ConfigurationError(f"components is {components!r}, which selects nothing that could be trained.")
-        self.masks = masks(len(self.selected))
-        self.sampler = MaskSampler(self.masks, seed, samples_per_prompt)
+        self.parts: Components | Graph = self.components if graph == "nodes" else Graph.of(self.frozen.config)
+        self.patterns = [components] if isinstance(components, str) else components
+        self.masked = MaskedParts(self.parts, self.patterns)
+        self.masks = masks(self.masked.n_selected)
+        self.sampler = MaskSampler(self.masks, seed, samples_per_prompt, self.masked.effective)
+        self.node_penalty = node_penalty
         self.target_size = target_size
         self.target_warmup = target_warmup
-        self.penalty: Penalty = size_penalty
-        if target_size is not None:
-            self.penalty = TargetSize(
-                target_size,
-                len(self.selected),
-                weight=penalty,
-                warmup=target_warmup,
-                rate=mask_learning_rate,
-                threshold=threshold,
-                always_kept=len(self.components) - len(self.selected),
-            )
+        self.penalty = self._make_penalty(penalty)
         self.constants: TrainableConstants | None = None
         if kind.constant:
             start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
-            self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
+            self.constants = TrainableConstants([start], with_inputs=graph == "edges")
+            if not kind.learned:
+                self.constants.requires_grad_(False)
         self._other_ablation: Ablation | None = None
         self._prepared_for: Task | None = None
         self._counted: tuple[tuple[int, int], StepRows | None] | None = None
-        self.selection: Tensor
-        self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(ablation == "zero"))
         self.evaluated = torch.nn.ModuleDict({name: MeanMetric() for name in MEASURES})
 
+    def _make_penalty(self, weight: float) -> Penalty:
+        regulariser = None
+        if isinstance(self.parts, Graph) and self.node_penalty:
+            entries, heads = self.masked.selected_pairs(*self.parts.edges_at_heads)
+            regulariser = NodeRegulariser(self.node_penalty, entries, heads, self.parts.n_layers * self.parts.n_heads)
+        if self.target_size is None:
+            return SizePenalty(weight, regulariser)
+        return TargetSize(
+            self.target_size,
+            self.masked.n_selected,
+            weight=weight,
+            warmup=self.target_warmup,
+            rate=self.mask_learning_rate,
+            always_kept=self.masked.n_fixed,
+            regulariser=regulariser,
+        )
+
     def describe(self) -> dict[str, Any]:
-        """Components, mask distribution, kind of penalty and ablation."""
+        """Graph, components, mask distribution, kind of penalty and ablation."""
         return {
-            "components": list(self.selected),
+            "graph": self.graph,
+            "components": self.masked.description,
             "masks": self.masks.describe(),
             "penalty_kind": type(self.penalty).__name__,
             "ablation": self.ablation,
@@ -151,6 +178,7 @@ class CircuitModule(FrozenModelModule):
             "lm": self.lm_settings(),
             "seed": self.seed,
             "penalty": self.penalty.weight,
+            "node_penalty": self.node_penalty,
             "target_size": self.target_size,
             "target_warmup": self.target_warmup,
             "samples_per_prompt": self.samples_per_prompt,
@@ -175,7 +203,7 @@ class CircuitModule(FrozenModelModule):
             return torch.optim.Adam([masks])
         constants = {
             "name": "constants",
-            "params": list(self.constants.parameters()),
+            "params": [table for table in self.constants.tables() if table.requires_grad],
             "lr": self.constants_learning_rate,
         }
         return torch.optim.Adam([masks, constants])
@@ -239,10 +267,10 @@ class CircuitModule(FrozenModelModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the price of the next step."""
         super().optimizer_step(*args, **kwargs)
-        self.penalty.update(self.masks)
+        self.penalty.update(self.masks, self.circuit_mask().sum())
 
-    def sample_masks(self, batch: Batch, step: StepRows | None = None) -> Float[Tensor, "row component"]:
-        """Draw masks over all components for every prompt; those that are not selected are kept.
+    def sample_masks(self, batch: Batch, step: StepRows | None = None) -> Float[Tensor, "row entry"]:
+        """Draw masks over all components or edges for every prompt; those that are not selected are kept.
 
         A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
 
@@ -253,9 +281,7 @@ class CircuitModule(FrozenModelModule):
         Returns:
             S * B rows, laid out as `batch.repeat(S)` lays out the prompts, S being `samples_per_prompt`.
         """
-        drawn = self.sampler.draw(batch.example_ids, step)
-        kept = torch.ones(len(drawn), len(self.components), device=drawn.device, dtype=drawn.dtype)
-        return kept.masked_scatter(self.selection, drawn)
+        return self.masked.spread(self.sampler.draw(batch.example_ids, step))
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
@@ -289,7 +315,7 @@ class CircuitModule(FrozenModelModule):
         mask = self.sample_masks(batch, step)
         replacements = self.replacing().replacements(batch, partial(source_values, self.frozen))
         laid_out, recompute = replacements.repeat(self.samples_per_prompt), self.activation_checkpointing
-        logits = node_logits(self.frozen, rows, mask, laid_out, self.bos_token_id, recompute)
+        logits = masked_logits(self.frozen, rows, mask, laid_out, self.bos_token_id, recompute)
         lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()
         return lost, self.penalty(self.masks)
 
@@ -299,7 +325,7 @@ class CircuitModule(FrozenModelModule):
         loss: Tensor = lost + penalty
         measure, mean = f"train/{self.loss}", self.over_processes(lost)
         self.check_finite({measure: mean, "train/penalty": penalty.detach()}, "Parts of the loss")
-        size = self.masks.expected_size().detach() + len(self.components) - len(self.selected)
+        size = self.masks.expected_size().detach() + self.masked.n_fixed
         figures = {
             measure: LOSS_SIGNS[self.loss] * mean,
             "train/penalty": penalty.detach(),
@@ -311,29 +337,34 @@ class CircuitModule(FrozenModelModule):
         return loss * self.share_of_step(batch_idx)
 
     @torch.no_grad()
-    def circuit_mask(self) -> Bool[Tensor, " component"]:
-        """The thresholded mask over all components."""
-        mask = ~self.selection
-        mask[self.selection] = self.masks.threshold(self.threshold)
-        return mask
+    def thresholded(self) -> Bool[Tensor, " entry"]:
+        """The thresholded mask over all components or edges."""
+        return self.masked.spread(self.masks.threshold(self.threshold).unsqueeze(0)).squeeze(0)
+
+    def circuit_mask(self) -> Bool[Tensor, " entry"]:
+        """The discrete circuit: what is above the threshold; of edges those that lead from the input to the logits."""
+        return without_dangling(self.parts, self.thresholded().unsqueeze(0)).squeeze(0)
 
     @torch.no_grad()
-    def keep_probability(self) -> Float[Tensor, " component"]:
-        """Keep-probability of every component; 1 for those that are not selected."""
-        probability = torch.ones(len(self.components), device=self.selection.device)
-        probability[self.selection] = self.masks.keep_probability().float()
-        return probability
+    def keep_probability(self) -> Float[Tensor, " entry"]:
+        """Keep-probability of every component or edge; 1 for those that are not selected."""
+        return self.masked.spread(self.masks.keep_probability().float().unsqueeze(0)).squeeze(0)
 
     def circuit(self) -> Circuit:
-        """The thresholded circuit."""
+        """The discrete circuit."""
         mask, scores = self.circuit_mask().cpu(), self.keep_probability().cpu()
-        provenance = self.provenance() | {
-            "ablation": self.ablation,
-            "loss": self.loss,
-            "selected": list(self.selected),
-            "training": {name: value for name, value in self.settings().items() if name not in ("lm", "seed")},
-        }
-        return Circuit.from_mask(self.components, mask, scores, provenance)
+        before = {} if self.graph == "nodes" else {"edges_before_removal": int(self.thresholded().sum())}
+        provenance = (
+            self.provenance()
+            | before
+            | {
+                "ablation": self.ablation,
+                "loss": self.loss,
+                "selected": self.masked.description,
+                "training": {name: value for name, value in self.settings().items() if name not in ("lm", "seed")},
+            }
+        )
+        return Circuit.from_mask(self.parts, mask, scores, provenance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuit."""
@@ -371,6 +402,15 @@ class CircuitModule(FrozenModelModule):
         size = self.circuit_mask().sum()
         self.log(f"{stage}/size", size.float(), prog_bar=True, sync_dist=True)
         return size
+
+
+def _check_graph(graph: str, node_penalty: float) -> None:
+    if graph not in get_args(GraphKind):
+        raise ConfigurationError(f"graph is {graph!r}. {nearest_names(graph, get_args(GraphKind))}")
+    if graph == "nodes" and node_penalty:
+        raise ConfigurationError(
+            f"node_penalty is {node_penalty}, which is for edges: set graph to edges, or leave it."
+        )
 
 
 def _check_positive(**values: float) -> None:
