@@ -17,6 +17,8 @@ READ_AS: Mapping[str, tuple[str, str]] = {
     "v": ("value", "#0072B2"),
     "": ("MLP or logits", "#777777"),
 }
+# Edges between the same two nodes would lie on each other; by what they are read as they bend differently.
+BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 # Beyond this many readers or sources their names cannot be read.
 MOST_NAMED = 60
 
@@ -41,8 +43,8 @@ def edge_drawing(
         places |= {f"a{layer}.h{head}": (float(head), 2.0 * layer) for head in range(n_heads)}
         places[f"m{layer}"] = (n_heads - 0.1, 2.0 * layer + 0.9)
     used = {node for source, reader, _ in edges for node in (source, reader)}
-    for number, (source, reader, kind) in enumerate(edges):
-        _arrow(axes, places[source], places[reader], READ_AS[kind][1], number)
+    for source, reader, kind in edges:
+        _arrow(axes, places[source], places[reader], kind)
     for name, place in places.items():
         _node(axes, place, name, name in used)
     kinds = [READ_AS[kind] for kind in READ_AS if any(kind == one[2] for one in edges)]
@@ -59,10 +61,8 @@ def edge_drawing(
     return figure
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, number: int) -> None:
-    # Edges between the same two nodes would lie on each other; each bends a little differently.
-    bend = 0.06 + 0.05 * (number % 3)
-    bend = bend if start[0] <= end[0] else -bend
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], kind: str) -> None:
+    bend = BENDS[kind] if start[0] <= end[0] else -BENDS[kind]
     axes.add_patch(
         FancyArrowPatch(
             start,
@@ -73,7 +73,7 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
             shrinkA=9,
             shrinkB=11,
             linewidth=1.0,
-            color=colour,
+            color=READ_AS[kind][1],
             alpha=0.75,
             zorder=1,
         )

@@ -163,7 +163,9 @@ class MaskImages(Callback):
         """Draw and log the map."""
         if trainer.sanity_checking or not isinstance(pl_module, CircuitModule) or not trainer.is_global_zero:
             return
-        figure = probability_picture(pl_module.parts, pl_module.keep_probability(), pl_module.threshold)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("masks/keep_probability", figure, trainer.global_step)
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for number, scores in enumerate(pl_module.keep_probability() if loggers else ()):
+            figure = probability_picture(pl_module.parts, scores, pl_module.threshold)
+            name = "masks/keep_probability" + (f"/{number}" if pl_module.n_circuits > 1 else "")
+            for logger in loggers:
+                logger.experiment.add_figure(name, figure, trainer.global_step)

@@ -55,12 +55,21 @@ class MaskedParts(nn.Module):
         kept = torch.ones(len(drawn), len(self.parts), device=drawn.device, dtype=drawn.dtype)
         return kept.masked_scatter(self.selection, drawn)
 
+    def by_circuit(self, drawn: Tensor) -> Tensor:
+        """Masks [circuit, row, entry], from rows in which the entries of all circuits stand side by side."""
+        return drawn.view(len(drawn), -1, self.n_selected).transpose(0, 1)
+
     def effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Drawn masks with 0 for edges that lie on no way from the input to the logits, in each row by itself."""
+        """Drawn masks with 0 for edges that lie on no way from the input to the logits.
+
+        Args:
+            drawn: in each row the entries of all circuits, side by side; each circuit of each row is seen by itself.
+        """
         if isinstance(self.parts, Components):
             return drawn
-        lasting = without_dangling(self.parts, self.spread(drawn > 0))
-        return drawn * lasting[:, self.selection]
+        each = drawn.reshape(-1, self.n_selected)
+        lasting = without_dangling(self.parts, self.spread(each > 0))
+        return (each * lasting[:, self.selection]).view(drawn.shape)
 
     def selected_pairs(
         self, entries: Int[Tensor, " pair"], others: Int[Tensor, " pair"]
