@@ -6,7 +6,7 @@ computed as well and read by nobody, but where a token is never ablated.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -179,11 +179,9 @@ class StockStream(Stream):
 
     def read_attention(self, layer: int, own: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
         readers = self._attention[layer]
-
-        def projected(mixed: Tensor) -> tuple[Tensor, ...]:
-            return readers.project(mixed if readers.norm is None else readers.norm.forward(mixed))
-
-        return self._read(sum(readers.counts), own, projected)  # type: ignore[no-any-return]
+        mixed = self._read(sum(readers.counts), own)
+        # The method, not the module, which may have a tap for others who read through the same norm.
+        return readers.project(mixed if readers.norm is None else readers.norm.forward(mixed))
 
     def write_heads(self, layer: int, values: Tensor, scale: Tensor | None) -> None:  # noqa: D102
         projection = self._outputs[layer]
@@ -196,14 +194,14 @@ class StockStream(Stream):
             self._biases.append((self._n_written, bias * factor))
 
     def read_mlp(self, layer: int, own: Tensor) -> Tensor:  # noqa: D102
-        return self._read(1, own)[:, 0]  # type: ignore[no-any-return]
+        return self._read(1, own)[:, 0]
 
     def write_mlp(self, layer: int, output: Tensor) -> None:  # noqa: D102
         standing = self._replacements.mlps[layer].unsqueeze(1)
         self._write(output.unsqueeze(1), standing, standing.detach())
 
     def read_last(self, own: Tensor) -> Tensor:  # noqa: D102
-        return self._read(1, own)[:, 0]  # type: ignore[no-any-return]
+        return self._read(1, own)[:, 0]
 
     def _write(
         self,
@@ -216,23 +214,24 @@ class StockStream(Stream):
         self._fixed.append(fixed.to(written.dtype))
         self._n_written += written.shape[1]
 
-    def _read(self, n_readers: int, own: Tensor, then: Callable[[Tensor], Any] = lambda mixed: mixed) -> Any:
-        """Do something with the inputs [row, reader, position, d_model] of the next readers, which see the same."""
+    def _read(self, n_readers: int, own: Tensor) -> Float[Tensor, "row reader position d_model"]:
+        """The inputs of the next readers, which have seen the same sources."""
         mask = torch.stack(self._masks[self._next_reader : self._next_reader + n_readers], dim=1)
         self._next_reader += n_readers
         n_read = mask.shape[-1]  # fewer than were written where attention and MLP run in parallel
         parts = [list(one) for one in (self._written, self._standing, self._fixed)]
         biases = [bias for after, bias in self._biases if after <= n_read]
 
-        def read() -> Any:
+        def mix() -> Tensor:
             written = torch.cat(parts[0], dim=1)[:, :n_read]
             standing, fixed = (_side_by_side(one)[:, :n_read] for one in parts[1:])
             mixed = _mixture(mask.to(written.dtype), written, standing, fixed)
             for bias in biases:
                 mixed = mixed + bias
-            return then(torch.where(self._kept, own.unsqueeze(1), mixed))
+            return torch.where(self._kept, own.unsqueeze(1), mixed)
 
-        return checkpoint(read, use_reentrant=False, preserve_rng_state=False) if self._recompute else read()
+        mixed: Tensor = checkpoint(mix, use_reentrant=False, preserve_rng_state=False) if self._recompute else mix()
+        return mixed
 
 
 def _mixture(

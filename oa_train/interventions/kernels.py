@@ -159,6 +159,7 @@ class _ReadAttention(_Operation):
         self._layer = layer
         self._own: Tensor | None = own.detach()
         self._readers = readers
+        self._norm = None if readers.norm is None else NormWeights.of(readers.norm)
         self._block = buffers.block(layer)
         rows = buffers.readers(layer)
         # The MLP reads along with them what was written before the layer.
@@ -176,37 +177,36 @@ class _ReadAttention(_Operation):
         return self._project(inputs)
 
     def _project(self, inputs: Float[Tensor, "reader row position d_model"]) -> tuple[Tensor, ...]:
-        norm = None if self._readers.norm is None else NormWeights.of(self._readers.norm)
         by_reader = inputs.flatten(1, 2)
-        weights = self._weights(norm)
+        weights = self._weights()
         projected = by_reader.new_empty(*by_reader.shape[:2], weights[0].shape[1])
         parts = projected.split(self._readers.counts)
         for part, one, weight in zip(parts, by_reader.split(self._readers.counts), weights, strict=True):
             torch.bmm(one, weight.transpose(1, 2), out=part)
         self._factor = None
-        if norm is not None:
-            self._factor = norm.factor(by_reader)
+        if self._norm is not None:
+            self._factor = self._norm.factor(by_reader)
             projected.mul_(self._factor)
         self._projected = projected
-        outputs = self._biases(norm, by_reader)
+        outputs = self._biases(by_reader)
         for view, part in zip(self._readers.by_reader([one.flatten(0, 1).T for one in outputs]), parts, strict=True):
             view.transpose(1, 2).add_(part)
         return outputs
 
-    def _weights(self, norm: NormWeights | None) -> tuple[Tensor, ...]:
+    def _weights(self) -> tuple[Tensor, ...]:
         """[reader, d_head, d_model] for queries, keys and values, times the gain of the norm."""
         weights = self._readers.weights()
-        if norm is not None and norm.gain is not None:
-            weights = tuple(weight * norm.gain for weight in weights)
+        if self._norm is not None and self._norm.gain is not None:
+            weights = tuple(weight * self._norm.gain for weight in weights)
         return tuple(self.buffers.cast(weight) for weight in weights)
 
-    def _biases(self, norm: NormWeights | None, like: Tensor) -> tuple[Tensor, ...]:
+    def _biases(self, like: Tensor) -> tuple[Tensor, ...]:
         """[row, position, width] for each module, what it makes of the norm's bias."""
         made = []
         for module in self._readers.modules:
             weight, bias = weight_and_bias(module)
-            if norm is not None and norm.bias is not None:
-                bias = F.linear(norm.bias, weight, bias)
+            if self._norm is not None and self._norm.bias is not None:
+                bias = F.linear(self._norm.bias, weight, bias)
             shape = (*self.buffers.shape[:2], len(weight))
             made.append(like.new_zeros(shape) if bias is None else self.buffers.cast(bias).expand(shape).contiguous())
         return tuple(made)
@@ -226,7 +226,6 @@ class _ReadAttention(_Operation):
 
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
         """Put the gradient to what was read in its place."""
-        norm = None if self._readers.norm is None else NormWeights.of(self._readers.norm)
         by_reader = self._readers.by_reader([one.flatten(0, 1).T for one in gradients])
         to_projected = torch.cat([one.transpose(1, 2) for one in by_reader])
         if self._factor is None:
@@ -236,7 +235,7 @@ class _ReadAttention(_Operation):
             inputs.mul_(along * self._factor.square() / -inputs.shape[-1])
             to_projected.mul_(self._factor)
         counts = self._readers.counts
-        every = zip(inputs.split(counts), to_projected.split(counts), self._weights(norm), strict=True)
+        every = zip(inputs.split(counts), to_projected.split(counts), self._weights(), strict=True)
         for one, gradient, weight in every:
             one.baddbmm_(gradient, weight)
         self._projected = self._factor = None

@@ -40,11 +40,11 @@ class AttentionReaders:
         """Readers of each of the three kinds."""
         return self.n_heads, self.n_kv_heads, self.n_kv_heads
 
-    def by_reader(self, tensors: Sequence[Float[Tensor, "width *rest"]]) -> tuple[Tensor, Tensor, Tensor]:
+    def by_reader(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Views of what is laid out as the modules' outputs are, for queries, keys and values: [reader, d_head, ...].
 
         Args:
-            tensors: one for each module.
+            tensors: [width, ...], one for each module.
         """
         if len(self.modules) == 3:
             queries, keys, values = (
