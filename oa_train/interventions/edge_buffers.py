@@ -18,6 +18,7 @@ from functools import cache
 import torch
 
 from oa_train.interventions.nodes import ABLATED_BELOW
+from oa_train.interventions.workspace import Workspace
 from oa_train.models.graph import Graph
 from oa_train.shapes import Bool, Float, Int, Tensor
 
@@ -126,6 +127,7 @@ class Buffers:
     """What has been written in one run of a model, and what is read of it.
 
     Args:
+        workspace: of the model.
         graph: of the model.
         mask: of each row.
         kept: tokens at which every reader reads the model's own residual stream.
@@ -140,6 +142,7 @@ class Buffers:
 
     def __init__(
         self,
+        workspace: Workspace,
         graph: Graph,
         mask: Float[Tensor, "row edge"],
         kept: Bool[Tensor, "row position"],
@@ -151,18 +154,25 @@ class Buffers:
         centred: bool,
     ) -> None:
         self.slots = Slots(graph)
+        self._workspace = workspace
         self._centred = centred
+        self._saves = saves
         self.keeps_inputs = saves and not recompute
         self.shape = (*kept.shape, d_model)
         self._kept = kept.nonzero(as_tuple=True)
         self.blocks = [Block(plan, mask, dtype) for plan in plans(graph, mask.device)]
         self.by_layer = (graph.n_readers - 1) // graph.n_layers
         n_slots = self.slots.before(graph.n_layers)
-        self.written: Float[Tensor, "slot row position d_model"] = mask.new_empty(n_slots, *self.shape, dtype=dtype)
+        self._kind = dtype, mask.device
+        self.written: Float[Tensor, "slot row position d_model"] = self._take("written", n_slots)
         self.gradient: Tensor | None = None
+        self._spent = False
         self._constants_shape = constants
         self.to_constants: Tensor | None = None
-        self._scratch: Tensor | None = None
+        self._inputs: Float[Tensor, "reader row position d_model"] | None = None
+
+    def _take(self, name: str, n_entries: int) -> Float[Tensor, "entry row position d_model"]:
+        return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
 
     def block(self, layer: int) -> Block:
         """The block of a layer."""
@@ -175,14 +185,16 @@ class Buffers:
 
     def open(self, block: Block) -> None:
         """Mix what was written before a block for all of its readers."""
-        n_readers = block.keep.shape[1]
+        sizes = [one.keep.shape[1] for one in self.blocks]
+        number, n_readers = self.blocks.index(block), block.keep.shape[1]
+        if self._inputs is None:
+            self._inputs = self._take("inputs", sum(sizes) if self.keeps_inputs else max(sizes))
         if self.keeps_inputs:
-            block.inputs = self.written.new_empty(n_readers, *self.shape)
+            block.inputs = self._inputs[sum(sizes[:number]) :][:n_readers]
         else:
-            if self._scratch is None:
-                most = max(one.keep.shape[1] for one in self.blocks)
-                self._scratch = self.written.new_empty(most, *self.shape)
-            block.inputs = self._scratch[:n_readers]
+            for other in self.blocks:
+                other.inputs = None
+            block.inputs = self._inputs[:n_readers]
         self.mix(block, slice(0, n_readers), slice(0, block.plan.before), first=True)
 
     def mix(self, block: Block, readers: slice, slots: slice, first: bool = False) -> None:
@@ -217,12 +229,13 @@ class Buffers:
         Raises:
             RuntimeError: this is the second backward pass.
         """
-        if self.gradient is not None:
+        if self._spent:
             raise RuntimeError(
                 "A second backward pass through one run of edge_logits: the first has overwritten what the readers "
                 "read. Add the losses up before calling backward, run the model again, or take engine='stock'."
             )
-        self.gradient = torch.zeros_like(self.written)
+        self._spent = True
+        self.gradient = self._take("gradient", len(self.written))
         for block in self.blocks:
             block.to_keep = torch.empty_like(block.keep)
         if self._constants_shape is not None:
@@ -233,7 +246,7 @@ class Buffers:
         rows, positions = self._kept
         gradients[:, rows, positions] = 0
 
-    def unmix(self, block: Block, readers: slice, slots: slice) -> None:
+    def unmix(self, block: Block, readers: slice, slots: slice, first: bool = False) -> None:
         """The other side of `mix`; gradients to what the readers read stand in its place."""
         assert block.inputs is not None
         assert block.to_keep is not None
@@ -242,7 +255,7 @@ class Buffers:
             return
         keep, gradients = block.keep[:, readers, slots], _by_row(block.inputs[readers])
         torch.bmm(gradients, _by_row(self.written[slots]).transpose(1, 2), out=block.to_keep[:, readers, slots])
-        _by_row(self.gradient[slots]).baddbmm_(keep.transpose(1, 2), gradients)
+        _by_row(self.gradient[slots]).baddbmm_(keep.transpose(1, 2), gradients, beta=0 if first else 1)
         if self.to_constants is not None:
             cut = torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0)
             self._add_to_constants(self.to_constants[slots], cut, block.inputs[readers])
@@ -289,16 +302,25 @@ class Buffers:
         return torch.cat([block.gradient_of_mask() for block in self.blocks], dim=1)
 
     def close(self, block: Block) -> None:
-        """End with a block: in the backward pass the gradients go on to what was written before it."""
-        if self.gradient is not None:
-            self.unmix(block, slice(0, block.keep.shape[1]), slice(0, block.plan.before))
+        """End with a block in the backward pass: its gradients go on to what was written before it."""
+        # The last block is the first whose gradients arrive.
+        self.unmix(block, slice(0, block.keep.shape[1]), slice(0, block.plan.before), first=block is self.blocks[-1])
         block.inputs = None
 
+    def end_forward(self) -> None:
+        """Forget what no backward pass will need."""
+        if not self._saves:
+            self.free()
+        elif not self.keeps_inputs:
+            self.blocks[-1].inputs = None
+
     def free(self) -> None:
-        """Give back all memory; that there was a backward pass stays known."""
-        self.written = self.to_constants = self._scratch = None
+        """Give back all large tensors."""
+        for name, tensor in (("written", self.written), ("inputs", self._inputs), ("gradient", self.gradient)):
+            if tensor is not None:
+                self._workspace.give(name, tensor)
         self.blocks = []
-        self.gradient = torch.empty(0)
+        del self.written, self._inputs, self.gradient, self.to_constants
 
 
 def _by_row(tensor: Float[Tensor, "any row position d_model"]) -> Float[Tensor, "row any numbers"]:

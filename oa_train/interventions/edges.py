@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.base import SourceValues
@@ -56,7 +57,7 @@ def edge_logits(
     kept = protected(batch.tokens, batch.positions, bos_token_id)
     streams: dict[Engine, type[Stream]] = {"kernels": KernelStream, "stock": StockStream}
     run = _Run(model, streams[engine](model, mask, replacements, kept, recompute), kept)
-    with replaced_forwards(run.projections()):
+    with replaced_forwards([*run.projections(), *run.outputs()]):
         return scored_logits(model, batch, run.taps())
 
 
@@ -73,6 +74,7 @@ class _Run:
         self._model = model
         self._stream = stream
         self._shape = kept.shape
+        self._kept = kept.nonzero(as_tuple=True)
         self._family = check_family(model.config.model_type)
         self._parts = find_parts(model)
         self._projected: tuple[Tensor, ...] = ()
@@ -88,6 +90,21 @@ class _Run:
     def _returns(self, module: int) -> Callable[..., Tensor]:
         return lambda hidden: self._projected[module].view(*hidden.shape[:-1], -1)
 
+    def outputs(self) -> list[tuple[torch.nn.Module, Callable[..., Tensor]]]:
+        """The attention output projections, of which only tokens that are never ablated are needed."""
+        return [(projection, self._output(projection)) for projection in self._parts.attention_outputs]
+
+    def _output(self, projection: torch.nn.Module) -> Callable[..., Tensor]:
+        weight, bias = weight_and_bias(projection)
+
+        @torch.no_grad()
+        def output(values: Tensor) -> Tensor:
+            by_row = self._by_row(values)
+            made = F.linear(by_row[self._kept], weight, bias)
+            return made.new_zeros(*self._shape, len(weight)).index_put(self._kept, made).view(*values.shape[:-1], -1)
+
+        return output
+
     def taps(self) -> list[Tap]:
         """What reads and writes at the model's modules."""
         taps: list[Tap] = []
@@ -101,7 +118,7 @@ class _Run:
             ]
         return [*taps, Tap(self._model.get_submodule(self._family.final_norm), "input", self._enters_last_norm)]
 
-    def _by_row(self, hidden: Tensor) -> Float[Tensor, "row position d_model"]:
+    def _by_row(self, hidden: Tensor) -> Float[Tensor, "row position any"]:
         # Some families put rows and positions into one dimension.
         return hidden.view(*self._shape, -1)
 
@@ -133,8 +150,7 @@ class _Run:
         """What the norm after attention multiplies each token and dimension with, in the sum of all heads."""
         if not self._family.attention_post_norm:
             return None
-        # The method, not the module, which has a tap.
-        total = self._parts.attention_outputs[layer].forward(values.flatten(2))
+        total = F.linear(values.flatten(2), *weight_and_bias(self._parts.attention_outputs[layer]))
         return rms_norm_scale(self._parts.blocks[layer].get_submodule(self._family.attention_post_norm), total)
 
     def _mlp_writes(self, layer: int) -> Callable[[Tensor], None]:
@@ -228,7 +244,7 @@ class StockStream(Stream):
             mixed = _mixture(mask.to(written.dtype), written, standing, fixed)
             for bias in biases:
                 mixed = mixed + bias
-            return torch.where(self._kept, own.unsqueeze(1), mixed)
+            return torch.where(self._kept, own.detach().unsqueeze(1), mixed)
 
         mixed: Tensor = checkpoint(mix, use_reentrant=False, preserve_rng_state=False) if self._recompute else mix()
         return mixed

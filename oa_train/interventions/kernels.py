@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from oa_train.ablations.base import SourceValues
 from oa_train.interventions.edge_buffers import Buffers
 from oa_train.interventions.stream import Stream
+from oa_train.interventions.workspace import workspace_of
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
@@ -45,6 +46,7 @@ class KernelStream(Stream):
         kept: Bool[Tensor, "row position"],
         recompute: bool,
     ) -> None:
+        self._workspace = workspace_of(model)
         self._graph = Graph.of(model.config)
         self._attention = attention_readers(model)
         self._outputs = find_parts(model).attention_outputs
@@ -60,6 +62,7 @@ class KernelStream(Stream):
         leaves = (self._mask, *self._replacements.tensors())
         device = embedded.device.type
         self._buffers = Buffers(
+            self._workspace,
             self._graph,
             self._mask.detach(),
             self._kept,
@@ -144,7 +147,7 @@ class _Start(_Operation):
         return ()
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
-        to_embedded = self.buffers.gradient_of(slice(0, 1))[0]
+        to_embedded = self.buffers.gradient_of(slice(0, 1))[0].clone()
         to_constant = self.buffers.gradient_of_constants(slice(0, 1), self._like.shape[:2])
         to_mask = self.buffers.gradient_of_mask()
         self.buffers.free()
@@ -244,6 +247,8 @@ class _ReadAttention(_Operation):
 class _ReadOne(_Operation):
     """A single reader reads."""
 
+    _first = False  # in the backward pass, to add something to the gradients of the slots that it reads
+
     def __init__(self, buffers: Buffers, layer: int, own: Tensor, reader: int, slots: slice) -> None:
         super().__init__(buffers)
         self._block = buffers.block(layer)
@@ -265,7 +270,7 @@ class _ReadOne(_Operation):
         inputs = self._block.inputs[self._row]
         inputs.copy_(gradients[0])
         self.buffers.drop_own(inputs)
-        self.buffers.unmix(self._block, self._row, self._slots)
+        self.buffers.unmix(self._block, self._row, self._slots, self._first)
         return ()
 
 
@@ -281,6 +286,8 @@ class _ReadMLP(_ReadOne):
 class _ReadLast(_ReadOne):
     """The logits read; the last operation, and so in the backward pass the first one."""
 
+    _first = True
+
     def __init__(self, buffers: Buffers, own: Tensor) -> None:
         last = buffers.slots.graph.n_layers - 1
         block = buffers.block(last)
@@ -289,8 +296,7 @@ class _ReadLast(_ReadOne):
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         made = super().forward()
-        if not self.buffers.keeps_inputs:
-            self.buffers.close(self._block)
+        self.buffers.end_forward()
         return made
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -362,4 +368,6 @@ class _WriteMLP(_Operation):
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
         to_constant = self.buffers.gradient_of_constants(self._slot, self._like.shape[:2])
-        return self.buffers.gradient_of(self._slot)[0], None if to_constant is None else to_constant[0]
+        # A copy, because whoever looks at it later is not to find another step's.
+        to_output = self.buffers.gradient_of(self._slot)[0].clone()
+        return to_output, None if to_constant is None else to_constant[0]
