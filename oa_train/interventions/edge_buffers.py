@@ -106,7 +106,7 @@ class Block:
     Attributes:
         plan: of the block.
         keep: masks, by slot.
-        to_keep: gradients to them; defined at the edges only.
+        to_keep: gradients to them, right at the edges only.
         inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
     """
 
@@ -116,6 +116,13 @@ class Block:
         self.keep.flatten(1).index_copy_(1, plan.places, mask[:, plan.edges].to(dtype))
         self.to_keep: Tensor | None = None
         self.inputs: Float[Tensor, "reader row position d_model"] | None = None
+
+    def cut(self) -> Float[Tensor, "row reader slot"]:
+        """How much of a replacement's gradient comes through each edge."""
+        through = self.keep.new_zeros(self.keep.shape)
+        edges = self.keep.flatten(1).index_select(1, self.plan.places)
+        through.flatten(1).index_copy_(1, self.plan.places, torch.where(edges < ABLATED_BELOW, 1 - edges, 0.0))
+        return through
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
         """To the block's edges."""
@@ -236,8 +243,6 @@ class Buffers:
             )
         self._spent = True
         self.gradient = self._take("gradient", len(self.written))
-        for block in self.blocks:
-            block.to_keep = torch.empty_like(block.keep)
         if self._constants_shape is not None:
             self.to_constants = self.written.new_zeros(len(self.written), *self._constants_shape, self.shape[-1])
 
@@ -247,33 +252,20 @@ class Buffers:
         gradients[:, rows, positions] = 0
 
     def unmix(self, block: Block, readers: slice, slots: slice, first: bool = False) -> None:
-        """The other side of `mix`; gradients to what the readers read stand in its place."""
+        """The other side of `mix`; gradients to what the readers read stand in its place.
+
+        Args:
+            block: of the readers.
+            readers: in the block.
+            slots: that they read.
+            first: no other gradients have come to these slots before.
+        """
         assert block.inputs is not None
-        assert block.to_keep is not None
         assert self.gradient is not None
-        if slots.start == slots.stop:
-            return
-        keep, gradients = block.keep[:, readers, slots], _by_row(block.inputs[readers])
-        torch.bmm(gradients, _by_row(self.written[slots]).transpose(1, 2), out=block.to_keep[:, readers, slots])
-        _by_row(self.gradient[slots]).baddbmm_(keep.transpose(1, 2), gradients, beta=0 if first else 1)
-        if self.to_constants is not None:
-            cut = torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0)
-            self._add_to_constants(self.to_constants[slots], cut, block.inputs[readers])
-
-    def _add_to_constants(
-        self,
-        total: Float[Tensor, "slot row_or_1 position_or_1 d_model"],
-        cut: Float[Tensor, "row reader slot"],
-        gradients: Float[Tensor, "reader row position d_model"],
-    ) -> None:
-        if total.shape[2] == 1:
-            gradients = gradients.sum(dim=2, keepdim=True)
-        if total.shape[1] == 1:
-            by_slot = cut.permute(2, 1, 0).flatten(1)
-            total.view(len(total), -1).addmm_(by_slot, gradients.flatten(0, 1).flatten(1))
-        else:
-            _by_row(total).baddbmm_(cut.transpose(1, 2), _by_row(gradients))
-
+        if slots.start < slots.stop:
+            _by_row(self.gradient[slots]).baddbmm_(
+                block.keep[:, readers, slots].transpose(1, 2), _by_row(block.inputs[readers]), beta=0 if first else 1
+            )
 
     def gradient_of(self, slots: slice) -> Float[Tensor, "slot row position d_model"]:
         """To what was written, when all who have read it are done."""
@@ -281,8 +273,8 @@ class Buffers:
         return self.centre(self.gradient[slots])
 
     def gradient_of_constants(
-        self, slots: slice, shape: tuple[int, ...], scale: Tensor | None = None
-    ) -> Float[Tensor, "slot row_or_1 position_or_1 d_model"] | None:
+        self, slots: list[int], shape: torch.Size, scale: Tensor | None = None
+    ) -> Float[Tensor, "slot row_or_1 position_or_1 d_model"]:
         """To the replacements of sources, in the space of the residual stream.
 
         Args:
@@ -290,8 +282,7 @@ class Buffers:
             shape: rows and positions of the replacements.
             scale: what they were multiplied with at each token.
         """
-        if self.to_constants is None:
-            return None
+        assert self.to_constants is not None
         total = self.centre(self.to_constants[slots])
         if scale is not None:
             total = total * scale
@@ -302,10 +293,28 @@ class Buffers:
         return torch.cat([block.gradient_of_mask() for block in self.blocks], dim=1)
 
     def close(self, block: Block) -> None:
-        """End with a block in the backward pass: its gradients go on to what was written before it."""
+        """End with a block in the backward pass, when the gradients to what all of its readers read are there."""
+        assert block.inputs is not None
         # The last block is the first whose gradients arrive.
         self.unmix(block, slice(0, block.keep.shape[1]), slice(0, block.plan.before), first=block is self.blocks[-1])
+        gradients, n_slots = _by_row(block.inputs), block.keep.shape[2]
+        block.to_keep = gradients @ _by_row(self.written[:n_slots]).transpose(1, 2)
+        if self.to_constants is not None:
+            self._add_to_constants(self.to_constants[:n_slots], block)
         block.inputs = None
+
+    def _add_to_constants(
+        self, total: Float[Tensor, "slot row_or_1 position_or_1 d_model"], block: Block
+    ) -> None:
+        cut, gradients = block.cut(), block.inputs
+        assert gradients is not None
+        if total.shape[2] == 1:
+            gradients = gradients.sum(dim=2, keepdim=True)
+        if total.shape[1] == 1:
+            by_slot = cut.permute(2, 1, 0).flatten(1)
+            total.view(len(total), -1).addmm_(by_slot, gradients.flatten(0, 1).flatten(1))
+        else:
+            _by_row(total).baddbmm_(cut.transpose(1, 2), _by_row(gradients))
 
     def end_forward(self) -> None:
         """Forget what no backward pass will need."""

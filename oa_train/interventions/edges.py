@@ -56,7 +56,7 @@ def edge_logits(
     """
     kept = protected(batch.tokens, batch.positions, bos_token_id)
     streams: dict[Engine, type[Stream]] = {"kernels": KernelStream, "stock": StockStream}
-    run = _Run(model, streams[engine](model, mask, replacements, kept, recompute), kept)
+    run = _Run(model, batch, streams[engine](model, mask, replacements, kept, recompute), kept)
     with replaced_forwards([*run.projections(), *run.outputs()]):
         return scored_logits(model, batch, run.taps())
 
@@ -66,11 +66,14 @@ class _Run:
 
     Args:
         model: that runs.
+        batch: of prompts.
         stream: what its parts read and write.
         kept: tokens that are never ablated.
     """
 
-    def __init__(self, model: CausalLM, stream: Stream, kept: Bool[Tensor, "row position"]) -> None:
+    def __init__(
+        self, model: CausalLM, batch: Batch, stream: Stream, kept: Bool[Tensor, "row position"]
+    ) -> None:
         self._model = model
         self._stream = stream
         self._shape = kept.shape
@@ -78,6 +81,10 @@ class _Run:
         self._family = check_family(model.config.model_type)
         self._parts = find_parts(model)
         self._projected: tuple[Tensor, ...] = ()
+        self._scored = torch.arange(len(batch), device=kept.device), batch.scored[:, 0]
+        # After the last layer's attention only one token in each row counts, where the norm is not attention's as well.
+        alone = batch.scored.shape[1] == 1 and self._family.mlp_input != self._family.attention_norm
+        self._alone = len(self._parts.blocks) - 1 if alone else None
 
     def projections(self) -> list[tuple[torch.nn.Module, Callable[..., Tensor]]]:
         """The projections to queries, keys and values, and what they are to do instead."""
@@ -132,7 +139,14 @@ class _Run:
         return enter
 
     def _enters_mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: self._stream.read_mlp(layer, self._by_row(hidden)).view(hidden.shape)
+        def enter(hidden: Tensor) -> Tensor:
+            read = self._stream.read_mlp(layer, self._by_row(hidden))
+            return read[self._scored].view(self._shape_of_scored(hidden)) if layer == self._alone else read.view(hidden.shape)
+
+        return enter
+
+    def _shape_of_scored(self, hidden: Tensor) -> tuple[int, ...]:
+        return (self._shape[0], *[1] * (hidden.dim() - 2), hidden.shape[-1])
 
     def _enters_last_norm(self, hidden: Tensor) -> Tensor:
         return self._stream.read_last(self._by_row(hidden)).view(hidden.shape)
@@ -153,8 +167,17 @@ class _Run:
         total = F.linear(values.flatten(2), *weight_and_bias(self._parts.attention_outputs[layer]))
         return rms_norm_scale(self._parts.blocks[layer].get_submodule(self._family.attention_post_norm), total)
 
-    def _mlp_writes(self, layer: int) -> Callable[[Tensor], None]:
-        return lambda output: self._stream.write_mlp(layer, self._by_row(output))
+    def _mlp_writes(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def write(output: Tensor) -> Tensor:
+            if layer == self._alone:
+                everywhere = output.new_zeros(*self._shape, output.shape[-1])
+                written = everywhere.index_put(self._scored, output.flatten(0, -2))
+                # As flat as it comes.
+                output = written.flatten(0, 3 - output.dim())
+            self._stream.write_mlp(layer, self._by_row(output))
+            return output
+
+        return write
 
 
 class StockStream(Stream):

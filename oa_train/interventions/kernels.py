@@ -54,7 +54,7 @@ class KernelStream(Stream):
         norm = self._attention[0].norm
         self._centred = norm is not None and is_layer_norm(norm)
         self._mask, self._replacements, self._kept, self._recompute = mask, replacements, kept, recompute
-        self._heads, self._mlps = replacements.heads.unbind(), replacements.mlps.unbind()
+        self._writes: list[_WriteHeads] = []
         self._token = mask.new_zeros(())
         self._buffers: Buffers
 
@@ -73,7 +73,7 @@ class KernelStream(Stream):
             constants=self._shape_of_constants(),
             centred=self._centred,
         )
-        self._apply(_Start(self._buffers), self._mask, embedded, self._replacements.inputs[0])
+        self._apply(_Start(self._buffers, self._writes), self._mask, embedded, *leaves[1:])
 
     def _shape_of_constants(self) -> tuple[int, int] | None:
         tensors = self._replacements.tensors()
@@ -88,14 +88,16 @@ class KernelStream(Stream):
         return self._apply(_ReadAttention(self._buffers, layer, own, self._attention[layer]))
 
     def write_heads(self, layer: int, values: Tensor, scale: Tensor | None) -> None:  # noqa: D102
-        operation = _WriteHeads(self._buffers, layer, self._outputs[layer])
-        self._apply(operation, values, self._heads[layer], *([] if scale is None else [scale]))
+        constants = self._replacements.heads[layer].detach()
+        self._writes.append(_WriteHeads(self._buffers, layer, self._outputs[layer], constants))
+        self._apply(self._writes[-1], values, *([] if scale is None else [scale]))
 
     def read_mlp(self, layer: int, own: Tensor) -> Tensor:  # noqa: D102
         return self._apply(_ReadMLP(self._buffers, layer, own))[0]
 
     def write_mlp(self, layer: int, output: Tensor) -> None:  # noqa: D102
-        self._apply(_WriteMLP(self._buffers, layer), output, self._mlps[layer])
+        constants = self._replacements.mlps[layer].detach()
+        self._apply(_WriteMLP(self._buffers, layer, constants), output)
 
     def read_last(self, own: Tensor) -> Tensor:  # noqa: D102
         return self._apply(_ReadLast(self._buffers, own))[0]
@@ -139,19 +141,34 @@ class _Operation(ABC):
 class _Start(_Operation):
     """The embedding writes; the first operation, and so in the backward pass the last one."""
 
+    def __init__(self, buffers: Buffers, heads: "list[_WriteHeads]") -> None:
+        super().__init__(buffers)
+        self._writes = heads
+
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        _, embedded, constant = given
-        self._like = constant
-        self.buffers.write(slice(0, 1), embedded - self.buffers.cast(constant))
-        self.buffers.write(slice(1, 2), self.buffers.cast(constant))
+        _, embedded, inputs, heads, mlps = given
+        self._shapes = inputs.shape[1:3], heads.shape[1:3], mlps.shape[1:3]
+        constant = self.buffers.cast(inputs[0])
+        self.buffers.write(slice(0, 1), embedded - constant)
+        self.buffers.write(slice(1, 2), constant)
         return ()
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
         to_embedded = self.buffers.gradient_of(slice(0, 1))[0].clone()
-        to_constant = self.buffers.gradient_of_constants(slice(0, 1), self._like.shape[:2])
-        to_mask = self.buffers.gradient_of_mask()
+        to_mask, to_constants = self.buffers.gradient_of_mask(), self._to_constants()
         self.buffers.free()
-        return to_mask, to_embedded, None if to_constant is None else to_constant[0]
+        return to_mask, to_embedded, *to_constants
+
+    def _to_constants(self) -> tuple[Tensor | None, ...]:
+        if self.buffers.to_constants is None:
+            return None, None, None
+        of_inputs, of_heads, of_mlps = self._shapes
+        layers = range(self.slots.graph.n_layers)
+        return (
+            self.buffers.gradient_of_constants([0], of_inputs),
+            torch.stack([self._writes[layer].gradient_of_constants(of_heads) for layer in layers]),
+            self.buffers.gradient_of_constants([self.slots.mlp(layer) for layer in layers], of_mlps),
+        )
 
 
 class _ReadAttention(_Operation):
@@ -198,10 +215,10 @@ class _ReadAttention(_Operation):
 
     def _weights(self) -> tuple[Tensor, ...]:
         """[reader, d_head, d_model] for queries, keys and values, times the gain of the norm."""
-        weights = self._readers.weights()
+        weights = [weight_and_bias(module)[0] for module in self._readers.modules]
         if self._norm is not None and self._norm.gain is not None:
-            weights = tuple(weight * self._norm.gain for weight in weights)
-        return tuple(self.buffers.cast(weight) for weight in weights)
+            weights = [weight * self._norm.gain for weight in weights]
+        return self._readers.by_reader([self.buffers.cast(weight) for weight in weights])
 
     def _biases(self, like: Tensor) -> tuple[Tensor, ...]:
         """[row, position, width] for each module, what it makes of the norm's bias."""
@@ -307,17 +324,18 @@ class _ReadLast(_ReadOne):
 class _WriteHeads(_Operation):
     """The heads of a layer write."""
 
-    def __init__(self, buffers: Buffers, layer: int, projection: nn.Module) -> None:
+    def __init__(self, buffers: Buffers, layer: int, projection: nn.Module, constants: Tensor) -> None:
         super().__init__(buffers)
         self._projection = projection
+        self._constants = constants
         heads = self.slots.heads(layer)
         self._heads, self._all = heads, slice(heads.start, heads.stop + 1)
         self._standing = slice(heads.stop, heads.stop + 1)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        values, constants, *scale = given
-        self._like, self._scale = constants, scale[0] if scale else None
-        constants = self.buffers.cast(constants)
+        values, *scale = given
+        self._scale = scale[0] if scale else None
+        constants = self.buffers.cast(self._constants)
         difference = self.buffers.cast(values) - constants
         weights = self._weights(values.shape[2])
         written = self.buffers.written[self._all]
@@ -344,30 +362,32 @@ class _WriteHeads(_Operation):
             gradient.mul_(self._scale)
         to_values = gradient.new_empty(*gradient.shape[1:3], n_heads, weights.shape[2])
         torch.bmm(gradient[:-1].flatten(1, 2), weights, out=to_values.flatten(0, 1).transpose(0, 1))
-        to_constants = self.buffers.gradient_of_constants(self._heads, self._like.shape[:2], self._scale)
-        if to_constants is not None:
-            to_constants = (to_constants.flatten(1, 2) @ weights).unflatten(1, self._like.shape[:2]).permute(1, 2, 0, 3)
-        return to_values, to_constants, *to_scale
+        return to_values, *to_scale
+
+    def gradient_of_constants(self, shape: torch.Size) -> Float[Tensor, "row_or_1 position_or_1 head d_head"]:
+        """To the replacements of the heads, at the very end."""
+        heads = list(range(self._heads.start, self._heads.stop))
+        to_written = self.buffers.gradient_of_constants(heads, shape, self._scale)
+        weights = self._weights(len(heads)).transpose(1, 2)
+        return (to_written.flatten(1, 2) @ weights).unflatten(1, shape).permute(1, 2, 0, 3)
 
 
 class _WriteMLP(_Operation):
     """The MLP of a layer writes."""
 
-    def __init__(self, buffers: Buffers, layer: int) -> None:
+    def __init__(self, buffers: Buffers, layer: int, constant: Tensor) -> None:
         super().__init__(buffers)
+        self._constant = constant
         self._slot = slice(self.slots.mlp(layer), self.slots.mlp(layer) + 1)
         self._standing = self.slots.standing(layer)
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        output, constant = given
-        self._like = constant
-        constant = self.buffers.cast(constant)
+        (output,) = given
+        constant = self.buffers.cast(self._constant)
         self.buffers.write(self._slot, output - constant)
         self.buffers.written[self._standing] += self.buffers.centre(constant.clone())
         return ()
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
-        to_constant = self.buffers.gradient_of_constants(self._slot, self._like.shape[:2])
         # A copy, because whoever looks at it later is not to find another step's.
-        to_output = self.buffers.gradient_of(self._slot)[0].clone()
-        return to_output, None if to_constant is None else to_constant[0]
+        return (self.buffers.gradient_of(self._slot)[0].clone(),)
