@@ -1,7 +1,7 @@
 """Where the fast engine for edges keeps what is written, and the products of matrices that mix it for readers.
 
-What sources write stands in one tensor [source, row, position, d_model], less their replacements. What is read whatever
-the mask adds up beside it: replacements, and biases of attention outputs. So
+What sources write stands in one tensor [source, row, position, d_model], less their replacements. What is read
+whatever the mask adds up beside it: replacements, and biases of attention outputs. So
 
     input of a reader = sum over sources of mask * written + standing,
 
@@ -92,7 +92,8 @@ class Block:
 
     def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader source"]:
         laid = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_sources)
-        return laid.index_copy_(1, self.plan.places, of_edges).unflatten(1, (self.plan.n_readers, -1))
+        laid.index_copy_(1, self.plan.places, of_edges)
+        return laid.view(len(of_edges), self.plan.n_readers, self.plan.n_sources)
 
     def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader source"]:
         """How much of the gradient to its source's replacement comes through each edge."""

@@ -55,8 +55,8 @@ def edge_logits(
         RuntimeError: in a second backward pass through one run of `kernels`, which frees and overwrites what it needs.
     """
     kept = protected(batch.tokens, batch.positions, bos_token_id)
-    streams: dict[Engine, type[Stream]] = {"kernels": KernelStream, "stock": StockStream}
-    run = _Run(model, batch, streams[engine](model, mask, replacements, kept, recompute), kept)
+    stream = (KernelStream if engine == "kernels" else StockStream)(model, mask, replacements, kept, recompute)
+    run = _Run(model, batch, stream, kept)
     with replaced_forwards([*run.projections(), *run.outputs()]):
         return scored_logits(model, batch, run.taps())
 
@@ -71,9 +71,7 @@ class _Run:
         kept: tokens that are never ablated.
     """
 
-    def __init__(
-        self, model: CausalLM, batch: Batch, stream: Stream, kept: Bool[Tensor, "row position"]
-    ) -> None:
+    def __init__(self, model: CausalLM, batch: Batch, stream: Stream, kept: Bool[Tensor, "row position"]) -> None:
         self._model = model
         self._stream = stream
         self._shape = kept.shape
@@ -82,7 +80,7 @@ class _Run:
         self._parts = find_parts(model)
         self._projected: tuple[Tensor, ...] = ()
         self._scored = torch.arange(len(batch), device=kept.device), batch.scored[:, 0]
-        # After the last layer's attention only one token in each row counts, where the norm is not attention's as well.
+        # After the last layer's attention one token in each row counts, if the norm is not attention's as well.
         alone = batch.scored.shape[1] == 1 and self._family.mlp_input != self._family.attention_norm
         self._alone = len(self._parts.blocks) - 1 if alone else None
 
@@ -141,7 +139,11 @@ class _Run:
     def _enters_mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
         def enter(hidden: Tensor) -> Tensor:
             read = self._stream.read_mlp(layer, self._by_row(hidden))
-            return read[self._scored].view(self._shape_of_scored(hidden)) if layer == self._alone else read.view(hidden.shape)
+            return (
+                read[self._scored].view(self._shape_of_scored(hidden))
+                if layer == self._alone
+                else read.view(hidden.shape)
+            )
 
         return enter
 

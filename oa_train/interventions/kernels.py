@@ -1,7 +1,7 @@
 """The fast engine for edge interventions: what `interventions.edges.StockStream` does, with hand-written gradients.
 
-Parts of the model write into `Buffers` and read from them, which autograd does not see. Each write and each read is one
-`_Operation`; a token that goes from one to the next lets autograd call them in reverse order in the backward pass.
+Parts of the model write into `Buffers` and read from them, which autograd does not see. Each write and each read is
+one `_Operation`; a token that goes from one to the next lets autograd call them in reverse order in the backward pass.
 
 Layer norms do not see the mean over dimensions, so where they are the model's norms it is taken off whatever is
 written. What is read then has none, and layer norms become as simple as RMS norms.
@@ -70,7 +70,9 @@ class KernelStream(Stream):
             gradients=of_constants or (torch.is_grad_enabled() and self._mask.requires_grad),
             recompute=self._recompute,
             # A norm multiplies replacements with another scale at each token.
-            constants=(tuple(self._kept.shape) if self._scaled else shape) if of_constants else None,
+            constants=((self._kept.shape[0], self._kept.shape[1]) if self._scaled else shape)
+            if of_constants
+            else None,
             centred=norm is not None and is_layer_norm(norm),
             scaled=self._scaled,
         )
@@ -382,6 +384,7 @@ class _WriteHeads(_Operation):
         to_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, standing = self._unscaled
+            assert self.buffers.to_standing is not None
             to_scale = ((gradient * written).sum(dim=0) + self.buffers.to_standing * standing,)
             gradient.mul_(self._scale)
             del self._unscaled
@@ -393,7 +396,7 @@ class _WriteHeads(_Operation):
         """To the replacements of the heads, at the end of the backward pass."""
         to_written = self.buffers.gradient_of_constants(self._heads, shape, self._scale)
         to_values = to_written.flatten(1, 2) @ self._weights().transpose(1, 2).to(to_written.dtype)
-        return to_values.unflatten(1, shape).permute(1, 2, 0, 3)
+        return to_values.view(self._n_heads, *shape, -1).permute(1, 2, 0, 3)
 
 
 class _WriteMLP(_Operation):

@@ -1,4 +1,4 @@
-"""What stands in the place of the residual stream where edges are cut: a stream of which every reader reads its own mix.
+"""What stands in for the residual stream where edges are cut: a stream of which every reader reads its own mix.
 
 It has two implementations: `interventions.edges` leaves all gradients to autograd, `interventions.kernels` is fast.
 """

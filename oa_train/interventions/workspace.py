@@ -11,8 +11,8 @@ from torch import nn
 
 from oa_train.shapes import Tensor
 
-# An odd number of cache lines between one entry and the next: sizes of models are multiples of large powers of two, and
-# products that go over many entries would find them all in the same few places of the cache.
+# An odd number of cache lines between one entry and the next: sizes of models are multiples of large powers of two,
+# and products that go over many entries would find them all in the same few places of the cache.
 BYTES_APART = 13 * 64
 
 
@@ -32,7 +32,7 @@ class Workspace:
         flat = self._free.pop(name, None)
         if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
             flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
-        return flat[: n_entries * stride].view(n_entries, stride)[:, :size].unflatten(1, shape[1:])
+        return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
 
     def give(self, name: str, tensor: Tensor) -> None:
         """Keep what was taken for the next who takes it."""
@@ -46,3 +46,8 @@ _workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()
 def workspace_of(model: nn.Module) -> Workspace:
     """The workspace of a model, which is gone when the model is."""
     return _workspaces.setdefault(model, Workspace())
+
+
+def free_workspace(model: nn.Module) -> None:
+    """Give the memory back that is kept for a model's next run."""
+    _workspaces.pop(model, None)

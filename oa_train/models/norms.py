@@ -1,7 +1,7 @@
 """What the norms of a model compute, read off its modules.
 
-Every norm is (x - mean of x) / sqrt(mean square + epsilon) * gain + bias. A layer norm has all of it, an RMS norm takes
-no mean off and has no bias.
+Every norm is (x - mean of x) / sqrt(mean square + epsilon) * gain + bias. A layer norm has all of it, an RMS norm
+takes no mean off and has no bias.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class NormWeights:
         """1 / sqrt(mean square + epsilon) of inputs whose mean is off, in single precision at least."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         length = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=dtype)
-        return (length.square() / inputs.shape[-1] + self.epsilon).rsqrt()
+        factor: Tensor = (length.square() / inputs.shape[-1] + self.epsilon).rsqrt()
+        return factor
 
 
 def is_layer_norm(norm: nn.Module) -> bool:

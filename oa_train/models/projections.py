@@ -95,7 +95,8 @@ def _readers(family: Family, graph: Graph, block: nn.Module) -> AttentionReaders
 
 def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
     """A view of an attention output projection: what maps each head's value to what it writes."""
-    return weight_and_bias(projection)[0].T.unflatten(0, (n_heads, -1))
+    by_head: Tensor = weight_and_bias(projection)[0].T.unflatten(0, (n_heads, -1))
+    return by_head
 
 
 def head_writes(
