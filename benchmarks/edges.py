@@ -4,8 +4,9 @@
     python -m benchmarks.edges --quick    the same at a small size, under a minute
     python -m benchmarks.edges --growth   a small width with more and more layers and heads
 
-Everything is timed as in `benchmarks.nodes`, side by side in one process. Each line of the output is one JSON object;
-memory is the most that tensors above the weights take at one time, in a step that starts from nothing.
+Everything is timed side by side in one process of one thread, as in `benchmarks.nodes`, but in processor time: other
+processes on the machine count less. Each line of the output is one JSON object; memory is the most that tensors above
+the weights take at one time, in a step that starts from nothing.
 
     floor            plain forward and backward to a parameter added to the embedding, on all rows
     clean            plain forward on the prompts alone
@@ -24,6 +25,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -187,7 +189,7 @@ def measure(config: dict[str, Any], repetitions: int) -> Iterator[dict[str, obje
     model = make_model(config)
     runs = contestants(model)
     memory = {name: peak_bytes(model, run) for name, run in runs.items()}
-    times = side_by_side(runs, repetitions)
+    times = side_by_side(runs, repetitions, time.process_time)
     median = {name: statistics.median(values) for name, values in times.items()}
     for name in runs:
         yield {

@@ -72,15 +72,19 @@ def plain_forward(model: CausalLM, batch: Batch) -> Callable[[], object]:
     return run
 
 
-def side_by_side(contestants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+def side_by_side(
+    contestants: dict[str, Callable[[], object]],
+    repetitions: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time every contestant in turn, again and again, after one round that does not count; in seconds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for repetition in range(repetitions + 1):
         for name, run in contestants.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if repetition:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 

@@ -116,7 +116,7 @@ class Needs:
     """What a run is for.
 
     Attributes:
-        gradients: whether a backward pass will come.
+        mask: whether there are gradients to the mask.
         recompute: whether it is to mix again what readers read.
         constants: numbers of rows and of positions over which gradients to replacements are kept apart; None where
             there are none.
@@ -124,11 +124,16 @@ class Needs:
         scaled: whether what is read whatever the mask carries gradients, through the scale of a norm after attention.
     """
 
-    gradients: bool
+    mask: bool
     recompute: bool
     constants: tuple[int, int] | None
     centred: bool
     scaled: bool
+
+    @property
+    def gradients(self) -> bool:
+        """Whether a backward pass will come."""
+        return self.mask or self.constants is not None
 
     @property
     def inputs(self) -> bool:
@@ -277,7 +282,8 @@ class Buffers:
         # The last block is the first whose gradients arrive.
         self.unmix(block, everyone, slice(0, plan.before), first=block is self._blocks[-1])
         gradients = block.read(everyone)
-        block.to_keep = _by_row(gradients) @ _by_row(self.written[: plan.n_sources]).transpose(1, 2)
+        if self.needs.mask:
+            block.to_keep = _by_row(gradients) @ _by_row(self.written[: plan.n_sources]).transpose(1, 2)
         if self._to_constants is not None:
             _add_to_constants(self._to_constants[: plan.n_sources], block, gradients)
         block.inputs = None
@@ -303,9 +309,9 @@ class Buffers:
             total = total * scale
         return total.sum_to_size(len(total), *shape, total.shape[-1])
 
-    def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
+    def gradient_of_mask(self) -> Float[Tensor, "row edge"] | None:
         """To all edges, at the end of the backward pass."""
-        return torch.cat([block.gradient_of_mask() for block in self._blocks], dim=1)
+        return torch.cat([block.gradient_of_mask() for block in self._blocks], dim=1) if self.needs.mask else None
 
     def end_forward(self) -> None:
         """Forget what no backward pass will need."""

@@ -104,8 +104,7 @@ class _Run:
 
         @torch.no_grad()
         def output(values: Tensor) -> Tensor:
-            by_row = self._by_row(values)
-            made = F.linear(by_row[self._kept], weight, bias)
+            made = F.linear(values.reshape(*self._shape, -1)[self._kept], weight, bias)
             return made.new_zeros(*self._shape, len(weight)).index_put(self._kept, made).view(*values.shape[:-1], -1)
 
         return output
@@ -127,28 +126,25 @@ class _Run:
         # Some families put rows and positions into one dimension.
         return hidden.view(*self._shape, -1)
 
-    def _enters_block(self, layer: int) -> Callable[[Tensor], None]:
-        def enter(hidden: Tensor) -> None:
+    def _enters_block(self, layer: int) -> Callable[[Tensor], Tensor]:
+        def enter(hidden: Tensor) -> Tensor:
             own = self._by_row(hidden)
             if layer == 0:
                 self._stream.write_input(own)
             self._projected = self._stream.read_attention(layer, own)
+            # No gradient ever flows along the model's own stream.
+            return hidden.detach()
 
         return enter
 
     def _enters_mlp(self, layer: int) -> Callable[[Tensor], Tensor]:
         def enter(hidden: Tensor) -> Tensor:
             read = self._stream.read_mlp(layer, self._by_row(hidden))
-            return (
-                read[self._scored].view(self._shape_of_scored(hidden))
-                if layer == self._alone
-                else read.view(hidden.shape)
-            )
+            if layer != self._alone:
+                return read.view(hidden.shape)
+            return read[self._scored].view(len(read), *[1] * (hidden.dim() - 2), -1)
 
         return enter
-
-    def _shape_of_scored(self, hidden: Tensor) -> tuple[int, ...]:
-        return (self._shape[0], *[1] * (hidden.dim() - 2), hidden.shape[-1])
 
     def _enters_last_norm(self, hidden: Tensor) -> Tensor:
         return self._stream.read_last(self._by_row(hidden)).view(hidden.shape)
@@ -173,9 +169,8 @@ class _Run:
         def write(output: Tensor) -> Tensor:
             if layer == self._alone:
                 everywhere = output.new_zeros(*self._shape, output.shape[-1])
-                written = everywhere.index_put(self._scored, output.flatten(0, -2))
-                # As flat as it comes.
-                output = written.flatten(0, 3 - output.dim())
+                everywhere = everywhere.index_put(self._scored, output.flatten(0, -2))
+                output = everywhere.flatten(0, 3 - output.dim())  # as flat as it comes
             self._stream.write_mlp(layer, self._by_row(output))
             return output
 

@@ -67,7 +67,7 @@ class KernelStream(Stream):
         of_constants = torch.is_grad_enabled() and any(one.requires_grad for one in constants)
         shape = max(one.shape[1] for one in constants), max(one.shape[2] for one in constants)
         return Needs(
-            gradients=of_constants or (torch.is_grad_enabled() and self._mask.requires_grad),
+            mask=torch.is_grad_enabled() and self._mask.requires_grad,
             recompute=self._recompute,
             # A norm multiplies replacements with another scale at each token.
             constants=((self._kept.shape[0], self._kept.shape[1]) if self._scaled else shape)
@@ -369,7 +369,7 @@ class _WriteHeads(_Operation):
         if bias is not None:
             standing = self.buffers.cast(standing + bias)
         if scale:
-            self._scale, self._unscaled = scale[0], (written.clone(), standing)
+            self._scale, self._unscaled = scale[0].detach(), (written.clone(), standing)
             written.mul_(self._scale)
             standing = self.buffers.cast(standing * self._scale)
         self.buffers.centre(written)

@@ -31,13 +31,16 @@ class Workspace:
         stride = size + BYTES_APART // dtype.itemsize
         flat = self._free.pop(name, None)
         if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
-            flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
+            # Evaluation may come first, and training cannot go on with tensors of its inference mode.
+            with torch.inference_mode(False):
+                flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
         return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
 
     def give(self, name: str, tensor: Tensor) -> None:
         """Keep what was taken for the next who takes it."""
         if tensor.device.type == "cpu":
-            self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+            with torch.inference_mode(False):
+                self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
 
 _workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()

@@ -11,9 +11,11 @@ from oa_train.interventions import edge_buffers
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.edge_reference import reference_edge_logits
 from oa_train.interventions.edges import edge_logits
+from oa_train.interventions.live_bytes import LiveBytes
 from oa_train.interventions.workspace import Workspace, workspace_of
 from oa_train.models.graph import Graph
 from tests.builders import BOS, random_batch, random_constants, random_mask, random_replacements, tiny_model
+from tests.precision import WithoutSinglePrecision
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -51,8 +53,9 @@ def assert_same(found, expected, **tolerances) -> None:
         assert_close(one, other, **(tolerances or CLOSE))
 
 
-@pytest.mark.parametrize("kind", ["shared", "per position", "per row and position"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("side", "kind"), [("left", "shared"), ("right", "per position"), ("left", "per row and position")]
+)
 def test_values_and_gradients_are_those_of_stock_autograd(any_model, side, kind):
     batch = random_batch([6, 4], side)
     expected = results(any_model, batch, kind, engine="stock")
@@ -65,13 +68,15 @@ def test_values_and_gradients_are_those_of_the_reference(any_model):
     assert_same(results(any_model, batch), results(any_model, batch, run=reference_edge_logits))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_layers_at_once_make_no_difference(any_model, layers, monkeypatch):
-    batch = random_batch([6, 4])
-    expected = results(any_model, batch)
-    monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", layers)
-    assert_same(results(any_model, batch), expected)
-    assert_same(results(any_model, batch, recompute=True), expected)
+def test_layers_at_once_make_no_difference(family, layers, monkeypatch):
+    model, batch = tiny_model(family), random_batch([6, 4])
+    with WithoutSinglePrecision():
+        expected = results(model, batch)
+        monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", layers)
+        assert_same(results(model, batch), expected)
+        assert_same(results(model, batch, recompute=True), expected)
 
 
 def test_several_scored_positions(any_model):
@@ -127,6 +132,23 @@ def test_memory_of_one_step_does_not_show_in_the_next():
     results(model, large, recompute=True)
     # What was returned is nobody's working memory.
     assert all(torch.equal(one, copy) for one, copy in zip(first, copies, strict=True))
+
+
+def test_training_goes_on_after_evaluation_in_inference_mode():
+    model, batch = tiny_model("llama"), random_batch([6, 4])
+    with torch.inference_mode():
+        mask, values = random_mask(2, Graph.of(model.config).n_edges), random_constants(model).replacements(batch)
+        edge_logits(model, batch, mask, values, BOS)
+    assert_same(results(model, batch), results(tiny_model("llama"), batch))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_nothing_is_left_of_a_run_that_is_dropped(family):
+    model, batch = tiny_model(family), random_batch([6, 4])
+    mask, (_, values) = masks(model, 2), leaves_of(model, batch, "shared")
+    with LiveBytes() as live:
+        edge_logits(model, batch, mask, values, BOS)
+        assert live.now < 10_000
 
 
 def test_a_second_backward_pass_is_refused():
