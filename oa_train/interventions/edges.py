@@ -5,7 +5,8 @@ its replacement, and the biases of the attention outputs, which belong to no hea
 computed as well and read by nobody, but where a token is never ablated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -23,8 +24,8 @@ from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
 from oa_train.models.norms import rms_norm_scale
 from oa_train.models.projections import attention_readers, head_writes, weight_and_bias
-from oa_train.models.taps import Tap, replaced_forwards
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.models.taps import Tap, replaced_forwards, tapped
+from oa_train.shapes import Bool, Float, Int, Tensor
 
 Engine = Literal["kernels", "stock"]
 
@@ -55,10 +56,36 @@ def edge_logits(
         RuntimeError: in a second backward pass through one run of `kernels`, which frees and overwrites what it needs.
     """
     kept = protected(batch.tokens, batch.positions, bos_token_id)
+    alone = batch.scored[:, 0] if batch.scored.shape[1] == 1 else None
+    with mixed_edges(model, mask, replacements, kept, alone, recompute, engine):
+        return scored_logits(model, batch)
+
+
+@contextmanager
+def mixed_edges(
+    model: CausalLM,
+    mask: Float[Tensor, "row edge"],
+    replacements: SourceValues,
+    kept: Bool[Tensor, "row position"],
+    scored: Int[Tensor, " row"] | None = None,
+    recompute: bool = False,
+    engine: Engine = "kernels",
+) -> Iterator[None]:
+    """Have one call of a model, inside the context, read mixtures of what is written and what stands in.
+
+    Args:
+        model: that is called with as many rows and positions as `kept` has.
+        mask: see `edge_logits`.
+        replacements: see `edge_logits`.
+        kept: tokens at which every reader reads the model's own residual stream.
+        scored: the one token of each row whose logits are looked at; None if others are, too.
+        recompute: see `edge_logits`.
+        engine: see `edge_logits`.
+    """
     stream = (KernelStream if engine == "kernels" else StockStream)(model, mask, replacements, kept, recompute)
-    run = _Run(model, batch, stream, kept)
-    with replaced_forwards([*run.projections(), *run.outputs()]):
-        return scored_logits(model, batch, run.taps())
+    run = _Run(model, stream, kept, scored)
+    with replaced_forwards([*run.projections(), *run.outputs()]), tapped(run.taps()):
+        yield
 
 
 class _Run:
@@ -66,12 +93,14 @@ class _Run:
 
     Args:
         model: that runs.
-        batch: of prompts.
         stream: what its parts read and write.
         kept: tokens that are never ablated.
+        scored: the one token of each row that counts in the end, if there is only one.
     """
 
-    def __init__(self, model: CausalLM, batch: Batch, stream: Stream, kept: Bool[Tensor, "row position"]) -> None:
+    def __init__(
+        self, model: CausalLM, stream: Stream, kept: Bool[Tensor, "row position"], scored: Tensor | None
+    ) -> None:
         self._model = model
         self._stream = stream
         self._shape = kept.shape
@@ -79,10 +108,11 @@ class _Run:
         self._family = check_family(model.config.model_type)
         self._parts = find_parts(model)
         self._projected: tuple[Tensor, ...] = ()
-        self._scored = torch.arange(len(batch), device=kept.device), batch.scored[:, 0]
-        # After the last layer's attention one token in each row counts, if the norm is not attention's as well.
-        alone = batch.scored.shape[1] == 1 and self._family.mlp_input != self._family.attention_norm
-        self._alone = len(self._parts.blocks) - 1 if alone else None
+        self._alone: int | None = None
+        if scored is not None and self._family.mlp_input != self._family.attention_norm:
+            # After the last layer's attention only that token counts, if the norm is not attention's as well.
+            self._alone = len(self._parts.blocks) - 1
+            self._scored = torch.arange(len(scored), device=kept.device), scored
 
     def projections(self) -> list[tuple[torch.nn.Module, Callable[..., Tensor]]]:
         """The projections to queries, keys and values, and what they are to do instead."""
