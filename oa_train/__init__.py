@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from oa_train.circuits.circuit import jaccard as jaccard
     from oa_train.errors import OaTrainError as OaTrainError
     from oa_train.interventions.ablated import ablated as ablated
-    from oa_train.interventions.activations import node_means as node_means
-    from oa_train.interventions.activations import node_values as node_values
+    from oa_train.interventions.activations import source_means as source_means
+    from oa_train.interventions.activations import source_values as source_values
     from oa_train.interventions.base import scored_logits as scored_logits
     from oa_train.interventions.evaluation import circuit_behaviour as circuit_behaviour
     from oa_train.interventions.kinds import KINDS as KINDS
@@ -87,8 +87,8 @@ _HOMES = {
     "jaccard": "circuits.circuit",
     "load_model": "models.loading",
     "node_logits": "interventions.nodes",
-    "node_means": "interventions.activations",
-    "node_values": "interventions.activations",
+    "source_means": "interventions.activations",
+    "source_values": "interventions.activations",
     "scored_logits": "interventions.base",
 }
 

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oa_train.ablations.base import NodeValues
+from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.models.families import Dimensions
@@ -149,17 +149,19 @@ def random_constants(model: CausalLM, n_positions: int = 1, seed: int = 0, requi
         sizes.n_layers, n_positions, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64
     )
     mlps = torch.randn(sizes.n_layers, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    return Constants(heads.requires_grad_(requires_grad), mlps.requires_grad_(requires_grad), BOS)
+    inputs = torch.randn(1, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
+    return Constants(*(table.requires_grad_(requires_grad) for table in (inputs, heads, mlps)), BOS)
 
 
-def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> NodeValues:
+def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> SourceValues:
     """Random replacements that differ in every row and position, with gradients."""
     sizes = Dimensions.of(model.config)
     generator = torch.Generator().manual_seed(seed)
     shape = (sizes.n_layers, rows, positions)
     heads = torch.randn(*shape, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64)
     mlps = torch.randn(*shape, sizes.d_model, generator=generator, dtype=torch.float64)
-    return NodeValues(heads.requires_grad_(), mlps.requires_grad_())
+    inputs = torch.randn(1, rows, positions, sizes.d_model, generator=generator, dtype=torch.float64)
+    return SourceValues(inputs.requires_grad_(), heads.requires_grad_(), mlps.requires_grad_())
 
 
 def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What stands in for components: values, and the ablations that supply them."""
+"""What stands in for what a model's parts write: values, and the ablations that supply them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -11,30 +11,39 @@ from oa_train.shapes import Float, Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class NodeValues:
-    """A value for every component, row and position; where it replaces others, dimensions of size 1 stand for all.
+class SourceValues:
+    """A value for every source, row and position; where it replaces others, dimensions of size 1 stand for all.
+
+    Sources are what writes to the residual stream: the embedding and the components. Only where edges are cut is the
+    embedding ever replaced.
 
     Attributes:
+        inputs: the embedding, which enters the first block.
         heads: value of each head, the input of the attention output projection.
         mlps: output of each MLP.
     """
 
+    inputs: Float[Tensor, "1 row_or_1 position_or_1 d_model"]
     heads: Float[Tensor, "layer row_or_1 position_or_1 head d_head"]
     mlps: Float[Tensor, "layer row_or_1 position_or_1 d_model"]
 
-    def repeat(self, times: int) -> "NodeValues":
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, heads and MLPs; rows are dimension 1 and positions dimension 2 of each."""
+        return self.inputs, self.heads, self.mlps
+
+    def repeat(self, times: int) -> "SourceValues":
         """The values of `Batch.repeat`: row `s * B + b` is row `b` again; what stands for all rows stays as it is."""
         if times == 1 or self.heads.shape[1] == 1:
             return self
-        return NodeValues(self.heads.repeat(1, times, 1, 1, 1), self.mlps.repeat(1, times, 1, 1))
+        return SourceValues(*(one.repeat(1, times, *[1] * (one.dim() - 2)) for one in self.tensors()))
 
 
-# Runs the clean model on prompts and returns the values of its components.
-ValuesOf = Callable[[Batch], NodeValues]
+# Runs the clean model on prompts and returns what its sources have.
+ValuesOf = Callable[[Batch], SourceValues]
 
 
 class Ablation(ABC):
-    """A source of replacements for the components of any prompts.
+    """Supplies replacements for what a model's sources write on any prompts.
 
     What it supplies for a prompt depends on the prompt and its number alone, never on the other prompts of a batch
     or on what was asked before.
@@ -46,8 +55,8 @@ class Ablation(ABC):
     bos_token_id: int | None
 
     @abstractmethod
-    def replacements(self, batch: Batch, values_of: ValuesOf) -> NodeValues:
-        """NodeValues for every row of a batch.
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> SourceValues:
+        """Values for every row of a batch.
 
         Args:
             batch: the prompts whose components are replaced.
@@ -62,7 +71,7 @@ class Ablation(ABC):
 
 def replacements_of_copies(
     ablations: Sequence[Ablation], batch: Batch, copies: int, values_of: ValuesOf
-) -> NodeValues:
+) -> SourceValues:
     """Lay out replacements for the copies of a batch that `Batch.repeat` makes.
 
     Args:
@@ -76,7 +85,11 @@ def replacements_of_copies(
     laid = [one.replacements(batch, values_of) for one in ablations]
     # Beside an ablation with a value for each position, one with a single value gives it to all of them.
     width = max(one.heads.shape[2] for one in laid)
-    return NodeValues(
-        heads=torch.cat([one.heads.expand(-1, len(batch), width, -1, -1) for one in laid], dim=1),
-        mlps=torch.cat([one.mlps.expand(-1, len(batch), width, -1) for one in laid], dim=1),
+    together = zip(*(one.tensors() for one in laid), strict=True)
+    return SourceValues(
+        *(torch.cat([_expanded(one, len(batch), width) for one in alike], dim=1) for alike in together)
     )
+
+
+def _expanded(values: Tensor, rows: int, positions: int) -> Tensor:
+    return values.expand(-1, rows, positions, *values.shape[3:])

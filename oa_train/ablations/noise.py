@@ -3,7 +3,7 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from oa_train.ablations.base import Ablation, NodeValues, ValuesOf
+from oa_train.ablations.base import Ablation, SourceValues, ValuesOf
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.seeds import torch_generator
@@ -32,14 +32,12 @@ class NoiseAblation(Ablation):
         """Copy mean and spread to a device."""
         return NoiseAblation(self._mean.to(device), self._spread.to(device), self._seed)
 
-    def replacements(self, batch: Batch, values_of: ValuesOf) -> NodeValues:
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> SourceValues:
         """Draw noise for every row and position; no model is run."""
         del values_of
         mean, spread = self._mean.replacements(batch), self._spread.replacements(batch)
-        return NodeValues(
-            heads=mean.heads + spread.heads * self._draw("heads", mean.heads, batch),
-            mlps=mean.mlps + spread.mlps * self._draw("mlps", mean.mlps, batch),
-        )
+        tables = zip(("inputs", "heads", "mlps"), mean.tensors(), spread.tensors(), strict=True)
+        return SourceValues(*(centre + width * self._draw(what, centre, batch) for what, centre, width in tables))
 
     def _draw(self, what: str, like: Tensor, batch: Batch) -> Tensor:
         """Standard normal numbers [layer, row, position, ...].

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from oa_train.ablations.base import Ablation, NodeValues, ValuesOf
+from oa_train.ablations.base import Ablation, SourceValues, ValuesOf
 from oa_train.batches import Batch
 
 # Another prompt for each prompt of a batch, token for token parallel to it.
@@ -24,6 +24,6 @@ class OtherPromptAblation(Ablation):
         self.bos_token_id = bos_token_id
         self._other_prompts = other_prompts
 
-    def replacements(self, batch: Batch, values_of: ValuesOf) -> NodeValues:
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> SourceValues:
         """Run the clean model on the other prompts."""
         return values_of(self._other_prompts(batch))

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 
+from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
-from oa_train.shapes import Bool, Float, Int, Tensor
+from oa_train.shapes import Bool, Int, Tensor
 
 
 class StreamingMeans:
@@ -19,6 +20,7 @@ class StreamingMeans:
         bos_token_id: token that is never ablated at the first position; handed on to the constants.
 
     Attributes:
+        inputs: sums of the embedding, [1, position, d_model], float64.
         heads: sums of head values, [layer, position, head, d_head], float64.
         mlps: sums of MLP outputs, [layer, position, d_model], float64.
         counts: tokens summed at each position, [position].
@@ -26,14 +28,18 @@ class StreamingMeans:
 
     def __init__(self, bos_token_id: int | None = None) -> None:
         self.bos_token_id = bos_token_id
+        self.inputs = torch.zeros(0, 0, 0, dtype=torch.float64)
         self.heads = torch.zeros(0, 0, 0, 0, dtype=torch.float64)
         self.mlps = torch.zeros(0, 0, 0, dtype=torch.float64)
         self.counts = torch.zeros(0, dtype=torch.long)
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, heads and MLPs; positions are dimension 1 of each."""
+        return self.inputs, self.heads, self.mlps
+
     def add(
         self,
-        heads: Float[Tensor, "layer batch position head d_head"],
-        mlps: Float[Tensor, "layer batch position d_model"],
+        values: SourceValues,
         positions: Int[Tensor, "batch position"],
         counted: Bool[Tensor, "batch position"],
         of: Callable[[Tensor], Tensor] = lambda value: value,
@@ -41,8 +47,7 @@ class StreamingMeans:
         """Add the values of a batch.
 
         Args:
-            heads: head values.
-            mlps: MLP outputs.
+            values: of every source.
             positions: position of each token counted from its row's first real token.
             counted: tokens that take part: real, not protected, at or before the scored position.
             of: applied to the values in float64 before they are summed.
@@ -50,16 +55,17 @@ class StreamingMeans:
         size = int(positions[counted].max()) + 1 if counted.any() else 0
         batch = StreamingMeans()
         where = positions[counted]
-        batch.heads = _sum_by_position(heads[:, counted], where, size, of)
-        batch.mlps = _sum_by_position(mlps[:, counted], where, size, of)
+        batch.inputs, batch.heads, batch.mlps = (
+            _sum_by_position(one[:, counted], where, size, of) for one in values.tensors()
+        )
         batch.counts = torch.bincount(where, minlength=size).cpu()
         self.merge(batch)
 
     def merge(self, other: "StreamingMeans") -> None:
         """Add the sums of another part of the data."""
         size = max(len(self.counts), len(other.counts))
-        self.heads = _grown(self.heads, other.heads, size)
-        self.mlps = _grown(self.mlps, other.mlps, size)
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        self.inputs, self.heads, self.mlps = (_grown(mine, theirs, size) for mine, theirs in pairs)
         counts = torch.zeros(size, dtype=torch.long)
         counts[: len(self.counts)] += self.counts
         counts[: len(other.counts)] += other.counts
@@ -76,8 +82,7 @@ class StreamingMeans:
         Raises:
             ValueError: nothing was added.
         """
-        heads, mlps = self._means(n_positions)
-        return Constants(heads.float(), mlps.float(), self.bos_token_id)
+        return Constants.from_tensors((mean.float() for mean in self._means(n_positions)), self.bos_token_id)
 
     def spread(self, squares: "StreamingMeans", n_positions: int) -> Constants:
         """Standard deviations as constants.
@@ -90,19 +95,19 @@ class StreamingMeans:
             n_positions: as in `table`.
         """
         pairs = zip(squares._means(n_positions), self._means(n_positions), strict=True)
-        heads, mlps = ((square - mean.square()).clamp(min=0).sqrt().float() for square, mean in pairs)
-        return Constants(heads, mlps, self.bos_token_id)
+        spreads = ((square - mean.square()).clamp(min=0).sqrt().float() for square, mean in pairs)
+        return Constants.from_tensors(spreads, self.bos_token_id)
 
-    def _means(self, n_positions: int) -> tuple[Tensor, Tensor]:
-        """Means of heads and MLPs in float64, laid out as in `table`."""
+    def _means(self, n_positions: int) -> list[Tensor]:
+        """Means of inputs, heads and MLPs in float64, laid out as in `table`."""
         if not self.counts.sum():
             raise ValueError("No token was counted, so there is no mean.")
         last = n_positions - 1
         grown = max(0, n_positions - len(self.counts))
         counts = torch.cat([self.counts, self.counts.new_zeros(grown)])
         counts = torch.cat([counts[:last], counts[last:].sum(dim=0, keepdim=True)])
-        heads, mlps = (_grown(sums, sums[:, :0], len(self.counts) + grown) for sums in (self.heads, self.mlps))
-        return _mean(heads, counts, last), _mean(mlps, counts, last)
+        size = len(self.counts) + grown
+        return [_mean(_grown(sums, sums[:, :0], size), counts, last) for sums in self.tensors()]
 
 
 def _sum_by_position(values: Tensor, where: Tensor, size: int, of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,10 +1,10 @@
-"""Reading component values of the clean model, and their means over a stream of prompts."""
+"""Reading what the sources of the clean model have, and their means over a stream of prompts."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 
-from oa_train.ablations.base import NodeValues
+from oa_train.ablations.base import SourceValues
 from oa_train.ablations.statistics import StreamingMeans
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
@@ -15,27 +15,30 @@ from oa_train.shapes import Tensor
 
 
 @torch.no_grad()
-def node_values(model: CausalLM, batch: Batch) -> NodeValues:
-    """Run the clean model and return the value of every head and MLP."""
+def source_values(model: CausalLM, batch: Batch) -> SourceValues:
+    """Run the clean model and return the value of the embedding and of every head and MLP."""
     parts = find_parts(model)
+    inputs: list[Tensor] = []
     heads: list[Tensor] = []
     mlps: list[Tensor] = []
-    taps = [Tap(module, "input", heads.append) for module in parts.attention_outputs]
+    taps = [Tap(parts.blocks[0], "input", inputs.append)]
+    taps += [Tap(module, "input", heads.append) for module in parts.attention_outputs]
     taps += [Tap(module, "output", mlps.append) for module in parts.mlps]
     scored_logits(model, batch, taps)
     # Heads come side by side, and some families put rows and positions into one dimension.
-    shape = (len(heads), *batch.tokens.shape)
-    by_head = torch.stack(heads).reshape(*shape, parts.dimensions.n_heads, parts.dimensions.d_head)
-    return NodeValues(by_head, torch.stack(mlps).reshape(*shape, parts.dimensions.d_model))
+    rows, sizes = batch.tokens.shape, parts.dimensions
+    by_head = torch.stack(heads).reshape(-1, *rows, sizes.n_heads, sizes.d_head)
+    embedded, by_mlp = (torch.stack(one).reshape(-1, *rows, sizes.d_model) for one in (inputs, mlps))
+    return SourceValues(embedded, by_head, by_mlp)
 
 
-def node_means(
+def source_means(
     model: CausalLM,
     batches: Iterable[Batch],
     bos_token_id: int | None,
     of: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> StreamingMeans:
-    """Sum the values of all components over prompts, position by position.
+    """Sum the values of all sources over prompts, position by position.
 
     Args:
         model: frozen causal language model.
@@ -52,6 +55,5 @@ def node_means(
         columns = torch.arange(shown.tokens.shape[1], device=model.device)
         counted = shown.attention_mask & (columns <= shown.scored[:, -1:])
         counted &= ~protected(shown.tokens, shown.positions, bos_token_id)
-        values = node_values(model, shown)
-        means.add(values.heads, values.mlps, shown.positions, counted, of)
+        means.add(source_values(model, shown), shown.positions, counted, of)
     return means

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
-from oa_train.interventions.edges import EdgeValues
 from oa_train.interventions.reference import run_with_hooks
 from oa_train.models.families import Dimensions, Family, check_family
 from oa_train.models.graph import Graph
@@ -25,7 +25,7 @@ def reference_edge_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row edge"],
-    replacements: EdgeValues,
+    replacements: SourceValues,
     bos_token_id: int | None,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Do what `interventions.edges.edge_logits` does, in loops."""
@@ -35,7 +35,7 @@ def reference_edge_logits(
 
 class _Loops:
     def __init__(
-        self, model: CausalLM, batch: Batch, mask: Tensor, replacements: EdgeValues, bos_token_id: int | None
+        self, model: CausalLM, batch: Batch, mask: Tensor, replacements: SourceValues, bos_token_id: int | None
     ) -> None:
         self.model, self.batch, self.replacements = model, batch, replacements
         self.bos_token_id = bos_token_id
@@ -75,8 +75,8 @@ class _Loops:
             self.streams[layer] = args[0]
             if layer == 0:
                 self.values["input"] = args[0]
-                self.stand_ins["input"] = self.replacements.inputs
-                self.fixed["input"] = self.replacements.inputs.detach()
+                self.stand_ins["input"] = self.replacements.inputs[0]
+                self.fixed["input"] = self.replacements.inputs[0].detach()
 
         return hook
 

@@ -6,10 +6,10 @@ computed as well and read by nobody, but where a token is never ablated.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
+from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
 from oa_train.interventions.nodes import ABLATED_BELOW
@@ -21,26 +21,11 @@ from oa_train.models.taps import Tap, replaced_forwards
 from oa_train.shapes import Bool, Float, Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class EdgeValues:
-    """A value for every source, row and position; where it replaces others, dimensions of size 1 stand for all.
-
-    Attributes:
-        inputs: the embedding.
-        heads: value of each head, the input of the attention output projection.
-        mlps: output of each MLP.
-    """
-
-    inputs: Float[Tensor, "row_or_1 position_or_1 d_model"]
-    heads: Float[Tensor, "layer row_or_1 position_or_1 head d_head"]
-    mlps: Float[Tensor, "layer row_or_1 position_or_1 d_model"]
-
-
 def edge_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row edge"],
-    replacements: EdgeValues,
+    replacements: SourceValues,
     bos_token_id: int | None,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Logits at the scored positions with every edge mixed with its source's replacement.
@@ -74,7 +59,7 @@ class _Run:
         self,
         model: CausalLM,
         mask: Float[Tensor, "row edge"],
-        replacements: EdgeValues,
+        replacements: SourceValues,
         kept: Bool[Tensor, "row position"],
     ) -> None:
         self._model = model
@@ -126,7 +111,7 @@ class _Run:
 
         def enter(hidden: Tensor) -> None:
             if layer == 0:
-                standing = self._replacements.inputs.unsqueeze(1)
+                standing = self._replacements.inputs[0].unsqueeze(1)
                 self._write(hidden.unsqueeze(1), standing, standing.detach())
             self._normed = readers.norm(self._read(readers.n_heads + 2 * readers.n_kv_heads, hidden))
 

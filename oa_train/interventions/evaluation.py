@@ -6,11 +6,11 @@ from functools import partial
 
 import torch
 
-from oa_train.ablations.base import Ablation, NodeValues, replacements_of_copies
+from oa_train.ablations.base import Ablation, SourceValues, replacements_of_copies
 from oa_train.batches import Batch
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
-from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.masked import masked_logits
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Bool, Float, Tensor
@@ -45,7 +45,7 @@ class Behaviour:
 def circuit_behaviour(
     model: CausalLM,
     batches: Iterable[Batch],
-    masks: Bool[Tensor, "circuit component"],
+    masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     rows_per_run: int = ROWS_PER_RUN,
 ) -> Behaviour:
@@ -54,8 +54,8 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        masks: a circuit in each row; false entries are ablated.
-        ablations: what replaces the ablated components of each circuit, or one ablation for all.
+        masks: a circuit in each row; false entries are ablated, be they components or edges.
+        ablations: what replaces the ablated parts of each circuit, or one ablation for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory.
     """
     there = [one.to(model.device) for one in ablations]
@@ -83,7 +83,7 @@ def _one_batch(
 ) -> dict[str, Tensor]:
     clean = scored_logits(model, batch)
     at_once = max(1, rows_per_run // len(batch))
-    values_of = partial(node_values, model)
+    values_of = partial(source_values, model)
     # What stands in for all circuits may cost a run of the model, so it is asked for once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
     found = []
@@ -104,7 +104,7 @@ def _one_batch(
 def circuit_logits(
     model: CausalLM,
     batch: Batch,
-    masks: Bool[Tensor, "circuit component"],
+    masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
@@ -120,7 +120,7 @@ def circuit_logits(
     Returns:
         S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
     """
-    replacements = replacements_of_copies(ablations, batch, len(masks), partial(node_values, model))
+    replacements = replacements_of_copies(ablations, batch, len(masks), partial(source_values, model))
     return _copies_logits(model, batch, masks, replacements, ablations[0].bos_token_id, recompute)
 
 
@@ -128,9 +128,9 @@ def _copies_logits(
     model: CausalLM,
     batch: Batch,
     masks: Tensor,
-    replacements: NodeValues,
+    replacements: SourceValues,
     bos_token_id: int | None,
     recompute: bool = False,
 ) -> Tensor:
     there = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
-    return node_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id, recompute)
+    return masked_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id, recompute)

@@ -18,7 +18,7 @@ from oa_train.ablations.prompts import OtherPromptAblation
 from oa_train.ablations.statistics import StreamingMeans
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.interventions.activations import node_means
+from oa_train.interventions.activations import source_means
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
@@ -86,7 +86,7 @@ class AblationSource:
         """
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in self._track(batches, description))
-        return node_means(self.model, shown, self.task.bos_token_id, of)
+        return source_means(self.model, shown, self.task.bos_token_id, of)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from oa_train.ablations.base import NodeValues
+from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
 from oa_train.models.families import Dimensions, find_parts
@@ -32,7 +32,7 @@ def node_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row component"],
-    replacements: NodeValues,
+    replacements: SourceValues,
     bos_token_id: int | None,
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
@@ -64,7 +64,7 @@ def node_sites(model: CausalLM) -> list[Site]:
     return sites
 
 
-def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: NodeValues) -> list[Tap]:
+def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: SourceValues) -> list[Tap]:
     """The functions that mix every head and MLP with its replacement.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import NodeValues
+from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
 from oa_train.interventions.base import masks_within_single_precision
 from oa_train.models.families import Dimensions, check_family
@@ -23,7 +23,7 @@ def reference_node_logits(
     model: CausalLM,
     batch: Batch,
     mask: Float[Tensor, "row component"],
-    replacements: NodeValues,
+    replacements: SourceValues,
     bos_token_id: int | None,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Do what `interventions.nodes.node_logits` does, in loops."""

@@ -82,10 +82,16 @@ class Components:
         chosen: set[str] = set()
         for pattern in patterns:
             wanted = pattern.removeprefix("!")
-            matched = {n for n in self.names if fnmatchcase(n, wanted) or fnmatchcase(n, f"{wanted}.h*")}
+            found = zip(self.names, matching(self.names, wanted), strict=True)
+            matched = {name for name, matches in found if matches}
             if not matched:
                 raise ConfigurationError(
                     f"The pattern {pattern!r} matches no component. {nearest_names(wanted, self.names)}"
                 )
             chosen = chosen - matched if pattern.startswith("!") else chosen | matched
         return tuple(name for name in self.names if name in chosen)
+
+
+def matching(names: Sequence[str], pattern: str) -> list[bool]:
+    """Which names a shell pattern matches; `a3` matches all heads of layer 3."""
+    return [fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.h*") for name in names]

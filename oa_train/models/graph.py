@@ -5,20 +5,24 @@ is always a run of sources from the first one on, and the edges, reader by reade
 GPT-2 XL has 2.2 million of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 
-from oa_train.models.components import Components
+from oa_train.errors import ConfigurationError, nearest_names, unknown_name
+from oa_train.models.components import Components, matching
 from oa_train.models.families import Dimensions, is_parallel
-from oa_train.shapes import Int, Tensor
+from oa_train.shapes import Bool, Int, Tensor
+
+ARROW = "->"
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Sources, readers and edges of a decoder.
+    """Sources, readers and edges of a decoder; an edge is called `source->reader`, as in `a0.h1->a3.h5<q>`.
 
     Sources are the embedding `input`, every head `a{layer}.h{head}` and every MLP `m{layer}`. Readers are the query
     of every head `a{layer}.h{head}<q>`, the key and the value of every key-value head `a{layer}.k{group}<k>` and
@@ -48,7 +52,7 @@ class Graph:
         """
         sizes = Dimensions.of(config)
         n_kv_heads = getattr(config, "num_key_value_heads", None) or sizes.n_heads
-        return cls(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config))
+        return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config))
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
@@ -84,8 +88,7 @@ class Graph:
     @cached_property
     def edge_sources(self) -> Int[Tensor, " edge"]:
         """Source of every edge, ascending within each reader."""
-        first_edge = self.n_read.cumsum(dim=0) - self.n_read
-        return torch.arange(self.n_edges) - first_edge[self.edge_readers]
+        return torch.arange(self.n_edges) - self.first_edge[self.edge_readers]
 
     @property
     def n_sources(self) -> int:
@@ -101,3 +104,93 @@ class Graph:
     def n_edges(self) -> int:
         """Number of edges."""
         return int(self.n_read.sum())
+
+    def __len__(self) -> int:
+        return self.n_edges
+
+    def index(self, name: str) -> int:
+        """Mask entry of an edge.
+
+        Raises:
+            UnknownNameError: the model has no edge of that name.
+        """
+        source, _, reader = name.partition(ARROW)
+        if reader not in self._reader_indices:
+            raise unknown_name("reader", reader, self.readers)
+        number = self._reader_indices[reader]
+        if source not in self._source_indices:
+            raise unknown_name("source", source, self.sources)
+        if self._source_indices[source] >= self.n_read[number]:
+            raise unknown_name("edge", name, (f"{one}{ARROW}{reader}" for one in self.sources[: self.n_read[number]]))
+        return int(self.first_edge[number]) + self._source_indices[source]
+
+    def mask(self, names: Sequence[str]) -> Bool[Tensor, " edge"]:
+        """A mask that keeps the named edges and cuts all others."""
+        mask = torch.zeros(self.n_edges, dtype=torch.bool)
+        mask[[self.index(name) for name in names]] = True
+        return mask
+
+    def kept(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
+        """Names of the edges that a mask keeps, in mask order."""
+        numbers = mask.nonzero().flatten().cpu()
+        pairs = zip(self.edge_sources[numbers].tolist(), self.edge_readers[numbers].tolist(), strict=True)
+        return tuple(f"{self.sources[source]}{ARROW}{self.readers[reader]}" for source, reader in pairs)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Name of each mask entry."""
+        return self.kept(torch.ones(self.n_edges, dtype=torch.bool))
+
+    def select(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """Names of edges whose source and reader match shell patterns, in mask order.
+
+        Args:
+            patterns: `a*.h*->logits`, `input->a3.*<v>`; without an arrow a pattern is of sources; a source pattern
+                `a3` is for all heads of layer 3; a leading `!` takes out what the patterns before it put in.
+
+        Raises:
+            ConfigurationError: a pattern matches nothing.
+        """
+        chosen = torch.zeros(self.n_edges, dtype=torch.bool)
+        for pattern in patterns:
+            matched = self._matched(pattern.removeprefix("!"))
+            if not matched.any():
+                names = (*self.sources, *self.readers)
+                raise ConfigurationError(
+                    f"The pattern {pattern!r} matches no edge (source{ARROW}reader). {nearest_names(pattern, names)}"
+                )
+            chosen = chosen & ~matched if pattern.startswith("!") else chosen | matched
+        return self.kept(chosen)
+
+    def _matched(self, pattern: str) -> Bool[Tensor, " edge"]:
+        from_source, _, to_reader = pattern.partition(ARROW)
+        sources, readers = (
+            torch.tensor(matching(names, wanted))
+            for names, wanted in ((self.sources, from_source), (self.readers, to_reader or "*"))
+        )
+        return sources[self.edge_sources] & readers[self.edge_readers]
+
+    def nodes(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
+        """Names of the components that edges lead out of, in the order of a node mask."""
+        used = torch.zeros(self.n_sources, dtype=torch.bool)
+        used[self.edge_sources[mask.cpu()]] = True
+        return tuple(name for name, one in zip(self.sources[1:], used[1:].tolist(), strict=True) if one)
+
+    @cached_property
+    def first_edge(self) -> Int[Tensor, " reader"]:
+        """Number of each reader's first edge."""
+        return self.n_read.cumsum(dim=0) - self.n_read
+
+    @cached_property
+    def _source_indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.sources)}
+
+    @cached_property
+    def _reader_indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.readers)}
+
+
+@cache
+def _graph(n_layers: int, n_heads: int, n_kv_heads: int, parallel: bool) -> Graph:
+    """One object for all who ask, because its arrays of edges are long."""
+    return Graph(n_layers, n_heads, n_kv_heads, parallel)

@@ -13,7 +13,7 @@ from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
@@ -287,7 +287,7 @@ class CircuitModule(FrozenModelModule):
         """
         rows = batch.repeat(self.samples_per_prompt)
         mask = self.sample_masks(batch, step)
-        replacements = self.replacing().replacements(batch, partial(node_values, self.frozen))
+        replacements = self.replacing().replacements(batch, partial(source_values, self.frozen))
         laid_out, recompute = replacements.repeat(self.samples_per_prompt), self.activation_checkpointing
         logits = node_logits(self.frozen, rows, mask, laid_out, self.bos_token_id, recompute)
         lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()

@@ -19,6 +19,7 @@ from oa_train.interventions.ablated import check_belongs
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import ROWS_PER_RUN, circuit_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource, Kind, check_kind
+from oa_train.interventions.masked import replaced_sources
 from oa_train.metrics.measures import LOSS_SIGNS, Loss, check_loss
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
@@ -131,7 +132,7 @@ class ConstantsModule(FrozenModelModule):
         self.register_buffer("masks", torch.stack([one.mask for one in self.circuits.values()]), persistent=False)
         # One table: no two of the circuits ablate the same component.
         self.constants = TrainableConstants([Constants.zeros(self.dimensions, self.bos_token_id, positions)])
-        self.best = BestConstants(self.masks, self.constants)
+        self.best = BestConstants(replaced_sources(self.frozen, self.masks), self.constants)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))
         self.progress: Tensor
@@ -240,17 +241,17 @@ class ConstantsModule(FrozenModelModule):
         """
         at_once = max(1, self.rows_per_run // len(batch))
 
-        def some(chosen: slice, heads: Tensor, mlps: Tensor) -> Tensor:
-            table = Constants(heads, mlps, self.bos_token_id)
+        def some(chosen: slice, *tables: Tensor) -> Tensor:
+            table = Constants.from_tensors(tables, self.bos_token_id)
             masks, recompute = self.masks[chosen], self.activation_checkpointing
             return circuit_losses(self.frozen, batch, clean, masks, [table], self.loss, recompute)
 
-        heads, mlps = self.constants.heads[0], self.constants.mlps[0]
+        tables = [table[0] for table in self.constants.tables()]
         parts = [slice(first, first + at_once) for first in range(0, len(self.circuits), at_once)]
         if len(parts) == 1:
-            return some(parts[0], heads, mlps)
+            return some(parts[0], *tables)
         # Run again in the backward pass: only one part's activations are alive at a time.
-        return torch.cat([checkpoint(some, part, heads, mlps, use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(some, part, *tables, use_reentrant=False) for part in parts])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all circuits."""

@@ -16,6 +16,7 @@ from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import ROWS_PER_RUN, circuit_behaviour, circuit_logits
+from oa_train.interventions.masked import replaced_sources
 from oa_train.metrics.measures import Loss, loss_of
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
@@ -66,7 +67,7 @@ class FittedConstants:
 def fit_constants(
     model: CausalLM,
     task: Task,
-    masks: Bool[Tensor, "circuit component"],
+    masks: Bool[Tensor, "circuit entry"],
     starts: Sequence[Constants],
     settings: RefitSettings,
     *,
@@ -92,9 +93,12 @@ def fit_constants(
     Raises:
         NotFiniteError: the loss became NaN or infinite.
     """
-    n_tables = 1 if len(starts) == 1 and share_a_table(masks) else len(masks)
-    constants = TrainableConstants([starts[i if len(starts) > 1 else 0] for i in range(n_tables)]).to(model.device)
-    best = BestConstants(masks, constants)
+    replaced = replaced_sources(model, masks)
+    n_tables = 1 if len(starts) == 1 and share_a_table(replaced) else len(masks)
+    with_inputs = bool(replaced[:, 0].any())
+    constants = TrainableConstants([starts[i if len(starts) > 1 else 0] for i in range(n_tables)], with_inputs)
+    constants.to(model.device)
+    best = BestConstants(replaced, constants)
     batches = list(task.batches("validation", task.n_validation))
 
     def offer(tables: TrainableConstants) -> None:
@@ -135,7 +139,7 @@ def circuit_losses(
     model: CausalLM,
     batch: Batch,
     clean: Float[Tensor, "batch scored vocabulary"],
-    masks: Bool[Tensor, "circuit component"],
+    masks: Bool[Tensor, "circuit entry"],
     sets: Sequence[Constants],
     loss: Loss,
     recompute: bool = False,

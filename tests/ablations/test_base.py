@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oa_train.ablations.base import NodeValues, replacements_of_copies
+from oa_train.ablations.base import SourceValues, replacements_of_copies
 from tests.builders import random_batch, random_constants, random_replacements, tiny_model
 
 
@@ -56,5 +56,6 @@ def test_repeated_values_follow_the_rows_of_a_repeated_batch(model):
     for row in range(6):
         assert torch.equal(repeated.heads[:, row], values.heads[:, row % 2])
         assert torch.equal(repeated.mlps[:, row], values.mlps[:, row % 2])
-    pooled = NodeValues(values.heads[:, :1], values.mlps[:, :1])
+        assert torch.equal(repeated.inputs[:, row], values.inputs[:, row % 2])
+    pooled = SourceValues(*(one[:, :1] for one in values.tensors()))
     assert pooled.repeat(3) is pooled

@@ -72,19 +72,18 @@ def test_zeros_are_zero():
 def test_a_saved_table_is_loaded_bit_for_bit(model, tmp_path, bos):
     drawn = random_constants(model, 3, requires_grad=True)
     provenance = {"model": "tiny", "task": {"name": "ioi", "seeds": [1, 2]}, "revision": None}
-    constants = Constants(drawn.heads, drawn.mlps, bos, provenance)
+    constants = Constants(*drawn.tensors(), bos, provenance)
     loaded = Constants.load(constants.save(tmp_path / "constants"))
-    assert torch.equal(loaded.heads, constants.heads)
-    assert torch.equal(loaded.mlps, constants.mlps)
+    assert all(map(torch.equal, loaded.tensors(), constants.tensors()))
     assert loaded.heads.dtype == torch.float64
     assert loaded.bos_token_id == bos
     assert loaded.provenance == provenance
     assert not loaded.heads.requires_grad
 
 
-@pytest.mark.parametrize("lacking", ["heads", "mlps"])
+@pytest.mark.parametrize("lacking", ["inputs", "heads", "mlps"])
 def test_a_folder_without_a_table_is_refused(tmp_path, lacking):
-    tensors = {"heads": torch.zeros(3, 1, 4, 12), "mlps": torch.zeros(3, 1, 32)}
+    tensors = {"inputs": torch.zeros(1, 1, 32), "heads": torch.zeros(3, 1, 4, 12), "mlps": torch.zeros(3, 1, 32)}
     del tensors[lacking]
     folder = save_artefact(tmp_path / "c", "constants", Artefact({"bos_token_id": 1, "provenance": {}}, tensors))
     with pytest.raises(ArtefactError, match=f"{folder} does not hold constants.*{lacking}"):

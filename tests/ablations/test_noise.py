@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.ablations.base import NodeValues
+from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.batches import Batch
@@ -83,7 +83,7 @@ def test_numbers_and_seeds_each_change_the_draw(model):
         assert (first[1] != other[1]).all()
 
 
-def many(model, n_positions: int) -> tuple[NodeValues, Batch]:
+def many(model, n_positions: int) -> tuple[SourceValues, Batch]:
     batch = batch_of([[BOS, 5, 6, 7, 8]] * 4000)
     return noise_of(model, n_positions).replacements(batch, no_run), batch
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from oa_train.ablations.prompts import OtherPromptAblation
 from oa_train.batches import Batch
 from oa_train.errors import TaskError
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.tasks import IOI, Task, donors
 from oa_train.tasks.base import stream_of
@@ -122,9 +122,9 @@ def test_resampled_values_are_those_of_the_partners_alone(model, side):
     task = small_ioi(padding_side=side)
     batch = task.batch("test", 0, 6)
     ablation = OtherPromptAblation(Donors(task, 3), task.bos_token_id)
-    found = ablation.replacements(batch, partial(node_values, model))
+    found = ablation.replacements(batch, partial(source_values, model))
     for row, tokens in enumerate(partners(batch, seed=3)):
-        alone = node_values(model, batch_of([tokens]))
+        alone = source_values(model, batch_of([tokens]))
         real = batch.attention_mask[row]
         assert_close(found.heads[:, row, real], alone.heads[:, 0], **EXACT)
         assert_close(found.mlps[:, row, real], alone.mlps[:, 0], **EXACT)
@@ -135,15 +135,15 @@ def test_resampled_values_are_those_of_the_partners_alone(model, side):
 def test_counterfactual_values_are_those_of_the_counterfactuals(model, side):
     task = small_ioi(padding_side=side)
     batch = task.batch("test", 0, 6)
-    found = OtherPromptAblation(Batch.counterfactual, 0).replacements(batch, partial(node_values, model))
-    expected = node_values(model, batch.counterfactual())
+    found = OtherPromptAblation(Batch.counterfactual, 0).replacements(batch, partial(source_values, model))
+    expected = source_values(model, batch.counterfactual())
     assert torch.equal(found.heads, expected.heads)
     assert torch.equal(found.mlps, expected.mlps)
     for row in range(6):
         tokens = task.encoder.encode([task.prompt("test", row).counterfactual])
-        alone = node_values(model, batch_of(tokens))
+        alone = source_values(model, batch_of(tokens))
         assert_close(found.mlps[:, row, batch.attention_mask[row]], alone.mlps[:, 0], **EXACT)
-    assert (found.mlps - node_values(model, batch).mlps).abs().max() > 1e-2
+    assert (found.mlps - source_values(model, batch).mlps).abs().max() > 1e-2
 
 
 def test_a_task_without_counterfactuals_is_refused_with_what_to_do(model, monkeypatch):
@@ -153,4 +153,4 @@ def test_a_task_without_counterfactuals_is_refused_with_what_to_do(model, monkey
     assert stream_of(task.prompt("test", 0).text) == "test"
     ablation = OtherPromptAblation(Batch.counterfactual, task.bos_token_id)
     with pytest.raises(TaskError, match=r"no counterfactuals: their task makes none.*Choose another ablation, or"):
-        ablation.replacements(task.batch("test", 0, 2), partial(node_values, model))
+        ablation.replacements(task.batch("test", 0, 2), partial(source_values, model))

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from oa_train.ablations.statistics import StreamingMeans
 from oa_train.batches import Batch
-from oa_train.interventions.activations import node_means
+from oa_train.interventions.activations import source_means
 from tests.builders import BOS, VOCABULARY, batch_of, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -82,14 +82,14 @@ def assert_same(first: StreamingMeans, second: StreamingMeans) -> None:
 @pytest.mark.parametrize("bos", [BOS, None])
 def test_means_equal_a_loop_over_prompts(model, side, bos):
     rows = prompts(5)
-    means = node_means(model, [batch_of(rows[:2], side), batch_of(rows[2:], side, 11)], bos)
+    means = source_means(model, [batch_of(rows[:2], side), batch_of(rows[2:], side, 11)], bos)
     assert_sums(means, sums_by_hand(model, rows, bos))
     assert means.bos_token_id == bos
 
 
 def test_a_bos_token_later_in_the_prompt_and_another_first_token_count(model):
     rows = [[5, BOS, 6, 7], [BOS, 6, BOS]]
-    means = node_means(model, [batch_of(rows)], BOS)
+    means = source_means(model, [batch_of(rows)], BOS)
     assert means.counts.tolist() == [1, 2, 2, 1]
     assert_sums(means, sums_by_hand(model, rows, BOS))
 
@@ -97,7 +97,7 @@ def test_a_bos_token_later_in_the_prompt_and_another_first_token_count(model):
 def test_tokens_after_the_scored_position_are_left_out(model):
     rows = prompts(2, 7, 7)
     batch = replace(batch_of(rows), scored=torch.tensor([[3], [5]]))
-    means = node_means(model, [batch], BOS)
+    means = source_means(model, [batch], BOS)
     assert means.counts.tolist() == [0, 2, 2, 2, 1, 1]
     assert_sums(means, sums_by_hand(model, rows, BOS, ends=[4, 6]))
 
@@ -107,14 +107,14 @@ def test_of_several_scored_positions_the_last_one_counts(model):
     several = {"answers": torch.full((2, 2, 1), 5), "distractors": torch.full((2, 2, 1), 6)}
     scored, weights = torch.tensor([[1, 3], [5, 5]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     batch = replace(batch_of(rows), scored=scored, weights=weights, **several)
-    assert_sums(node_means(model, [batch], BOS), sums_by_hand(model, rows, BOS, ends=[4, 6]))
+    assert_sums(source_means(model, [batch], BOS), sums_by_hand(model, rows, BOS, ends=[4, 6]))
 
 
 @pytest.mark.parametrize("n_positions", [1, 3, 12])
 def test_spreads_are_standard_deviations_over_tokens(model, n_positions):
     rows = prompts(6, 3, 8, seed=3)
-    sums = node_means(model, [batch_of(rows)], BOS)
-    found = sums.spread(node_means(model, [batch_of(rows)], BOS, torch.square), n_positions)
+    sums = source_means(model, [batch_of(rows)], BOS)
+    found = sums.spread(source_means(model, [batch_of(rows)], BOS, torch.square), n_positions)
     assert found.bos_token_id == BOS
     tokens = [values_by_hand(model, row) for row in rows]
     for number in range(n_positions):
@@ -130,19 +130,19 @@ def test_spreads_are_standard_deviations_over_tokens(model, n_positions):
 
 def test_uneven_batches_one_batch_and_merged_halves_agree(model):
     rows = prompts(9, seed=1)
-    whole = node_means(model, [batch_of(rows)], BOS)
+    whole = source_means(model, [batch_of(rows)], BOS)
     parts = [batch_of(rows[:1]), batch_of(rows[1:6]), batch_of(rows[6:])]
-    assert_same(node_means(model, parts, BOS), whole)
-    assert_same(node_means(model, parts[::-1], BOS), whole)
-    first, second = node_means(model, parts[:2], BOS), node_means(model, parts[2:], BOS)
+    assert_same(source_means(model, parts, BOS), whole)
+    assert_same(source_means(model, parts[::-1], BOS), whole)
+    first, second = source_means(model, parts[:2], BOS), source_means(model, parts[2:], BOS)
     first.merge(second)
     assert_same(first, whole)
     assert_close(first.table(4).heads, whole.table(4).heads)
 
 
 def test_merging_with_nothing_changes_nothing(model):
-    means = node_means(model, [batch_of(prompts(2))], BOS)
-    same = node_means(model, [batch_of(prompts(2))], BOS)
+    means = source_means(model, [batch_of(prompts(2))], BOS)
+    same = source_means(model, [batch_of(prompts(2))], BOS)
     same.merge(StreamingMeans(BOS))
     assert_same(same, means)
     other = StreamingMeans(BOS)
@@ -152,7 +152,7 @@ def test_merging_with_nothing_changes_nothing(model):
 
 def test_a_batch_of_nothing_but_bos_adds_nothing(model):
     only: Batch = batch_of([[BOS], [BOS]])
-    means = node_means(model, [only, batch_of([[BOS, 5, 6]])], BOS)
+    means = source_means(model, [only, batch_of([[BOS, 5, 6]])], BOS)
     assert means.counts.tolist() == [0, 1, 1]
 
 
@@ -160,7 +160,7 @@ def test_a_batch_of_nothing_but_bos_adds_nothing(model):
 def test_the_table_pools_the_tail(model, n_positions):
     rows = prompts(5, 3, 8, seed=2)
     heads, mlps, counts = sums_by_hand(model, rows, BOS)
-    table = node_means(model, [batch_of(rows)], BOS).table(n_positions)
+    table = source_means(model, [batch_of(rows)], BOS).table(n_positions)
     assert table.n_positions == table.mlps.shape[1] == n_positions
     assert table.bos_token_id == BOS
     for number in range(n_positions):

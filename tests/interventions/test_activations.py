@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.ablations.base import NodeValues
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import model_inputs, scored_logits
 from oa_train.interventions.nodes import node_logits
 from oa_train.models.families import check_family
@@ -36,7 +35,7 @@ def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
     batch = random_batch([8, 5, 3], side)
-    values = node_values(any_model, batch)
+    values = source_values(any_model, batch)
     d_head = TINY_CONFIGS[any_model.config.model_type].get("head_dim", 8)
     assert values.heads.shape == (3, 3, 8, 4, d_head)
     assert values.mlps.shape == (3, 3, 8, 32)
@@ -48,7 +47,7 @@ def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
 
 
 def test_values_carry_no_gradients_and_leave_no_hooks(any_model):
-    values = node_values(any_model, random_batch([4]))
+    values = source_values(any_model, random_batch([4]))
     assert not values.heads.requires_grad
     assert not values.mlps.requires_grad
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in any_model.modules())
@@ -59,9 +58,9 @@ def test_values_of_another_prompt_patched_in_give_that_prompts_logits(any_model)
     first = random_batch([6], seed=1)
     second = random_batch([6], seed=2)
     second.tokens[0, -1] = first.tokens[0, -1]
-    values = node_values(any_model, second)
+    values = source_values(any_model, second)
     mask = torch.zeros(1, 15, dtype=torch.float64)
-    patched = node_logits(any_model, first, mask, NodeValues(values.heads, values.mlps), BOS)
+    patched = node_logits(any_model, first, mask, values, BOS)
     assert_close(patched, scored_logits(any_model, second), **EXACT)
     assert (patched - scored_logits(any_model, first)).abs().max() > 1e-3
     other = random_replacements(any_model, 1, 6)

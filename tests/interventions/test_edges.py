@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.edge_reference import reference_edge_logits
-from oa_train.interventions.edges import EdgeValues, edge_logits
+from oa_train.interventions.edges import edge_logits
 from oa_train.interventions.nodes import node_logits
 from oa_train.models.components import Components
 from oa_train.models.families import FAMILIES, Dimensions
@@ -19,13 +19,6 @@ from tests.precision import WithoutSinglePrecision
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-def edge_values(model, nodes, rows: int = 1, positions: int = 1, requires_grad: bool = False) -> EdgeValues:
-    generator = torch.Generator().manual_seed(9)
-    shape = (rows, positions, model.config.hidden_size)
-    inputs = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return EdgeValues(inputs.requires_grad_(requires_grad), nodes.heads, nodes.mlps)
-
-
 def ones(model, rows: int) -> torch.Tensor:
     return torch.ones(rows, Graph.of(model.config).n_edges, dtype=torch.float64)
 
@@ -33,7 +26,7 @@ def ones(model, rows: int) -> torch.Tensor:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_all_kept_is_the_model_itself(any_model, side):
     batch = random_batch([9, 6, 4], side)
-    values = edge_values(any_model, random_constants(any_model).replacements(batch))
+    values = random_constants(any_model).replacements(batch)
     assert_close(
         edge_logits(any_model, batch, ones(any_model, 3), values, BOS), scored_logits(any_model, batch), **EXACT
     )
@@ -47,13 +40,12 @@ def test_values_and_gradients_are_those_of_the_reference(any_model, side):
         mask = random_mask(2, graph.n_edges).requires_grad_()
         if side == "right":
             constants = random_constants(any_model, requires_grad=True)
-            leaves, nodes, sizes = [constants.heads, constants.mlps], constants.replacements(batch), (1, 1)
+            leaves, values = constants.tensors(), constants.replacements(batch)
         else:
-            nodes, sizes = random_replacements(any_model, 2, 6), (2, 6)
-            leaves = [nodes.heads, nodes.mlps]
-        values = edge_values(any_model, nodes, *sizes, requires_grad=True)
+            values = random_replacements(any_model, 2, 6)
+            leaves = values.tensors()
         logits = run(any_model, batch, mask, values, BOS)
-        gradients = torch.autograd.grad(logits.softmax(-1)[..., :4].sum(), [mask, values.inputs, *leaves])
+        gradients = torch.autograd.grad(logits.softmax(-1)[..., :4].sum(), [mask, *leaves])
         found.append((logits, *gradients))
     for fast, slow in zip(*found, strict=True):
         assert slow.abs().max() > 1e-8
@@ -63,7 +55,7 @@ def test_values_and_gradients_are_those_of_the_reference(any_model, side):
 def test_gradients_to_the_mask_are_differences(any_model):
     # The reference shares the rule for partial masks; finite differences share nothing.
     batch, graph = random_batch([5, 4]), Graph.of(any_model.config)
-    values = edge_values(any_model, random_constants(any_model).replacements(batch))
+    values = random_constants(any_model).replacements(batch)
     generator = torch.Generator().manual_seed(3)
     middle, direction = (torch.rand(2, graph.n_edges, generator=generator, dtype=torch.float64) for _ in range(2))
     mask = (0.2 + 0.6 * middle).requires_grad_()
@@ -84,7 +76,7 @@ def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
     graph, n = Graph.of(model.config), len(Components.of(Dimensions.of(model.config)))
     by_node = random_mask(2, n)
     constants = random_constants(model)
-    values = edge_values(model, constants.replacements(batch))
+    values = constants.replacements(batch)
     # The embedding is no component: it is always kept.
     by_source = torch.cat([torch.ones(2, 1, dtype=torch.float64), by_node], dim=1)
     with WithoutSinglePrecision():
@@ -96,7 +88,7 @@ def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
 def test_an_edge_that_is_cut_changes_what_its_reader_reads_and_nothing_before():
     model, batch = tiny_model("gpt2"), random_batch([7])
     graph = Graph.of(model.config)
-    values = edge_values(model, random_constants(model).replacements(batch))
+    values = random_constants(model).replacements(batch)
     whole = ones(model, 1)
     last = whole.clone()
     # An edge into the logits changes them; without it all is as it was.
@@ -112,7 +104,7 @@ def test_an_edge_that_is_cut_changes_what_its_reader_reads_and_nothing_before():
 def test_the_model_is_untouched_after_an_exception():
     model, batch = tiny_model("llama"), random_batch([5])
     before = scored_logits(model, batch)
-    values = edge_values(model, random_constants(model).replacements(batch))
+    values = random_constants(model).replacements(batch)
     with pytest.raises(IndexError):
         edge_logits(model, replace(batch, tokens=batch.tokens + 1000), ones(model, 1), values, BOS)
     assert all("forward" not in vars(module) for module in model.modules())

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from oa_train.ablations.base import Ablation
 from oa_train.batches import Batch
 from oa_train.interventions import evaluation
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
@@ -117,7 +117,7 @@ def test_several_scored_positions_are_averaged_for_each_prompt(model, masks, nam
     one, batch = ablation(name, model, task), task.batch("test", 0, 2)
     assert batch.scored.shape == (2, 3)
     found = circuit_behaviour(model, [batch], masks, [one])
-    replacements = one.replacements(batch, lambda other: node_values(model, other))
+    replacements = one.replacements(batch, lambda other: source_values(model, other))
     clean = scored_logits(model, batch)
     mask = masks[1].double().expand(2, -1)
     logits = reference_node_logits(model, batch, mask, replacements, one.bos_token_id)

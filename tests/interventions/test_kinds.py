@@ -11,7 +11,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.statistics import StreamingMeans
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError
-from oa_train.interventions.activations import node_means, node_values
+from oa_train.interventions.activations import source_means, source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_behaviour, circuit_logits
 from oa_train.interventions.kinds import KINDS, AblationKind, AblationSource, check_kind
@@ -77,14 +77,14 @@ def test_each_kind_is_prepared_with_what_it_needs(source, name, n_positions):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_each_kind_supplies_depends_on_no_other_prompt_and_no_padding(model, source, name, side):
-    ablation, values_of = KINDS[name].prepare(source), partial(node_values, model)
+    ablation, values_of = KINDS[name].prepare(source), partial(source_values, model)
     batch = small_ioi(padding_side=side).batch("test", 0, 5)
     together = ablation.replacements(batch, values_of)
     for row in range(5):
         alone = ablation.replacements(small_ioi().batch("test", row, 1), values_of)
         real = batch.attention_mask[row]
         length = int(real.sum())
-        for one, other in ((together.heads, alone.heads), (together.mlps, alone.mlps)):
+        for one, other in zip(together.tensors(), alone.tensors(), strict=True):
             theirs = one.expand(-1, 5, len(real), *one.shape[3:])[:, row, real]
             assert_close(theirs, other.expand(-1, 1, length, *other.shape[3:])[:, 0], rtol=0, atol=1e-12)
 
@@ -95,34 +95,32 @@ def test_only_counterfactual_ablation_lets_the_prompt_through(model, source):
     batches = [task.batch(stream, 0, 4) for stream in ("train", "test")]
     for name, kind in KINDS.items():
         ablation = kind.prepare(AblationSource(model, task))
-        one, other = (ablation.replacements(batch, partial(node_values, model)) for batch in batches)
+        one, other = (ablation.replacements(batch, partial(source_values, model)) for batch in batches)
         assert torch.equal(one.heads, other.heads) == kind.total, name
+        assert torch.equal(one.inputs, other.inputs) == kind.total, name
 
 
 def prompts(batches: list[Batch]) -> list[list[int]]:
     return [batch.tokens[row][batch.attention_mask[row]].tolist() for batch in batches for row in range(len(batch))]
 
 
-def tokens_of(model, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Heads [layer, token, ...] and MLPs of all tokens but the BOS, prompt by prompt, and their positions."""
-    values = [node_values(model, batch_of([row])) for row in rows]
+def tokens_of(model, rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tensors [layer, token, ...] of all tokens but the BOS, prompt by prompt, and their positions."""
+    values = [source_values(model, batch_of([row])) for row in rows]
     positions = torch.cat([torch.arange(1, len(row)) for row in rows])
-    return (
-        torch.cat([one.heads[:, 0, 1:] for one in values], dim=1),
-        torch.cat([one.mlps[:, 0, 1:] for one in values], dim=1),
-        positions,
-    )
+    together = zip(*(one.tensors() for one in values), strict=True)
+    return [torch.cat([one[:, 0, 1:] for one in alike], dim=1) for alike in together], positions
 
 
 def by_hand(model, rows: list[list[int]], n_positions: int, statistic) -> Constants:
-    heads, mlps, positions = tokens_of(model, rows)
+    tensors, positions = tokens_of(model, rows)
     where = positions.clamp(max=n_positions - 1)
 
     def table(values):
         first = [torch.zeros_like(values[:, 0])] if n_positions > 1 else []
         return torch.stack(first + [statistic(values[:, where == row]) for row in where.unique().tolist()], dim=1)
 
-    return Constants(table(heads), table(mlps))
+    return Constants(*map(table, tensors))
 
 
 def mean_of(values: torch.Tensor) -> torch.Tensor:
@@ -169,13 +167,13 @@ def test_a_spread_far_smaller_than_the_mean_is_exact():
 def test_uneven_batches_one_batch_and_merged_halves_have_the_same_sums(model, side):
     task = small_ioi(padding_side=side)
     bos = task.bos_token_id
-    everything = node_means(model, [task.batch("means", 0, 24)], bos)
+    everything = source_means(model, [task.batch("means", 0, 24)], bos)
     parts = [task.batch_of("means", numbers) for numbers in (range(1), range(1, 15), range(15, 24))]
-    merged = node_means(model, parts[:2], bos)
-    merged.merge(node_means(model, parts[2:], bos))
-    halves = [node_means(model, [task.batch("means", number, 12)], bos) for number in range(2)]
+    merged = source_means(model, parts[:2], bos)
+    merged.merge(source_means(model, parts[2:], bos))
+    halves = [source_means(model, [task.batch("means", number, 12)], bos) for number in range(2)]
     halves[1].merge(halves[0])
-    for other in (node_means(model, parts, bos), merged, halves[1]):
+    for other in (source_means(model, parts, bos), merged, halves[1]):
         assert torch.equal(other.counts, everything.counts)
         # The values themselves differ in their last bits with the width of a batch.
         assert_close(other.heads, everything.heads, rtol=1e-14, atol=1e-13)

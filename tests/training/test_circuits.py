@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 
 from oa_train.ablations.constants import Constants
 from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
-from oa_train.interventions.activations import node_values
+from oa_train.interventions.activations import source_values
 from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
 from oa_train.interventions.nodes import node_logits
@@ -60,7 +60,13 @@ def test_training_moves_masks_and_constants_and_nothing_else(any_lm):
         assert torch.equal(tensor, frozen[name])
     assert not module.frozen.training
     assert all(parameter.grad is None for parameter in module.frozen.parameters())
-    assert set(module.state_dict()) == {"masks.logits", "constants.heads", "constants.mlps", "constants_started"}
+    assert set(module.state_dict()) == {
+        "masks.logits",
+        "constants.inputs",
+        "constants.heads",
+        "constants.mlps",
+        "constants_started",
+    }
 
 
 def test_training_lowers_the_loss_and_separates_components():
@@ -75,12 +81,12 @@ def test_training_lowers_the_loss_and_separates_components():
 
 
 def test_constants_start_at_the_means_of_the_means_stream():
-    from oa_train.interventions.activations import node_means
+    from oa_train.interventions.activations import source_means
 
     task = small_ioi()
     module = CircuitModule(constants_learning_rate=1e-12, positions=3)
     quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
-    means = node_means(module.frozen, task.batches("means", task.n_means, 8), task.bos_token_id).table(3)
+    means = source_means(module.frozen, task.batches("means", task.n_means, 8), task.bos_token_id).table(3)
     torch.testing.assert_close(module.constants.sets()[0].heads, means.heads, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(module.constants.sets()[0].mlps, means.mlps, rtol=1e-4, atol=1e-5)
 
@@ -187,7 +193,13 @@ def test_under_another_penalty_the_best_of_the_run_before_does_not_count(tmp_pat
 def test_a_checkpoint_holds_the_trainables_and_plain_types_only(tmp_path):
     train(tmp_path, 2)
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
-    assert set(checkpoint["state_dict"]) == {"masks.logits", "constants.heads", "constants.mlps", "constants_started"}
+    assert set(checkpoint["state_dict"]) == {
+        "masks.logits",
+        "constants.inputs",
+        "constants.heads",
+        "constants.mlps",
+        "constants_started",
+    }
     assert (tmp_path / "last.ckpt").stat().st_size < 100_000
     assert not checkpoint.get("hyper_parameters")
     assert checkpoint["oa_train"]["settings"]["penalty"] == 0.05
@@ -369,7 +381,7 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
     masks = module.sample_masks(batch)
     one, lost = module.replacing(), []
     for sample in range(3):
-        replacements = one.replacements(batch, partial(node_values, module.frozen))
+        replacements = one.replacements(batch, partial(source_values, module.frozen))
         rows = masks[4 * sample : 4 * sample + 4]
         logits = node_logits(module.frozen, batch, rows, replacements, module.bos_token_id)
         lost.append(loss_of(loss, clean, logits, batch).mean())

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
 from oa_train.errors import ConfigurationError, NotFiniteError
-from oa_train.interventions.activations import node_means
+from oa_train.interventions.activations import source_means
 from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.metrics.measures import Loss
 from oa_train.models.components import Components
@@ -31,7 +31,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def mean(model, task):
-    return node_means(model, task.batches("means", 64, 32), task.bos_token_id).table(1)
+    return source_means(model, task.batches("means", 64, 32), task.bos_token_id).table(1)
 
 
 def masks_of(model, *patterns: str) -> torch.Tensor:
@@ -88,13 +88,13 @@ def test_each_loss_is_what_is_minimised_and_what_is_told(model, task, mean, loss
 def test_what_does_better_on_validation_is_kept(model, task, mean):
     masks = masks_of(model, "* !a2.h0")
     zero = Constants.zeros(Dimensions.of(model.config), task.bos_token_id)
-    far = Constants(mean.heads + 50.0, mean.mlps + 50.0, mean.bos_token_id)
+    far = replace(mean, heads=mean.heads + 50.0, mlps=mean.mlps + 50.0)
     kept = fit_constants(model, task, masks, [far], RefitSettings(steps=0), others=[zero])
     assert not kept.sets[0].heads[2, :, 0].any()
 
 
 def test_what_is_not_a_number_is_never_kept(model, task, mean):
-    bad = Constants(torch.full_like(mean.heads, float("nan")), mean.mlps, mean.bos_token_id)
+    bad = replace(mean, heads=torch.full_like(mean.heads, float("nan")))
     kept = fit_constants(model, task, masks_of(model, "* !a0.h0"), [mean], RefitSettings(steps=0), others=[bad])
     assert torch.equal(kept.sets[0].heads, mean.heads)
     assert kept.validation_loss.isfinite().all()
@@ -120,7 +120,7 @@ def test_progress_is_told(model, task, mean):
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(model, task, mean):
-    bad = Constants(mean.heads, torch.full_like(mean.mlps, float("nan")), mean.bos_token_id)
+    bad = replace(mean, mlps=torch.full_like(mean.mlps, float("nan")))
     with pytest.raises(NotFiniteError, match="at step 0 of the refit"):
         fit_constants(model, task, masks_of(model, "* !m0"), [bad], RefitSettings(steps=1, batch_size=2))
 

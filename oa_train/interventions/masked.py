@@ -1,0 +1,54 @@
+"""Running a model under masks over its components or over its edges; how many entries a mask has tells which."""
+
+import torch
+
+from oa_train.ablations.base import SourceValues
+from oa_train.batches import Batch
+from oa_train.interventions.edges import edge_logits
+from oa_train.interventions.nodes import node_logits
+from oa_train.models.components import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
+from oa_train.models.loading import CausalLM
+from oa_train.shapes import Bool, Float, Tensor
+
+
+def masked_logits(
+    model: CausalLM,
+    batch: Batch,
+    mask: Float[Tensor, "row entry"],
+    replacements: SourceValues,
+    bos_token_id: int | None,
+    recompute: bool = False,
+) -> Float[Tensor, "row scored vocabulary"]:
+    """Logits at the scored positions under masks of either kind; see `node_logits` and `edge_logits`.
+
+    Raises:
+        ValueError: the model has neither as many components nor as many edges.
+    """
+    if over_edges(model, mask.shape[1]):
+        return edge_logits(model, batch, mask, replacements, bos_token_id)
+    return node_logits(model, batch, mask, replacements, bos_token_id, recompute)
+
+
+def replaced_sources(model: CausalLM, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit source"]:
+    """Which sources a circuit ever replaces: those that are ablated, or one of whose edges is cut."""
+    if not over_edges(model, masks.shape[1]):
+        return torch.nn.functional.pad(~masks, (1, 0))  # the embedding is no component
+    graph = Graph.of(model.config)
+    replaced = torch.zeros(len(masks), graph.n_sources, dtype=torch.int, device=masks.device)
+    return replaced.index_add_(1, graph.edge_sources.to(masks.device), (~masks).int()) > 0
+
+
+def over_edges(model: CausalLM, n_entries: int) -> bool:
+    """Whether a mask of so many entries is over edges; else it is over components, which are fewer.
+
+    Raises:
+        ValueError: the model has neither as many components nor as many edges.
+    """
+    n_components, n_edges = len(Components.of(Dimensions.of(model.config))), len(Graph.of(model.config))
+    if n_entries not in (n_components, n_edges):
+        raise ValueError(
+            f"The mask has {n_entries} entries; this model has {n_components} components and {n_edges} edges."
+        )
+    return n_entries == n_edges
