@@ -14,7 +14,7 @@ SUMMED = 4
 class DigitSum(Task):
     """Digits from 0 to 4; the answer is the sum of the last four modulo five.
 
-    Distractors are the other digits. In the counterfactual the second of the four is another one. A model that does
+    Distractors are the other digits. In the counterfactual the first of the four is another one. A model that does
     this is written by hand (`models.known.digit_sum`).
 
     Args:
@@ -31,10 +31,10 @@ class DigitSum(Task):
         """Draw the digits."""
         digits = random.choices(DIGITS, k=random.randint(SHORTEST, LONGEST))
         answer = DIGITS[sum(map(int, digits[-SUMMED:])) % len(DIGITS)]
-        other = random.choice([digit for digit in DIGITS if digit != digits[1 - SUMMED]])
+        other = random.choice([digit for digit in DIGITS if digit != digits[-SUMMED]])
         return Prompt(
             text=" ".join(digits),
             answers=(f" {answer}",),
             distractors=tuple(f" {digit}" for digit in DIGITS if digit != answer),
-            counterfactual=" ".join([*digits[: 1 - SUMMED], other, *digits[2 - SUMMED :]]),
+            counterfactual=" ".join([*digits[:-SUMMED], other, *digits[1 - SUMMED :]]),
         )

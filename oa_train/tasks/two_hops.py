@@ -1,4 +1,4 @@
-"""Looking up twice: "d F a C f B c D b A d" -> "b"."""
+"""Looking up twice: "d F a C G f B c D b A d" -> "b"."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,17 @@ from oa_train.models.known.vocabulary import BOTH_CASES, LETTERS
 from oa_train.tasks.base import Prompt, Task
 from oa_train.tasks.vocabulary import require_single_tokens
 
-FEWEST, MOST = 4, 6
+FEWEST, MOST = 4, 5
+MOST_FILLERS = 3
 
 
 class TwoHops(Task):
     """Letters that stand for others: what does that stand for which the last one stands for?
 
     Each letter in lower case is followed, in upper case, by the one that it stands for; following them leads through
-    all letters and back. Distractors are the other letters. In the counterfactual the same letters stand for others. A
-    model that does this is written by hand (`models.known.two_hops`).
+    all letters and back. Further letters in upper case stand in between, so that a position does not tell what stands
+    there. Distractors are the other letters. In the counterfactual the same letters stand for others. A model that
+    does this is written by hand (`models.known.two_hops`).
 
     Args:
         **options: the options of every task (see `Task`).
@@ -37,18 +39,22 @@ class TwoHops(Task):
         other = meaning
         while other[other[asked]] == answer:
             other = _cycle(letters, random)
+        after = [random.choice(letters) for _ in range(random.randint(0, MOST_FILLERS))]
+        fillers = {one: random.choices(LETTERS, k=after.count(one)) for one in letters}
         return Prompt(
-            text=_text(letters, meaning, asked),
+            text=_text(letters, meaning, fillers, asked),
             answers=(f" {answer}",),
             distractors=tuple(f" {letter}" for letter in letters if letter != answer),
-            counterfactual=_text(letters, other, asked),
+            counterfactual=_text(letters, other, fillers, asked),
         )
 
 
 def _cycle(letters: Sequence[str], random: random.Random) -> dict[str, str]:
+    """What each letter stands for."""
     order = random.sample(letters, len(letters))
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def _text(letters: Sequence[str], meaning: Mapping[str, str], asked: str) -> str:
-    return " ".join([*(f"{letter} {meaning[letter].upper()}" for letter in letters), asked])
+def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[str, Sequence[str]], asked: str) -> str:
+    words = [word for one in letters for word in (one, *(other.upper() for other in (meaning[one], *fillers[one])))]
+    return " ".join([*words, asked])

@@ -6,8 +6,8 @@ can so be held to the truth.
 
 from collections.abc import Callable
 
-from oa_train.models.known.digit_sum import build_digit_sum
 from oa_train.models.known.case_induction import build_case_induction
+from oa_train.models.known.digit_sum import build_digit_sum
 from oa_train.models.known.model import KnownModel
 from oa_train.models.known.pair_induction import build_pair_induction
 from oa_train.models.known.two_hops import build_two_hops

@@ -18,7 +18,7 @@ def add_letters(wiring: Wiring, layer: int) -> None:
 def add_decoder(wiring: Wiring, layer: int, n_outputs: int) -> None:
     """Write `answer`, cut off below 0 and above 1, to `output`, and nothing unless all of `support` is there.
 
-    Being cut off it cannot be made to shout: a constant that is added to what it reads shifts it and amplifies nothing.
+    Being cut off it cannot be made to shout: a constant added to what it reads shifts it and amplifies nothing.
 
     Args:
         wiring: of the model.

@@ -1,9 +1,9 @@
 """Parts that do something and have no share in the task: what finds circuits must not take them for true ones.
 
 Each kind fools another ablation. What the model says relies on `support`, a direction in which some of them write a
-constant. Its loss is noticed under zero ablation, and under mean ablation where the constant is the absolute value of a
-sign; yet it tells nothing of the prompt, and another constant can stand in for it. Others cancel each other, or write
-where nothing of the task reads.
+constant. Its loss is noticed under zero ablation, and under mean ablation where the constant is the absolute value of
+a sign; yet it tells nothing of the prompt, and another constant can stand in for it. Others cancel each other, or
+write where nothing of the task reads.
 
 They use subspaces of these names: `token`, `one` (1 at every word), `coin` (a sign of each word), `sign`, `support`,
 `output` and `rest`, which nothing reads but junk.
@@ -20,7 +20,7 @@ from oa_train.shapes import Tensor
 SUPPORTING = 3
 
 # Size of what each of two heads that cancel writes to `output`, where an answer is 1.
-CANCELLING = 0.15
+CANCELLING = 0.25
 
 # Size of the random maps of junk, for each dimension of the residual stream that is 1.
 JUNK = 0.5
@@ -49,30 +49,23 @@ def add_absolute_units(wiring: Wiring, layer: int) -> None:
 
 
 def add_cancelling_heads(wiring: Wiring, layer: int, heads: Sequence[int], generator: torch.Generator) -> None:
-    """Two heads that attend alike and write the same to `output`, with opposite signs.
+    """Two heads that write the same about their own token to `output`, with opposite signs.
 
     Args:
         wiring: of the model.
         layer: of the heads.
-        heads: the two; either or neither share their keys and values with each other, and with no other head.
-        generator: draws what they attend to and write.
+        heads: the two; they share keys and values with no third head.
+        generator: draws what they write.
     """
-    weights = wiring.weights
-    made = [_random_like(one, generator) for one in _attention_weights(wiring, layer, heads[0])]
-    token, output = wiring.spaces["token"], wiring.spaces["output"]
-    value = weights.value(layer, heads[0]).weight
-    read = torch.randn(value[:, token].shape, generator=generator)
-    written = torch.randn(weights.output(layer, heads[0])[output].shape, generator=generator)
+    spaces = wiring.spaces
+    written = torch.zeros(spaces.size("token"), spaces.width)
+    written[:, spaces["output"]] = torch.randn(len(written), spaces.size("output"), generator=generator)
     for head, sign in zip(heads, (1, -1), strict=True):
-        for weight, drawn in zip(_attention_weights(wiring, layer, head), made, strict=True):
-            weight.copy_(drawn)
-        weights.value(layer, head).weight[:, token] = read
-        weights.output(layer, head)[output] = sign * CANCELLING * written / wiring.d_head**0.5
+        wiring.look_back(layer, head, 0)
+        wiring.tell(layer, head, "token", sign * CANCELLING * written)
 
 
-def add_junk_head(
-    wiring: Wiring, layer: int, head: int, generator: torch.Generator, shares: bool = False
-) -> None:
+def add_junk_head(wiring: Wiring, layer: int, head: int, generator: torch.Generator, shares: bool = False) -> None:
     """A head that attends at random and writes to `rest`.
 
     Args:

@@ -48,8 +48,8 @@ class Subspaces(Mapping[str, slice]):
 
     def size(self, name: str) -> int:
         """Dimensions of a stretch."""
-        return self[name].stop - self[name].start
+        return len(range(self.width)[self[name]])
 
     def first(self, name: str) -> int:
         """Number of a stretch's first dimension."""
-        return self[name].start
+        return range(self.width)[self[name]][0]

@@ -1,6 +1,6 @@
 """The words of hand-written models: single letters and digits, each a token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -31,7 +31,8 @@ def special_settings(words: Sequence[str]) -> dict[str, int]:
 def embed_words(wiring: Wiring, words: Sequence[str], generator: torch.Generator) -> None:
     """Give every word a dimension of `token`, 1 in `one`, a random `coin` and random numbers in `rest`.
 
-    Special tokens write nothing. As many coins show one side as the other, so that their mean is near zero.
+    The beginning of a prompt is 1 in `one` as well; nothing else is written by special tokens. Coins show both sides
+    equally often, so that their mean is near zero.
 
     Args:
         wiring: of the model.
@@ -39,6 +40,7 @@ def embed_words(wiring: Wiring, words: Sequence[str], generator: torch.Generator
         generator: draws coins and junk.
     """
     spaces, table = wiring.spaces, wiring.weights.embedding[len(SPECIAL) :]
+    wiring.weights.embedding[SPECIAL.index(BOS), spaces["one"]] = 1
     coins = torch.arange(len(words)) % 2 * 2.0 - 1
     table[:, spaces["token"]] = torch.eye(len(words))
     table[:, spaces["one"]] = 1

@@ -86,20 +86,17 @@ class HandWrittenWeights:
     @property
     def embedding(self) -> Float[Tensor, "vocabulary d_model"]:
         """What each token writes to the residual stream."""
-        table: Tensor = self.model.get_input_embeddings().weight.detach()
-        return table
+        return _weight(self.model.get_input_embeddings())
 
     @property
     def positions(self) -> Float[Tensor, "position d_model"]:
         """What each position writes; for models that have such a table."""
-        table: Tensor = self.model.get_submodule("transformer.wpe").get_parameter("weight").detach()
-        return table
+        return _weight(self.model.get_submodule("transformer.wpe"))
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
         """What each token's logit reads."""
-        table: Tensor = self.model.get_output_embeddings().weight.detach()
-        return table
+        return _weight(self.model.get_output_embeddings())
 
     @property
     def heads_per_group(self) -> int:
@@ -134,7 +131,8 @@ class HandWrittenWeights:
         """From a head's value to what it writes."""
         sizes = self.parts.dimensions
         whole = _weight(self.parts.attention_outputs[layer])
-        return whole.unflatten(1, (sizes.n_heads, sizes.d_head))[:, head]
+        by_head: Tensor = whole.unflatten(1, (sizes.n_heads, sizes.d_head))[:, head]
+        return by_head
 
     def add_units(
         self,
@@ -189,7 +187,7 @@ class HandWrittenWeights:
 def _weight(module: nn.Module) -> Float[Tensor, "out into"]:
     weight = module.get_parameter("weight").detach()
     # GPT-2's Conv1D has its weight the other way round.
-    return weight if isinstance(module, nn.Linear) else weight.T
+    return weight.T if type(module).__name__ == "Conv1D" else weight
 
 
 def _affine(module: nn.Module) -> Affine:

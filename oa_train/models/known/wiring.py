@@ -44,9 +44,13 @@ class Wiring:
 
     def copy(self, layer: int, head: int, source: str, into: str) -> None:
         """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another."""
+        self.tell(layer, head, source, self.basis(into)[: self.spaces.size(source)])
+
+    def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
+        """Let a head write a vector for each dimension of a subspace of the tokens that it attends to."""
         rows = self._carrying(layer, head, source)
         self.weights.value(layer, head).weight[rows] = self.basis(source)
-        self.weights.output(layer, head)[:, rows] = self.basis(into)[: self.spaces.size(source)].T
+        self.weights.output(layer, head)[:, rows] = written.T
 
     def _carrying(self, layer: int, head: int, source: str) -> slice:
         """Dimensions of a head's value for a subspace; heads that share the value share them."""
@@ -116,7 +120,6 @@ class Wiring:
         """
         biases = torch.full((len(reads),), bias)
         self.weights.add_units(layer, torch.stack(list(reads)), biases, torch.stack(list(writes)))
-
 
     def write_positions(self) -> None:
         """Give every position of a table of positions a dimension of `position`."""
