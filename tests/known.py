@@ -2,14 +2,15 @@
 
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.interventions.evaluation import Behaviour, circuit_behaviour
+from oa_train.batches import Batch
+from oa_train.interventions.activations import source_values
+from oa_train.interventions.evaluation import circuit_behaviour
 from oa_train.interventions.kinds import KINDS, AblationKind, AblationSource
 from oa_train.models.graph import Graph
 from oa_train.models.known.model import KnownModel
@@ -36,15 +37,29 @@ class Case:
     def graph(self) -> Graph:
         return Graph.of(self.model.config)
 
-    def ablation(self, kind: AblationKind) -> Ablation:
-        return KINDS[kind].prepare(AblationSource(self.model, self.task))
+    @cached_property
+    def batch(self) -> Batch:
+        """Some prompts."""
+        return self.task.batch("test", 0, 32)
 
-    def kl(self, masks: torch.Tensor, kind: AblationKind, n_prompts: int = 64) -> torch.Tensor:
+    @cached_property
+    def ablations(self) -> dict[AblationKind, Ablation]:
+        """An ablation of every kind, the starts of those that are trained."""
+        source = AblationSource(self.model, self.task)
+        return {name: kind.prepare(source) for name, kind in KINDS.items()}
+
+    def kl(self, masks: torch.Tensor, kind: AblationKind) -> torch.Tensor:
         """Divergence of circuits of edges, averaged over prompts."""
-        return self.behaviour(masks, [self.ablation(kind)], n_prompts).kl.mean(dim=1)
+        return circuit_behaviour(self.model, [self.batch], masks, [self.ablations[kind]]).kl.mean(dim=1)
 
-    def behaviour(self, masks: torch.Tensor, ablations: list[Any], n_prompts: int = 64) -> Behaviour:
-        return circuit_behaviour(self.model, self.task.batches("test", n_prompts), masks, ablations)
+    def heads(self) -> torch.Tensor:
+        """Values of all heads on prompts of the commonest length, [layer, prompt, position, head, d_head]."""
+        batch = self.batch
+        lengths = batch.lengths
+        kept = (lengths == lengths.mode().values).nonzero().flatten()
+        with torch.no_grad():
+            values = source_values(self.model, batch).heads[:, kept]
+        return values[:, :, : int(lengths.mode().values)]
 
     def without_source(self, *sources: str) -> torch.Tensor:
         """All edges but those out of some sources."""
@@ -58,5 +73,5 @@ def known_case(name: str, seed: int = 0) -> Case:
     with tempfile.TemporaryDirectory() as folder:
         known = write_known(name, Path(folder), seed)
         lm = LMSpec(folder)
-        task = KNOWN_TASKS[name](lm=lm, n_means=256, n_validation=64, n_test=64)
+        task = KNOWN_TASKS[name](lm=lm, n_means=128, n_validation=64, n_test=64)
         return Case(known, load_model(lm), task)

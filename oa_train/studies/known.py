@@ -6,7 +6,7 @@ that the model relies on, and trained constants bring them back. So for every ki
 looked for that keep the model's predictions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,10 @@ from oa_train.training.refit import RefitSettings, fit_constants
 
 # Sets of one size that are followed further down; where more are small enough, those with the lowest divergence are.
 MOST_SETS = 128
+
+
+# Divergence from the model, in nats, of circuits [circuit, edge].
+Measure = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -198,7 +202,7 @@ class _Measure:
         return starts
 
 
-def _reduced(graph: Graph, measure: _Measure, settings: TruthSettings, order: int) -> Bool[Tensor, " edge"]:
+def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int) -> Bool[Tensor, " edge"]:
     """Take edges away from the whole model, many at a time, until none can go by itself.
 
     In each round the edges that can go alone are put in order, and as many of the first of them go as can go together.
@@ -231,7 +235,7 @@ def _each_without(kept: Bool[Tensor, " edge"]) -> Bool[Tensor, "circuit edge"]:
 
 
 def _minimal(
-    graph: Graph, measure: _Measure, starts: Bool[Tensor, "circuit edge"], tolerance: float
+    graph: Graph, measure: Measure, starts: Bool[Tensor, "circuit edge"], tolerance: float
 ) -> list[tuple[Tensor, dict[str, float]]]:
     """Sets below the starts of which no edge can go, and what the loss of each edge costs them."""
     level, found = starts.unique(dim=0), []
@@ -251,7 +255,7 @@ def _minimal(
 
 
 def _smallest(
-    graph: Graph, measure: _Measure, found: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
+    graph: Graph, measure: Measure, found: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
 ) -> Truth:
     size = min(len(costs) for _, costs in found)
     unique = {tuple(costs): (mask, costs) for mask, costs in found if len(costs) == size}

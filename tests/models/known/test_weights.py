@@ -77,9 +77,9 @@ def test_readers_of_single_heads_are_those_that_edges_lead_to(family: str) -> No
     n, n_kv = readers.n_heads, readers.n_kv_heads
     expected[:, 3, 2] = inputs[0, 3] @ torch.arange(WIDTH).float()
     expected[:, n + group, 2] = 5
-    expected[:, n + n_kv + 2 // weights.heads_per_group, 1] = (
-        7 * inputs[0, n + n_kv + 2 // weights.heads_per_group].sum(dim=-1)
-    )
+    expected[:, n + n_kv + 2 // weights.heads_per_group, 1] = 7 * inputs[
+        0, n + n_kv + 2 // weights.heads_per_group
+    ].sum(dim=-1)
     torch.testing.assert_close(by_reader, expected, rtol=1e-4, atol=1e-3)
 
 
