@@ -1,29 +1,34 @@
-"""Edges that lead nowhere: of a circuit only those count that lie on a way from the input to the logits.
+"""Circuits from scores, and edges that lead nowhere: only those on a way from the input to the logits count.
 
 An edge into a source that nobody reads changes nothing. A source that reads nothing of the prompt tells nothing of it:
 under constants it is a constant itself, though another one than its replacement, so that constants are to be refitted
 after its edges are gone.
 """
 
+from bisect import bisect_right
+
 import torch
 
+from oa_train.models.components import Components
 from oa_train.models.graph import Graph
-from oa_train.shapes import Bool, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 
 
-def without_dangling(graph: Graph, kept: Bool[Tensor, "row edge"]) -> Bool[Tensor, "row edge"]:
+def without_dangling(graph: Components | Graph, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
     """Remove every edge that lies on no way from the input to the logits, in each row by itself.
 
     A head is one node: whatever its query, key or value reads gets into it. A key or value that several heads share
     leads to all of them.
 
     Args:
-        graph: whose edges they are.
+        graph: whose edges they are. Components do not dangle, and stay as they are.
         kept: edges of each circuit.
 
     Returns:
         A new mask.
     """
+    if isinstance(graph, Components):
+        return kept
     stages = _stages(graph)
     read = [part.unflatten(1, (stage.n_readers, -1)) for part, stage in zip(_split(kept, stages), stages, strict=True)]
     read = _that_lead_on(graph, read, stages)
@@ -102,3 +107,57 @@ def _that_come_from_the_input(graph: Graph, read: list[Tensor], stages: list[_St
             reaches[:, stage.own] = stage.sources_of(coming.any(dim=2))
         found.append(coming)
     return found
+
+
+def highest(scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+    """The entries of the highest scores, so many of them; of equal scores the first in mask order."""
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[_descending(scores)[:size]] = True
+    return mask
+
+
+def within_budget(graph: Graph, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
+    """The circuit of a given size that the highest scores make, none of whose edges dangles.
+
+    Edges are taken in the order of their scores for as long as those among them that lie on a way from the input to
+    the logits are no more than the budget. What is then left of it goes to the highest edges between nodes that are
+    there already.
+
+    Args:
+        graph: whose edges they are.
+        scores: of all edges.
+        budget: edges of the circuit. It may have fewer, where all edges between its nodes are in it already and a
+            further node would bring more than is left.
+    """
+    order = _descending(scores)
+
+    def circuit(taken: int) -> Tensor:
+        mask = torch.zeros(1, len(scores), dtype=torch.bool)
+        mask[0, order[:taken]] = True
+        return without_dangling(graph, mask)[0]
+
+    # The more edges are taken the more remain, so the place where they become too many is found by halving.
+    most = bisect_right(range(len(scores) + 1), budget, key=lambda taken: int(circuit(taken).sum())) - 1
+    chosen = circuit(most)
+    while (joining := _joins(graph, chosen)).any() and (left := budget - int(chosen.sum())):
+        chosen[order[joining[order]][:left]] = True
+    return chosen
+
+
+def _descending(scores: Tensor) -> Tensor:
+    return scores.argsort(descending=True, stable=True)
+
+
+def _joins(graph: Graph, circuit: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+    """Edges outside of a circuit without dangling ones that lead from where it gets to what it reads."""
+    stages = _stages(graph)[:-1]
+    leads_on = torch.zeros(1, graph.n_sources, dtype=torch.bool)
+    leads_on[0, graph.edge_sources[circuit]] = True
+    read = torch.cat([stage.readers_of(leads_on[:, stage.own]) for stage in stages], dim=1)
+    entered = torch.zeros(1, graph.n_readers, dtype=torch.bool)
+    entered[0, graph.edge_readers[circuit]] = True
+    parts = entered[:, :-1].split([stage.n_readers for stage in stages], dim=1)
+    reached = torch.cat([stage.sources_of(part) for stage, part in zip(stages, parts, strict=True)], dim=1)
+    always = torch.ones(1, 1, dtype=torch.bool)  # the input is there, and the logits are read
+    reached, read = torch.cat([always, reached], dim=1)[0], torch.cat([read, always], dim=1)[0]
+    return reached[graph.edge_sources] & read[graph.edge_readers] & ~circuit

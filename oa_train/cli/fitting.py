@@ -30,7 +30,7 @@ from oa_train.cli.arguments import (
 )
 from oa_train.cli.faults import faults_explained, lost_peers_explained
 from oa_train.cli.interruption import resumable, terminable
-from oa_train.cli.output import console, metrics_table, track
+from oa_train.cli.output import console, front_table, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.cli.requeue import (
@@ -45,6 +45,7 @@ from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, t
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.front import finish_front
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
@@ -275,10 +276,13 @@ class OaTrainCLI(LightningCLI):
 
     def _finish_circuit(self, module: CircuitModule, run: Path) -> Sequence[Table | str]:
         task, settings = self.datamodule.task, self._get(self.config_init, "finish")
+        if module.n_circuits > 1:
+            return (front_table(finish_front(module, task, run, settings, module.track), task.n_test),)
         finished = finish(module, task, run, settings, module.track)
-        kept = f"{len(finished.circuit)} of {len(finished.circuit.components)} components"
+        circuit = finished.circuit
+        kept = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}"
         table = metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics)
-        return table, f"circuit: {', '.join(finished.circuit.nodes)}"
+        return table, f"circuit: {', '.join(circuit.names)}"
 
     def _finish_constants(self, module: ConstantsModule, run: Path) -> Sequence[Table | str]:
         task = self.datamodule.task

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oa_train.cli.record import said
+from oa_train.studies.front import Front
 from oa_train.studies.statistics import Estimate
 
 # Columns of what is read in a file and not on a terminal.
@@ -81,4 +82,18 @@ def metrics_table(title: str, metrics: Mapping[str, Estimate]) -> Table:
     table.add_column("mean ± 95 % interval", justify="right")
     for name, value in metrics.items():
         table.add_row(name, estimate_cell(value))
+    return table
+
+
+def front_table(front: Front, n_prompts: int) -> Table:
+    """Circuits that were trained side by side, a row each, and their KL divergence under each ablation."""
+    first = front.circuits[0]
+    table = Table(
+        title=f"KL divergence in nats, mean ± 95 % interval, on {n_prompts} held-out prompts", title_justify="left"
+    )
+    table.add_column(f"{first.what}, of {len(first.parts)}", justify="right")
+    for kind in front.metrics:
+        table.add_column(kind.replace("_", " "), justify="right")
+    for number, circuit in enumerate(front.circuits):
+        table.add_row(str(len(circuit)), *(estimate_cell(one[number]["kl"]) for one in front.metrics.values()))
     return table

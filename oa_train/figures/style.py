@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Figure
 
 from oa_train.artefacts import replace_file
 

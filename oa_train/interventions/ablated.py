@@ -13,6 +13,7 @@ from oa_train.interventions.base import masks_within_single_precision, protected
 from oa_train.interventions.nodes import node_sites, node_taps, spread_mask
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.models.taps import Tap, TensorFunction, observed_calls, tapped
 from oa_train.shapes import Tensor
@@ -88,11 +89,9 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
         ArtefactError: their sizes or fingerprints are another model's.
     """
     dimensions = Dimensions.of(model.config)
-    if circuit.components != Components.of(dimensions):
-        raise ArtefactError(
-            f"The circuit is of a model with {circuit.components.n_layers} layers of {circuit.components.n_heads} "
-            f"heads; this one has {dimensions.n_layers} of {dimensions.n_heads}."
-        )
+    own: Components | Graph = Graph.of(model.config) if circuit.of_edges else Components.of(dimensions)
+    if circuit.parts != own:
+        raise ArtefactError(f"The circuit is of a model with {_said(circuit.parts)}; this one has {_said(own)}.")
     _check_fingerprint(model, "circuit", circuit.provenance)
     if constants is None:
         return
@@ -103,6 +102,12 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
             f"The constants have sizes {given} (layers, heads, d_head, d_model); the model {expected}."
         )
     _check_fingerprint(model, "constants", constants.provenance)
+
+
+def _said(parts: Components | Graph) -> str:
+    groups = f" and {parts.n_kv_heads} key-value heads" if isinstance(parts, Graph) else ""
+    parallel = ", attention and MLP in parallel" if isinstance(parts, Graph) and parts.parallel else ""
+    return f"{parts.n_layers} layers of {parts.n_heads} heads{groups}{parallel}"
 
 
 def _check_fingerprint(model: CausalLM, what: str, provenance: Mapping[str, Any]) -> None:

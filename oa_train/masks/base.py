@@ -62,11 +62,11 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """How likely each entry is kept; what the threshold is compared with."""
+        """How likely each entry is kept, with gradients: what penalties are laid on and the threshold cuts."""
 
-    @abstractmethod
     def expected_size(self) -> Float[Tensor, ""]:
-        """Expected number of kept entries, with gradients: what the size penalty is laid on."""
+        """Expected number of kept entries, with gradients."""
+        return self.keep_probability().sum()
 
     @torch.no_grad()
     def threshold(self, level: float) -> Bool[Tensor, " entry"]:

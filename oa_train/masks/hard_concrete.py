@@ -103,12 +103,8 @@ class HardConcrete(MaskDistribution):
         return LOWEST_TEMPERATURE + F.softplus(self.raw_temperatures)
 
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """Probability that a sample is not exactly 0."""
+        """Probability that a sample is not exactly 0; summed up, the L0 penalty of the paper."""
         return self._probability_above(0.0)
-
-    def expected_size(self) -> Float[Tensor, ""]:
-        """Expected number of entries that are not exactly 0, the L0 penalty of the paper."""
-        return self.keep_probability().sum()
 
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
         """Turn uniform numbers into masks; gradients flow where a sample lies strictly between 0 and 1."""

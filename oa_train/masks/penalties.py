@@ -1,13 +1,16 @@
-"""Penalties that make masks sparse: a fixed price for each kept entry, or a price that leads to a given size."""
+"""Penalties that make masks sparse: a fixed price for each kept entry, or a price that leads to a given size.
+
+Several circuits may be penalised side by side: prices, sizes and penalties then have one entry for each of them.
+"""
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from oa_train.errors import ConfigurationError
-from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.shapes import Float, Int, Tensor
 
 # The price carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
@@ -25,29 +28,72 @@ TOLERANCE = 0.05
 LARGEST_LOSS = 1000.0
 
 
-class Penalty(nn.Module):
-    """The expected number of kept entries times a price.
+class NodeRegulariser(nn.Module):
+    """Counts edges once more at every node, and the further ones of a node for less and less.
+
+    With E the expected number of kept edges that enter or leave a node, and M nodes in all, a node adds
+    (M / 2) * tanh(2 E / M). So the last edges of a node that has few cost more than another edge of a busy one, which
+    empties nodes (Li & Janson 2024).
 
     Args:
-        weight: price of one kept entry in nats, at the start of training.
+        weight: what this is multiplied with, as a part of the price of an edge.
+        entries: entries of the distribution that enter or leave a node; one that does both to different nodes, or
+            serves several, stands here several times.
+        nodes: the node of each of them.
+        n_nodes: how many nodes there are.
 
     Raises:
         ConfigurationError: the weight is negative or not finite.
     """
 
-    def __init__(self, weight: float) -> None:
+    def __init__(
+        self, weight: float, entries: Int[Tensor, " pair"], nodes: Int[Tensor, " pair"], n_nodes: int
+    ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigurationError(f"node_penalty is {weight}; expected a part of the penalty, at least 0.")
+        self.weight = weight
+        self.entries: Tensor
+        self.nodes: Tensor
+        self.register_buffer("entries", entries, persistent=False)
+        self.register_buffer("nodes", nodes, persistent=False)
+        self.n_nodes = n_nodes
+
+    def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
+        """What is added to the expected size, with gradients to the keep-probabilities."""
+        edges = probabilities.new_zeros(*probabilities.shape[:-1], self.n_nodes)
+        edges = edges.index_add(-1, self.nodes, probabilities[..., self.entries])
+        most = self.n_nodes / 2
+        return self.weight * most * torch.tanh(edges / most).sum(dim=-1)
+
+
+class Penalty(nn.Module):
+    """The expected number of kept entries times a price.
+
+    Args:
+        weight: price of one kept entry in nats, at the start of training; one for all circuits, or one for each.
+        regulariser: adds to the number.
+
+    Raises:
+        ConfigurationError: the weight is negative or not finite.
+    """
+
+    def __init__(self, weight: float | Sequence[float], regulariser: NodeRegulariser | None = None) -> None:
+        super().__init__()
+        if not all(math.isfinite(one) and one >= 0 for one in _as_list(weight)):
             raise ConfigurationError(f"penalty is {weight}; expected a price in nats for each kept entry, at least 0.")
         self.weight = weight
+        self.regulariser = regulariser
 
     @property
     @abstractmethod
-    def price(self) -> Float[Tensor, ""] | float:
+    def price(self) -> Float[Tensor, "*circuits"]:
         """What a kept entry costs now, in nats; never negative."""
 
     @abstractmethod
-    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    def objective(
+        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+    ) -> Float[Tensor, "*circuits"]:
         """What the best checkpoint minimises.
 
         Args:
@@ -55,29 +101,38 @@ class Penalty(nn.Module):
             size: how many entries it keeps, those that are never ablated included.
         """
 
-    def update(self, distribution: MaskDistribution) -> None:
+    def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the price for the next step; called once after every optimiser step.
 
         Args:
-            distribution: the masks as they are now.
+            expected: number of kept entries, as the masks are now.
+            size: of the circuit that they are cut off to, entries that are never ablated included.
         """
 
-    def forward(self, distribution: MaskDistribution) -> Float[Tensor, ""]:
-        """The penalty in nats, with gradients to the distribution."""
-        return self.price * distribution.expected_size()
+    def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
+        """The penalty in nats, with gradients to the keep-probabilities."""
+        size = probabilities.sum(dim=-1)
+        return self.price * (size if self.regulariser is None else size + self.regulariser(probabilities))
 
 
 class SizePenalty(Penalty):
     """A fixed price: keeping an entry must lower the KL divergence by more than `weight` nats."""
 
-    @property
-    def price(self) -> float:
-        """The weight."""
-        return self.weight
+    def __init__(self, weight: float | Sequence[float], regulariser: NodeRegulariser | None = None) -> None:
+        super().__init__(weight, regulariser)
+        self._price: Tensor
+        self.register_buffer("_price", torch.tensor(weight, dtype=torch.float32), persistent=False)
 
-    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    @property
+    def price(self) -> Float[Tensor, "*circuits"]:
+        """The weight."""
+        return self._price
+
+    def objective(
+        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+    ) -> Float[Tensor, "*circuits"]:
         """Loss plus the price of the circuit, in nats."""
-        return loss + self.weight * size
+        return loss + self.price * size
 
 
 class TargetSize(Penalty):
@@ -88,20 +143,22 @@ class TargetSize(Penalty):
 
         weight * exp(rate * sum over the steps so far of log(kept / goal)) * (expected / goal) ^ PROPORTIONAL_POWER
 
-    with `kept` the size of the thresholded mask and `expected` the size that is penalised. It rises while the masks
+    with `kept` the size of the discrete circuit and `expected` the size that is penalised. It rises while the masks
     are too large and falls while they are too small; the sum rests when the discrete mask has the right size, however
     many entries that are nearly off add up to. Only ratios of sizes and of prices enter, so the same rule serves few
     entries and many and a loss of any scale, and the price is always positive.
 
     Args:
-        target: how many entries are to be kept, those that are never ablated included.
+        target: how many entries are to be kept, those that are never ablated included; one for all circuits, or one
+            for each.
         n_entries: number of entries of the distribution.
-        weight: price of one kept entry at the start, in nats; more than 0, because the price moves by factors.
+        weight: price of one kept entry at the start, in nats; more than 0, because the price moves by factors. One for
+            all circuits, or one for each.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
         rate: how fast the price moves: the change of its logarithm in one step at a size e times the goal. The
             learning rate of the masks suits, so that prices move no faster than the logits that answer them.
-        threshold: keep-probability above which an entry counts as kept.
         always_kept: entries that belong to no distribution because they are never ablated.
+        regulariser: adds to the number of kept entries.
 
     Attributes:
         log_price: buffer; log of the price without its last factor.
@@ -114,63 +171,70 @@ class TargetSize(Penalty):
 
     def __init__(
         self,
-        target: float,
+        target: float | Sequence[float],
         n_entries: int,
         *,
-        weight: float,
+        weight: float | Sequence[float],
         warmup: int,
         rate: float = 0.05,
-        threshold: float = 0.5,
         always_kept: int = 0,
+        regulariser: NodeRegulariser | None = None,
     ) -> None:
-        super().__init__(weight)
-        if weight == 0:
+        super().__init__(weight, regulariser)
+        if 0 in _as_list(weight):
             raise ConfigurationError(
                 "penalty is 0; with target_size it is the price in nats from which the search starts, in factors: "
                 "expected more than 0, for instance 0.05."
             )
-        if not always_kept < target <= always_kept + n_entries:
+        if not all(always_kept < one <= always_kept + n_entries for one in _as_list(target)):
             raise ConfigurationError(
                 f"target_size is {target}; expected more than {always_kept} and at most {always_kept + n_entries}. It "
-                f"counts the whole circuit: the {n_entries} components that may be ablated, and the {always_kept} "
+                f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} "
                 "that are always kept because `components` does not select them."
             )
         if warmup < 1:
             raise ConfigurationError(f"target_warmup is {warmup}; expected at least 1 optimiser step.")
-        self.target = target
+        starts, targets = torch.broadcast_tensors(torch.tensor(weight).float(), torch.tensor(target).float())
+        self.target: Tensor
+        self.register_buffer("target", targets.clone(), persistent=False)
         self.n_entries = n_entries
         self.warmup = warmup
         self.rate = rate
-        self.threshold = check_threshold(threshold)
         self.always_kept = always_kept
         self.log_price: Tensor
-        self.register_buffer("log_price", torch.tensor(math.log(weight)))
+        self.register_buffer("log_price", starts.log())
         self.excess: Tensor
-        self.register_buffer("excess", torch.tensor(0.0))
+        self.register_buffer("excess", torch.zeros_like(starts))
         self.steps: Tensor
         self.register_buffer("steps", torch.tensor(0))
 
     @property
-    def price(self) -> Float[Tensor, ""]:
+    def price(self) -> Float[Tensor, "*circuits"]:
         """What a kept entry costs now, in nats."""
         return (self.log_price + PROPORTIONAL_POWER * self.excess).exp()
 
     @torch.no_grad()
-    def update(self, distribution: MaskDistribution) -> None:
+    def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Raise the price while the masks are larger than the goal, lower it while they are smaller."""
         self.steps += 1
         done = (self.steps / self.warmup).clamp(max=1.0)
         goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
-        self.log_price += self.rate * _log_ratio(distribution.threshold(self.threshold).sum(), goal)
-        self.excess.copy_(_log_ratio(distribution.expected_size(), goal))
+        self.log_price += self.rate * _log_ratio(size - self.always_kept, goal)
+        self.excess.copy_(_log_ratio(expected, goal))
 
-    def objective(self, loss: Float[Tensor, ""], size: Int[Tensor, ""]) -> Float[Tensor, ""]:
+    def objective(
+        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+    ) -> Float[Tensor, "*circuits"]:
         """The loss, at the target size or within 5 % of it; elsewhere more than any such, the farther the more."""
         distance = (size - self.target).abs()
         # A target may lie between two whole sizes; the nearest one is always near enough.
-        reached = distance <= max(0.5, TOLERANCE * (self.target - self.always_kept))
+        reached = distance <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)
         return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + (~reached) * LARGEST_LOSS * (2 + distance)
 
 
-def _log_ratio(size: Tensor, goal: Float[Tensor, ""]) -> Float[Tensor, ""]:
+def _log_ratio(size: Tensor, goal: Tensor) -> Tensor:
     return (size / goal).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
+
+
+def _as_list(value: float | Sequence[float]) -> Sequence[float]:
+    return value if isinstance(value, Sequence) else [value]

@@ -65,10 +65,6 @@ class UniformGradientSampling(MaskDistribution):
         """Theta, the sigmoid of the logit."""
         return torch.sigmoid(self.logits)
 
-    def expected_size(self) -> Float[Tensor, ""]:
-        """Sum of theta over the entries."""
-        return self.keep_probability().sum()
-
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
         """Turn uniform numbers into masks; see the module's docstring for their distribution and gradient."""
         theta = self.keep_probability()

@@ -176,6 +176,48 @@ class Graph:
         used[self.edge_sources[mask.cpu()]] = True
         return tuple(name for name, one in zip(self.sources[1:], used[1:].tolist(), strict=True) if one)
 
+    def node_edges(self, names: Sequence[str]) -> list[tuple[str, str, str]]:
+        """Edges between nodes: what writes, what reads, and as what: `q`, `k`, `v` or nothing.
+
+        Of heads that share a key or value those are given that write something in the circuit.
+
+        Args:
+            names: edges of a circuit.
+        """
+        alive = {name.partition(ARROW)[0] for name in names}
+        per_group = self.n_heads // self.n_kv_heads
+        found = []
+        for name in names:
+            source, _, reader = name.partition(ARROW)
+            node, _, kind = reader.removesuffix(">").partition("<")
+            layer, _, group = node.partition(".k")
+            members = range(int(group) * per_group, (int(group) + 1) * per_group) if group else ()
+            heads = [head for head in (f"{layer}.h{member}" for member in members) if head in alive]
+            found += [(source, head, kind) for head in heads or [node]] if not group or heads else []
+        return found
+
+    @cached_property
+    def edges_at_heads(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+        """Edges that leave or enter a head, and the number of that head.
+
+        An edge between two heads stands here twice, and one into a key or value that several heads share once for
+        each of them.
+        """
+        heads = torch.arange(self.n_layers * self.n_heads).view(self.n_layers, self.n_heads)
+        per_group = self.n_heads // self.n_kv_heads
+        of_source = torch.full((self.n_sources,), -1)
+        of_source[1:].view(self.n_layers, -1)[:, :-1] = heads
+        pairs = [(self.edge_sources, of_source)]
+        for member in range(per_group):  # the how many-th head of its group; queries have one head only
+            by_group = heads.view(self.n_layers, self.n_kv_heads, per_group)[..., member]
+            queries = heads if member == 0 else torch.full_like(heads, -1)
+            mlps = torch.full((self.n_layers, 1), -1)
+            of_reader = torch.cat([queries, by_group, by_group, mlps], dim=1).flatten()
+            pairs.append((self.edge_readers, torch.cat([of_reader, of_reader.new_tensor([-1])])))
+        by_edge = [heads_of[ends] for ends, heads_of in pairs]
+        edges = torch.cat([(found >= 0).nonzero().flatten() for found in by_edge])
+        return edges, torch.cat([found[found >= 0] for found in by_edge])
+
     @cached_property
     def first_edge(self) -> Int[Tensor, " reader"]:
         """Number of each reader's first edge."""

@@ -118,6 +118,9 @@ class _Study:
         names = [run.name for run in runs]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"Expected one run or several with different names, not {names}.")
+        if len({run.circuit.what for run in runs}) > 1:
+            kinds = ", ".join(f"{run.name} of {run.circuit.what}" for run in runs)
+            raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         self.model = model
         self.task = task
         self.runs = runs
@@ -212,7 +215,7 @@ class _Study:
 
     def _fitted(
         self,
-        masks: Bool[Tensor, "circuit component"],
+        masks: Bool[Tensor, "circuit entry"],
         starts: Sequence[Constants],
         settings: RefitSettings,
         description: str,
@@ -240,10 +243,8 @@ class _Study:
 
     def _random_circuits(self, run: TrainedCircuit) -> RandomCircuits:
         circuit = run.circuit
-        among = circuit.provenance.get("selected", circuit.components.names)
-        drawn = random_circuits(
-            circuit.components, len(circuit), self.settings.random_circuits, self.settings.seed, among
-        )
+        among = circuit.provenance.get("selected", ["*"])
+        drawn = random_circuits(circuit.parts, len(circuit), self.settings.random_circuits, self.settings.seed, among)
         masks = torch.stack([circuit.mask, *(one.mask for one in drawn)])
         sets = self._fitted(
             masks, [self.source.mean] * len(masks), self.settings.fit, "fitting constants of random circuits"
@@ -301,6 +302,7 @@ def _write(compared: Compared, study: _Study, folder: Path) -> None:
                 "seed": run.seed,
                 "trained_with": run.ablation,
                 "nodes": list(run.circuit.nodes),
+                **({"edges": list(run.circuit.names)} if run.circuit.of_edges else {}),
                 **{f"n_{key}": value for key, value in run.circuit.counts().items()},
             }
             for run in study.runs
@@ -322,7 +324,11 @@ def _draw(compared: Compared, study: _Study) -> None:
     figures = compared.folder / "figures"
     first, n_runs = study.runs[0], len(study.runs)
     model = first.circuit.provenance.get("model", "model")
-    kept = f"{len(first.circuit)} of {len(first.circuit.components)} kept" if n_runs == 1 else f"{n_runs} runs"
+    kept = (
+        f"{len(first.circuit)} of {len(first.circuit.parts)} {first.circuit.what} kept"
+        if n_runs == 1
+        else f"{n_runs} runs"
+    )
     labels: dict[str, str] = {
         kind: kind.replace("_", " ") + ("" if KINDS[kind].total else " (not total)") for kind in study.kinds
     }

@@ -1,16 +1,17 @@
 """After a fit: threshold the masks, refit the constants on the discrete circuit, evaluate, write it all down."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.figures.circuits import circuit_drawing
-from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import save_figure
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import AblationSource
@@ -20,6 +21,7 @@ from oa_train.studies.results import results_document, write_results
 from oa_train.studies.statistics import Estimate, estimate
 from oa_train.tasks.base import Task
 from oa_train.training.circuits import CircuitModule
+from oa_train.training.pictures import circuit_picture, probability_picture
 from oa_train.training.refit import RefitSettings, fit_constants
 
 RefitStart = Literal["trained", "mean", "both"]
@@ -82,7 +84,7 @@ def finish(
     circuit = module.circuit()
     # Written before the refit starts, so that an interruption loses no more than the refit.
     circuit.save(run / "circuit")
-    ablation = _final_ablation(module, task, circuit, settings, track)
+    ablation = final_ablations(module, task, [circuit], settings, track)[0]
     constants = ablation if isinstance(ablation, Constants) else None
     if constants is not None:
         constants.save(run / "constants")
@@ -119,19 +121,27 @@ def _evaluated(
     return summary(found) | {f"clean_{name}": value for name, value in summary(clean).items()}
 
 
-def _final_ablation(
-    module: CircuitModule, task: Task, circuit: Circuit, settings: FinishSettings, track: Track
-) -> Ablation:
-    """The ablation with which the circuit is evaluated: refitted constants, or what it was trained with."""
+def final_ablations(
+    module: CircuitModule, task: Task, circuits: Sequence[Circuit], settings: FinishSettings, track: Track
+) -> list[Ablation]:
+    """What replaces the rest of each circuit in the end: refitted constants, or what it was trained with.
+
+    Args:
+        module: the trained module.
+        task: the task it was trained on.
+        circuits: all that it has trained.
+        settings: refit; the constants of all circuits are trained side by side.
+        track: progress.
+    """
     source = AblationSource(module.frozen, task, module.positions, track)
     if module.constants is None:
-        return module.kind.prepare(source)
-    trained = module.constants.sets()[0].detach().to("cpu")
+        return [module.kind.prepare(source)] * len(circuits)
+    trained = [one.detach().to("cpu") for one in module.constants.sets()]
     if not module.kind.learned:
-        return replace(trained, provenance=circuit.provenance)
-    means = [] if settings.refit_start == "trained" else [source.mean]
-    starts = means if settings.refit_start == "mean" else [trained, *means]
-    masks = circuit.mask.expand(len(starts), -1)
+        return _of_circuits(trained, circuits)
+    means = [] if settings.refit_start == "trained" else [source.mean] * len(circuits)
+    starts = means if settings.refit_start == "mean" else [*trained, *means]
+    masks = torch.stack([circuit.mask for circuit in circuits]).repeat(len(starts) // len(circuits), 1)
     fitted = fit_constants(
         module.frozen,
         task,
@@ -142,24 +152,35 @@ def _final_ablation(
         track=track,
         description="refitting the constants",
     )
-    best = int(fitted.validation_loss.argmin())
-    return replace(fitted.sets[best].to("cpu"), provenance=circuit.provenance)
+    best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
+    chosen = [fitted.sets[start * len(circuits) + number].to("cpu") for number, start in enumerate(best)]
+    return _of_circuits(chosen, circuits)
+
+
+def _of_circuits(constants: Sequence[Constants], circuits: Sequence[Circuit]) -> list[Ablation]:
+    pairs = zip(constants, circuits, strict=True)
+    return [replace(one, provenance=circuit.provenance) for one, circuit in pairs]
 
 
 def _rows(circuit: Circuit) -> list[dict[str, Any]]:
-    kept = set(circuit.nodes)
-    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.components)
+    """Every component with its score; of edges, which may be millions, those that are kept."""
+    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.parts)
+    if circuit.of_edges:
+        numbers = circuit.mask.nonzero().flatten().tolist()
+        pairs = zip(circuit.names, numbers, strict=True)
+        return [{"edge": name, "keep_probability": scores[number]} for name, number in pairs]
+    kept = set(circuit.names)
     return [
         {"component": name, "keep_probability": score, "kept": name in kept}
-        for name, score in zip(circuit.components.names, scores, strict=True)
+        for name, score in zip(circuit.parts.names, scores, strict=True)
     ]
 
 
 def _draw(circuit: Circuit, threshold: float, folder: Path, metrics: dict[str, Estimate]) -> None:
-    sizes = circuit.components
-    title = f"{len(circuit)} of {len(sizes)} components, KL {metrics['kl'].mean:.3g} nats"
-    drawing = circuit_drawing(sizes.n_layers, sizes.n_heads, circuit.nodes, title)
-    save_figure(drawing, folder / "figures" / "circuit.png")
+    title = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {metrics['kl'].mean:.3g} nats"
+    drawing = circuit_picture(circuit, title)
+    if drawing is not None:
+        save_figure(drawing, folder / "figures" / "circuit.png")
     if circuit.scores is not None:
-        heat_map = keep_probability_map(circuit.scores.numpy(), sizes.n_heads, threshold)
+        heat_map = probability_picture(circuit.parts, circuit.scores, threshold)
         save_figure(heat_map, folder / "figures" / "keep_probability.png")

@@ -1,44 +1,57 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torchmetrics import MeanMetric
 
-from oa_train.ablations.base import Ablation
+from oa_train.ablations.base import Ablation, replacements_of_copies
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
-from oa_train.errors import ConfigurationError
+from oa_train.circuits.pruning import without_dangling
+from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
-from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.masked import masked_logits
 from oa_train.masks.base import MaskDistribution, check_threshold
-from oa_train.masks.penalties import Penalty, SizePenalty, TargetSize
+from oa_train.masks.penalties import NodeRegulariser, Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
+from oa_train.models.components import Components
+from oa_train.models.graph import Graph
 from oa_train.models.loading import BUILT_IN, LMSpec
-from oa_train.shapes import Bool, Float, Int, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.base import Task
+from oa_train.training.averages import CircuitMeans
 from oa_train.training.base import FrozenModelModule
+from oa_train.training.parts import MaskedParts
 from oa_train.training.sampling import MaskSampler, StepRows
+
+GraphKind = Literal["nodes", "edges"]
 
 
 class CircuitModule(FrozenModelModule):
-    """Finds the components that do a task, and the constants that replace the others.
+    """Finds the components, or the edges between them, that do a task, and the constants that replace the others.
 
     Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its replacement. The loss is the
-    KL divergence of the clean prediction from the masked one, plus the penalty on the number of kept components.
+    drawn anew: a component with mask m passes on m times its value plus (1 - m) times its replacement; where the mask
+    is of an edge, to the one reader that the edge leads to. The loss is the KL divergence of the clean prediction from
+    the masked one, plus the penalty on the number of kept components or edges.
+
+    Several circuits, each with a price or a target size of its own, are trained side by side: a step shows the same
+    prompts to all, as copies in one batch, and each has masks and constants of its own. They do not touch each other,
+    so this equals training them one after another, but for a clipping of the gradient's norm, which is that of all.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: seeds the mask samples.
+        graph: what the circuit is made of: `nodes`, heads and MLPs; or `edges` from what writes to the residual stream
+            to what reads it: queries, keys and values of heads, MLPs, and the logits.
         ablation: what replaces an ablated component: `optimal` (constants that are trained), `mean`, `zero`,
             `resample` (its value on another prompt of equal length), `noise` (Gaussian, with its mean and spread),
             `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
@@ -47,15 +60,21 @@ class CircuitModule(FrozenModelModule):
         positions: size of the constants' table; 1 gives each component one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
-            the others are always kept.
+            the others are always kept. Of edges, a pattern of those that may be cut (`a*.h*->logits`, `input->*<v>`);
+            one without an arrow is for all edges from a component.
         masks: distribution of the masks.
-        penalty: price of a kept component in nats; with a target size the price at the start.
-        target_size: how many components the circuit is to have, those that are always kept included; the price is
-            then moved until it has them. None keeps the price fixed.
-        target_warmup: optimiser steps in which the goal falls from all components to the target size; less than
-            half of the training, so that the masks have time to follow.
+        penalty: price of a kept component or edge in nats; with a target size the price at the start. A list of
+            prices trains a circuit for each of them, side by side: see below.
+        node_penalty: with edges, what the edges of a head cost more while it has few, as a part of the penalty; above
+            0 it empties heads.
+        target_size: how many components or edges the circuit is to have, those that are always kept included; the
+            price is then moved until it has them. None keeps the price fixed. A list of sizes trains a circuit for
+            each of them.
+        target_warmup: optimiser steps in which the goal falls from all components or edges to the target size; less
+            than half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
-        threshold: a component is in the circuit when its keep-probability exceeds this.
+        threshold: a component or edge is in the circuit when its keep-probability exceeds this; of edges only those
+            that then lie on a way from the input to the logits.
         mask_learning_rate: Adam's learning rate of the mask parameters.
         constants_learning_rate: Adam's learning rate of the constants.
         activation_checkpointing: keep only what enters each decoder block and run the block again in the backward
@@ -71,13 +90,15 @@ class CircuitModule(FrozenModelModule):
         *,
         lm: LMSpec = BUILT_IN,
         seed: int = 0,
+        graph: GraphKind = "nodes",
         ablation: AblationKind = "optimal",
         loss: Loss = "kl",
         positions: int = 1,
         components: str | list[str] = "*",
         masks: Callable[[int], MaskDistribution] = UniformGradientSampling,
-        penalty: float = 0.05,
-        target_size: float | None = None,
+        penalty: float | list[float] = 0.05,
+        node_penalty: float = 0.0,
+        target_size: float | list[float] | None = None,
         target_warmup: int = 200,
         samples_per_prompt: int = 4,
         threshold: float = 0.5,
@@ -87,13 +108,17 @@ class CircuitModule(FrozenModelModule):
     ) -> None:
         # Cheap checks come before the model is loaded.
         kind = check_kind("ablation", ablation)
+        _check_graph(graph, node_penalty)
         check_loss("loss", loss)
         _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
         _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
         if target_size is not None:
-            _check_positive(target_size=target_size, target_warmup=target_warmup)
-        self_threshold, size_penalty = check_threshold(threshold), SizePenalty(penalty)
+            _check_positive(target_warmup=target_warmup)
+        n_circuits = _n_circuits(penalty, target_size)
+        SizePenalty(penalty)
+        self_threshold = check_threshold(threshold)
         super().__init__(lm, seed)
+        self.graph: GraphKind = graph
         self.threshold = self_threshold
         self.ablation: AblationKind = ablation
         self.kind = kind
@@ -103,41 +128,54 @@ class CircuitModule(FrozenModelModule):
         self.mask_learning_rate = mask_learning_rate
         self.constants_learning_rate = constants_learning_rate
         self.activation_checkpointing = activation_checkpointing
-        self.selected = self.components.select([components] if isinstance(components, str) else components)
-        if not self.selected:
-            raise ConfigurationError(f"components is {components!r}, which selects nothing that could be trained.")
-        self.masks = masks(len(self.selected))
-        self.sampler = MaskSampler(self.masks, seed, samples_per_prompt)
+        self.parts: Components | Graph = self.components if graph == "nodes" else Graph.of(self.frozen.config)
+        self.patterns = [components] if isinstance(components, str) else components
+        self.masked = MaskedParts(self.parts, self.patterns)
+        self.n_circuits = n_circuits
+        self.masks = masks(n_circuits * self.masked.n_selected)
+        self.sampler = MaskSampler(self.masks, seed, samples_per_prompt, self.masked.effective)
+        self.price_at_start = penalty
+        self.node_penalty = node_penalty
         self.target_size = target_size
         self.target_warmup = target_warmup
-        self.penalty: Penalty = size_penalty
-        if target_size is not None:
-            self.penalty = TargetSize(
-                target_size,
-                len(self.selected),
-                weight=penalty,
-                warmup=target_warmup,
-                rate=mask_learning_rate,
-                threshold=threshold,
-                always_kept=len(self.components) - len(self.selected),
-            )
+        self.penalty = self._make_penalty()
         self.constants: TrainableConstants | None = None
         if kind.constant:
             start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
-            self.constants = TrainableConstants([start]).requires_grad_(kind.learned)
+            self.constants = TrainableConstants([start] * n_circuits, with_inputs=graph == "edges")
+            if not kind.learned:
+                self.constants.requires_grad_(False)
         self._other_ablation: Ablation | None = None
         self._prepared_for: Task | None = None
         self._counted: tuple[tuple[int, int], StepRows | None] | None = None
-        self.selection: Tensor
-        self.register_buffer("selection", self.components.mask(self.selected), persistent=False)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(ablation == "zero"))
-        self.evaluated = torch.nn.ModuleDict({name: MeanMetric() for name in MEASURES})
+        self.evaluated = torch.nn.ModuleDict({name: CircuitMeans(n_circuits) for name in MEASURES})
+
+    def _make_penalty(self) -> Penalty:
+        start = self.price_at_start
+        weight = start if isinstance(start, list) else [start] * self.n_circuits
+        regulariser = None
+        if isinstance(self.parts, Graph) and self.node_penalty:
+            entries, heads = self.masked.selected_pairs(*self.parts.edges_at_heads)
+            regulariser = NodeRegulariser(self.node_penalty, entries, heads, self.parts.n_layers * self.parts.n_heads)
+        if self.target_size is None:
+            return SizePenalty(weight, regulariser)
+        return TargetSize(
+            self.target_size,
+            self.masked.n_selected,
+            weight=weight,
+            warmup=self.target_warmup,
+            rate=self.mask_learning_rate,
+            always_kept=self.masked.n_fixed,
+            regulariser=regulariser,
+        )
 
     def describe(self) -> dict[str, Any]:
-        """Components, mask distribution, kind of penalty and ablation."""
+        """Graph, components, mask distribution, kind of penalty and ablation."""
         return {
-            "components": list(self.selected),
+            "graph": self.graph,
+            "components": self.masked.description,
             "masks": self.masks.describe(),
             "penalty_kind": type(self.penalty).__name__,
             "ablation": self.ablation,
@@ -150,7 +188,8 @@ class CircuitModule(FrozenModelModule):
         return {
             "lm": self.lm_settings(),
             "seed": self.seed,
-            "penalty": self.penalty.weight,
+            "penalty": self.price_at_start,
+            "node_penalty": self.node_penalty,
             "target_size": self.target_size,
             "target_warmup": self.target_warmup,
             "samples_per_prompt": self.samples_per_prompt,
@@ -160,6 +199,14 @@ class CircuitModule(FrozenModelModule):
             "activation_checkpointing": self.activation_checkpointing,
             **self.describe(),
         }
+
+    def asked(self) -> list[dict[str, float]]:
+        """Price, and target size if there is one, that each circuit was asked to have."""
+        given: dict[str, Any] = {"penalty": self.price_at_start, "target_size": self.target_size}
+        return [
+            {name: one[number] if isinstance(one, list) else one for name, one in given.items() if one is not None}
+            for number in range(self.n_circuits)
+        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with a group for the masks and one for the constants."""
@@ -175,7 +222,7 @@ class CircuitModule(FrozenModelModule):
             return torch.optim.Adam([masks])
         constants = {
             "name": "constants",
-            "params": list(self.constants.parameters()),
+            "params": [table for table in self.constants.tables() if table.requires_grad],
             "lr": self.constants_learning_rate,
         }
         return torch.optim.Adam([masks, constants])
@@ -221,28 +268,32 @@ class CircuitModule(FrozenModelModule):
             self.share_from_first_process(self.constants.parameters())
             self.constants_started.fill_(True)
 
-    def replacing(self) -> Ablation:
-        """What replaces ablated components, as trained so far; gradients flow to the constants.
+    def replacing(self) -> list[Ablation]:
+        """What replaces ablated parts, for each circuit or one for all; gradients flow to the constants as trained.
 
         Raises:
             ConfigurationError: nothing has been fitted, validated or tested, so the ablation is not prepared.
         """
         if self.constants is not None:
-            return self.constants.sets()[0]
+            return [*self.constants.sets()]
         if self._other_ablation is None:
             raise ConfigurationError(
                 f"The {self.ablation} ablation is prepared with the task's prompts when a trainer fits, validates or "
                 "tests; without one, use `KINDS` of oa_train.interventions.kinds."
             )
-        return self._other_ablation
+        return [self._other_ablation]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the price of the next step."""
         super().optimizer_step(*args, **kwargs)
-        self.penalty.update(self.masks)
+        self.penalty.update(self._probabilities().sum(dim=1), self.circuit_masks().sum(dim=1))
 
-    def sample_masks(self, batch: Batch, step: StepRows | None = None) -> Float[Tensor, "row component"]:
-        """Draw masks over all components for every prompt; those that are not selected are kept.
+    def _probabilities(self) -> Float[Tensor, "circuit entry"]:
+        """Keep-probabilities of the parts that masks are drawn for."""
+        return self.masks.keep_probability().view(self.n_circuits, -1)
+
+    def sample_masks(self, batch: Batch, step: StepRows | None = None) -> Float[Tensor, "row entry"]:
+        """Draw masks over all components or edges for every circuit and prompt; what is not selected is kept.
 
         A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
 
@@ -251,11 +302,11 @@ class CircuitModule(FrozenModelModule):
             step: rows that gradients are averaged over; those of this batch when not given.
 
         Returns:
-            S * B rows, laid out as `batch.repeat(S)` lays out the prompts, S being `samples_per_prompt`.
+            C * S * B rows, laid out as `batch.repeat(C * S)` lays out the prompts, all rows of a circuit together, S
+            being `samples_per_prompt`.
         """
         drawn = self.sampler.draw(batch.example_ids, step)
-        kept = torch.ones(len(drawn), len(self.components), device=drawn.device, dtype=drawn.dtype)
-        return kept.masked_scatter(self.selection, drawn)
+        return self.masked.spread(self.masked.by_circuit(drawn).flatten(0, 1))
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
@@ -277,63 +328,83 @@ class CircuitModule(FrozenModelModule):
 
     def masked_loss(
         self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"], step: StepRows | None = None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The loss under sampled masks, and the penalty; their sum is what training minimises.
+    ) -> tuple[Float[Tensor, " circuit"], Float[Tensor, " circuit"]]:
+        """Each circuit's loss under sampled masks, and its penalty; training minimises the sum of all.
 
         Args:
             batch: prompts.
             clean: what the unablated model predicts for them.
             step: rows that mask gradients are averaged over; those of this batch when not given.
         """
-        rows = batch.repeat(self.samples_per_prompt)
+        samples, copies = self.samples_per_prompt, self.n_circuits * self.samples_per_prompt
+        rows = batch.repeat(copies)
         mask = self.sample_masks(batch, step)
-        replacements = self.replacing().replacements(batch, partial(source_values, self.frozen))
-        laid_out, recompute = replacements.repeat(self.samples_per_prompt), self.activation_checkpointing
-        logits = node_logits(self.frozen, rows, mask, laid_out, self.bos_token_id, recompute)
-        lost = loss_of(self.loss, clean.repeat(self.samples_per_prompt, 1, 1), logits, rows).mean()
-        return lost, self.penalty(self.masks)
+        ablations = self.replacing()
+        each = ablations if len(ablations) == 1 else [one for one in ablations for _ in range(samples)]
+        replacements = replacements_of_copies(each, batch, copies, partial(source_values, self.frozen))
+        recompute = self.activation_checkpointing
+        logits = masked_logits(self.frozen, rows, mask, replacements, self.bos_token_id, recompute)
+        lost = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
+        return lost.view(self.n_circuits, -1).mean(dim=1), self.penalty(self._probabilities())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step; see `masked_loss`."""
         lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
-        loss: Tensor = lost + penalty
-        measure, mean = f"train/{self.loss}", self.over_processes(lost)
-        self.check_finite({measure: mean, "train/penalty": penalty.detach()}, "Parts of the loss")
-        size = self.masks.expected_size().detach() + len(self.components) - len(self.selected)
+        measure, means, paid = f"train/{self.loss}", self.over_processes(lost), penalty.detach()
+        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss")
         figures = {
-            measure: LOSS_SIGNS[self.loss] * mean,
-            "train/penalty": penalty.detach(),
-            "train/price": self.penalty.price,
-            "train/size": size,
+            measure: LOSS_SIGNS[self.loss] * means,
+            "train/penalty": paid,
+            "train/price": self.penalty.price.expand(self.n_circuits),
+            "train/size": self._probabilities().detach().sum(dim=1) + self.masked.n_fixed,
         }
-        self.log("train/loss", mean + penalty.detach(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(figures, batch_size=len(batch))
-        return loss * self.share_of_step(batch_idx)
+        self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
+        self.log_dict(self._each_and_mean(figures), batch_size=len(batch))
+        # A sum over circuits: each circuit's gradient is that of its own loss, however many run beside it.
+        return (lost + penalty).sum() * self.share_of_step(batch_idx)
+
+    def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Figures of all circuits: their means and, of several circuits, those of each as `name/number`."""
+        shown = {name: values.float().mean() for name, values in figures.items()}
+        if self.n_circuits > 1:
+            for name, values in figures.items():
+                shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
+        return shown
 
     @torch.no_grad()
-    def circuit_mask(self) -> Bool[Tensor, " component"]:
-        """The thresholded mask over all components."""
-        mask = ~self.selection
-        mask[self.selection] = self.masks.threshold(self.threshold)
-        return mask
+    def thresholded(self) -> Bool[Tensor, "circuit entry"]:
+        """The thresholded masks over all components or edges."""
+        return self.masked.spread(self.masks.threshold(self.threshold).view(self.n_circuits, -1))
+
+    def circuit_masks(self) -> Bool[Tensor, "circuit entry"]:
+        """The discrete circuits: what is above the threshold; of edges those that lead from input to logits."""
+        return without_dangling(self.parts, self.thresholded())
 
     @torch.no_grad()
-    def keep_probability(self) -> Float[Tensor, " component"]:
-        """Keep-probability of every component; 1 for those that are not selected."""
-        probability = torch.ones(len(self.components), device=self.selection.device)
-        probability[self.selection] = self.masks.keep_probability().float()
-        return probability
+    def keep_probability(self) -> Float[Tensor, "circuit entry"]:
+        """Keep-probability of every component or edge; 1 for those that are not selected."""
+        return self.masked.spread(self._probabilities().float())
 
-    def circuit(self) -> Circuit:
-        """The thresholded circuit."""
-        mask, scores = self.circuit_mask().cpu(), self.keep_probability().cpu()
-        provenance = self.provenance() | {
-            "ablation": self.ablation,
-            "loss": self.loss,
-            "selected": list(self.selected),
-            "training": {name: value for name, value in self.settings().items() if name not in ("lm", "seed")},
-        }
-        return Circuit.from_mask(self.components, mask, scores, provenance)
+    def circuits(self) -> list[Circuit]:
+        """The discrete circuits."""
+        return [self.circuit(number) for number in range(self.n_circuits)]
+
+    def circuit(self, number: int = 0) -> Circuit:
+        """A discrete circuit; the first is the only one unless several were asked for."""
+        mask, scores = self.circuit_masks()[number].cpu(), self.keep_probability()[number].cpu()
+        before = {} if self.graph == "nodes" else {"edges_before_removal": int(self.thresholded()[number].sum())}
+        provenance = (
+            self.provenance()
+            | before
+            | {
+                "ablation": self.ablation,
+                "loss": self.loss,
+                "selected": self.masked.description,
+                "training": {name: one for name, one in self.settings().items() if name not in ("lm", "seed")}
+                | self.asked()[number],
+            }
+        )
+        return Circuit.from_mask(self.parts, mask, scores, provenance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuit."""
@@ -344,33 +415,64 @@ class CircuitModule(FrozenModelModule):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
-        mask = self.circuit_mask()
-        clean = self.clean_logits(batch)
-        logits = circuit_logits(self.frozen, batch, mask.unsqueeze(0), [self.replacing()])
-        for name in MEASURES:
-            average = self._average(name)
-            average.update(measured(name, clean, logits, batch))
-            self.log(f"{stage}/{name}", average, prog_bar=name == "kl", batch_size=len(batch))
+        clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
+        logits = circuit_logits(self.frozen, batch, self.circuit_masks(), self.replacing())
+        repeated = clean.repeat(self.n_circuits, 1, 1)
+        for name, average in self._averages():
+            found = measured(name, repeated, logits, rows).view(self.n_circuits, -1)
+            average.update(found.mean(dim=1), len(batch))
 
-    def _average(self, name: str) -> MeanMetric:
-        average = self.evaluated[name]
-        assert isinstance(average, MeanMetric)
-        return average
+    def _averages(self) -> Iterator[tuple[str, CircuitMeans]]:
+        for name, average in self.evaluated.items():
+            assert isinstance(average, CircuitMeans)
+            yield name, average
+
+    def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
+        """Log the measures and sizes of all circuits, and return them."""
+        figures: dict[str, Tensor] = {"size": self.circuit_masks().sum(dim=1)}
+        for name, average in self._averages():
+            # torchmetrics turns a tensor of one element into a number.
+            figures[name] = average.compute().reshape(self.n_circuits)
+            average.reset()
+        for name, value in self._each_and_mean({f"{stage}/{name}": one for name, one in figures.items()}).items():
+            self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)
+        return figures
 
     def on_validation_epoch_end(self) -> None:
-        """Log the size, and what the best checkpoint minimises."""
-        size = self._log_size("val")
-        loss = LOSS_SIGNS[self.loss] * self._average(self.loss).compute()
-        self.log("val/objective", self.penalty.objective(loss, size), sync_dist=True)
+        """Log the measures, the sizes, and what the best checkpoint minimises."""
+        figures = self._log_evaluation("val")
+        loss = LOSS_SIGNS[self.loss] * figures[self.loss]
+        self.log("val/objective", self.penalty.objective(loss, figures["size"]).mean(), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
-        """Log the size."""
-        self._log_size("test")
+        """Log the measures and the sizes."""
+        self._log_evaluation("test")
 
-    def _log_size(self, stage: str) -> Int[Tensor, ""]:
-        size = self.circuit_mask().sum()
-        self.log(f"{stage}/size", size.float(), prog_bar=True, sync_dist=True)
-        return size
+
+def _n_circuits(penalty: float | list[float], target_size: float | list[float] | None) -> int:
+    """How many circuits prices and target sizes ask for.
+
+    Raises:
+        ConfigurationError: a list is empty, or the two disagree.
+    """
+    lengths = {len(one) for one in (penalty, target_size) if isinstance(one, list)}
+    if not lengths:
+        return 1
+    if len(lengths) > 1 or 0 in lengths:
+        raise ConfigurationError(
+            f"penalty is {penalty} and target_size {target_size}; expected a number, or lists of one length, an entry "
+            "for each circuit."
+        )
+    return lengths.pop()
+
+
+def _check_graph(graph: str, node_penalty: float) -> None:
+    if graph not in get_args(GraphKind):
+        raise ConfigurationError(f"graph is {graph!r}. {nearest_names(graph, get_args(GraphKind))}")
+    if graph == "nodes" and node_penalty:
+        raise ConfigurationError(
+            f"node_penalty is {node_penalty}, which is for edges: set graph to edges, or leave it."
+        )
 
 
 def _check_positive(**values: float) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import Metric
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
@@ -23,38 +22,13 @@ from oa_train.interventions.masked import replaced_sources
 from oa_train.metrics.measures import LOSS_SIGNS, Loss, check_loss
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
+from oa_train.training.averages import CircuitMeans
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.best import BestConstants
 from oa_train.training.refit import circuit_losses, falling
 
 # Share of its loss by which one circuit at least must improve for a validation to count as progress.
 LEAST_PROGRESS = 0.01
-
-
-class CircuitMeans(Metric):
-    """Mean of a figure of each circuit over all prompts, on all processes.
-
-    Args:
-        n_circuits: how many.
-    """
-
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, n_circuits: int) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros(n_circuits), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, means: Float[Tensor, " circuit"], n_prompts: int) -> None:
-        """Add the means over some prompts."""
-        # Not in place: after a validation of its own Lightning leaves tensors that may not be written.
-        self.total = self.total + means * n_prompts
-        self.count = self.count + n_prompts
-
-    def compute(self) -> Float[Tensor, " circuit"]:
-        """The means over all prompts so far."""
-        return self.total / self.count
 
 
 class ConstantsModule(FrozenModelModule):

@@ -32,12 +32,21 @@ class MaskSampler:
         masks: their distribution.
         seed: of the random numbers.
         samples_per_prompt: S masks are drawn for each prompt.
+        effective: sets to 0 those entries of drawn masks that have no effect beside the others. Rows in which an
+            entry was set to 0 do not count for its gradient.
     """
 
-    def __init__(self, masks: MaskDistribution, seed: int, samples_per_prompt: int) -> None:
+    def __init__(
+        self,
+        masks: MaskDistribution,
+        seed: int,
+        samples_per_prompt: int,
+        effective: Callable[[Tensor], Tensor] = lambda drawn: drawn,
+    ) -> None:
         self._masks = masks
         self._seed = seed
         self._samples_per_prompt = samples_per_prompt
+        self._effective = effective
 
     def draw(self, numbers: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
         """Draw masks, with gradients to the distribution.
@@ -49,7 +58,7 @@ class MaskSampler:
         Returns:
             S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
         """
-        drawn = self._masks.sample(self._uniform(numbers))
+        drawn = self._effective(self._masks.sample(self._uniform(numbers)))
         inside = self._masks.carries_gradient(drawn)
         if inside is None:
             return drawn
@@ -73,7 +82,8 @@ class MaskSampler:
         """
         counts, n_rows = torch.zeros_like(self._masks.logits, dtype=torch.long), 0
         for numbers in batches:
-            inside = self._masks.carries_gradient(self._masks.sample(self._uniform(numbers)))
+            drawn = self._effective(self._masks.sample(self._uniform(numbers)))
+            inside = self._masks.carries_gradient(drawn)
             if inside is None:
                 return None
             counts += inside.sum(dim=0)

@@ -9,8 +9,9 @@ from scipy import stats
 from oa_train.artefacts import Artefact, save_artefact
 from oa_train.circuits.circuit import Circuit, jaccard
 from oa_train.circuits.known import random_circuits
-from oa_train.errors import ArtefactError, ConfigurationError, UnknownNameError
+from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, UnknownNameError
 from oa_train.models.components import Components
+from oa_train.models.graph import Graph
 
 COMPONENTS = Components(2, 3)
 
@@ -154,7 +155,7 @@ def test_every_circuit_is_equally_likely():
 
 @pytest.mark.parametrize("size", [-1, 9])
 def test_a_size_that_the_model_does_not_have_is_refused(size):
-    with pytest.raises(ConfigurationError, match=f"A circuit of {size} of 8 components"):
+    with pytest.raises(ConfigurationError, match=f"A circuit of {size} of 8 parts"):
         random_circuits(COMPONENTS, size, 1, seed=0)
 
 
@@ -166,3 +167,34 @@ def test_random_circuits_among_some_components_keep_the_others():
         assert {"m0", "m1", "m2"} <= set(circuit.nodes)
     with pytest.raises(ConfigurationError):
         random_circuits(components, 2, 1, 0, among=heads)
+
+
+GRAPH = Graph(2, 4, 2)
+EDGES = ("input->a0.h1<q>", "input->a0.k0<v>", "a0.h1->m1", "m1->logits")
+
+
+def test_a_circuit_of_edges_says_what_it_has():
+    circuit = Circuit(GRAPH, EDGES[::-1], provenance={"edges_before_removal": 7})
+    assert circuit.names == EDGES
+    assert circuit.nodes == ("a0.h1", "m1")
+    assert circuit.components == Components(2, 4)
+    assert (circuit.of_edges, circuit.what) == (True, "edges")
+    sizes = {"nodes": 2, "nodes_total": 10, "edges": 4, "edges_total": len(GRAPH), "edges_before_removal": 7}
+    assert circuit.counts() == sizes
+    assert Circuit.from_patterns(GRAPH, ["m1->logits"]).names == ("m1->logits",)
+    assert jaccard(circuit, Circuit(GRAPH, EDGES[:2])) == 0.5
+
+
+def test_a_saved_circuit_of_edges_is_loaded(tmp_path):
+    circuit = Circuit(GRAPH, EDGES, torch.rand(len(GRAPH)), {"fingerprint": "0a"})
+    loaded = Circuit.load(circuit.save(tmp_path / "circuit"))
+    assert loaded == circuit
+    assert loaded.parts == GRAPH
+    assert torch.equal(loaded.scores, circuit.scores)
+
+
+def test_edges_of_another_graph_are_refused(tmp_path):
+    header = {"edges": list(EDGES), "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "parallel": False, "provenance": {}}
+    save_artefact(tmp_path / "circuit", "circuit", Artefact(header, {"mask": torch.ones(len(GRAPH)).bool()}))
+    with pytest.raises(OaTrainError, match=r"no reader named 'a0\.k0<v>'"):
+        Circuit.load(tmp_path / "circuit")

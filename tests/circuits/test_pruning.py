@@ -4,7 +4,10 @@ import networkx as nx
 import pytest
 import torch
 
-from oa_train.circuits.pruning import without_dangling
+from oa_train.circuits.known import random_circuits
+from oa_train.circuits.pruning import highest, within_budget, without_dangling
+from oa_train.errors import ConfigurationError
+from oa_train.models.components import Components
 from oa_train.models.graph import Graph
 
 GRAPHS = {
@@ -69,3 +72,55 @@ def test_rows_do_not_touch_each_other():
     together = without_dangling(graph, kept)
     assert torch.equal(together, torch.cat([without_dangling(graph, row.unsqueeze(0)) for row in kept]))
     assert together.sum() < kept.sum()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_budget_is_used_up_and_nothing_dangles(name, seed):
+    graph = GRAPHS[name]
+    scores = torch.rand(graph.n_edges, generator=torch.Generator().manual_seed(seed))
+    for budget in (0, 1, 5, 17, graph.n_edges // 2, graph.n_edges, graph.n_edges + 3):
+        circuit = within_budget(graph, scores, budget)
+        assert torch.equal(circuit, by_search(graph, circuit))
+        short = min(budget, graph.n_edges) - int(circuit.sum())
+        # Short only where every further edge would be one too many, or would dangle.
+        for edge in (~circuit).nonzero().flatten().tolist() if short else ():
+            more = circuit.clone()
+            more[edge] = True
+            assert int(by_search(graph, more).sum()) - int(circuit.sum()) in (0, *range(short + 1, 99))
+        assert 0 <= short < 10
+        # The highest edges alone, as many as fit, are among them.
+        taken = max(n for n in range(graph.n_edges + 1) if by_search(graph, highest(scores, n)).sum() <= budget)
+        assert not (by_search(graph, highest(scores, taken)) & ~circuit).any()
+
+
+def test_of_equal_scores_the_first_are_taken():
+    assert highest(torch.tensor([0.5, 0.7, 0.5, 0.7]), 3).tolist() == [True, True, False, True]
+    assert not highest(torch.zeros(3), 0).any()
+
+
+def test_components_do_not_dangle():
+    kept = torch.tensor([[True, False, True]])
+    assert without_dangling(Components(1, 2), kept) is kept
+
+
+@pytest.mark.parametrize("parts", [Components(3, 4), *GRAPHS.values()], ids=["components", *GRAPHS])
+def test_random_circuits_have_the_size_and_follow_the_seed(parts):
+    drawn = random_circuits(parts, 9, 6, seed=3)
+    assert [len(circuit) for circuit in drawn] == [9] * 6
+    assert len({circuit.names for circuit in drawn}) > 1
+    assert drawn == random_circuits(parts, 9, 6, seed=3) != random_circuits(parts, 9, 6, seed=4)
+    for circuit in drawn:
+        assert torch.equal(without_dangling(parts, circuit.mask.unsqueeze(0))[0], circuit.mask)
+
+
+def test_edges_that_cannot_be_left_out_come_first():
+    graph = GRAPHS["plain"]
+    always = graph.mask(graph.select(["*->logits"]))
+    for circuit in random_circuits(graph, 60, 5, seed=0, among=["*", "!*->logits"]):
+        # All but those whose source reads nothing in this circuit.
+        read = {name.split("->")[1].split("<")[0] for name in circuit.names}
+        for name in graph.kept(always & ~circuit.mask):
+            assert name.split("->")[0] not in read
+    with pytest.raises(ConfigurationError, match="A circuit of 3 of"):
+        random_circuits(graph, 3, 1, seed=0, among=["*", "!*->logits"])

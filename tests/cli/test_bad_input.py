@@ -70,6 +70,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--data.order abba", "order is 'abba'; expected one of mixed, ABBA, BABA. Did you mean ABBA?"),
         ("--data.n_test 1", "n_test is 1; expected a number of at least 2."),
         ("--data.distractor_names -1", "distractor_names is -1.0; expected a probability from 0 to 1."),
+        ("--model.graph edge", "graph"),
         ("--model.penalty -1", "penalty is -1.0; expected a price in nats"),
         ("--model.penalty .nan", "penalty is nan; expected a price in nats"),
         ("--model.threshold 1.5", "threshold is 1.5; expected a keep-probability between 0 and 1"),

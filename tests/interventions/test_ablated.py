@@ -208,7 +208,7 @@ def refused(model, circuit: Circuit, constants: Constants) -> str:
 @pytest.mark.parametrize("components", [Components(2, 4), Components(3, 5)])
 def test_a_circuit_of_other_sizes_is_refused(any_model, components):
     message = refused(any_model, Circuit(components, ("m0",)), small_constants(any_model))
-    assert f"{components.n_layers} layers of {components.n_heads} heads; this one has 3 of 4" in message
+    assert f"{components.n_layers} layers of {components.n_heads} heads; this one has 3 layers of 4 heads" in message
 
 
 @pytest.mark.parametrize("name", ["n_layers", "n_heads", "d_head", "d_model"])

@@ -7,7 +7,7 @@ import torch
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import check_threshold
-from oa_train.masks.penalties import PROPORTIONAL_POWER, SizePenalty, TargetSize
+from oa_train.masks.penalties import PROPORTIONAL_POWER, NodeRegulariser, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 
 
@@ -15,7 +15,7 @@ def test_value_and_gradient_by_hand():
     distribution = UniformGradientSampling(2).double()
     with torch.no_grad():
         distribution.logits.copy_(torch.tensor([0.0, math.log(3)]))
-    penalty = SizePenalty(0.4)(distribution)
+    penalty = SizePenalty(0.4)(distribution.keep_probability())
     assert penalty.item() == pytest.approx(0.4 * (0.5 + 0.75), abs=1e-7)
     (gradient,) = torch.autograd.grad(penalty, distribution.logits)
     assert gradient.tolist() == pytest.approx([0.4 * 0.25, 0.4 * 0.1875], abs=1e-7)
@@ -39,10 +39,14 @@ def test_a_price_that_is_negative_or_not_finite_is_refused(weight):
 
 def test_the_price_of_the_size_penalty_never_moves():
     penalty, distribution = SizePenalty(0.4), UniformGradientSampling(5)
-    penalty.update(distribution)
-    assert penalty.price == 0.4
+    penalty.update(distribution.expected_size(), size_of(distribution))
+    assert penalty.price.item() == pytest.approx(0.4)
     assert not penalty.state_dict()
     assert penalty.objective(torch.tensor(0.5), torch.tensor(3)).item() == pytest.approx(1.7)
+
+
+def size_of(distribution) -> torch.Tensor:
+    return distribution.threshold(0.5).sum()
 
 
 def masks_of(*thetas: float) -> UniformGradientSampling:
@@ -58,11 +62,11 @@ def test_the_price_follows_its_rule():
     assert penalty.price.item() == pytest.approx(0.1)
     moved = 0.0
     for goal in (3, 2, 2):  # from 4 to 2 in two steps, and no further
-        penalty.update(distribution)
+        penalty.update(distribution.expected_size(), size_of(distribution))
         moved += 0.5 * math.log(3 / goal)
         expected = 0.1 * math.exp(moved) * (2.6 / goal) ** PROPORTIONAL_POWER
         assert penalty.price.item() == pytest.approx(expected, rel=1e-5)
-    value = penalty(distribution)
+    value = penalty(distribution.keep_probability())
     assert value.item() == pytest.approx(expected * 2.6, rel=1e-5)
     (gradient,) = torch.autograd.grad(value, distribution.logits)
     assert gradient.tolist() == pytest.approx([expected * t * (1 - t) for t in (0.9, 0.8, 0.6, 0.3)], rel=1e-5)
@@ -75,7 +79,7 @@ def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule
         TargetSize(12, 4, weight=0.1, warmup=5, always_kept=10),
     ]
     for penalty in penalties:
-        penalty.update(distribution)
+        penalty.update(distribution.expected_size(), size_of(distribution) + penalty.always_kept)
     assert torch.equal(penalties[0].price, penalties[1].price)
     loss = torch.tensor(0.25)
     assert penalties[1].objective(loss, torch.tensor(12)) == loss
@@ -88,7 +92,7 @@ def test_the_price_stays_positive_and_finite_at_the_extremes(theta):
     distribution = masks_of(*[theta] * 8)
     penalty = TargetSize(4, 8, weight=0.05, warmup=1)
     for _ in range(500):
-        penalty.update(distribution)
+        penalty.update(distribution.expected_size(), size_of(distribution))
     assert 0 < penalty.price.item() < math.inf
     assert (penalty.price > 0.05) == (theta > 0.5)
 
@@ -97,12 +101,12 @@ def test_the_price_lives_in_the_state():
     distribution = masks_of(0.9, 0.7, 0.2)
     first, second = (TargetSize(1, 3, weight=0.05, warmup=4) for _ in range(2))
     for _ in range(3):
-        first.update(distribution)
+        first.update(distribution.expected_size(), size_of(distribution))
     assert set(first.state_dict()) == {"log_price", "excess", "steps"}
     assert not list(first.parameters())
     second.load_state_dict(first.state_dict())
     for penalty in (first, second):
-        penalty.update(distribution)
+        penalty.update(distribution.expected_size(), size_of(distribution))
     assert torch.equal(first.price, second.price)
 
 
@@ -139,11 +143,13 @@ def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_t
     penalty = TargetSize(target, n_entries, weight=0.12, warmup=200)
     optimizer = torch.optim.Adam(distribution.parameters(), lr=0.05, betas=(0.9, 0.995))
     for _ in range(500):
-        loss = ((1 - distribution.draw(32, generator)) * worth).sum(dim=1).mean() + penalty(distribution)
+        loss = ((1 - distribution.draw(32, generator)) * worth).sum(dim=1).mean() + penalty(
+            distribution.keep_probability()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        penalty.update(distribution)
+        penalty.update(distribution.expected_size(), size_of(distribution))
     kept = distribution.threshold(0.5)
     assert abs(int(kept.sum()) - target) <= max(1, 0.05 * target)
     most_useful = worth.topk(target).indices
@@ -157,7 +163,7 @@ def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_t
         ({"target": -2.5}, r"target_size is -2.5; expected more than 0"),
         ({"target": 9}, r"target_size is 9; expected more than 0 and at most 8"),
         ({"target": math.nan}, r"target_size is nan"),
-        ({"target": 3, "always_kept": 3}, "more than 3 and at most 11.*the 8 components .* and the 3 that are always"),
+        ({"target": 3, "always_kept": 3}, "more than 3 and at most 11.*the 8 parts .* and the 3 that are always"),
         ({"warmup": 0}, "target_warmup is 0; expected at least 1"),
         ({"weight": 0.0}, "penalty is 0; with target_size it is the price"),
         ({"weight": -1.0}, "penalty is -1.0; expected a price in nats"),
@@ -180,3 +186,53 @@ def test_anything_else_is_no_threshold(level):
     with pytest.raises(ConfigurationError, match=f"threshold is {level}; expected a keep-probability") as caught:
         check_threshold(level)
     assert caught.value.exit_status == 2
+
+
+def test_the_regulariser_adds_up_to_as_much_as_its_formula_says():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)
+    # Entry 1 stands at two nodes, entry 3 at none.
+    entries, nodes = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 2, 2])
+    regulariser = NodeRegulariser(0.5, entries, nodes, 3)
+    by_hand = 0.5 * 1.5 * (math.tanh(1.7 / 1.5) + math.tanh(0.0) + math.tanh(1.4 / 1.5))
+    assert regulariser(distribution.keep_probability()).item() == pytest.approx(by_hand, rel=1e-6)
+    penalty = SizePenalty(0.2, regulariser)
+    assert penalty(distribution.keep_probability()).item() == pytest.approx(0.2 * (2.6 + by_hand), rel=1e-6)
+    assert not penalty.state_dict()
+    target = TargetSize(2, 4, weight=0.1, warmup=2, regulariser=regulariser)
+    assert target(distribution.keep_probability()).item() == pytest.approx(0.1 * (2.6 + by_hand), rel=1e-6)
+
+
+def test_the_last_edges_of_a_node_cost_more_than_those_of_a_busy_one():
+    regulariser = NodeRegulariser(1.0, torch.arange(9), torch.tensor([0] * 8 + [1]), 4)
+    distribution = UniformGradientSampling(9)
+    (gradient,) = torch.autograd.grad(regulariser(distribution.keep_probability()), distribution.logits)
+    assert gradient[8] > 5 * gradient[0] > 0
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_a_regulariser_without_a_sense_is_refused(weight):
+    with pytest.raises(ConfigurationError, match="node_penalty is"):
+        NodeRegulariser(weight, torch.arange(2), torch.arange(2), 2)
+
+
+def test_circuits_side_by_side_have_the_prices_that_they_have_alone():
+    several = [masks_of(0.9, 0.8, 0.6, 0.3), masks_of(0.2, 0.9, 0.9, 0.9)]
+    probabilities = torch.stack([one.keep_probability() for one in several])
+    sizes = torch.stack([size_of(one) for one in several])
+    together = TargetSize([2, 3], 4, weight=[0.1, 0.4], warmup=2)
+    alone = [TargetSize(2, 4, weight=0.1, warmup=2), TargetSize(3, 4, weight=0.4, warmup=2)]
+    for _ in range(3):
+        together.update(probabilities.sum(dim=1), sizes)
+        for penalty, one in zip(alone, several, strict=True):
+            penalty.update(one.expected_size(), size_of(one))
+    torch.testing.assert_close(together.price, torch.stack([one.price for one in alone]))
+    found = together(probabilities)
+    torch.testing.assert_close(
+        found, torch.stack([p(m.keep_probability()) for p, m in zip(alone, several, strict=True)])
+    )
+    loss = torch.tensor([0.1, 0.2])
+    expected = torch.stack([p.objective(lost, size) for p, lost, size in zip(alone, loss, sizes, strict=True)])
+    torch.testing.assert_close(together.objective(loss, sizes), expected)
+    fixed = SizePenalty([0.1, 0.2], NodeRegulariser(0.5, torch.tensor([0, 1]), torch.tensor([0, 0]), 2))
+    one = SizePenalty(0.2, fixed.regulariser)
+    torch.testing.assert_close(fixed(probabilities)[1], one(probabilities[1]))

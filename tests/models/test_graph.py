@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from oa_train.errors import ModelError
+from oa_train.errors import ConfigurationError, ModelError, UnknownNameError
 from oa_train.models.components import Components
 from oa_train.models.graph import Graph
 
@@ -79,3 +79,72 @@ def test_names_and_numbers_of_sources_and_readers_agree():
 def test_a_configuration_of_another_family_is_refused():
     with pytest.raises(ModelError, match="'bloom'"):
         Graph.of(AutoConfig.for_model("bloom"))
+
+
+def test_names_of_edges_and_masks_say_the_same():
+    graph = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
+    assert len(graph) == len(graph.names) == graph.n_edges
+    assert [graph.index(name) for name in graph.names] == list(range(len(graph)))
+    names = ("a1.h3->logits", "input->a0.k1<v>", "a0.h0->m0")
+    assert graph.kept(graph.mask(names)) == ("input->a0.k1<v>", "a0.h0->m0", "a1.h3->logits")
+    assert graph.nodes(graph.mask(names)) == ("a0.h0", "a1.h3")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a0.h9->logits", "no source named 'a0.h9'. Did you mean"),
+        ("a0.h1->a1.h1<k>", "no reader named 'a1.h1<k>'. Did you mean .*a1.h1<q>"),
+        ("a1.h1->a0.h1<q>", "no edge named 'a1.h1->a0.h1<q>'"),
+        ("m0->m0", "no edge named"),
+        ("a0.h1", "no reader named ''"),
+    ],
+)
+def test_an_edge_that_is_none_is_refused(name, said):
+    with pytest.raises(UnknownNameError, match=said):
+        Graph(n_layers=2, n_heads=4, n_kv_heads=2).index(name)
+
+
+def test_patterns_of_edges():
+    graph = Graph(n_layers=2, n_heads=2, n_kv_heads=2)
+    assert graph.select(["*->logits", "!m*"]) == tuple(
+        f"{source}->logits" for source in ("input", "a0.h0", "a0.h1", "a1.h0", "a1.h1")
+    )
+    assert graph.select(["m0"]) == tuple(name for name in graph.names if name.startswith("m0->"))
+    assert graph.select(["input->a0.*<q>"]) == ("input->a0.h0<q>", "input->a0.h1<q>")
+    assert set(graph.select(["a0->m*"])) == {f"a0.h{head}->m{layer}" for head in (0, 1) for layer in (0, 1)}
+    assert graph.select(["*"]) == graph.names
+    for pattern in ("b*", "m1->m0", "*->a2*"):
+        with pytest.raises(ConfigurationError, match="matches no edge"):
+            graph.select([pattern])
+
+
+@pytest.mark.parametrize(("n_kv_heads", "parallel"), [(4, False), (2, False), (1, True)])
+def test_edges_at_heads_are_those_whose_names_say_so(n_kv_heads, parallel):
+    graph = Graph(2, 4, n_kv_heads, parallel)
+    by_name = []
+    for number, name in enumerate(graph.names):
+        source, reader = name.split("->")
+        if source.startswith("a"):
+            by_name.append((number, source))
+        if "<" in reader:
+            layer, part = reader[:-3].split(".")
+            size = 1 if part[0] == "h" else 4 // n_kv_heads
+            by_name += [(number, f"{layer}.h{int(part[1:]) * size + i}") for i in range(size)]
+    heads = [name for name in graph.sources if name.startswith("a")]
+    edges, numbers = graph.edges_at_heads
+    found = [(edge, heads[head]) for edge, head in zip(edges.tolist(), numbers.tolist(), strict=True)]
+    assert sorted(found) == sorted(by_name)
+
+
+def test_edges_between_nodes_name_the_heads_that_share_a_key():
+    graph = Graph(2, 4, 2)
+    names = ("input->a0.h0<q>", "input->a0.k0<k>", "input->a0.k1<v>", "a0.h0->m0", "a0.h1->logits", "m0->logits")
+    assert graph.node_edges(names) == [
+        ("input", "a0.h0", "q"),
+        ("input", "a0.h0", "k"),
+        ("input", "a0.h1", "k"),
+        ("a0.h0", "m0", ""),
+        ("a0.h1", "logits", ""),
+        ("m0", "logits", ""),
+    ]

@@ -49,7 +49,7 @@ def test_finish_writes_what_it_found(finished_run):
     module, _, run = finished_run
     circuit = Circuit.load(run / "circuit")
     assert circuit.nodes == KEPT
-    torch.testing.assert_close(circuit.scores, module.keep_probability())
+    torch.testing.assert_close(circuit.scores, module.keep_probability()[0])
     constants = Constants.load(run / "constants")
     assert constants.bos_token_id == module.bos_token_id
     assert constants.provenance["fingerprint"] == module.fingerprint
@@ -104,7 +104,7 @@ def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
         constants = Constants.load(tmp_path / "constants")
         assert constants.provenance == circuit.provenance
         assert torch.equal(constants.heads, finished.constants.heads)
-        assert torch.equal(constants.heads, module.replacing().heads) != kind.learned
+        assert torch.equal(constants.heads, module.replacing()[0].heads) != kind.learned
     document = json.loads((finished.folder / "results.json").read_text())
     assert document["ablation"] == ablation
     assert set(document["metrics"]) == {*MEASURES, *(f"clean_{name}" for name in MEASURES)}
@@ -138,7 +138,7 @@ def test_the_refit_minimises_what_the_fit_minimised(task, tmp_path, loss, monkey
     validation = list(task.batches("validation", task.n_validation))
     before, after = (
         float(circuit_behaviour(module.frozen, validation, masks, [one]).loss(loss).mean())
-        for one in (module.replacing(), finished.constants)
+        for one in (module.replacing()[0], finished.constants)
     )
     assert after < before
     assert Circuit.load(tmp_path / "circuit").provenance["loss"] == loss

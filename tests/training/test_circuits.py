@@ -73,7 +73,7 @@ def test_training_lowers_the_loss_and_separates_components():
     module = CircuitModule(penalty=0.05)
     trainer = quiet_trainer(max_steps=200)
     trainer.fit(module, datamodule=TaskData(small_ioi(batch_size=16, batches_per_epoch=200)))
-    probability = module.keep_probability()
+    probability = module.keep_probability()[0]
     assert trainer.callback_metrics["val/kl"] < 0.2
     assert probability.max() > 0.9
     assert probability.min() < 0.1
@@ -120,7 +120,7 @@ def test_components_that_are_not_selected_are_always_kept():
     untouched = [module.components.index(name) for name in ("m0", "m1", "m2", "a1.h2")]
     assert (masks[:, untouched] == 1).all()
     assert (masks == 0).any(dim=0).sum() == 11
-    assert module.circuit_mask()[untouched].all()
+    assert module.circuit_masks()[0][untouched].all()
 
 
 def test_masks_depend_on_the_seed_and_the_prompt_s_number_alone():
@@ -318,7 +318,7 @@ def test_every_ablation_trains_with_every_loss(ablation, loss):
     )
     assert (module.constants is not None) == kind.constant
     if kind.constant:
-        start, now = kind.prepare(AblationSource(module.frozen, task)), module.replacing()
+        start, now = kind.prepare(AblationSource(module.frozen, task)), module.replacing()[0]
         assert isinstance(start, Constants)
         assert torch.equal(now.heads, start.heads) != kind.learned
         assert torch.equal(now.mlps, start.mlps) != kind.learned
@@ -348,7 +348,7 @@ def test_a_checkpoint_without_constants_is_refused_by_another_ablation_without(t
 def test_an_ablation_that_is_not_prepared_says_what_it_needs(ablation):
     module = CircuitModule(ablation=ablation)
     with pytest.raises(ConfigurationError, match=rf"The {ablation} ablation is prepared with .* when a trainer fits"):
-        module.replacing()
+        module.replacing()[0]
     with pytest.raises(ConfigurationError, match="without one, use `KINDS`"):
         module.masked_loss(few().batch("train", 0), torch.zeros(4, 1, 393))
 
@@ -360,7 +360,7 @@ def test_validation_and_test_prepare_the_ablation_and_measure_the_circuit(ablati
         module, trainer = CircuitModule(ablation=ablation), quiet_trainer()
         module.masks.logits.data[::2] = -3.0
         (trainer.validate if stage == "validation" else trainer.test)(module, TaskData(task), verbose=False)
-        masks, kind = module.circuit_mask().unsqueeze(0), KINDS[ablation]
+        masks, kind = module.circuit_masks(), KINDS[ablation]
         assert 0 < masks.sum() < len(module.components)
         one = kind.prepare(AblationSource(module.frozen, task))
         expected = circuit_behaviour(module.frozen, task.batches(stage, 8), masks, [one])
@@ -379,7 +379,7 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
     clean = module.clean_logits(batch)
     found, _ = module.masked_loss(batch, clean)
     masks = module.sample_masks(batch)
-    one, lost = module.replacing(), []
+    one, lost = module.replacing()[0], []
     for sample in range(3):
         replacements = one.replacements(batch, partial(source_values, module.frozen))
         rows = masks[4 * sample : 4 * sample + 4]

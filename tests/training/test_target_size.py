@@ -39,9 +39,9 @@ def train_to_size(folder: Path, target: int, seed: int, steps: int, warmup: int,
     data = TaskData(small_ioi(seed=seed, batch_size=16, batches_per_epoch=50, n_validation=256))
     trainer = quiet_trainer(max_steps=steps, enable_checkpointing=True, callbacks=[BestCheckpoint(folder)])
     trainer.fit(module, datamodule=data)
-    last = int(module.circuit_mask().sum())
+    last = int(module.circuit_masks()[0].sum())
     module.load_state_dict(read_checkpoint(folder / "best.ckpt")["state_dict"], strict=False)
-    return last, int(module.circuit_mask().sum())
+    return last, int(module.circuit_masks()[0].sum())
 
 
 def test_a_run_ends_near_the_target(tmp_path):

@@ -1,0 +1,205 @@
+"""Training circuits of edges, one or several side by side."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from oa_train.circuits.pruning import without_dangling
+from oa_train.errors import CheckpointError, ConfigurationError
+from oa_train.interventions.base import scored_logits
+from oa_train.masks.hard_concrete import HardConcrete
+from oa_train.masks.uniform import UniformGradientSampling
+from oa_train.models.families import FAMILIES
+from oa_train.models.graph import Graph
+from oa_train.models.loading import LMSpec
+from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
+from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.data import TaskData
+from tests.builders import quiet_trainer, save_language_model, small_ioi
+
+EDGES = {"graph": "edges", "samples_per_prompt": 2}
+
+
+def train(folder, max_steps: int, resume=None, accumulate: int = 1, **changes) -> CircuitModule:
+    module = CircuitModule(**EDGES | changes)
+    trainer = quiet_trainer(
+        max_steps=max_steps,
+        enable_checkpointing=True,
+        plugins=[WholeFileCheckpointIO()],
+        callbacks=[BestCheckpoint(folder), LastCheckpoint(folder, every_n_steps=1)],
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(module, datamodule=TaskData(small_ioi()), ckpt_path=None if resume is None else str(resume))
+    return module
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_training_moves_masks_and_constants_of_every_source(family, tmp_path):
+    lm = save_language_model(family, tmp_path / "lm")
+    module = CircuitModule(lm=lm, **EDGES)
+    frozen = {name: tensor.clone() for name, tensor in module.frozen.state_dict().items()}
+    trainer = quiet_trainer(max_steps=3)
+    trainer.fit(module, datamodule=TaskData(small_ioi(lm=lm)))
+    assert trainer.callback_metrics["train/loss"].isfinite()
+    assert len(module.masks.logits) == len(Graph.of(module.frozen.config))
+    assert (module.masks.logits != 1.0).float().mean() > 0.5
+    for table in module.constants.tables():
+        assert table.requires_grad
+        assert table.abs().sum() > 0
+    for name, tensor in module.frozen.state_dict().items():
+        assert torch.equal(tensor, frozen[name])
+
+
+def test_sampled_masks_have_no_edge_that_dangles_and_no_gradient_to_one():
+    module = CircuitModule(**EDGES)
+    module.masks.logits.data.normal_(-1.5, 1.5, generator=torch.Generator().manual_seed(0))
+    batch = small_ioi().batch("train", 0, 16)
+    masks = module.sample_masks(batch)
+    bare = module.sampler._masks.sample(module.sampler._uniform(batch.example_ids))
+    lasting = without_dangling(module.parts, bare > 0)
+    assert torch.equal(masks > 0, lasting)
+    assert_close(masks, bare * lasting)
+    assert (bare > 0).sum() > 1.2 * (masks > 0).sum()
+    # An entry's gradient is averaged over the rows in which it has an effect.
+    (gradient,) = torch.autograd.grad(masks.sum(), module.masks.logits)
+    inside = (masks > 0) & (masks < 1)
+    theta = module.masks.keep_probability()
+    expected = torch.where(inside.any(dim=0), len(masks) * theta * (1 - theta), 0.0)
+    assert_close(gradient, expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_edges_that_are_not_selected_are_always_kept_and_count():
+    module = CircuitModule(components=["a*", "!a*->logits"], **EDGES)
+    graph = module.parts
+    drawn = module.sample_masks(small_ioi().batch("train", 0, 8))
+    fixed = ~graph.mask(graph.select(["a*", "!a*->logits"]))
+    assert (drawn[:, fixed] == 1).all()
+    assert module.keep_probability()[0, fixed].eq(1).all()
+    module.masks.logits.data.fill_(-5.0)
+    assert torch.equal(module.thresholded()[0], fixed)
+    assert torch.equal(module.circuit_masks(), without_dangling(graph, fixed.unsqueeze(0)))
+
+
+def test_nothing_is_lost_where_every_edge_is_kept():
+    module = CircuitModule(**EDGES)
+    module.masks.logits.data.fill_(50.0)
+    batch = small_ioi().batch("train", 0, 4)
+    clean = scored_logits(module.frozen, batch)
+    lost, penalty = module.masked_loss(batch, clean)
+    assert lost.abs().item() < 1e-5
+    assert penalty.item() == pytest.approx(0.05 * len(module.parts))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, accumulate):
+    options = {"accumulate": accumulate, "target_size": 60, "target_warmup": 1, "node_penalty": 0.5}
+    whole = train(tmp_path / "whole", 6, **options)
+    train(tmp_path / "part", 3, **options)
+    resumed = train(tmp_path / "rest", 6, tmp_path / "part" / "last.ckpt", **options)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    assert set(whole.state_dict()) >= {"masks.logits", "constants.inputs", "constants.heads", "constants.mlps"}
+
+
+def test_a_checkpoint_of_nodes_is_refused(tmp_path):
+    train(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="graph: the checkpoint has edges, this configuration nodes"):
+        CircuitModule().check_checkpoint(read_checkpoint(tmp_path / "last.ckpt"), None)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", [40, 100])
+def test_the_circuit_comes_to_the_target_size(tmp_path, target):
+    # What counts is what is left when dangling edges are gone.
+    module = train(tmp_path, 500, target_size=target, target_warmup=200, penalty=0.01, mask_learning_rate=0.1)
+    assert abs(len(module.circuit()) - target) <= 0.1 * target
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"graph": "nodes", "node_penalty": 0.5}, "node_penalty is 0.5, which is for edges"),
+        ({"node_penalty": -1.0}, "node_penalty is -1.0"),
+        ({"components": "m1->m0"}, "'m1->m0' matches no edge"),
+        ({"components": ["*", "!*"]}, "selects nothing"),
+        ({"target_size": 300}, "target_size is 300; expected more than 0 and at most 262"),
+        ({"penalty": []}, "lists of one length"),
+        ({"penalty": [0.1, 0.2], "target_size": [10.0]}, "lists of one length"),
+        ({"penalty": [0.1, -0.2]}, "penalty is .*; expected a price"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, said):
+    with pytest.raises(ConfigurationError, match=said):
+        CircuitModule(**EDGES | changes)
+
+
+@pytest.mark.parametrize("graph", ["nodes", "edges"])
+@pytest.mark.parametrize("masks", [UniformGradientSampling, HardConcrete])
+@pytest.mark.parametrize("ablation", ["optimal", "resample"])
+def test_circuits_side_by_side_have_the_gradients_that_they_have_alone(graph, masks, ablation):
+    """The masks of a circuit beside others come from other random numbers, so these are handed over."""
+    options = {"graph": graph, "masks": masks, "samples_per_prompt": 2, "lm": LMSpec(dtype="float64")}
+    options |= {"ablation": ablation}
+    together = CircuitModule(penalty=[0.02, 0.05, 0.01], **options)
+    task = small_ioi(lm=together.lm)
+    batch = task.batch("train", 0, 3)
+    generator = torch.Generator().manual_seed(1)
+    n = together.masked.n_selected
+    together.masks.logits.data.normal_(0.5, 1.0, generator=generator)
+    if together.constants is not None:
+        for table in together.constants.tables():
+            table.data.normal_(0.0, 0.3, generator=generator)
+    else:
+        together._other_ablation = together.kind.prepare(source_of(together, task))
+    clean = together.clean_logits(batch)
+    lost, penalty = together.masked_loss(batch, clean)
+    (lost + penalty).sum().backward()
+    uniform = together.sampler._uniform(batch.example_ids)
+    for number, price in enumerate([0.02, 0.05, 0.01]):
+        alone = CircuitModule(penalty=price, **options)
+        alone.masks.logits.data.copy_(together.masks.logits[number * n : (number + 1) * n])
+        alone.sampler._uniform = lambda _, part=uniform[:, number * n : (number + 1) * n]: part
+        if alone.constants is not None:
+            alone.constants.load(together.constants.sets()[number])
+        alone._other_ablation = together._other_ablation
+        their_lost, their_penalty = alone.masked_loss(batch, clean)
+        assert_close(lost[number], their_lost[0], rtol=1e-5, atol=1e-7)
+        assert_close(penalty[number], their_penalty[0])
+        (their_lost + their_penalty).sum().backward()
+        assert_close(
+            together.masks.logits.grad[number * n : (number + 1) * n], alone.masks.logits.grad, rtol=1e-4, atol=1e-7
+        )
+        for mine, theirs in zip(tables_of(together), tables_of(alone), strict=True):
+            if theirs.requires_grad:
+                assert_close(mine.grad[number], theirs.grad[0], rtol=1e-4, atol=1e-7)
+
+
+def source_of(module: CircuitModule, task):
+    from oa_train.interventions.kinds import AblationSource
+
+    return AblationSource(module.frozen, task)
+
+
+def tables_of(module: CircuitModule):
+    return module.constants.tables() if module.constants is not None else ()
+
+
+def test_circuits_side_by_side_are_trained_resumed_and_measured_each(tmp_path):
+    options = {"penalty": [0.01, 0.3], "mask_learning_rate": 0.2}
+    whole = train(tmp_path / "whole", 16, **options)
+    train(tmp_path / "part", 7, **options)
+    resumed = train(tmp_path / "rest", 16, tmp_path / "part" / "last.ckpt", **options)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+    first, second = whole.circuits()
+    assert len(first) > len(second)
+    assert first.provenance["training"]["penalty"] == 0.01
+    assert second.provenance["training"]["penalty"] == 0.3
+    trainer = quiet_trainer(max_steps=1)
+    (figures,) = trainer.validate(whole, TaskData(small_ioi()), verbose=False)
+    assert figures["val/size/0"] == len(first)
+    assert figures["val/size/1"] == len(second)
+    assert figures["val/kl"] == pytest.approx((figures["val/kl/0"] + figures["val/kl/1"]) / 2, rel=1e-5)
+    priced = [figures[f"val/kl/{n}"] + price * figures[f"val/size/{n}"] for n, price in enumerate((0.01, 0.3))]
+    assert figures["val/objective"] == pytest.approx(sum(priced) / 2, rel=1e-4)
