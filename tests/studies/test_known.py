@@ -12,7 +12,7 @@ from oa_train.training.refit import RefitSettings
 from tests.known import Case, known_case
 
 QUICK = TruthSettings(
-    n_prompts=48,
+    n_prompts=32,
     fit=RefitSettings(steps=60, batch_size=8, learning_rate=0.02, evaluate_every=30),
     n_starts=1,
     n_orders=1,

@@ -56,7 +56,7 @@ def test_sizes_and_edges(name: str) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_the_edges_alone_are_enough_unless_zeros_stand_in(name: str, seed: int) -> None:
     case = known_case(name, seed)
     meant = case.graph.mask(case.known.edges).unsqueeze(0)
@@ -66,7 +66,7 @@ def test_the_edges_alone_are_enough_unless_zeros_stand_in(name: str, seed: int) 
 
 
 @every_model
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_without_a_true_node_nothing_is_left(name: str, seed: int) -> None:
     case = known_case(name, seed)
     masks = torch.stack([case.without_source(node) for node in TRUE[name]])
@@ -77,7 +77,7 @@ def test_without_a_true_node_nothing_is_left(name: str, seed: int) -> None:
 
 
 @every_model
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_distractors_fool_the_ablations_that_they_are_meant_to(name: str, seed: int) -> None:
     case = known_case(name, seed)
     one, other = CANCELLING[name]
@@ -94,7 +94,7 @@ def test_distractors_fool_the_ablations_that_they_are_meant_to(name: str, seed: 
 
 
 @every_model
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_junk_is_active_and_changes_nothing(name: str, seed: int) -> None:
     case = known_case(name, seed)
     masks = torch.stack([case.without_source(part) for part in JUNK[name]])
