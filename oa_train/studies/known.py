@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.pruning import without_dangling
 from oa_train.errors import ConfigurationError
@@ -168,9 +169,15 @@ class _Measure:
         self._batches = list(task.batches("test", settings.n_prompts))
 
     def __call__(self, masks: Bool[Tensor, "circuit edge"]) -> Float[Tensor, " circuit"]:
-        ablations = self._fitted(masks) if self._kind.learned else [self._kind.prepare(self._source)]
-        found = circuit_behaviour(self._model, self._batches, masks, ablations, ROWS_PER_RUN)
-        return found.kl.mean(dim=1)
+        found = self._under([self._kind.prepare(self._source)], masks)
+        # Constants need no training where those that training would start from are enough.
+        wanting = found > self._settings.tolerance
+        if self._kind.learned and wanting.any():
+            found[wanting] = self._under(self._fitted(masks[wanting]), masks[wanting])
+        return found
+
+    def _under(self, ablations: Sequence[Ablation], masks: Tensor) -> Tensor:
+        return circuit_behaviour(self._model, self._batches, masks, ablations, ROWS_PER_RUN).kl.mean(dim=1)
 
     def _fitted(self, masks: Tensor) -> list[Constants]:
         """The constants of each circuit that did best on validation prompts, whatever they started from."""
