@@ -12,7 +12,7 @@ from torch import nn
 
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.loading import CausalLM
-from oa_train.models.projections import AttentionReaders, attention_readers
+from oa_train.models.projections import attention_readers, weight_and_bias
 from oa_train.shapes import Float, Tensor
 
 # A norm divides by the root of its input's variance plus epsilon. With an epsilon that dwarfs every variance, and its
@@ -116,16 +116,10 @@ class HandWrittenWeights:
         return self._reader(layer, 2, head // self.heads_per_group)
 
     def _reader(self, layer: int, kind: int, number: int) -> Affine:
-        readers: AttentionReaders = self._readers[layer]
-        counts = (readers.n_heads, readers.n_kv_heads, readers.n_kv_heads)
-        if len(readers.modules) > 1:
-            module, place, count = readers.modules[kind], number, counts[kind]
-        elif readers.interleaved:
-            module, place, count = readers.modules[0], 3 * number + kind, sum(counts)
-        else:
-            module, place, count = readers.modules[0], sum(counts[:kind]) + number, sum(counts)
-        whole = _affine(module)
-        return Affine(whole.weight.unflatten(0, (count, -1))[place], whole.bias.unflatten(0, (count, -1))[place])
+        readers = self._readers[layer]
+        maps = [_affine(module) for module in readers.modules]
+        weights, biases = (readers.by_reader(one) for one in ([m.weight for m in maps], [m.bias for m in maps]))
+        return Affine(weights[kind][number], biases[kind][number])
 
     def output(self, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:
         """From a head's value to what it writes."""
@@ -185,9 +179,10 @@ class HandWrittenWeights:
 
 
 def _weight(module: nn.Module) -> Float[Tensor, "out into"]:
-    weight = module.get_parameter("weight").detach()
-    # GPT-2's Conv1D has its weight the other way round.
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    # A table of embeddings is laid out as it is looked up, one row for each entry.
+    if isinstance(module, nn.Embedding):
+        return module.weight.detach()
+    return weight_and_bias(module)[0].detach()
 
 
 def _affine(module: nn.Module) -> Affine:

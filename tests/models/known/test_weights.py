@@ -66,7 +66,7 @@ def test_readers_of_single_heads_are_those_that_edges_lead_to(family: str) -> No
     weights.value(1, 2).weight[1] = 7
     readers = attention_readers(model)[1]
     inputs = balanced(1, readers.n_heads + 2 * readers.n_kv_heads, 4)
-    made = [readers.project(module, inputs).flatten(2) for module in range(len(readers.modules))]
+    made = readers.project(inputs)
     d_head, group = WIDTH // 4, 3 // weights.heads_per_group
     whole = torch.cat(made, dim=-1)[0]
     if readers.interleaved:
