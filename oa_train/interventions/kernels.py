@@ -227,7 +227,9 @@ class _ReadAttention(_Operation):
             if self._norm is not None and self._norm.bias is not None:
                 bias = F.linear(self._norm.bias, weight, bias)
             bias = weight.new_zeros(()) if bias is None else bias
-            made.append(self.buffers.cast(bias).expand(*self.buffers.shape[:2], len(weight)).contiguous())
+            everywhere = self.buffers.cast(bias).expand(*self.buffers.shape[:2], len(weight))
+            # A copy also where one token has the bias as it is: products are added to it.
+            made.append(everywhere.clone(memory_format=torch.contiguous_format))
         return tuple(made)
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -110,7 +110,8 @@ def test_generation_with_the_cache_equals_one_without_and_masked_logits(any_mode
         for generated in (cached, plain):
             assert_close(torch.stack(generated.logits)[:, row], expected, **EXACT)
     clean = generate(any_model, batch, use_cache=True)
-    assert not torch.equal(clean.sequences, cached.sequences)
+    # An edge circuit may still say the same.
+    assert (torch.stack(clean.logits) - torch.stack(cached.logits)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("what", ["components", "edges"])

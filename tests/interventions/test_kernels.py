@@ -216,3 +216,15 @@ def test_every_model_has_its_own_workspace():
     one, other = tiny_model("gpt2"), tiny_model("gpt2")
     assert workspace_of(one) is workspace_of(one)
     assert workspace_of(one) is not workspace_of(other)
+
+
+def test_a_single_token_leaves_the_weights_as_they_are(any_model):
+    # What is spread over rows and positions is the weight itself where there is only one.
+    batch, graph = random_batch([1]), Graph.of(any_model.config)
+    before = {name: weight.clone() for name, weight in any_model.named_parameters()}
+    mask = random_mask(1, graph.n_edges).requires_grad_()
+    values = random_constants(any_model, requires_grad=True).replacements(batch)
+    for bos in (BOS, None):
+        edge_logits(any_model, batch, mask, values, bos).sum().backward()
+    for name, weight in any_model.named_parameters():
+        assert torch.equal(weight, before[name]), name
