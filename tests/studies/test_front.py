@@ -1,0 +1,116 @@
+"""The end of a fit of several circuits, and of one of edges."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from oa_train.ablations.constants import Constants
+from oa_train.circuits.circuit import Circuit
+from oa_train.circuits.pruning import within_budget
+from oa_train.errors import ConfigurationError
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.interventions.kinds import AblationSource
+from oa_train.studies.compare import CompareSettings, compare
+from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.front import finish_front
+from oa_train.studies.runs import TrainedCircuit
+from oa_train.training.circuits import CircuitModule
+from oa_train.training.data import TaskData
+from oa_train.training.refit import RefitSettings
+from tests.builders import quiet_trainer, small_ioi
+
+QUICK = FinishSettings(refit=RefitSettings(steps=10, batch_size=4, evaluate_every=5))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return small_ioi()
+
+
+def trained(task, **changes) -> CircuitModule:
+    """Keep-probabilities that follow a random order, so that thresholds and budgets have something to choose."""
+    module = CircuitModule(graph="edges", **changes)
+    quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
+    module.masks.logits.data.normal_(-0.8, 1.0, generator=torch.Generator().manual_seed(0))
+    return module
+
+
+def test_a_circuit_of_edges_is_finished(task, tmp_path):
+    module, run = trained(task), tmp_path / "experiment" / "version_0"
+    finished = finish(module, task, run, QUICK)
+    circuit, constants = Circuit.load(run / "circuit"), Constants.load(run / "constants")
+    assert torch.equal(circuit.mask, module.circuit_masks()[0])
+    results = json.loads((finished.folder / "results.json").read_text())
+    counts = results["circuit"]
+    assert counts == circuit.counts()
+    assert counts["edges"] < counts["edges_before_removal"] == int(module.thresholded().sum()) < 262
+    assert [row["edge"] for row in results["rows"]] == list(circuit.names)
+    again = circuit_behaviour(module.frozen, task.batches("test", task.n_test), circuit.mask.unsqueeze(0), [constants])
+    assert results["metrics"]["kl"]["mean"] == pytest.approx(float(again.kl.mean()), rel=1e-5)
+    assert {path.name for path in (finished.folder / "figures").iterdir()} == {"circuit.png", "keep_probability.png"}
+    # Its own constants replace the embedding too.
+    start = AblationSource(module.frozen, task).mean
+    assert not torch.equal(constants.inputs, start.inputs)
+
+
+def test_a_size_takes_the_highest_edges(task, tmp_path):
+    module = trained(task)
+    finished = finish(module, task, tmp_path / "e" / "version_0", FinishSettings(refit=QUICK.refit, size=40))
+    assert len(finished.circuit) == 40
+    assert torch.equal(finished.circuit.mask, within_budget(module.parts, module.keep_probability()[0], 40))
+    with pytest.raises(ConfigurationError, match="A circuit of 300 parts was asked for; this model has 262"):
+        module.circuit(size=300)
+    with pytest.raises(ConfigurationError, match=r"finish\.size is 0"):
+        FinishSettings(size=0)
+
+
+@pytest.mark.parametrize("ablation", ["optimal", "mean", "resample"])
+def test_a_front_has_a_finished_run_for_each_circuit(task, tmp_path, ablation):
+    module, run = trained(task, penalty=[0.01, 0.1, 0.02], ablation=ablation), tmp_path / "experiment" / "version_0"
+    front = finish_front(module, task, run, QUICK)
+    masks = module.circuit_masks()
+    for number, circuit in enumerate(front.circuits):
+        loaded = TrainedCircuit.load(run / "front" / str(number))
+        assert loaded.circuit == circuit
+        assert torch.equal(circuit.mask, masks[number])
+        assert (loaded.constants is None) == (ablation == "resample")
+        if ablation != "resample":
+            ablations = [loaded.constants]
+            again = circuit_behaviour(
+                module.frozen, task.batches("test", task.n_test), masks[number : number + 1], ablations
+            )
+            assert front.metrics[ablation][number]["kl"].mean == pytest.approx(float(again.kl.mean()), rel=1e-4)
+    results = json.loads((front.folder / "results.json").read_text())
+    assert [row["penalty"] for row in results["rows"] if row["ablation"] == "zero"] == [0.01, 0.1, 0.02]
+    assert {row["ablation"] for row in results["rows"]} == {ablation, "mean", "zero"}
+    table = list(csv.DictReader((front.folder / "tables" / "front.csv").read_text().splitlines()))
+    assert [int(row["edges"]) for row in table if row["ablation"] == ablation] == [len(one) for one in front.circuits]
+    assert (front.folder / "figures" / "front.png").is_file()
+
+
+def test_circuits_refitted_side_by_side_are_those_refitted_alone(task, tmp_path):
+    module = trained(task, penalty=[0.01, 0.1])
+    both = finish_front(module, task, tmp_path / "both", QUICK)
+    alone = finish(module, task, tmp_path / "alone", QUICK)
+    for mine, theirs in zip(both.constants[0].tensors(), alone.constants.tensors(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_circuits_of_edges_are_compared_under_every_ablation(task, tmp_path):
+    module = trained(task)
+    finished = finish(module, task, tmp_path / "e" / "version_0", QUICK)
+    run = TrainedCircuit("e/version_0", finished.circuit, finished.constants)
+    settings = CompareSettings(
+        ablations=["optimal", "mean", "counterfactual"], components=[], fit=QUICK.refit, random_circuits=3
+    )
+    compared = compare(module.frozen, task, [run], tmp_path / "e" / "version_0", settings)
+    assert [row.ablation for row in compared.rows] == ["optimal", "mean", "counterfactual"]
+    assert compared.rows[0].figures["kl"].mean == pytest.approx(finished.metrics["kl"].mean, rel=1e-4)
+    assert len(compared.random_circuits[len(finished.circuit)].kl) == 3
+    results = json.loads((compared.folder / "results.json").read_text())
+    assert results["runs"][0]["edges"] == list(finished.circuit.names)
+    nodes = TrainedCircuit("nodes", Circuit.from_patterns(finished.circuit.components, ["m*"]), None)
+    with pytest.raises(ConfigurationError, match="different kinds: e/version_0 of edges, nodes of components"):
+        compare(module.frozen, task, [run, nodes], tmp_path / "e" / "version_0", settings)
