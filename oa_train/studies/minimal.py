@@ -93,15 +93,15 @@ def minimal(
     removals = sorted(found, key=lambda removal: -removal.increase.mean)
     complement, *random = study.complements()
     minimality = Minimality(
-        run.circuit,
-        run.ablation,
-        summary(whole),
-        removals,
-        study.without_all_of([one.names[0] for one in removals if one.verdict == "superfluous"]),
-        complement,
-        random,
-        study.clean(),
-        make_next_folder(Path(folder) / "studies", "minimal"),
+        circuit=run.circuit,
+        ablation=run.ablation,
+        figures=summary(whole),
+        removals=removals,
+        together=study.without_all_of([one.names[0] for one in removals if one.verdict == "superfluous"]),
+        complement=complement,
+        random_complements=random,
+        clean=study.clean(),
+        folder=make_next_folder(Path(folder) / "studies", "minimal"),
     )
     _write(minimality, study, Path(folder))
     _draw(minimality, study)
@@ -147,8 +147,7 @@ class _Study:
     def without_each_part(self) -> tuple[Behaviour, list[Removal]]:
         """The whole circuit, and the circuit without each part, in mask order."""
         numbers = (self.mask & self._in_question).nonzero().flatten()
-        found, removals = self._without([[number] for number in numbers.tolist()])
-        return found, removals
+        return self._without([[number] for number in numbers.tolist()])
 
     def without_all_of(self, names: Sequence[str]) -> Removal | None:
         """The circuit without several parts at once; None where that is nothing new."""
@@ -164,18 +163,19 @@ class _Study:
             masks[row, list(entries)] = False
         masks = without_dangling(self.parts, masks)
         found = self._behaviour(masks, self._ablations(masks), "evaluating circuits without a part")
-        lost = (masks[0] & ~masks[1:]).sum(dim=1).tolist()
-        taken = [int(masks[0, list(entries)].sum()) for entries in removed]
-        return found, [
-            self._removal(found, row, entries, lost[row - 1] - taken[row - 1])
-            for row, entries in enumerate(removed, start=1)
-        ]
+        return found, [self._removal(found, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
-    def _removal(self, found: Behaviour, row: int, entries: Sequence[int], dangling: int) -> Removal:
+    def _removal(self, found: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> Removal:
+        gone = masks[0] & ~masks[row]
+        gone[list(entries)] = False
         difference = {name: paired_difference(getattr(found, name)[row], getattr(found, name)[0]) for name in MEASURES}
-        names = tuple(self.parts.names[entry] for entry in entries)
-        judged = verdict(difference["kl"], self.settings.tolerance)
-        return Removal(names, dangling, summary(found, row), difference, judged)
+        return Removal(
+            names=tuple(self.parts.names[entry] for entry in entries),
+            dangling=int(gone.sum()),
+            figures=summary(found, row),
+            difference=difference,
+            verdict=verdict(difference["kl"], self.settings.tolerance),
+        )
 
     def complements(self) -> list[dict[str, Estimate]]:
         """The model with the circuit's parts ablated, and those of random circuits, everything else being kept."""
@@ -292,13 +292,14 @@ def _superfluous(minimality: Minimality) -> dict[str, Any]:
 
 
 def _draw(minimality: Minimality, study: _Study) -> None:
-    kl, what = minimality.figures["kl"].mean, minimality.circuit.what
-    size = f"{len(minimality.circuit)} of {len(minimality.circuit.parts)} {what}, KL {kl:.3g} nats"
+    circuit, kl = minimality.circuit, minimality.figures["kl"].mean
+    size = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {kl:.3g} nats"
+    ablation = minimality.ablation.replace("_", " ") + " ablation" + (", refitted" if study.settings.refit else "")
     figure = worth_figure(
         [removal.names[0] for removal in minimality.removals],
         [Interval(one.increase.mean, *one.increase.ci95) for one in minimality.removals],
         [removal.verdict for removal in minimality.removals],
         study.settings.tolerance,
-        f"{study.task.lm.name}, {study.task.name}: {size}",
+        f"{study.task.lm.name}, {study.task.name}: {size} ({ablation})",
     )
     save_figure(figure, minimality.folder / "figures" / "worth.png")
