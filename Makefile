@@ -41,4 +41,5 @@ docs: $(STAMP)  ## write the pages of the manual that come from the code
 
 bench: $(STAMP)  ## timings, side by side
 	$(BIN)/python -m benchmarks.nodes
+	$(BIN)/python -m benchmarks.edges
 	$(BIN)/python -m benchmarks.scaling

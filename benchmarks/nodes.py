@@ -18,10 +18,8 @@ drift, ratios of neighbours hardly do. Each line of the output is one JSON objec
 
 import argparse
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 import warnings
@@ -34,21 +32,25 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from benchmarks.timing import (
+    ALLOCATORS,
+    PROMPTS,
+    SAMPLES,
+    floor_step,
+    plain_forward,
+    random_tokens,
+    side_by_side,
+    summary,
+    under_both_allocators,
+)
 from oa_train import CircuitModule, LMSpec, TaskData
 from oa_train.batches import Batch
 from oa_train.cli.quiet import silence_libraries
-from oa_train.metrics.divergence import kl_divergence
 from oa_train.tasks.induction import Induction
 
 SHAPES = {
     "gpt2-small": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257},
     "quick": {"n_layer": 4, "n_head": 4, "n_embd": 128, "vocab_size": 1000},
-}
-PROMPTS, SAMPLES, POSITIONS = 2, 4, 16
-ALLOCATORS = {
-    "default": {},
-    # Keeps freed blocks instead of handing them back to the system, as a GPU's caching allocator does.
-    "nommap": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"},
 }
 
 
@@ -59,20 +61,7 @@ class RandomTokens(Induction):
 
     def batch(self, stream: str, index: int, size: int | None = None) -> Batch:
         """Random tokens; the same batch whatever the stream."""
-        size = size or self.batch_size
-        generator = torch.Generator().manual_seed(index)
-        tokens = torch.randint(3, 500, (size, POSITIONS), generator=generator)
-        return Batch(
-            tokens=tokens,
-            attention_mask=torch.ones_like(tokens, dtype=torch.bool),
-            scored=torch.full((size, 1), POSITIONS - 1),
-            weights=torch.ones(size, 1),
-            answers=torch.full((size, 1, 1), 5),
-            distractors=torch.full((size, 1, 1), 6),
-            counterfactual_tokens=None,
-            example_ids=torch.arange(size),
-            padded=False,
-        )
+        return random_tokens(size or self.batch_size, index)
 
     def batches(self, stream: str, n_prompts: int, size: int | None = None):  # type: ignore[no-untyped-def]
         """One small batch; means and validation are not timed."""
@@ -91,49 +80,6 @@ def make_model(shape: str, folder: Path) -> LMSpec:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>").save_pretrained(folder)
     return LMSpec(str(folder))
-
-
-def side_by_side(contestants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Time every contestant in turn, again and again, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for repetition in range(repetitions + 1):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            if repetition:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def last_logits(module: CircuitModule, **inputs: torch.Tensor) -> torch.Tensor:
-    """Logits of the plain model at the last position."""
-    hidden = module.frozen.base_model(**inputs, use_cache=False).last_hidden_state
-    return module.frozen.get_output_embeddings()(hidden[:, -1].contiguous())
-
-
-def floor_step(module: CircuitModule, batch: Batch) -> Callable[[], object]:
-    """Forward and backward of the plain model on as many rows as the masked part has."""
-    rows = batch.repeat(SAMPLES)
-    shift = torch.zeros(module.dimensions.d_model, requires_grad=True)
-    with torch.no_grad():
-        clean = last_logits(module, input_ids=batch.tokens).repeat(SAMPLES, 1)
-
-    def step() -> None:
-        embedded = module.frozen.get_input_embeddings()(rows.tokens) + shift
-        kl_divergence(clean, last_logits(module, inputs_embeds=embedded)).mean().backward()
-        shift.grad = None
-
-    return step
-
-
-def clean_forward(module: CircuitModule, batch: Batch) -> Callable[[], object]:
-    """Plain forward on the prompts."""
-
-    @torch.no_grad()
-    def run() -> object:
-        return last_logits(module, input_ids=batch.tokens)
-
-    return run
 
 
 def masked_part(module: CircuitModule, batch: Batch) -> Callable[[], object]:
@@ -191,8 +137,8 @@ def measure(shape: str, repetitions: int, allocator: str) -> list[dict[str, obje
         module = CircuitModule(lm=lm, samples_per_prompt=SAMPLES)
         batch = task.batch("train", 0)
         contestants = {
-            "floor": floor_step(module, batch),
-            "clean": clean_forward(module, batch),
+            "floor": floor_step(module.frozen, batch),
+            "clean": plain_forward(module.frozen, batch),
             "masked": masked_part(module, batch),
             "step": whole_step(module, task),
         }
@@ -226,9 +172,7 @@ def measure(shape: str, repetitions: int, allocator: str) -> list[dict[str, obje
             "name": name,
             "shape": shape,
             "allocator": allocator,
-            "median_ms": round(1000 * median[name], 2),
-            "range_ms": [round(1000 * min(times[name]), 2), round(1000 * max(times[name]), 2)],
-            "repetitions": len(times[name]),
+            **summary(times[name]),
             **{key: round(value, 3) for key, value in ratio.items()},
         }
         for name, ratio in ratios.items()
@@ -243,10 +187,7 @@ def main() -> None:
     parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both", help="of the C library")
     options = parser.parse_args()
     if options.allocator == "both":
-        words = [word for word in sys.argv[1:] if word != "--allocator"]
-        for allocator, variables in ALLOCATORS.items():
-            command = [sys.executable, "-m", "benchmarks.nodes", *words, "--allocator", allocator]
-            subprocess.run(command, check=True, env=os.environ | variables)  # noqa: S603 (our own command line)
+        under_both_allocators("benchmarks.nodes", sys.argv[1:])
         return
     silence_libraries()
     warnings.filterwarnings("ignore", module="lightning")

@@ -36,7 +36,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.nodes import POSITIONS, SAMPLES, RandomTokens, make_model
+from benchmarks.nodes import RandomTokens, make_model
+from benchmarks.timing import POSITIONS, SAMPLES
 from oa_train import CircuitModule, LMSpec, TaskData
 from oa_train.cli.quiet import silence_libraries
 from oa_train.interventions.memory import StepSettings, node_step_memory

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from oa_train.circuits.circuit import Circuit
-from oa_train.circuits.pruning import highest, within_budget
+from oa_train.circuits.pruning import highest_circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.components import Components
 from oa_train.models.graph import Graph
@@ -43,8 +43,7 @@ def random_circuits(
         order = torch.randperm(len(drawn), generator=torch_generator(seed, "random circuit", *which))
         scores = torch.ones(len(parts))
         scores[drawn[order]] = -torch.arange(len(drawn)).float()
-        chosen = within_budget(parts, scores, size) if isinstance(parts, Graph) else highest(scores, size)
-        return Circuit.from_mask(parts, chosen)
+        return Circuit.from_mask(parts, highest_circuit(parts, scores, size))
 
     def of_size(index: int) -> Circuit:
         attempts = (circuit(index, attempt) for attempt in range(MOST_ATTEMPTS))

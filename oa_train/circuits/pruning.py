@@ -9,6 +9,7 @@ from bisect import bisect_right
 
 import torch
 
+from oa_train.errors import ConfigurationError
 from oa_train.models.components import Components
 from oa_train.models.graph import Graph
 from oa_train.shapes import Bool, Float, Tensor
@@ -114,6 +115,17 @@ def highest(scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"
     mask = torch.zeros(len(scores), dtype=torch.bool)
     mask[_descending(scores)[:size]] = True
     return mask
+
+
+def highest_circuit(parts: Components | Graph, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+    """The circuit of a given size that the highest scores make; of edges none of which dangles (`within_budget`).
+
+    Raises:
+        ConfigurationError: there are fewer parts than that.
+    """
+    if not 0 <= size <= len(parts):
+        raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(parts)}.")
+    return within_budget(parts, scores, size) if isinstance(parts, Graph) else highest(scores, size)
 
 
 def within_budget(graph: Graph, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:

@@ -1,7 +1,9 @@
 """A model that runs as its circuit, for the length of a context."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,25 +12,25 @@ from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.interventions.base import masks_within_single_precision, protected
-from oa_train.interventions.nodes import node_sites, node_taps, spread_mask
+from oa_train.interventions.masked import masked_call
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.models.taps import Tap, TensorFunction, observed_calls, tapped
+from oa_train.models.taps import replaced_forwards
 from oa_train.shapes import Tensor
 
 
 @contextmanager
 def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator[CausalLM]:
-    """Run a model as a circuit: every component outside of it is replaced by its constant.
+    """Run a model as a circuit: every component outside of it is replaced by its constant, every other edge is cut.
 
     Everything that calls the model works inside the context, `generate` with its key-value cache included. The model
     is as before afterwards, also when something raises.
 
     Args:
         model: frozen causal language model.
-        circuit: the components that are kept.
+        circuit: the components or edges that are kept.
         constants: what stands in for the others.
 
     Yields:
@@ -39,26 +41,18 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator
     """
     check_belongs(model, circuit, constants)
     mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
-    there = constants.to(model.device)
-    current: list[Tap] = []
+    there, forward = constants.to(model.device), model.forward
+    parameters = signature(forward)
 
-    def prepare(arguments: dict[str, Any]) -> None:
-        tokens, positions = _tokens_and_positions(arguments)
+    @wraps(forward)
+    def masked_forward(*args: Any, **kwargs: Any) -> Any:
+        tokens, positions = _tokens_and_positions(dict(parameters.bind(*args, **kwargs).arguments))
         kept = protected(tokens, positions, there.bos_token_id)
-        spread = spread_mask(mask.expand(len(tokens), -1), kept)
-        current[:] = node_taps(model, spread, there.replacements_at(positions))
+        with masked_call(model, mask.expand(len(tokens), -1), there.replacements_at(positions), kept):
+            return forward(*args, **kwargs)
 
-    relays = [Tap(module, side, _relay(current, index)) for index, (module, side) in enumerate(node_sites(model))]
-    with ExitStack() as stack:
-        stack.enter_context(masks_within_single_precision(model))
-        stack.enter_context(observed_calls(model, prepare))
-        stack.enter_context(tapped(relays))
+    with masks_within_single_precision(model), replaced_forwards([(model, masked_forward)]):
         yield model
-
-
-def _relay(current: list[Tap], index: int) -> TensorFunction:
-    """Do what the tap of that number does in the call that is under way."""
-    return lambda value: current[index].function(value)
 
 
 def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

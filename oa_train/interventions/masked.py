@@ -1,15 +1,19 @@
 """Running a model under masks over its components or over its edges; how many entries a mask has tells which."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
-from oa_train.interventions.edges import edge_logits
-from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.edges import edge_logits, mixed_edges
+from oa_train.interventions.nodes import node_logits, node_taps, spread_mask
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
+from oa_train.models.taps import tapped
 from oa_train.shapes import Bool, Float, Tensor
 
 
@@ -26,9 +30,31 @@ def masked_logits(
     Raises:
         ValueError: the model has neither as many components nor as many edges.
     """
+    run = edge_logits if over_edges(model, mask.shape[1]) else node_logits
+    return run(model, batch, mask, replacements, bos_token_id, recompute)
+
+
+@contextmanager
+def masked_call(
+    model: CausalLM,
+    mask: Float[Tensor, "row entry"],
+    replacements: SourceValues,
+    kept: Bool[Tensor, "row position"],
+) -> Iterator[None]:
+    """Mask one call of a model, inside the context.
+
+    Args:
+        model: that is called with as many rows and positions as `kept` has.
+        mask: over components or edges.
+        replacements: what stands in.
+        kept: tokens at which nothing is ablated.
+    """
     if over_edges(model, mask.shape[1]):
-        return edge_logits(model, batch, mask, replacements, bos_token_id)
-    return node_logits(model, batch, mask, replacements, bos_token_id, recompute)
+        with mixed_edges(model, mask, replacements, kept):
+            yield
+    else:
+        with tapped(node_taps(model, spread_mask(mask, kept), replacements)):
+            yield
 
 
 def replaced_sources(model: CausalLM, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit source"]:

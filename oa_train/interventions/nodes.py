@@ -6,21 +6,18 @@ at the output of each MLP. The biases of the output projection belong to the lay
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.function import once_differentiable
 
 from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
 from oa_train.interventions.base import protected, scored_logits
-from oa_train.models.families import Dimensions, find_parts
+from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
-
-Site = tuple[nn.Module, Literal["input", "output"]]
 
 # Below this a mask entry counts as ablated and its constant receives gradients. A constant is to be the best
 # replacement of a component that is gone; trained on mixtures as well, it would learn to correct their scale instead
@@ -55,15 +52,6 @@ def spread_mask(mask: Float[Tensor, "row component"], kept: Tensor) -> Float[Ten
     return torch.where(kept.unsqueeze(-1), 1.0, mask.unsqueeze(1))
 
 
-def node_sites(model: CausalLM) -> list[Site]:
-    """Where the taps of `node_taps` act, in their order: for each layer its heads, then its MLP."""
-    parts = find_parts(model)
-    sites: list[Site] = []
-    for projection, mlp in zip(parts.attention_outputs, parts.mlps, strict=True):
-        sites += [(projection, "input"), (mlp, "output")]
-    return sites
-
-
 def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: SourceValues) -> list[Tap]:
     """The functions that mix every head and MLP with its replacement.
 
@@ -72,13 +60,14 @@ def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], re
         mask: a mask for each position.
         replacements: what stands in.
     """
-    dimensions = Dimensions.of(model.config)
-    by_layer = mask.unflatten(-1, (dimensions.n_layers, dimensions.n_heads + 1))
-    functions = []
-    for layer in range(dimensions.n_layers):
-        functions.append(_mixer(by_layer[:, :, layer, :-1, None], replacements.heads[layer]))
-        functions.append(_mixer(by_layer[:, :, layer, -1:], replacements.mlps[layer]))
-    return [Tap(module, side, mix) for (module, side), mix in zip(node_sites(model), functions, strict=True)]
+    parts = find_parts(model)
+    by_layer = mask.unflatten(-1, (parts.dimensions.n_layers, -1))
+    taps: list[Tap] = []
+    for layer, (projection, mlp) in enumerate(zip(parts.attention_outputs, parts.mlps, strict=True)):
+        of_heads, of_mlp = by_layer[:, :, layer, :-1, None], by_layer[:, :, layer, -1:]
+        taps.append(Tap(projection, "input", _mixer(of_heads, replacements.heads[layer])))
+        taps.append(Tap(mlp, "output", _mixer(of_mlp, replacements.mlps[layer])))
+    return taps
 
 
 def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch, unanswered
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.nodes import node_logits, node_taps, spread_mask
+from oa_train.interventions.reader_checks import logits_with_every_edge, misplaced_readers
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.models.components import Components
 from oa_train.models.families import check_family, find_parts, is_parallel
@@ -204,6 +205,16 @@ def _padding(trial: _Trial) -> float:
     return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])
 
 
+@torch.no_grad()
+def _all_edges_kept(trial: _Trial) -> float:
+    batch = _batch(trial.tokens(2))
+    return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
+
+
+def _misplaced_readers(trial: _Trial) -> float:
+    return misplaced_readers(trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype])
+
+
 def _values_against_reference(trial: _Trial) -> float:
     fast, slow = trial.fast_and_slow
     return _difference(fast[0], slow[0])
@@ -258,11 +269,13 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "padding left, right and none agree": _padding,
     "the logits are the slow reference's": _values_against_reference,
     "the gradients are the slow reference's": _gradients_against_reference,
+    "all edges kept: the logits are the model's own": _all_edges_kept,
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {
     "every MLP reads what `parallel` says": _wrong_parallel,
     "every block adds what `post_norms` says": _wrong_post_norms,
+    "every query, key and value reads what its name says": _misplaced_readers,
 }
 
 

@@ -39,6 +39,8 @@ class Family:
             the heads of its own layer; or the name of the configuration's attribute that says so.
         post_norms: whether what attention and MLP write is normed before it is added to the residual stream.
         attention_post_norm: path from a block to that norm of attention.
+        joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
+            changes the others' queries.
         requires: an attribute that the configuration must set, where other models of the family norm the residual
             stream itself, so that what a part writes does not stay in it.
     """
@@ -55,6 +57,7 @@ class Family:
     parallel: bool | str = False
     post_norms: bool = False
     attention_post_norm: str = ""
+    joint_norms: bool = False
     requires: str = ""
 
 
@@ -141,7 +144,7 @@ FAMILIES = {
         GEMMA2,
         replace(GEMMA2, model_type="gemma3_text"),
         # Attention and MLP read the residual stream without a norm.
-        replace(GEMMA2, model_type="olmo2", attention_norm="", mlp_input="mlp"),
+        replace(GEMMA2, model_type="olmo2", attention_norm="", mlp_input="mlp", joint_norms=True),
     )
 }
 

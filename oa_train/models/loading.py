@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from oa_train.errors import ConfigurationError, ModelError, nearest_names
-from oa_train.models.families import check_config
+from oa_train.models.families import check_config, check_family
 from oa_train.models.hub import hub_answers
 
 # What every function that runs a model takes: the plain class of transformers, under a name that other modules can
@@ -178,6 +178,23 @@ def empty_model(spec: LMSpec) -> CausalLM:
             )
     except (OSError, ValueError, KeyError, ImportError) as problem:
         raise _not_loaded(spec, problem) from problem
+    return freeze(model)
+
+
+def model_of_config(family: str, **settings: Any) -> CausalLM:
+    """Make a model with random weights in float32; the global generator is left as it was.
+
+    Args:
+        family: `model_type` of the family.
+        **settings: of its configuration.
+
+    Raises:
+        ModelError: the family is not in the table.
+    """
+    check_family(family)
+    config = AutoConfig.for_model(family, **settings)
+    with torch.random.fork_rng(devices=[]):
+        model: CausalLM = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return freeze(model)
 
 

@@ -4,7 +4,7 @@ A model projects one normed residual stream to all heads. Here every head's quer
 from a stream of its own; with equal streams the result is the model's.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,38 +22,58 @@ class AttentionReaders:
     """The queries, keys and values of one layer: `n_heads` queries, then `n_kv_heads` keys, then as many values.
 
     Attributes:
-        norm: through which they read the residual stream; the identity where there is none.
+        norm: through which they read the residual stream; None where there is none.
         modules: the model's projections; one for each of the three, or one for all.
         interleaved: whether one for all puts each head's three side by side.
         n_heads: queries.
         n_kv_heads: keys, and values.
     """
 
-    norm: Callable[[Tensor], Tensor]
+    norm: nn.Module | None
     modules: tuple[nn.Module, ...]
     interleaved: bool
     n_heads: int
     n_kv_heads: int
 
-    def project(self, module: int, inputs: Float[Tensor, "row reader position d_model"]) -> Tensor:
-        """What a projection returns when every reader has its own normed input.
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Readers of each of the three kinds."""
+        return self.n_heads, self.n_kv_heads, self.n_kv_heads
+
+    def by_reader(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of what is laid out as the modules' outputs are, for queries, keys and values: [reader, d_head, ...].
 
         Args:
-            module: which of `modules`.
-            inputs: of all readers of the layer.
-
-        Returns:
-            [row, position, width], laid out as the module does.
+            tensors: [width, ...], one for each module.
         """
-        counts = (self.n_heads, self.n_kv_heads, self.n_kv_heads)
-        first, count = (0, sum(counts)) if len(self.modules) == 1 else (sum(counts[:module]), counts[module])
-        mine = inputs[:, first : first + count]
-        weight, bias = _weight_and_bias(self.modules[module])
-        if self.interleaved:
-            # Rows of the weight go head by head, readers kind by kind.
-            mine = mine.unflatten(1, (3, self.n_heads)).transpose(1, 2).flatten(1, 2)
-        projected = torch.einsum("rkpd,ked->rpke", mine, weight.unflatten(0, (count, -1))).flatten(2)
-        return projected if bias is None else projected + bias
+        if len(self.modules) == 3:
+            queries, keys, values = (
+                one.unflatten(0, (count, -1)) for one, count in zip(tensors, self.counts, strict=True)
+            )
+        elif self.interleaved:
+            queries, keys, values = tensors[0].unflatten(0, (self.n_heads, 3, -1)).unbind(1)
+        else:
+            every = tensors[0].unflatten(0, (sum(self.counts), -1))
+            queries, keys, values = every.split(self.counts)
+        return queries, keys, values
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the weights of queries, keys and values: [reader, d_head, d_model]."""
+        return self.by_reader([weight_and_bias(module)[0] for module in self.modules])
+
+    def project(self, inputs: Float[Tensor, "row reader position d_model"]) -> tuple[Tensor, ...]:
+        """What the modules return when every reader has its own normed input: [row, position, width] each."""
+        parts = [
+            torch.einsum("rkpd,ked->rpke", one, weight)
+            for one, weight in zip(inputs.split(self.counts, dim=1), self.weights(), strict=True)
+        ]
+        if len(self.modules) == 1:
+            parts = [torch.stack(parts, dim=3) if self.interleaved else torch.cat(parts, dim=2)]
+        biases = [weight_and_bias(module)[1] for module in self.modules]
+        return tuple(
+            part.flatten(2) if bias is None else part.flatten(2) + bias
+            for part, bias in zip(parts, biases, strict=True)
+        )
 
 
 def attention_readers(model: CausalLM) -> tuple[AttentionReaders, ...]:
@@ -65,13 +85,18 @@ def attention_readers(model: CausalLM) -> tuple[AttentionReaders, ...]:
 
 def _readers(family: Family, graph: Graph, block: nn.Module) -> AttentionReaders:
     return AttentionReaders(
-        # The method, not the module: it may have taps for those who read through the same norm.
-        norm=block.get_submodule(family.attention_norm).forward if family.attention_norm else nn.Identity(),
+        norm=block.get_submodule(family.attention_norm) if family.attention_norm else None,
         modules=tuple(block.get_submodule(path) for path in family.projections),
         interleaved=family.interleaved,
         n_heads=graph.n_heads,
         n_kv_heads=graph.n_kv_heads,
     )
+
+
+def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
+    """A view of an attention output projection: what maps each head's value to what it writes."""
+    by_head: Tensor = weight_and_bias(projection)[0].T.unflatten(0, (n_heads, -1))
+    return by_head
 
 
 def head_writes(
@@ -83,17 +108,12 @@ def head_writes(
         projection: a layer's attention output projection.
         values: of its heads.
     """
-    weight, _ = _weight_and_bias(projection)
-    by_head = weight.unflatten(1, values.shape[2:])
-    return torch.einsum("rphe,dhe->rhpd", values, by_head.to(values.dtype))
+    weights = head_weights(projection, values.shape[2])
+    return torch.einsum("rphe,hed->rhpd", values, weights.to(values.dtype))
 
 
-def output_bias(projection: nn.Module) -> Tensor | None:
-    """Bias of a linear map, if it has one."""
-    return _weight_and_bias(projection)[1]
-
-
-def _weight_and_bias(module: nn.Module) -> tuple[Float[Tensor, "out into"], Tensor | None]:
+def weight_and_bias(module: nn.Module) -> tuple[Float[Tensor, "out into"], Float[Tensor, " out"] | None]:
+    """A view of the weight of a linear map, and its bias, if it has one."""
     weight: Any = module.weight
     bias: Any = module.bias
     # GPT-2's Conv1D has its weight the other way round.

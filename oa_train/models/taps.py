@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 # Takes the tensor that passes; returns the one that goes on, or None to leave it as it is.
 TensorFunction = Callable[[Tensor], Tensor | None]
-# Takes the arguments of a call by name.
-CallFunction = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,13 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
     """Have modules do something else when they are called, for the length of the context; their taps still act."""
     with ExitStack() as stack:
         for module, forward in forwards:
-            # Shadows the method of the class for this one module.
+            # Shadows the method of the class, or what shadows it already, for this one module.
+            before = vars(module).get("forward")
             module.forward = forward
-            stack.callback(delattr, module, "forward")
+            if before is None:
+                stack.callback(delattr, module, "forward")
+            else:
+                stack.callback(setattr, module, "forward", before)
         yield
 
 
@@ -89,21 +91,6 @@ def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., A
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return forward_again
-
-
-@contextmanager
-def observed_calls(module: nn.Module, function: CallFunction) -> Iterator[None]:
-    """Show `function` the arguments of every call of `module`, by their names, for the length of the context."""
-    parameters = signature(module.forward)
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        function(dict(parameters.bind(*args, **kwargs).arguments))
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -36,15 +36,20 @@ class FinishSettings:
         refit_start: where that starts: `trained`, the constants that were trained with the masks; `mean`, the means;
             `both`, each of them, and the better by validation is kept. From the means a refit can end in a worse
             optimum.
+        size: components or edges of the circuit: those of the highest keep-probability, of edges none that leads
+            nowhere. When not given, all above the module's threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
     refit_start: RefitStart = "trained"
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.refit_start not in get_args(RefitStart):
             sentence = nearest_names(self.refit_start, get_args(RefitStart))
             raise ConfigurationError(f"finish.refit_start is {self.refit_start!r}. {sentence}")
+        if self.size is not None and self.size < 1:
+            raise ConfigurationError(f"finish.size is {self.size}; expected at least 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +86,7 @@ def finish(
         track: progress.
     """
     settings, run = settings or FinishSettings(), Path(run)
-    circuit = module.circuit()
+    circuit = module.circuit(size=settings.size)
     # Written before the refit starts, so that an interruption loses no more than the refit.
     circuit.save(run / "circuit")
     ablation = final_ablations(module, task, [circuit], settings, track)[0]

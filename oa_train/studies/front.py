@@ -62,7 +62,8 @@ def finish_front(
         settings: refit; all circuits are refitted side by side.
         track: progress.
     """
-    settings, run, circuits = settings or FinishSettings(), Path(run), module.circuits()
+    settings, run = settings or FinishSettings(), Path(run)
+    circuits = module.circuits(settings.size)
     folders = [run / "front" / str(number) for number in range(len(circuits))]
     for circuit, folder in zip(circuits, folders, strict=True):
         circuit.save(folder / "circuit")

@@ -7,6 +7,10 @@ of token ids. It knows no weights and no training.
 from oa_train.tasks.base import Prompt as Prompt
 from oa_train.tasks.base import Stream as Stream
 from oa_train.tasks.base import Task as Task
+from oa_train.tasks.case_induction import CaseInduction as CaseInduction
+from oa_train.tasks.digit_sum import DigitSum as DigitSum
 from oa_train.tasks.greater_than import GreaterThan as GreaterThan
 from oa_train.tasks.induction import Induction as Induction
 from oa_train.tasks.ioi import IOI as IOI
+from oa_train.tasks.pair_induction import PairInduction as PairInduction
+from oa_train.tasks.two_hops import TwoHops as TwoHops

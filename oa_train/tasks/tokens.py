@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from oa_train.errors import ModelError
 from oa_train.models.loading import LMSpec, builtin_models, locate
@@ -36,6 +38,24 @@ def load_tokenizer(spec: LMSpec) -> PreTrainedTokenizerBase:
         # transformers makes an empty tokenizer for some families when their files are missing.
         raise _not_loaded(spec, "it has no words, so its files are missing or empty.")
     return tokenizer
+
+
+def word_tokenizer(words: Sequence[str], bos: str, pad: str, unknown: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of words between spaces.
+
+    Args:
+        words: in the order of their ids, behind the three special tokens.
+        bos: the token of id 0.
+        pad: the token of id 1.
+        unknown: the token of id 2, for all other words.
+    """
+    pieces = [bos, pad, unknown, *(f"▁{word}" for word in words)]
+    tokenizer = FastTokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=bos, pad_token=pad, unk_token=unknown
+    )
 
 
 def bos_token_id(spec: LMSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:

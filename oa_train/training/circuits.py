@@ -11,7 +11,7 @@ from oa_train.ablations.base import Ablation, replacements_of_copies
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
-from oa_train.circuits.pruning import without_dangling
+from oa_train.circuits.pruning import highest_circuit, without_dangling
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
@@ -385,13 +385,23 @@ class CircuitModule(FrozenModelModule):
         """Keep-probability of every component or edge; 1 for those that are not selected."""
         return self.masked.spread(self._probabilities().float())
 
-    def circuits(self) -> list[Circuit]:
-        """The discrete circuits."""
-        return [self.circuit(number) for number in range(self.n_circuits)]
+    def circuits(self, size: int | None = None) -> list[Circuit]:
+        """The discrete circuits; see `circuit`."""
+        return [self.circuit(number, size) for number in range(self.n_circuits)]
 
-    def circuit(self, number: int = 0) -> Circuit:
-        """A discrete circuit; the first is the only one unless several were asked for."""
+    def circuit(self, number: int = 0, size: int | None = None) -> Circuit:
+        """A discrete circuit.
+
+        Args:
+            number: which; the first is the only one unless several were asked for.
+            size: parts of the circuit, those of the highest keep-probability; all above the threshold by default.
+
+        Raises:
+            ConfigurationError: the model has fewer parts than that.
+        """
         mask, scores = self.circuit_masks()[number].cpu(), self.keep_probability()[number].cpu()
+        if size is not None:
+            mask = highest_circuit(self.parts, scores, size)
         before = {} if self.graph == "nodes" else {"edges_before_removal": int(self.thresholded()[number].sum())}
         provenance = (
             self.provenance()

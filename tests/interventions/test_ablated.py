@@ -8,12 +8,14 @@ from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
+from oa_train.circuits.pruning import without_dangling
 from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.interventions.ablated import ablated
 from oa_train.interventions.base import model_inputs
-from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.masked import masked_logits
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
 from oa_train.models.loading import fingerprint
 from tests.builders import BOS, batch_of, random_batch, random_constants, tiny_model
 
@@ -32,9 +34,17 @@ def small_constants(model, n_positions: int = 4) -> Constants:
     return replace(constants, heads=0.5 * constants.heads, mlps=0.5 * constants.mlps)
 
 
+def circuit_of(what: str, model) -> Circuit:
+    if what == "components":
+        return CIRCUIT
+    graph = Graph.of(model.config)
+    drawn = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(4)) < 0.7
+    return Circuit.from_mask(graph, without_dangling(graph, drawn)[0])
+
+
 def logits_by_rows(model, batch, circuit: Circuit, constants: Constants) -> torch.Tensor:
     mask = circuit.mask.double().expand(len(batch), -1)
-    return node_logits(model, batch, mask, constants.replacements(batch), constants.bos_token_id)
+    return masked_logits(model, batch, mask, constants.replacements(batch), constants.bos_token_id)
 
 
 def generate(model, batch, **options):
@@ -50,37 +60,43 @@ def generate(model, batch, **options):
     )
 
 
+@pytest.mark.parametrize("what", ["components", "edges"])
 @pytest.mark.parametrize("n_positions", [1, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_call_inside_equals_node_logits(any_model, side, n_positions):
+def test_a_call_inside_equals_masked_logits(any_model, what, side, n_positions):
+    circuit = circuit_of(what, any_model)
     constants = small_constants(any_model, n_positions)
     for lengths in ([7, 4, 2], [6, 6]):
         batch = random_batch(lengths, side)
-        with ablated(any_model, CIRCUIT, constants) as model:
+        with ablated(any_model, circuit, constants) as model:
             assert model is any_model
             whole = model(**model_inputs(batch)).logits
         found = torch.stack([whole[row, batch.scored[row]] for row in range(len(batch))])
-        assert_close(found, logits_by_rows(any_model, batch, CIRCUIT, constants), **EXACT)
+        assert_close(found, logits_by_rows(any_model, batch, circuit, constants), **EXACT)
         clean = any_model(**model_inputs(batch)).logits
         assert (clean - whole).abs().max() > 1e-3
 
 
-def test_every_position_is_ablated_as_if_it_were_the_last(any_model):
+@pytest.mark.parametrize("what", ["components", "edges"])
+def test_every_position_is_ablated_as_if_it_were_the_last(any_model, what):
+    circuit = circuit_of(what, any_model)
     constants = small_constants(any_model)
     row = random_batch([7]).tokens[0].tolist()
-    with ablated(any_model, CIRCUIT, constants):
+    with ablated(any_model, circuit, constants):
         whole = any_model(torch.tensor([row])).logits[0]
     for length in range(1, 8):
-        alone = logits_by_rows(any_model, batch_of([row[:length]]), CIRCUIT, constants)
+        alone = logits_by_rows(any_model, batch_of([row[:length]]), circuit, constants)
         assert_close(whole[length - 1], alone[0, 0], **EXACT)
 
 
+@pytest.mark.parametrize("what", ["components", "edges"])
 @pytest.mark.parametrize("n_positions", [1, 9])
 @pytest.mark.parametrize("lengths", [[5], [6, 3, 5]], ids=["one prompt", "padded on the left"])
-def test_generation_with_the_cache_equals_one_without_and_node_logits(any_model, lengths, n_positions):
+def test_generation_with_the_cache_equals_one_without_and_masked_logits(any_model, what, lengths, n_positions):
+    circuit = circuit_of(what, any_model)
     constants = small_constants(any_model, n_positions)
     batch = random_batch(lengths, "left")
-    with ablated(any_model, CIRCUIT, constants):
+    with ablated(any_model, circuit, constants):
         cached = generate(any_model, batch, use_cache=True)
         plain = generate(any_model, batch, use_cache=False)
     assert cached.past_key_values is not None
@@ -90,14 +106,16 @@ def test_generation_with_the_cache_equals_one_without_and_node_logits(any_model,
         prompt = batch.tokens[row][mask].tolist()
         made = cached.sequences[row, batch.tokens.shape[1] :].tolist()
         steps = batch_of([prompt + made[:step] for step in range(STEPS)])
-        expected = logits_by_rows(any_model, steps, CIRCUIT, constants)[:, 0]
+        expected = logits_by_rows(any_model, steps, circuit, constants)[:, 0]
         for generated in (cached, plain):
             assert_close(torch.stack(generated.logits)[:, row], expected, **EXACT)
     clean = generate(any_model, batch, use_cache=True)
     assert not torch.equal(clean.sequences, cached.sequences)
 
 
-def test_generation_with_a_static_cache_equals_one_without(any_model):
+@pytest.mark.parametrize("what", ["components", "edges"])
+def test_generation_with_a_static_cache_equals_one_without(any_model, what):
+    circuit = circuit_of(what, any_model)
     # Such a cache comes with a mask of four dimensions, from which no positions can be counted.
     constants = small_constants(any_model, 9)
     batch = random_batch([6, 3, 5], "left")
@@ -106,7 +124,7 @@ def test_generation_with_a_static_cache_equals_one_without(any_model):
         itself = [generate(any_model, batch, **options).sequences for options in (static, {"use_cache": False})]
         assert not torch.equal(*itself)
         pytest.skip("Without any ablation, too, this family generates something else with a static cache.")
-    with ablated(any_model, CIRCUIT, constants):
+    with ablated(any_model, circuit, constants):
         cached = generate(any_model, batch, **static)
         plain = generate(any_model, batch, use_cache=False)
     assert torch.equal(cached.sequences, plain.sequences)

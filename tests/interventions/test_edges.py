@@ -1,6 +1,7 @@
 """Edge interventions against Hugging Face itself, the literal reference, and node interventions."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,20 +24,21 @@ def ones(model, rows: int) -> torch.Tensor:
     return torch.ones(rows, Graph.of(model.config).n_edges, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("engine", ["kernels", "stock"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_all_kept_is_the_model_itself(any_model, side):
+def test_all_kept_is_the_model_itself(any_model, side, engine):
     batch = random_batch([9, 6, 4], side)
     values = random_constants(any_model).replacements(batch)
-    assert_close(
-        edge_logits(any_model, batch, ones(any_model, 3), values, BOS), scored_logits(any_model, batch), **EXACT
-    )
+    edges = edge_logits(any_model, batch, ones(any_model, 3), values, BOS, engine=engine)
+    assert_close(edges, scored_logits(any_model, batch), **EXACT)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_values_and_gradients_are_those_of_the_reference(any_model, side):
+def test_values_and_gradients_of_the_stock_engine_are_those_of_the_reference(any_model, side, recompute):
     batch, graph = random_batch([6, 4], side), Graph.of(any_model.config)
     found = []
-    for run in (edge_logits, reference_edge_logits):
+    for run in (partial(edge_logits, engine="stock", recompute=recompute), reference_edge_logits):
         mask = random_mask(2, graph.n_edges).requires_grad_()
         if side == "right":
             constants = random_constants(any_model, requires_grad=True)
@@ -52,7 +54,8 @@ def test_values_and_gradients_are_those_of_the_reference(any_model, side):
         assert_close(fast, slow, rtol=1e-9, atol=1e-12)
 
 
-def test_gradients_to_the_mask_are_differences(any_model):
+@pytest.mark.parametrize("engine", ["kernels", "stock"])
+def test_gradients_to_the_mask_are_differences(any_model, engine):
     # The reference shares the rule for partial masks; finite differences share nothing.
     batch, graph = random_batch([5, 4]), Graph.of(any_model.config)
     values = random_constants(any_model).replacements(batch)
@@ -61,7 +64,7 @@ def test_gradients_to_the_mask_are_differences(any_model):
     mask = (0.2 + 0.6 * middle).requires_grad_()
 
     def figure(at: torch.Tensor) -> torch.Tensor:
-        return edge_logits(any_model, batch, at, values, BOS)[..., :5].sum()
+        return edge_logits(any_model, batch, at, values, BOS, engine=engine)[..., :5].sum()
 
     (gradient,) = torch.autograd.grad(figure(mask), mask)
     with torch.no_grad():
@@ -69,8 +72,9 @@ def test_gradients_to_the_mask_are_differences(any_model):
     assert_close((gradient * direction).sum(), difference, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("engine", ["kernels", "stock"])
 @pytest.mark.parametrize("family", sorted(name for name, family in FAMILIES.items() if not family.post_norms))
-def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
+def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family, engine):
     # With post-norms a head's write depends on the heads beside it, so the two are different ablations.
     model, batch = tiny_model(family), random_batch([7, 5], "left")
     graph, n = Graph.of(model.config), len(Components.of(Dimensions.of(model.config)))
@@ -80,7 +84,7 @@ def test_a_node_mask_is_an_edge_mask_with_equal_edges_out_of_each_node(family):
     # The embedding is no component: it is always kept.
     by_source = torch.cat([torch.ones(2, 1, dtype=torch.float64), by_node], dim=1)
     with WithoutSinglePrecision():
-        edges = edge_logits(model, batch, by_source[:, graph.edge_sources], values, BOS)
+        edges = edge_logits(model, batch, by_source[:, graph.edge_sources], values, BOS, engine=engine)
         nodes = node_logits(model, batch, by_node, constants.replacements(batch), BOS)
     assert_close(edges, nodes, **EXACT)
 

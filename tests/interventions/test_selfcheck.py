@@ -43,10 +43,14 @@ def test_a_sequential_model_of_a_family_that_can_be_either_passes():
         model = freeze(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
     assert not failures(model)
     config.use_parallel_residual = True
-    assert failures(model) == ["every MLP reads what `parallel` says"]
+    assert "every MLP reads what `parallel` says" in failures(model)
 
 
 ADDED = "all ablated: blocks add their constants and nothing else"
+
+
+EDGES = "all edges kept: the logits are the model's own"
+READERS = "every query, key and value reads what its name says"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,15 @@ ADDED = "all ablated: blocks add their constants and nothing else"
         ("gpt_neox", {"parallel": False}, "every MLP reads what `parallel` says"),
         ("llama", {"post_norms": True}, "every block adds what `post_norms` says"),
         ("gemma3_text", {"post_norms": False}, "every block adds what `post_norms` says"),
+        ("llama", {"projections": tuple(f"self_attn.{kind}_proj" for kind in "qvk")}, READERS),
+        ("gpt_neo", {"projections": tuple(f"attn.attention.{kind}_proj" for kind in "kqv")}, READERS),
+        ("gpt_neox", {"interleaved": False}, READERS),
+        ("phi3", {"interleaved": True}, READERS),
+        ("olmo2", {"joint_norms": False}, READERS),
+        ("llama", {"attention_norm": ""}, EDGES),
+        ("gpt2", {"mlp_input": "ln_1"}, EDGES),
+        ("gemma3_text", {"attention_post_norm": ""}, EDGES),
+        ("opt", {"attention_norm": "final_layer_norm"}, EDGES),
     ],
 )
 def test_a_wrong_entry_fails(monkeypatch, family, wrong, failed):

@@ -22,7 +22,7 @@ def test_value_and_gradient_by_hand():
 
 
 def test_no_price_no_penalty():
-    assert SizePenalty(0.0)(UniformGradientSampling(5)).item() == 0.0
+    assert SizePenalty(0.0)(UniformGradientSampling(5).keep_probability()).item() == 0.0
 
 
 def test_the_penalty_has_nothing_to_train():

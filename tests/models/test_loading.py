@@ -18,6 +18,7 @@ from oa_train.models.loading import (
     freeze,
     load_config,
     load_model,
+    model_of_config,
 )
 from tests.builders import tiny_model
 
@@ -216,3 +217,13 @@ def test_an_unknown_name_suggests_what_is_near(monkeypatch):
     assert "built-in name (" in message
     assert "tiny" in message
     assert "Did you mean" not in message
+
+
+def test_a_model_is_made_of_settings_and_no_generator_moves():
+    before = torch.random.get_rng_state()
+    model = model_of_config("llama", vocab_size=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (model.config.model_type, model.dtype, model.training) == ("llama", torch.float32, False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ModelError, match="not supported"):
+        model_of_config("bert")

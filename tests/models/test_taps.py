@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from oa_train.models.taps import Tap, changed_argument, observed_calls, tapped
+from oa_train.models.taps import Tap, changed_argument, replaced_forwards, tapped
 
 
 class Double(nn.Module):
@@ -134,25 +134,14 @@ def test_gradients_pass_through_taps():
     assert scale.grad.item() == 12.0
 
 
-def test_calls_are_observed_with_the_names_of_their_arguments():
-    module, seen = Double(), []
-    with observed_calls(module, seen.append):
-        assert module(X, 1.0).tolist() == [3.0, 11.0]
-        module(x=X, offset=2.0)
-        module(X)
-    module(X)
-    assert [call.get("offset") for call in seen] == [1.0, 2.0, None]
-    assert all(torch.equal(call["x"], X) for call in seen)
-    assert hooks(module) == 0
-
-
-def test_an_observer_is_removed_after_an_exception():
+def test_forwards_are_replaced_one_within_the_other_and_come_back():
     module = Double()
-
-    def fail(_: dict) -> None:
-        raise RuntimeError("observer")
-
-    with pytest.raises(RuntimeError, match="observer"), observed_calls(module, fail):
-        module(X)
-    assert hooks(module) == 0
-    assert not module._forward_pre_hooks_with_kwargs
+    before = module(X)
+    with replaced_forwards([(module, lambda x: x * 10)]):
+        with replaced_forwards([(module, lambda x: x * 100)]):
+            assert module(X).tolist() == (X * 100).tolist()
+        assert module(X).tolist() == (X * 10).tolist()
+    assert "forward" not in vars(module)
+    with pytest.raises(RuntimeError, match="inside"), replaced_forwards([(module, lambda x: x)]):
+        raise RuntimeError("inside")
+    assert torch.equal(module(X), before)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from oa_train.errors import ModelError
 from oa_train.models.loading import LMSpec
-from oa_train.tasks.tokens import PromptEncoder, bos_token_id, load_tokenizer
+from oa_train.tasks.tokens import PromptEncoder, bos_token_id, load_tokenizer, word_tokenizer
 from tests.builders import RARE
 
 
@@ -120,3 +120,12 @@ def test_what_stands_before_decides() -> None:
 def test_a_folder_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ModelError, match="does not exist"):
         load_tokenizer(LMSpec("./no/such/folder"))
+
+
+def test_a_tokenizer_of_words_knows_them_and_no_others() -> None:
+    tokenizer = word_tokenizer(["b", "B", "10"], "<bos>", "<pad>", "<unk>")
+    assert tokenizer("10 b B c b")["input_ids"] == [5, 3, 4, 2, 3]
+    assert tokenizer.decode([5, 3, 4]) == "10 b B"
+    assert (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (0, 1, 2)
+    encoder = PromptEncoder(tokenizer, 0)
+    assert [encoder.is_single_token(word) for word in ("b", "10", "c")] == [True, True, False]

@@ -385,7 +385,7 @@ def test_the_masked_loss_is_the_mean_over_samples_that_share_their_prompts_repla
         rows = masks[4 * sample : 4 * sample + 4]
         logits = node_logits(module.frozen, batch, rows, replacements, module.bos_token_id)
         lost.append(loss_of(loss, clean, logits, batch).mean())
-    torch.testing.assert_close(found, sum(lost) / 3, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found[0], sum(lost) / 3, rtol=0, atol=1e-12)
 
 
 def test_the_last_step_of_an_epoch_has_the_mean_of_the_batches_that_there_are():

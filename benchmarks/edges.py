@@ -1,0 +1,236 @@
+"""How much edge-level training costs beyond the model itself.
+
+    python -m benchmarks.edges            three families at the size of GPT-2 small, random weights
+    python -m benchmarks.edges --quick    the same at a small size, under a minute
+    python -m benchmarks.edges --growth   a small width with more and more layers and heads
+
+Everything is timed side by side in one process of one thread, as in `benchmarks.nodes`, but in processor time: other
+processes on the machine count less. Each line of the output is one JSON object; memory is the most that tensors above
+the weights take at one time, in a step that starts from nothing.
+
+    floor            plain forward and backward to a parameter added to the embedding, on all rows
+    clean            plain forward on the prompts alone
+    forward          plain forward on all rows
+    node             whole step with UGS masks over components
+    ugs              whole step with UGS masks over edges: clean forward, masks without dangling edges, forward, KL
+                     divergence and size, backward, Adam for masks and constants
+    hard_concrete    the same with hard concrete masks
+    recompute        as `ugs`; what readers read is mixed again in the backward pass
+    stock            as `ugs`, all gradients left to autograd
+    evaluation       forward on all rows with masks over edges
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.timing import (
+    ALLOCATORS,
+    PROMPTS,
+    SAMPLES,
+    floor_step,
+    last_logits,
+    plain_forward,
+    random_tokens,
+    side_by_side,
+    summary,
+    under_both_allocators,
+)
+from oa_train.ablations.constants import Constants
+from oa_train.batches import Batch
+from oa_train.circuits.pruning import without_dangling
+from oa_train.cli.quiet import silence_libraries
+from oa_train.interventions.edges import edge_logits
+from oa_train.interventions.live_bytes import LiveBytes
+from oa_train.interventions.nodes import node_logits
+from oa_train.interventions.workspace import free_workspace
+from oa_train.masks.base import MaskDistribution, averaged_gradient
+from oa_train.masks.hard_concrete import HardConcrete
+from oa_train.masks.uniform import UniformGradientSampling
+from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.components import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
+from oa_train.models.loading import CausalLM, freeze
+
+SIZE_WEIGHT = 1e-4
+
+
+def shapes(n_layers: int, n_heads: int, d_model: int, vocabulary: int) -> dict[str, dict[str, Any]]:
+    """Configurations of about one size: GPT-2, Pythia with its parallel residual stream, Llama with grouped keys."""
+    common = {"num_hidden_layers": n_layers, "num_attention_heads": n_heads, "hidden_size": d_model}
+    common |= {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0, "max_position_embeddings": 64}
+    return {
+        "gpt2": {"model_type": "gpt2", **common},
+        "pythia": {"model_type": "gpt_neox", **common, "intermediate_size": 4 * d_model},
+        "llama": {
+            "model_type": "llama",
+            **common,
+            "intermediate_size": 8 * d_model // 3,
+            "num_key_value_heads": max(n_heads // 4, 1),
+        },
+    }
+
+
+def make_model(config: dict[str, Any]) -> CausalLM:
+    """A frozen model with random weights."""
+    torch.manual_seed(0)
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    model: CausalLM = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
+    freeze(model)
+    return model
+
+
+def trained_constants(model: CausalLM) -> Constants:
+    """Constants for all sources, with gradients."""
+    constants = Constants.zeros(Dimensions.of(model.config))
+    for table in constants.tensors():
+        table.requires_grad_()
+    return constants
+
+
+def draw(distribution: MaskDistribution, graph: Graph | None, rows: int) -> torch.Tensor:
+    """Masks, without the edges that lead nowhere if a graph is given."""
+    mask = distribution.sample(torch.rand(rows, len(distribution.logits)))
+    if graph is not None:
+        mask = mask * without_dangling(graph, mask.detach() > 0)
+    inside = distribution.carries_gradient(mask)
+    return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), rows)
+
+
+def whole_step(
+    model: CausalLM,
+    batch: Batch,
+    distribution: MaskDistribution,
+    graph: Graph | None,
+    logits_under: Callable[..., torch.Tensor],
+) -> Callable[[], object]:
+    """A training step of masks and constants.
+
+    Args:
+        model: frozen.
+        batch: of prompts.
+        distribution: over masks.
+        graph: of the edges that the masks are over; None for components.
+        logits_under: `edge_logits` or `node_logits`.
+    """
+    constants, rows = trained_constants(model), batch.repeat(SAMPLES)
+    optimizer = torch.optim.Adam([*distribution.parameters(), *constants.tensors()])
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            clean = last_logits(model, input_ids=batch.tokens).repeat(SAMPLES, 1)
+        mask = draw(distribution, graph, len(rows))
+        logits = logits_under(model, rows, mask, constants.replacements(rows), None)
+        loss = kl_divergence(clean, logits[:, 0]).mean() + SIZE_WEIGHT * distribution.expected_size()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def evaluation(model: CausalLM, batch: Batch, graph: Graph) -> Callable[[], object]:
+    """Forward under discrete masks over edges."""
+    rows = batch.repeat(SAMPLES)
+    values = Constants.zeros(Dimensions.of(model.config)).replacements(rows)
+    mask = (torch.rand(len(rows), len(graph)) > 0.5).float()
+
+    @torch.no_grad()
+    def run() -> object:
+        return edge_logits(model, rows, mask, values, None)
+
+    return run
+
+
+def contestants(model: CausalLM) -> dict[str, Callable[[], object]]:
+    """All that are timed, by name."""
+    batch, graph = random_tokens(PROMPTS, 0), Graph.of(model.config)
+    n_components = len(Components.of(Dimensions.of(model.config)))
+
+    def edges(**options: Any) -> Callable[[], object]:
+        distribution = UniformGradientSampling(len(graph))
+        return whole_step(model, batch, distribution, graph, partial(edge_logits, **options))
+
+    return {
+        "floor": floor_step(model, batch),
+        "clean": plain_forward(model, batch),
+        "forward": plain_forward(model, batch.repeat(SAMPLES)),
+        "node": whole_step(model, batch, UniformGradientSampling(n_components), None, node_logits),
+        "ugs": edges(),
+        "hard_concrete": whole_step(model, batch, HardConcrete(len(graph)), graph, edge_logits),
+        "recompute": edges(recompute=True),
+        "stock": edges(engine="stock"),
+        "evaluation": evaluation(model, batch, graph),
+    }
+
+
+def peak_bytes(model: CausalLM, run: Callable[[], object]) -> int:
+    """Most that one call takes; optimisers have their state already."""
+    run()
+    free_workspace(model)
+    with LiveBytes() as live:
+        run()
+    free_workspace(model)
+    return int(live.peak)
+
+
+def measure(config: dict[str, Any], repetitions: int) -> Iterator[dict[str, object]]:
+    """One row for each contestant, of one model."""
+    model = make_model(config)
+    runs = contestants(model)
+    memory = {name: peak_bytes(model, run) for name, run in runs.items()}
+    times = side_by_side(runs, repetitions, time.process_time)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    for name in runs:
+        yield {
+            "name": name,
+            "median_s": round(median[name], 4),
+            "ratio_to_floor_plus_clean": round(median[name] / (median["floor"] + median["clean"]), 3),
+            "ratio_to_forward": round(median[name] / median["forward"], 3),
+            "peak_bytes": memory[name],
+            "memory_ratio_to_floor": round(memory[name] / memory["floor"], 3),
+            **summary(times[name]),
+        }
+
+
+def grown() -> dict[str, dict[str, Any]]:
+    """GPT-2 at a small width with more and more layers, and with more and more heads."""
+    layers = {f"{n} layers, 4 heads": shapes(n, 4, 128, 1000)["gpt2"] for n in (2, 4, 8, 16)}
+    heads = {f"4 layers, {n} heads": shapes(4, n, 128, 1000)["gpt2"] for n in (2, 8, 16)}
+    return layers | heads
+
+
+def main() -> None:
+    """Measure under both allocators, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small size")
+    parser.add_argument("--growth", action="store_true", help="ratios against numbers of layers and heads")
+    parser.add_argument("--shape", choices=[*shapes(1, 1, 1, 1)], help="only this family")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--allocator", choices=[*ALLOCATORS, "both"], default="both", help="of the C library")
+    options = parser.parse_args()
+    if options.allocator == "both":
+        under_both_allocators("benchmarks.edges", sys.argv[1:])
+        return
+    silence_libraries()
+    torch.set_num_threads(1)
+    about = {"allocator": options.allocator, "torch": torch.__version__, "machine": platform.machine(), "threads": 1}
+    every = grown() if options.growth else shapes(*((4, 4, 128, 1000) if options.quick else (12, 12, 768, 50257)))
+    for shape, config in every.items():
+        if options.shape in (None, shape):
+            for row in measure(config, options.repetitions):
+                print(json.dumps(row | {"shape": shape} | about), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""How well training finds circuits of edges that are known.
+
+    python -m benchmarks.known_circuits             every known model, five seeds, optimal ablation
+    python -m benchmarks.known_circuits --quick     one model, one seed, a short training
+    python -m benchmarks.known_circuits --ablation optimal --ablation mean --masks HardConcrete
+
+A seed draws the parts of a model that have no share in its task, the prompts, and the mask samples. What is true is
+computed for each model, seed and kind of ablation (`oa_train.studies.known`). Each line of the output is one JSON
+object: precision, recall and F1 of the discrete circuit, AUROC and average precision of the keep-probabilities, the
+edges that are missing or too many, and KL divergence in nats with the constants as they were trained.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import lightning
+import torch
+
+from oa_train import CircuitModule, LMSpec, TaskData
+from oa_train.cli.quiet import silence_libraries
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.masks.hard_concrete import HardConcrete
+from oa_train.masks.uniform import UniformGradientSampling
+from oa_train.models.graph import Graph
+from oa_train.models.known import KNOWN_MODELS
+from oa_train.models.known.model import KnownModel
+from oa_train.studies.known import TruthSettings, find_truth
+from oa_train.tasks.base import Task
+from oa_train.training.known import KNOWN_TASKS, write_known
+from oa_train.training.refit import RefitSettings
+
+MASKS = {"UniformGradientSampling": UniformGradientSampling, "HardConcrete": HardConcrete}
+QUICK = TruthSettings(n_prompts=64, fit=RefitSettings(steps=50, batch_size=16), n_starts=1, n_orders=1)
+
+
+def trained(
+    lm: LMSpec, task: Task, options: argparse.Namespace, ablation: str, masks: str, seed: int
+) -> CircuitModule:
+    """A module of edges after its training."""
+    module = CircuitModule(
+        lm=lm,
+        seed=seed,
+        graph="edges",
+        ablation=ablation,
+        masks=MASKS[masks],
+        penalty=options.penalty,
+        samples_per_prompt=4,
+    )
+    trainer = lightning.Trainer(
+        max_steps=options.steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    trainer.fit(module, datamodule=TaskData(task))
+    return module
+
+
+def row(
+    known: KnownModel, lm: LMSpec, options: argparse.Namespace, ablation: str, masks: str, seed: int
+) -> dict[str, object]:
+    """Train on one model, and compare with what is true."""
+    task = KNOWN_TASKS[known.name](lm=lm, seed=seed, batch_size=8, batches_per_epoch=options.steps)
+    start = time.perf_counter()
+    module = trained(lm, task, options, ablation, masks, seed)
+    seconds = time.perf_counter() - start
+    graph, found, scores = Graph.of(known.model.config), module.circuit_masks(), module.keep_probability()[0]
+    truth = find_truth(module.frozen, task, known.edges, ablation, QUICK if options.quick else None)
+    true = truth.sets[0]
+    kl = circuit_behaviour(module.frozen, task.batches("test", 512), found, module.replacing()).kl.mean()
+    return {
+        "model": known.name,
+        "family": known.model.config.model_type,
+        "ablation": ablation,
+        "masks": masks,
+        "seed": seed,
+        "edges_total": len(graph),
+        "true": len(true),
+        "found": int(found.sum()),
+        **{name: round(value, 4) for name, value in truth.recovery(found[0], scores).as_json().items()},
+        "missing": sorted(set(true) - set(graph.kept(found[0]))),
+        "too_many": sorted(set(graph.kept(found[0])) - set(true)),
+        "kl": round(float(kl), 5),
+        "truth_margin": round(truth.margin, 3),
+        "true_sets": len(truth.sets),
+        "written": set(true) == set(known.edges),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    """Print a row for each model, kind of ablation, distribution and seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one model, one seed, a short training")
+    parser.add_argument("--model", action="append", choices=[*KNOWN_MODELS], help="only these")
+    parser.add_argument("--ablation", action="append", help="kinds of ablation; optimal by default")
+    parser.add_argument("--masks", action="append", choices=[*MASKS], help="distributions; UGS by default")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--penalty", type=float, default=0.01, help="price of an edge in nats")
+    options = parser.parse_args()
+    if options.quick:
+        options.model, options.seeds, options.steps = options.model or ["case_induction"], 1, min(options.steps, 200)
+    silence_libraries()
+    torch.set_num_threads(1)
+    for name in options.model or KNOWN_MODELS:
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                known, lm = write_known(name, Path(folder), seed), LMSpec(folder)
+                for ablation in options.ablation or ["optimal"]:
+                    for masks in options.masks or ["UniformGradientSampling"]:
+                        print(json.dumps(row(known, lm, options, ablation, masks, seed)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Large tensors that are kept from one step to the next.
+
+The C library gives the memory of large tensors back to the system, and the system clears every page of what it hands
+out: on a CPU that takes a sixth of a step. Accelerators' allocators keep memory themselves.
+"""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from oa_train.shapes import Tensor
+
+# An odd number of cache lines between one entry and the next: sizes of models are multiples of large powers of two,
+# and products that go over many entries would find them all in the same few places of the cache.
+BYTES_APART = 13 * 64
+
+
+class Workspace:
+    """At most one tensor of each name; whoever takes it has it to itself until it is given back.
+
+    What is never given back, because of an exception, is simply missing.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor [entry, ...] with any numbers in it, a little apart from one entry to the next."""
+        n_entries, size = shape[0], torch.Size(shape[1:]).numel()
+        stride = size + BYTES_APART // dtype.itemsize
+        flat = self._free.pop(name, None)
+        if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
+            # Evaluation may come first, and training cannot go on with tensors of its inference mode.
+            with torch.inference_mode(False):
+                flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
+        return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """Keep what was taken for the next who takes it."""
+        if tensor.device.type == "cpu":
+            with torch.inference_mode(False):
+                self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+
+_workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()
+
+
+def workspace_of(model: nn.Module) -> Workspace:
+    """The workspace of a model, which is gone when the model is."""
+    return _workspaces.setdefault(model, Workspace())
+
+
+def free_workspace(model: nn.Module) -> None:
+    """Give the memory back that is kept for a model's next run."""
+    _workspaces.pop(model, None)

@@ -1,0 +1,70 @@
+"""How well a circuit, or the scores of its parts, agree with the circuit that is known to be true."""
+
+from dataclasses import asdict, dataclass
+
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_average_precision,
+    binary_f1_score,
+    binary_precision,
+    binary_recall,
+)
+
+from oa_train.shapes import Bool, Float, Tensor
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Agreement of what was found with what is true; each figure is at most 1, and the best is 1.
+
+    Attributes:
+        precision: share of what was found that is true; 0 when nothing was found.
+        recall: share of what is true that was found.
+        f1: harmonic mean of the two.
+        auroc: chance that a true part has a higher score than one that is not; ties count half. None without scores.
+        average_precision: precision averaged over the recalls that thresholds on the scores give. None without scores.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    auroc: float | None = None
+    average_precision: float | None = None
+
+    def as_json(self) -> dict[str, float | None]:
+        """The figures by name."""
+        return asdict(self)
+
+
+def recovery(
+    found: Bool[Tensor, " entry"], true: Bool[Tensor, " entry"], scores: Float[Tensor, " entry"] | None = None
+) -> Recovery:
+    """Compare a circuit with the true one.
+
+    Args:
+        found: entries of a mask that were found.
+        true: entries that are true; at least one is, and one is not.
+        scores: of all entries, higher for those that are rather kept; any range.
+
+    Raises:
+        ValueError: all entries are true, or none is.
+    """
+    if bool(true.all()) or not bool(true.any()):
+        raise ValueError("A circuit of all parts or of none leaves nothing to find.")
+    target = true.long()
+    chosen = found.long()
+    # Ranks stand in for the scores, which torchmetrics would squash if they left the range from 0 to 1.
+    ranks = None if scores is None else _ranks(scores)
+    return Recovery(
+        precision=float(binary_precision(chosen, target)),
+        recall=float(binary_recall(chosen, target)),
+        f1=float(binary_f1_score(chosen, target)),
+        auroc=None if ranks is None else float(binary_auroc(ranks, target)),
+        average_precision=None if ranks is None else float(binary_average_precision(ranks, target)),
+    )
+
+
+def _ranks(scores: Tensor) -> Float[Tensor, " entry"]:
+    """Ranks from 0 to 1; equal scores have one rank."""
+    ranks: Tensor = scores.detach().unique(return_inverse=True)[1].double()
+    return ranks / max(1, len(ranks))

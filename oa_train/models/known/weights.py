@@ -1,0 +1,189 @@
+"""A model's weights as views that can be written by hand, the same for every family that is listed here.
+
+Queries, keys and values of single heads are cut out of whatever projections a family has. An MLP is seen as a list of
+units: each reads one direction, is rectified, and writes one vector.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from oa_train.models.families import check_family, find_parts
+from oa_train.models.loading import CausalLM
+from oa_train.models.projections import attention_readers, weight_and_bias
+from oa_train.shapes import Float, Tensor
+
+# A norm divides by the root of its input's variance plus epsilon. With an epsilon that dwarfs every variance, and its
+# root as gain, the norm is the identity to within one part in ten millions, but for the mean that some subtract.
+EPSILON = 1e8
+
+# With gate z * STEEP and value 1 / STEEP a gated SiLU unit is a rectifier: off by less than 1e-9 where |z| > 0.4.
+STEEP = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Views of one affine map inside a model's parameters; writing to them writes the model.
+
+    Attributes:
+        weight: of the map.
+        bias: added to its result.
+    """
+
+    weight: Float[Tensor, "out into"]
+    bias: Float[Tensor, " out"]
+
+
+@dataclass(frozen=True)
+class MLPNames:
+    """What the projections of a family's MLP are called.
+
+    Attributes:
+        reads: the projection whose result is rectified.
+        writes: the projection back to the residual stream.
+        gated: the projection that multiplies the rectified units; empty where there is none.
+    """
+
+    reads: str
+    writes: str
+    gated: str = ""
+
+
+MLP_NAMES = {
+    "gpt2": MLPNames("c_fc", "c_proj"),
+    "gpt_neox": MLPNames("dense_h_to_4h", "dense_4h_to_h"),
+    "llama": MLPNames("gate_proj", "down_proj", "up_proj"),
+}
+
+
+class HandWrittenWeights:
+    """The weights of a model, zero but for its norms, which pass the residual stream on.
+
+    Args:
+        model: its weights are overwritten. Its norms must have `EPSILON`, its projections biases.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.parts = find_parts(model)
+        self._family = check_family(model.config.model_type)
+        self._readers = attention_readers(model)
+        self._mlp_names = MLP_NAMES[model.config.model_type]
+        self._used_units = [0] * self.parts.dimensions.n_layers
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+            for norm in self._norms():
+                norm.weight.fill_(EPSILON**0.5)
+
+    def _norms(self) -> list[Any]:
+        paths = {self._family.attention_norm, self._family.mlp_input}
+        norms = [block.get_submodule(path) for block in self.parts.blocks for path in sorted(paths)]
+        return [*norms, self.model.get_submodule(self._family.final_norm)]
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocabulary d_model"]:
+        """What each token writes to the residual stream."""
+        return _weight(self.model.get_input_embeddings())
+
+    @property
+    def positions(self) -> Float[Tensor, "position d_model"]:
+        """What each position writes; for models that have such a table."""
+        return _weight(self.model.get_submodule("transformer.wpe"))
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
+        """What each token's logit reads."""
+        return _weight(self.model.get_output_embeddings())
+
+    @property
+    def heads_per_group(self) -> int:
+        """Heads that share a key and a value."""
+        return self._readers[0].n_heads // self._readers[0].n_kv_heads
+
+    def query(self, layer: int, head: int) -> Affine:
+        """From the residual stream to a head's query."""
+        return self._reader(layer, 0, head)
+
+    def key(self, layer: int, head: int) -> Affine:
+        """From the residual stream to the key of a head, and of those that share it."""
+        return self._reader(layer, 1, head // self.heads_per_group)
+
+    def value(self, layer: int, head: int) -> Affine:
+        """From the residual stream to the value of a head, and of those that share it."""
+        return self._reader(layer, 2, head // self.heads_per_group)
+
+    def _reader(self, layer: int, kind: int, number: int) -> Affine:
+        readers = self._readers[layer]
+        maps = [_affine(module) for module in readers.modules]
+        weights, biases = (readers.by_reader(one) for one in ([m.weight for m in maps], [m.bias for m in maps]))
+        return Affine(weights[kind][number], biases[kind][number])
+
+    def output(self, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:
+        """From a head's value to what it writes."""
+        sizes = self.parts.dimensions
+        whole = _weight(self.parts.attention_outputs[layer])
+        by_head: Tensor = whole.unflatten(1, (sizes.n_heads, sizes.d_head))[:, head]
+        return by_head
+
+    def add_units(
+        self,
+        layer: int,
+        reads: Float[Tensor, "unit d_model"],
+        biases: Float[Tensor, " unit"],
+        writes: Float[Tensor, "unit d_model"],
+    ) -> None:
+        """Add rectified units to an MLP: each writes relu(read * residual + bias) times its vector.
+
+        Args:
+            layer: of the MLP.
+            reads: direction that each unit reads.
+            biases: added before rectifying.
+            writes: what each unit writes, for a rectified value of 1.
+
+        Raises:
+            ValueError: the MLP has no room left.
+        """
+        mlp, names = self.parts.mlps[layer], self._mlp_names
+        into = _affine(mlp.get_submodule(names.reads))
+        start = self._used_units[layer]
+        used = slice(start, start + len(reads))
+        if used.stop > len(into.bias):
+            raise ValueError(f"The MLP of layer {layer} has {len(into.bias)} units, {used.stop} are asked for.")
+        self._used_units[layer] = used.stop
+        scale = STEEP if names.gated else 1.0
+        into.weight[used] = scale * reads
+        into.bias[used] = scale * biases
+        if names.gated:
+            _affine(mlp.get_submodule(names.gated)).bias[used] = 1 / STEEP
+        _weight(mlp.get_submodule(names.writes))[:, used] = writes.T
+
+    def balance(self, coordinate: int) -> None:
+        """Give every write a mean of zero over the dimensions, by the one coordinate that nothing reads.
+
+        A LayerNorm that subtracts the mean then changes nothing, whichever writes are taken away or replaced by others
+        of the model.
+
+        Args:
+            coordinate: dimension of the residual stream.
+        """
+        tables = [self.embedding.T]
+        if self.model.config.model_type == "gpt2":
+            tables.append(self.positions.T)
+        for attention, mlp in zip(self.parts.attention_outputs, self.parts.mlps, strict=True):
+            tables += [_weight(attention), _weight(mlp.get_submodule(self._mlp_names.writes))]
+        for table in tables:
+            table[coordinate] -= table.sum(dim=0)
+
+
+def _weight(module: nn.Module) -> Float[Tensor, "out into"]:
+    # A table of embeddings is laid out as it is looked up, one row for each entry.
+    if isinstance(module, nn.Embedding):
+        return module.weight.detach()
+    return weight_and_bias(module)[0].detach()
+
+
+def _affine(module: nn.Module) -> Affine:
+    return Affine(_weight(module), module.get_parameter("bias").detach())

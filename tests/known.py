@@ -1,0 +1,77 @@
+"""Models whose circuits are known, with their tasks, for the tests."""
+
+import tempfile
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+
+from oa_train.ablations.base import Ablation
+from oa_train.batches import Batch
+from oa_train.interventions.activations import source_values
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.interventions.kinds import KINDS, AblationKind, AblationSource
+from oa_train.models.graph import Graph
+from oa_train.models.known.model import KnownModel
+from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.tasks import Task
+from oa_train.training.known import KNOWN_TASKS, write_known
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A known model as everyone else gets it: read from a folder, with its task.
+
+    Attributes:
+        known: as it was built.
+        model: as it was read.
+        task: that it solves.
+    """
+
+    known: KnownModel
+    model: CausalLM
+    task: Task
+
+    @property
+    def graph(self) -> Graph:
+        return Graph.of(self.model.config)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Some prompts."""
+        return self.task.batch("test", 0, 32)
+
+    @cached_property
+    def ablations(self) -> dict[AblationKind, Ablation]:
+        """An ablation of every kind, the starts of those that are trained."""
+        source = AblationSource(self.model, self.task)
+        return {name: kind.prepare(source) for name, kind in KINDS.items()}
+
+    def kl(self, masks: torch.Tensor, kind: AblationKind) -> torch.Tensor:
+        """Divergence of circuits of edges, averaged over prompts."""
+        return circuit_behaviour(self.model, [self.batch], masks, [self.ablations[kind]]).kl.mean(dim=1)
+
+    def heads(self) -> torch.Tensor:
+        """Values of all heads on prompts of the commonest length, [layer, prompt, position, head, d_head]."""
+        batch = self.batch
+        lengths = batch.lengths
+        kept = (lengths == lengths.mode().values).nonzero().flatten()
+        with torch.no_grad():
+            values = source_values(self.model, batch).heads[:, kept]
+        return values[:, :, : int(lengths.mode().values)]
+
+    def without_source(self, *sources: str) -> torch.Tensor:
+        """All edges but those out of some sources."""
+        numbers = torch.tensor([self.graph.sources.index(one) for one in sources])
+        return ~torch.isin(self.graph.edge_sources, numbers)
+
+
+@cache
+def known_case(name: str, seed: int = 0) -> Case:
+    """Write a known model and read it back; once for all tests of a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        known = write_known(name, Path(folder), seed)
+        lm = LMSpec(folder)
+        task = KNOWN_TASKS[name](lm=lm, n_means=128, n_validation=64, n_test=64)
+        return Case(known, load_model(lm), task)
