@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit
     from oa_train.circuits.circuit import jaccard as jaccard
+    from oa_train.circuits.published import published_ioi_circuit as published_ioi_circuit
     from oa_train.errors import OaTrainError as OaTrainError
     from oa_train.interventions.ablated import ablated as ablated
     from oa_train.interventions.activations import source_means as source_means
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
     from oa_train.models.components import Components as Components
+    from oa_train.models.graph import Graph as Graph
     from oa_train.models.loading import LMSpec as LMSpec
     from oa_train.models.loading import load_model as load_model
     from oa_train.studies.compare import CompareSettings as CompareSettings
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from oa_train.studies.constants import finish_constants as finish_constants
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
+    from oa_train.studies.minimal import MinimalSettings as MinimalSettings
+    from oa_train.studies.minimal import minimal as minimal
     from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
     from oa_train.tasks.base import Prompt as Prompt
     from oa_train.tasks.base import Question as Question
@@ -61,6 +65,7 @@ _HOMES = {
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants",
     "FinishSettings": "studies.finish",
+    "Graph": "models.graph",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",
     "IOI": "tasks.ioi",
@@ -68,6 +73,7 @@ _HOMES = {
     "KINDS": "interventions.kinds",
     "LMSpec": "models.loading",
     "LastCheckpoint": "training.callbacks",
+    "MinimalSettings": "studies.minimal",
     "OaTrainError": "errors",
     "Prompt": "tasks.base",
     "Question": "tasks.base",
@@ -86,7 +92,9 @@ _HOMES = {
     "fit_constants": "training.refit",
     "jaccard": "circuits.circuit",
     "load_model": "models.loading",
+    "minimal": "studies.minimal",
     "node_logits": "interventions.nodes",
+    "published_ioi_circuit": "circuits.published",
     "source_means": "interventions.activations",
     "source_values": "interventions.activations",
     "scored_logits": "interventions.base",

@@ -197,12 +197,12 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end)
 
 
-def save_language_model(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> LMSpec:
+def save_language_model(family: str, folder: Path, dtype: torch.dtype = torch.float32, **changed_sizes: int) -> LMSpec:
     """A tiny random model of a family in a folder, with a tokenizer that knows the tasks and its vocabulary."""
     tokenizer: PreTrainedTokenizerBase = (
         byte_level_tokenizer() if family in BYTE_LEVEL else AutoTokenizer.from_pretrained(builtin_models()["tiny"])
     )
-    sizes = {name: 64 if "position" in name else size for name, size in TINY_CONFIGS[family].items()}
+    sizes = {name: 64 if "position" in name else size for name, size in TINY_CONFIGS[family].items()} | changed_sizes
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **ids, **sizes)
     with torch.random.fork_rng():

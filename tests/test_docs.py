@@ -19,6 +19,7 @@ from oa_train.models.families import FAMILIES
 from oa_train.models.loading import LMSpec
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
+from oa_train.studies.minimal import MinimalSettings
 from oa_train.tasks.base import Task
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
@@ -43,6 +44,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("Induction", Induction, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
+    ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]
 
@@ -91,6 +93,11 @@ def test_the_table_of_a_class_has_its_options_and_no_others(heading: str, kind: 
         values = [getattr(one, name) for one in given] or [default]
         for cell, value in zip(rows[name], values, strict=False):
             assert is_dataclass(value) or value is MISSING or is_written(cell, value), f"{heading}: {name} is {value}"
+
+
+def test_options_that_share_a_column_have_the_same_defaults() -> None:
+    assert CompareSettings().circuit_fit == FinishSettings().refit
+    assert CompareSettings().fit == MinimalSettings().fit
 
 
 def test_no_configurable_class_is_left_out() -> None:

@@ -5,35 +5,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import yaml
 from rich.table import Table
 
-from oa_train.cli.arguments import (
-    CONFIG_FILE,
-    ExplainingParser,
-    add_model_and_task,
-    check_configs,
-    check_groups,
-    read_config,
-    refuse_stored_trust,
-    run_folder,
-    take_options,
-)
-from oa_train.cli.interruption import resume_command, terminable
+from oa_train.cli.arguments import ExplainingParser, check_configs, take_options
+from oa_train.cli.finished import chosen_options, finished_folder, finished_parser, load_run, loaded_model
+from oa_train.cli.interruption import terminable
 from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
-from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.interventions.ablated import check_belongs
+from oa_train.errors import ConfigurationError
 from oa_train.interventions.kinds import KINDS
-from oa_train.models.loading import load_model
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.comparison import Compared, Comparison
 from oa_train.studies.runs import TrainedCircuit
-
-# What of a run's configuration says which model and which prompts.
-SHARED_KEYS = ("seed_everything", "lm", "data")
 
 
 def compare_command(argv: Sequence[str]) -> Compared:
@@ -47,39 +31,16 @@ def compare_command(argv: Sequence[str]) -> Compared:
             parser.print_help()
             parser.exit()
         raise ConfigurationError("compare needs --run, the folder of a finished run.")
-    folders = [run_folder(one) for one in given]
+    folders = [finished_folder(one) for one in given]
     folder = folders[0]
-    refuse_stored_trust(folder, words)
-    config = {key: value for key, value in read_config(folder / CONFIG_FILE).items() if key in SHARED_KEYS}
-    options = parser.parse_args(["--config", yaml.safe_dump(config), "--run", str(folder), *words])
-    check_groups(parser, options)
-    chosen = parser.instantiate_classes(options)
-    runs = _named_apart([_load(one) for one in folders], folders)
-    device = _device(chosen.device)
-    model = load_model(chosen.lm)
-    torch.nn.Module.to(model, device)
-    for run in runs:
-        check_belongs(model, run.circuit, run.constants)
+    chosen = chosen_options(parser, folder, words)
+    runs = _named_apart([load_run(one) for one in folders], folders)
+    model = loaded_model(chosen, runs)
     record_in(folder)
     with terminable():
         compared = compare(model, chosen.data, runs, folder, chosen.compare, track)
     _show(compared, runs)
     return compared
-
-
-def _load(folder: Path) -> TrainedCircuit:
-    try:
-        return TrainedCircuit.load(folder)
-    except ArtefactError as problem:
-        if (folder / "constants").is_dir() and not (folder / "circuit").exists():
-            raise ArtefactError(
-                f"{folder} holds constants of components that were ablated alone, and no circuit.\nCompare runs that "
-                "trained a circuit, or constants for one (`circuit` or `keep` of ConstantsModule)."
-            ) from problem
-        raise ArtefactError(
-            f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
-            f"  {resume_command(folder)}"
-        ) from problem
 
 
 def _named_apart(runs: Sequence[TrainedCircuit], folders: Sequence[Path]) -> list[TrainedCircuit]:
@@ -89,35 +50,14 @@ def _named_apart(runs: Sequence[TrainedCircuit], folders: Sequence[Path]) -> lis
     return [replace(run, name=str(folder)) for run, folder in zip(runs, folders, strict=True)]
 
 
-def _device(given: str) -> str:
-    if given == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=given).cpu()
-    except (RuntimeError, AssertionError) as problem:
-        first = str(problem).split("\n")[0]
-        raise ConfigurationError(f"--device {given!r} cannot be used: {first}") from problem
-    return given
-
-
 def _parser() -> ExplainingParser:
-    parser = ExplainingParser(
-        prog="oa-train compare",
-        description="Compare all ablations of everything outside the circuit, and of each component alone.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
-    parser.add_argument(
-        "--run",
-        type=str,
-        required=True,
-        help="folder of a finished run; may be given several times: the first one's model and task are used, and its "
+    parser = finished_parser(
+        "compare",
+        "Compare all ablations of everything outside the circuit, and of each component alone.",
+        "folder of a finished run; may be given several times: the first one's model and task are used, and its "
         "folder gets the results",
     )
-    parser.add_argument("--device", type=str, default="auto", help="where the model runs: auto, cpu, cuda, cuda:1")
-    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     parser.add_class_arguments(CompareSettings, "compare")
-    add_model_and_task(parser, ("data",))
     parser.link_arguments("seed_everything", "compare.seed")
     return parser
 

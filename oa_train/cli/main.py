@@ -40,6 +40,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "compare_command",
         "learned ablation against all others, for one run or several",
     ),
+    "minimal": ("oa_train.cli.minimal", "minimal_command", "whether a circuit is minimal, and whether it is complete"),
     "inspect": ("oa_train.cli.inspecting", "inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
 

@@ -40,7 +40,7 @@ def test_every_public_name_exists_and_unknown_ones_do_not():
         oa_train.load_modle  # noqa: B018
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "minimal", "inspect", "demo"])
 def test_commands_describe_their_options(command, capsys):
     assert main([command, "--help"]) == 0
     assert "--" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from oa_train.figures.comparison import (
 )
 from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, KEPT, save_figure
+from oa_train.figures.worth import COLOURS, worth_figure
 from oa_train.interventions.kinds import AblationKind
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -196,4 +197,32 @@ def test_runs_are_tabled_with_their_numbers(tmp_path, n_runs):
     shown = [text.get_text() for text in left.texts]
     assert shown == [f"{kl[kind][i]:.2g}" for i in range(n_runs) for kind in kl]
     assert [text.get_text() for text in right.texts].count("0.25") == n_runs * (n_runs - 1)
+    saved(figure, tmp_path)
+
+
+def test_parts_stand_by_what_they_are_worth_and_in_the_colour_of_their_verdict(tmp_path):
+    worth = [Interval(0.5, 0.4, 0.6), Interval(0.002, 0.0, 0.004), Interval(-0.001, -0.002, 0.0)]
+    figure = worth_figure(["a0.h0", "m0", "m1"], worth, ["needed", "undecided", "superfluous"], 0.001, "three parts")
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a0.h0", "m0", "m1"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    for rank, (container, verdict) in enumerate(zip(axes.containers, COLOURS, strict=True)):
+        points, _, (bars,) = container.lines
+        assert (points.get_xdata()[0], points.get_ydata()[0]) == (worth[rank].mean, rank + 1)
+        assert points.get_color() == COLOURS[verdict]
+        ((low, _), (high, _)) = bars.get_segments()[0]
+        np.testing.assert_allclose([low, high], [worth[rank].low, worth[rank].high])
+    svg = saved(figure, tmp_path)
+    for words in ("three parts", "needed (1)", "undecided (1)", "superfluous (1)", "tolerance 0.001"):
+        assert f"<!-- {words} -->" in svg
+
+
+def test_of_many_parts_the_first_have_names_and_all_have_a_rank(tmp_path):
+    names = [f"m{number}" for number in range(3 * MOST_ROWS)]
+    verdicts = ["needed"] * MOST_ROWS + ["superfluous"] * (2 * MOST_ROWS)
+    figure = worth_figure(names, intervals(len(names), 0.01)[::-1], verdicts, 0.0, "")
+    rows, ranks = figure.axes
+    assert [label.get_text() for label in rows.get_yticklabels()] == names[:MOST_ROWS]
+    assert sum(len(container.lines[0].get_xdata()) for container in ranks.containers) == len(names)
+    assert f"all {len(names)}, by rank" in texts(figure)
     saved(figure, tmp_path)

@@ -9,8 +9,11 @@ import torch
 
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
+from oa_train.circuits.published import published_ioi_circuit
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.interventions.kinds import KINDS
+from oa_train.models.graph import Graph
+from oa_train.models.loading import load_model
 from oa_train.studies.agreement import over_seeds
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
@@ -18,7 +21,7 @@ from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.circuits import CircuitModule
 from oa_train.training.data import TaskData
 from oa_train.training.refit import RefitSettings
-from tests.builders import quiet_trainer, small_ioi
+from tests.builders import quiet_trainer, save_language_model, small_ioi
 
 QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=20)
 UNFITTED = RefitSettings(steps=0)
@@ -225,6 +228,18 @@ def test_a_task_without_counterfactuals_is_compared_without_them(module, trained
     assert [row.ablation for row in found.rows] == [kind for kind in KINDS if not kind.startswith("counterfactual")]
     with pytest.raises(TaskError, match="no counterfactuals"):
         compare(module.frozen, task, [trained], tmp_path, replace(settings, ablations=["counterfactual"]))
+
+
+def test_the_published_circuit_is_compared_in_a_model_of_its_shape(tmp_path):
+    lm = save_language_model("gpt2", tmp_path / "lm", n_layer=12, n_head=12, n_embd=24)
+    model, task = load_model(lm), small_ioi(lm=lm, n_validation=4, n_test=4, n_means=4)
+    circuit = published_ioi_circuit(Graph.of(model.config))
+    settings = CompareSettings(
+        ["optimal", "mean"], components=[], circuit_fit=replace(QUICK, steps=2), random_circuits=0
+    )
+    found = compare(model, task, [TrainedCircuit("published", circuit)], tmp_path, settings)
+    assert json.loads((found.folder / "results.json").read_text())["circuit"]["edges"] == 963
+    assert kl_of(found.rows, "optimal") <= kl_of(found.rows, "mean")
 
 
 def test_what_cannot_be_compared_is_refused(module, task, trained, tmp_path):

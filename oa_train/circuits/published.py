@@ -1,0 +1,79 @@
+"""Circuits that others have found and published, as names."""
+
+from collections.abc import Iterator, Sequence
+
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ConfigurationError
+from oa_train.models.graph import ARROW, Graph
+
+GPT2_SMALL = Graph(n_layers=12, n_heads=12, n_kv_heads=12)
+
+
+def _heads(numbers: str) -> tuple[str, ...]:
+    """Names of heads from the way papers write them, `layer.head`."""
+    pairs = (number.split(".") for number in numbers.split())
+    return tuple(f"a{layer}.h{head}" for layer, head in pairs)
+
+
+NAME_MOVERS = _heads("9.9 10.0 9.6")
+BACKUP_NAME_MOVERS = _heads("10.10 10.6 10.2 10.1 11.2 9.7 9.0 11.9")
+NEGATIVE_NAME_MOVERS = _heads("10.7 11.10")
+S_INHIBITION = _heads("7.3 7.9 8.6 8.10")
+INDUCTION = _heads("5.5 5.8 5.9 6.9")
+DUPLICATE_TOKEN = _heads("0.1 0.10 3.0")
+PREVIOUS_TOKEN = _heads("2.2 4.11")
+
+MOVERS = (*NAME_MOVERS, *BACKUP_NAME_MOVERS, *NEGATIVE_NAME_MOVERS)
+ALL_HEADS = (*MOVERS, *S_INHIBITION, *INDUCTION, *DUPLICATE_TOKEN, *PREVIOUS_TOKEN)
+
+# Sources and readers: the circuit has every edge that leads from one of the sources to one of the readers.
+Rule = tuple[Sequence[str], Sequence[str]]
+
+
+def published_ioi_circuit(graph: Graph) -> Circuit:
+    """The circuit of indirect object identification in GPT-2 small, as 963 of its 32,491 edges.
+
+    The heads and what each kind of them does are those of Wang et al. 2023, "Interpretability in the Wild: a Circuit
+    for Indirect Object Identification in GPT-2 Small"; they are read as edges the way Li & Janson 2024, "Optimal
+    ablation for interpretability", do. MLPs are no part of the question there: all of them are in the circuit.
+
+    Every edge lies on a way from the input to the logits. There are no constants that belong to it; `fit_constants`
+    trains some, and so does `compare`.
+
+    Args:
+        graph: of the model.
+
+    Raises:
+        ConfigurationError: it is not a graph of 12 layers with 12 heads of their own keys and values.
+    """
+    if graph != GPT2_SMALL:
+        raise ConfigurationError(
+            f"The published circuit is of GPT-2 small: 12 layers of 12 heads, each with its own key and value, "
+            f"attention before the MLP. This graph has {graph.n_layers} layers of {graph.n_heads} heads, "
+            f"{graph.n_kv_heads} keys and values"
+            f"{' and MLPs in parallel' if graph.parallel else ''}."
+        )
+    pairs = [(frozenset(sources), frozenset(readers)) for sources, readers in _rules(graph)]
+    ends = ((name, *name.split(ARROW)) for name in graph.names)
+    names = tuple(
+        name for name, source, reader in ends if any(source in some and reader in others for some, others in pairs)
+    )
+    return Circuit(graph, names, provenance={"source": "Wang et al. 2023, Li & Janson 2024"})
+
+
+def _rules(graph: Graph) -> Iterator[Rule]:
+    mlps = [f"m{layer}" for layer in range(graph.n_layers)]
+    yield ["input", *mlps], [*mlps, "logits"]
+    yield ALL_HEADS, mlps
+    yield mlps, _reading(ALL_HEADS, "qkv")
+    yield ["input"], _reading((*S_INHIBITION, *DUPLICATE_TOKEN, *PREVIOUS_TOKEN), "q")
+    yield ["input"], _reading((*MOVERS, *PREVIOUS_TOKEN, *DUPLICATE_TOKEN), "kv")
+    yield MOVERS, ["logits"]
+    yield S_INHIBITION, _reading(MOVERS, "q")
+    yield (*DUPLICATE_TOKEN, *INDUCTION), _reading(S_INHIBITION, "kv")
+    yield PREVIOUS_TOKEN, _reading(INDUCTION, "kv")
+
+
+def _reading(heads: Sequence[str], kinds: str) -> list[str]:
+    """Queries (q), keys (k) and values (v) of heads."""
+    return [f"{head}<{kind}>" for head in heads for kind in kinds]

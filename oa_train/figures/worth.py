@@ -1,0 +1,67 @@
+"""What each part of a circuit is worth: how far the circuit is from the model without it."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from oa_train.figures.comparison import MOST_ROWS, Interval
+from oa_train.figures.style import FONT_SIZE, new_figure
+
+COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
+
+# The axis is logarithmic, on either side of zero; between minus and plus this, or the tolerance, it is linear.
+LINEAR_BELOW = 1e-4
+
+
+def worth_figure(
+    names: Sequence[str], worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float, title: str
+) -> Figure:
+    """Rise in KL divergence when a part is taken out, with 95 % intervals.
+
+    Args:
+        names: the parts, the one that is worth most first; the first ones have a row each.
+        worth: of each part, in nats; may be negative.
+        verdicts: of each part, a key of `COLOURS`.
+        tolerance: nats that do not matter, drawn as a line.
+        title: what stands above.
+    """
+    n_rows = min(len(names), MOST_ROWS)
+    shortened = len(names) > n_rows
+    figure = new_figure(9.0 if shortened else 6.0, 1.2 + 0.17 * max(n_rows, 6))
+    rows, *ranks = figure.subplots(1, 2 if shortened else 1, sharex=True, squeeze=False)[0]
+    _draw(rows, worth[:n_rows], verdicts[:n_rows], tolerance)
+    rows.set_yticks(range(1, n_rows + 1), names[:n_rows], fontsize=FONT_SIZE - 1)
+    for axes in ranks:
+        rows.set_title(f"the {n_rows} that are worth most", fontsize=FONT_SIZE, loc="left")
+        _draw(axes, worth, verdicts, tolerance)
+        axes.set_title(f"all {len(names)}, by rank", fontsize=FONT_SIZE, loc="left")
+    # What is worth most stands on top, so this corner is free; the last axes have all verdicts.
+    (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
+    figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    return figure
+
+
+def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float) -> None:
+    for verdict, colour in COLOURS.items():
+        ranked = [(rank, one) for rank, one in enumerate(worth, start=1) if verdicts[rank - 1] == verdict]
+        if not ranked:
+            continue
+        axes.errorbar(
+            [one.mean for _, one in ranked],
+            [rank for rank, _ in ranked],
+            xerr=[[one.mean - one.low for _, one in ranked], [one.high - one.mean for _, one in ranked]],
+            fmt="o",
+            markersize=4 if len(worth) <= 2 * MOST_ROWS else 2,
+            color=colour,
+            elinewidth=1.0,
+            label=f"{verdict} ({len(ranked)})",
+        )
+    axes.set_xscale("symlog", linthresh=max(tolerance, LINEAR_BELOW))
+    axes.axvline(0, color="#555555", linewidth=0.8, zorder=0)
+    axes.axvline(tolerance, color="#555555", linewidth=0.8, linestyle=":", zorder=0, label=f"tolerance {tolerance:g}")
+    axes.set_ylim(len(worth) + 0.5, 0.5)
+    axes.tick_params(labelsize=FONT_SIZE - 1)
+    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,261 @@
+"""Minimality and completeness on the built-in model, against running the model by hand."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import log_softmax
+
+from oa_train.ablations.base import Ablation
+from oa_train.circuits.circuit import Circuit
+from oa_train.circuits.known import random_circuits
+from oa_train.errors import ConfigurationError
+from oa_train.interventions.ablated import ablated
+from oa_train.interventions.activations import source_values
+from oa_train.interventions.base import scored_logits
+from oa_train.interventions.edges import edge_logits
+from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.interventions.kinds import KINDS, AblationSource
+from oa_train.models.components import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
+from oa_train.models.loading import LMSpec, load_model
+from oa_train.studies.minimal import MinimalSettings, minimal
+from oa_train.studies.minimality import verdict
+from oa_train.studies.runs import TrainedCircuit
+from oa_train.studies.statistics import Estimate, paired_difference
+from oa_train.training.refit import RefitSettings, fit_constants
+from tests.builders import small_ioi
+
+KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
+# A head that is read by the logits, and an MLP that nobody reads.
+EDGES = ("input->a0.h0<q>", "input->a0.h0<v>", "a0.h0->logits", "input->logits", "input->m1", "a0.h0->m1")
+QUICK = RefitSettings(steps=6, batch_size=4, evaluate_every=3)
+UNFITTED = MinimalSettings(random_complements=0, fit=RefitSettings(steps=0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(LMSpec())
+
+
+@pytest.fixture(scope="module")
+def task():
+    return small_ioi()
+
+
+@pytest.fixture(scope="module")
+def source(model, task):
+    return AblationSource(model, task)
+
+
+def by_hand(model, source, names=KEPT, ablation="mean", **provenance) -> TrainedCircuit:
+    """A circuit of components or of edges, with means as its constants."""
+    of_edges = any("->" in name for name in names)
+    parts = Graph.of(model.config) if of_edges else Components.of(Dimensions.of(model.config))
+    circuit = Circuit(parts, names, provenance={"ablation": ablation} | provenance)
+    return TrainedCircuit("by hand", circuit, source.mean if KINDS[ablation].constant else None)
+
+
+@pytest.fixture(scope="module")
+def of_nodes(model, task, source, tmp_path_factory):
+    run = by_hand(model, source)
+    settings = MinimalSettings(random_complements=3)
+    return run, minimal(model, task, run, tmp_path_factory.mktemp("nodes"), settings)
+
+
+@pytest.fixture(scope="module")
+def of_edges(model, task, source, tmp_path_factory):
+    run = by_hand(model, source, EDGES)
+    return run, minimal(model, task, run, tmp_path_factory.mktemp("edges"), UNFITTED)
+
+
+def divergence(clean: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL divergence of each prompt, written out."""
+    first, second = log_softmax(clean.double(), dim=-1), log_softmax(logits.double(), dim=-1)
+    return (first.exp() * (first - second)).sum(dim=-1)[:, 0]
+
+
+def node_kl(model, task, names, constants) -> torch.Tensor:
+    """The same of a circuit of components, by a model that runs as this circuit."""
+    (batch,) = task.batches("test", task.n_test)
+    clean = scored_logits(model, batch)
+    circuit = Circuit(Components.of(Dimensions.of(model.config)), tuple(names))
+    with ablated(model, circuit, constants), torch.no_grad():
+        return divergence(clean, scored_logits(model, batch))
+
+
+def edge_kl(model, task, names, ablation: Ablation) -> torch.Tensor:
+    """The same of a circuit of edges."""
+    (batch,) = task.batches("test", task.n_test)
+    clean = scored_logits(model, batch)
+    mask = Graph.of(model.config).mask(names).float().expand(len(batch), -1)
+    replacements = ablation.replacements(batch, lambda prompts: source_values(model, prompts))
+    with torch.no_grad():
+        return divergence(clean, edge_logits(model, batch, mask, replacements, task.bos_token_id))
+
+
+def test_each_component_is_worth_what_the_circuit_loses_without_it(model, task, source, of_nodes):
+    _, found = of_nodes
+    whole = node_kl(model, task, KEPT, source.mean)
+    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
+    assert {removal.names for removal in found.removals} == {(name,) for name in KEPT}
+    for removal in found.removals:
+        without = node_kl(model, task, [name for name in KEPT if name not in removal.names], source.mean)
+        wanted = paired_difference(without, whole)
+        assert removal.increase.mean == pytest.approx(wanted.mean, abs=1e-5)
+        assert removal.increase.stderr == pytest.approx(wanted.stderr, abs=1e-5)
+        assert removal.figures["kl"].mean == pytest.approx(without.mean().item(), abs=1e-5)
+        assert removal.dangling == 0
+    assert [one.increase.mean for one in found.removals] == sorted(
+        (one.increase.mean for one in found.removals), reverse=True
+    )
+
+
+def test_each_edge_takes_with_it_what_then_dangles(model, task, source, of_edges):
+    _, found = of_edges
+    alive = EDGES[:4]
+    # Nothing reads m1, so its edges are worth nothing; without its only way out the head goes altogether.
+    left = {name: [one for one in alive if one != name] for name in EDGES}
+    left["a0.h0->logits"] = ["input->logits"]
+    whole = edge_kl(model, task, alive, source.mean)
+    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
+    for removal in found.removals:
+        (name,) = removal.names
+        wanted = paired_difference(edge_kl(model, task, left[name], source.mean), whole)
+        assert removal.increase.mean == pytest.approx(wanted.mean, abs=1e-5)
+        assert removal.increase.stderr == pytest.approx(wanted.stderr, abs=1e-5)
+        assert removal.dangling == (2 if name == "a0.h0->logits" else 0)
+
+
+def test_what_is_superfluous_is_taken_out_together_as_well(model, task, source, of_edges):
+    _, found = of_edges
+    useless = found.of_verdict("superfluous")
+    assert {"input->m1", "a0.h0->m1"} <= set(useless)
+    assert found.together is not None
+    assert found.together.names == tuple(useless)
+    left = [name for name in EDGES[:4] if name not in useless]
+    wanted = edge_kl(model, task, left, source.mean) - edge_kl(model, task, EDGES[:4], source.mean)
+    assert found.together.increase.mean == pytest.approx(wanted.mean().item(), abs=1e-5)
+    each = {removal.names[0]: removal.increase.mean for removal in found.removals}
+    assert found.apart == pytest.approx(sum(each[name] for name in useless))
+
+
+def test_the_complement_keeps_everything_else(model, task, source, of_nodes, of_edges):
+    run, found = of_nodes
+    parts = run.circuit.parts
+    drawn = random_circuits(parts, len(KEPT), 3, seed=0)
+    for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
+        others = parts.kept(~circuit.mask)
+        assert len(others) == len(parts) - len(KEPT)
+        wanted = node_kl(model, task, others, source.mean).mean().item()
+        assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
+    run, found = of_edges
+    others = run.circuit.parts.kept(~run.circuit.mask)
+    assert len(others) == 262 - 6
+    wanted = edge_kl(model, task, others, source.mean).mean().item()
+    assert found.complement["kl"].mean == pytest.approx(wanted, rel=1e-4)
+    assert found.clean["kl"].mean == 0
+    assert found.clean["accuracy"].mean > 0.95
+
+
+def test_parts_that_could_not_be_left_out_are_in_no_question(model, task, source, tmp_path):
+    names = Components(3, 4).select(["*", "!a1", "a1.h[01]"])
+    run = by_hand(model, source, names, selected=["a1"])
+    found = minimal(model, task, run, tmp_path, replace(UNFITTED, random_complements=2))
+    assert {removal.names[0] for removal in found.removals} == {"a1.h0", "a1.h1"}
+    drawn = random_circuits(run.circuit.parts, len(names), 2, 0, among=["a1"])
+    for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
+        others = [name for name in run.circuit.parts.names if name not in circuit.names or not name.startswith("a1")]
+        assert len(others) == 15 - 2
+        wanted = node_kl(model, task, others, source.mean).mean().item()
+        assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("names", [KEPT[:4], EDGES[:4]], ids=["components", "edges"])
+def test_a_refit_gives_every_circuit_constants_of_its_own(model, task, source, tmp_path, names):
+    run = by_hand(model, source, names, "optimal")
+    settings = MinimalSettings(refit=True, random_complements=0, fit=QUICK)
+    found = minimal(model, task, run, tmp_path, settings)
+    batches = list(task.batches("test", task.n_test))
+
+    def fitted_kl(kept, *others) -> torch.Tensor:
+        mask = run.circuit.parts.mask(kept).unsqueeze(0)
+        mask = ~mask if others else mask
+        fitted = fit_constants(model, task, mask, [source.mean], QUICK, others=others)
+        return circuit_behaviour(model, batches, mask, fitted.sets).kl[0]
+
+    whole = fitted_kl(names)
+    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-3)
+    removal = next(one for one in found.removals if one.names == names[:1])
+    wanted = paired_difference(fitted_kl(names[1:]), whole)
+    assert removal.increase.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-4)
+    unfitted = minimal(model, task, run, tmp_path, replace(settings, refit=False))
+    assert found.figures["kl"].mean < unfitted.figures["kl"].mean
+    complement = fitted_kl(names, source.mean, source.zero).mean().item()
+    assert found.complement["kl"].mean == pytest.approx(complement, rel=1e-3)
+    assert unfitted.complement == found.complement
+
+
+@pytest.mark.parametrize("kind", ["zero", "resample", "noise", "counterfactual"])
+def test_the_run_s_own_ablation_is_used(model, task, source, tmp_path, kind):
+    run = by_hand(model, source, ablation=kind)
+    ablation = KINDS[kind].prepare(source)
+    run = replace(run, constants=ablation if KINDS[kind].constant else None)
+    found = minimal(model, task, run, tmp_path, UNFITTED)
+    masks = torch.stack([run.circuit.mask, ~run.circuit.mask])
+    wanted = circuit_behaviour(model, task.batches("test", task.n_test), masks, [ablation])
+    assert found.ablation == kind
+    assert found.figures["kl"].mean == pytest.approx(wanted.kl[0].mean().item(), rel=1e-5)
+    assert found.complement["kl"].mean == pytest.approx(wanted.kl[1].mean().item(), rel=1e-5)
+
+
+def test_results_table_and_figure(of_nodes, of_edges):
+    for (run, found), what in ((of_nodes, "component"), (of_edges, "edge")):
+        assert found.folder.name == "minimal_0"
+        results = json.loads((found.folder / "results.json").read_text())
+        assert results["command"] == "minimal"
+        assert results["circuit"] == run.circuit.counts()
+        assert results["ablation"] == "mean"
+        assert results["metrics"]["complement_kl"] == found.complement["kl"].as_json()
+        assert [row[what] for row in results["rows"]] == [one.names[0] for one in found.removals]
+        assert results["superfluous"]["names"] == found.of_verdict("superfluous")
+        assert results["settings"]["tolerance"] == 0.001
+        with (found.folder / "tables" / "parts.csv").open() as file:
+            table = list(csv.DictReader(file))
+        assert [float(row["kl_minus_circuit"]) for row in table] == [one.increase.mean for one in found.removals]
+        assert [row["verdict"] for row in table] == [one.verdict for one in found.removals]
+        assert (found.folder / "figures" / "worth.png").stat().st_size > 10_000
+
+
+def test_nothing_is_overwritten(model, task, source, tmp_path):
+    run = by_hand(model, source, ("m0",))
+    assert [minimal(model, task, run, tmp_path, UNFITTED).folder.name for _ in range(2)] == ["minimal_0", "minimal_1"]
+
+
+def test_a_verdict_needs_the_whole_interval():
+    def of(low: float, high: float) -> str:
+        return verdict(Estimate((low + high) / 2, 0.0, (low, high), 2), 0.1)
+
+    assert [of(0.11, 0.2), of(0.05, 0.11), of(-0.3, 0.1)] == ["needed", "undecided", "superfluous"]
+    assert verdict(Estimate(0.0, 0.0, (0.0, 0.0), 2), 0.0) == "superfluous"
+
+
+def test_what_cannot_be_asked_is_refused(model, task, source, tmp_path):
+    with pytest.raises(ConfigurationError, match="tolerance is -1"):
+        MinimalSettings(tolerance=-1)
+    with pytest.raises(ConfigurationError, match="tolerance is nan"):
+        MinimalSettings(tolerance=float("nan"))
+    with pytest.raises(ConfigurationError, match="random_complements is -2"):
+        MinimalSettings(random_complements=-2)
+    run = by_hand(model, source)
+    with pytest.raises(ConfigurationError, match="under mean ablation, which has nothing to train"):
+        minimal(model, task, run, tmp_path, MinimalSettings(refit=True))
+    with pytest.raises(ConfigurationError, match="has no constants, and mean ablation is by constants"):
+        minimal(model, task, replace(run, constants=None), tmp_path)
+    for changed in (by_hand(model, source, ()), by_hand(model, source, selected=["m1"])):
+        with pytest.raises(ConfigurationError, match="keeps none of the components that it could leave out"):
+            minimal(model, task, changed, tmp_path)
+    assert not list(tmp_path.iterdir())
