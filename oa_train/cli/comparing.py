@@ -71,7 +71,7 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
         console.print(
             f"{len(found.kl)} random circuits of {size} {runs[0].circuit.what} under optimal constants: median KL "
             f"{statistics.median(found.kl):.4g}, lowest {min(found.kl):.4g}; the run's circuit after the same "
-            f"training {found.run_kl:.4g}"
+            f"training {found.run_kl:.4g}, percentile {found.percentile:.3g}"
         )
     if len(runs) > 1:
         console.print(_overlap_table(compared, runs))

@@ -308,7 +308,7 @@ def _write(compared: Compared, study: _Study, folder: Path) -> None:
             for run in study.runs
         ],
         random_circuits=[
-            {"size": size, "kl": list(found.kl), "run_kl": found.run_kl}
+            {"size": size, "kl": list(found.kl), "run_kl": found.run_kl, "percentile": found.percentile}
             for size, found in compared.random_circuits.items()
         ],
         fit=asdict(study.settings.fit),

@@ -54,6 +54,11 @@ class RandomCircuits:
     kl: Sequence[float]
     run_kl: float
 
+    @property
+    def percentile(self) -> float:
+        """Percentage of the random circuits that do as well as the run's circuit, or better."""
+        return 100 * sum(kl <= self.run_kl for kl in self.kl) / len(self.kl)
+
 
 @dataclass(frozen=True)
 class Compared:

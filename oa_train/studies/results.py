@@ -30,7 +30,7 @@ def results_document(
 
     Args:
         command: the study.
-        run: run folder; its last two parts name the experiment.
+        run: run folder; see `run_name`.
         provenance: model, task and seed, as artefact headers have them.
         n_prompts: test prompts.
         metrics: metric objects by name.
@@ -41,7 +41,7 @@ def results_document(
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
-        "experiment": "/".join(run.absolute().parts[-2:]),
+        "experiment": run_name(run),
         "seed": provenance["seed"],
         "model": {key: provenance[key] for key in ("family", "fingerprint", "revision")}
         | {"name": provenance["model"]},
@@ -52,6 +52,12 @@ def results_document(
         **({"circuit": dict(circuit)} if circuit is not None else {}),
         **more,
     }
+
+
+def run_name(run: str | Path) -> str:
+    """What tables and figures call a run: experiment and version, and of several circuits the one's number."""
+    parts = Path(run).absolute().parts
+    return "/".join(parts[-4:] if parts[-2:-1] == ("front",) else parts[-2:])
 
 
 def write_results(folder: Path, document: Mapping[str, Any]) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.interventions.kinds import KINDS, AblationKind
+from oa_train.studies.results import run_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class TrainedCircuit:
         circuit = Circuit.load(folder / "circuit")
         kind = KINDS[circuit.provenance.get("ablation", "optimal")]
         constants = Constants.load(folder / "constants") if kind.constant else None
-        return cls("/".join(folder.absolute().parts[-2:]), circuit, constants)
+        return cls(run_name(folder), circuit, constants)
 
     @property
     def ablation(self) -> AblationKind:

@@ -43,7 +43,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("-x", "There is no option -x. Valid names: "),
         ("-- foo", "These words belong to no option: "),
         ("--finish.refit.step 0", "There is no option --finish.refit.step. Did you mean finish.refit.steps"),
-        ("--model.penalti 3", "CircuitModule has no argument 'penalti'. Did you mean penalty?"),
+        ("--model.penalti 3", "CircuitModule has no argument 'penalti'. Did you mean penalty"),
         ("--model.foo.bar 3", "CircuitModule has no argument 'foo.bar'. Valid names: "),
         ("--model.masks.window 3", "UniformGradientSampling has no argument 'window'. Did you mean window_scale?"),
         ("--model.masks.init_args.foo 3", "UniformGradientSampling has no argument 'foo'. Valid names: initial_logit"),

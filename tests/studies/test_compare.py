@@ -135,6 +135,7 @@ def test_random_circuits_are_worse(compared):
     assert len(found.kl) == 3
     # After the same training: the run's own constants had more.
     assert sorted(found.kl)[1] > 5 * found.run_kl
+    assert found.percentile == 100 * sum(kl <= found.run_kl for kl in found.kl) / len(found.kl)
     assert found.run_kl >= 0.9 * kl_of(compared.circuits(), "optimal")
 
 
