@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--penalty", type=float, default=0.01, help="price of an edge in nats")
+    parser.add_argument("--penalty", type=float, default=0.04, help="price of an edge in nats")
     options = parser.parse_args()
     if options.quick:
         options.model, options.seeds, options.steps = options.model or ["case_induction"], 1, min(options.steps, 200)

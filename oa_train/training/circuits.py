@@ -31,6 +31,7 @@ from oa_train.training.averages import CircuitMeans
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.parts import MaskedParts
 from oa_train.training.sampling import MaskSampler, StepRows
+from oa_train.training.sharding import ShardedStrategy
 
 GraphKind = Literal["nodes", "edges"]
 
@@ -226,6 +227,20 @@ class CircuitModule(FrozenModelModule):
             "lr": self.constants_learning_rate,
         }
         return torch.optim.Adam([masks, constants])
+
+    def configure_model(self) -> None:
+        """Share the model out where the strategy is to do so.
+
+        Raises:
+            ConfigurationError: strategy or precision would change what is trained, or do not go with edges.
+        """
+        if self.graph == "edges" and isinstance(self.trainer.strategy, ShardedStrategy):
+            raise ConfigurationError(
+                "The strategy fsdp shares the weights of a block out again when the block has run, and gradients of "
+                "edges need them once more. Train circuits of nodes under it, or edges with --trainer.strategy ddp "
+                "and --lm.dtype bfloat16."
+            )
+        super().configure_model()
 
     def on_train_start(self) -> None:
         """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
 
 from oa_train.circuits.pruning import without_dangling
@@ -203,3 +204,33 @@ def test_circuits_side_by_side_are_trained_resumed_and_measured_each(tmp_path):
     assert figures["val/kl"] == pytest.approx((figures["val/kl/0"] + figures["val/kl/1"]) / 2, rel=1e-5)
     priced = [figures[f"val/kl/{n}"] + price * figures[f"val/size/{n}"] for n, price in enumerate((0.01, 0.3))]
     assert figures["val/objective"] == pytest.approx(sum(priced) / 2, rel=1e-4)
+
+
+def test_edges_are_refused_where_the_model_is_shared_out():
+    from oa_train.training.sharding import ShardedStrategy
+
+    trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(), devices=1)
+    with pytest.raises(ConfigurationError, match=r"fsdp .* gradients of edges need them once more"):
+        trainer.fit(CircuitModule(**EDGES), TaskData(small_ioi()))
+
+
+@pytest.mark.parametrize("masks", [UniformGradientSampling, HardConcrete])
+def test_accumulated_batches_have_the_gradient_of_one_large_batch(masks):
+    found = []
+    for accumulate, size in ((1, 4), (2, 2)):
+        gradients = Gradients()
+        module = CircuitModule(lm=LMSpec(dtype="float64"), masks=masks, **EDGES)
+        trainer = quiet_trainer(max_steps=1, accumulate_grad_batches=accumulate, callbacks=[gradients])
+        trainer.fit(module, TaskData(small_ioi(batch_size=size, batches_per_epoch=4)))
+        found.append(gradients.found)
+    for large, accumulated in zip(*found, strict=True):
+        assert large.abs().max() > 1e-6
+        assert_close(accumulated, large, rtol=1e-4, atol=1e-7)
+
+
+class Gradients(Callback):
+    """Notes the gradients of the last step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        """Note them."""
+        self.found = [parameter.grad.clone() for parameter in pl_module.named_trainables().values()]
