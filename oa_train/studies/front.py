@@ -115,11 +115,10 @@ def _write(front: Front, module: CircuitModule, task: Task, run: Path) -> None:
 
 def _rows(front: Front, module: CircuitModule) -> list[dict[str, Any]]:
     """A row for each circuit and ablation."""
-    asked = module.asked()
     return [
         {
             "number": number,
-            **asked[number],
+            **module.prices.asked(number),
             **circuit.counts(),
             "ablation": kind,
             **{name: value.as_json() for name, value in figures[number].items()},

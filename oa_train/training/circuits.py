@@ -19,7 +19,6 @@ from oa_train.interventions.evaluation import circuit_logits
 from oa_train.interventions.kinds import AblationKind, AblationSource, check_kind
 from oa_train.interventions.masked import masked_logits
 from oa_train.masks.base import MaskDistribution, check_threshold
-from oa_train.masks.penalties import NodeRegulariser, Penalty, SizePenalty, TargetSize
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.components import Components
@@ -30,6 +29,7 @@ from oa_train.tasks.base import Task
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.base import FrozenModelModule
 from oa_train.training.parts import MaskedParts
+from oa_train.training.prices import Prices
 from oa_train.training.sampling import MaskSampler, StepRows
 from oa_train.training.sharding import ShardedStrategy
 
@@ -113,14 +113,11 @@ class CircuitModule(FrozenModelModule):
         check_loss("loss", loss)
         _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
         _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
-        if target_size is not None:
-            _check_positive(target_warmup=target_warmup)
-        n_circuits = _n_circuits(penalty, target_size)
-        SizePenalty(penalty)
-        self_threshold = check_threshold(threshold)
+        check_threshold(threshold)
+        prices = Prices(penalty, node_penalty, target_size, target_warmup)
         super().__init__(lm, seed)
         self.graph: GraphKind = graph
-        self.threshold = self_threshold
+        self.threshold = threshold
         self.ablation: AblationKind = ablation
         self.kind = kind
         self.loss: Loss = loss
@@ -130,20 +127,16 @@ class CircuitModule(FrozenModelModule):
         self.constants_learning_rate = constants_learning_rate
         self.activation_checkpointing = activation_checkpointing
         self.parts: Components | Graph = self.components if graph == "nodes" else Graph.of(self.frozen.config)
-        self.patterns = [components] if isinstance(components, str) else components
-        self.masked = MaskedParts(self.parts, self.patterns)
-        self.n_circuits = n_circuits
-        self.masks = masks(n_circuits * self.masked.n_selected)
+        self.masked = MaskedParts(self.parts, [components] if isinstance(components, str) else components)
+        self.prices = prices
+        self.n_circuits = prices.n_circuits
+        self.masks = masks(self.n_circuits * self.masked.n_selected)
         self.sampler = MaskSampler(self.masks, seed, samples_per_prompt, self.masked.effective)
-        self.price_at_start = penalty
-        self.node_penalty = node_penalty
-        self.target_size = target_size
-        self.target_warmup = target_warmup
-        self.penalty = self._make_penalty()
+        self.penalty = prices.make(self.masked, mask_learning_rate)
         self.constants: TrainableConstants | None = None
         if kind.constant:
             start = Constants.zeros(self.dimensions, self.bos_token_id, positions)
-            self.constants = TrainableConstants([start] * n_circuits, with_inputs=graph == "edges")
+            self.constants = TrainableConstants([start] * self.n_circuits, with_inputs=graph == "edges")
             if not kind.learned:
                 self.constants.requires_grad_(False)
         self._other_ablation: Ablation | None = None
@@ -151,31 +144,13 @@ class CircuitModule(FrozenModelModule):
         self._counted: tuple[tuple[int, int], StepRows | None] | None = None
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(ablation == "zero"))
-        self.evaluated = torch.nn.ModuleDict({name: CircuitMeans(n_circuits) for name in MEASURES})
-
-    def _make_penalty(self) -> Penalty:
-        start = self.price_at_start
-        weight = start if isinstance(start, list) else [start] * self.n_circuits
-        regulariser = None
-        if isinstance(self.parts, Graph) and self.node_penalty:
-            entries, heads = self.masked.selected_pairs(*self.parts.edges_at_heads)
-            regulariser = NodeRegulariser(self.node_penalty, entries, heads, self.parts.n_layers * self.parts.n_heads)
-        if self.target_size is None:
-            return SizePenalty(weight, regulariser)
-        return TargetSize(
-            self.target_size,
-            self.masked.n_selected,
-            weight=weight,
-            warmup=self.target_warmup,
-            rate=self.mask_learning_rate,
-            always_kept=self.masked.n_fixed,
-            regulariser=regulariser,
-        )
+        self.evaluated = torch.nn.ModuleDict({name: CircuitMeans(self.n_circuits) for name in MEASURES})
 
     def describe(self) -> dict[str, Any]:
         """Graph, components, mask distribution, kind of penalty and ablation."""
         return {
             "graph": self.graph,
+            "circuits": self.n_circuits,
             "components": self.masked.description,
             "masks": self.masks.describe(),
             "penalty_kind": type(self.penalty).__name__,
@@ -189,10 +164,7 @@ class CircuitModule(FrozenModelModule):
         return {
             "lm": self.lm_settings(),
             "seed": self.seed,
-            "penalty": self.price_at_start,
-            "node_penalty": self.node_penalty,
-            "target_size": self.target_size,
-            "target_warmup": self.target_warmup,
+            **self.prices.settings(),
             "samples_per_prompt": self.samples_per_prompt,
             "threshold": self.threshold,
             "mask_learning_rate": self.mask_learning_rate,
@@ -200,14 +172,6 @@ class CircuitModule(FrozenModelModule):
             "activation_checkpointing": self.activation_checkpointing,
             **self.describe(),
         }
-
-    def asked(self) -> list[dict[str, float]]:
-        """Price, and target size if there is one, that each circuit was asked to have."""
-        given: dict[str, Any] = {"penalty": self.price_at_start, "target_size": self.target_size}
-        return [
-            {name: one[number] if isinstance(one, list) else one for name, one in given.items() if one is not None}
-            for number in range(self.n_circuits)
-        ]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with a group for the masks and one for the constants."""
@@ -255,10 +219,11 @@ class CircuitModule(FrozenModelModule):
         self.prepare_ablation()
 
     def _warn_of_a_short_training(self) -> None:
-        if self.target_size is not None and self.planned_steps() < 2 * self.target_warmup:
+        warmup = self.prices.target_warmup
+        if self.prices.target_size is not None and self.planned_steps() < 2 * warmup:
             rank_zero_warn(
-                f"The circuit shrinks to target_size in {self.target_warmup} steps and then settles; this training "
-                f"has {self.planned_steps()} steps, so it may end larger. Train for longer, or lower target_warmup."
+                f"The circuit shrinks to target_size in {warmup} steps and then settles; this training has "
+                f"{self.planned_steps()} steps, so it may end larger. Train for longer, or lower target_warmup."
             )
 
     def on_validation_start(self) -> None:
@@ -426,7 +391,7 @@ class CircuitModule(FrozenModelModule):
                 "loss": self.loss,
                 "selected": self.masked.description,
                 "training": {name: one for name, one in self.settings().items() if name not in ("lm", "seed")}
-                | self.asked()[number],
+                | self.prices.asked(number),
             }
         )
         return Circuit.from_mask(self.parts, mask, scores, provenance)
@@ -472,23 +437,6 @@ class CircuitModule(FrozenModelModule):
     def on_test_epoch_end(self) -> None:
         """Log the measures and the sizes."""
         self._log_evaluation("test")
-
-
-def _n_circuits(penalty: float | list[float], target_size: float | list[float] | None) -> int:
-    """How many circuits prices and target sizes ask for.
-
-    Raises:
-        ConfigurationError: a list is empty, or the two disagree.
-    """
-    lengths = {len(one) for one in (penalty, target_size) if isinstance(one, list)}
-    if not lengths:
-        return 1
-    if len(lengths) > 1 or 0 in lengths:
-        raise ConfigurationError(
-            f"penalty is {penalty} and target_size {target_size}; expected a number, or lists of one length, an entry "
-            "for each circuit."
-        )
-    return lengths.pop()
 
 
 def _check_graph(graph: str, node_penalty: float) -> None:
