@@ -1,6 +1,6 @@
 """The record that tasks make and models, interventions and metrics read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -83,6 +83,14 @@ class Batch:
     def rows(self, chosen: slice) -> "Batch":
         """Some of the rows, padded as before."""
         return self._map(lambda tensor: tensor[chosen])
+
+    def pieces(self, most: int) -> "Iterator[Batch]":
+        """The batch in pieces of at most so many rows; itself where it is small enough."""
+        if len(self) <= most:
+            yield self
+            return
+        for first in range(0, len(self), most):
+            yield self.rows(slice(first, first + most))
 
     def counterfactual(self) -> "Batch":
         """The same batch with the counterfactual prompts in place of the prompts.

@@ -10,7 +10,7 @@ from oa_train.ablations.base import Ablation, SourceValues, replacements_of_copi
 from oa_train.batches import Batch
 from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
-from oa_train.interventions.masked import masked_logits
+from oa_train.interventions.masked import masked_logits, rows_within_memory
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Bool, Float, Tensor
@@ -81,8 +81,12 @@ def _one_clean_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
 def _one_batch(
     model: CausalLM, batch: Batch, masks: Tensor, ablations: Sequence[Ablation], rows_per_run: int
 ) -> dict[str, Tensor]:
+    most = rows_within_memory(model, batch, masks.shape[1])
+    if len(batch) > most:
+        parts = [_one_batch(model, part, masks, ablations, rows_per_run) for part in batch.pieces(most)]
+        return {name: torch.cat([part[name] for part in parts], dim=1) for name in MEASURES}
     clean = scored_logits(model, batch)
-    at_once = max(1, rows_per_run // len(batch))
+    at_once = max(1, min(rows_per_run, most) // len(batch))
     values_of = partial(source_values, model)
     # What stands in for all circuits may cost a run of the model, so it is asked for once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None

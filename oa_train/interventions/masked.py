@@ -34,6 +34,10 @@ def masked_logits(
     return run(model, batch, mask, replacements, bos_token_id, recompute)
 
 
+# Of what edges are mixed from, in one run that may as well be several: evaluations, and the training of constants.
+RUN_BYTES = 2**29
+
+
 @contextmanager
 def masked_call(
     model: CausalLM,
@@ -55,6 +59,26 @@ def masked_call(
     else:
         with tapped(node_taps(model, spread_mask(mask, kept), replacements)):
             yield
+
+
+def rows_within_memory(model: CausalLM, batch: Batch, n_entries: int, gradients: bool = False) -> int:
+    """How many rows of one run take no more than `RUN_BYTES` for what is written to and read from the residual stream.
+
+    Masks over components leave these to the model, and so to whoever chooses the rows of a run.
+
+    Args:
+        model: that runs.
+        batch: prompts as wide as those of the run.
+        n_entries: of the masks.
+        gradients: whether a backward pass follows, for which all is kept and has a gradient.
+    """
+    if not over_edges(model, n_entries):
+        return len(batch) * RUN_BYTES
+    graph = Graph.of(model.config)
+    in_layer = graph.n_heads + 2 * graph.n_kv_heads + 1
+    streams = 2 * graph.n_sources + graph.n_readers if gradients else graph.n_sources + in_layer
+    each = batch.tokens.shape[1] * Dimensions.of(model.config).d_model * model.dtype.itemsize
+    return max(1, RUN_BYTES // (streams * each))
 
 
 def replaced_sources(model: CausalLM, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit source"]:

@@ -16,7 +16,7 @@ from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import ROWS_PER_RUN, circuit_behaviour, circuit_logits
-from oa_train.interventions.masked import replaced_sources
+from oa_train.interventions.masked import replaced_sources, rows_within_memory
 from oa_train.metrics.measures import Loss, loss_of
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
@@ -163,14 +163,16 @@ def circuit_losses(
 def _accumulate_gradient(
     model: CausalLM, batch: Batch, masks: Tensor, constants: TrainableConstants, loss: Loss, rows_per_run: int
 ) -> Float[Tensor, " circuit"]:
-    with torch.no_grad():
-        clean = scored_logits(model, batch)
-    at_once = max(1, rows_per_run // len(batch))
-    found = []
-    for start in range(0, len(masks), at_once):
-        some, sets = slice(start, start + at_once), constants.sets()
-        losses = circuit_losses(model, batch, clean, masks[some], sets if len(sets) == 1 else sets[some], loss)
-        # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
-        losses.sum().backward()
-        found.append(losses.detach())
-    return torch.cat(found)
+    most = rows_within_memory(model, batch, masks.shape[1], gradients=True)
+    total = torch.zeros(len(masks), device=model.device)
+    for part in batch.pieces(most):
+        with torch.no_grad():
+            clean = scored_logits(model, part)
+        at_once, share = max(1, min(rows_per_run, most) // len(part)), len(part) / len(batch)
+        for start in range(0, len(masks), at_once):
+            some, sets = slice(start, start + at_once), constants.sets()
+            losses = circuit_losses(model, part, clean, masks[some], sets if len(sets) == 1 else sets[some], loss)
+            # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
+            (share * losses.sum()).backward()
+            total[some] += share * losses.detach()
+    return total

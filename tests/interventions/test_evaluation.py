@@ -13,14 +13,16 @@ from oa_train.interventions.activations import source_values
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
+from oa_train.interventions.masked import masked_logits
 from oa_train.interventions.nodes import node_logits
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.tasks import Induction
-from tests.builders import random_constants, small_ioi
+from tests.builders import random_batch, random_constants, small_ioi, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 PATTERNS = ("* !a0.h0", "a0* a1* m0", "*", "!*", "* !m1 !a2.h3")
@@ -154,3 +156,21 @@ def test_resampling_runs_the_model_once_for_all_circuits_of_a_run(model, masks, 
     circuit_behaviour(model, [batch], masks, [ablation("resample", model, task)])
     handle.remove()
     assert len(ran) == 3  # clean, donors, circuits
+
+
+def test_edges_are_evaluated_in_pieces_that_fit(monkeypatch):
+    model, task = tiny_model("qwen2"), [random_batch([7, 4, 6, 5, 7], "left"), random_batch([6, 3])]
+    graph = Graph.of(model.config)
+    masks = torch.rand(3, len(graph), generator=torch.Generator().manual_seed(0)) < 0.8
+    ablations = [random_constants(model, seed=seed) for seed in range(3)]
+    whole = circuit_behaviour(model, task, masks, ablations)
+    runs = []
+    monkeypatch.setattr("oa_train.interventions.masked.RUN_BYTES", 2**16)
+    monkeypatch.setattr(
+        "oa_train.interventions.evaluation.masked_logits",
+        lambda *args: runs.append(len(args[1])) or masked_logits(*args),
+    )
+    pieces = circuit_behaviour(model, task, masks, ablations)
+    assert max(runs) < 5
+    for name in ("kl", "accuracy", "cross_entropy"):
+        assert_close(getattr(pieces, name), getattr(whole, name), rtol=1e-9, atol=1e-12)

@@ -11,9 +11,11 @@ from oa_train.ablations.constants import Constants
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.interventions.activations import source_means
 from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.interventions.kinds import AblationSource
 from oa_train.metrics.measures import Loss
 from oa_train.models.components import Components
 from oa_train.models.families import Dimensions
+from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.training.refit import RefitSettings, fit_constants
 from tests.builders import small_ioi
@@ -132,3 +134,18 @@ def test_a_loss_that_is_not_finite_stops_the_fit(model, task, mean):
 def test_settings_that_cannot_work_are_refused(changes):
     with pytest.raises(ConfigurationError, match=f"{next(iter(changes))} is"):
         RefitSettings(**changes)
+
+
+def test_prompts_that_do_not_fit_into_one_run_have_the_same_gradient(monkeypatch):
+    task = small_ioi()
+    model = load_model(task.lm)
+    graph = Graph.of(model.config)
+    masks = torch.rand(2, len(graph), generator=torch.Generator().manual_seed(0)) < 0.7
+    settings = RefitSettings(steps=2, batch_size=7, evaluate_every=1)
+    starts = [AblationSource(model, task).mean]
+    whole = fit_constants(model, task, masks, starts * 2, settings)
+    monkeypatch.setattr("oa_train.interventions.masked.RUN_BYTES", 2**20)
+    pieces = fit_constants(model, task, masks, starts * 2, settings)
+    for one, other in zip(whole.sets, pieces.sets, strict=True):
+        for mine, theirs in zip(one.tensors(), other.tensors(), strict=True):
+            assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
