@@ -11,6 +11,7 @@ Layers come in blocks. What was written before a block is mixed for all of its r
 many readers goes over the memory once for all of them; what is written inside is added when a layer reads.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
@@ -185,6 +186,10 @@ class Buffers:
 
     def _take(self, name: str, n_entries: int) -> Float[Tensor, "entry row position d_model"]:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
+
+    def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
+        """A flat tensor of any numbers, for the length of a context."""
+        return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """To the data type of everything here."""

@@ -8,6 +8,8 @@ written. What is read then has none, and layer norms become as simple as RMS nor
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -198,11 +200,12 @@ class _ReadAttention(_Operation):
         return self._project(inputs.flatten(1, 2))
 
     def _project(self, inputs: Float[Tensor, "reader token d_model"]) -> tuple[Tensor, ...]:
-        counts, weights = self._readers.counts, self._weights()
-        self._projected = inputs.new_empty(*inputs.shape[:2], weights[0].shape[1])
-        parts = self._projected.split(counts)
-        for part, read, weight in zip(parts, inputs.split(counts), weights, strict=True):
-            torch.bmm(read, weight.transpose(1, 2), out=part)
+        counts = self._readers.counts
+        with self._weights() as weights:
+            self._projected = inputs.new_empty(*inputs.shape[:2], weights[0].shape[1])
+            parts = self._projected.split(counts)
+            for part, read, weight in zip(parts, inputs.split(counts), weights, strict=True):
+                torch.bmm(read, weight.transpose(1, 2), out=part)
         if self._norm is not None:
             # A norm divides each token by its length, which may be done after the projection as well.
             self._factor = self._norm.factor(inputs)
@@ -212,12 +215,15 @@ class _ReadAttention(_Operation):
             view.transpose(1, 2).add_(part)
         return outputs
 
-    def _weights(self) -> tuple[Tensor, ...]:
+    @contextmanager
+    def _weights(self) -> Iterator[tuple[Tensor, ...]]:
         """Of queries, keys and values, [reader, d_head, d_model], times the gain of the norm."""
-        weights = [weight_and_bias(module)[0] for module in self._readers.modules]
-        if self._norm is not None and self._norm.gain is not None:
-            weights = [weight * self._norm.gain for weight in weights]
-        return self._readers.by_reader([self.buffers.cast(weight) for weight in weights])
+        if self._norm is None or self._norm.gain is None:
+            yield tuple(self.buffers.cast(weight) for weight in self._readers.weights())
+        else:
+            # Made anew each time: whoever holds the weights may share them out between processes, or change them.
+            with self.buffers.lend("weights", self._readers.n_weights) as room:
+                yield self._readers.weights_times(self._norm.gain, room)
 
     def _biases(self) -> tuple[Float[Tensor, "row position width"], ...]:
         """What each module adds, and makes of the norm's bias."""
@@ -258,10 +264,9 @@ class _ReadAttention(_Operation):
             del self._factor
         del self._projected
         counts = self._readers.counts
-        for read, gradient, weight in zip(
-            inputs.split(counts), to_projected.split(counts), self._weights(), strict=True
-        ):
-            read.baddbmm_(gradient, weight)
+        with self._weights() as weights:
+            for read, gradient, weight in zip(inputs.split(counts), to_projected.split(counts), weights, strict=True):
+                read.baddbmm_(gradient, weight)
 
 
 class _ReadOne(_Operation):

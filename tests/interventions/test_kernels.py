@@ -12,7 +12,7 @@ from oa_train.interventions.base import scored_logits
 from oa_train.interventions.edge_reference import reference_edge_logits
 from oa_train.interventions.edges import edge_logits
 from oa_train.interventions.live_bytes import LiveBytes
-from oa_train.interventions.workspace import Workspace, workspace_of
+from oa_train.interventions.workspace import Workspace, free_workspace, workspace_of
 from oa_train.models.graph import Graph
 from tests.builders import BOS, random_batch, random_constants, random_mask, random_replacements, tiny_model
 from tests.precision import WithoutSinglePrecision
@@ -148,7 +148,24 @@ def test_nothing_is_left_of_a_run_that_is_dropped(family):
     mask, (_, values) = masks(model, 2), leaves_of(model, batch, "shared")
     with LiveBytes() as live:
         edge_logits(model, batch, mask, values, BOS)
+        free_workspace(model)  # what the projections have given back
         assert live.now < 10_000
+
+
+@pytest.mark.parametrize("engine", ["kernels", "stock"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_insides_of_mlps_run_again_if_they_are_not_kept(any_model, engine, recompute):
+    if any_model.config.model_type == "opt":
+        pytest.skip("has no module for them")
+    batch, ran = random_batch([6, 4]), []
+    mask, (_, values) = masks(any_model, 2), leaves_of(any_model, batch, "shared")
+    logits = edge_logits(any_model, batch, mask, values, BOS, recompute=recompute, engine=engine)
+    activations = [part for name, part in any_model.named_modules() if name.endswith(("mlp.act", "_fn"))]
+    handles = [part.register_forward_hook(lambda *_: ran.append(1)) for part in activations]
+    logits.sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert len(ran) == (3 if recompute else 0)
 
 
 def test_a_second_backward_pass_is_refused():
