@@ -30,7 +30,7 @@ from oa_train.shapes import Bool, Float, Tensor
 
 
 class KernelStream(Stream):
-    """What has been written so far, mixed for its readers a block of layers at a time.
+    """What has been written so far, mixed for its readers a layer at a time.
 
     Args:
         model: that runs.
@@ -147,12 +147,12 @@ class _Start(_Operation):
         embedded, _, *constants = given
         self._shapes = [one.shape[1:3] for one in constants]
         constant = self.buffers.cast(constants[0][0])
-        self.buffers.centre(torch.sub(embedded, constant, out=self.buffers.written[0]))
+        self.buffers.centre(torch.sub(embedded, constant, out=self.buffers.written[1]))
         self.buffers.standing = self.buffers.centre(constant.clone())
         return ()
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
-        to_embedded = self.buffers.gradient_of(slice(0, 1))[0].clone()
+        to_embedded = self.buffers.gradient_of(slice(1, 2))[0].clone()
         to_mask, to_constants = self.buffers.gradient_of_mask(), self._to_constants()
         self.buffers.free()
         return to_embedded, to_mask, *to_constants
@@ -161,11 +161,11 @@ class _Start(_Operation):
         if self.buffers.needs.constants is None:
             return None, None, None
         of_inputs, of_heads, of_mlps = self._shapes
-        after_heads = written_before(self.buffers.graph, 1) - 1
+        first_mlp, n_sources = written_before(self.buffers.graph, 1) - 1, self.buffers.graph.n_heads + 1
         return (
-            self.buffers.gradient_of_constants(slice(0, 1), of_inputs),
+            self.buffers.gradient_of_constants(slice(1, 2), of_inputs),
             torch.stack([write.gradient_of_constants(of_heads) for write in self._writes]),
-            self.buffers.gradient_of_constants(slice(after_heads, None, after_heads), of_mlps),
+            self.buffers.gradient_of_constants(slice(first_mlp, None, n_sources), of_mlps),
         )
 
 
@@ -183,19 +183,13 @@ class _ReadAttention(_Operation):
         super().__init__(buffers)
         self._layer, self._own, self._readers = layer, own.detach(), readers
         self._norm = None if readers.norm is None else NormWeights.of(readers.norm)
-        self._block = buffers.block(layer)
-        # The MLP reads along what was written before the layer.
-        self._and_mlp = buffers.readers(layer)
-        self._rows = slice(self._and_mlp.start, self._and_mlp.stop - 1)
-        self._inside = slice(self._block.plan.before, written_before(buffers.graph, layer))
+        self._at = buffers.layers[layer]
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        if self._layer == self._block.plan.layers.start:
-            self.buffers.open(self._block)
-        self.buffers.mix(self._block, self._and_mlp, self._inside)
-        inputs = self._block.read(self._rows)
-        self.buffers.standing_before[self._layer] = self.buffers.standing
-        self.buffers.complete(inputs, self.buffers.standing, self._own)
+        # The MLP, and the logits, read along what was written before the layer.
+        self.buffers.open(self._layer, slice(0, self._at.plan.n_readers))
+        inputs = self._at.inputs[self._at.plan.attention]
+        self.buffers.keep_own(inputs, self._own)
         del self._own
         return self._project(inputs.flatten(1, 2))
 
@@ -237,17 +231,12 @@ class _ReadAttention(_Operation):
         return tuple(made)
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if self._block.inputs is None:
-            self.buffers.open(self._block)
-        inputs = self._block.read(self._rows)
+        inputs = self._at.inputs[self._at.plan.attention]
         if self.buffers.needs.recompute:
-            self.buffers.mix(self._block, self._rows, self._inside)
-            self.buffers.complete(inputs, self.buffers.standing_before[self._layer], None)
+            self.buffers.open(self._layer, self._at.plan.attention)
         self._unproject(inputs.flatten(1, 2), gradients)
         self.buffers.take_apart(inputs)
-        self.buffers.unmix(self._block, self._and_mlp, self._inside)
-        if self._layer == self._block.plan.layers.start:
-            self.buffers.close(self._block)
+        self.buffers.close(self._layer)
         return ()
 
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
@@ -274,37 +263,37 @@ class _ReadOne(_Operation):
 
     Args:
         buffers: of the run.
-        layer: in whose block it stands.
+        layer: it is in.
         own: the model's own residual stream.
-        reader: in the block.
-        sources: that have not been mixed for it yet.
+        reader: in the layer.
+        entries: that have not been mixed for it yet.
     """
 
     _first = False  # in the backward pass, to bring gradients to these sources
 
-    def __init__(self, buffers: Buffers, layer: int, own: Tensor, reader: int, sources: slice) -> None:
+    def __init__(self, buffers: Buffers, layer: int, own: Tensor, reader: int, entries: slice) -> None:
         super().__init__(buffers)
-        self._own = own.detach()
-        self._block, self._row, self._sources = buffers.block(layer), slice(reader, reader + 1), sources
+        self._layer, self._own = layer, own.detach()
+        self._row, self._entries = slice(reader, reader + 1), entries
+
+    def _inputs(self) -> Float[Tensor, "1 row position d_model"]:
+        return self.buffers.layers[self._layer].inputs[self._row]
 
     def _standing(self) -> Tensor:
         return self.buffers.standing
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        self.buffers.mix(self._block, self._row, self._sources)
-        inputs = self._block.read(self._row)
-        self.buffers.complete(inputs, self._standing(), self._own)
+        self.buffers.mix(self._layer, self._row, self._entries)
+        inputs = self._inputs().add_(self._standing())
+        self.buffers.keep_own(inputs, self._own)
         made = inputs[0].to(self._own.dtype, copy=True)
         del self._own
         return (made,)
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if self._block.inputs is None:
-            self.buffers.open(self._block)
-        inputs = self._block.read(self._row)
-        inputs.copy_(gradients[0])
+        inputs = self._inputs().copy_(gradients[0])
         self.buffers.take_apart(inputs)
-        self.buffers.unmix(self._block, self._row, self._sources, self._first)
+        self.buffers.unmix(self._layer, self._row, self._entries, self._first)
         return ()
 
 
@@ -312,10 +301,11 @@ class _ReadMLP(_ReadOne):
     """The MLP of a layer reads the layer's heads; what was written before, attention has mixed for it."""
 
     def __init__(self, buffers: Buffers, layer: int, own: Tensor) -> None:
-        self._layer = layer
         before = written_before(buffers.graph, layer)
         n_heads = 0 if buffers.graph.parallel else buffers.graph.n_heads
-        super().__init__(buffers, layer, own, buffers.readers(layer).stop - 1, slice(before, before + n_heads))
+        super().__init__(
+            buffers, layer, own, buffers.layers[layer].plan.attention.stop, slice(before, before + n_heads)
+        )
 
     def _standing(self) -> Tensor:
         return self.buffers.standing_before[self._layer] if self.buffers.graph.parallel else self.buffers.standing
@@ -328,8 +318,8 @@ class _ReadLast(_ReadOne):
 
     def __init__(self, buffers: Buffers, own: Tensor) -> None:
         last = buffers.graph.n_layers - 1
-        plan = buffers.block(last).plan
-        super().__init__(buffers, last, own, plan.n_readers - 1, slice(plan.before, plan.n_sources))
+        plan = buffers.layers[last].plan
+        super().__init__(buffers, last, own, plan.n_readers - 1, slice(plan.before, plan.n_entries))
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         made = super().forward()
@@ -389,8 +379,7 @@ class _WriteHeads(_Operation):
         to_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, standing = self._unscaled
-            assert self.buffers.to_standing is not None
-            to_scale = ((gradient * written).sum(dim=0) + self.buffers.to_standing * standing,)
+            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient_to_standing() * standing,)
             gradient.mul_(self._scale)
             del self._unscaled
         to_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])

@@ -7,7 +7,6 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.base import SourceValues
-from oa_train.interventions import edge_buffers
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.edge_reference import reference_edge_logits
 from oa_train.interventions.edges import edge_logits
@@ -15,15 +14,8 @@ from oa_train.interventions.live_bytes import LiveBytes
 from oa_train.interventions.workspace import Workspace, free_workspace, workspace_of
 from oa_train.models.graph import Graph
 from tests.builders import BOS, random_batch, random_constants, random_mask, random_replacements, tiny_model
-from tests.precision import WithoutSinglePrecision
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def two_layers_at_once(monkeypatch):
-    # Tiny models have three layers: one block of two, and one of one with the logits.
-    monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", 2)
 
 
 def masks(model, rows: int) -> torch.Tensor:
@@ -66,17 +58,6 @@ def test_values_and_gradients_are_those_of_stock_autograd(any_model, side, kind)
 def test_values_and_gradients_are_those_of_the_reference(any_model):
     batch = random_batch([5, 3], "left")
     assert_same(results(any_model, batch), results(any_model, batch, run=reference_edge_logits))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2"])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_layers_at_once_make_no_difference(family, layers, monkeypatch):
-    model, batch = tiny_model(family), random_batch([6, 4])
-    with WithoutSinglePrecision():
-        expected = results(model, batch)
-        monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", layers)
-        assert_same(results(model, batch), expected)
-        assert_same(results(model, batch, recompute=True), expected)
 
 
 def test_several_scored_positions(any_model):
