@@ -7,6 +7,9 @@ whatever the mask adds up in its first entry: replacements, and biases of attent
 
 is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what
 is written add up in a second tensor like the first.
+
+Each layer's product goes over all that is written before it. One product for several layers would go over it less
+often, which a CPU does not notice: with some dozens of readers it is busy computing. A GPU waits for its memory there.
 """
 
 from contextlib import AbstractContextManager
@@ -310,7 +313,7 @@ class Buffers:
             if tensor is not None:
                 self._workspace.give(name, tensor)
         self.layers = []
-        del self.written, self._inputs, self._gradient, self._to_constants
+        del self.written, self._inputs, self._gradient, self._to_constants, self._workspace
 
 
 def _add_to_constants(total: Float[Tensor, "entry row_or_1 position_or_1 d_model"], layer: Layer) -> None:

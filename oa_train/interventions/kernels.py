@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from oa_train.ablations.base import SourceValues
-from oa_train.interventions.edge_buffers import Buffers, Needs, written_before
+from oa_train.interventions.edge_buffers import Buffers, Layer, Needs, written_before
 from oa_train.interventions.stream import Stream
 from oa_train.interventions.workspace import workspace_of
 from oa_train.models.families import check_family, find_parts
@@ -161,11 +161,11 @@ class _Start(_Operation):
         if self.buffers.needs.constants is None:
             return None, None, None
         of_inputs, of_heads, of_mlps = self._shapes
-        first_mlp, n_sources = written_before(self.buffers.graph, 1) - 1, self.buffers.graph.n_heads + 1
+        first_mlp, step = written_before(self.buffers.graph, 1) - 1, self.buffers.graph.n_heads + 1
         return (
             self.buffers.gradient_of_constants(slice(1, 2), of_inputs),
             torch.stack([write.gradient_of_constants(of_heads) for write in self._writes]),
-            self.buffers.gradient_of_constants(slice(first_mlp, None, n_sources), of_mlps),
+            self.buffers.gradient_of_constants(slice(first_mlp, None, step), of_mlps),
         )
 
 
@@ -183,7 +183,11 @@ class _ReadAttention(_Operation):
         super().__init__(buffers)
         self._layer, self._own, self._readers = layer, own.detach(), readers
         self._norm = None if readers.norm is None else NormWeights.of(readers.norm)
-        self._at = buffers.layers[layer]
+
+    @property
+    def _at(self) -> Layer:
+        # Looked up: what is kept here would live as long as the logits.
+        return self.buffers.layers[self._layer]
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         # The MLP, and the logits, read along what was written before the layer.
@@ -303,9 +307,8 @@ class _ReadMLP(_ReadOne):
     def __init__(self, buffers: Buffers, layer: int, own: Tensor) -> None:
         before = written_before(buffers.graph, layer)
         n_heads = 0 if buffers.graph.parallel else buffers.graph.n_heads
-        super().__init__(
-            buffers, layer, own, buffers.layers[layer].plan.attention.stop, slice(before, before + n_heads)
-        )
+        reader = buffers.layers[layer].plan.attention.stop
+        super().__init__(buffers, layer, own, reader, slice(before, before + n_heads))
 
     def _standing(self) -> Tensor:
         return self.buffers.standing_before[self._layer] if self.buffers.graph.parallel else self.buffers.standing

@@ -133,6 +133,18 @@ def test_nothing_is_left_of_a_run_that_is_dropped(family):
         assert live.now < 10_000
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_is_left_after_the_backward_pass_though_logits_are_kept(recompute):
+    model, batch = tiny_model("gpt2"), random_batch([9, 9, 9])
+    mask, (_, values) = masks(model, 3), leaves_of(model, batch, "shared")
+    with LiveBytes() as live:
+        logits = edge_logits(model, batch, mask, values, BOS, recompute=recompute)
+        between = live.now
+        torch.autograd.grad(logits.sum(), mask)
+        free_workspace(model)
+        assert live.now < between / 10
+
+
 @pytest.mark.parametrize("engine", ["kernels", "stock"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_insides_of_mlps_run_again_if_they_are_not_kept(any_model, engine, recompute):
