@@ -1,16 +1,18 @@
 """Where the fast engine for edges keeps what is written, and the products of matrices that mix it for readers.
 
-What sources write stands in one tensor [source, row, position, d_model], less their replacements. What is read
-whatever the mask adds up beside it: replacements, and biases of attention outputs. So
+What sources write stands in one tensor [entry, row, position, d_model], less their replacements. What is read
+whatever the mask adds up in its first entry: replacements, and biases of attention outputs. So
 
-    input of a reader = sum over sources of mask * written + standing,
+    input of a reader = sum over sources of mask * written + standing
 
-and (1 - mask) * replacement costs nothing. Gradients of what is written add up in a second tensor like the first.
+is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what
+is written add up in a second tensor like the first.
 
-Layers come in blocks. What was written before a block is mixed for all of its readers at once, because a product with
-many readers goes over the memory once for all of them; what is written inside is added when a layer reads.
+Each layer's product goes over all that is written before it. One product for several layers would go over it less
+often, which a CPU does not notice: with some dozens of readers it is busy computing. A GPU waits for its memory there.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,94 +23,87 @@ from oa_train.interventions.workspace import Workspace
 from oa_train.models.graph import Graph
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-LAYERS_AT_ONCE = 3
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is the same for every mask in one block of layers.
+    """What is the same for every mask in one layer.
 
-    Readers stand in the order of the graph; those of the last block end with the logits.
+    Its readers are those of attention, the MLP, and after the last layer the logits, in the order of the graph. An
+    entry is what all read whatever the mask, or a source.
 
     Attributes:
-        layers: of the block.
         n_readers: in all.
-        before: sources that write before its first layer reads.
-        n_sources: sources that write before its end.
-        edges: the block's, in the order of the graph.
-        places: where they stand in [reader, source], flattened.
+        attention: which of them are attention's.
+        before: entries that are written before attention reads.
+        n_entries: that are written before the layer's end.
+        edges: the layer's, in the order of the graph.
+        places: where they stand in [reader, entry], flattened.
     """
 
-    layers: range
     n_readers: int
+    attention: slice
     before: int
-    n_sources: int
+    n_entries: int
     edges: slice
     places: Int[Tensor, " edge"]
 
 
 @cache
-def plans(graph: Graph, layers_at_once: int, device: torch.device) -> tuple[Plan, ...]:
-    """The blocks of a model, in order."""
-    firsts = range(0, graph.n_layers, layers_at_once)
-    return tuple(_plan(graph, range(first, min(first + layers_at_once, graph.n_layers)), device) for first in firsts)
+def plans(graph: Graph, device: torch.device) -> tuple[Plan, ...]:
+    """The layers of a model, in order."""
+    return tuple(_plan(graph, layer, device) for layer in range(graph.n_layers))
 
 
-def _plan(graph: Graph, layers: range, device: torch.device) -> Plan:
-    first = layers.start * readers_in_layer(graph)
-    end = layers.stop * readers_in_layer(graph) + (layers.stop == graph.n_layers)
-    n_sources = written_before(graph, layers.stop)
+def _plan(graph: Graph, layer: int, device: torch.device) -> Plan:
+    n_readers = graph.n_heads + 2 * graph.n_kv_heads + 1
+    first, end = layer * n_readers, (layer + 1) * n_readers + (layer + 1 == graph.n_layers)
+    n_entries = written_before(graph, layer + 1)
     edges = slice(int(graph.first_edge[first]), int(graph.first_edge[end - 1] + graph.n_read[end - 1]))
-    places = (graph.edge_readers[edges] - first) * n_sources + graph.edge_sources[edges]
-    return Plan(layers, end - first, written_before(graph, layers.start), n_sources, edges, places.to(device))
-
-
-def readers_in_layer(graph: Graph) -> int:
-    """Those of attention and the MLP."""
-    return graph.n_heads + 2 * graph.n_kv_heads + 1
+    places = (graph.edge_readers[edges] - first) * n_entries + 1 + graph.edge_sources[edges]
+    before = written_before(graph, layer)
+    return Plan(end - first, slice(0, n_readers - 1), before, n_entries, edges, places.to(device))
 
 
 def written_before(graph: Graph, layer: int) -> int:
-    """How many sources write before a layer; they are the first ones."""
-    return 1 + layer * (graph.n_heads + 1)
+    """How many entries are written before a layer; they are the first ones."""
+    return 2 + layer * (graph.n_heads + 1)
 
 
-class Block:
-    """The masks of one block of layers, and what its readers read.
+class Layer:
+    """The masks of one layer.
 
     Attributes:
-        plan: of the block.
-        keep: masks; 0 where there is no edge.
+        plan: of the layer.
+        keep: masks; 0 where there is no edge. Attention reads the first entry, which is no source, as it is.
         to_keep: gradients to them, right at the edges only.
-        inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader. None while
-            the block is not at work.
+        inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
     """
 
-    def __init__(self, plan: Plan, mask: Float[Tensor, "row edge"], dtype: torch.dtype) -> None:
-        self.plan = plan
-        self.keep: Float[Tensor, "row reader source"] = self._laid_out(mask[:, plan.edges].to(dtype))
-        self.to_keep: Float[Tensor, "row reader source"] | None = None
-        self.inputs: Float[Tensor, "reader row position d_model"] | None = None
+    def __init__(
+        self,
+        plan: Plan,
+        mask: Float[Tensor, "row edge"],
+        inputs: Float[Tensor, "reader row position d_model"],
+    ) -> None:
+        self.plan, self.inputs = plan, inputs
+        self.keep: Float[Tensor, "row reader entry"] = self._laid_out(mask[:, plan.edges].to(inputs.dtype))
+        self.keep[:, plan.attention, 0] = 1
+        self.to_keep: Float[Tensor, "row reader entry"] | None = None
 
-    def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader source"]:
-        laid = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_sources)
+    def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader entry"]:
+        laid = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
         laid.index_copy_(1, self.plan.places, of_edges)
-        return laid.view(len(of_edges), self.plan.n_readers, self.plan.n_sources)
+        return laid.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
 
-    def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader source"]:
+    def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
         """How much of the gradient to its source's replacement comes through each edge."""
         keep = self.keep.flatten(1).index_select(1, self.plan.places).to(dtype)
         return self._laid_out(torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0))
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
-        """To the block's edges."""
+        """To the layer's edges."""
         assert self.to_keep is not None
         return self.to_keep.flatten(1).index_select(1, self.plan.places)
-
-    def read(self, readers: slice) -> Float[Tensor, "reader row position d_model"]:
-        """A view of what some of them read, or of the gradients to it."""
-        assert self.inputs is not None
-        return self.inputs[readers]
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,9 @@ class Buffers:
         needs: what the run is for.
 
     Attributes:
-        standing: what is read whatever the mask, so far.
+        layers: of the model.
+        written: what all read whatever the mask, as it was when attention last read; then what sources have written.
+        standing: what all read whatever the mask, so far.
         standing_before: the same when each layer's attention read.
     """
 
@@ -173,18 +170,25 @@ class Buffers:
         self._workspace = workspace
         self._kept = kept.nonzero(as_tuple=True)
         self._kind = dtype, mask.device
-        self._blocks = [Block(plan, mask, dtype) for plan in plans(graph, LAYERS_AT_ONCE, mask.device)]
+        every = plans(graph, mask.device)
+        sizes = [plan.n_readers for plan in every]
+        self._inputs = self._take("inputs", sum(sizes) if needs.inputs else max(sizes))
+        places = self._inputs.split(sizes) if needs.inputs else [self._inputs[:size] for size in sizes]
+        self.layers = [Layer(plan, mask, inputs) for plan, inputs in zip(every, places, strict=True)]
         self._spent = False
-        self.written: Float[Tensor, "source row position d_model"] = self._take("written", graph.n_sources)
-        self._inputs: Float[Tensor, "reader row position d_model"] | None = None
-        self._gradient: Float[Tensor, "source row position d_model"] | None = None
-        self._to_constants: Float[Tensor, "source row_or_1 position_or_1 d_model"] | None = None
+        self.written: Float[Tensor, "entry row position d_model"] = self._take("written", 1 + graph.n_sources)
+        # The first entry is the gradient to what all read whatever the mask, if there is one.
+        self._gradient: Float[Tensor, "entry row position d_model"] | None = None
+        self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"] | None = None
         self.standing: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, d_model)
         self.standing_before: dict[int, Tensor] = {}
-        self.to_standing: Float[Tensor, "row position d_model"] | None = None
 
     def _take(self, name: str, n_entries: int) -> Float[Tensor, "entry row position d_model"]:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
+
+    def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
+        """A flat tensor of any numbers, for the length of a context."""
+        return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """To the data type of everything here."""
@@ -194,43 +198,23 @@ class Buffers:
         """Take the mean off in place, where nobody sees it; this is its own transpose."""
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
-    def block(self, layer: int) -> Block:
-        """The block of a layer."""
-        return next(block for block in self._blocks if layer in block.plan.layers)
+    def open(self, layer: int, readers: slice) -> None:
+        """Mix what was written before a layer for some of its readers."""
+        self.written[0] = self.standing_before.setdefault(layer, self.standing)
+        self.mix(layer, readers, slice(0, self.layers[layer].plan.before), first=True)
 
-    def readers(self, layer: int) -> slice:
-        """Where a layer's readers stand in its block: those of attention, then the MLP."""
-        n_readers = readers_in_layer(self.graph)
-        first = (layer - self.block(layer).plan.layers.start) * n_readers
-        return slice(first, first + n_readers)
-
-    def open(self, block: Block) -> None:
-        """Mix what was written before a block for all of its readers."""
-        sizes, number = [one.plan.n_readers for one in self._blocks], self._blocks.index(block)
-        if self._inputs is None:
-            self._inputs = self._take("inputs", sum(sizes) if self.needs.inputs else max(sizes))
-        if not self.needs.inputs:
-            for other in self._blocks:
-                other.inputs = None
-        first = sum(sizes[:number]) if self.needs.inputs else 0
-        block.inputs = self._inputs[first : first + sizes[number]]
-        self.mix(block, slice(0, sizes[number]), slice(0, block.plan.before), first=True)
-
-    def mix(self, block: Block, readers: slice, sources: slice, first: bool = False) -> None:
-        """Add what sources have written to what readers read, or make it the first that they read."""
-        if sources.start < sources.stop:
-            _by_row(block.read(readers)).baddbmm_(
-                block.keep[:, readers, sources], _by_row(self.written[sources]), beta=0 if first else 1
+    def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
+        """Add what is written to what readers of a layer read, or make it the first that they read."""
+        at = self.layers[layer]
+        if entries.start < entries.stop:
+            _by_row(at.inputs[readers]).baddbmm_(
+                at.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
             )
 
-    def complete(
-        self, inputs: Float[Tensor, "reader row position d_model"], standing: Tensor, own: Tensor | None
-    ) -> None:
-        """Add what is read whatever the mask, and put the model's own stream at tokens that are never ablated."""
-        inputs.add_(standing)
-        if own is not None:
-            rows, positions = self._kept
-            inputs[:, rows, positions] = self.centre(self.cast(own[rows, positions]))
+    def keep_own(self, inputs: Float[Tensor, "reader row position d_model"], own: Tensor) -> None:
+        """Put the model's own stream at tokens that are never ablated."""
+        rows, positions = self._kept
+        inputs[:, rows, positions] = self.centre(self.cast(own[rows, positions]))
 
     def begin_backward(self) -> None:
         """Make room for gradients.
@@ -245,8 +229,7 @@ class Buffers:
             )
         self._spent = True
         self._gradient = self._take("gradient", len(self.written))
-        if self.needs.scaled:
-            self.to_standing = self.written.new_zeros(self.shape)
+        self._gradient[0] = 0
         if self.needs.constants is not None:
             dtype = self.written.dtype
             if self.needs.constants[1] == 1:
@@ -255,38 +238,44 @@ class Buffers:
             self._to_constants = self.written.new_zeros(shape, dtype=dtype)
 
     def take_apart(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
-        """The other side of `complete`; what is read at tokens that are never ablated depends on nothing here."""
+        """The other side of `keep_own` and of what is read whatever the mask."""
+        assert self._gradient is not None
         rows, positions = self._kept
         gradients[:, rows, positions] = 0
-        if self.to_standing is not None:
-            self.to_standing += gradients.sum(dim=0)
+        if self.needs.scaled:
+            self._gradient[0] += gradients.sum(dim=0)
 
-    def unmix(self, block: Block, readers: slice, sources: slice, first: bool = False) -> None:
+    def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
         """The other side of `mix`; gradients to what the readers read stand in its place.
 
         Args:
-            block: of the readers.
-            readers: in the block.
-            sources: that they read.
+            layer: of the readers.
+            readers: in the layer.
+            entries: sources that they read.
             first: no other gradients have come to these sources before.
         """
         assert self._gradient is not None
-        if sources.start < sources.stop:
-            _by_row(self._gradient[sources]).baddbmm_(
-                block.keep[:, readers, sources].transpose(1, 2), _by_row(block.read(readers)), beta=0 if first else 1
+        at = self.layers[layer]
+        if entries.start < entries.stop:
+            _by_row(self._gradient[entries]).baddbmm_(
+                at.keep[:, readers, entries].transpose(1, 2), _by_row(at.inputs[readers]), beta=0 if first else 1
             )
 
-    def close(self, block: Block) -> None:
-        """The other side of `open`, when the gradients to what all readers of a block read are there."""
-        plan, everyone = block.plan, slice(0, block.plan.n_readers)
-        # The last block is the first whose gradients arrive.
-        self.unmix(block, everyone, slice(0, plan.before), first=block is self._blocks[-1])
-        gradients = block.read(everyone)
+    def close(self, layer: int) -> None:
+        """The other side of `open`, when the gradients to what all readers of a layer read are there."""
+        at = self.layers[layer]
+        plan = at.plan
+        # The last layer is the first whose gradients arrive.
+        self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=at is self.layers[-1])
         if self.needs.mask:
-            block.to_keep = _by_row(gradients) @ _by_row(self.written[: plan.n_sources]).transpose(1, 2)
+            at.to_keep = _by_row(at.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
         if self._to_constants is not None:
-            _add_to_constants(self._to_constants[: plan.n_sources], block, gradients)
-        block.inputs = None
+            _add_to_constants(self._to_constants[: plan.n_entries], at)
+
+    def gradient_to_standing(self) -> Float[Tensor, "row position d_model"]:
+        """To what all read whatever the mask, from those who have read since."""
+        assert self._gradient is not None
+        return self._gradient[0]
 
     def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
         """To what was written, when all who have read it are done."""
@@ -311,30 +300,24 @@ class Buffers:
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"] | None:
         """To all edges, at the end of the backward pass."""
-        return torch.cat([block.gradient_of_mask() for block in self._blocks], dim=1) if self.needs.mask else None
+        return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
     def end_forward(self) -> None:
         """Forget what no backward pass will need."""
         if not self.needs.gradients:
             self.free()
-        elif self.needs.recompute:
-            self._blocks[-1].inputs = None
 
     def free(self) -> None:
         """Give back all large tensors; nothing is read or written any more."""
         for name, tensor in (("written", self.written), ("inputs", self._inputs), ("gradient", self._gradient)):
             if tensor is not None:
                 self._workspace.give(name, tensor)
-        self._blocks = []
-        del self.written, self._inputs, self._gradient, self._to_constants, self.to_standing
+        self.layers = []
+        del self.written, self._inputs, self._gradient, self._to_constants, self._workspace
 
 
-def _add_to_constants(
-    total: Float[Tensor, "source row_or_1 position_or_1 d_model"],
-    block: Block,
-    gradients: Float[Tensor, "reader row position d_model"],
-) -> None:
-    cut = block.cut(total.dtype)
+def _add_to_constants(total: Float[Tensor, "entry row_or_1 position_or_1 d_model"], layer: Layer) -> None:
+    cut, gradients = layer.cut(total.dtype), layer.inputs
     if total.shape[2] == 1:
         gradients = gradients.sum(dim=2, keepdim=True, dtype=total.dtype)
     if total.shape[1] == 1:

@@ -24,7 +24,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
 from oa_train.models.norms import rms_norm_scale
 from oa_train.models.projections import attention_readers, head_writes, weight_and_bias
-from oa_train.models.taps import Tap, replaced_forwards, tapped
+from oa_train.models.taps import Tap, recomputed, replaced_forwards, tapped
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 Engine = Literal["kernels", "stock"]
@@ -47,8 +47,8 @@ def edge_logits(
         mask: 1 keeps an edge, 0 cuts it; gradients flow to it.
         replacements: what stands in; receives gradients through edges whose mask is below `ABLATED_BELOW` only.
         bos_token_id: nothing that reads this token at the first position is changed.
-        recompute: do not keep what readers read for the backward pass, which then mixes it again: less memory, more
-            time, the same result.
+        recompute: do not keep what readers read, nor what MLPs make of it on the way, for the backward pass, which
+            then mixes and runs them again: less memory, more time, the same result.
         engine: `kernels` is fast; `stock` leaves all gradients to autograd, takes several times the memory, and is
             what the other is tested against.
 
@@ -84,7 +84,8 @@ def mixed_edges(
     """
     stream = (KernelStream if engine == "kernels" else StockStream)(model, mask, replacements, kept, recompute)
     run = _Run(model, stream, kept, scored)
-    with replaced_forwards([*run.projections(), *run.outputs()]), tapped(run.taps()):
+    again = recomputed(run.mlp_bodies() if recompute else (), ())
+    with again, replaced_forwards([*run.projections(), *run.outputs()]), tapped(run.taps()):
         yield
 
 
@@ -138,6 +139,11 @@ class _Run:
             return made.new_zeros(*self._shape, len(weight)).index_put(self._kept, made).view(*values.shape[:-1], -1)
 
         return output
+
+    def mlp_bodies(self) -> list[torch.nn.Module]:
+        """What makes of an MLP's input its output, where that is a module; nothing inside is read or replaced."""
+        path = self._family.mlp_body
+        return [block.get_submodule(path) for block in self._parts.blocks] if path else []
 
     def taps(self) -> list[Tap]:
         """What reads and writes at the model's modules."""

@@ -8,6 +8,8 @@ written. What is read then has none, and layer norms become as simple as RMS nor
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from oa_train.ablations.base import SourceValues
-from oa_train.interventions.edge_buffers import Buffers, Needs, written_before
+from oa_train.interventions.edge_buffers import Buffers, Layer, Needs, written_before
 from oa_train.interventions.stream import Stream
 from oa_train.interventions.workspace import workspace_of
 from oa_train.models.families import check_family, find_parts
@@ -28,7 +30,7 @@ from oa_train.shapes import Bool, Float, Tensor
 
 
 class KernelStream(Stream):
-    """What has been written so far, mixed for its readers a block of layers at a time.
+    """What has been written so far, mixed for its readers a layer at a time.
 
     Args:
         model: that runs.
@@ -145,12 +147,12 @@ class _Start(_Operation):
         embedded, _, *constants = given
         self._shapes = [one.shape[1:3] for one in constants]
         constant = self.buffers.cast(constants[0][0])
-        self.buffers.centre(torch.sub(embedded, constant, out=self.buffers.written[0]))
+        self.buffers.centre(torch.sub(embedded, constant, out=self.buffers.written[1]))
         self.buffers.standing = self.buffers.centre(constant.clone())
         return ()
 
     def backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
-        to_embedded = self.buffers.gradient_of(slice(0, 1))[0].clone()
+        to_embedded = self.buffers.gradient_of(slice(1, 2))[0].clone()
         to_mask, to_constants = self.buffers.gradient_of_mask(), self._to_constants()
         self.buffers.free()
         return to_embedded, to_mask, *to_constants
@@ -159,11 +161,11 @@ class _Start(_Operation):
         if self.buffers.needs.constants is None:
             return None, None, None
         of_inputs, of_heads, of_mlps = self._shapes
-        after_heads = written_before(self.buffers.graph, 1) - 1
+        first_mlp, step = written_before(self.buffers.graph, 1) - 1, self.buffers.graph.n_heads + 1
         return (
-            self.buffers.gradient_of_constants(slice(0, 1), of_inputs),
+            self.buffers.gradient_of_constants(slice(1, 2), of_inputs),
             torch.stack([write.gradient_of_constants(of_heads) for write in self._writes]),
-            self.buffers.gradient_of_constants(slice(after_heads, None, after_heads), of_mlps),
+            self.buffers.gradient_of_constants(slice(first_mlp, None, step), of_mlps),
         )
 
 
@@ -181,28 +183,27 @@ class _ReadAttention(_Operation):
         super().__init__(buffers)
         self._layer, self._own, self._readers = layer, own.detach(), readers
         self._norm = None if readers.norm is None else NormWeights.of(readers.norm)
-        self._block = buffers.block(layer)
-        # The MLP reads along what was written before the layer.
-        self._and_mlp = buffers.readers(layer)
-        self._rows = slice(self._and_mlp.start, self._and_mlp.stop - 1)
-        self._inside = slice(self._block.plan.before, written_before(buffers.graph, layer))
+
+    @property
+    def _at(self) -> Layer:
+        # Looked up: what is kept here would live as long as the logits.
+        return self.buffers.layers[self._layer]
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        if self._layer == self._block.plan.layers.start:
-            self.buffers.open(self._block)
-        self.buffers.mix(self._block, self._and_mlp, self._inside)
-        inputs = self._block.read(self._rows)
-        self.buffers.standing_before[self._layer] = self.buffers.standing
-        self.buffers.complete(inputs, self.buffers.standing, self._own)
+        # The MLP, and the logits, read along what was written before the layer.
+        self.buffers.open(self._layer, slice(0, self._at.plan.n_readers))
+        inputs = self._at.inputs[self._at.plan.attention]
+        self.buffers.keep_own(inputs, self._own)
         del self._own
         return self._project(inputs.flatten(1, 2))
 
     def _project(self, inputs: Float[Tensor, "reader token d_model"]) -> tuple[Tensor, ...]:
-        counts, weights = self._readers.counts, self._weights()
-        self._projected = inputs.new_empty(*inputs.shape[:2], weights[0].shape[1])
-        parts = self._projected.split(counts)
-        for part, read, weight in zip(parts, inputs.split(counts), weights, strict=True):
-            torch.bmm(read, weight.transpose(1, 2), out=part)
+        counts = self._readers.counts
+        with self._weights() as weights:
+            self._projected = inputs.new_empty(*inputs.shape[:2], weights[0].shape[1])
+            parts = self._projected.split(counts)
+            for part, read, weight in zip(parts, inputs.split(counts), weights, strict=True):
+                torch.bmm(read, weight.transpose(1, 2), out=part)
         if self._norm is not None:
             # A norm divides each token by its length, which may be done after the projection as well.
             self._factor = self._norm.factor(inputs)
@@ -212,12 +213,15 @@ class _ReadAttention(_Operation):
             view.transpose(1, 2).add_(part)
         return outputs
 
-    def _weights(self) -> tuple[Tensor, ...]:
+    @contextmanager
+    def _weights(self) -> Iterator[tuple[Tensor, ...]]:
         """Of queries, keys and values, [reader, d_head, d_model], times the gain of the norm."""
-        weights = [weight_and_bias(module)[0] for module in self._readers.modules]
-        if self._norm is not None and self._norm.gain is not None:
-            weights = [weight * self._norm.gain for weight in weights]
-        return self._readers.by_reader([self.buffers.cast(weight) for weight in weights])
+        if self._norm is None or self._norm.gain is None:
+            yield tuple(self.buffers.cast(weight) for weight in self._readers.weights())
+        else:
+            # Made anew each time: whoever holds the weights may share them out between processes, or change them.
+            with self.buffers.lend("weights", self._readers.n_weights) as room:
+                yield self._readers.weights_times(self._norm.gain, room)
 
     def _biases(self) -> tuple[Float[Tensor, "row position width"], ...]:
         """What each module adds, and makes of the norm's bias."""
@@ -233,17 +237,12 @@ class _ReadAttention(_Operation):
         return tuple(made)
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if self._block.inputs is None:
-            self.buffers.open(self._block)
-        inputs = self._block.read(self._rows)
+        inputs = self._at.inputs[self._at.plan.attention]
         if self.buffers.needs.recompute:
-            self.buffers.mix(self._block, self._rows, self._inside)
-            self.buffers.complete(inputs, self.buffers.standing_before[self._layer], None)
+            self.buffers.open(self._layer, self._at.plan.attention)
         self._unproject(inputs.flatten(1, 2), gradients)
         self.buffers.take_apart(inputs)
-        self.buffers.unmix(self._block, self._and_mlp, self._inside)
-        if self._layer == self._block.plan.layers.start:
-            self.buffers.close(self._block)
+        self.buffers.close(self._layer)
         return ()
 
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
@@ -260,10 +259,9 @@ class _ReadAttention(_Operation):
             del self._factor
         del self._projected
         counts = self._readers.counts
-        for read, gradient, weight in zip(
-            inputs.split(counts), to_projected.split(counts), self._weights(), strict=True
-        ):
-            read.baddbmm_(gradient, weight)
+        with self._weights() as weights:
+            for read, gradient, weight in zip(inputs.split(counts), to_projected.split(counts), weights, strict=True):
+                read.baddbmm_(gradient, weight)
 
 
 class _ReadOne(_Operation):
@@ -271,37 +269,37 @@ class _ReadOne(_Operation):
 
     Args:
         buffers: of the run.
-        layer: in whose block it stands.
+        layer: it is in.
         own: the model's own residual stream.
-        reader: in the block.
-        sources: that have not been mixed for it yet.
+        reader: in the layer.
+        entries: that have not been mixed for it yet.
     """
 
     _first = False  # in the backward pass, to bring gradients to these sources
 
-    def __init__(self, buffers: Buffers, layer: int, own: Tensor, reader: int, sources: slice) -> None:
+    def __init__(self, buffers: Buffers, layer: int, own: Tensor, reader: int, entries: slice) -> None:
         super().__init__(buffers)
-        self._own = own.detach()
-        self._block, self._row, self._sources = buffers.block(layer), slice(reader, reader + 1), sources
+        self._layer, self._own = layer, own.detach()
+        self._row, self._entries = slice(reader, reader + 1), entries
+
+    def _inputs(self) -> Float[Tensor, "1 row position d_model"]:
+        return self.buffers.layers[self._layer].inputs[self._row]
 
     def _standing(self) -> Tensor:
         return self.buffers.standing
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        self.buffers.mix(self._block, self._row, self._sources)
-        inputs = self._block.read(self._row)
-        self.buffers.complete(inputs, self._standing(), self._own)
+        self.buffers.mix(self._layer, self._row, self._entries)
+        inputs = self._inputs().add_(self._standing())
+        self.buffers.keep_own(inputs, self._own)
         made = inputs[0].to(self._own.dtype, copy=True)
         del self._own
         return (made,)
 
     def backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if self._block.inputs is None:
-            self.buffers.open(self._block)
-        inputs = self._block.read(self._row)
-        inputs.copy_(gradients[0])
+        inputs = self._inputs().copy_(gradients[0])
         self.buffers.take_apart(inputs)
-        self.buffers.unmix(self._block, self._row, self._sources, self._first)
+        self.buffers.unmix(self._layer, self._row, self._entries, self._first)
         return ()
 
 
@@ -309,10 +307,10 @@ class _ReadMLP(_ReadOne):
     """The MLP of a layer reads the layer's heads; what was written before, attention has mixed for it."""
 
     def __init__(self, buffers: Buffers, layer: int, own: Tensor) -> None:
-        self._layer = layer
         before = written_before(buffers.graph, layer)
         n_heads = 0 if buffers.graph.parallel else buffers.graph.n_heads
-        super().__init__(buffers, layer, own, buffers.readers(layer).stop - 1, slice(before, before + n_heads))
+        reader = buffers.layers[layer].plan.attention.stop
+        super().__init__(buffers, layer, own, reader, slice(before, before + n_heads))
 
     def _standing(self) -> Tensor:
         return self.buffers.standing_before[self._layer] if self.buffers.graph.parallel else self.buffers.standing
@@ -325,8 +323,8 @@ class _ReadLast(_ReadOne):
 
     def __init__(self, buffers: Buffers, own: Tensor) -> None:
         last = buffers.graph.n_layers - 1
-        plan = buffers.block(last).plan
-        super().__init__(buffers, last, own, plan.n_readers - 1, slice(plan.before, plan.n_sources))
+        plan = buffers.layers[last].plan
+        super().__init__(buffers, last, own, plan.n_readers - 1, slice(plan.before, plan.n_entries))
 
     def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         made = super().forward()
@@ -386,8 +384,7 @@ class _WriteHeads(_Operation):
         to_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, standing = self._unscaled
-            assert self.buffers.to_standing is not None
-            to_scale = ((gradient * written).sum(dim=0) + self.buffers.to_standing * standing,)
+            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient_to_standing() * standing,)
             gradient.mul_(self._scale)
             del self._unscaled
         to_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])

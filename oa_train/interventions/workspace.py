@@ -4,6 +4,8 @@ The C library gives the memory of large tensors back to the system, and the syst
 out: on a CPU that takes a sixth of a step. Accelerators' allocators keep memory themselves.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,6 +43,13 @@ class Workspace:
         if tensor.device.type == "cpu":
             with torch.inference_mode(False):
                 self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+
+    @contextmanager
+    def lend(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+        """A flat tensor of any numbers, for the length of the context."""
+        tensor = self.take(name, (1, size), dtype, device)
+        yield tensor[0]
+        self.give(name, tensor)
 
 
 _workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()

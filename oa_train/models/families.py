@@ -34,6 +34,8 @@ class Family:
         projections: paths from a block to the projections to queries, keys and values, or to the one that makes all
             three: all queries first, then all keys, then all values.
         mlp_input: path from a block to the module that the MLP's share of the residual stream enters first, its norm.
+        mlp_body: path from a block to the module with the MLP's hidden layer, which runs again where memory is short;
+            empty where the block has it itself.
         interleaved: whether the one projection makes each head's query, key and value side by side.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer; or the name of the configuration's attribute that says so.
@@ -53,6 +55,7 @@ class Family:
     attention_norm: str
     projections: tuple[str, ...]
     mlp_input: str
+    mlp_body: str = "mlp"
     interleaved: bool = False
     parallel: bool | str = False
     post_norms: bool = False
@@ -136,6 +139,7 @@ FAMILIES = {
             blocks="model.decoder.layers",
             attention_output="self_attn.out_proj",
             mlp="fc2",
+            mlp_body="",
             requires="do_layer_norm_before",
             final_norm="model.decoder.final_layer_norm",
             attention_norm="self_attn_layer_norm",

@@ -61,6 +61,23 @@ class AttentionReaders:
         """Views of the weights of queries, keys and values: [reader, d_head, d_model]."""
         return self.by_reader([weight_and_bias(module)[0] for module in self.modules])
 
+    @property
+    def n_weights(self) -> int:
+        """Numbers in the weights of all modules."""
+        return sum(weight_and_bias(module)[0].numel() for module in self.modules)
+
+    def weights_times(
+        self, gain: Float[Tensor, " d_model"], out: Float[Tensor, " n_weights"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with each dimension of the input multiplied by a gain; they stand in `out`."""
+        weights = [weight_and_bias(module)[0] for module in self.modules]
+        made = []
+        for weight, part in zip(weights, out.split([weight.numel() for weight in weights]), strict=True):
+            # Laid out as the module's own, or the one would be read along rows and the other written along columns.
+            same = part.view(weight.shape) if weight.is_contiguous() else part.view(weight.T.shape).T
+            made.append(torch.mul(weight, gain, out=same))
+        return self.by_reader(made)
+
     def project(self, inputs: Float[Tensor, "row reader position d_model"]) -> tuple[Tensor, ...]:
         """What the modules return when every reader has its own normed input: [row, position, width] each."""
         parts = [

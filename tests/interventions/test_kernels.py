@@ -7,23 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.base import SourceValues
-from oa_train.interventions import edge_buffers
 from oa_train.interventions.base import scored_logits
 from oa_train.interventions.edge_reference import reference_edge_logits
 from oa_train.interventions.edges import edge_logits
 from oa_train.interventions.live_bytes import LiveBytes
-from oa_train.interventions.workspace import Workspace, workspace_of
+from oa_train.interventions.workspace import Workspace, free_workspace, workspace_of
 from oa_train.models.graph import Graph
 from tests.builders import BOS, random_batch, random_constants, random_mask, random_replacements, tiny_model
-from tests.precision import WithoutSinglePrecision
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def two_layers_at_once(monkeypatch):
-    # Tiny models have three layers: one block of two, and one of one with the logits.
-    monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", 2)
 
 
 def masks(model, rows: int) -> torch.Tensor:
@@ -66,17 +58,6 @@ def test_values_and_gradients_are_those_of_stock_autograd(any_model, side, kind)
 def test_values_and_gradients_are_those_of_the_reference(any_model):
     batch = random_batch([5, 3], "left")
     assert_same(results(any_model, batch), results(any_model, batch, run=reference_edge_logits))
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "olmo2"])
-@pytest.mark.parametrize("layers", [1, 3])
-def test_layers_at_once_make_no_difference(family, layers, monkeypatch):
-    model, batch = tiny_model(family), random_batch([6, 4])
-    with WithoutSinglePrecision():
-        expected = results(model, batch)
-        monkeypatch.setattr(edge_buffers, "LAYERS_AT_ONCE", layers)
-        assert_same(results(model, batch), expected)
-        assert_same(results(model, batch, recompute=True), expected)
 
 
 def test_several_scored_positions(any_model):
@@ -148,7 +129,36 @@ def test_nothing_is_left_of_a_run_that_is_dropped(family):
     mask, (_, values) = masks(model, 2), leaves_of(model, batch, "shared")
     with LiveBytes() as live:
         edge_logits(model, batch, mask, values, BOS)
+        free_workspace(model)  # what the projections have given back
         assert live.now < 10_000
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_is_left_after_the_backward_pass_though_logits_are_kept(recompute):
+    model, batch = tiny_model("gpt2"), random_batch([9, 9, 9])
+    mask, (_, values) = masks(model, 3), leaves_of(model, batch, "shared")
+    with LiveBytes() as live:
+        logits = edge_logits(model, batch, mask, values, BOS, recompute=recompute)
+        between = live.now
+        torch.autograd.grad(logits.sum(), mask)
+        free_workspace(model)
+        assert live.now < between / 10
+
+
+@pytest.mark.parametrize("engine", ["kernels", "stock"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_insides_of_mlps_run_again_if_they_are_not_kept(any_model, engine, recompute):
+    if any_model.config.model_type == "opt":
+        pytest.skip("has no module for them")
+    batch, ran = random_batch([6, 4]), []
+    mask, (_, values) = masks(any_model, 2), leaves_of(any_model, batch, "shared")
+    logits = edge_logits(any_model, batch, mask, values, BOS, recompute=recompute, engine=engine)
+    activations = [part for name, part in any_model.named_modules() if name.endswith(("mlp.act", "_fn"))]
+    handles = [part.register_forward_hook(lambda *_: ran.append(1)) for part in activations]
+    logits.sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert len(ran) == (3 if recompute else 0)
 
 
 def test_a_second_backward_pass_is_refused():
