@@ -29,13 +29,16 @@ def random_circuits(
         size: kept parts of each circuit.
         n_circuits: how many.
         seed: the same seed draws the same circuits.
-        among: shell patterns of the parts that may be left out; the others are always kept.
+        among: shell patterns of the parts that may be left out; the others are kept, unless they are edges that then
+            lead nowhere.
 
     Raises:
         ConfigurationError: there are fewer parts than that.
     """
     drawn = parts.mask(parts.select(among)).nonzero().flatten()
-    if not len(parts) - len(drawn) <= size <= len(parts):
+    # Of edges that are always kept some may lead nowhere, and be gone.
+    least = 0 if isinstance(parts, Graph) else len(parts) - len(drawn)
+    if not least <= size <= len(parts):
         raise ConfigurationError(f"A circuit of {size} of {len(parts)} parts of the model cannot be drawn.")
 
     def circuit(index: int, attempt: int) -> Circuit:

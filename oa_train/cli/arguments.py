@@ -113,6 +113,11 @@ def run_folder(given: str) -> Path:
         raise ArtefactError(
             f"--run is {given!r}, which is a file. Give the folder of the run, {str(folder.parent)!r}?"
         )
+    if "front" in (folder.name, folder.parent.name):
+        raise ArtefactError(
+            f"--run is {given!r}, of a run that has trained several circuits side by side. `test` and `validate` take "
+            f"the run itself and report all of them; `compare` and `minimal` take one of them, <run>/front/<N>."
+        )
     near = sorted({*folder.glob(f"*/{CONFIG_FILE}"), *folder.parent.glob(f"*/{CONFIG_FILE}")})[:5]
     hint = f" Runs nearby: {', '.join(str(path.parent) for path in near)}." if near else ""
     raise ArtefactError(

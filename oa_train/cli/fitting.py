@@ -161,6 +161,9 @@ class OaTrainCLI(LightningCLI):
             told = self.subcommand == "fit" and _is_first_process()
             for change in self.model.changed_settings(checkpoint) if told else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
+        size = self._get(self.config_init, "finish").size
+        if isinstance(self.model, CircuitModule) and size is not None:
+            self.model.check_size(size)
         check_intervals(config, self.datamodule.batches_per_epoch)
         plugins = _as_list(config.plugins)
         self._signals = stop_signals(plugins)
@@ -291,7 +294,8 @@ class OaTrainCLI(LightningCLI):
         if module.each_alone:
             alone = {name: figures["kl"] for name, figures in finished.metrics.items()}
             return (metrics_table(f"KL divergence in nats with one component ablated, {on}", alone),)
-        kept = f"{len(module.circuits['circuit'])} of {len(module.components)} components"
+        circuit = module.circuits["circuit"]
+        kept = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}"
         return (metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]),)
 
     def _save_config(self, run: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from oa_train.errors import ConfigurationError, nearest_names, unknown_name
+from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
 from oa_train.models.components import Components, matching
 from oa_train.models.families import Dimensions, is_parallel
 from oa_train.shapes import Bool, Int, Tensor
@@ -114,7 +114,9 @@ class Graph:
         Raises:
             UnknownNameError: the model has no edge of that name.
         """
-        source, _, reader = name.partition(ARROW)
+        source, arrow, reader = name.partition(ARROW)
+        if not arrow:
+            raise UnknownNameError(f"There is no edge named {name!r}; an edge is called source{ARROW}reader.")
         if reader not in self._reader_indices:
             raise unknown_name("reader", reader, self.readers)
         number = self._reader_indices[reader]

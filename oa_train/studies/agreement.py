@@ -36,7 +36,8 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
 
 
 def _all_but_the_seed(run: TrainedCircuit) -> str:
-    provenance = {key: value for key, value in run.circuit.provenance.items() if key != "seed"}
+    found = ("seed", "edges_before_removal")
+    provenance = {key: value for key, value in run.circuit.provenance.items() if key not in found}
     task = {key: value for key, value in provenance["task"].items() if key != "seed"}
     return json.dumps(provenance | {"task": task}, sort_keys=True, default=str)
 

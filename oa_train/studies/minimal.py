@@ -72,7 +72,7 @@ def minimal(
     """Ask of each part of a circuit whether it is needed, and of the model what it does without the circuit.
 
     All of this is done under the ablation that the circuit was trained under. Parts that its training could not leave
-    out are in no question: they are always kept, in the complement too.
+    out are in no question: they stay, in the complement too.
 
     Args:
         model: frozen causal language model.

@@ -24,7 +24,7 @@ from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, lo
 from oa_train.models.components import Components
 from oa_train.models.graph import Graph
 from oa_train.models.loading import BUILT_IN, LMSpec
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks.base import Task
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.base import FrozenModelModule
@@ -62,7 +62,8 @@ class CircuitModule(FrozenModelModule):
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the components that may be ablated (`a*.h*`, `m*`, `!m0`);
             the others are always kept. Of edges, a pattern of those that may be cut (`a*.h*->logits`, `input->*<v>`);
-            one without an arrow is for all edges from a component.
+            one without an arrow is for all edges from a component. The others are kept, those excepted that then lead
+            nowhere.
         masks: distribution of the masks.
         penalty: price of a kept component or edge in nats; with a target size the price at the start. A list of
             prices trains a circuit for each of them, side by side: see below.
@@ -266,7 +267,11 @@ class CircuitModule(FrozenModelModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the price of the next step."""
         super().optimizer_step(*args, **kwargs)
-        self.penalty.update(self._probabilities().sum(dim=1), self.circuit_masks().sum(dim=1))
+        self.penalty.update(self._probabilities().sum(dim=1), self._priced_sizes())
+
+    def _priced_sizes(self) -> Int[Tensor, " circuit"]:
+        """Sizes that prices go by: what is kept of the selected parts, and all others, be they of use or not."""
+        return (self.circuit_masks() & self.masked.selection).sum(dim=1) + self.masked.n_fixed
 
     def _probabilities(self) -> Float[Tensor, "circuit entry"]:
         """Keep-probabilities of the parts that masks are drawn for."""
@@ -365,6 +370,18 @@ class CircuitModule(FrozenModelModule):
         """Keep-probability of every component or edge; 1 for those that are not selected."""
         return self.masked.spread(self._probabilities().float())
 
+    def check_size(self, size: int) -> None:
+        """Check that a circuit can have so many parts.
+
+        Raises:
+            ConfigurationError: the model has fewer, or more are always kept.
+        """
+        if not max(1, self.masked.n_fixed) <= size <= len(self.parts):
+            raise ConfigurationError(
+                f"A circuit of {size} parts was asked for; this model has {len(self.parts)}, of which "
+                f"{self.masked.n_fixed} are always kept because `components` does not select them."
+            )
+
     def circuits(self, size: int | None = None) -> list[Circuit]:
         """The discrete circuits; see `circuit`."""
         return [self.circuit(number, size) for number in range(self.n_circuits)]
@@ -377,12 +394,16 @@ class CircuitModule(FrozenModelModule):
             size: parts of the circuit, those of the highest keep-probability; all above the threshold by default.
 
         Raises:
-            ConfigurationError: the model has fewer parts than that.
+            ConfigurationError: see `check_size`.
         """
         mask, scores = self.circuit_masks()[number].cpu(), self.keep_probability()[number].cpu()
+        before = {}
         if size is not None:
-            mask = highest_circuit(self.parts, scores, size)
-        before = {} if self.graph == "nodes" else {"edges_before_removal": int(self.thresholded()[number].sum())}
+            self.check_size(size)
+            # What is not selected comes first, whatever else has saturated.
+            mask = highest_circuit(self.parts, scores + ~self.masked.selection.cpu(), size)
+        elif self.graph == "edges":
+            before = {"edges_before_removal": int(self.thresholded()[number].sum())}
         provenance = (
             self.provenance()
             | before
@@ -432,7 +453,7 @@ class CircuitModule(FrozenModelModule):
         """Log the measures, the sizes, and what the best checkpoint minimises."""
         figures = self._log_evaluation("val")
         loss = LOSS_SIGNS[self.loss] * figures[self.loss]
-        self.log("val/objective", self.penalty.objective(loss, figures["size"]).mean(), sync_dist=True)
+        self.log("val/objective", self.penalty.objective(loss, self._priced_sizes()).mean(), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the measures and the sizes."""

@@ -105,8 +105,10 @@ class ConstantsModule(FrozenModelModule):
         self.masks: Tensor
         self.register_buffer("masks", torch.stack([one.mask for one in self.circuits.values()]), persistent=False)
         # One table: no two of the circuits ablate the same component.
-        self.constants = TrainableConstants([Constants.zeros(self.dimensions, self.bos_token_id, positions)])
-        self.best = BestConstants(replaced_sources(self.frozen, self.masks), self.constants)
+        replaced = replaced_sources(self.frozen, self.masks)
+        start_tables = [Constants.zeros(self.dimensions, self.bos_token_id, positions)]
+        self.constants = TrainableConstants(start_tables, with_inputs=bool(replaced[:, 0].any()))
+        self.best = BestConstants(replaced, self.constants)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))
         self.progress: Tensor
@@ -139,7 +141,7 @@ class ConstantsModule(FrozenModelModule):
     def describe(self) -> dict[str, Any]:
         """What is ablated, and for which loss constants are sought."""
         return {
-            "kept": {name: list(circuit.nodes) for name, circuit in self.circuits.items()},
+            "kept": {name: list(circuit.names) for name, circuit in self.circuits.items()},
             "start": self.start if isinstance(self._starts_from, Kind) else "constants",
             "positions": self.positions,
             "loss": self.loss,
@@ -187,7 +189,7 @@ class ConstantsModule(FrozenModelModule):
         if not started:
             self.constants.load(start)
             self.constants_started.fill_(True)
-            self.share_from_first_process([self.constants.heads, self.constants.mlps])
+            self.share_from_first_process(self.constants.parameters())
         # The means are the usual start, and need not be evaluated twice.
         candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
         self._candidates = [TrainableConstants([one]).to(self.device).requires_grad_(False) for one in candidates]

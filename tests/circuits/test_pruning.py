@@ -122,5 +122,7 @@ def test_edges_that_cannot_be_left_out_come_first():
         read = {name.split("->")[1].split("<")[0] for name in circuit.names}
         for name in graph.kept(always & ~circuit.mask):
             assert name.split("->")[0] not in read
+    # Of those that are always kept some may lead nowhere.
+    assert [len(one) for one in random_circuits(graph, 3, 2, seed=0, among=["*", "!*->logits"])] == [3, 3]
     with pytest.raises(ConfigurationError, match="A circuit of 3 of"):
-        random_circuits(graph, 3, 1, seed=0, among=["*", "!*->logits"])
+        random_circuits(Components(3, 4), 3, 1, seed=0, among=["a0*"])

@@ -60,7 +60,9 @@ def test_a_size_takes_the_highest_edges(task, tmp_path):
     finished = finish(module, task, tmp_path / "e" / "version_0", FinishSettings(refit=QUICK.refit, size=40))
     assert len(finished.circuit) == 40
     assert torch.equal(finished.circuit.mask, within_budget(module.parts, module.keep_probability()[0], 40))
-    with pytest.raises(ConfigurationError, match="A circuit of 300 parts was asked for; this model has 262"):
+    with pytest.raises(
+        ConfigurationError, match="A circuit of 300 parts was asked for; this model has 262, of which 0"
+    ):
         module.circuit(size=300)
     with pytest.raises(ConfigurationError, match=r"finish\.size is 0"):
         FinishSettings(size=0)

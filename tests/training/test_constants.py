@@ -10,8 +10,11 @@ from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
+from oa_train.circuits.pruning import without_dangling
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.models.graph import Graph
+from oa_train.models.loading import load_model
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
@@ -264,3 +267,16 @@ def test_a_circuit_found_under_another_ablation_is_optimally_ablated_from_now_on
     assert loaded.circuit.provenance["selected"] == ["m1"]
     with pytest.raises(ConfigurationError, match="belong to no circuit"):
         ConstantsModule(alone="m0").circuit()
+
+
+def test_constants_of_a_circuit_of_edges_replace_the_embedding_too(tmp_path):
+    task = small_ioi()
+    graph = Graph.of(load_model(task.lm).config)
+    mask = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
+    Circuit.from_mask(graph, without_dangling(graph, mask)[0]).save(tmp_path / "circuit")
+    module = ConstantsModule(circuit=str(tmp_path / "circuit"), start="zero")
+    quiet_trainer(max_steps=2).fit(module, TaskData(task))
+    assert module.constants.inputs.abs().sum() > 0
+    other = Circuit(graph, graph.names[:40])
+    assert other.nodes != Circuit.load(tmp_path / "circuit").names
+    assert module.describe()["kept"]["circuit"] == list(Circuit.load(tmp_path / "circuit").names)

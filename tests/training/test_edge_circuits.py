@@ -234,3 +234,25 @@ class Gradients(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         """Note them."""
         self.found = [parameter.grad.clone() for parameter in pl_module.named_trainables().values()]
+
+
+def test_a_target_counts_what_is_always_kept_whether_or_not_it_leads_somewhere(tmp_path):
+    # Most of the 202 edges that are not selected lead nowhere once the others are cut; the price stays a number.
+    module = train(tmp_path, 30, components="a1.*", target_size=205, target_warmup=5, mask_learning_rate=0.5)
+    assert torch.isfinite(module.penalty.price).all()
+    module.masks.logits.data.fill_(-5.0)
+    assert int(module.circuit_masks().sum()) < module.masked.n_fixed == int(module._priced_sizes()[0])
+    with pytest.raises(ConfigurationError, match=r"A circuit of 20 parts .* 262, of which 202"):
+        module.check_size(20)
+
+
+@pytest.mark.parametrize("graph", ["nodes", "edges"])
+def test_a_size_is_made_of_what_is_always_kept_first(tmp_path, graph):
+    module = CircuitModule(graph=graph, components="a1.*" if graph == "nodes" else ["*", "!*->logits"])
+    quiet_trainer(max_steps=1).fit(module, TaskData(small_ioi()))
+    module.masks.logits.data.fill_(90.0)  # saturated: no selected part ranks below one that is always kept
+    circuit = module.circuit(size=module.masked.n_fixed + 2)
+    kept = circuit.mask & ~module.masked.selection
+    if graph == "nodes":
+        assert torch.equal(kept, ~module.masked.selection)
+    assert "edges_before_removal" not in circuit.provenance
