@@ -269,7 +269,7 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "padding left, right and none agree": _padding,
     "the logits are the slow reference's": _values_against_reference,
     "the gradients are the slow reference's": _gradients_against_reference,
-    "all edges kept: the logits are the model's own": _all_edges_kept,
+    "every edge kept: the logits are the model's own": _all_edges_kept,
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {

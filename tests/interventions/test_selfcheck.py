@@ -49,7 +49,7 @@ def test_a_sequential_model_of_a_family_that_can_be_either_passes():
 ADDED = "all ablated: blocks add their constants and nothing else"
 
 
-EDGES = "all edges kept: the logits are the model's own"
+EDGES = "every edge kept: the logits are the model's own"
 READERS = "every query, key and value reads what its name says"
 
 
