@@ -14,7 +14,6 @@ from oa_train.interventions.base import scored_logits
 from oa_train.interventions.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.interventions.kinds import KINDS, AblationSource
 from oa_train.interventions.masked import masked_logits
-from oa_train.interventions.nodes import node_logits
 from oa_train.interventions.reference import reference_node_logits
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.components import Components
@@ -79,14 +78,14 @@ def test_the_rows_of_a_run_change_no_result(model, masks, task, rows_per_run, mo
 
     def counted(model, rows, *arguments):
         widths.append(len(rows))
-        return node_logits(model, rows, *arguments)
+        return masked_logits(model, rows, *arguments)
 
     batches = list(task.batches("test", 7, 4))
     different = [random_constants(model, 1, seed) for seed in range(len(masks))]
     for ablations in ([ablation("resample", model, task)], different):
         expected = circuit_behaviour(model, batches, masks, ablations)
         with monkeypatch.context() as patched:
-            patched.setattr(evaluation, "node_logits", counted)
+            patched.setattr(evaluation, "masked_logits", counted)
             assert_same(circuit_behaviour(model, batches, masks, ablations, rows_per_run), expected)
     assert max(widths) <= max(rows_per_run, 4)
 

@@ -210,8 +210,11 @@ def test_edges_are_refused_where_the_model_is_shared_out():
     from oa_train.training.sharding import ShardedStrategy
 
     trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(), devices=1)
-    with pytest.raises(ConfigurationError, match=r"fsdp .* gradients of edges need them once more"):
-        trainer.fit(CircuitModule(**EDGES), TaskData(small_ioi()))
+    try:
+        with pytest.raises(ConfigurationError, match=r"fsdp .* gradients of edges need them once more"):
+            trainer.fit(CircuitModule(**EDGES), TaskData(small_ioi()))
+    finally:
+        torch.distributed.destroy_process_group()  # of this one process; other tests are not to find it
 
 
 @pytest.mark.parametrize("masks", [UniformGradientSampling, HardConcrete])
