@@ -113,7 +113,8 @@ def run_folder(given: str) -> Path:
         raise ArtefactError(
             f"--run is {given!r}, which is a file. Give the folder of the run, {str(folder.parent)!r}?"
         )
-    if "front" in (folder.name, folder.parent.name):
+    above = [one.parent for one in (folder, folder.parent) if one.name == "front"]
+    if folder.is_dir() and any((run / CONFIG_FILE).is_file() for run in above):
         raise ArtefactError(
             f"--run is {given!r}, of a run that has trained several circuits side by side. `test` and `validate` take "
             f"the run itself and report all of them; `compare` and `minimal` take one of them, <run>/front/<N>."

@@ -75,6 +75,9 @@ def test_one_of_several_circuits_is_asked_under_the_configuration_of_their_run(f
     said = complaint(capsys, "minimal", "--run", str(front))
     assert f"several circuits. Give one of them: {front}/front/N, N being 0, 1." in said
     assert "does not exist" in complaint(capsys, "minimal", "--run", str(front / "front" / "7"))
+    several = "a run that has trained several circuits side by side"
+    assert several in complaint(capsys, "test", "--run", str(front / "front" / "1"))
+    assert several in complaint(capsys, "compare", "--run", str(front / "front"))
 
 
 @pytest.mark.parametrize(
