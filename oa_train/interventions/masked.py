@@ -1,5 +1,6 @@
 """Running a model under masks over its components or over its edges; how many entries a mask has tells which."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,9 @@ from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import tapped
 from oa_train.shapes import Bool, Float, Tensor
+
+# Of what edges are mixed from, in one run that may as well be several: evaluations, and the training of constants.
+RUN_BYTES = 2**29
 
 
 def masked_logits(
@@ -32,10 +36,6 @@ def masked_logits(
     """
     run = edge_logits if over_edges(model, mask.shape[1]) else node_logits
     return run(model, batch, mask, replacements, bos_token_id, recompute)
-
-
-# Of what edges are mixed from, in one run that may as well be several: evaluations, and the training of constants.
-RUN_BYTES = 2**29
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def rows_within_memory(model: CausalLM, batch: Batch, n_entries: int, gradients:
         gradients: whether a backward pass follows, for which all is kept and has a gradient.
     """
     if not over_edges(model, n_entries):
-        return len(batch) * RUN_BYTES
+        return sys.maxsize
     graph = Graph.of(model.config)
     in_layer = graph.n_heads + 2 * graph.n_kv_heads + 1
     streams = 2 * graph.n_sources + graph.n_readers if gradients else graph.n_sources + in_layer

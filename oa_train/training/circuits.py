@@ -267,7 +267,9 @@ class CircuitModule(FrozenModelModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the price of the next step."""
         super().optimizer_step(*args, **kwargs)
-        self.penalty.update(self._probabilities().sum(dim=1), self._priced_sizes())
+        if self.prices.target_size is not None:  # else the price stays, and no circuit need be cut out
+            with torch.no_grad():
+                self.penalty.update(self._probabilities().sum(dim=1), self._priced_sizes())
 
     def _priced_sizes(self) -> Int[Tensor, " circuit"]:
         """Sizes that prices go by: what is kept of the selected parts, and all others, be they of use or not."""
@@ -419,13 +421,13 @@ class CircuitModule(FrozenModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuit."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuit."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
         logits = circuit_logits(self.frozen, batch, self.circuit_masks(), self.replacing())
         repeated = clean.repeat(self.n_circuits, 1, 1)
