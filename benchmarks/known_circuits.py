@@ -5,7 +5,7 @@
     python -m benchmarks.known_circuits --ablation optimal --ablation mean --masks HardConcrete
 
 A seed draws the parts of a model that have no share in its task, the prompts, and the mask samples. What is true is
-computed for each model, seed and kind of ablation (`oa_train.studies.known`). Each line of the output is one JSON
+computed for each model, seed and kind of ablation (`oa_train.zoo.truth`). Each line of the output is one JSON
 object: precision, recall and F1 of the discrete circuit, AUROC and average precision of the keep-probabilities, the
 edges that are missing or too many, and KL divergence in nats with the constants as they were trained.
 """
@@ -21,16 +21,16 @@ import torch
 
 from oa_train import CircuitModule, LMSpec, TaskData
 from oa_train.cli.quiet import silence_libraries
-from oa_train.interventions.evaluation import circuit_behaviour
+from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.graph import Graph
-from oa_train.models.known import KNOWN_MODELS
-from oa_train.models.known.model import KnownModel
-from oa_train.studies.known import TruthSettings, find_truth
-from oa_train.tasks.base import Task
-from oa_train.training.known import KNOWN_TASKS, write_known
-from oa_train.training.refit import RefitSettings
+from oa_train.zoo.known import KNOWN_MODELS
+from oa_train.zoo.known.model import KnownModel
+from oa_train.zoo.truth import TruthSettings, find_truth
+from oa_train.tasks.task import Task
+from oa_train.zoo.write_known import KNOWN_TASKS, write_known
+from oa_train.ablations.fitting import RefitSettings
 
 MASKS = {"UniformGradientSampling": UniformGradientSampling, "HardConcrete": HardConcrete}
 QUICK = TruthSettings(n_prompts=64, fit=RefitSettings(steps=50, batch_size=16), n_starts=1, n_orders=1)

@@ -40,9 +40,9 @@ from benchmarks.nodes import RandomTokens, make_model
 from benchmarks.timing import POSITIONS, SAMPLES
 from oa_train import CircuitModule, LMSpec, TaskData
 from oa_train.cli.quiet import silence_libraries
-from oa_train.interventions.memory import StepSettings, node_step_memory
+from oa_train.diagnostics.memory import StepSettings, node_step_memory
 from oa_train.models.loading import empty_model
-from oa_train.training.sharding import ShardedStrategy
+from oa_train.training.strategies import ShardedStrategy
 
 PROMPTS = 4
 WARM_UP = 2

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from oa_train.circuits.circuit import jaccard as jaccard
     from oa_train.circuits.published import published_ioi_circuit as published_ioi_circuit
     from oa_train.errors import OaTrainError as OaTrainError
-    from oa_train.interventions.ablated import ablated as ablated
-    from oa_train.interventions.activations import source_means as source_means
-    from oa_train.interventions.activations import source_values as source_values
-    from oa_train.interventions.base import scored_logits as scored_logits
-    from oa_train.interventions.evaluation import circuit_behaviour as circuit_behaviour
-    from oa_train.interventions.kinds import KINDS as KINDS
-    from oa_train.interventions.kinds import AblationSource as AblationSource
-    from oa_train.interventions.nodes import node_logits as node_logits
+    from oa_train.ablations.context import ablated as ablated
+    from oa_train.engine.reading import source_means as source_means
+    from oa_train.engine.reading import source_values as source_values
+    from oa_train.engine.forward import scored_logits as scored_logits
+    from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
+    from oa_train.ablations.registry import KINDS as KINDS
+    from oa_train.ablations.registry import AblationSource as AblationSource
+    from oa_train.engine.nodes import node_logits as node_logits
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
-    from oa_train.models.components import Components as Components
+    from oa_train.models.selection import Components as Components
     from oa_train.models.graph import Graph as Graph
     from oa_train.models.loading import LMSpec as LMSpec
     from oa_train.models.loading import load_model as load_model
@@ -38,66 +38,66 @@ if TYPE_CHECKING:
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.minimal import minimal as minimal
     from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
-    from oa_train.tasks.base import Prompt as Prompt
-    from oa_train.tasks.base import Question as Question
-    from oa_train.tasks.base import Task as Task
+    from oa_train.tasks.task import Prompt as Prompt
+    from oa_train.tasks.task import Question as Question
+    from oa_train.tasks.task import Task as Task
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
     from oa_train.training.callbacks import BestCheckpoint as BestCheckpoint
     from oa_train.training.callbacks import LastCheckpoint as LastCheckpoint
-    from oa_train.training.circuits import CircuitModule as CircuitModule
-    from oa_train.training.constants import ConstantsModule as ConstantsModule
+    from oa_train.training.circuit_module import CircuitModule as CircuitModule
+    from oa_train.training.constants_module import ConstantsModule as ConstantsModule
     from oa_train.training.data import TaskData as TaskData
     from oa_train.training.interruption import StopAtSignal as StopAtSignal
-    from oa_train.training.refit import RefitSettings as RefitSettings
-    from oa_train.training.refit import fit_constants as fit_constants
-    from oa_train.training.sharding import ShardedStrategy as ShardedStrategy
+    from oa_train.ablations.fitting import RefitSettings as RefitSettings
+    from oa_train.ablations.fitting import fit_constants as fit_constants
+    from oa_train.training.strategies import ShardedStrategy as ShardedStrategy
 
 _HOMES = {
-    "AblationSource": "interventions.kinds",
+    "AblationSource": "ablations.registry",
     "Batch": "batches",
     "BestCheckpoint": "training.callbacks",
     "Circuit": "circuits.circuit",
-    "CircuitModule": "training.circuits",
+    "CircuitModule": "training.circuit_module",
     "CompareSettings": "studies.compare",
-    "Components": "models.components",
+    "Components": "models.selection",
     "Constants": "ablations.constants",
-    "ConstantsModule": "training.constants",
+    "ConstantsModule": "training.constants_module",
     "FinishSettings": "studies.finish",
     "Graph": "models.graph",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",
     "IOI": "tasks.ioi",
     "Induction": "tasks.induction",
-    "KINDS": "interventions.kinds",
+    "KINDS": "ablations.registry",
     "LMSpec": "models.loading",
     "LastCheckpoint": "training.callbacks",
     "MinimalSettings": "studies.minimal",
     "OaTrainError": "errors",
-    "Prompt": "tasks.base",
-    "Question": "tasks.base",
-    "RefitSettings": "training.refit",
-    "ShardedStrategy": "training.sharding",
+    "Prompt": "tasks.task",
+    "Question": "tasks.task",
+    "RefitSettings": "ablations.fitting",
+    "ShardedStrategy": "training.strategies",
     "StopAtSignal": "training.interruption",
-    "Task": "tasks.base",
+    "Task": "tasks.task",
     "TaskData": "training.data",
     "TrainedCircuit": "studies.runs",
     "UniformGradientSampling": "masks.uniform",
-    "ablated": "interventions.ablated",
-    "circuit_behaviour": "interventions.evaluation",
+    "ablated": "ablations.context",
+    "circuit_behaviour": "ablations.evaluation",
     "compare": "studies.compare",
     "finish": "studies.finish",
     "finish_constants": "studies.constants",
-    "fit_constants": "training.refit",
+    "fit_constants": "ablations.fitting",
     "jaccard": "circuits.circuit",
     "load_model": "models.loading",
     "minimal": "studies.minimal",
-    "node_logits": "interventions.nodes",
+    "node_logits": "engine.nodes",
     "published_ioi_circuit": "circuits.published",
-    "source_means": "interventions.activations",
-    "source_values": "interventions.activations",
-    "scored_logits": "interventions.base",
+    "source_means": "engine.reading",
+    "source_values": "engine.reading",
+    "scored_logits": "engine.forward",
 }
 
 __all__ = ["__version__", *_HOMES]

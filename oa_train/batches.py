@@ -1,15 +1,65 @@
-"""The record that tasks make and models, interventions and metrics read."""
+"""Batches of prompts: what tasks make, and the engine and the metrics read."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 
-from oa_train.errors import TaskError
+from oa_train.errors import TaskError, nearest_names
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 TensorFunction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Which tokens of a padded batch are real, which may be ablated, and where its spans are.
+
+    Attributes:
+        positions: position of each token counted from its row's first real token; 0 at padding before it.
+        real: True at real tokens, False at padding.
+        protected: True at tokens that are never ablated.
+        spans: tokens of each named span.
+    """
+
+    positions: Int[Tensor, "row position"]
+    real: Bool[Tensor, "row position"]
+    protected: Bool[Tensor, "row position"]
+    spans: Mapping[str, Bool[Tensor, "row position"]]
+
+    def span(self, name: str) -> Bool[Tensor, "row position"]:
+        """Tokens of a span: a named one, or `-1` for each row's last real token, `-2` for the one before it, and so on.
+
+        Raises:
+            TaskError: the prompts have no span of that name, or one of them has no token in it that may be ablated.
+        """
+        if name.startswith("-") and name[1:].isdigit():
+            from_the_end = self.real.long().flip(1).cumsum(dim=1).flip(1)
+            inside = self.real & (from_the_end == int(name[1:]))
+        elif name in self.spans:
+            inside = self.spans[name]
+        else:
+            known = f"{nearest_names(name, self.spans)} " if self.spans else "These prompts name no spans. "
+            raise TaskError(f"There is no span {name!r} in these prompts. {known}-1 is the last token of every prompt.")
+        lacking = ~(inside & ~self.protected).any(dim=1)
+        if bool(lacking.any()):
+            row = int(lacking.nonzero()[0])
+            state = "holds protected tokens only" if bool(inside[row].any()) else "is empty"
+            raise TaskError(
+                f"The span {name!r} {state} in prompt {row} of a batch, so nothing could be ablated there. A beginning-of-"
+                "sequence token is never ablated. Choose another span, or leave such prompts out."
+            )
+        return inside
+
+    def repeat(self, times: int) -> "TokenLayout":
+        """The layout of `Batch.repeat`."""
+        return TokenLayout(
+            self.positions.repeat(times, 1),
+            self.real.repeat(times, 1),
+            self.protected.repeat(times, 1),
+            {name: inside.repeat(times, 1) for name, inside in self.spans.items()},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +78,9 @@ class Batch:
         example_ids: number of each prompt within its stream.
         padded: whether any row has padding; kept beside the mask so that no device synchronisation is
             needed to learn it.
+        protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. Attention
+            heads rest on it and its activations are outliers, so that replacing them would measure something else.
+        spans: tokens of each named span, of every prompt.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -39,6 +92,8 @@ class Batch:
     counterfactual_tokens: Int[Tensor, "batch position"] | None
     example_ids: Int[Tensor, " batch"]
     padded: bool
+    protected: Bool[Tensor, "batch position"]
+    spans: Mapping[str, Bool[Tensor, "batch position"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -53,16 +108,23 @@ class Batch:
         """Real tokens of each prompt."""
         return self.attention_mask.sum(dim=1)
 
+    @property
+    def layout(self) -> TokenLayout:
+        """Which tokens are real, which are protected, and where the spans are."""
+        return TokenLayout(self.positions, self.attention_mask, self.protected, self.spans)
+
     def average(self, values: Float[Tensor, "batch scored"]) -> Float[Tensor, " batch"]:
         """Each prompt's mean of a figure over its scored positions."""
         return (values * self.weights.to(values.dtype)).sum(dim=1)
 
     def _map(self, function: TensorFunction) -> "Batch":
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for attribute in fields(self):
+            value = getattr(self, attribute.name)
             if isinstance(value, Tensor):
-                changed[field.name] = function(value)
+                changed[attribute.name] = function(value)
+            elif isinstance(value, Mapping):
+                changed[attribute.name] = {name: function(inside) for name, inside in value.items()}
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -106,12 +168,17 @@ class Batch:
         return replace(self, tokens=self.counterfactual_tokens, counterfactual_tokens=None)
 
 
-def unanswered(tokens: Int[Tensor, "batch position"], attention_mask: Bool[Tensor, "batch position"]) -> Batch:
+def unanswered(
+    tokens: Int[Tensor, "batch position"],
+    attention_mask: Bool[Tensor, "batch position"],
+    protected: Bool[Tensor, "batch position"] | None = None,
+) -> Batch:
     """A batch of prompts without answers, each scored at its last real token.
 
     Args:
         tokens: token ids; padded on the left or on the right.
         attention_mask: True at real tokens; every row has one.
+        protected: True at tokens that are never ablated; none by default.
     """
     n_rows, width = tokens.shape
     columns = torch.arange(width, device=tokens.device)
@@ -126,4 +193,14 @@ def unanswered(tokens: Int[Tensor, "batch position"], attention_mask: Bool[Tenso
         counterfactual_tokens=None,
         example_ids=torch.arange(n_rows, device=tokens.device),
         padded=not bool(attention_mask.all()),
+        protected=torch.zeros_like(attention_mask) if protected is None else protected,
     )
+
+
+def leading_tokens(
+    tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
+) -> Bool[Tensor, "row position"]:
+    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None."""
+    if token_id is None:
+        return torch.zeros_like(tokens, dtype=torch.bool)
+    return (positions == 0) & (tokens == token_id)

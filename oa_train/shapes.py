@@ -7,7 +7,7 @@
     layer      decoder blocks, counted from 0
     head       attention (query) heads of a layer
     scored     positions of a prompt at which its prediction is scored
-    component  entries of a node mask, in the order of `models.components.Components`
+    component  entries of a node mask, in the order of `models.selection.Components`
     source     what writes to the residual stream, in the order of `models.graph.Graph.sources`
     reader     what reads it, in the order of `models.graph.Graph.readers`
     edge       pairs of the two, in the order of `models.graph.Graph.edge_readers`

@@ -12,10 +12,10 @@ import torch
 
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import OaTrainError
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.training.callbacks import LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
-from oa_train.training.circuits import CircuitModule
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
 

@@ -11,8 +11,8 @@ import pytest
 
 from oa_train import Circuit, Constants, LMSpec, ablated, load_model
 from oa_train.cli.main import main
-from oa_train.interventions.kinds import KINDS
-from oa_train.tasks.tokens import load_tokenizer
+from oa_train.ablations.registry import KINDS
+from oa_train.tasks.encoding import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from oa_train.artefacts import Artefact, load_artefact, save_artefact
 from oa_train.errors import ArtefactError
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 from oa_train.shapes import Bool, Float, Tensor
 

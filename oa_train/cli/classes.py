@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 
 from oa_train.errors import nearest_names
 from oa_train.masks.base import MaskDistribution
-from oa_train.tasks.base import Task
-from oa_train.training.base import FrozenModelModule
+from oa_train.tasks.task import Task
+from oa_train.training.module import FrozenModelModule
 
 # The last part of an option's name, and what its class must be.
 BASES: dict[str, type] = {

@@ -14,7 +14,7 @@ from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
-from oa_train.interventions.kinds import KINDS
+from oa_train.ablations.registry import KINDS
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.comparison import Compared, Comparison
 from oa_train.studies.runs import TrainedCircuit

@@ -18,7 +18,7 @@ from oa_train.cli.arguments import (
 )
 from oa_train.cli.interruption import resume_command
 from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.interventions.ablated import check_belongs
+from oa_train.ablations.context import check_belongs
 from oa_train.models.loading import CausalLM, load_model
 from oa_train.studies.runs import TrainedCircuit
 

@@ -13,7 +13,7 @@ from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
 from oa_train.studies.minimal import MinimalSettings, minimal
 from oa_train.studies.minimality import Minimality
-from oa_train.studies.statistics import Estimate
+from oa_train.metrics.estimates import Estimate
 
 # More parts than this are not listed on the terminal; tables/parts.csv has them all.
 MOST_LISTED = 40

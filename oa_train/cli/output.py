@@ -19,7 +19,7 @@ from rich.text import Text
 
 from oa_train.cli.record import said
 from oa_train.studies.front import Front
-from oa_train.studies.statistics import Estimate
+from oa_train.metrics.estimates import Estimate
 
 # Columns of what is read in a file and not on a terminal.
 WIDTH = 160

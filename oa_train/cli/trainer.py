@@ -8,7 +8,7 @@ import torch
 from oa_train.cli.arguments import check_output
 from oa_train.cli.messages import PRECISIONS, TRUE_PRECISIONS, check_true_precision
 from oa_train.errors import ConfigurationError
-from oa_train.training.sharding import ShardedStrategy
+from oa_train.training.strategies import ShardedStrategy
 
 DEFAULT_ROOT = "runs"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
-from oa_train.models.components import Components, matching
+from oa_train.models.selection import Components, matching
 from oa_train.models.families import Dimensions, is_parallel
 from oa_train.shapes import Bool, Int, Tensor
 

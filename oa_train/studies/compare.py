@@ -10,15 +10,15 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
-from oa_train.circuits.known import random_circuits
+from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import save_figure
-from oa_train.interventions.evaluation import Behaviour, circuit_behaviour
-from oa_train.interventions.kinds import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
 from oa_train.metrics.measures import MEASURES
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
@@ -27,9 +27,9 @@ from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison import Compared, Comparison, RandomCircuits
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.studies.statistics import estimate, paired_difference
-from oa_train.tasks.base import Task
-from oa_train.training.refit import RefitSettings, fit_constants
+from oa_train.metrics.estimates import estimate, paired_difference
+from oa_train.tasks.task import Task
+from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 
 @dataclass(frozen=True)

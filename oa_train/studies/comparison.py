@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oa_train.interventions.kinds import KINDS, AblationKind
+from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.studies.statistics import Estimate
+from oa_train.metrics.estimates import Estimate
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.figures.comparison import Interval
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import save_figure
-from oa_train.interventions.evaluation import circuit_behaviour
-from oa_train.interventions.kinds import KINDS, AblationKind, AblationSource
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.progress import Track, silent
 from oa_train.studies.finish import FinishSettings, final_ablations, summary
 from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.studies.statistics import Estimate
-from oa_train.tasks.base import Task
-from oa_train.training.circuits import CircuitModule
+from oa_train.metrics.estimates import Estimate
+from oa_train.tasks.task import Task
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import circuit_picture
 
 # Beside the ablation that the circuits were trained under; what they lose by it alone shows what learning is worth.

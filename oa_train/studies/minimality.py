@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from oa_train.circuits.circuit import Circuit
-from oa_train.interventions.kinds import AblationKind
-from oa_train.studies.statistics import Estimate
+from oa_train.ablations.registry import AblationKind
+from oa_train.metrics.estimates import Estimate
 
 Verdict = Literal["needed", "undecided", "superfluous"]
 

@@ -7,7 +7,7 @@ from oa_train.batches import Batch
 from oa_train.errors import TaskError
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Int, Tensor
-from oa_train.tasks.base import Task
+from oa_train.tasks.task import Task
 
 # Further prompts that are looked through for one of a length that no donor has.
 FURTHER_PROMPTS = 20_000

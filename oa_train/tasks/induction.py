@@ -5,7 +5,7 @@ from typing import Any
 
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
-from oa_train.tasks.base import Prompt, Question, Task
+from oa_train.tasks.task import Prompt, Question, Task
 from oa_train.tasks.vocabulary import single_token_words
 
 # Some text must stand before the first word: tokenizers write the very first word of a prompt differently.

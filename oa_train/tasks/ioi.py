@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
-from oa_train.tasks.base import Prompt, Task, check_choice
+from oa_train.tasks.task import Prompt, Task, check_choice
 from oa_train.tasks.vocabulary import read_data, single_token_words
 
 Order = Literal["mixed", "ABBA", "BABA"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oa_train.errors import TaskError
-from oa_train.tasks.tokens import PromptEncoder
+from oa_train.tasks.encoding import PromptEncoder
 
 FOLDER = "words"
 

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from oa_train.errors import ConfigurationError
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
-from oa_train.training.circuits import CircuitModule
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import probability_picture
 
 

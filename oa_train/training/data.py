@@ -9,7 +9,7 @@ import lightning
 
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError
-from oa_train.tasks.base import Stream, Task
+from oa_train.tasks.task import Stream, Task
 
 
 class PromptLoader:

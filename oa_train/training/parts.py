@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from oa_train.circuits.pruning import without_dangling
+from oa_train.models.pruning import without_dangling
 from oa_train.errors import ConfigurationError
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 from oa_train.shapes import Float, Int, Tensor
 

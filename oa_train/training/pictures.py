@@ -7,7 +7,7 @@ from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.edges import edge_drawing, edge_map
 from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import Figure
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 from oa_train.shapes import Float, Tensor
 

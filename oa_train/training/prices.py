@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from oa_train.errors import ConfigurationError
-from oa_train.masks.penalties import NodeRegulariser, Penalty, SizePenalty, TargetSize
+from oa_train.masks.penalty import NodeRegulariser, Penalty, SizePenalty, TargetSize
 from oa_train.models.graph import Graph
 from oa_train.training.parts import MaskedParts
 

@@ -8,9 +8,9 @@ from scipy import stats
 
 from oa_train.artefacts import Artefact, save_artefact
 from oa_train.circuits.circuit import Circuit, jaccard
-from oa_train.circuits.known import random_circuits
+from oa_train.circuits.random import random_circuits
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, UnknownNameError
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 
 COMPONENTS = Components(2, 3)

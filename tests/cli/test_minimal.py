@@ -7,8 +7,8 @@ import pytest
 
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
-from oa_train.interventions.kinds import AblationSource
-from oa_train.models.components import Components
+from oa_train.ablations.registry import AblationSource
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
 from tests.builders import small_ioi

@@ -22,7 +22,7 @@ from oa_train.figures.comparison import (
 from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, KEPT, save_figure
 from oa_train.figures.worth import COLOURS, worth_figure
-from oa_train.interventions.kinds import AblationKind
+from oa_train.ablations.registry import AblationKind
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

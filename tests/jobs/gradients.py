@@ -15,9 +15,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.loading import LMSpec
-from oa_train.training.circuits import CircuitModule
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
-from oa_train.training.sharding import ShardedStrategy
+from oa_train.training.strategies import ShardedStrategy
 from tests.builders import small_ioi
 
 DISTRIBUTIONS = {"uniform": UniformGradientSampling, "hard_concrete": partial(HardConcrete, initial_logit=0.0)}

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig
 
 from oa_train.errors import ConfigurationError, ModelError, UnknownNameError
-from oa_train.models.components import Components
+from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 
 NEOX = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}

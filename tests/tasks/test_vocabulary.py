@@ -2,7 +2,7 @@ import pytest
 
 from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec
-from oa_train.tasks.tokens import PromptEncoder, load_tokenizer
+from oa_train.tasks.encoding import PromptEncoder, load_tokenizer
 from oa_train.tasks.vocabulary import read_data, read_words, require_single_tokens, single_token_words
 from tests.builders import RARE
 

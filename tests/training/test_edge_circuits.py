@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.testing import assert_close
 
-from oa_train.circuits.pruning import without_dangling
+from oa_train.models.pruning import without_dangling
 from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.interventions.base import scored_logits
+from oa_train.engine.forward import scored_logits
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.families import FAMILIES
@@ -15,7 +15,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
-from oa_train.training.circuits import CircuitModule
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
@@ -177,7 +177,7 @@ def test_circuits_side_by_side_have_the_gradients_that_they_have_alone(graph, ma
 
 
 def source_of(module: CircuitModule, task):
-    from oa_train.interventions.kinds import AblationSource
+    from oa_train.ablations.registry import AblationSource
 
     return AblationSource(module.frozen, task)
 
@@ -207,7 +207,7 @@ def test_circuits_side_by_side_are_trained_resumed_and_measured_each(tmp_path):
 
 
 def test_edges_are_refused_where_the_model_is_shared_out():
-    from oa_train.training.sharding import ShardedStrategy
+    from oa_train.training.strategies import ShardedStrategy
 
     trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(), devices=1)
     try:

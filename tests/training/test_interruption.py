@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from oa_train.models.loading import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
-from oa_train.training.circuits import CircuitModule
-from oa_train.training.constants import ConstantsModule
+from oa_train.training.circuit_module import CircuitModule
+from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, Stopped
 from tests.builders import quiet_trainer, small_ioi

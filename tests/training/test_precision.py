@@ -13,8 +13,8 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import LMSpec
 from oa_train.training.checkpoints import read_checkpoint
-from oa_train.training.circuits import CircuitModule
-from oa_train.training.constants import ConstantsModule
+from oa_train.training.circuit_module import CircuitModule
+from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
 from tests.jobs.fits import SMALL

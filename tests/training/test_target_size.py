@@ -12,7 +12,7 @@ from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
-from oa_train.training.circuits import CircuitModule
+from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
 

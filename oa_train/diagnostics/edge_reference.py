@@ -1,0 +1,177 @@
+"""The slow, obvious oracle that edge interventions are tested against.
+
+Nothing is shared with them but the table of families and the order of edges; with the oracle of node interventions it
+shares how the model is run. The input of every reader is summed up source by source, under the names of edges; the
+model's own norm and the whole of its own projection are applied to it, and the reader's part is picked from what comes
+out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from oa_train.ablations.base import SourceValues
+from oa_train.batches import Batch
+from oa_train.diagnostics.reference import run_with_hooks
+from oa_train.models.families import Dimensions, Family, check_family
+from oa_train.models.graph import Graph
+from oa_train.models.loading import CausalLM
+from oa_train.shapes import Float, Tensor
+
+
+def reference_edge_logits(
+    model: CausalLM,
+    batch: Batch,
+    mask: Float[Tensor, "row edge"],
+    replacements: SourceValues,
+    bos_token_id: int | None,
+) -> Float[Tensor, "row scored vocabulary"]:
+    """Do what `engine.edges.run.edge_logits` does, in loops."""
+    run = _Loops(model, batch, mask, replacements, bos_token_id)
+    return run_with_hooks(model, batch, run.attach())
+
+
+class _Loops:
+    def __init__(
+        self, model: CausalLM, batch: Batch, mask: Tensor, replacements: SourceValues, bos_token_id: int | None
+    ) -> None:
+        self.model, self.batch, self.replacements = model, batch, replacements
+        self.bos_token_id = bos_token_id
+        self.family: Family = check_family(model.config.model_type)
+        self.sizes = Dimensions.of(model.config)
+        self.graph = Graph.of(model.config)
+        self.blocks: Any = model.get_submodule(self.family.blocks)
+        pairs = zip(self.graph.edge_sources.tolist(), self.graph.edge_readers.tolist(), strict=True)
+        self.masks: dict[str, dict[str, Tensor]] = {name: {} for name in self.graph.readers}
+        for number, (source, reader) in enumerate(pairs):
+            self.masks[self.graph.readers[reader]][self.graph.sources[source]] = mask[:, number]
+        # By source: [row, position, d_model].
+        self.values: dict[str, Tensor] = {}
+        self.stand_ins: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}  # the same without gradients to constants
+        self.biases: dict[int, Tensor] = {}
+        self.streams: dict[int, Tensor] = {}
+
+    def attach(self) -> list[Any]:
+        handles = []
+        for layer, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(self.enter(layer)))
+            for index, path in enumerate(self.family.projections):
+                hook = self.project(layer, index, len(self.family.projections))
+                handles.append(block.get_submodule(path).register_forward_hook(hook))
+            output = block.get_submodule(self.family.attention_output)
+            handles.append(output.register_forward_pre_hook(self.write_heads(layer, block, output)))
+            enters = block.get_submodule(self.family.mlp_input)
+            handles.append(enters.register_forward_pre_hook(self.read_alone(f"m{layer}", layer)))
+            handles.append(block.get_submodule(self.family.mlp).register_forward_hook(self.write_mlp(layer)))
+        norm = self.model.get_submodule(self.family.final_norm)
+        handles.append(norm.register_forward_pre_hook(self.read_alone("logits", self.sizes.n_layers)))
+        return handles
+
+    def enter(self, layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            self.streams[layer] = args[0]
+            if layer == 0:
+                self.values["input"] = args[0]
+                self.stand_ins["input"] = self.replacements.inputs[0]
+                self.fixed["input"] = self.replacements.inputs[0].detach()
+
+        return hook
+
+    def reader_input(self, reader: str, layer: int, stream: Tensor) -> Tensor:
+        """Sum of all that a reader reads, and the model's own stream where nothing is ablated."""
+        total = torch.zeros_like(self.values["input"])
+        for source, keep in self.masks[reader].items():
+            rows = keep.view(-1, 1, 1)
+            stand_in = self.stand_ins[source]
+            shown = torch.where(rows < 0.001, stand_in, self.fixed[source])
+            total = total + rows * self.values[source] + (1 - rows) * shown
+        for written_in, bias in self.biases.items():
+            # A layer's bias is read by those who read its heads.
+            if f"a{written_in}.h0" in self.masks[reader]:
+                total = total + bias
+        for row in range(len(total)):
+            first = int(self.batch.attention_mask[row].long().argmax())
+            if int(self.batch.tokens[row, first]) == self.bos_token_id:
+                own = torch.zeros_like(total, dtype=torch.bool)
+                own[row, first] = True
+                total = torch.where(own, stream.view(total.shape), total)
+        return total
+
+    def project(self, layer: int, index: int, n_modules: int) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor:
+            made = output.clone()
+            for reader in self.masks:
+                part = self.part(reader, layer, index, n_modules)
+                if part is not None:
+                    read = self.normed(layer, self.reader_input(reader, layer, self.streams[layer]))
+                    made[..., part] = module.forward(read).view(output.shape)[..., part]
+            return made
+
+        return hook
+
+    def normed(self, layer: int, stream: Tensor) -> Tensor:
+        if not self.family.attention_norm:
+            return stream
+        norm: Any = self.blocks[layer].get_submodule(self.family.attention_norm)
+        read: Tensor = norm.forward(stream)
+        return read
+
+    def part(self, reader: str, layer: int, index: int, n_modules: int) -> slice | None:
+        """Where in a projection's output a reader stands; None when it is not in it."""
+        if not reader.startswith(f"a{layer}."):
+            return None
+        kind, number = "qkv".index(reader[-2]), int(reader.partition(".")[2][1:-3])
+        width, heads, groups = self.sizes.d_head, self.graph.n_heads, self.graph.n_kv_heads
+        if n_modules == 3:
+            return slice(number * width, (number + 1) * width) if kind == index else None
+        first = 3 * number + kind if self.family.interleaved else (0, heads, heads + groups)[kind] + number
+        return slice(first * width, (first + 1) * width)
+
+    def read_alone(self, reader: str, layer: int) -> Callable[..., tuple[Tensor, ...]]:
+        def hook(_: nn.Module, args: Any) -> tuple[Tensor, ...]:
+            return (self.reader_input(reader, layer, args[0]).view(args[0].shape), *args[1:])
+
+        return hook
+
+    def write_heads(self, layer: int, block: nn.Module, output: nn.Module) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            heads = args[0].view(*self.batch.tokens.shape, self.sizes.n_heads, self.sizes.d_head)
+            nothing = torch.zeros_like(heads).flatten(2)
+            bias = output.forward(nothing)
+            total = output.forward(heads.flatten(2))
+            stand_ins = self.replacements.heads[layer].expand_as(heads)
+            for head in range(self.sizes.n_heads):
+                for values, written in (
+                    (heads, self.values),
+                    (stand_ins, self.stand_ins),
+                    (stand_ins.detach(), self.fixed),
+                ):
+                    alone = torch.zeros_like(heads)
+                    alone[:, :, head] = values[:, :, head]
+                    own = output.forward(alone.flatten(2)) - bias
+                    written[f"a{layer}.h{head}"] = self.after_norm(block, own, total)
+            self.biases[layer] = self.after_norm(block, bias, total)
+
+        return hook
+
+    def after_norm(self, block: nn.Module, part: Tensor, total: Tensor) -> Tensor:
+        """What a part of a sum becomes in an RMS norm of the sum."""
+        if not self.family.attention_post_norm:
+            return part
+        norm: Any = block.get_submodule(self.family.attention_post_norm)
+        epsilon = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
+        ones = torch.ones_like(total)
+        gain = norm.forward(ones) * (1 + epsilon) ** 0.5
+        normed: Tensor = part * gain / torch.sqrt(total.pow(2).mean(-1, keepdim=True) + epsilon)
+        return normed
+
+    def write_mlp(self, layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            self.values[f"m{layer}"] = output.view(*self.batch.tokens.shape, self.sizes.d_model)
+            self.stand_ins[f"m{layer}"] = self.replacements.mlps[layer]
+            self.fixed[f"m{layer}"] = self.replacements.mlps[layer].detach()
+
+        return hook

@@ -1,0 +1,180 @@
+"""How much memory a training step of a node circuit takes, found without weights.
+
+The step is carried out on tensors that have shapes and no content, and the bytes of those that live at one time are
+counted. So the figure is that of Hugging Face's own code, whatever the family keeps for its backward pass, and no
+formula has to follow it.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from oa_train.ablations.constants import Constants
+from oa_train.batches import Batch, unanswered
+from oa_train.errors import RunError
+from oa_train.engine.forward import scored_logits
+from oa_train.diagnostics.live_bytes import LiveBytes
+from oa_train.engine.nodes import node_taps, spread_mask
+from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.selection import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.loading import CausalLM
+from oa_train.models.sharding import shard
+from oa_train.shapes import Tensor
+
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a training step is made of, as far as memory goes.
+
+    Attributes:
+        batch_size: prompts in a batch of one process.
+        n_tokens: tokens of every prompt.
+        samples_per_prompt: mask samples drawn for each prompt.
+        autocast: whether the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
+        activation_checkpointing: whether blocks are run again in the backward pass.
+        strategy: `auto` for one process, `ddp`, or `fsdp`, in which processes share the model's weights.
+        n_processes: how many there are.
+    """
+
+    batch_size: int
+    n_tokens: int
+    samples_per_prompt: int
+    autocast: bool = False
+    activation_checkpointing: bool = False
+    strategy: Strategy = "auto"
+    n_processes: int = 1
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that live at the peak of a training step; the parts sum to it.
+
+    What a device takes beside tensors is not in it: the libraries themselves, work space of matrix products, and
+    what an allocator rounds up.
+
+    Attributes:
+        weights: the frozen model's parameters and buffers, or the process's share of them.
+        gathered: weights from other processes that stay when a run of a shared model has ended: those outside of the
+            blocks, which are gathered one by one and dropped again.
+        trained: masks and pooled constants, their gradients and Adam's two moments.
+        replacements: masks, and constants that differ by position, laid out for every row and position.
+        activations: what the masked run keeps for the backward pass.
+        logits: logits of the clean and the masked run, and what their divergence keeps.
+        passing: made and dropped on the way, at the worst moment.
+    """
+
+    weights: int
+    gathered: int
+    trained: int
+    replacements: int
+    activations: int
+    logits: int
+    passing: int
+
+    @property
+    def total(self) -> int:
+        """All parts."""
+        return sum(asdict(self).values())
+
+
+def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
+    """Find what a training step of a circuit with pooled constants takes, in each process.
+
+    Args:
+        model: a model on the meta device, as `empty_model` makes it; it stays as it is.
+        settings: the step.
+
+    Raises:
+        RunError: a step of processes that share the model is asked for while processes are connected.
+    """
+    shapes: Any = copy.deepcopy(model)
+    shapes.config.pad_token_id = None  # else transformers looks for it among the tokens, to warn
+    tokens = torch.zeros(settings.batch_size, settings.n_tokens, dtype=torch.long)
+    batch = unanswered(tokens, torch.ones_like(tokens, dtype=torch.bool))
+    shared = settings.strategy == "fsdp"
+    others = _processes_without_others(settings.n_processes) if shared else nullcontext()
+    # Nobody can ask tensors on the meta device for a value, as some models' code does; fakes of the CPU may be asked.
+    with others as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        standing = shapes.to_empty(device="cpu")
+        standing.tie_weights()
+        if mesh is not None:
+            shard(standing, mesh)
+        live.peak = live.now  # weights that are tied, or now shared out, stood twice until now
+        return _step(standing, batch, settings, live)
+
+
+@contextmanager
+def _processes_without_others(n_processes: int) -> Iterator[DeviceMesh]:
+    """Be the first of several processes of which the others do not exist: what they would send has a size only."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end "fake"
+
+    if distributed.is_initialized():
+        raise RunError("The memory of processes that share a model is found by one process that is on its own.")
+    distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
+    try:
+        yield init_device_mesh("cpu", (n_processes,))
+    finally:
+        distributed.destroy_process_group()
+
+
+def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes) -> StepMemory:
+    """Do what `training.circuit_module` does in a step, and note after each part how much lives."""
+    weights, copies = live.now, settings.samples_per_prompt
+    sizes = Dimensions.of(model.config)
+    mask, constants, optimiser = _trained(sizes, in_buckets=settings.strategy == "ddp")
+    trained = live.now
+    with _precision(settings):
+        with torch.no_grad():
+            clean = scored_logits(model, batch)
+        after_clean = live.now
+        rows = batch.repeat(copies)
+        spread = spread_mask(mask.expand(len(rows), -1), torch.zeros_like(rows.attention_mask))
+        taps = node_taps(model, spread, constants.replacements(rows))
+        laid_out = live.now
+        logits = scored_logits(model, rows, taps, settings.activation_checkpointing)
+        ran = live.now
+        loss = kl_divergence(torch.cat([clean] * copies), logits).mean()
+        compared = live.now
+    loss.backward()
+    del optimiser
+    return StepMemory(
+        weights=weights,
+        gathered=after_clean - trained - clean.nbytes,
+        trained=trained - weights,
+        replacements=laid_out - after_clean,
+        activations=ran - laid_out - logits.nbytes,
+        logits=clean.nbytes + logits.nbytes + compared - ran,
+        passing=live.peak - compared,
+    )
+
+
+def _precision(settings: StepSettings) -> AbstractContextManager[object]:
+    # Both half precisions are of one size.
+    return torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext()
+
+
+def _trained(sizes: Dimensions, in_buckets: bool) -> tuple[Tensor, Constants, list[Tensor]]:
+    """A mask and constants with their gradients, and Adam's moments.
+
+    Args:
+        sizes: of the model.
+        in_buckets: whether gradients stand a second time in the buckets in which DDP sends them.
+    """
+    mask = torch.ones(len(Components.of(sizes)), requires_grad=True)
+    zeros = Constants.zeros(sizes)
+    constants = replace(zeros, heads=zeros.heads.requires_grad_(), mlps=zeros.mlps.requires_grad_())
+    moments = []
+    for leaf in (mask, constants.heads, constants.mlps):
+        leaf.grad = torch.zeros_like(leaf)
+        moments += [torch.zeros_like(leaf) for _ in range(3 if in_buckets else 2)]
+    return mask, constants, moments

@@ -1,0 +1,94 @@
+"""Checks of where a model's queries, keys and values stand, for the self-check.
+
+That all edges kept give the model itself says little of this: wrong projections with equal inputs give equal outputs.
+"""
+
+import torch
+
+from oa_train.ablations.base import SourceValues
+from oa_train.batches import Batch
+from oa_train.engine.reading import source_values
+from oa_train.engine.edges.run import edge_logits
+from oa_train.models.families import check_family, find_parts
+from oa_train.models.graph import Graph
+from oa_train.models.loading import CausalLM
+from oa_train.models.taps import Tap, tapped
+from oa_train.shapes import Bool, Float, Tensor
+
+
+@torch.no_grad()
+def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row scored vocabulary"]:
+    """What the edge interventions give where no edge is cut."""
+    everything = torch.ones(len(batch), len(Graph.of(model.config)), device=model.device)
+    return edge_logits(model, batch, everything, source_values(model, batch), None)
+
+
+@torch.no_grad()
+def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
+    """Count readers of attention that change other values of heads than they may.
+
+    A reader is given another input at one position. Of a query this can change its own head there and nowhere else; of
+    a key or value the heads that share it, there and later. A value that is given the same input everywhere makes its
+    heads the same everywhere, whatever they attend to.
+
+    Args:
+        model: frozen causal language model.
+        batch: a prompt without padding; its first token is left alone.
+        tolerance: difference, as a part of the largest value, that counts as none.
+    """
+    graph, place = Graph.of(model.config), batch.tokens.shape[1] // 2
+    post_norm = bool(check_family(model.config.model_type).attention_post_norm)
+    wrong = 0
+    for layer in range(graph.n_layers):
+        readers = layer * (graph.n_heads + 2 * graph.n_kv_heads + 1) + torch.arange(
+            graph.n_heads + 2 * graph.n_kv_heads
+        )
+        mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
+        clean = _heads(model, batch.repeat(len(readers)), torch.ones_like(mask), source_values(model, batch), layer)
+        moved_there = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, place), layer)
+        the_same = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, None), layer)
+        largest = clean.abs().max()
+        moved = ((moved_there - clean).abs().amax(dim=-1) > tolerance * largest).cpu()
+        may_move = _may_move(model, graph, place, batch.tokens.shape[1])
+        varies = ((the_same - the_same[:, :1]).abs().amax(dim=(1, 3)) > tolerance * largest).cpu()
+        varies &= may_move.any(dim=1)
+        # With a norm after attention the same replacement is written with each token's own scale.
+        varies[: None if post_norm and layer else -graph.n_kv_heads] = False
+        wrong += int(((moved & ~may_move).flatten(1).any(dim=1) | varies.any(dim=1)).sum())
+    return wrong
+
+
+def _heads(
+    model: CausalLM, batch: Batch, mask: Tensor, replacements: SourceValues, layer: int
+) -> Float[Tensor, "row position head d_head"]:
+    """Values of a layer's heads while edges are cut."""
+    parts, read = find_parts(model), list[Tensor]()
+    with tapped([Tap(parts.attention_outputs[layer], "input", read.append)]):
+        edge_logits(model, batch, mask, replacements.repeat(len(mask)), None)
+    sizes = parts.dimensions
+    return read[0].reshape(*batch.tokens.shape, sizes.n_heads, sizes.d_head)
+
+
+def _moved(model: CausalLM, batch: Batch, place: int | None) -> SourceValues:
+    """The model's own values, but at one position those of the position before; or everywhere those of the first."""
+    values = source_values(model, batch)
+    width = batch.tokens.shape[1]
+    positions = torch.arange(width) if place is not None else torch.zeros(width, dtype=torch.long)
+    if place is not None:
+        positions[place] = place - 1
+    return SourceValues(*(one[:, :, positions] for one in values.tensors()))
+
+
+def _may_move(model: CausalLM, graph: Graph, place: int, width: int) -> Bool[Tensor, "reader position head"]:
+    """Which values of heads can move when each reader of a layer has another input at one position."""
+    heads = torch.arange(graph.n_heads)
+    own = heads.unsqueeze(1) == heads
+    shared = torch.arange(graph.n_kv_heads).unsqueeze(1) == heads // (graph.n_heads // graph.n_kv_heads)
+    positions = torch.arange(width).view(1, -1, 1)
+    if check_family(model.config.model_type).joint_norms:
+        own, of_keys = torch.ones_like(own), torch.ones_like(shared)
+    else:
+        of_keys = shared
+    queries = own.unsqueeze(1) & (positions == place)
+    keys, values = (heads_of.unsqueeze(1) & (positions >= place) for heads_of in (of_keys, shared))
+    return torch.cat([queries, keys, values])

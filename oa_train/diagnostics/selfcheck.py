@@ -1,0 +1,318 @@
+"""Does the family table fit this model? Checks on the model itself, with random tokens.
+
+A wrong entry seldom stops the model: it reads and replaces other values than it should. Every check states something
+that only holds where the entry is right.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+
+from oa_train.ablations.constants import Constants
+from oa_train.batches import Batch, unanswered
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.nodes import node_logits, node_taps, spread_mask
+from oa_train.diagnostics.reader_checks import logits_with_every_edge, misplaced_readers
+from oa_train.diagnostics.reference import reference_node_logits
+from oa_train.models.selection import Components
+from oa_train.models.families import check_family, find_parts, is_parallel
+from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.taps import Tap
+from oa_train.seeds import torch_generator
+from oa_train.shapes import Float, Int, Tensor
+
+# Largest difference, as a part of the largest value, that rounding may make. Many families norm in float32 whatever
+# their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+
+# Long enough for attention and padding to matter, short enough for the slow reference.
+N_TOKENS = 6
+# Positions in the tables of constants: fewer than tokens, so that the last row serves several.
+TABLE = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found.
+
+    Attributes:
+        name: what should hold.
+        figure: the largest difference as a part of the largest value, or a number of exceptions; not a number where
+            the check could not be carried out.
+        tolerance: the figure's limit.
+        problem: why the check could not be carried out, or nothing.
+    """
+
+    name: str
+    figure: float
+    tolerance: float
+    problem: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the figure is within its limit."""
+        return self.figure <= self.tolerance
+
+
+def self_check(model: CausalLM, seed: int = 0) -> tuple[Check, ...]:
+    """Check that the interventions fit a model.
+
+    Args:
+        model: frozen causal language model; the checks are sharpest in float64.
+        seed: of tokens, masks and constants.
+
+    Returns:
+        The checks in the order in which they were made. One that stops with an error has failed; the others still
+        take place.
+
+    Raises:
+        ModelError: the family is not in the table, or the model is not built as its entry says.
+    """
+    find_parts(model)
+    trial = _Trial(model, seed)
+    before = _state(model, trial)
+    rounding = TOLERANCES[model.dtype]
+    found = [_carried_out(name, rounding, check, trial) for name, check in COMPARISONS.items()]
+    found += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
+    after = _state(model, trial)
+    changed = sum(before[what] != after[what] for what in before)
+    return (*found, Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+
+
+def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float], trial: "_Trial") -> Check:
+    try:
+        return Check(name, check(trial), tolerance)
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as problem:
+        # Values that are replaced in the wrong place can break a model's own code anywhere.
+        first = str(problem).strip().split("\n")[0]
+        return Check(name, float("nan"), tolerance, f"{type(problem).__name__}: {first}")
+
+
+class _Trial:
+    """One model with all that the checks draw for it, in its data type and on its device.
+
+    Args:
+        model: the model.
+        seed: of all draws.
+    """
+
+    def __init__(self, model: CausalLM, seed: int) -> None:
+        self.model = model
+        self.parts = find_parts(model)
+        self.dimensions = self.parts.dimensions
+        self.seed = seed
+        self.vocabulary: int = model.config.vocab_size
+        bos = getattr(model.config, "bos_token_id", None)
+        self.bos_token_id: int | None = bos if isinstance(bos, int) and bos < self.vocabulary else None
+
+    def tokens(self, n_rows: int) -> Int[Tensor, "row position"]:
+        """Random tokens after the model's BOS, if it has one."""
+        shape = (n_rows, N_TOKENS)
+        tokens = torch.randint(0, self.vocabulary, shape, generator=torch_generator(self.seed, "check tokens"))
+        if self.bos_token_id is not None:
+            tokens[:, 0] = self.bos_token_id
+        return tokens.to(self.model.device)
+
+    def mask(self, n_rows: int) -> Float[Tensor, "row component"]:
+        """Random entries, of which about a quarter each is exactly 0 and exactly 1."""
+        entries = torch.rand(self.ones(n_rows).shape, generator=torch_generator(self.seed, "check masks"))
+        return (2 * entries - 0.5).clamp(0, 1).to(self.model.device, self.model.dtype)
+
+    def ones(self, n_rows: int) -> Float[Tensor, "row component"]:
+        """Masks that keep everything."""
+        n_components = len(Components.of(self.dimensions))
+        return torch.ones(n_rows, n_components, dtype=self.model.dtype, device=self.model.device)
+
+    def constants(self, n_positions: int = 1) -> Constants:
+        """Random constants."""
+        zeros = Constants.zeros(self.dimensions, self.bos_token_id, n_positions)
+        generator = torch_generator(self.seed, "check constants")
+        heads, mlps = (
+            torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
+            for table in (zeros.heads, zeros.mlps)
+        )
+        return replace(zeros, heads=heads, mlps=mlps)
+
+    def logits(self, batch: Batch, mask: Tensor, constants: Constants) -> Float[Tensor, "row scored vocabulary"]:
+        """What the fast interventions give."""
+        return node_logits(self.model, batch, mask, constants.replacements(batch), constants.bos_token_id)
+
+    @cached_property
+    def fast_and_slow(self) -> list[tuple[Tensor, ...]]:
+        """Logits and the gradients of mask and constants, by the fast interventions and by the slow reference."""
+        first, second = self.tokens(2)
+        batch = _batch([first, second[: N_TOKENS - 2]], "left")
+        found = []
+        for run in (node_logits, reference_node_logits):
+            constants = self.constants(TABLE)
+            leaves = [leaf.requires_grad_() for leaf in (self.mask(2), constants.heads, constants.mlps)]
+            logits = run(self.model, batch, leaves[0], constants.replacements(batch), constants.bos_token_id)
+            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+            found.append((logits.detach(), *torch.autograd.grad((logits * weights).sum(), leaves)))
+        return found
+
+    @torch.no_grad()
+    def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
+        """What each block adds to the residual stream."""
+        blocks = find_parts(self.model).blocks
+        read: list[Tensor] = []
+        written: list[Tensor] = []
+        ends = [
+            tap for block in blocks for tap in (Tap(block, "input", read.append), Tap(block, "output", written.append))
+        ]
+        scored_logits(self.model, batch, [*taps, *ends])
+        return torch.stack(written) - torch.stack(read)
+
+
+@torch.no_grad()
+def _all_kept(trial: _Trial) -> float:
+    batch = _batch(trial.tokens(2))
+    plain: Tensor = trial.model(input_ids=batch.tokens, use_cache=False).logits
+    return _difference(trial.logits(batch, trial.ones(2), trial.constants()), plain[:, -1:])
+
+
+@torch.no_grad()
+def _all_ablated(trial: _Trial) -> float:
+    tokens = trial.tokens(2)
+    tokens[1, -1] = tokens[0, -1]
+    logits = trial.logits(_batch(tokens), 0 * trial.ones(2), trial.constants(TABLE))
+    return _difference(logits[1], logits[0])
+
+
+@torch.no_grad()
+def _ablated_blocks(trial: _Trial) -> float:
+    """What a block adds less its MLP's constant is the same for all tokens, and for other such constants."""
+    batch = _batch(trial.tokens(2))
+    constants = trial.constants()
+    others = replace(constants, mlps=torch.zeros_like(constants.mlps))
+    everywhere = spread_mask(0 * trial.ones(2), torch.zeros_like(batch.attention_mask))
+    rest = [
+        trial.added(batch, node_taps(trial.model, everywhere, one.replacements(batch))) - one.mlps.unsqueeze(1)
+        for one in (constants, others)
+    ]
+    return _difference(torch.stack(rest), rest[1][:, :1, :1].expand_as(torch.stack(rest)))
+
+
+@torch.no_grad()
+def _padding(trial: _Trial) -> float:
+    tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
+    batches = [_batch(tokens), _batch(tokens, "left", N_TOKENS + 3), _batch(tokens, "right", N_TOKENS + 3)]
+    masked = [trial.logits(batch, mask, constants) for batch in batches]
+    clean = [scored_logits(trial.model, batch) for batch in batches]
+    return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])
+
+
+@torch.no_grad()
+def _all_edges_kept(trial: _Trial) -> float:
+    batch = _batch(trial.tokens(2))
+    return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
+
+
+def _misplaced_readers(trial: _Trial) -> float:
+    return misplaced_readers(trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype])
+
+
+def _values_against_reference(trial: _Trial) -> float:
+    fast, slow = trial.fast_and_slow
+    return _difference(fast[0], slow[0])
+
+
+def _gradients_against_reference(trial: _Trial) -> float:
+    fast, slow = trial.fast_and_slow
+    return _largest(_difference(given, expected) for given, expected in zip(fast[1:], slow[1:], strict=True))
+
+
+@torch.no_grad()
+def _wrong_parallel(trial: _Trial) -> float:
+    """Layers whose MLP changes with the heads of its own layer in a parallel model, or does not in another."""
+    n_layers = trial.dimensions.n_layers
+    batch = _batch(trial.tokens(1).expand(n_layers, -1))
+    kept = trial.ones(n_layers)
+    ablated = kept.unflatten(1, (n_layers, -1)).clone()
+    layers = torch.arange(n_layers)
+    ablated[layers, layers, :-1] = 0
+    runs: list[list[Tensor]] = []
+    for mask in (kept, ablated.flatten(1)):
+        outputs: list[Tensor] = []
+        spread = spread_mask(mask, torch.zeros_like(batch.attention_mask))
+        taps = node_taps(trial.model, spread, trial.constants().replacements(batch))
+        scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
+        runs.append(outputs)
+    parallel = is_parallel(trial.model.config)
+    return sum(
+        torch.equal(before[row], after[row]) != parallel for row, (before, after) in enumerate(zip(*runs, strict=True))
+    )
+
+
+@torch.no_grad()
+def _wrong_post_norms(trial: _Trial) -> float:
+    """Layers that add something else than attention and MLP write in a model without post-norms, or the reverse."""
+    writes: list[Tensor] = []
+    modules = [module for pair in zip(trial.parts.attention_outputs, trial.parts.mlps, strict=True) for module in pair]
+    added = trial.added(_batch(trial.tokens(2)), [Tap(module, "output", writes.append) for module in modules])
+    by_row = [value.reshape(added.shape[1:]) for value in writes]  # some families put rows and positions together
+    written = torch.stack(by_row).unflatten(0, (-1, 2)).sum(dim=1)
+    post_norms = check_family(trial.model.config.model_type).post_norms
+    # A first token can have activations that are a thousand times the others', which would hide a difference.
+    pairs = zip(added[:, :, 1:], written[:, :, 1:], strict=True)
+    return sum((_difference(*pair) > TOLERANCES[trial.model.dtype]) != post_norms for pair in pairs)
+
+
+# What should hold, and the function that gives the largest difference from it.
+COMPARISONS: dict[str, Callable[[_Trial], float]] = {
+    "all kept: the logits are the model's own": _all_kept,
+    "all ablated: only the last token and its position count": _all_ablated,
+    "all ablated: blocks add their constants and nothing else": _ablated_blocks,
+    "padding left, right and none agree": _padding,
+    "the logits are the slow reference's": _values_against_reference,
+    "the gradients are the slow reference's": _gradients_against_reference,
+    "every edge kept: the logits are the model's own": _all_edges_kept,
+}
+# What should hold, and the function that counts exceptions.
+COUNTS: dict[str, Callable[[_Trial], float]] = {
+    "every MLP reads what `parallel` says": _wrong_parallel,
+    "every block adds what `post_norms` says": _wrong_post_norms,
+    "every query, key and value reads what its name says": _misplaced_readers,
+}
+
+
+def _batch(
+    rows: Sequence[Tensor] | Tensor, side: Literal["left", "right"] = "right", width: int | None = None
+) -> Batch:
+    width = width or max(map(len, rows))
+    tokens = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
+    real = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, ids in enumerate(rows):
+        place = slice(width - len(ids), width) if side == "left" else slice(len(ids))
+        tokens[row, place], real[row, place] = ids, True
+    return unanswered(tokens, real)
+
+
+def _difference(given: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """The largest difference as a part of the largest expected value; not a number where one of them is not."""
+    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return float((given - expected).abs().max() / largest)
+
+
+def _largest(figures: Iterable[float]) -> float:
+    return float(torch.tensor(list(figures)).max())  # unlike python's, it does not lose what is not a number
+
+
+def _state(model: CausalLM, trial: _Trial) -> dict[str, Any]:
+    """All that an intervention could leave behind. Versions count in-place changes, so that no copy is needed."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
+    return {
+        "hooks": [list(getattr(module, kind)) for module in model.modules() for kind in kinds],
+        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
+        "weights": [
+            (name, id(weight), weight.data_ptr(), weight._version, weight.requires_grad, weight.grad is None)
+            for name, weight in model.named_parameters()
+        ],
+        "fingerprint": fingerprint(model),
+        "logits": logits.double().cpu().numpy().tobytes(),
+    }

@@ -1,0 +1,331 @@
+"""Where the fast engine for edges keeps what is written, and the products of matrices that mix it for readers.
+
+What sources write stands in one tensor [entry, row, position, d_model], less their replacements. What is read
+whatever the mask adds up in its first entry: replacements, and biases of attention outputs. So
+
+    input of a reader = sum over sources of mask * written + standing
+
+is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what
+is written add up in a second tensor like the first.
+
+Each layer's product goes over all that is written before it. One product for several layers would go over it less
+often, which a CPU does not notice: with some dozens of readers it is busy computing. A GPU waits for its memory there.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from oa_train.engine.nodes import ABLATED_BELOW
+from oa_train.engine.edges.workspace import Workspace
+from oa_train.models.graph import Graph
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is the same for every mask in one layer.
+
+    Its readers are those of attention, the MLP, and after the last layer the logits, in the order of the graph. An
+    entry is what all read whatever the mask, or a source.
+
+    Attributes:
+        n_readers: in all.
+        attention: which of them are attention's.
+        before: entries that are written before attention reads.
+        n_entries: that are written before the layer's end.
+        edges: the layer's, in the order of the graph.
+        places: where they stand in [reader, entry], flattened.
+    """
+
+    n_readers: int
+    attention: slice
+    before: int
+    n_entries: int
+    edges: slice
+    places: Int[Tensor, " edge"]
+
+
+@cache
+def plans(graph: Graph, device: torch.device) -> tuple[Plan, ...]:
+    """The layers of a model, in order."""
+    return tuple(_plan(graph, layer, device) for layer in range(graph.n_layers))
+
+
+def _plan(graph: Graph, layer: int, device: torch.device) -> Plan:
+    n_readers = graph.n_heads + 2 * graph.n_kv_heads + 1
+    first, end = layer * n_readers, (layer + 1) * n_readers + (layer + 1 == graph.n_layers)
+    n_entries = written_before(graph, layer + 1)
+    edges = slice(int(graph.first_edge[first]), int(graph.first_edge[end - 1] + graph.n_read[end - 1]))
+    places = (graph.edge_readers[edges] - first) * n_entries + 1 + graph.edge_sources[edges]
+    before = written_before(graph, layer)
+    return Plan(end - first, slice(0, n_readers - 1), before, n_entries, edges, places.to(device))
+
+
+def written_before(graph: Graph, layer: int) -> int:
+    """How many entries are written before a layer; they are the first ones."""
+    return 2 + layer * (graph.n_heads + 1)
+
+
+class Layer:
+    """The masks of one layer.
+
+    Attributes:
+        plan: of the layer.
+        keep: masks; 0 where there is no edge. Attention reads the first entry, which is no source, as it is.
+        to_keep: gradients to them, right at the edges only.
+        inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        mask: Float[Tensor, "row edge"],
+        inputs: Float[Tensor, "reader row position d_model"],
+    ) -> None:
+        self.plan, self.inputs = plan, inputs
+        self.keep: Float[Tensor, "row reader entry"] = self._laid_out(mask[:, plan.edges].to(inputs.dtype))
+        self.keep[:, plan.attention, 0] = 1
+        self.to_keep: Float[Tensor, "row reader entry"] | None = None
+
+    def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader entry"]:
+        laid = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
+        laid.index_copy_(1, self.plan.places, of_edges)
+        return laid.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
+
+    def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
+        """How much of the gradient to its source's replacement comes through each edge."""
+        keep = self.keep.flatten(1).index_select(1, self.plan.places).to(dtype)
+        return self._laid_out(torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0))
+
+    def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
+        """To the layer's edges."""
+        assert self.to_keep is not None
+        return self.to_keep.flatten(1).index_select(1, self.plan.places)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run is for.
+
+    Attributes:
+        mask: whether there are gradients to the mask.
+        recompute: whether it is to mix again what readers read.
+        constants: numbers of rows and of positions over which gradients to replacements are kept apart; None where
+            there are none.
+        centred: whether nobody sees the mean over dimensions of what is written, so that it is taken off.
+        scaled: whether what is read whatever the mask carries gradients, through the scale of a norm after attention.
+    """
+
+    mask: bool
+    recompute: bool
+    constants: tuple[int, int] | None
+    centred: bool
+    scaled: bool
+
+    @property
+    def gradients(self) -> bool:
+        """Whether a backward pass will come."""
+        return self.mask or self.constants is not None
+
+    @property
+    def inputs(self) -> bool:
+        """Whether what readers read is kept."""
+        return self.gradients and not self.recompute
+
+
+class Buffers:
+    """What has been written in one run of a model, and what is read of it.
+
+    Args:
+        workspace: of the model.
+        graph: of the model.
+        mask: of each row.
+        kept: tokens at which every reader reads the model's own residual stream.
+        d_model: width of the residual stream.
+        dtype: of everything here.
+        needs: what the run is for.
+
+    Attributes:
+        layers: of the model.
+        written: what all read whatever the mask, as it was when attention last read; then what sources have written.
+        standing: what all read whatever the mask, so far.
+        standing_before: the same when each layer's attention read.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        graph: Graph,
+        mask: Float[Tensor, "row edge"],
+        kept: Bool[Tensor, "row position"],
+        d_model: int,
+        dtype: torch.dtype,
+        needs: Needs,
+    ) -> None:
+        self.graph, self.needs = graph, needs
+        self.shape = (*kept.shape, d_model)
+        self._workspace = workspace
+        self._kept = kept.nonzero(as_tuple=True)
+        self._kind = dtype, mask.device
+        every = plans(graph, mask.device)
+        sizes = [plan.n_readers for plan in every]
+        self._inputs = self._take("inputs", sum(sizes) if needs.inputs else max(sizes))
+        places = self._inputs.split(sizes) if needs.inputs else [self._inputs[:size] for size in sizes]
+        self.layers = [Layer(plan, mask, inputs) for plan, inputs in zip(every, places, strict=True)]
+        self._spent = False
+        self.written: Float[Tensor, "entry row position d_model"] = self._take("written", 1 + graph.n_sources)
+        # The first entry is the gradient to what all read whatever the mask, if there is one.
+        self._gradient: Float[Tensor, "entry row position d_model"] | None = None
+        self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"] | None = None
+        self.standing: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, d_model)
+        self.standing_before: dict[int, Tensor] = {}
+
+    def _take(self, name: str, n_entries: int) -> Float[Tensor, "entry row position d_model"]:
+        return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
+
+    def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
+        """A flat tensor of any numbers, for the length of a context."""
+        return self._workspace.lend(name, size, *self._kind)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """To the data type of everything here."""
+        return tensor.to(self.written.dtype)
+
+    def centre(self, written: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
+        """Take the mean off in place, where nobody sees it; this is its own transpose."""
+        return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
+
+    def open(self, layer: int, readers: slice) -> None:
+        """Mix what was written before a layer for some of its readers."""
+        self.written[0] = self.standing_before.setdefault(layer, self.standing)
+        self.mix(layer, readers, slice(0, self.layers[layer].plan.before), first=True)
+
+    def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
+        """Add what is written to what readers of a layer read, or make it the first that they read."""
+        at = self.layers[layer]
+        if entries.start < entries.stop:
+            _by_row(at.inputs[readers]).baddbmm_(
+                at.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
+            )
+
+    def keep_own(self, inputs: Float[Tensor, "reader row position d_model"], own: Tensor) -> None:
+        """Put the model's own stream at tokens that are never ablated."""
+        rows, positions = self._kept
+        inputs[:, rows, positions] = self.centre(self.cast(own[rows, positions]))
+
+    def begin_backward(self) -> None:
+        """Make room for gradients.
+
+        Raises:
+            RuntimeError: this is the second backward pass.
+        """
+        if self._spent:
+            raise RuntimeError(
+                "A second backward pass through one run of edge_logits: the first has overwritten what the readers "
+                "read. Add the losses up before calling backward, run the model again, or take engine='stock'."
+            )
+        self._spent = True
+        self._gradient = self._take("gradient", len(self.written))
+        self._gradient[0] = 0
+        if self.needs.constants is not None:
+            dtype = self.written.dtype
+            if self.needs.constants[1] == 1:
+                dtype = torch.promote_types(dtype, torch.float32)  # a sum over all tokens, and a small tensor
+            shape = (len(self.written), *self.needs.constants, self.shape[-1])
+            self._to_constants = self.written.new_zeros(shape, dtype=dtype)
+
+    def take_apart(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
+        """The other side of `keep_own` and of what is read whatever the mask."""
+        assert self._gradient is not None
+        rows, positions = self._kept
+        gradients[:, rows, positions] = 0
+        if self.needs.scaled:
+            self._gradient[0] += gradients.sum(dim=0)
+
+    def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
+        """The other side of `mix`; gradients to what the readers read stand in its place.
+
+        Args:
+            layer: of the readers.
+            readers: in the layer.
+            entries: sources that they read.
+            first: no other gradients have come to these sources before.
+        """
+        assert self._gradient is not None
+        at = self.layers[layer]
+        if entries.start < entries.stop:
+            _by_row(self._gradient[entries]).baddbmm_(
+                at.keep[:, readers, entries].transpose(1, 2), _by_row(at.inputs[readers]), beta=0 if first else 1
+            )
+
+    def close(self, layer: int) -> None:
+        """The other side of `open`, when the gradients to what all readers of a layer read are there."""
+        at = self.layers[layer]
+        plan = at.plan
+        # The last layer is the first whose gradients arrive.
+        self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=at is self.layers[-1])
+        if self.needs.mask:
+            at.to_keep = _by_row(at.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
+        if self._to_constants is not None:
+            _add_to_constants(self._to_constants[: plan.n_entries], at)
+
+    def gradient_to_standing(self) -> Float[Tensor, "row position d_model"]:
+        """To what all read whatever the mask, from those who have read since."""
+        assert self._gradient is not None
+        return self._gradient[0]
+
+    def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
+        """To what was written, when all who have read it are done."""
+        assert self._gradient is not None
+        return self.centre(self._gradient[sources])
+
+    def gradient_of_constants(
+        self, sources: slice, shape: torch.Size, scale: Tensor | None = None
+    ) -> Float[Tensor, "source row_or_1 position_or_1 d_model"]:
+        """To replacements, in the space of the residual stream, at the end of the backward pass.
+
+        Args:
+            sources: whose they are.
+            shape: rows and positions of the replacements.
+            scale: what they were multiplied with at each token.
+        """
+        assert self._to_constants is not None
+        total = self.centre(self._to_constants[sources])
+        if scale is not None:
+            total = total * scale
+        return total.sum_to_size(len(total), *shape, total.shape[-1])
+
+    def gradient_of_mask(self) -> Float[Tensor, "row edge"] | None:
+        """To all edges, at the end of the backward pass."""
+        return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
+
+    def end_forward(self) -> None:
+        """Forget what no backward pass will need."""
+        if not self.needs.gradients:
+            self.free()
+
+    def free(self) -> None:
+        """Give back all large tensors; nothing is read or written any more."""
+        for name, tensor in (("written", self.written), ("inputs", self._inputs), ("gradient", self._gradient)):
+            if tensor is not None:
+                self._workspace.give(name, tensor)
+        self.layers = []
+        del self.written, self._inputs, self._gradient, self._to_constants, self._workspace
+
+
+def _add_to_constants(total: Float[Tensor, "entry row_or_1 position_or_1 d_model"], layer: Layer) -> None:
+    cut, gradients = layer.cut(total.dtype), layer.inputs
+    if total.shape[2] == 1:
+        gradients = gradients.sum(dim=2, keepdim=True, dtype=total.dtype)
+    if total.shape[1] == 1:
+        by_source = cut.permute(2, 1, 0).flatten(1)
+        total.view(len(total), -1).addmm_(by_source, gradients.flatten(0, 1).flatten(1))
+    else:
+        _by_row(total).baddbmm_(cut.transpose(1, 2), _by_row(gradients))
+
+
+def _by_row(tensor: Float[Tensor, "any row position d_model"]) -> Float[Tensor, "row any numbers"]:
+    return tensor.flatten(2).transpose(0, 1)

@@ -1,0 +1,312 @@
+"""What a task is: prompts that are drawn without state, in streams that share no prompt."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+
+from oa_train.batches import Batch
+from oa_train.errors import ConfigurationError, TaskError
+from oa_train.models.loading import BUILT_IN, LMSpec
+from oa_train.seeds import derive_seed, python_generator
+from oa_train.shapes import Int, Tensor
+from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Tokenizer, bos_token_id, load_tokenizer
+
+Stream = Literal["train", "refit", "means", "validation", "test"]
+AnswerPositions = Literal["last", "every"]
+
+# Which tenths of all texts belong to which stream. Neither a seed nor an option moves a text to another
+# stream, so what one run trains on is never what another one tests on.
+TENTHS: tuple[Stream, ...] = ("train",) * 5 + ("refit",) * 2 + ("means", "validation", "test")
+
+# The smallest streams hold a tenth of the texts, so a grammar with many texts fails this often with a
+# chance of 0.9 ** 1000.
+ATTEMPTS = 1000
+
+# So many times as many attempts are made for prompts of one length: with this a length that one prompt in fifty has is
+# missed with a chance of 0.998 ** 20000.
+RARE_LENGTHS = 20
+
+
+@dataclass(frozen=True)
+class Question:
+    """A place inside a prompt at which an answer is expected.
+
+    Attributes:
+        text: the beginning of the prompt, up to and including the token that predicts the answer.
+        answers: texts of which each is a right continuation by one token (" Anna", "32").
+        distractors: wrong continuations of one token that the answers are compared with.
+    """
+
+    text: str
+    answers: tuple[str, ...]
+    distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompt(Question):
+    """A text that ends with a question, and may hold others before.
+
+    Attributes:
+        text: the prompt, up to and including the token that predicts the last answer.
+        answers: texts of which each is a right continuation by one token (" Anna", "32").
+        distractors: wrong continuations of one token that the answers are compared with.
+        counterfactual: the prompt with other content, as many tokens long; None when the task has none.
+        earlier: questions that the text answers itself as it goes on, from left to right.
+    """
+
+    counterfactual: str | None = None
+    earlier: tuple[Question, ...] = ()
+
+
+def stream_of(text: str) -> Stream:
+    """The only stream in which a prompt with this text may appear."""
+    return TENTHS[derive_seed("stream", text) % len(TENTHS)]
+
+
+class Task(ABC):
+    """Prompts of one kind, for one model's tokenizer.
+
+    A prompt depends on the seed, its stream and its number and on nothing that was drawn before it.
+
+    Args:
+        lm: the model whose tokenizer encodes the prompts; the built-in model by default.
+        seed: other seeds give other prompts.
+        batch_size: prompts in a training batch.
+        batches_per_epoch: training batches between two validations.
+        n_validation: prompts that validation uses.
+        n_test: prompts that the final evaluation uses.
+        n_means: prompts over which mean ablation averages.
+        padding_side: where shorter prompts of a batch are filled up.
+        evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
+        n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
+        answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
+
+    Attributes:
+        name: name of the task in configurations and artefacts.
+        encoder: turns texts into token ids.
+
+    Raises:
+        ConfigurationError: an argument has a value that cannot work.
+        ModelError: the tokenizer cannot be loaded.
+        TaskError: the tokenizer splits the words that the task needs.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        *,
+        lm: LMSpec = BUILT_IN,
+        seed: int = 0,
+        batch_size: int = 16,
+        batches_per_epoch: int = 50,
+        n_validation: int = 512,
+        n_test: int = 2048,
+        n_means: int = 2048,
+        padding_side: PaddingSide = "right",
+        evaluation_batch_size: int = 128,
+        n_tokens: int | None = None,
+        answer_positions: AnswerPositions = "last",
+    ) -> None:
+        check_choice("padding_side", padding_side, get_args(PaddingSide))
+        check_choice("answer_positions", answer_positions, get_args(AnswerPositions))
+        self.evaluation_batch_size = positive("evaluation_batch_size", evaluation_batch_size)
+        self.n_tokens = None if n_tokens is None else positive("n_tokens", n_tokens)
+        self.answer_positions: AnswerPositions = answer_positions
+        self.batch_size = positive("batch_size", batch_size)
+        self.batches_per_epoch = positive("batches_per_epoch", batches_per_epoch)
+        # Two prompts are the fewest that have a standard error.
+        self.n_validation = positive("n_validation", n_validation, least=2)
+        self.n_test = positive("n_test", n_test, least=2)
+        self.n_means = positive("n_means", n_means)
+        self.padding_side: PaddingSide = padding_side
+        self.seed = seed
+        self.lm = lm
+        tokenizer = load_tokenizer(self.lm)
+        self.encoder = PromptEncoder(tokenizer, bos_token_id(self.lm, tokenizer))
+
+    @abstractmethod
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw a prompt of any stream.
+
+        Args:
+            random: the only source of chance that may be used.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "n_tokens": self.n_tokens,
+            "answer_positions": self.answer_positions,
+        }
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self.encoder.tokenizer
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that stands in front of every prompt; None when there is none."""
+        return self.encoder.bos
+
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        """Prompt number `index` of a stream.
+
+        Raises:
+            TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
+        """
+        lengths = set()
+        for attempt in range(ATTEMPTS if self.n_tokens is None else ATTEMPTS * RARE_LENGTHS):
+            prompt = self.draw(python_generator(self.seed, self.name, stream, index, attempt))
+            if stream_of(prompt.text) != stream:
+                continue
+            if self.n_tokens is None:
+                return prompt
+            lengths.add(len(self.encoder.encode([prompt.text])[0]))
+            if self.n_tokens in lengths:
+                return prompt
+        if lengths:
+            raise TaskError(
+                f"n_tokens is {self.n_tokens}, and no prompt that the task {self.name} drew has so many; their "
+                f"lengths are {', '.join(map(str, sorted(lengths)))}."
+            )
+        raise TaskError(
+            f"None of {ATTEMPTS} prompts that the task {self.name} drew belongs to the stream {stream!r}. Streams "
+            "share no prompt, so the task has too few different prompts; allow more words, names or templates."
+        )
+
+    def batch(self, stream: Stream, index: int, size: int | None = None) -> Batch:
+        """Prompts `index * size` to `(index + 1) * size - 1` of a stream.
+
+        Args:
+            stream: which stream.
+            index: number of the batch.
+            size: prompts in the batch; `batch_size` when not given.
+
+        Raises:
+            TaskError: a prompt does not fit the tokenizer.
+        """
+        size = self.batch_size if size is None else positive("size", size)
+        return self.batch_of(stream, range(index * size, (index + 1) * size))
+
+    def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
+        """The first `n_prompts` prompts of a stream; the last batch may be smaller.
+
+        Args:
+            stream: which stream.
+            n_prompts: how many in all.
+            size: prompts in a batch; `evaluation_batch_size` when not given.
+        """
+        size = self.evaluation_batch_size if size is None else positive("size", size)
+        for start in range(0, n_prompts, size):
+            yield self.batch_of(stream, range(start, min(start + size, n_prompts)))
+
+    def batch_of(self, stream: Stream, numbers: range) -> Batch:
+        """The prompts of a stream that have these numbers, as a batch.
+
+        Args:
+            stream: which stream.
+            numbers: at least one.
+
+        Raises:
+            TaskError: a prompt does not fit the tokenizer.
+        """
+        prompts = [self.prompt(stream, number) for number in numbers]
+        rows = self.encoder.encode([prompt.text for prompt in prompts])
+        tokens, mask = self.encoder.pad(rows, self.padding_side)
+        width = tokens.shape[1]
+        questions = [self._questions(prompt) for prompt in prompts]
+        most = max(map(len, questions))
+        # A prompt with fewer questions repeats its last one, with weight 0.
+        filled = [[*asked, *[asked[-1]] * (most - len(asked))] for asked in questions]
+        return Batch(
+            tokens=tokens,
+            attention_mask=mask,
+            scored=torch.tensor([self._columns(*pair, width) for pair in zip(filled, rows, strict=True)]),
+            weights=torch.tensor([[(i < len(asked)) / len(asked) for i in range(most)] for asked in questions]),
+            answers=self._continuations(filled, lambda question: question.answers),
+            distractors=self._continuations(filled, lambda question: question.distractors),
+            counterfactual_tokens=self._counterfactuals(prompts, rows),
+            example_ids=torch.tensor(list(numbers)),
+            padded=any(len(row) < width for row in rows),
+        )
+
+    def _questions(self, prompt: Prompt) -> list[Question]:
+        return [*prompt.earlier, prompt] if self.answer_positions == "every" else [prompt]
+
+    def _columns(self, questions: Sequence[Question], row: list[int], width: int) -> list[int]:
+        """Where the last token of each question stands in a padded row."""
+        padding = width - len(row) if self.padding_side == "left" else 0
+        *earlier, last = questions
+        columns = []
+        for question in earlier:
+            begins = row if question is last else self.encoder.encode([question.text])[0]
+            if row[: len(begins)] != begins:
+                raise TaskError(
+                    f"The tokens of {question.text!r} are not those with which {last.text!r} begins, so the position "
+                    "that answers it cannot be told. End the question at the end of a word."
+                )
+            columns.append(padding + len(begins) - 1)
+        return [*columns, padding + len(row) - 1]
+
+    def _continuations(
+        self, questions: Sequence[Sequence[Question]], pieces: Callable[[Question], tuple[str, ...]]
+    ) -> Int[Tensor, "batch scored piece"]:
+        most = max(len(pieces(question)) for row in questions for question in row)
+        ids = [[self._tokens(question, pieces(question), most) for question in row] for row in questions]
+        return torch.tensor(ids, dtype=torch.long).view(len(questions), len(questions[0]), most)
+
+    def _tokens(self, question: Question, pieces: Sequence[str], most: int) -> list[int]:
+        """The token of each piece, filled up with -1."""
+        found = [self.encoder.continuation(question.text, piece) for piece in pieces]
+        for piece, token in zip(pieces, found, strict=True):
+            if token is None:
+                raise TaskError(
+                    f"{piece!r} after {question.text!r} is not one token of this tokenizer. The task {self.name} "
+                    "scores one token, so leave this word out or choose a model whose tokenizer holds it."
+                )
+        return [token for token in found if token is not None] + [-1] * (most - len(found))
+
+    def _counterfactuals(
+        self, prompts: Sequence[Prompt], rows: Sequence[list[int]]
+    ) -> Int[Tensor, "batch position"] | None:
+        texts = [prompt.counterfactual for prompt in prompts if prompt.counterfactual is not None]
+        if len(texts) < len(prompts):
+            return None
+        others = self.encoder.encode(texts)
+        for prompt, row, other in zip(prompts, rows, others, strict=True):
+            if len(row) != len(other):
+                raise TaskError(
+                    f"The counterfactual {prompt.counterfactual!r} has {len(other)} tokens and its prompt "
+                    f"{prompt.text!r} has {len(row)}. They must be parallel token by token, because activations "
+                    "of one replace those of the other."
+                )
+        return self.encoder.pad(others, self.padding_side)[0]
+
+
+def positive(name: str, value: int, least: int = 1) -> int:
+    """Return `value` when it is at least `least`.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if value < least:
+        raise ConfigurationError(f"{name} is {value}; expected a number of at least {least}.")
+    return value
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a value that is not one of `choices`.
+
+    Raises:
+        ConfigurationError: it is not.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")

@@ -1,0 +1,96 @@
+"""The training strategy for models that are too large for one device: the frozen model is shared out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    Strategy,
+)
+
+from oa_train.errors import ConfigurationError
+from oa_train.shapes import Tensor
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Shares the frozen model out among all processes (FSDP2); what is trained stands whole in each of them.
+
+    A process keeps its share of every weight, and has a decoder block whole only while the block runs. Masks and
+    constants are small, so every process has all of them, and their gradients are averaged after each backward pass,
+    as DDP does. Checkpoints hold what is trained and nothing else. They are those of every other strategy, so that a
+    run may be resumed under another one.
+
+    Args:
+        process_group_backend: `nccl`, `gloo`, ...; by default the one of the device.
+        timeout: how long a process waits for the others.
+    """
+
+    # What a checkpoint holds is not shared out, so it is written and read as in any parallel training.
+    lightning_module_state_dict = ParallelStrategy.lightning_module_state_dict
+    load_model_state_dict = ParallelStrategy.load_model_state_dict
+    optimizer_state = ParallelStrategy.optimizer_state
+    load_optimizer_state_dict = ParallelStrategy.load_optimizer_state_dict
+    save_checkpoint = ParallelStrategy.save_checkpoint
+    load_checkpoint = ParallelStrategy.load_checkpoint
+    restore_checkpoint_after_setup = ParallelStrategy.restore_checkpoint_after_setup
+    lightning_restore_optimizer = ParallelStrategy.lightning_restore_optimizer
+
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
+        given = {} if timeout is None else {"timeout": timeout}
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            **given,  # type: ignore[arg-type]
+        )
+        self._averages = True
+
+    def setup_environment(self) -> None:
+        """Connect the processes, all of which share the model."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Leave gradients as they are, for the batches of an accumulation but the last."""
+        self._averages = False
+        try:
+            yield
+        finally:
+            self._averages = True
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the backward pass and average the gradients over processes, before any hook sees them."""
+        module = self.lightning_module
+        assert module is not None
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        if self._averages:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.reduce(parameter.grad, reduce_op="mean"))
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse strategies that share out, or wrap, what is trained.
+
+    Raises:
+        ConfigurationError: it is one of them.
+    """
+    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) and not isinstance(
+        strategy, ShardedStrategy
+    ):
+        raise ConfigurationError(
+            f"The strategy {type(strategy).__name__} would share out masks and constants as well, or leave each "
+            "process with gradients of its own. For models too large for one device use "
+            "oa_train.training.strategies.ShardedStrategy (--trainer.strategy fsdp), else ddp."
+        )

@@ -1,0 +1,277 @@
+"""The edges that a known model needs under a kind of ablation: computed, and not believed.
+
+A hand-written list of edges says how a model was meant. What can be spared depends on what stands in for an edge that
+is cut: another prompt of the same length tells a position as well as the right one does, zeros take constants away
+that the model relies on, and trained constants bring them back. So for every kind the smallest sets of edges are
+looked for that keep the model's predictions.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from oa_train.ablations.base import Ablation
+from oa_train.ablations.constants import Constants
+from oa_train.models.pruning import without_dangling
+from oa_train.errors import ConfigurationError
+from oa_train.ablations.evaluation import ROWS_PER_RUN, circuit_behaviour
+from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.metrics.recovery import Recovery, recovery
+from oa_train.models.graph import Graph
+from oa_train.models.loading import CausalLM
+from oa_train.progress import Track, silent
+from oa_train.seeds import torch_generator
+from oa_train.shapes import Bool, Float, Tensor
+from oa_train.tasks.task import Task
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+
+# Sets of one size that are followed further down; where more are small enough, those with the lowest divergence are.
+MOST_SETS = 128
+
+
+# Divergence from the model, in nats, of circuits [circuit, edge].
+Measure = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TruthSettings:
+    """How the edges that are needed are found.
+
+    Attributes:
+        tolerance: KL divergence from the model in nats up to which a set of edges is enough.
+        n_prompts: test prompts on which that is measured.
+        fit: training of the constants of every set, for the kind `optimal`.
+        n_starts: starts of that training: the mean, then random ones around it. The best is kept, so that a set that
+            could be enough is not refused for a bad start.
+        n_orders: orders in which edges are taken away where all edges are the start: the first by what each one costs,
+            the others at random.
+    """
+
+    tolerance: float = 0.05
+    n_prompts: int = 256
+    fit: RefitSettings = field(
+        default_factory=lambda: RefitSettings(steps=300, batch_size=16, learning_rate=0.01, evaluate_every=50)
+    )
+    n_starts: int = 2
+    n_orders: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.tolerance > 0:
+            raise ConfigurationError(f"tolerance is {self.tolerance}; expected more than 0.")
+        for name in ("n_prompts", "n_starts", "n_orders"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The smallest sets of edges that are enough under a kind of ablation.
+
+    Attributes:
+        kind: of the ablation.
+        graph: of the model.
+        sets: the sets, each with its edges in mask order; all have the same size.
+        kl: divergence of each from the model, in nats.
+        without: for each set what is left of it diverges by when one of its edges is taken away, in nats. All are
+            above the tolerance.
+        meant_kl: divergence of the edges that the search was given.
+    """
+
+    kind: AblationKind
+    graph: Graph
+    sets: tuple[tuple[str, ...], ...]
+    kl: tuple[float, ...]
+    without: tuple[dict[str, float], ...]
+    meant_kl: float
+
+    @property
+    def necessary(self) -> tuple[str, ...]:
+        """Edges that are in every set."""
+        return tuple(edge for edge in self.sets[0] if all(edge in others for others in self.sets[1:]))
+
+    @property
+    def margin(self) -> float:
+        """The least by which a set diverges that lacks one edge, in nats."""
+        return min(min(costs.values()) for costs in self.without)
+
+    def recovery(self, found: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"] | None = None) -> Recovery:
+        """Compare a circuit with the set that it agrees with best.
+
+        Args:
+            found: edges of the circuit.
+            scores: of all edges.
+        """
+        compared = [recovery(found, self.graph.mask(edges), scores) for edges in self.sets]
+        return max(compared, key=lambda one: (one.f1, one.auroc or 0.0))
+
+    def as_json(self) -> dict[str, Any]:
+        """What was found, as plain data."""
+        return {
+            "kind": self.kind,
+            "sets": [list(edges) for edges in self.sets],
+            "kl": list(self.kl),
+            "without": list(self.without),
+            "meant_kl": self.meant_kl,
+        }
+
+
+def find_truth(
+    model: CausalLM,
+    task: Task,
+    meant: Sequence[str],
+    kind: AblationKind,
+    settings: TruthSettings | None = None,
+    track: Track = silent,
+) -> Truth:
+    """Find the smallest sets of edges that are enough.
+
+    If the edges that were meant are enough, they are the start. Else it is what is left of all edges when as many as
+    possible have been taken away in one order. From the start edges are taken away one by one in every order for as
+    long as what is left is enough, so that every smaller set is found to which a way leads through sets that are
+    enough. Edges that no longer lead from the input to the logits go along.
+
+    Args:
+        model: frozen causal language model.
+        task: that it solves.
+        meant: names of the edges by which it was meant to do so.
+        kind: of the ablation.
+        settings: tolerance, prompts, training.
+        track: progress.
+    """
+    settings = settings or TruthSettings()
+    graph = Graph.of(model.config)
+    measure = _Measure(model, task, kind, settings, track)
+    given = graph.mask(meant)
+    meant_kl = float(measure(given.unsqueeze(0)))
+    starts = given.unsqueeze(0)
+    if meant_kl > settings.tolerance:
+        starts = torch.stack([_reduced(graph, measure, settings, order) for order in range(settings.n_orders)])
+    return _smallest(graph, measure, _minimal(graph, measure, starts, settings.tolerance), kind, meant_kl)
+
+
+class _Measure:
+    """KL divergence of circuits on test prompts, in nats.
+
+    Args:
+        model: frozen.
+        task: that it solves.
+        kind: what stands in for edges that are cut.
+        settings: prompts and training.
+        track: progress.
+    """
+
+    def __init__(self, model: CausalLM, task: Task, kind: AblationKind, settings: TruthSettings, track: Track) -> None:
+        self._model, self._task, self._settings, self._track = model, task, settings, track
+        self._kind = check_kind("kind", kind)
+        self._source = AblationSource(model, task, track=track)
+        self._batches = list(task.batches("test", settings.n_prompts))
+
+    def __call__(self, masks: Bool[Tensor, "circuit edge"]) -> Float[Tensor, " circuit"]:
+        found = self._under([self._kind.prepare(self._source)], masks)
+        # Constants need no training where those that training would start from are enough.
+        wanting = found > self._settings.tolerance
+        if self._kind.learned and wanting.any():
+            found[wanting] = self._under(self._fitted(masks[wanting]), masks[wanting])
+        return found
+
+    def _under(self, ablations: Sequence[Ablation], masks: Tensor) -> Tensor:
+        return circuit_behaviour(self._model, self._batches, masks, ablations, ROWS_PER_RUN).kl.mean(dim=1)
+
+    def _fitted(self, masks: Tensor) -> list[Constants]:
+        """The constants of each circuit that did best on validation prompts, whatever they started from."""
+        fits = [
+            fit_constants(
+                self._model,
+                self._task,
+                masks,
+                [start] * len(masks),
+                self._settings.fit,
+                others=[self._source.mean, self._source.zero],
+                track=self._track,
+            )
+            for start in self._starts()
+        ]
+        best = torch.stack([one.validation_loss for one in fits]).argmin(dim=0).tolist()
+        return [fits[fit].sets[circuit] for circuit, fit in enumerate(best)]
+
+    def _starts(self) -> list[Constants]:
+        mean, spread = self._source.mean, self._source.spread
+        starts = [mean]
+        for number in range(1, self._settings.n_starts):
+            generator = torch_generator(self._task.seed, "start of constants", number)
+            moved = (
+                at + by * torch.randn(at.shape, generator=generator)
+                for at, by in zip(mean.tensors(), spread.tensors(), strict=True)
+            )
+            starts.append(Constants.from_tensors(moved, mean.bos_token_id))
+        return starts
+
+
+def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int) -> Bool[Tensor, " edge"]:
+    """Take edges away from the whole model, many at a time, until none can go by itself.
+
+    In each round the edges that can go alone are put in order, and as many of the first of them go as can go together.
+    """
+    kept = torch.ones(graph.n_edges, dtype=torch.bool)
+    generator = torch_generator("order of edges", order)
+    while True:
+        edges = kept.nonzero().flatten()
+        alone = without_dangling(graph, _each_without(kept))
+        costs = measure(alone)
+        able = (costs <= settings.tolerance).nonzero().flatten()
+        if not len(able):
+            return kept
+        ordered = able[costs[able].argsort()] if order == 0 else able[torch.randperm(len(able), generator=generator)]
+        counts = [len(able) >> halvings for halvings in range(len(able).bit_length())]
+        fewer = kept.repeat(len(counts), 1)
+        for row, count in enumerate(counts):
+            fewer[row, edges[ordered[:count]]] = False
+        fewer = without_dangling(graph, fewer)
+        enough = (measure(fewer) <= settings.tolerance).nonzero().flatten()
+        kept = fewer[enough[0]]
+
+
+def _each_without(kept: Bool[Tensor, " edge"]) -> Bool[Tensor, "circuit edge"]:
+    """A circuit with its edges taken away one at a time."""
+    edges = kept.nonzero().flatten()
+    masks = kept.repeat(len(edges), 1)
+    masks[torch.arange(len(edges)), edges] = False
+    return masks
+
+
+def _minimal(
+    graph: Graph, measure: Measure, starts: Bool[Tensor, "circuit edge"], tolerance: float
+) -> list[tuple[Tensor, dict[str, float]]]:
+    """Sets below the starts of which no edge can go, and what the loss of each edge costs them."""
+    level, found = starts.unique(dim=0), []
+    while len(level):
+        children = [without_dangling(graph, _each_without(one)) for one in level]
+        distinct, which = torch.cat(children).unique(dim=0, return_inverse=True)
+        kl = measure(distinct)
+        costs = kl[which].split([len(one) for one in children])
+        found += [
+            (one, dict(zip(graph.kept(one), cost.tolist(), strict=True)))
+            for one, cost in zip(level, costs, strict=True)
+            if (cost > tolerance).all()
+        ]
+        enough = kl <= tolerance
+        level = distinct[enough][kl[enough].argsort()[:MOST_SETS]]
+    return found
+
+
+def _smallest(
+    graph: Graph, measure: Measure, found: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
+) -> Truth:
+    size = min(len(costs) for _, costs in found)
+    unique = {tuple(costs): (mask, costs) for mask, costs in found if len(costs) == size}
+    kl = measure(torch.stack([mask for mask, _ in unique.values()]))
+    return Truth(
+        kind=kind,
+        graph=graph,
+        sets=tuple(unique),
+        kl=tuple(kl.tolist()),
+        without=tuple(costs for _, costs in unique.values()),
+        meant_kl=meant_kl,
+    )

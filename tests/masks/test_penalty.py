@@ -1,0 +1,238 @@
+"""Penalties by hand, the controller of the target size in a model of the loss, and thresholds."""
+
+import math
+
+import pytest
+import torch
+
+from oa_train.errors import ConfigurationError
+from oa_train.masks.base import check_threshold
+from oa_train.masks.penalty import PROPORTIONAL_POWER, NodeRegulariser, SizePenalty, TargetSize
+from oa_train.masks.uniform import UniformGradientSampling
+
+
+def test_value_and_gradient_by_hand():
+    distribution = UniformGradientSampling(2).double()
+    with torch.no_grad():
+        distribution.logits.copy_(torch.tensor([0.0, math.log(3)]))
+    penalty = SizePenalty(0.4)(distribution.keep_probability())
+    assert penalty.item() == pytest.approx(0.4 * (0.5 + 0.75), abs=1e-7)
+    (gradient,) = torch.autograd.grad(penalty, distribution.logits)
+    assert gradient.tolist() == pytest.approx([0.4 * 0.25, 0.4 * 0.1875], abs=1e-7)
+
+
+def test_no_price_no_penalty():
+    assert SizePenalty(0.0)(UniformGradientSampling(5).keep_probability()).item() == 0.0
+
+
+def test_the_penalty_has_nothing_to_train():
+    assert not list(SizePenalty(1.0).parameters())
+
+
+@pytest.mark.parametrize("weight", [-1e-9, -1.0, math.nan, math.inf, -math.inf])
+def test_a_price_that_is_negative_or_not_finite_is_refused(weight):
+    with pytest.raises(ConfigurationError, match="expected a price in nats") as caught:
+        SizePenalty(weight)
+    assert caught.value.exit_status == 2
+    assert str(weight) in str(caught.value)
+
+
+def test_the_price_of_the_size_penalty_never_moves():
+    penalty, distribution = SizePenalty(0.4), UniformGradientSampling(5)
+    penalty.update(distribution.expected_size(), size_of(distribution))
+    assert penalty.price.item() == pytest.approx(0.4)
+    assert not penalty.state_dict()
+    assert penalty.objective(torch.tensor(0.5), torch.tensor(3)).item() == pytest.approx(1.7)
+
+
+def size_of(distribution) -> torch.Tensor:
+    return distribution.threshold(0.5).sum()
+
+
+def masks_of(*thetas: float) -> UniformGradientSampling:
+    distribution = UniformGradientSampling(len(thetas))
+    with torch.no_grad():
+        distribution.logits.copy_(torch.logit(torch.tensor(thetas)))
+    return distribution
+
+
+def test_the_price_follows_its_rule():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)  # three are kept, 2.6 are expected
+    penalty = TargetSize(2, 4, weight=0.1, warmup=2, rate=0.5)
+    assert penalty.price.item() == pytest.approx(0.1)
+    moved = 0.0
+    for goal in (3, 2, 2):  # from 4 to 2 in two steps, and no further
+        penalty.update(distribution.expected_size(), size_of(distribution))
+        moved += 0.5 * math.log(3 / goal)
+        expected = 0.1 * math.exp(moved) * (2.6 / goal) ** PROPORTIONAL_POWER
+        assert penalty.price.item() == pytest.approx(expected, rel=1e-5)
+    value = penalty(distribution.keep_probability())
+    assert value.item() == pytest.approx(expected * 2.6, rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, distribution.logits)
+    assert gradient.tolist() == pytest.approx([expected * t * (1 - t) for t in (0.9, 0.8, 0.6, 0.3)], rel=1e-5)
+
+
+def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)
+    penalties = [
+        TargetSize(2, 4, weight=0.1, warmup=5),
+        TargetSize(12, 4, weight=0.1, warmup=5, always_kept=10),
+    ]
+    for penalty in penalties:
+        penalty.update(distribution.expected_size(), size_of(distribution) + penalty.always_kept)
+    assert torch.equal(penalties[0].price, penalties[1].price)
+    loss = torch.tensor(0.25)
+    assert penalties[1].objective(loss, torch.tensor(12)) == loss
+    # 5 % of the two components that remain to be chosen, not of twelve.
+    assert penalties[1].objective(loss, torch.tensor(13)) > 1000
+
+
+@pytest.mark.parametrize("theta", [1e-6, 1 - 1e-6])
+def test_the_price_stays_positive_and_finite_at_the_extremes(theta):
+    distribution = masks_of(*[theta] * 8)
+    penalty = TargetSize(4, 8, weight=0.05, warmup=1)
+    for _ in range(500):
+        penalty.update(distribution.expected_size(), size_of(distribution))
+    assert 0 < penalty.price.item() < math.inf
+    assert (penalty.price > 0.05) == (theta > 0.5)
+
+
+def test_the_price_lives_in_the_state():
+    distribution = masks_of(0.9, 0.7, 0.2)
+    first, second = (TargetSize(1, 3, weight=0.05, warmup=4) for _ in range(2))
+    for _ in range(3):
+        first.update(distribution.expected_size(), size_of(distribution))
+    assert set(first.state_dict()) == {"log_price", "excess", "steps"}
+    assert not list(first.parameters())
+    second.load_state_dict(first.state_dict())
+    for penalty in (first, second):
+        penalty.update(distribution.expected_size(), size_of(distribution))
+    assert torch.equal(first.price, second.price)
+
+
+@pytest.mark.parametrize(
+    ("target", "n_entries", "reached", "missed"),
+    [(7, 15, [7], [6, 8]), (7.5, 15, [7, 8], [6, 9]), (100, 156, [95, 105], [94, 106])],
+)
+def test_the_objective_puts_the_right_size_first_and_nearer_sizes_before_others(target, n_entries, reached, missed):
+    penalty = TargetSize(target, n_entries, weight=0.1, warmup=1)
+
+    def objective(loss: float, size: int) -> float:
+        return penalty.objective(torch.tensor(loss), torch.tensor(size)).item()
+
+    for size in reached:
+        assert objective(0.125, size) == 0.125
+        # A loss can be negative (a logit difference) or infinite.
+        assert objective(-3.0, size) == -3.0
+    worst = max(objective(math.inf, size) for size in reached)
+    for size in missed:
+        assert worst < objective(-1e9, size) < math.inf
+        assert objective(1.0, size) < objective(2.0, size)
+    assert objective(5.0, missed[1]) < objective(0.0, missed[1] + 1) < objective(0.0, missed[1] + 2) < math.inf
+    assert objective(5.0, missed[0]) < objective(0.0, missed[0] - 1) < objective(math.inf, 0) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("n_entries", "target", "scale"), [(15, 5, 1.0), (156, 20, 1.0), (156, 80, 50.0), (3000, 1000, 1.0)]
+)
+def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_the_scale(n_entries, target, scale):
+    # Every entry is worth a fixed number of nats, spread over two orders of magnitude; the loss is their sum.
+    generator = torch.Generator().manual_seed(0)
+    worth = scale * 0.1 * torch.randn(n_entries, generator=generator).mul(2).exp()
+    distribution = UniformGradientSampling(n_entries)
+    penalty = TargetSize(target, n_entries, weight=0.12, warmup=200)
+    optimizer = torch.optim.Adam(distribution.parameters(), lr=0.05, betas=(0.9, 0.995))
+    for _ in range(500):
+        loss = ((1 - distribution.draw(32, generator)) * worth).sum(dim=1).mean() + penalty(
+            distribution.keep_probability()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        penalty.update(distribution.expected_size(), size_of(distribution))
+    kept = distribution.threshold(0.5)
+    assert abs(int(kept.sum()) - target) <= max(1, 0.05 * target)
+    most_useful = worth.topk(target).indices
+    assert kept[most_useful].sum() >= 0.95 * target - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"target": 0}, r"target_size is 0; expected more than 0 and at most 8"),
+        ({"target": -2.5}, r"target_size is -2.5; expected more than 0"),
+        ({"target": 9}, r"target_size is 9; expected more than 0 and at most 8"),
+        ({"target": math.nan}, r"target_size is nan"),
+        ({"target": 3, "always_kept": 3}, "more than 3 and at most 11.*the 8 parts .* and the 3 that are always"),
+        ({"warmup": 0}, "target_warmup is 0; expected at least 1"),
+        ({"weight": 0.0}, "penalty is 0; with target_size it is the price"),
+        ({"weight": -1.0}, "penalty is -1.0; expected a price in nats"),
+    ],
+)
+def test_targets_that_cannot_be_reached_are_refused(changes, said):
+    options = {"target": 4, "n_entries": 8, "weight": 0.1, "warmup": 10} | changes
+    with pytest.raises(ConfigurationError, match=said) as caught:
+        TargetSize(**options)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize("level", [1e-9, 0.5, 0.999])
+def test_a_probability_is_a_threshold(level):
+    assert check_threshold(level) == level
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, -0.5, 1.5, math.nan, math.inf])
+def test_anything_else_is_no_threshold(level):
+    with pytest.raises(ConfigurationError, match=f"threshold is {level}; expected a keep-probability") as caught:
+        check_threshold(level)
+    assert caught.value.exit_status == 2
+
+
+def test_the_regulariser_adds_up_to_as_much_as_its_formula_says():
+    distribution = masks_of(0.9, 0.8, 0.6, 0.3)
+    # Entry 1 stands at two nodes, entry 3 at none.
+    entries, nodes = torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 2, 2])
+    regulariser = NodeRegulariser(0.5, entries, nodes, 3)
+    by_hand = 0.5 * 1.5 * (math.tanh(1.7 / 1.5) + math.tanh(0.0) + math.tanh(1.4 / 1.5))
+    assert regulariser(distribution.keep_probability()).item() == pytest.approx(by_hand, rel=1e-6)
+    penalty = SizePenalty(0.2, regulariser)
+    assert penalty(distribution.keep_probability()).item() == pytest.approx(0.2 * (2.6 + by_hand), rel=1e-6)
+    assert not penalty.state_dict()
+    target = TargetSize(2, 4, weight=0.1, warmup=2, regulariser=regulariser)
+    assert target(distribution.keep_probability()).item() == pytest.approx(0.1 * (2.6 + by_hand), rel=1e-6)
+
+
+def test_the_last_edges_of_a_node_cost_more_than_those_of_a_busy_one():
+    regulariser = NodeRegulariser(1.0, torch.arange(9), torch.tensor([0] * 8 + [1]), 4)
+    distribution = UniformGradientSampling(9)
+    (gradient,) = torch.autograd.grad(regulariser(distribution.keep_probability()), distribution.logits)
+    assert gradient[8] > 5 * gradient[0] > 0
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_a_regulariser_without_a_sense_is_refused(weight):
+    with pytest.raises(ConfigurationError, match="node_penalty is"):
+        NodeRegulariser(weight, torch.arange(2), torch.arange(2), 2)
+
+
+def test_circuits_side_by_side_have_the_prices_that_they_have_alone():
+    several = [masks_of(0.9, 0.8, 0.6, 0.3), masks_of(0.2, 0.9, 0.9, 0.9)]
+    probabilities = torch.stack([one.keep_probability() for one in several])
+    sizes = torch.stack([size_of(one) for one in several])
+    together = TargetSize([2, 3], 4, weight=[0.1, 0.4], warmup=2)
+    alone = [TargetSize(2, 4, weight=0.1, warmup=2), TargetSize(3, 4, weight=0.4, warmup=2)]
+    for _ in range(3):
+        together.update(probabilities.sum(dim=1), sizes)
+        for penalty, one in zip(alone, several, strict=True):
+            penalty.update(one.expected_size(), size_of(one))
+    torch.testing.assert_close(together.price, torch.stack([one.price for one in alone]))
+    found = together(probabilities)
+    torch.testing.assert_close(
+        found, torch.stack([p(m.keep_probability()) for p, m in zip(alone, several, strict=True)])
+    )
+    loss = torch.tensor([0.1, 0.2])
+    expected = torch.stack([p.objective(lost, size) for p, lost, size in zip(alone, loss, sizes, strict=True)])
+    torch.testing.assert_close(together.objective(loss, sizes), expected)
+    fixed = SizePenalty([0.1, 0.2], NodeRegulariser(0.5, torch.tensor([0, 1]), torch.tensor([0, 0]), 2))
+    one = SizePenalty(0.2, fixed.regulariser)
+    torch.testing.assert_close(fixed(probabilities)[1], one(probabilities[1]))

@@ -1,0 +1,77 @@
+"""Means with their uncertainty against the formulas of a textbook."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from oa_train.errors import NotFiniteError
+from oa_train.metrics.estimates import estimate, paired_difference
+
+# Student's t at 0.975 with two degrees of freedom, from its closed form (2p - 1) / sqrt(2 p (1 - p)).
+T_OF_TWO = (2 * 0.975 - 1) / math.sqrt(2 * 0.975 * 0.025)
+
+
+def test_three_values_by_hand():
+    found = estimate(torch.tensor([1.0, 2.0, 6.0]))
+    stderr = math.sqrt((4 + 1 + 9) / 2 / 3)
+    assert found.mean == pytest.approx(3.0, abs=1e-14)
+    assert found.stderr == pytest.approx(stderr, rel=1e-14)
+    assert found.ci95 == pytest.approx((3 - T_OF_TWO * stderr, 3 + T_OF_TWO * stderr), rel=1e-12)
+    assert found.n == 3
+
+
+def test_interval_equals_a_t_test_of_scipy():
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    interval = stats.ttest_1samp(values.double().numpy(), 0.0).confidence_interval(0.95)
+    assert estimate(values).ci95 == pytest.approx((interval.low, interval.high), rel=1e-12)
+
+
+def test_about_95_of_100_intervals_hold_the_mean():
+    values = 2 + torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
+    intervals = [estimate(row).ci95 for row in values]
+    share = sum(low < 2 < high for low, high in intervals) / 2000
+    assert abs(share - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_sums_are_taken_in_float64():
+    values = torch.full((3000,), 0.1, dtype=torch.float32)
+    values[0] = 1e6
+    assert estimate(values).mean == pytest.approx(float(np.mean(values.double().numpy())), rel=1e-15)
+
+
+def test_equal_values_have_no_uncertainty():
+    found = estimate(torch.full((4,), 2.5))
+    assert (found.mean, found.stderr, found.ci95, found.n) == (2.5, 0.0, (2.5, 2.5), 4)
+
+
+def test_paired_difference_is_a_paired_t_test():
+    generator = torch.Generator().manual_seed(0)
+    difficulty = 100 * torch.rand(30, generator=generator)
+    first = difficulty + torch.randn(30, generator=generator)
+    second = difficulty + torch.randn(30, generator=generator) - 1
+    found = paired_difference(first, second)
+    interval = stats.ttest_rel(first.double().numpy(), second.double().numpy()).confidence_interval(0.95)
+    assert found.ci95 == pytest.approx((interval.low, interval.high), rel=1e-12)
+    assert found.mean == pytest.approx(estimate(first).mean - estimate(second).mean, abs=1e-11)
+    # Far narrower than the two means suggest.
+    assert found.stderr < 0.1 * estimate(first).stderr
+
+
+def test_json():
+    found = estimate(torch.tensor([1.0, 3.0])).as_json()
+    assert json.loads(json.dumps(found)) == found
+    assert found.keys() == {"mean", "stderr", "ci95", "n"}
+    assert found["mean"] == 2.0
+    assert found["n"] == 2
+    assert found["ci95"][0] < 2.0 < found["ci95"][1]
+
+
+@pytest.mark.parametrize("values", [[1.0, math.nan], [1.0, math.inf]])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_values_that_are_not_finite_have_no_estimate(values):
+    with pytest.raises(NotFiniteError, match="finite"):
+        estimate(torch.tensor(values))

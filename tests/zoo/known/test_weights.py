@@ -1,0 +1,110 @@
+"""Weights that are written by hand do what they say, in every family."""
+
+import pytest
+import torch
+
+from oa_train.zoo.known.families import gpt2, gpt_neox, llama
+from oa_train.zoo.known.weights import HandWrittenWeights
+from oa_train.models.loading import CausalLM
+from oa_train.models.projections import attention_readers, head_writes
+
+WIDTH, WORDS = 32, ("a", "b", "c")
+
+
+def model_of(family: str) -> CausalLM:
+    if family == "gpt2":
+        return gpt2(WIDTH, WORDS, n_layer=2, n_head=4, n_inner=12, n_positions=8)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12, "max_position_embeddings": 8}
+    if family == "gpt_neox":
+        return gpt_neox(WIDTH, WORDS, rotated=0.5, base=100.0, **sizes)
+    return llama(WIDTH, WORDS, base=100.0, num_key_value_heads=2, **sizes)
+
+
+FAMILIES = ["gpt2", "gpt_neox", "llama"]
+
+
+def balanced(*shape: int) -> torch.Tensor:
+    drawn = torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(1))
+    return drawn - drawn.mean(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_pass_the_residual_stream_on(family: str) -> None:
+    weights = HandWrittenWeights(model_of(family))
+    given = 3 * balanced(2, 5)
+    for norm in weights._norms():
+        torch.testing.assert_close(norm(given), given, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_units_rectify(family: str) -> None:
+    weights = HandWrittenWeights(model_of(family))
+    given, reads, writes = balanced(5), torch.eye(WIDTH)[:4], torch.eye(WIDTH)[10:14]
+    weights.add_units(1, reads[:3], torch.full((3,), -0.5), writes[:3])
+    weights.add_units(1, reads[3:], torch.full((1,), 0.5), 2 * writes[3:])
+    expected = torch.zeros(5, WIDTH)
+    expected[:, 10:13] = (given[:, :3] - 0.5).relu()
+    expected[:, 13] = 2 * (given[:, 3] + 0.5).relu()
+    # A smooth gate is off by 0.0047 at the most, next to its bend.
+    tolerance = 0.01 if family == "llama" else 1e-6
+    torch.testing.assert_close(weights.parts.mlps[1](given), expected, rtol=0, atol=tolerance)
+    assert not weights.parts.mlps[0](given).any()
+
+
+def test_an_mlp_without_room_is_refused() -> None:
+    weights = HandWrittenWeights(model_of("gpt2"))
+    with pytest.raises(ValueError, match="has 12 units, 13 are asked for"):
+        weights.add_units(0, torch.zeros(13, WIDTH), torch.zeros(13), torch.zeros(13, WIDTH))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_readers_of_single_heads_are_those_that_edges_lead_to(family: str) -> None:
+    model = model_of(family)
+    weights = HandWrittenWeights(model)
+    weights.query(1, 3).weight[2] = torch.arange(WIDTH)
+    weights.key(1, 3).bias[2] = 5
+    weights.value(1, 2).weight[1] = 7
+    readers = attention_readers(model)[1]
+    inputs = balanced(1, readers.n_heads + 2 * readers.n_kv_heads, 4)
+    made = readers.project(inputs)
+    d_head, group = WIDTH // 4, 3 // weights.heads_per_group
+    whole = torch.cat(made, dim=-1)[0]
+    if readers.interleaved:
+        by_reader = whole.unflatten(1, (4, 3, d_head)).transpose(1, 2).flatten(1, 2)
+    else:
+        by_reader = whole.unflatten(1, (-1, d_head))
+    expected = torch.zeros_like(by_reader)
+    n, n_kv = readers.n_heads, readers.n_kv_heads
+    expected[:, 3, 2] = inputs[0, 3] @ torch.arange(WIDTH).float()
+    expected[:, n + group, 2] = 5
+    expected[:, n + n_kv + 2 // weights.heads_per_group, 1] = 7 * inputs[
+        0, n + n_kv + 2 // weights.heads_per_group
+    ].sum(dim=-1)
+    torch.testing.assert_close(by_reader, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_of_single_heads_are_what_they_write(family: str) -> None:
+    weights = HandWrittenWeights(model_of(family))
+    weights.output(0, 2)[:] = balanced(WIDTH // 4).T
+    values = torch.randn(1, 3, 4, WIDTH // 4)
+    written = head_writes(weights.parts.attention_outputs[0], values)
+    torch.testing.assert_close(written[:, 2], values[:, :, 2] @ balanced(WIDTH // 4))
+    assert not written[:, [0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_write_is_balanced(family: str) -> None:
+    model = model_of(family)
+    weights = HandWrittenWeights(model)
+    weights.embedding[:] = torch.randn(6, WIDTH)
+    weights.output(1, 1)[:] = torch.randn(WIDTH, WIDTH // 4)
+    weights.add_units(0, torch.randn(3, WIDTH), torch.randn(3), torch.randn(3, WIDTH))
+    if family == "gpt2":
+        weights.positions[:] = torch.randn(8, WIDTH)
+    weights.balance(WIDTH - 1)
+    with torch.no_grad():
+        states = model(input_ids=torch.tensor([[0, 3, 4, 5]]), output_hidden_states=True).hidden_states
+    assert states[0].abs().max() > 1
+    for state in states[:-1]:
+        torch.testing.assert_close(state.sum(dim=-1), torch.zeros(1, 4), rtol=0, atol=1e-4)
