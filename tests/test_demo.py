@@ -13,6 +13,7 @@ from oa_train import Circuit, Constants, LMSpec, ablated, load_model
 from oa_train.cli.main import main
 from oa_train.ablations.registry import KINDS
 from oa_train.tasks.encoding import load_tokenizer
+from tests.test_recorded_circuits import assert_as_recorded
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,7 @@ def test_the_circuit_is_small_and_faithful(run):
     assert results["circuit"]["nodes"] <= 7
     assert results["metrics"]["kl"]["mean"] <= 0.03
     assert results["metrics"]["accuracy"]["mean"] > 0.99
+    assert_as_recorded(run, "circuit_nodes_tiny")
 
 
 def test_mean_and_zero_are_worse_on_the_circuit(compared):
