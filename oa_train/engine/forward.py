@@ -1,7 +1,7 @@
 """Running the frozen model on a batch, as Hugging Face wrote it."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +9,8 @@ import torch
 from oa_train.batches import Batch
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
-from oa_train.models.taps import Tap, changed_argument, recomputed, tapped
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
+from oa_train.shapes import Float, Tensor
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -44,9 +44,16 @@ def scored_logits(
     scored = Tap(parts.unembedding, "input", lambda residual: residual[rows, batch.scored])
     every = [*taps, scored]
     attached = recomputed(parts.blocks, every) if recompute else tapped(every)
-    with masks_within_single_precision(model), attached:
+    with as_written(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
     return logits
+
+
+@contextmanager
+def as_written(model: CausalLM) -> Iterator[None]:
+    """Have a model run the code that Hugging Face wrote, in which attached functions act and padding stays finite."""
+    with uncompiled(model), masks_within_single_precision(model):
+        yield
 
 
 def masks_within_single_precision(model: CausalLM) -> AbstractContextManager[None]:
@@ -65,14 +72,3 @@ def masks_within_single_precision(model: CausalLM) -> AbstractContextManager[Non
         return mask.clamp(min=lowest) if mask.is_floating_point() else None
 
     return changed_argument(find_parts(model).blocks, "attention_mask", raised)
-
-
-def protected(tokens: Tensor, positions: Tensor, bos_token_id: int | None) -> Bool[Tensor, "row position"]:
-    """Which tokens are never ablated: a beginning-of-sequence token at the first position.
-
-    Attention heads use it as a resting place and its activations are outliers, so that replacing them would measure
-    something else than the component's part in the task.
-    """
-    if bos_token_id is None:
-        return torch.zeros_like(tokens, dtype=torch.bool)
-    return (positions == 0) & (tokens == bos_token_id)

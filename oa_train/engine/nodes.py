@@ -1,8 +1,7 @@
-"""Node interventions: attention heads and MLPs mixed with their replacements.
+"""The engine for nodes: units of any site mixed with their replacements.
 
-value = mask * value + (1 - mask) * replacement, at the input of each attention output projection for every head and
-at the output of each MLP. The biases of the output projection belong to the layer and are never ablated.
-`diagnostics.reference` does the same slowly and obviously.
+value = mask * value + (1 - mask) * replacement, for every entry of a selection, by functions attached to the model's own
+modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
 from collections.abc import Callable
@@ -11,73 +10,90 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from oa_train.ablations.base import SourceValues
-from oa_train.batches import Batch
-from oa_train.engine.forward import protected, scored_logits
+from oa_train.batches import TokenLayout
+from oa_train.engine.values import Values
+from oa_train.errors import TaskError
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
+from oa_train.models.selection import Group, Nodes
+from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 
 # Below this a mask entry counts as ablated and its constant receives gradients. A constant is to be the best
-# replacement of a component that is gone; trained on mixtures as well, it would learn to correct their scale instead
+# replacement of a unit that is gone; trained on mixtures as well, it would learn to correct their scale instead
 # (Li & Janson 2024, appendix on partial ablation).
 ABLATED_BELOW = 1e-3
 
 
-def node_logits(
-    model: CausalLM,
-    batch: Batch,
-    mask: Float[Tensor, "row component"],
-    replacements: SourceValues,
-    bos_token_id: int | None,
-    recompute: bool = False,
-) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits at the scored positions with components mixed with their replacements.
-
-    Args:
-        model: frozen causal language model.
-        batch: one prompt for each row of the mask.
-        mask: 1 keeps a component, 0 ablates it; gradients flow to it from both sides of the mixture.
-        replacements: what stands in; receives gradients where the mask is below `ABLATED_BELOW` only.
-        bos_token_id: this token is never ablated at the first position.
-        recompute: see `scored_logits`.
-    """
-    everywhere = spread_mask(mask, protected(batch.tokens, batch.positions, bos_token_id))
-    return scored_logits(model, batch, node_taps(model, everywhere, replacements), recompute)
-
-
-def spread_mask(mask: Float[Tensor, "row component"], kept: Tensor) -> Float[Tensor, "row position component"]:
-    """Give every position its row's mask, and 1 where `kept` [row, position] is true."""
-    return torch.where(kept.unsqueeze(-1), 1.0, mask.unsqueeze(1))
-
-
-def node_taps(model: CausalLM, mask: Float[Tensor, "row position component"], replacements: SourceValues) -> list[Tap]:
-    """The functions that mix every head and MLP with its replacement.
+def node_taps(
+    model: CausalLM, nodes: Nodes, mask: Float[Tensor, "row entry"], values: Values, layout: TokenLayout
+) -> list[Tap]:
+    """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
     Args:
         model: the model they are for.
-        mask: a mask for each position.
-        replacements: what stands in.
+        nodes: the selection.
+        mask: 1 keeps an entry, 0 ablates it; gradients flow to it from both sides of the mixture.
+        values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
+        layout: of the tokens that the model is run on.
+
+    Raises:
+        TaskError: a span is missing, or spans of one unit share a token.
     """
-    parts = find_parts(model)
-    by_layer = mask.unflatten(-1, (parts.dimensions.n_layers, -1))
-    taps: list[Tap] = []
-    for layer, (projection, mlp) in enumerate(zip(parts.attention_outputs, parts.mlps, strict=True)):
-        of_heads, of_mlp = by_layer[:, :, layer, :-1, None], by_layer[:, :, layer, -1:]
-        taps.append(Tap(projection, "input", _mixer(of_heads, replacements.heads[layer])))
-        taps.append(Tap(mlp, "output", _mixer(of_mlp, replacements.mlps[layer])))
+    parts, spans = find_parts(model), _spans(nodes, layout)
+    by_site: dict[Site, list[Group]] = {}
+    for group in nodes.groups:
+        by_site.setdefault(group.site, []).append(group)
+    taps = []
+    for site, groups in by_site.items():
+        place = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
+        mix = _mixer(nodes, site, groups, mask, values, layout, spans)
+        taps.append(Tap(*place, mix))
     return taps
 
 
-def _mixer(mask: Tensor, replacement: Tensor) -> Callable[[Tensor], Tensor]:
-    def mix(value: Tensor) -> Tensor:
-        # Heads come side by side, and some families put rows and positions into one dimension.
-        laid_out = value.reshape(*mask.shape[:2], *replacement.shape[2:])
-        mixed: Tensor = _Mixture.apply(laid_out, mask, replacement)
-        return mixed.reshape(value.shape)
+def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row position"]]:
+    """Tokens of every span of a selection."""
+    spans = {name: layout.span(name) for name in nodes.spans if name is not None}
+    for first, second in nodes.span_pairs:
+        if bool((spans[first] & spans[second]).any()):
+            raise TaskError(
+                f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one unit "
+                "must not overlap. Select the unit at one of them."
+            )
+    return spans
+
+
+def _mixer(
+    nodes: Nodes,
+    site: Site,
+    groups: list[Group],
+    mask: Float[Tensor, "row entry"],
+    values: Values,
+    layout: TokenLayout,
+    spans: dict[str, Bool[Tensor, "row position"]],
+) -> Callable[[Tensor], Tensor]:
+    kind, shape = SITE_KINDS[site.kind], (*layout.positions.shape, *nodes.sites[site])
+
+    def mix(tensor: Tensor) -> Tensor:
+        before = kind.read(tensor, shape, site.layer, nodes.by_layer)
+        after = before
+        for group in groups:
+            ablatable = ~layout.protected if group.span is None else spans[group.span] & ~layout.protected
+            of_units = mask[:, group.entries]
+            if group.units is not None:
+                of_units = mask.new_ones(len(mask), shape[2]).index_copy(1, mask_index(group, mask), of_units)
+            keep = torch.where(ablatable.unsqueeze(-1), of_units.unsqueeze(1), 1.0).unsqueeze(-1)
+            after = _Mixture.apply(after, keep, values.at(site, group.span))
+        return kind.write(tensor, before, after, site.layer, nodes.by_layer)
 
     return mix
+
+
+def mask_index(group: Group, mask: Tensor) -> Tensor:
+    """Numbers of a group's units, on the mask's device."""
+    return torch.tensor(group.units, device=mask.device)
 
 
 class _Mixture(torch.autograd.Function):

@@ -4,6 +4,7 @@ A family is data: where Hugging Face's classes keep their decoder blocks, attent
 Nothing of a family's arithmetic is repeated here. To support another family, add one entry to `FAMILIES`.
 """
 
+import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,8 +35,10 @@ class Family:
         projections: paths from a block to the projections to queries, keys and values, or to the one that makes all
             three: all queries first, then all keys, then all values.
         mlp_input: path from a block to the module that the MLP's share of the residual stream enters first, its norm.
-        mlp_body: path from a block to the module with the MLP's hidden layer, which runs again where memory is short;
-            empty where the block has it itself.
+        down_projection: path from a block to the projection that the MLP's neurons enter; empty where there is no
+            single one, as in mixtures of experts.
+        mlp_body: path from a block to the module with the MLP's hidden layer, which is recomputed where memory is
+            short; empty where the block itself has it.
         interleaved: whether the one projection makes each head's query, key and value side by side.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer; or the name of the configuration's attribute that says so.
@@ -55,6 +58,7 @@ class Family:
     attention_norm: str
     projections: tuple[str, ...]
     mlp_input: str
+    down_projection: str
     mlp_body: str = "mlp"
     interleaved: bool = False
     parallel: bool | str = False
@@ -73,6 +77,7 @@ GPT2 = Family(
     attention_norm="ln_1",
     projections=("attn.c_attn",),
     mlp_input="ln_2",
+    down_projection="mlp.c_proj",
 )
 LLAMA = Family(
     "llama",
@@ -83,6 +88,7 @@ LLAMA = Family(
     attention_norm="input_layernorm",
     projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     mlp_input="post_attention_layernorm",
+    down_projection="mlp.down_proj",
 )
 # These norm what attention and MLP write before it is added to the residual stream.
 GEMMA2 = replace(
@@ -111,6 +117,7 @@ FAMILIES = {
             parallel=True,
             projections=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
             mlp_input="ln_1",
+            down_projection="mlp.fc_out",
         ),
         LLAMA,
         *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo")),
@@ -122,6 +129,7 @@ FAMILIES = {
             parallel=True,
             final_norm="model.final_layernorm",
             mlp_input="input_layernorm",
+            down_projection="mlp.fc2",
         ),
         replace(
             LLAMA,
@@ -131,6 +139,7 @@ FAMILIES = {
             parallel="use_parallel_residual",
             final_norm="gpt_neox.final_layer_norm",
             projections=("attention.query_key_value",),
+            down_projection="mlp.dense_4h_to_h",
             interleaved=True,
         ),
         replace(
@@ -144,6 +153,7 @@ FAMILIES = {
             final_norm="model.decoder.final_layer_norm",
             attention_norm="self_attn_layer_norm",
             mlp_input="final_layer_norm",
+            down_projection="fc2",
         ),
         GEMMA2,
         replace(GEMMA2, model_type="gemma3_text"),
@@ -202,37 +212,52 @@ class Dimensions:
         n_heads: attention heads of a block; with grouped keys and values, the query heads.
         d_head: width of one head's value.
         d_model: width of the residual stream.
+        d_mlp: neurons of an MLP: width of what enters its down projection.
     """
 
     n_layers: int
     n_heads: int
     d_head: int
     d_model: int
+    d_mlp: int
 
     @classmethod
     def of(cls, config: Any) -> "Dimensions":
         """Read the sizes from a Hugging Face configuration."""
         n_heads, d_model = config.num_attention_heads, config.hidden_size
         d_head = getattr(config, "head_dim", None) or d_model // n_heads
-        return cls(config.num_hidden_layers, n_heads, d_head, d_model)
+        widths = (getattr(config, name, None) for name in ("n_inner", "intermediate_size", "ffn_dim"))
+        d_mlp = next((width for width in widths if width), 4 * d_model)
+        return cls(config.num_hidden_layers, n_heads, d_head, d_model, d_mlp)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
-    """The modules of one model at which components are read and replaced.
+    """The modules of one model at which units are read and replaced.
 
     Attributes:
+        family: entry of the table.
         dimensions: sizes of the model.
+        token_embedding: turns token ids into vectors.
         blocks: decoder blocks.
-        attention_outputs: output projection of each layer's attention.
-        mlps: MLP of each layer.
+        attention_outputs: output projection of each layer's attention; the heads enter it side by side.
+        attentions: module of each layer whose output attention adds to the residual stream: the output projection, or
+            the norm after it.
+        down_projections: projection of each layer that the MLP's neurons enter; empty where there is no single one.
+        mlps: module of each layer whose output the MLP adds to the residual stream.
+        final_norm: norm before the unembedding.
         unembedding: the last linear map, from the residual stream to logits.
     """
 
+    family: Family
     dimensions: Dimensions
+    token_embedding: nn.Module
     blocks: tuple[nn.Module, ...]
     attention_outputs: tuple[nn.Module, ...]
+    attentions: tuple[nn.Module, ...]
+    down_projections: tuple[nn.Module, ...]
     mlps: tuple[nn.Module, ...]
+    final_norm: nn.Module
     unembedding: nn.Module
 
 
@@ -243,35 +268,111 @@ def _check_one_device(model: Any) -> None:
         raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
 
 
+class _Lookup:
+    """Modules of a model by path, and where each stood, so that a module that was swapped since is noticed."""
+
+    def __init__(self) -> None:
+        self._children: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def get(self, module: nn.Module, path: str) -> nn.Module:
+        for name in path.split("."):
+            child = module.get_submodule(name)
+            self._children.append((module, name, child))
+            module = child
+        return module
+
+    def holds(self) -> bool:
+        """Whether every module is where it was."""
+        return all(parent._modules.get(name) is child for parent, name, child in self._children)
+
+
+_lookups: "weakref.WeakKeyDictionary[nn.Module, tuple[Parts, _Lookup]]" = weakref.WeakKeyDictionary()
+
+
 def find_parts(model: Any) -> Parts:
-    """Find the parts of a Hugging Face causal language model.
+    """Find the parts of a Hugging Face causal language model; they are looked up once a model.
 
     Args:
         model: a `PreTrainedModel` of a family in the table.
 
     Raises:
-        ModelError: the family is not in the table, the model is not built as its entry says, or it is spread over
-            several devices.
+        ModelError: the family is not in the table, the model is not built as its entry says, it is compiled as a
+            whole, or it is spread over several devices.
     """
+    _check_not_wrapped(model)
+    known = _lookups.get(model)
+    if known is not None and known[1].holds():
+        return known[0]
+    lookup = _Lookup()
+    parts = _find_parts(model, lookup)
+    _lookups[model] = parts, lookup
+    return parts
+
+
+def _check_not_wrapped(model: Any) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise ModelError(
+            "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the model "
+            "itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): interventions "
+            "then run the code that it was compiled from."
+        )
+
+
+def _find_parts(model: Any, lookup: _Lookup) -> Parts:
     family = check_config(model.config)
     _check_one_device(model)
     dimensions = Dimensions.of(model.config)
+
+    def of_blocks(path: str) -> tuple[nn.Module, ...]:
+        return tuple(lookup.get(block, path) for block in blocks)
+
     try:
-        blocks = tuple(model.get_submodule(family.blocks))
-        attention_outputs = tuple(block.get_submodule(family.attention_output) for block in blocks)
-        mlps = tuple(block.get_submodule(family.mlp) for block in blocks)
+        listed: Any = lookup.get(model, family.blocks)
+        blocks = tuple(lookup.get(listed, str(number)) for number in range(len(listed)))
+        attention_outputs = of_blocks(family.attention_output)
+        parts = Parts(
+            family=family,
+            dimensions=dimensions,
+            token_embedding=model.get_input_embeddings(),
+            blocks=blocks,
+            attention_outputs=attention_outputs,
+            attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
+            down_projections=of_blocks(family.down_projection) if family.down_projection else (),
+            mlps=of_blocks(family.mlp),
+            final_norm=lookup.get(model, family.final_norm),
+            unembedding=model.get_output_embeddings(),
+        )
     except (AttributeError, TypeError) as problem:
         raise ModelError(
             f"This {family.model_type} model is not built as its entry in the family table says: {problem}. "
             "The table follows transformers 5; is the model's code older, newer, or its own?"
         ) from problem
-    expected = {dimensions.n_heads * dimensions.d_head, dimensions.d_model}
-    weights = [getattr(projection, "weight", None) for projection in attention_outputs]
-    if any(weight is None or set(weight.shape) != expected for weight in weights):
+    _check_sizes(parts)
+    return parts
+
+
+def _check_sizes(parts: Parts) -> None:
+    sizes, model_type = parts.dimensions, parts.family.model_type
+    if len(parts.blocks) != sizes.n_layers:
+        raise ModelError(f"The configuration names {sizes.n_layers} layers, the model has {len(parts.blocks)}.")
+    width = sizes.n_heads * sizes.d_head
+    if any(linear_shape(projection) not in ((width, sizes.d_model), None) for projection in parts.attention_outputs):
         raise ModelError(
-            f"The attention output projections of this {family.model_type} model do not map "
-            f"{dimensions.n_heads} heads of width {dimensions.d_head} to {dimensions.d_model} dimensions."
+            f"The attention output projections of this {model_type} model do not map {sizes.n_heads} heads of width "
+            f"{sizes.d_head} to {sizes.d_model} dimensions."
         )
-    if len(blocks) != dimensions.n_layers:
-        raise ModelError(f"The configuration names {dimensions.n_layers} layers, the model has {len(blocks)}.")
-    return Parts(dimensions, blocks, attention_outputs, mlps, model.get_output_embeddings())
+    if any(linear_shape(projection) not in ((sizes.d_mlp, sizes.d_model), None) for projection in parts.down_projections):
+        raise ModelError(
+            f"The down projections of this {model_type} model do not map {sizes.d_mlp} neurons to {sizes.d_model} "
+            "dimensions."
+        )
+
+
+def linear_shape(module: Any) -> tuple[int, int] | None:
+    """Widths of a linear map's input and output, wrapped, quantised or not; None where the module does not say."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight stands the other way round
+        return module.nx, module.nf
+    base = getattr(module, "base_layer", None)  # of an adapter
+    return None if base is None else linear_shape(base)

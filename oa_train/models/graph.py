@@ -1,47 +1,41 @@
-"""The edges of a model: which part writes to the residual stream what which part reads.
+"""The graph of a decoder's edges: the level of edges, and their names."""
 
-Sources stand in the order in which they write, readers in the order in which they read. What a reader sees therefore
-is always a run of sources from the first one on, and the edges, reader by reader, need no search: an edge circuit of
-GPT-2 XL has 2.2 million of them.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 
 from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
-from oa_train.models.selection import Components, matching
+from oa_train.models.edge_layout import EdgeLayout
 from oa_train.models.families import Dimensions, is_parallel
-from oa_train.shapes import Bool, Int, Tensor
+from oa_train.models.levels import Level, ScoreMap, check_size, matching
+from oa_train.models.pruning import within_budget, without_dangling
+from oa_train.models.sites import Site
+from oa_train.shapes import Bool, Float, Int, Tensor
 
 ARROW = "->"
 
 
 @dataclass(frozen=True)
-class Graph:
+class Graph(EdgeLayout, Level):
     """Sources, readers and edges of a decoder; an edge is called `source->reader`, as in `a0.h1->a3.h5<q>`.
 
     Sources are the embedding `input`, every head `a{layer}.h{head}` and every MLP `m{layer}`. Readers are the query
     of every head `a{layer}.h{head}<q>`, the key and the value of every key-value head `a{layer}.k{group}<k>` and
     `a{layer}.k{group}<v>` (`a{layer}.h{head}<k>` where each head has its own), every MLP `m{layer}`, and `logits`.
 
-    There is an edge from every source that is written before the reader reads. Heads of one layer do not read each
-    other; an MLP reads the heads of its own layer, unless the two run in parallel.
-
     Attributes:
-        n_layers: decoder blocks.
-        n_heads: query heads of a block.
-        n_kv_heads: key-value heads of a block; divides `n_heads`.
-        parallel: whether attention and MLP of a block read the same residual stream.
+        d_head: width of one head's value; 0 where only names matter.
+        d_model: width of the residual stream; 0 where only names matter.
     """
 
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    parallel: bool = False
+    kind = "edges"
+    part = "edge"
+
+    d_head: int = 0
+    d_model: int = 0
 
     @classmethod
     def of(cls, config: Any) -> "Graph":
@@ -52,12 +46,14 @@ class Graph:
         """
         sizes = Dimensions.of(config)
         n_kv_heads = getattr(config, "num_key_value_heads", None) or sizes.n_heads
-        return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config))
+        return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config), sizes.d_head, sizes.d_model)
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names in the order of writing; source `i + 1` is entry `i` of a node mask."""
-        return ("input", *Components(self.n_layers, self.n_heads).names)
+        """Names in the order of writing; source `i + 1` is entry `i` of a mask over heads and MLPs."""
+        layers = range(self.n_layers)
+        heads = [[f"a{layer}.h{head}" for head in range(self.n_heads)] for layer in layers]
+        return ("input", *(name for layer in layers for name in (*heads[layer], f"m{layer}")))
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
@@ -72,38 +68,12 @@ class Graph:
         return (*names, "logits")
 
     @cached_property
-    def n_read(self) -> Int[Tensor, " reader"]:
-        """How many sources each reader reads: these are the first ones."""
-        before_layer = 1 + torch.arange(self.n_layers) * (self.n_heads + 1)
-        by_attention = before_layer.unsqueeze(1).expand(-1, self.n_heads + 2 * self.n_kv_heads)
-        by_mlp = before_layer + (0 if self.parallel else self.n_heads)
-        by_layer = torch.cat([by_attention, by_mlp.unsqueeze(1)], dim=1)
-        return torch.cat([by_layer.flatten(), torch.tensor([self.n_sources])])
-
-    @cached_property
-    def edge_readers(self) -> Int[Tensor, " edge"]:
-        """Reader of every edge, in ascending order; the one order of edges everywhere."""
-        return torch.arange(self.n_readers).repeat_interleave(self.n_read)
-
-    @cached_property
-    def edge_sources(self) -> Int[Tensor, " edge"]:
-        """Source of every edge, ascending within each reader."""
-        return torch.arange(self.n_edges) - self.first_edge[self.edge_readers]
-
-    @property
-    def n_sources(self) -> int:
-        """Number of sources."""
-        return 1 + self.n_layers * (self.n_heads + 1)
-
-    @property
-    def n_readers(self) -> int:
-        """Number of readers."""
-        return self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) + 1
-
-    @cached_property
-    def n_edges(self) -> int:
-        """Number of edges."""
-        return int(self.n_read.sum())
+    def sites(self) -> Mapping[Site, tuple[int, int]]:
+        """Sites of the sources in the order of writing, each with the number and the width of its units."""
+        sites = {Site("embedding"): (1, self.d_model)}
+        for layer in range(self.n_layers):
+            sites |= {Site("heads", layer): (self.n_heads, self.d_head), Site("mlp", layer): (1, self.d_model)}
+        return sites
 
     def __len__(self) -> int:
         return self.n_edges
@@ -123,14 +93,8 @@ class Graph:
         if source not in self._source_indices:
             raise unknown_name("source", source, self.sources)
         if self._source_indices[source] >= self.n_read[number]:
-            raise unknown_name("edge", name, (f"{one}{ARROW}{reader}" for one in self.sources[: self.n_read[number]]))
+            raise unknown_name("edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]]))
         return int(self.first_edge[number]) + self._source_indices[source]
-
-    def mask(self, names: Sequence[str]) -> Bool[Tensor, " edge"]:
-        """A mask that keeps the named edges and cuts all others."""
-        mask = torch.zeros(self.n_edges, dtype=torch.bool)
-        mask[[self.index(name) for name in names]] = True
-        return mask
 
     def kept(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
         """Names of the edges that a mask keeps, in mask order."""
@@ -143,40 +107,66 @@ class Graph:
         """Name of each mask entry."""
         return self.kept(torch.ones(self.n_edges, dtype=torch.bool))
 
-    def select(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        """Names of edges whose source and reader match shell patterns, in mask order.
+    def matched(self, pattern: str) -> Bool[Tensor, " edge"]:
+        """Edges whose source and reader match shell patterns: `a*.h*->logits`, `input->a3.*<v>`.
 
-        Args:
-            patterns: `a*.h*->logits`, `input->a3.*<v>`; without an arrow a pattern is of sources; a source pattern
-                `a3` is for all heads of layer 3; a leading `!` takes out what the patterns before it put in.
+        Without an arrow a pattern is of sources; `a3` stands for all heads of layer 3.
 
         Raises:
-            ConfigurationError: a pattern matches nothing.
+            ConfigurationError: it matches nothing, or names a span, which edges do not have.
         """
-        chosen = torch.zeros(self.n_edges, dtype=torch.bool)
-        for pattern in patterns:
-            matched = self._matched(pattern.removeprefix("!"))
-            if not matched.any():
-                names = (*self.sources, *self.readers)
-                raise ConfigurationError(
-                    f"The pattern {pattern!r} matches no edge (source{ARROW}reader). {nearest_names(pattern, names)}"
-                )
-            chosen = chosen & ~matched if pattern.startswith("!") else chosen | matched
-        return self.kept(chosen)
-
-    def _matched(self, pattern: str) -> Bool[Tensor, " edge"]:
+        if "@" in pattern:
+            raise ConfigurationError(
+                f"The pattern {pattern!r} names a span. Spans are for circuits of nodes (level: nodes); an edge is kept "
+                "or cut at every token."
+            )
         from_source, _, to_reader = pattern.partition(ARROW)
-        sources, readers = (
-            torch.tensor(matching(names, wanted))
-            for names, wanted in ((self.sources, from_source), (self.readers, to_reader or "*"))
-        )
-        return sources[self.edge_sources] & readers[self.edge_readers]
+        sources, readers = matching(self.sources, from_source), matching(self.readers, to_reader or "*")
+        matched = sources[self.edge_sources] & readers[self.edge_readers]
+        if not matched.any():
+            names = (*self.sources, *self.readers)
+            raise ConfigurationError(
+                f"The pattern {pattern!r} matches no edge (source{ARROW}reader). {nearest_names(pattern, names)}"
+            )
+        return matched
+
+    def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
+        """A new mask of those edges that lie on a path from the input to the logits, in each row by itself."""
+        return without_dangling(self, kept)
+
+    def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+        """The circuit without dangling edges of a given size that the largest scores make; see `within_budget`.
+
+        Raises:
+            ConfigurationError: there are fewer edges than that.
+        """
+        check_size(scores, size)
+        return within_budget(self, scores, size)
+
+    def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
+        """Sources of which each circuit cuts an edge."""
+        cut = torch.zeros(len(masks), self.n_sources, dtype=torch.int, device=masks.device)
+        cut.index_add_(1, self.edge_sources.to(masks.device), (~masks).int())
+        by_site = (cut > 0).split([n_units for n_units, _ in self.sites.values()], dim=1)
+        return {site: units.unsqueeze(1) for site, units in zip(self.sites, by_site, strict=True)}
 
     def nodes(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
-        """Names of the components that edges lead out of, in the order of a node mask."""
+        """Names of the components that edges lead out of, in the order of the sources."""
         used = torch.zeros(self.n_sources, dtype=torch.bool)
         used[self.edge_sources[mask.cpu()]] = True
-        return tuple(name for name, one in zip(self.sources[1:], used[1:].tolist(), strict=True) if one)
+        return tuple(name for name, is_used in zip(self.sources[1:], used[1:].tolist(), strict=True) if is_used)
+
+    def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
+        """How many edges are kept and of how many, and the nodes that they lead out of."""
+        nodes = {"nodes": len(self.nodes(mask)), "nodes_total": self.n_sources - 1}
+        return nodes | {"edges": int(mask.sum()), "edges_total": self.n_edges}
+
+    @cached_property
+    def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
+        """Kinds of the edges' sources, and which of them each edge belongs to."""
+        kinds = ("embedding", "heads", "mlp")
+        of_source = [kinds.index(site.kind) for site, (n_units, _) in self.sites.items() for _ in range(n_units)]
+        return kinds, torch.tensor(of_source)[self.edge_sources]
 
     def node_edges(self, names: Sequence[str]) -> list[tuple[str, str, str]]:
         """Edges between nodes: what writes, what reads, and as what: `q`, `k`, `v` or nothing.
@@ -188,15 +178,34 @@ class Graph:
         """
         alive = {name.partition(ARROW)[0] for name in names}
         per_group = self.n_heads // self.n_kv_heads
-        found = []
+        arrows = []
         for name in names:
             source, _, reader = name.partition(ARROW)
             node, _, kind = reader.removesuffix(">").partition("<")
             layer, _, group = node.partition(".k")
             members = range(int(group) * per_group, (int(group) + 1) * per_group) if group else ()
             heads = [head for head in (f"{layer}.h{member}" for member in members) if head in alive]
-            found += [(source, head, kind) for head in heads or [node]] if not group or heads else []
-        return found
+            arrows += [(source, head, kind) for head in heads or [node]] if not group or heads else []
+        return arrows
+
+    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
+        """The edges of a circuit; see `node_edges`."""
+        return self.node_edges(self.kept(mask))
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Layers, and heads of a layer."""
+        return self.n_layers, self.n_heads
+
+    def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
+        """A row for each reader, a column for each source."""
+        table = torch.full((self.n_readers, self.n_sources), torch.nan)
+        table[self.edge_readers, self.edge_sources] = scores.float().cpu()
+        return ScoreMap(table, self.readers, self.sources, "reader", "source")
+
+    def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
+        """Edges that leave or enter a head, the head of each, and the number of heads."""
+        return *self.edges_at_heads, self.n_layers * self.n_heads
 
     @cached_property
     def edges_at_heads(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
@@ -220,10 +229,24 @@ class Graph:
         edges = torch.cat([(found >= 0).nonzero().flatten() for found in by_edge])
         return edges, torch.cat([found[found >= 0] for found in by_edge])
 
-    @cached_property
-    def first_edge(self) -> Int[Tensor, " reader"]:
-        """Number of each reader's first edge."""
-        return self.n_read.cumsum(dim=0) - self.n_read
+    def header(self) -> dict[str, Any]:
+        """Plain values that `from_header` makes this graph of again."""
+        return {"level": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> "Graph":
+        """The graph that `header` describes.
+
+        Raises:
+            KeyError, TypeError: it does not describe one.
+        """
+        names = ("n_layers", "n_heads", "n_kv_heads", "parallel", "d_head", "d_model")
+        return _graph(*(header[name] for name in names))
+
+    def describe(self) -> str:
+        """Sizes of the model, in words."""
+        parallel = ", attention and MLP in parallel" if self.parallel else ""
+        return f"{self.n_layers} layers of {self.n_heads} heads and {self.n_kv_heads} key-value heads{parallel}"
 
     @cached_property
     def _source_indices(self) -> dict[str, int]:
@@ -235,6 +258,6 @@ class Graph:
 
 
 @cache
-def _graph(n_layers: int, n_heads: int, n_kv_heads: int, parallel: bool) -> Graph:
+def _graph(*sizes: int) -> Graph:
     """One object for all who ask, because its arrays of edges are long."""
-    return Graph(n_layers, n_heads, n_kv_heads, parallel)
+    return Graph(*sizes)

@@ -1,4 +1,4 @@
-"""Circuits from scores, and edges that lead nowhere: only those on a way from the input to the logits count.
+"""Dangling edges: only edges on a path from the input to the logits count.
 
 An edge into a source that nobody reads changes nothing. A source that reads nothing of the prompt tells nothing of it:
 under constants it is a constant itself, though another one than its replacement, so that constants are to be refitted
@@ -9,27 +9,23 @@ from bisect import bisect_right
 
 import torch
 
-from oa_train.errors import ConfigurationError
-from oa_train.models.selection import Components
-from oa_train.models.graph import Graph
+from oa_train.models.edge_layout import EdgeLayout
 from oa_train.shapes import Bool, Float, Tensor
 
 
-def without_dangling(graph: Components | Graph, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-    """Remove every edge that lies on no way from the input to the logits, in each row by itself.
+def without_dangling(graph: EdgeLayout, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
+    """Remove every edge that lies on no path from the input to the logits, in each row by itself.
 
     A head is one node: whatever its query, key or value reads gets into it. A key or value that several heads share
     leads to all of them.
 
     Args:
-        graph: whose edges they are. Components do not dangle, and stay as they are.
+        graph: whose edges they are.
         kept: edges of each circuit.
 
     Returns:
         A new mask.
     """
-    if isinstance(graph, Components):
-        return kept
     stages = _stages(graph)
     read = [part.unflatten(1, (stage.n_readers, -1)) for part, stage in zip(_split(kept, stages), stages, strict=True)]
     read = _that_lead_on(graph, read, stages)
@@ -46,7 +42,7 @@ class _Stage:
         attention: whether they are attention's.
     """
 
-    def __init__(self, graph: Graph, layer: int, attention: bool) -> None:
+    def __init__(self, graph: EdgeLayout, layer: int, attention: bool) -> None:
         before = 1 + layer * (graph.n_heads + 1)
         self._graph = graph
         self.attention = attention
@@ -74,7 +70,7 @@ class _Stage:
         return alive
 
 
-def _stages(graph: Graph) -> list[_Stage]:
+def _stages(graph: EdgeLayout) -> list[_Stage]:
     layers = range(graph.n_layers)
     stages = [_Stage(graph, layer, attention) for layer in layers for attention in (True, False)]
     return [*stages, _Stage(graph, graph.n_layers, False)]
@@ -85,7 +81,7 @@ def _split(kept: Tensor, stages: list[_Stage]) -> tuple[Tensor, ...]:
     return parts
 
 
-def _that_lead_on(graph: Graph, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
+def _that_lead_on(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
     """Of the edges [row, reader, source] of every stage those from whose reader the logits can be reached."""
     is_read = torch.zeros(len(read[0]), graph.n_sources, dtype=torch.bool, device=read[0].device)
     found = []
@@ -97,7 +93,7 @@ def _that_lead_on(graph: Graph, read: list[Tensor], stages: list[_Stage]) -> lis
     return found[::-1]
 
 
-def _that_come_from_the_input(graph: Graph, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
+def _that_come_from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
     """Of these edges those whose source can be reached from the input."""
     reaches = torch.zeros(len(read[0]), graph.n_sources, dtype=torch.bool, device=read[0].device)
     reaches[:, 0] = True
@@ -110,28 +106,10 @@ def _that_come_from_the_input(graph: Graph, read: list[Tensor], stages: list[_St
     return found
 
 
-def highest(scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-    """The entries of the highest scores, so many of them; of equal scores the first in mask order."""
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[_descending(scores)[:size]] = True
-    return mask
-
-
-def highest_circuit(parts: Components | Graph, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-    """The circuit of a given size that the highest scores make; of edges none of which dangles (`within_budget`).
-
-    Raises:
-        ConfigurationError: there are fewer parts than that.
-    """
-    if not 0 <= size <= len(parts):
-        raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(parts)}.")
-    return within_budget(parts, scores, size) if isinstance(parts, Graph) else highest(scores, size)
-
-
-def within_budget(graph: Graph, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
+def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
     """The circuit of a given size that the highest scores make, none of whose edges dangles.
 
-    Edges are taken in the order of their scores for as long as those among them that lie on a way from the input to
+    Edges are taken in the order of their scores for as long as those among them that lie on a path from the input to
     the logits are no more than the budget. What is then left of it goes to the highest edges between nodes that are
     there already.
 
@@ -160,7 +138,7 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(descending=True, stable=True)
 
 
-def _joins(graph: Graph, circuit: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
+def _joins(graph: EdgeLayout, circuit: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
     """Edges outside of a circuit without dangling ones that lead from where it gets to what it reads."""
     stages = _stages(graph)[:-1]
     leads_on = torch.zeros(1, graph.n_sources, dtype=torch.bool)

@@ -1,45 +1,209 @@
-"""Names and order of the components of a model at node level: attention heads and MLPs.
+"""Selections of units as mask entries: the level of nodes.
 
-A node mask has one entry a component: for each layer its heads and then its MLP. Seen as [layer, head + 1] the last
-column therefore is the MLPs and the others are the heads.
+A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward pass.
+An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and the MLP stays as it
+is at all others.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from oa_train.errors import ConfigurationError, nearest_names, unknown_name
+from oa_train.models.dictionaries import Dictionary
 from oa_train.models.families import Dimensions
-from oa_train.shapes import Bool, Tensor
+from oa_train.models.levels import Level, ScoreMap, matching, top_entries
+from oa_train.models.sites import DEFAULT_SITES, SITE_KINDS, Site, check_site_kinds, site_of_name
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+AT = "@"
 
 
 @dataclass(frozen=True)
-class Components:
-    """The attention heads `a{layer}.h{head}` and MLPs `m{layer}` of a model, in mask order.
+class Group:
+    """Entries of one site and one span; they stand side by side in a mask.
 
     Attributes:
-        n_layers: decoder blocks.
-        n_heads: attention heads of a block.
+        site: of the units.
+        span: to which they are restricted; None for all tokens.
+        entries: where they stand in a mask.
+        units: their numbers, in mask order; None for all units of the site.
     """
 
-    n_layers: int
-    n_heads: int
+    site: Site
+    span: str | None
+    entries: slice
+    units: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Nodes(Level):
+    """Units of some kinds of site in one model, as mask entries.
+
+    Attributes:
+        dimensions: sizes of the model.
+        kinds: kinds of site, keys of `SITE_KINDS`.
+        spanned: shell patterns with a span (`m*@S2`): units that one of them matches have an entry for each such span
+            and none elsewhere.
+        dictionaries: sparse dictionaries whose features are units; at most one a layer.
+    """
+
+    kind = "nodes"
+    part = "component"
+
+    dimensions: Dimensions
+    kinds: tuple[str, ...] = DEFAULT_SITES
+    spanned: tuple[str, ...] = ()
+    dictionaries: tuple[Dictionary, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_site_kinds("sites", self.kinds)
+        if "features" in self.kinds and not self.dictionaries:
+            raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
+        if len(self.by_layer) < len(self.dictionaries):
+            raise ConfigurationError("Two dictionaries stand in the same layer, so that their features share a name.")
+        for dictionary in self.dictionaries:
+            site_of_name(dictionary.site, self.dimensions)
+            if dictionary.d_model != self.dimensions.d_model:
+                raise ConfigurationError(
+                    f"The dictionary {dictionary.path} has width {dictionary.d_model}, the model "
+                    f"{self.dimensions.d_model}."
+                )
 
     @classmethod
-    def of(cls, dimensions: Dimensions) -> "Components":
-        """The components of a model of these sizes."""
-        return cls(dimensions.n_layers, dimensions.n_heads)
+    def of(
+        cls,
+        config: Any,
+        kinds: Sequence[str] = DEFAULT_SITES,
+        patterns: Sequence[str] = (),
+        dictionaries: Sequence[Dictionary] = (),
+    ) -> "Nodes":
+        """The units of a model.
+
+        Args:
+            config: Hugging Face's configuration of the model.
+            kinds: kinds of site.
+            patterns: shell patterns; of these, those with a span say which units are restricted to it.
+            dictionaries: sparse dictionaries; at most one a layer.
+
+        Raises:
+            ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
+                dictionaries stand in one layer.
+        """
+        positive = [pattern for pattern in patterns if not pattern.startswith("!")]
+        spanned = tuple(pattern for pattern in positive if AT in pattern)
+        nodes = cls(Dimensions.of(config), tuple(kinds), spanned, tuple(dictionaries))
+        nodes.check_not_twice([pattern for pattern in positive if AT not in pattern])
+        return nodes
+
+    def check_not_twice(self, patterns: Sequence[str]) -> None:
+        """Check that patterns without a span match no unit that others restrict to one.
+
+        Raises:
+            ConfigurationError: they do; the unit would have overlapping entries.
+        """
+        if not self.spanned:
+            return
+        restricted = torch.tensor([of_unit != (None,) for of_unit in self._unit_spans])
+        for pattern in patterns:
+            twice = (matching(self.unit_names, pattern) & restricted).nonzero().flatten().tolist()
+            if twice:
+                raise ConfigurationError(
+                    f"The pattern {pattern!r} selects {self.unit_names[twice[0]]} at every token, and another one selects "
+                    "it at a span: spans of one unit must not overlap. Leave one of them out."
+                )
+
+    @cached_property
+    def by_layer(self) -> dict[int, Dictionary]:
+        """Dictionaries by the layer of their site."""
+        return {dictionary.layer: dictionary for dictionary in self.dictionaries}
+
+    @cached_property
+    def sites(self) -> Mapping[Site, tuple[int, int]]:
+        """Sites in the order of a forward pass, each with the number and the width of its units."""
+        placed = [
+            (kind.rank(layer, self.by_layer), Site(name, layer))
+            for name, kind in ((name, SITE_KINDS[name]) for name in self.kinds)
+            for layer in kind.layers_of(self.dimensions, self.by_layer)
+        ]
+        return {
+            site: SITE_KINDS[site.kind].shape_of(site.layer, self.dimensions, self.by_layer)
+            for _, site in sorted(placed)
+        }
+
+    @cached_property
+    def unit_names(self) -> tuple[str, ...]:
+        """Names of all units, site by site."""
+        return tuple(
+            name
+            for site, (n_units, _) in self.sites.items()
+            for name in SITE_KINDS[site.kind].unit_names(site.layer, n_units)
+        )
+
+    @cached_property
+    def _unit_spans(self) -> list[tuple[str | None, ...]]:
+        """Spans of each unit; None stands for all tokens."""
+        spans: list[tuple[str | None, ...]] = [()] * len(self.unit_names)
+        for pattern in dict.fromkeys(self.spanned):
+            unit, _, span = pattern.rpartition(AT)
+            for number in matching(self.unit_names, unit).nonzero().flatten().tolist():
+                if span not in spans[number]:
+                    spans[number] += (span,)
+        return [of_unit or (None,) for of_unit in spans]
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All entries, by site and span."""
+        groups: list[Group] = []
+        first_unit, first_entry = 0, 0
+        for site, (n_units, _) in self.sites.items():
+            of_units = self._unit_spans[first_unit : first_unit + n_units]
+            first_unit += n_units
+            for span in dict.fromkeys(span for of_unit in of_units for span in of_unit):
+                units = tuple(number for number, of_unit in enumerate(of_units) if span in of_unit)
+                entries = slice(first_entry, first_entry + len(units))
+                groups.append(Group(site, span, entries, None if len(units) == n_units else units))
+                first_entry = entries.stop
+        return tuple(groups)
+
+    @cached_property
+    def _entry_units(self) -> Int[Tensor, " entry"]:
+        """Place in `unit_names` of each entry's unit."""
+        firsts, first = {}, 0
+        for site, (n_units, _) in self.sites.items():
+            firsts[site], first = first, first + n_units
+        units = [
+            torch.arange(self.sites[group.site][0]) if group.units is None else torch.tensor(group.units)
+            for group in self.groups
+        ]
+        return torch.cat([firsts[group.site] + numbers for group, numbers in zip(self.groups, units, strict=True)])
+
+    @cached_property
+    def _entry_spans(self) -> list[str | None]:
+        return [group.span for group in self.groups for _ in range(group.entries.start, group.entries.stop)]
+
+    @cached_property
+    def spans(self) -> tuple[str | None, ...]:
+        """Spans that entries are restricted to, None among them if some are not."""
+        return tuple(dict.fromkeys(group.span for group in self.groups))
+
+    @cached_property
+    def span_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of spans that restrict the same unit, which must not share a token."""
+        pairs = (pair for of_unit in set(self._unit_spans) for pair in itertools.combinations(of_unit, 2))
+        return tuple(dict.fromkeys((first, second) for first, second in pairs if first and second))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """Name of each mask entry."""
+        pairs = zip(self._entry_units.tolist(), self._entry_spans, strict=True)
         return tuple(
-            name
-            for layer in range(self.n_layers)
-            for name in (*(f"a{layer}.h{head}" for head in range(self.n_heads)), f"m{layer}")
+            self.unit_names[unit] if span is None else f"{self.unit_names[unit]}{AT}{span}" for unit, span in pairs
         )
 
     @cached_property
@@ -47,51 +211,147 @@ class Components:
         return {name: index for index, name in enumerate(self.names)}
 
     def __len__(self) -> int:
-        return self.n_layers * (self.n_heads + 1)
+        return self.groups[-1].entries.stop if self.groups else 0
 
     def index(self, name: str) -> int:
-        """Mask entry of a component.
+        """Mask entry of a unit, or of a unit at a span.
 
         Raises:
-            UnknownNameError: the model has no component of that name.
+            UnknownNameError: the selection has none of that name.
         """
         if name not in self._indices:
-            raise unknown_name("component", name, self.names)
+            raise unknown_name(self.part, name, self.names)
         return self._indices[name]
 
-    def mask(self, names: Sequence[str]) -> Bool[Tensor, " component"]:
-        """A mask that keeps the named components and ablates all others."""
-        mask = torch.zeros(len(self), dtype=torch.bool)
-        mask[[self.index(name) for name in names]] = True
-        return mask
+    def kept(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
+        """Names of the entries that a mask keeps, in mask order."""
+        return tuple(self.names[number] for number in mask.nonzero().flatten().tolist())
 
-    def kept(self, mask: Bool[Tensor, " component"]) -> tuple[str, ...]:
-        """Names of the components that a mask keeps, in mask order."""
-        return tuple(name for name, keep in zip(self.names, mask.tolist(), strict=True) if keep)
+    def matched(self, pattern: str) -> Bool[Tensor, " entry"]:
+        """Entries that a shell pattern matches: `a*.h*`, `m[0-3]`, `a3` for all heads of layer 3, `m*@S2`, `m3.n1?`.
 
-    def select(self, patterns: Sequence[str]) -> tuple[str, ...]:
-        """Names that match shell patterns, in mask order.
-
-        Args:
-            patterns: `a*.h*`, `m[0-3]`, a name, `a3` for all heads of layer 3; a leading `!` takes out what the
-                patterns before it put in.
+        Without a span a pattern matches a unit's entries at all of its spans.
 
         Raises:
-            ConfigurationError: a pattern matches nothing.
+            ConfigurationError: it matches nothing.
         """
-        chosen: set[str] = set()
-        for pattern in patterns:
-            wanted = pattern.removeprefix("!")
-            found = zip(self.names, matching(self.names, wanted), strict=True)
-            matched = {name for name, matches in found if matches}
-            if not matched:
-                raise ConfigurationError(
-                    f"The pattern {pattern!r} matches no component. {nearest_names(wanted, self.names)}"
-                )
-            chosen = chosen - matched if pattern.startswith("!") else chosen | matched
-        return tuple(name for name in self.names if name in chosen)
+        unit, at, span = pattern.rpartition(AT) if AT in pattern else (pattern, "", "")
+        matched = matching(self.unit_names, unit)[self._entry_units]
+        if at:
+            matched &= torch.tensor([of is not None and fnmatchcase(of, span) for of in self._entry_spans])
+        if not matched.any():
+            raise ConfigurationError(
+                f"The pattern {pattern!r} matches no component of the kinds {', '.join(self.kinds)}. "
+                f"{nearest_names(pattern, self.names)}{self._other_kind(unit)}"
+            )
+        return matched
 
+    def _other_kind(self, unit: str) -> str:
+        """Says which other kind of site has units that match."""
+        for name, kind in SITE_KINDS.items():
+            if name not in self.kinds and name != "features":
+                for layer in kind.layers_of(self.dimensions, {}):
+                    units, _ = kind.shape_of(layer, self.dimensions, {})
+                    if matching(kind.unit_names(layer, units), unit).any():
+                        return f"\nIt would match units of the kind {name!r}, which sites does not name."
+        return ""
 
-def matching(names: Sequence[str], pattern: str) -> list[bool]:
-    """Which names a shell pattern matches; `a3` matches all heads of layer 3."""
-    return [fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.h*") for name in names]
+    def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
+        """The mask as it is: units do not depend on each other."""
+        return kept
+
+    def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+        """The entries of the largest scores.
+
+        Raises:
+            ConfigurationError: there are fewer entries than that.
+        """
+        return top_entries(scores, size)
+
+    def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
+        """Units that each circuit ablates somewhere, apart for each of `spans`."""
+        replaced = {
+            site: torch.zeros(len(masks), len(self.spans), n_units, dtype=torch.bool, device=masks.device)
+            for site, (n_units, _) in self.sites.items()
+        }
+        for group in self.groups:
+            slot = replaced[group.site][:, self.spans.index(group.span)]
+            units = slice(None) if group.units is None else list(group.units)
+            slot[:, units] = ~masks[:, group.entries]
+        return replaced
+
+    def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
+        """Names of the kept entries, which are nodes themselves."""
+        return self.kept(mask)
+
+    def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
+        """How many entries are kept, and of how many."""
+        return {"nodes": int(mask.sum()), "nodes_total": len(self)}
+
+    @cached_property
+    def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
+        """Kinds of site, and which of them each entry belongs to."""
+        kinds = torch.zeros(len(self), dtype=torch.long)
+        for group in self.groups:
+            kinds[group.entries] = self.kinds.index(group.site.kind)
+        return self.kinds, kinds
+
+    def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
+        """A row for each layer (and span), a column for each unit of a layer."""
+        firsts, columns = {}, list[str]()
+        for name in self.kinds:
+            firsts[name] = len(columns)
+            n_units = max(units for site, (units, _) in self.sites.items() if site.kind == name)
+            label = SITE_KINDS[name].unit_name.removeprefix(".")
+            columns += [label.format(unit=unit) if label else name for unit in range(n_units)]
+        lines = list(dict.fromkeys((group.site.layer, group.span) for group in self.groups))
+        table = torch.full((len(lines), len(columns)), torch.nan)
+        for group in self.groups:
+            units = range(self.sites[group.site][0]) if group.units is None else group.units
+            at = [firsts[group.site.kind] + unit for unit in units]
+            table[lines.index((group.site.layer, group.span)), at] = scores[group.entries].float().cpu()
+        names = tuple(f"{layer}" if span is None else f"{layer} {AT}{span}" for layer, span in lines)
+        return ScoreMap(table, names, tuple(columns), "layer", "unit")
+
+    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
+        """None: units are boxes."""
+        del mask
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Layers, and heads of a layer, where the units are the heads and the MLPs."""
+        plain = set(self.kinds) == set(DEFAULT_SITES) and self.spans == (None,)
+        return (self.dimensions.n_layers, self.dimensions.n_heads) if plain else None
+
+    def header(self) -> dict[str, Any]:
+        """Plain values that `from_header` makes this level of again; dictionaries are named by where they were read."""
+        return {
+            "level": self.kind,
+            "dimensions": asdict(self.dimensions),
+            "sites": list(self.kinds),
+            "spanned": list(self.spanned),
+            "dictionaries": [
+                {"path": dictionary.path, "site": dictionary.site, "fingerprint": dictionary.fingerprint}
+                for dictionary in self.dictionaries
+            ],
+        }
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> "Nodes":
+        """The level that `header` describes; its dictionaries are read again.
+
+        Raises:
+            KeyError, TypeError: it does not describe one.
+            ArtefactError: a dictionary is not where it was, or another one stands there.
+        """
+        dictionaries = [Dictionary.reload(**entry) for entry in header["dictionaries"]]
+        return cls(
+            Dimensions(**header["dimensions"]),
+            tuple(header["sites"]),
+            tuple(header["spanned"]),
+            tuple(dictionaries),
+        )
+
+    def describe(self) -> str:
+        """Sizes of the model, in words."""
+        return f"{self.dimensions.n_layers} layers of {self.dimensions.n_heads} heads, width {self.dimensions.d_model}"

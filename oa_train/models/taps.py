@@ -62,6 +62,23 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
 
 
 @contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Have every module run the code that it was compiled from, for the length of the context.
+
+    Compiled code ignores functions that are attached after it was made.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._compiled_call_impl is not None:
+                stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
+                module._compiled_call_impl = None
+            original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+            if original is not None:
+                stack.enter_context(replaced_forwards([(module, original)]))
+        yield
+
+
+@contextmanager
 def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap]) -> Iterator[None]:
     """Attach functions, and keep of each block's run only its inputs; the backward pass runs the block again.
 

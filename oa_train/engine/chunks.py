@@ -1,0 +1,40 @@
+"""The one place that cuts a run of several circuits on several prompts into pieces that fit into memory."""
+
+import sys
+from collections.abc import Iterator
+
+from oa_train.batches import Batch
+from oa_train.engine.levels import ENGINES
+from oa_train.models.levels import Level
+from oa_train.models.loading import CausalLM
+
+# Rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
+ROWS_PER_RUN = 512
+
+# Of what a level keeps beside the model's own activations, in one run that may as well be several.
+RUN_BYTES = 2**29
+
+
+def chunks(
+    model: CausalLM,
+    level: Level,
+    batch: Batch,
+    n_circuits: int,
+    rows_per_run: int = ROWS_PER_RUN,
+    gradients: bool = False,
+) -> Iterator[tuple[Batch, list[slice]]]:
+    """Pieces of a batch, each with the runs of circuits that are made on it.
+
+    Args:
+        model: that runs.
+        level: of the circuits.
+        batch: prompts.
+        n_circuits: circuits that are run on each of them.
+        rows_per_run: most rows (circuits times prompts) of a run.
+        gradients: whether a backward pass follows each run.
+    """
+    row_bytes = ENGINES[type(level)].row_bytes(model, batch, gradients)
+    within_memory = max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize
+    for piece in batch.pieces(within_memory):
+        at_once = max(1, min(rows_per_run, within_memory) // len(piece))
+        yield piece, [slice(first, min(first + at_once, n_circuits)) for first in range(0, n_circuits, at_once)]

@@ -1,0 +1,109 @@
+"""Values of units: what constants, means, noise, other prompts and clean runs put in the place of what a model computes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from oa_train.models.sites import Site
+from oa_train.shapes import Float, Int, Tensor
+
+# Which slot each token takes: one for all tokens, or one for each of them.
+SlotOf = int | Int[Tensor, "row position"]
+
+
+@dataclass(frozen=True, eq=False)
+class Values(Mapping[Site, Tensor]):
+    """A value for every unit of some sites, in one slot or in several, for one row or for each.
+
+    A token takes its value from a slot: all tokens from one (pooled constants), each position from its own, each span
+    from its own, or each column of a batch from its own.
+
+    Attributes:
+        tensors: values by site; a first dimension of size 1 stands for all rows, a second of size 1 for all tokens.
+        slots: slot of each token, for units that hold at every token (None) and for those of each span. A span that is
+            missing here takes the slot that stands in its token's column, or the only one.
+    """
+
+    tensors: Mapping[Site, Float[Tensor, "row_or_1 slot unit width"]]
+    slots: Mapping[str | None, SlotOf] = field(default_factory=dict)
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self.tensors[site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def at(self, site: Site, span: str | None = None) -> Float[Tensor, "row_or_1 position_or_1 unit width"]:
+        """The values of a site laid out for the tokens of a batch, with gradients to them.
+
+        Args:
+            site: where.
+            span: to which the units are restricted, if they are; outside of it the values are any.
+        """
+        values, slot = self.tensors[site], self.slots.get(span)
+        if slot is None or values.shape[1] == 1:
+            return values
+        if isinstance(slot, int):
+            return values[:, slot : slot + 1]
+        rows = torch.arange(len(values), device=values.device).unsqueeze(1)
+        laid_out: Tensor = values[rows if len(values) > 1 else 0, slot]
+        return laid_out
+
+    def repeat(self, times: int) -> "Values":
+        """The values of `Batch.repeat`: row `s * B + b` is row `b` again; what stands for all rows stays as it is."""
+        if times == 1:
+            return self
+
+        def tiled(tensor: Tensor) -> Tensor:
+            return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
+
+        slots = {
+            span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()
+        }
+        return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
+        """The same with a function applied to the values of each site."""
+        return Values({site: function(tensor) for site, tensor in self.items()}, self.slots)
+
+
+def side_by_side(sets: Sequence[Values], n_rows: int) -> Values:
+    """Values for copies of a batch, each copy with its own.
+
+    Args:
+        sets: values of each copy, of the same sites.
+        n_rows: rows of the batch that is copied.
+    """
+    first = sets[0]
+    if all(values.slots == first.slots and _is_one_slot(values) for values in sets):
+        # Tables of pooled constants stay as small as they are.
+        slots = first.slots
+        laid_out = [values.tensors for values in sets]
+    else:
+        spans = list(dict.fromkeys(span for values in sets for span in values.slots or (None,)))
+        width = max(values.at(site, span).shape[1] for values in sets for site in first for span in spans)
+        columns = torch.arange(width, device=next(iter(first.values())).device).expand(len(sets) * n_rows, -1)
+        slots = {span: number * width + columns for number, span in enumerate(spans)}
+        if len(spans) == 1:
+            slots = {}
+        laid_out = [
+            {site: torch.cat([_wide(values.at(site, span), width) for span in spans], dim=1) for site in first}
+            for values in sets
+        ]
+    return Values(
+        {site: torch.cat([tables[site].expand(n_rows, -1, -1, -1) for tables in laid_out]) for site in first}, slots
+    )
+
+
+def _is_one_slot(values: Values) -> bool:
+    return all(isinstance(slot, int) for slot in values.slots.values()) and (
+        bool(values.slots) or all(tensor.shape[1] == 1 for tensor in values.values())
+    )
+
+
+def _wide(values: Tensor, width: int) -> Tensor:
+    return values.expand(-1, width, -1, -1)

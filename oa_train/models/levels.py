@@ -1,0 +1,211 @@
+"""Levels: what a circuit is made of, either units of sites (`Nodes`) or edges between components (`Graph`).
+
+A mask is one number an entry of a level, and never travels without it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+
+from oa_train.errors import ConfigurationError
+from oa_train.models.dictionaries import Dictionary
+from oa_train.models.sites import Site
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreMap:
+    """A number for each entry of a level, laid out as a table for a heat map.
+
+    Attributes:
+        table: the numbers; not a number where there is no entry.
+        rows: names of the rows.
+        columns: names of the columns.
+        row_axis: what the rows are.
+        column_axis: what the columns are.
+    """
+
+    table: Float[Tensor, "line column"]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    row_axis: str
+    column_axis: str
+
+
+class Level(ABC):
+    """The entries of a mask: their names and order, and what a mask over them means.
+
+    Attributes:
+        kind: name in configurations and files.
+        part: what an entry is called.
+    """
+
+    kind: ClassVar[str]
+    part: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Name of each mask entry."""
+
+    @property
+    @abstractmethod
+    def sites(self) -> Mapping[Site, tuple[int, int]]:
+        """Sites whose values can be replaced, each with the number and the width of its units."""
+
+    @property
+    def spans(self) -> tuple[str | None, ...]:
+        """Spans that entries are restricted to, in a fixed order; None for entries that hold at every token."""
+        return (None,)
+
+    @property
+    def by_layer(self) -> Mapping[int, Dictionary]:
+        """Sparse dictionaries whose features are units, by layer."""
+        return {}
+
+    @property
+    def parts(self) -> str:
+        """What entries are called."""
+        return f"{self.part}s"
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def index(self, name: str) -> int:
+        """Mask entry of a name.
+
+        Raises:
+            UnknownNameError: the level has no entry of that name.
+        """
+
+    def mask(self, names: Sequence[str]) -> Bool[Tensor, " entry"]:
+        """A mask that keeps the named entries and no others."""
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[[self.index(name) for name in names]] = True
+        return mask
+
+    @abstractmethod
+    def kept(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
+        """Names of the entries that a mask keeps, in mask order."""
+
+    @abstractmethod
+    def matched(self, pattern: str) -> Bool[Tensor, " entry"]:
+        """Entries that a shell pattern matches.
+
+        Raises:
+            ConfigurationError: it matches none.
+        """
+
+    def selected(self, patterns: Sequence[str]) -> Bool[Tensor, " entry"]:
+        """Entries that shell patterns select; a leading `!` takes out what the patterns before it put in.
+
+        Raises:
+            ConfigurationError: a pattern matches nothing.
+        """
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        for pattern in patterns:
+            matched = self.matched(pattern.removeprefix("!"))
+            chosen = chosen & ~matched if pattern.startswith("!") else chosen | matched
+        return chosen
+
+    def select(self, patterns: Sequence[str]) -> tuple[str, ...]:
+        """Names that shell patterns select, in mask order; see `selected`."""
+        return self.kept(self.selected(patterns))
+
+    @abstractmethod
+    def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
+        """A new mask without entries that have no effect beside the others, in each row by itself."""
+
+    @abstractmethod
+    def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+        """The circuit of a given size that the largest scores make.
+
+        Raises:
+            ConfigurationError: there are fewer entries than that.
+        """
+
+    @abstractmethod
+    def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
+        """Units whose value each circuit ever replaces; slots are those of `spans`, or one for all."""
+
+    @abstractmethod
+    def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
+        """Names of the nodes that take part in a circuit."""
+
+    @abstractmethod
+    def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
+        """Sizes of a circuit for a results file."""
+
+    @property
+    @abstractmethod
+    def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
+        """Kinds of site, and which of them each entry belongs to; penalties may differ by it."""
+
+    def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
+        """Pairs of an entry and a node that it enters or leaves, and the number of nodes; None where entries are nodes."""
+        return None
+
+    @abstractmethod
+    def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
+        """Numbers of all entries as a table."""
+
+    @abstractmethod
+    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
+        """Connections that a drawing of a circuit shows: source, reader and how it is read; None for boxes alone."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> tuple[int, int] | None:
+        """Layers, and heads of a layer, where a circuit can be drawn as boxes of heads and MLPs."""
+
+    @abstractmethod
+    def header(self) -> dict[str, Any]:
+        """Plain values that `level_of_header` makes this level of again."""
+
+    @classmethod
+    @abstractmethod
+    def from_header(cls, header: Mapping[str, Any]) -> "Level":
+        """The level that `header` describes.
+
+        Raises:
+            KeyError, TypeError: it does not describe one.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """Sizes of the model that the level is of, in words."""
+
+
+def matching(names: Sequence[str], pattern: str) -> Bool[Tensor, " name"]:
+    """Names that a shell pattern matches; where it matches none, units of what it names (`a3` for `a3.h0`, ...)."""
+    exactly = torch.tensor([fnmatchcase(name, pattern) for name in names], dtype=torch.bool)
+    if exactly.any():
+        return exactly
+    return torch.tensor([fnmatchcase(name, f"{pattern}.*") for name in names], dtype=torch.bool)
+
+
+def top_entries(scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+    """The entries of the largest scores, so many of them; of equal scores the first in mask order.
+
+    Raises:
+        ConfigurationError: there are fewer entries than that.
+    """
+    check_size(scores, size)
+    mask = torch.zeros(len(scores), dtype=torch.bool)
+    mask[scores.argsort(descending=True, stable=True)[:size]] = True
+    return mask
+
+
+def check_size(scores: Float[Tensor, " entry"], size: int) -> None:
+    """Check that a circuit can have so many entries.
+
+    Raises:
+        ConfigurationError: the level has fewer.
+    """
+    if not 0 <= size <= len(scores):
+        raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(scores)}.")

@@ -1,0 +1,261 @@
+"""Sites: places in a decoder where a tensor passes, and how that tensor is cut into units.
+
+A unit is what can be ablated: a head, an MLP, a neuron, the residual stream before a block, a feature of a sparse
+dictionary. To add a kind of site, add one entry to `SITE_KINDS` (and, where it needs a module that no kind has needed
+before, its path to `models.families`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
+from oa_train.models.dictionaries import Dictionary
+from oa_train.models.families import Dimensions, Parts
+from oa_train.shapes import Float, Tensor
+
+# A module, and which side of it the tensor passes.
+Place = tuple[nn.Module, Literal["input", "output"]]
+# Dictionaries by the layer of their site.
+Dictionaries = Mapping[int, Dictionary]
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place of one kind in one layer.
+
+    Attributes:
+        kind: a key of `SITE_KINDS`.
+        layer: of the block, from 0; the number of layers for what enters the final norm.
+    """
+
+    kind: str
+    layer: int = 0
+
+    @property
+    def key(self) -> str:
+        """Name in files and of parameters: `heads_3`."""
+        return f"{self.kind}_{self.layer}"
+
+    @classmethod
+    def of_key(cls, key: str) -> "Site":
+        """The site of a key.
+
+        Raises:
+            ArtefactError: it is no key of a site.
+        """
+        kind, _, layer = key.rpartition("_")
+        if kind not in SITE_KINDS or not layer.isdecimal():
+            raise ArtefactError(f"{key!r} names no site; expected a kind and a layer, such as heads_3.")
+        return cls(kind, int(layer))
+
+
+@dataclass(frozen=True)
+class SiteKind:
+    """One kind of site.
+
+    Attributes:
+        name: in configurations (`sites: [heads, mlp]`).
+        site_name: what the site of a layer is called, with `{layer}` in it; alone also the name of its one unit.
+        unit_name: what is added to that for each of several units, with `{unit}` in it.
+        layers: layers that have such a site.
+        shape: number and width of its units.
+        place: where its tensor passes in a layer.
+    """
+
+    name: str
+    site_name: str
+    layers: Callable[[Dimensions], Sequence[int]]
+    shape: Callable[[Dimensions], tuple[int, int]]
+    place: Callable[[Parts, int], Place]
+    unit_name: str = ""
+
+    def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
+        """Layers of a model that have such a site."""
+        del dictionaries
+        return self.layers(dimensions)
+
+    def shape_of(self, layer: int, dimensions: Dimensions, dictionaries: Dictionaries) -> tuple[int, int]:
+        """Number and width of the units of a layer's site."""
+        del layer, dictionaries
+        return self.shape(dimensions)
+
+    def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
+        """Where a layer's tensor passes.
+
+        Raises:
+            ConfigurationError: models of this family have no such place.
+        """
+        del dictionaries
+        return self.place(parts, layer)
+
+    def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
+        """Sorts sites in the order of a forward pass."""
+        del dictionaries
+        return layer, list(SITE_KINDS).index(self.name), 0
+
+    def unit_names(self, layer: int, n_units: int) -> list[str]:
+        """Names of the units of a layer's site."""
+        name = self.site_name.format(layer=layer)
+        return [name + self.unit_name.format(unit=unit) for unit in range(n_units)]
+
+    def read(
+        self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
+    ) -> Float[Tensor, "row position unit width"]:
+        """The values of the units in the tensor that passes.
+
+        Args:
+            tensor: as the model has it: units side by side, rows and positions in one dimension or in two.
+            layout: rows, positions, units and width.
+            layer: of the site.
+            dictionaries: of the model.
+        """
+        del layer, dictionaries
+        return tensor.reshape(layout)
+
+    def write(
+        self,
+        tensor: Tensor,
+        before: Float[Tensor, "row position unit width"],
+        after: Float[Tensor, "row position unit width"],
+        layer: int,
+        dictionaries: Dictionaries,
+    ) -> Tensor:
+        """The tensor that goes on when the units have other values.
+
+        Args:
+            tensor: that passed.
+            before: values of its units.
+            after: their new values.
+            layer: of the site.
+            dictionaries: of the model.
+        """
+        del before, layer, dictionaries
+        return after.reshape(tensor.shape)
+
+
+class _Features(SiteKind):
+    """Entries of the code that a sparse dictionary makes of another site's tensor.
+
+    The change of the code is decoded and added, so that what the dictionary cannot express stays as it is.
+    """
+
+    def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
+        del dimensions
+        return sorted(dictionaries)
+
+    def shape_of(self, layer: int, dimensions: Dimensions, dictionaries: Dictionaries) -> tuple[int, int]:
+        del dimensions
+        return dictionaries[layer].n_features, 1
+
+    def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
+        site = site_of_name(dictionaries[layer].site, parts.dimensions)
+        return SITE_KINDS[site.kind].place_of(site.layer, parts, {})
+
+    def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
+        kind = _kind_of_name(dictionaries[layer].site)
+        return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
+
+    def read(
+        self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
+    ) -> Float[Tensor, "row position unit width"]:
+        return dictionaries[layer].encode(tensor.reshape(*layout[:2], -1)).unsqueeze(-1)
+
+    def write(
+        self, tensor: Tensor, before: Tensor, after: Tensor, layer: int, dictionaries: Dictionaries
+    ) -> Tensor:
+        change = dictionaries[layer].decode_change((after - before).squeeze(-1))
+        return tensor + change.to(tensor.dtype).reshape(tensor.shape)
+
+
+def _neurons(parts: Parts, layer: int) -> Place:
+    if not parts.down_projections:
+        raise ConfigurationError(
+            f"Models of the family {parts.family.model_type!r} have no sites of the kind 'neurons': their MLPs have no "
+            "single down projection that the neurons enter. Ablate whole MLPs (sites: [mlp])."
+        )
+    return parts.down_projections[layer], "input"
+
+
+def _residual(parts: Parts, layer: int) -> Place:
+    return (parts.final_norm if layer == len(parts.blocks) else parts.blocks[layer]), "input"
+
+
+def _every_layer(dimensions: Dimensions) -> range:
+    return range(dimensions.n_layers)
+
+
+def _before_the_first(dimensions: Dimensions) -> range:
+    del dimensions
+    return range(1)
+
+
+def _stream(dimensions: Dimensions) -> tuple[int, int]:
+    return 1, dimensions.d_model
+
+
+# In the order in which a layer's sites are passed.
+SITE_KINDS: dict[str, SiteKind] = {
+    kind.name: kind
+    for kind in (
+        SiteKind("tokens", "tokens", _before_the_first, _stream, lambda parts, _: (parts.token_embedding, "output")),
+        SiteKind("embedding", "input", _before_the_first, _stream, lambda parts, _: (parts.blocks[0], "input")),
+        SiteKind("residual", "r{layer}", lambda sizes: range(1, sizes.n_layers + 1), _stream, _residual),
+        SiteKind(
+            "heads",
+            "a{layer}",
+            _every_layer,
+            lambda sizes: (sizes.n_heads, sizes.d_head),
+            lambda parts, layer: (parts.attention_outputs[layer], "input"),
+            ".h{unit}",
+        ),
+        SiteKind("attention", "a{layer}", _every_layer, _stream, lambda p, layer: (p.attentions[layer], "output")),
+        SiteKind("neurons", "m{layer}", _every_layer, lambda sizes: (sizes.d_mlp, 1), _neurons, ".n{unit}"),
+        SiteKind("mlp", "m{layer}", _every_layer, _stream, lambda parts, layer: (parts.mlps[layer], "output")),
+        _Features("features", "f{layer}", _before_the_first, _stream, _residual, ".{unit}"),
+    )
+}
+
+DEFAULT_SITES = ("heads", "mlp")
+
+# What dictionaries can stand on, by the first letter of the site's name.
+_DICTIONARY_SITES = {"r": "residual", "m": "mlp", "a": "attention"}
+
+
+def _kind_of_name(name: str) -> str:
+    kind = _DICTIONARY_SITES.get(name[:1])
+    if kind is None or not name[1:].isdecimal():
+        raise ConfigurationError(
+            f"A dictionary cannot stand on {name!r}; expected r3 (what enters block 3), m3 (an MLP's output) or a3 (an "
+            "attention layer's output)."
+        )
+    return kind
+
+
+def site_of_name(name: str, dimensions: Dimensions) -> Site:
+    """The site that a dictionary names: `r3`, `m3` or `a3`; `r0` is the embedding.
+
+    Raises:
+        ConfigurationError: a model of these sizes has no such site.
+    """
+    kind, layer = _kind_of_name(name), int(name[1:])
+    if kind == "residual" and layer == 0:
+        return Site("embedding")
+    if layer not in SITE_KINDS[kind].layers(dimensions):
+        raise ConfigurationError(f"There is no site {name!r} in a model of {dimensions.n_layers} layers.")
+    return Site(kind, layer)
+
+
+def check_site_kinds(option: str, names: Sequence[str]) -> None:
+    """Check that kinds of site exist and are named once.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    for name in names:
+        if name not in SITE_KINDS:
+            raise ConfigurationError(f"{option} names {name!r}. {nearest_names(name, SITE_KINDS)}")
+    if not names or len(set(names)) < len(names):
+        raise ConfigurationError(f"{option} is {list(names)}; expected kinds of site, each once.")
