@@ -33,6 +33,7 @@ class Graph(EdgeLayout, Level):
 
     kind = "edges"
     part = "edge"
+    has_one_stream = False
 
     d_head: int = 0
     d_model: int = 0
@@ -228,6 +229,10 @@ class Graph(EdgeLayout, Level):
         by_edge = [heads_of[ends] for ends, heads_of in pairs]
         edges = torch.cat([(found >= 0).nonzero().flatten() for found in by_edge])
         return edges, torch.cat([found[found >= 0] for found in by_edge])
+
+    def of_model(self, config: Any) -> "Graph":
+        """The graph of a model with this Hugging Face configuration."""
+        return self.of(config)
 
     def header(self) -> dict[str, Any]:
         """Plain values that `from_header` makes this graph of again."""

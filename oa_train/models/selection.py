@@ -7,7 +7,7 @@ is at all others.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -55,6 +55,7 @@ class Nodes(Level):
 
     kind = "nodes"
     part = "component"
+    has_one_stream = True
 
     dimensions: Dimensions
     kinds: tuple[str, ...] = DEFAULT_SITES
@@ -322,6 +323,10 @@ class Nodes(Level):
         """Layers, and heads of a layer, where the units are the heads and the MLPs."""
         plain = set(self.kinds) == set(DEFAULT_SITES) and self.spans == (None,)
         return (self.dimensions.n_layers, self.dimensions.n_heads) if plain else None
+
+    def of_model(self, config: Any) -> "Nodes":
+        """The same selection in a model with this Hugging Face configuration."""
+        return replace(self, dimensions=Dimensions.of(config))
 
     def header(self) -> dict[str, Any]:
         """Plain values that `from_header` makes this level of again; dictionaries are named by where they were read."""

@@ -51,13 +51,21 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
     """Have modules do something else when they are called, for the length of the context; their taps still act."""
     with ExitStack() as stack:
         for module, forward in forwards:
-            # Shadows the method of the class, or what shadows it already, for this one module.
-            before = vars(module).get("forward")
-            module.forward = forward
+            stack.enter_context(replaced_attributes(module, forward=forward))
+        yield
+
+
+@contextmanager
+def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -> Iterator[None]:
+    """Shadow methods of one module, for the length of the context."""
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            before = vars(module).get(name)
+            setattr(module, name, replacement)
             if before is None:
-                stack.callback(delattr, module, "forward")
+                stack.callback(delattr, module, name)
             else:
-                stack.callback(setattr, module, "forward", before)
+                stack.callback(setattr, module, name, before)
         yield
 
 
