@@ -100,6 +100,25 @@ class Dictionary:
                 digest.update(part.to("cpu", torch.float64).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Dictionary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @cached_property
+    def _copies(self) -> dict[tuple[torch.device, torch.dtype], "Dictionary"]:
+        return {}
+
+    def like(self, x: Tensor) -> "Dictionary":
+        """This dictionary on the device of x, in the dtype in which x is encoded; moved once and kept."""
+        where = x.device, torch.promote_types(x.dtype, torch.float32)
+        if where == (self.w_enc.device, self.w_enc.dtype):
+            return self
+        if where not in self._copies:
+            self._copies[where] = self.to(*where)
+        return self._copies[where]
+
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
         """The code of x, in the dtype of x but in float32 at least, under autocast too."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -140,6 +159,43 @@ class Dictionary:
 
     def _settings(self) -> dict[str, str | int | bool]:
         return {name: getattr(self, name) for name in _SETTINGS if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class DictionarySpec:
+    """Which sparse dictionary to read; named in a configuration.
+
+    Attributes:
+        path: its folder or its weights.
+        site: where it reads, for files that do not say so; otherwise it must agree with them.
+        centres_input: overrules what the files say; see `load_dictionary`.
+    """
+
+    path: str
+    site: str | None = None
+    centres_input: bool | None = None
+
+    def load(self) -> Dictionary:
+        """Read it; see `load_dictionary` for the errors."""
+        return load_dictionary(self.path, self.site, self.centres_input)
+
+
+def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
+    """Read a dictionary again that a file's header names.
+
+    Args:
+        header: path, site, `centres_input` and fingerprint.
+
+    Raises:
+        ArtefactError: it is not where it was, or another one stands there.
+    """
+    dictionary = load_dictionary(header["path"], header["site"], header["centres_input"])
+    if dictionary.fingerprint != header["fingerprint"]:
+        raise ArtefactError(
+            f"{header['path']} holds another dictionary than the one that was used (fingerprint "
+            f"{dictionary.fingerprint}, expected {header['fingerprint']}). Put the old one back."
+        )
+    return dictionary
 
 
 def check_dictionary(where: str, values: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from oa_train.errors import ConfigurationError, nearest_names, unknown_name
-from oa_train.models.dictionaries import Dictionary
+from oa_train.models.dictionaries import Dictionary, reload_dictionary
 from oa_train.models.families import Dimensions
 from oa_train.models.levels import Level, ScoreMap, matching, top_entries
 from oa_train.models.sites import DEFAULT_SITES, SITE_KINDS, Site, check_site_kinds, site_of_name
@@ -336,7 +336,7 @@ class Nodes(Level):
             "sites": list(self.kinds),
             "spanned": list(self.spanned),
             "dictionaries": [
-                {"path": dictionary.path, "site": dictionary.site, "fingerprint": dictionary.fingerprint}
+                {name: getattr(dictionary, name) for name in ("path", "site", "centres_input", "fingerprint")}
                 for dictionary in self.dictionaries
             ],
         }
@@ -349,7 +349,7 @@ class Nodes(Level):
             KeyError, TypeError: it does not describe one.
             ArtefactError: a dictionary is not where it was, or another one stands there.
         """
-        dictionaries = [Dictionary.reload(**entry) for entry in header["dictionaries"]]
+        dictionaries = map(reload_dictionary, header["dictionaries"])
         return cls(
             Dimensions(**header["dimensions"]),
             tuple(header["sites"]),
