@@ -69,7 +69,7 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
         console.print(_component_table(compared))
     for size, found in compared.random_circuits.items():
         console.print(
-            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.what} under optimal constants: median KL "
+            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.level.parts} under optimal constants: median KL "
             f"{statistics.median(found.kl):.4g}, lowest {min(found.kl):.4g}; the run's circuit after the same "
             f"training {found.run_kl:.4g}, percentile {found.percentile:.3g}"
         )
@@ -86,7 +86,7 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
 
 
 def _circuit_table(run: TrainedCircuit, rows: Sequence[Comparison]) -> Table:
-    kept = f"{len(run.circuit)} of {len(run.circuit.parts)} {run.circuit.what}"
+    kept = f"{len(run.circuit)} of {len(run.circuit.level)} {run.circuit.level.parts}"
     table = Table(
         title=f"{run.name}: {kept}, trained with {run.ablation.replace('_', ' ')} ablation\n"
         "KL divergence in nats with everything else ablated, mean ± 95 % interval",

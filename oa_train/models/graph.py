@@ -12,6 +12,7 @@ from oa_train.models.edge_layout import EdgeLayout
 from oa_train.models.families import Dimensions, is_parallel
 from oa_train.models.levels import Level, ScoreMap, check_size, matching
 from oa_train.models.pruning import within_budget, without_dangling
+from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Int, Tensor
 
@@ -156,6 +157,10 @@ class Graph(EdgeLayout, Level):
         used = torch.zeros(self.n_sources, dtype=torch.bool)
         used[self.edge_sources[mask.cpu()]] = True
         return tuple(name for name, is_used in zip(self.sources[1:], used[1:].tolist(), strict=True) if is_used)
+
+    def node_level(self, config: Any) -> Level:
+        """The heads and MLPs of the model."""
+        return Nodes.of(config)
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """How many edges are kept and of how many, and the nodes that they lead out of."""

@@ -140,6 +140,10 @@ class Level(ABC):
         """Names of the nodes that take part in a circuit."""
 
     @abstractmethod
+    def node_level(self, config: Any) -> "Level":
+        """The nodes of a model that can be ablated one by one: this level, or the components between its edges."""
+
+    @abstractmethod
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """Sizes of a circuit for a results file."""
 

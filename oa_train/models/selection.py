@@ -285,6 +285,11 @@ class Nodes(Level):
         """Names of the kept entries, which are nodes themselves."""
         return self.kept(mask)
 
+    def node_level(self, config: Any) -> "Nodes":
+        """This level."""
+        del config
+        return self
+
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """How many entries are kept, and of how many."""
         return {"nodes": int(mask.sum()), "nodes_total": len(self)}
