@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from oa_train.circuits.published import published_ioi_circuit as published_ioi_circuit
     from oa_train.errors import OaTrainError as OaTrainError
     from oa_train.ablations.context import ablated as ablated
-    from oa_train.engine.reading import source_means as source_means
-    from oa_train.engine.reading import source_values as source_values
+    from oa_train.engine.reading import read_values as read_values
     from oa_train.engine.forward import scored_logits as scored_logits
     from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
     from oa_train.ablations.registry import KINDS as KINDS
     from oa_train.ablations.registry import AblationSource as AblationSource
-    from oa_train.engine.nodes import node_logits as node_logits
+    from oa_train.engine.levels import masked_logits as masked_logits
+    from oa_train.engine.values import Values as Values
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
-    from oa_train.models.selection import Components as Components
+    from oa_train.models.selection import Nodes as Nodes
+    from oa_train.models.sites import Site as Site
+    from oa_train.models.dictionaries import Dictionary as Dictionary
+    from oa_train.models.dictionaries import load_dictionary as load_dictionary
     from oa_train.models.graph import Graph as Graph
     from oa_train.models.loading import LMSpec as LMSpec
     from oa_train.models.loading import load_model as load_model
@@ -61,7 +64,6 @@ _HOMES = {
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuit_module",
     "CompareSettings": "studies.compare",
-    "Components": "models.selection",
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
     "FinishSettings": "studies.finish",
@@ -93,10 +95,14 @@ _HOMES = {
     "jaccard": "circuits.circuit",
     "load_model": "models.loading",
     "minimal": "studies.minimal",
-    "node_logits": "engine.nodes",
+    "masked_logits": "engine.levels",
+    "Nodes": "models.selection",
+    "Values": "engine.values",
+    "Site": "models.sites",
+    "Dictionary": "models.dictionaries",
+    "load_dictionary": "models.dictionaries",
     "published_ioi_circuit": "circuits.published",
-    "source_means": "engine.reading",
-    "source_values": "engine.reading",
+    "read_values": "engine.reading",
     "scored_logits": "engine.forward",
 }
 
