@@ -1,9 +1,9 @@
 """The slow, obvious oracle that edge interventions are tested against.
 
-Nothing is shared with them but the table of families and the order of edges; with the oracle of node interventions it
+It shares nothing with them but the table of families and the order of edges; with the oracle of node interventions it
 shares how the model is run. The input of every reader is summed up source by source, under the names of edges; the
-model's own norm and the whole of its own projection are applied to it, and the reader's part is picked from what comes
-out.
+model's own norm and the whole of its own projection are applied to it, and the reader's part is picked from the
+result.
 """
 
 from collections.abc import Callable
@@ -12,45 +12,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
 from oa_train.diagnostics.reference import run_with_hooks
+from oa_train.engine.values import Values
 from oa_train.models.families import Dimensions, Family, check_family
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
+from oa_train.models.sites import Site
 from oa_train.shapes import Float, Tensor
 
 
 def reference_edge_logits(
-    model: CausalLM,
-    batch: Batch,
-    mask: Float[Tensor, "row edge"],
-    replacements: SourceValues,
-    bos_token_id: int | None,
+    model: CausalLM, batch: Batch, graph: Graph, mask: Float[Tensor, "row edge"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Do what `engine.edges.run.edge_logits` does, in loops."""
-    run = _Loops(model, batch, mask, replacements, bos_token_id)
+    """Do what `engine.edges.run.run_edges` does, in loops."""
+    run = _Loops(model, batch, graph, mask, values)
     return run_with_hooks(model, batch, run.attach())
 
 
 class _Loops:
-    def __init__(
-        self, model: CausalLM, batch: Batch, mask: Tensor, replacements: SourceValues, bos_token_id: int | None
-    ) -> None:
-        self.model, self.batch, self.replacements = model, batch, replacements
-        self.bos_token_id = bos_token_id
+    def __init__(self, model: CausalLM, batch: Batch, graph: Graph, mask: Tensor, values: Values) -> None:
+        self.model, self.batch, self.graph = model, batch, graph
+        self.constants = {site: values.at(site) for site in graph.sites}
         self.family: Family = check_family(model.config.model_type)
         self.sizes = Dimensions.of(model.config)
-        self.graph = Graph.of(model.config)
         self.blocks: Any = model.get_submodule(self.family.blocks)
         pairs = zip(self.graph.edge_sources.tolist(), self.graph.edge_readers.tolist(), strict=True)
         self.masks: dict[str, dict[str, Tensor]] = {name: {} for name in self.graph.readers}
         for number, (source, reader) in enumerate(pairs):
             self.masks[self.graph.readers[reader]][self.graph.sources[source]] = mask[:, number]
         # By source: [row, position, d_model].
-        self.values: dict[str, Tensor] = {}
-        self.stand_ins: dict[str, Tensor] = {}
-        self.fixed: dict[str, Tensor] = {}  # the same without gradients to constants
+        self.written: dict[str, Tensor] = {}
+        self.replacements: dict[str, Tensor] = {}
+        self.fixed: dict[str, Tensor] = {}  # the replacements without gradients
         self.biases: dict[int, Tensor] = {}
         self.streams: dict[int, Tensor] = {}
 
@@ -74,41 +68,36 @@ class _Loops:
         def hook(_: nn.Module, args: Any) -> None:
             self.streams[layer] = args[0]
             if layer == 0:
-                self.values["input"] = args[0]
-                self.stand_ins["input"] = self.replacements.inputs[0]
-                self.fixed["input"] = self.replacements.inputs[0].detach()
+                self.write_vector("input", args[0].view(*self.batch.tokens.shape, -1), Site("embedding"))
 
         return hook
 
     def reader_input(self, reader: str, layer: int, stream: Tensor) -> Tensor:
         """Sum of all that a reader reads, and the model's own stream where nothing is ablated."""
-        total = torch.zeros_like(self.values["input"])
+        total = torch.zeros_like(self.written["input"])
         for source, keep in self.masks[reader].items():
             rows = keep.view(-1, 1, 1)
-            stand_in = self.stand_ins[source]
-            shown = torch.where(rows < 0.001, stand_in, self.fixed[source])
-            total = total + rows * self.values[source] + (1 - rows) * shown
+            replacement = torch.where(rows < 0.001, self.replacements[source], self.fixed[source])
+            total = total + rows * self.written[source] + (1 - rows) * replacement
         for written_in, bias in self.biases.items():
             # A layer's bias is read by those who read its heads.
             if f"a{written_in}.h0" in self.masks[reader]:
                 total = total + bias
-        for row in range(len(total)):
-            first = int(self.batch.attention_mask[row].long().argmax())
-            if int(self.batch.tokens[row, first]) == self.bos_token_id:
-                own = torch.zeros_like(total, dtype=torch.bool)
-                own[row, first] = True
-                total = torch.where(own, stream.view(total.shape), total)
+        for row, position in self.batch.protected.nonzero().tolist():
+            protected = torch.zeros_like(total, dtype=torch.bool)
+            protected[row, position] = True
+            total = torch.where(protected, stream.view(total.shape), total)
         return total
 
     def project(self, layer: int, index: int, n_modules: int) -> Callable[..., Tensor]:
         def hook(module: nn.Module, _: Any, output: Tensor) -> Tensor:
-            made = output.clone()
+            projected = output.clone()
             for reader in self.masks:
                 part = self.part(reader, layer, index, n_modules)
                 if part is not None:
                     read = self.normed(layer, self.reader_input(reader, layer, self.streams[layer]))
-                    made[..., part] = module.forward(read).view(output.shape)[..., part]
-            return made
+                    projected[..., part] = module.forward(read).view(output.shape)[..., part]
+            return projected
 
         return hook
 
@@ -142,17 +131,17 @@ class _Loops:
             nothing = torch.zeros_like(heads).flatten(2)
             bias = output.forward(nothing)
             total = output.forward(heads.flatten(2))
-            stand_ins = self.replacements.heads[layer].expand_as(heads)
+            constants = self.constants[Site("heads", layer)].expand_as(heads)
             for head in range(self.sizes.n_heads):
-                for values, written in (
-                    (heads, self.values),
-                    (stand_ins, self.stand_ins),
-                    (stand_ins.detach(), self.fixed),
+                for values, by_source in (
+                    (heads, self.written),
+                    (constants, self.replacements),
+                    (constants.detach(), self.fixed),
                 ):
                     alone = torch.zeros_like(heads)
                     alone[:, :, head] = values[:, :, head]
-                    own = output.forward(alone.flatten(2)) - bias
-                    written[f"a{layer}.h{head}"] = self.after_norm(block, own, total)
+                    share = output.forward(alone.flatten(2)) - bias
+                    by_source[f"a{layer}.h{head}"] = self.after_norm(block, share, total)
             self.biases[layer] = self.after_norm(block, bias, total)
 
         return hook
@@ -170,8 +159,11 @@ class _Loops:
 
     def write_mlp(self, layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-            self.values[f"m{layer}"] = output.view(*self.batch.tokens.shape, self.sizes.d_model)
-            self.stand_ins[f"m{layer}"] = self.replacements.mlps[layer]
-            self.fixed[f"m{layer}"] = self.replacements.mlps[layer].detach()
+            self.write_vector(f"m{layer}", output.view(*self.batch.tokens.shape, -1), Site("mlp", layer))
 
         return hook
+
+    def write_vector(self, source: str, written: Tensor, site: Site) -> None:
+        self.written[source] = written
+        self.replacements[source] = self.constants[site].squeeze(2)
+        self.fixed[source] = self.replacements[source].detach()

@@ -5,8 +5,9 @@ Nothing of a family's arithmetic is repeated here. To support another family, ad
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -268,25 +269,59 @@ def _check_one_device(model: Any) -> None:
         raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
 
 
-class _Lookup:
+class Lookup:
     """Modules of a model by path, and where each stood, so that a module that was swapped since is noticed."""
 
     def __init__(self) -> None:
-        self._children: list[tuple[nn.Module, str, nn.Module]] = []
+        # Parents by weak references, because one of them is the model, which is not to live for the sake of a cache.
+        self._children: list[tuple[weakref.ref[nn.Module], str, nn.Module, type[nn.Module]]] = []
 
     def get(self, module: nn.Module, path: str) -> nn.Module:
+        """The module that a path leads to.
+
+        Raises:
+            AttributeError: it leads nowhere.
+        """
         for name in path.split("."):
             child = module.get_submodule(name)
-            self._children.append((module, name, child))
+            self._children.append((weakref.ref(module), name, child, type(child)))
             module = child
         return module
 
     def holds(self) -> bool:
-        """Whether every module is where it was."""
-        return all(parent._modules.get(name) is child for parent, name, child in self._children)
+        """Whether every module is where it was, and of the class that it was."""
+        return all(
+            getattr(parent(), "_modules", {}).get(name) is child and type(child) is kind
+            for parent, name, child, kind in self._children
+        )
 
 
-_lookups: "weakref.WeakKeyDictionary[nn.Module, tuple[Parts, _Lookup]]" = weakref.WeakKeyDictionary()
+_T = TypeVar("_T")
+_lookups: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Lookup]]]" = weakref.WeakKeyDictionary()
+
+
+def looked_up(model: Any, find: Callable[[Any, Lookup], _T]) -> _T:
+    """What a function finds in a model, looked up once a model and again when a module on the way was swapped.
+
+    Args:
+        model: a `PreTrainedModel`.
+        find: gets every module from the lookup that it is given, and keeps nothing but modules.
+
+    Raises:
+        ModelError: the model is not built as its entry in the family table says.
+    """
+    known = _lookups.setdefault(model, {})
+    if find not in known or not known[find][1].holds():
+        lookup = Lookup()
+        try:
+            known[find] = find(model, lookup), lookup
+        except (AttributeError, TypeError) as problem:
+            raise ModelError(
+                f"This {model.config.model_type} model is not built as its entry in the family table says: {problem}. "
+                "The table follows transformers 5; is the model's code older, newer, or its own?"
+            ) from problem
+    result: _T = known[find][0]
+    return result
 
 
 def find_parts(model: Any) -> Parts:
@@ -300,13 +335,7 @@ def find_parts(model: Any) -> Parts:
             whole, or it is spread over several devices.
     """
     _check_not_wrapped(model)
-    known = _lookups.get(model)
-    if known is not None and known[1].holds():
-        return known[0]
-    lookup = _Lookup()
-    parts = _find_parts(model, lookup)
-    _lookups[model] = parts, lookup
-    return parts
+    return looked_up(model, _find_parts)
 
 
 def _check_not_wrapped(model: Any) -> None:
@@ -318,7 +347,7 @@ def _check_not_wrapped(model: Any) -> None:
         )
 
 
-def _find_parts(model: Any, lookup: _Lookup) -> Parts:
+def _find_parts(model: Any, lookup: Lookup) -> Parts:
     family = check_config(model.config)
     _check_one_device(model)
     dimensions = Dimensions.of(model.config)
@@ -326,27 +355,21 @@ def _find_parts(model: Any, lookup: _Lookup) -> Parts:
     def of_blocks(path: str) -> tuple[nn.Module, ...]:
         return tuple(lookup.get(block, path) for block in blocks)
 
-    try:
-        listed: Any = lookup.get(model, family.blocks)
-        blocks = tuple(lookup.get(listed, str(number)) for number in range(len(listed)))
-        attention_outputs = of_blocks(family.attention_output)
-        parts = Parts(
-            family=family,
-            dimensions=dimensions,
-            token_embedding=model.get_input_embeddings(),
-            blocks=blocks,
-            attention_outputs=attention_outputs,
-            attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
-            down_projections=of_blocks(family.down_projection) if family.down_projection else (),
-            mlps=of_blocks(family.mlp),
-            final_norm=lookup.get(model, family.final_norm),
-            unembedding=model.get_output_embeddings(),
-        )
-    except (AttributeError, TypeError) as problem:
-        raise ModelError(
-            f"This {family.model_type} model is not built as its entry in the family table says: {problem}. "
-            "The table follows transformers 5; is the model's code older, newer, or its own?"
-        ) from problem
+    listed: Any = lookup.get(model, family.blocks)
+    blocks = tuple(lookup.get(listed, str(number)) for number in range(len(listed)))
+    attention_outputs = of_blocks(family.attention_output)
+    parts = Parts(
+        family=family,
+        dimensions=dimensions,
+        token_embedding=model.get_input_embeddings(),
+        blocks=blocks,
+        attention_outputs=attention_outputs,
+        attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
+        down_projections=of_blocks(family.down_projection) if family.down_projection else (),
+        mlps=of_blocks(family.mlp),
+        final_norm=lookup.get(model, family.final_norm),
+        unembedding=model.get_output_embeddings(),
+    )
     _check_sizes(parts)
     return parts
 
@@ -361,7 +384,9 @@ def _check_sizes(parts: Parts) -> None:
             f"The attention output projections of this {model_type} model do not map {sizes.n_heads} heads of width "
             f"{sizes.d_head} to {sizes.d_model} dimensions."
         )
-    if any(linear_shape(projection) not in ((sizes.d_mlp, sizes.d_model), None) for projection in parts.down_projections):
+    if any(
+        linear_shape(projection) not in ((sizes.d_mlp, sizes.d_model), None) for projection in parts.down_projections
+    ):
         raise ModelError(
             f"The down projections of this {model_type} model do not map {sizes.d_mlp} neurons to {sizes.d_model} "
             "dimensions."

@@ -1,12 +1,12 @@
-"""Where the fast engine for edges keeps what is written, and the products of matrices that mix it for readers.
+"""What sources have written in one run of a model, and the products of matrices that mix it for readers.
 
-What sources write stands in one tensor [entry, row, position, d_model], less their replacements. What is read
-whatever the mask adds up in its first entry: replacements, and biases of attention outputs. So
+What sources write stands in one tensor [entry, row, position, d_model], less their replacements. The baseline, what a
+reader receives whatever the mask, adds up in its first entry: replacements, and biases of attention outputs. So
 
-    input of a reader = sum over sources of mask * written + standing
+    input of a reader = sum over sources of mask * written + baseline
 
-is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what
-is written add up in a second tensor like the first.
+is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients to what is
+written add up in a second tensor like the first.
 
 Each layer's product goes over all that is written before it. One product for several layers would go over it less
 often, which a CPU does not notice: with some dozens of readers it is busy computing. A GPU waits for its memory there.
@@ -18,8 +18,8 @@ from functools import cache
 
 import torch
 
-from oa_train.engine.nodes import ABLATED_BELOW
 from oa_train.engine.edges.workspace import Workspace
+from oa_train.engine.nodes import ABLATED_BELOW
 from oa_train.models.graph import Graph
 from oa_train.shapes import Bool, Float, Int, Tensor
 
@@ -29,7 +29,7 @@ class Plan:
     """What is the same for every mask in one layer.
 
     Its readers are those of attention, the MLP, and after the last layer the logits, in the order of the graph. An
-    entry is what all read whatever the mask, or a source.
+    entry is the baseline or a source.
 
     Attributes:
         n_readers: in all.
@@ -74,7 +74,7 @@ class Layer:
 
     Attributes:
         plan: of the layer.
-        keep: masks; 0 where there is no edge. Attention reads the first entry, which is no source, as it is.
+        keep: masks; 0 where there is no edge. Attention reads the baseline, the first entry, as it is.
         to_keep: gradients to them, right at the edges only.
         inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
     """
@@ -91,9 +91,9 @@ class Layer:
         self.to_keep: Float[Tensor, "row reader entry"] | None = None
 
     def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader entry"]:
-        laid = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
-        laid.index_copy_(1, self.plan.places, of_edges)
-        return laid.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
+        table = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
+        table.index_copy_(1, self.plan.places, of_edges)
+        return table.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
 
     def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
         """How much of the gradient to its source's replacement comes through each edge."""
@@ -112,11 +112,11 @@ class Needs:
 
     Attributes:
         mask: whether there are gradients to the mask.
-        recompute: whether it is to mix again what readers read.
+        recompute: whether readers' inputs are mixed again in the backward pass.
         constants: numbers of rows and of positions over which gradients to replacements are kept apart; None where
             there are none.
         centred: whether nobody sees the mean over dimensions of what is written, so that it is taken off.
-        scaled: whether what is read whatever the mask carries gradients, through the scale of a norm after attention.
+        scaled: whether the baseline carries gradients, through the scale of a norm after attention.
     """
 
     mask: bool
@@ -132,27 +132,26 @@ class Needs:
 
     @property
     def inputs(self) -> bool:
-        """Whether what readers read is kept."""
+        """Whether the readers' inputs are kept."""
         return self.gradients and not self.recompute
 
 
 class Buffers:
-    """What has been written in one run of a model, and what is read of it.
+    """What has been written in one run of a model, and the inputs that are mixed of it.
 
     Args:
         workspace: of the model.
         graph: of the model.
         mask: of each row.
-        kept: tokens at which every reader reads the model's own residual stream.
-        d_model: width of the residual stream.
+        protected: tokens at which every reader reads the model's own residual stream.
         dtype: of everything here.
         needs: what the run is for.
 
     Attributes:
         layers: of the model.
-        written: what all read whatever the mask, as it was when attention last read; then what sources have written.
-        standing: what all read whatever the mask, so far.
-        standing_before: the same when each layer's attention read.
+        written: the baseline, as it was when attention last read; then what sources have written.
+        baseline: what a reader receives whatever the mask, so far.
+        baseline_before: the same when each layer's attention read.
     """
 
     def __init__(
@@ -160,34 +159,33 @@ class Buffers:
         workspace: Workspace,
         graph: Graph,
         mask: Float[Tensor, "row edge"],
-        kept: Bool[Tensor, "row position"],
-        d_model: int,
+        protected: Bool[Tensor, "row position"],
         dtype: torch.dtype,
         needs: Needs,
     ) -> None:
         self.graph, self.needs = graph, needs
-        self.shape = (*kept.shape, d_model)
+        self.shape = (*protected.shape, graph.d_model)
         self._workspace = workspace
-        self._kept = kept.nonzero(as_tuple=True)
+        self._protected = protected.nonzero(as_tuple=True)
         self._kind = dtype, mask.device
-        every = plans(graph, mask.device)
-        sizes = [plan.n_readers for plan in every]
+        layers = plans(graph, mask.device)
+        sizes = [plan.n_readers for plan in layers]
         self._inputs = self._take("inputs", sum(sizes) if needs.inputs else max(sizes))
-        places = self._inputs.split(sizes) if needs.inputs else [self._inputs[:size] for size in sizes]
-        self.layers = [Layer(plan, mask, inputs) for plan, inputs in zip(every, places, strict=True)]
+        parts = self._inputs.split(sizes) if needs.inputs else [self._inputs[:size] for size in sizes]
+        self.layers = [Layer(plan, mask, inputs) for plan, inputs in zip(layers, parts, strict=True)]
         self._spent = False
         self.written: Float[Tensor, "entry row position d_model"] = self._take("written", 1 + graph.n_sources)
-        # The first entry is the gradient to what all read whatever the mask, if there is one.
+        # The first entry is the gradient to the baseline, if there is one.
         self._gradient: Float[Tensor, "entry row position d_model"] | None = None
         self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"] | None = None
-        self.standing: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, d_model)
-        self.standing_before: dict[int, Tensor] = {}
+        self.baseline: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, graph.d_model)
+        self.baseline_before: dict[int, Tensor] = {}
 
     def _take(self, name: str, n_entries: int) -> Float[Tensor, "entry row position d_model"]:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
 
     def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
-        """A flat tensor of any numbers, for the length of a context."""
+        """A flat tensor of any numbers, for the length of the context."""
         return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -198,23 +196,29 @@ class Buffers:
         """Take the mean off in place, where nobody sees it; this is its own transpose."""
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
-    def open(self, layer: int, readers: slice) -> None:
+    def add_to_baseline(self, added: Float[Tensor, "row_or_1 position_or_1 d_model"]) -> None:
+        """Add, from now on, to what a reader receives whatever the mask; changes its argument."""
+        self.baseline = self.baseline + self.centre(added)
+
+    def mix_before(self, layer: int, readers: slice) -> None:
         """Mix what was written before a layer for some of its readers."""
-        self.written[0] = self.standing_before.setdefault(layer, self.standing)
+        self.written[0] = self.baseline_before.setdefault(layer, self.baseline)
         self.mix(layer, readers, slice(0, self.layers[layer].plan.before), first=True)
 
     def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """Add what is written to what readers of a layer read, or make it the first that they read."""
-        at = self.layers[layer]
+        """Add entries to the inputs of a layer's readers, or make them the first that the inputs hold."""
+        of_layer = self.layers[layer]
         if entries.start < entries.stop:
-            _by_row(at.inputs[readers]).baddbmm_(
-                at.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
+            _by_row(of_layer.inputs[readers]).baddbmm_(
+                of_layer.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
             )
 
-    def keep_own(self, inputs: Float[Tensor, "reader row position d_model"], own: Tensor) -> None:
-        """Put the model's own stream at tokens that are never ablated."""
-        rows, positions = self._kept
-        inputs[:, rows, positions] = self.centre(self.cast(own[rows, positions]))
+    def restore_protected(
+        self, inputs: Float[Tensor, "reader row position d_model"], stream: Float[Tensor, "row position d_model"]
+    ) -> None:
+        """Put the model's own residual stream into inputs at protected tokens."""
+        rows, positions = self._protected
+        inputs[:, rows, positions] = self.centre(self.cast(stream[rows, positions]))
 
     def begin_backward(self) -> None:
         """Make room for gradients.
@@ -224,8 +228,8 @@ class Buffers:
         """
         if self._spent:
             raise RuntimeError(
-                "A second backward pass through one run of edge_logits: the first has overwritten what the readers "
-                "read. Add the losses up before calling backward, run the model again, or take engine='stock'."
+                "A second backward pass through one run of edges: the first has overwritten what the readers read. "
+                "Add the losses up before calling backward, or run the model again."
             )
         self._spent = True
         self._gradient = self._take("gradient", len(self.written))
@@ -237,16 +241,16 @@ class Buffers:
             shape = (len(self.written), *self.needs.constants, self.shape[-1])
             self._to_constants = self.written.new_zeros(shape, dtype=dtype)
 
-    def take_apart(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
-        """The other side of `keep_own` and of what is read whatever the mask."""
+    def release_protected(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
+        """The other side of `restore_protected`, and of adding the baseline, in gradients to inputs."""
         assert self._gradient is not None
-        rows, positions = self._kept
+        rows, positions = self._protected
         gradients[:, rows, positions] = 0
         if self.needs.scaled:
             self._gradient[0] += gradients.sum(dim=0)
 
     def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """The other side of `mix`; gradients to what the readers read stand in its place.
+        """The other side of `mix`; gradients to the readers' inputs stand in the inputs' place.
 
         Args:
             layer: of the readers.
@@ -255,25 +259,27 @@ class Buffers:
             first: no other gradients have come to these sources before.
         """
         assert self._gradient is not None
-        at = self.layers[layer]
+        of_layer = self.layers[layer]
         if entries.start < entries.stop:
             _by_row(self._gradient[entries]).baddbmm_(
-                at.keep[:, readers, entries].transpose(1, 2), _by_row(at.inputs[readers]), beta=0 if first else 1
+                of_layer.keep[:, readers, entries].transpose(1, 2),
+                _by_row(of_layer.inputs[readers]),
+                beta=0 if first else 1,
             )
 
-    def close(self, layer: int) -> None:
-        """The other side of `open`, when the gradients to what all readers of a layer read are there."""
-        at = self.layers[layer]
-        plan = at.plan
+    def unmix_before(self, layer: int) -> None:
+        """The other side of `mix_before`, when the gradients to the inputs of all readers of a layer have arrived."""
+        of_layer = self.layers[layer]
+        plan = of_layer.plan
         # The last layer is the first whose gradients arrive.
-        self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=at is self.layers[-1])
+        self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=of_layer is self.layers[-1])
         if self.needs.mask:
-            at.to_keep = _by_row(at.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
+            of_layer.to_keep = _by_row(of_layer.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
         if self._to_constants is not None:
-            _add_to_constants(self._to_constants[: plan.n_entries], at)
+            _add_to_constants(self._to_constants[: plan.n_entries], of_layer)
 
-    def gradient_to_standing(self) -> Float[Tensor, "row position d_model"]:
-        """To what all read whatever the mask, from those who have read since."""
+    def gradient_of_baseline(self) -> Float[Tensor, "row position d_model"]:
+        """To the baseline, from those who have read it since."""
         assert self._gradient is not None
         return self._gradient[0]
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.loading import CausalLM
-from oa_train.models.projections import attention_readers, weight_and_bias
+from oa_train.models.residual import find_residual_parts, weight_and_bias
 from oa_train.shapes import Float, Tensor
 
 # A norm divides by the root of its input's variance plus epsilon. With an epsilon that dwarfs every variance, and its
@@ -69,7 +69,7 @@ class HandWrittenWeights:
         self.model = model
         self.parts = find_parts(model)
         self._family = check_family(model.config.model_type)
-        self._readers = attention_readers(model)
+        self._readers = find_residual_parts(model).attention
         self._mlp_names = MLP_NAMES[model.config.model_type]
         self._used_units = [0] * self.parts.dimensions.n_layers
         with torch.no_grad():
