@@ -155,7 +155,9 @@ def _read_header(folder: Path, kind: str, layout: int) -> dict[str, Any]:
             f"{ARTEFACT_VERSION}). Convert it:\n  oa-train convert {folder} NEW_FOLDER"
         )
     if version != layout:
-        raise ArtefactError(f"{folder} has schema version {version}; expected {layout}. Was it written by a newer oa_train?")
+        raise ArtefactError(
+            f"{folder} has schema version {version}; expected {layout}. Was it written by a newer oa_train?"
+        )
     return document
 
 

@@ -22,9 +22,7 @@ Spans = Mapping[str, Bool[Tensor, "row position"]]
 
 
 @contextmanager
-def ablated(
-    model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None
-) -> Iterator[CausalLM]:
+def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
     """Run a model as a circuit: everything that its circuit does not keep is replaced by its constant.
 
     Everything that calls the model works inside the context, `generate` with its key-value cache included. Tokens that
@@ -151,7 +149,9 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
     """
     own = circuit.level.of_model(model.config)
     if circuit.level != own:
-        raise ArtefactError(f"The circuit is of a model with {circuit.level.describe()}; this one has {own.describe()}.")
+        raise ArtefactError(
+            f"The circuit is of a model with {circuit.level.describe()}; this one has {own.describe()}."
+        )
     _check_fingerprint(model, "circuit", circuit.provenance)
     if constants is not None:
         constants.check_fits(circuit.level)

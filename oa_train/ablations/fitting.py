@@ -131,7 +131,9 @@ class CircuitRun:
         fitted, n_circuits = self.fitted, self.circuits.stop - self.circuits.start
         sites = fitted.constants.by_site()
         by_site = dict(zip(sites, tables or sites.values(), strict=True))
-        numbers = range(len(fitted.constants)) if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
+        numbers = (
+            range(len(fitted.constants)) if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
+        )
         sets = [
             Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
             for number in numbers

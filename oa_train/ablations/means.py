@@ -50,7 +50,9 @@ class StreamingMeans:
             of: applied to the values in float64 before they are summed.
         """
         added = StreamingMeans(self.slots)
-        added.sums = {site: torch.zeros(len(self.slots), *v.shape[2:], dtype=torch.float64) for site, v in values.items()}
+        added.sums = {
+            site: torch.zeros(len(self.slots), *v.shape[2:], dtype=torch.float64) for site, v in values.items()
+        }
         for inside, slot in self._tokens_of_slots(batch, counted):
             added.counts += torch.bincount(slot, minlength=len(self.slots)).cpu()
             for site, tensor in values.items():
@@ -113,7 +115,10 @@ class StreamingMeans:
 
 
 def _summed(
-    tokens: Float[Tensor, "token unit width"], slot: Int[Tensor, " token"], n_slots: int, of: Callable[[Tensor], Tensor]
+    tokens: Float[Tensor, "token unit width"],
+    slot: Int[Tensor, " token"],
+    n_slots: int,
+    of: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "slot unit width"]:
     device = "cpu" if tokens.device.type == "mps" else tokens.device  # which has no float64
     sums = torch.zeros(n_slots, *tokens.shape[1:], dtype=torch.float64, device=device)

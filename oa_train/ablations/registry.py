@@ -24,7 +24,9 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
 
-AblationKind = Literal["optimal", "mean", "zero", "resample", "noise", "counterfactual_mean", "counterfactual", "clean"]
+AblationKind = Literal[
+    "optimal", "mean", "zero", "resample", "noise", "counterfactual_mean", "counterfactual", "clean"
+]
 
 
 class AblationSource:
@@ -38,9 +40,7 @@ class AblationSource:
         track: progress.
     """
 
-    def __init__(
-        self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent
-    ) -> None:
+    def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
         self.model = model
         self.task = task
         self.level = level

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from oa_train.ablations.registry import KINDS
 from oa_train.cli.arguments import ExplainingParser, check_configs, take_options
 from oa_train.cli.finished import chosen_options, finished_folder, finished_parser, load_run, loaded_model
 from oa_train.cli.interruption import terminable
@@ -14,7 +15,6 @@ from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
-from oa_train.ablations.registry import KINDS
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.comparison import Compared, Comparison
 from oa_train.studies.runs import TrainedCircuit

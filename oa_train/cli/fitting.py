@@ -46,13 +46,13 @@ from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.front import finish_front
-from oa_train.training.module import FrozenModelModule
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, none_left_behind
+from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which folder the first one has made.

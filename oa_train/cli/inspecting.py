@@ -13,13 +13,13 @@ from oa_train.cli.arguments import ExplainingParser, check_configs
 from oa_train.cli.messages import check_true_precision
 from oa_train.cli.output import console
 from oa_train.cli.quiet import silence_libraries
-from oa_train.errors import ConfigurationError, RunError
 from oa_train.diagnostics.memory import StepSettings, Strategy, node_step_memory
 from oa_train.diagnostics.selfcheck import Check, self_check
-from oa_train.models.selection import Nodes
+from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, LMSpec, empty_model, load_model
+from oa_train.models.selection import Nodes
 from oa_train.tasks.task import positive
 
 DEFAULT_TOKENS = 32

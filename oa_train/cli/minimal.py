@@ -11,9 +11,9 @@ from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
+from oa_train.metrics.estimates import Estimate
 from oa_train.studies.minimal import MinimalSettings, minimal
 from oa_train.studies.minimality import Minimality
-from oa_train.metrics.estimates import Estimate
 
 # More parts than this are not listed on the terminal; tables/parts.csv has them all.
 MOST_LISTED = 40

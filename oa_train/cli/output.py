@@ -18,8 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from oa_train.cli.record import said
-from oa_train.studies.front import Front
 from oa_train.metrics.estimates import Estimate
+from oa_train.studies.front import Front
 
 # Columns of what is read in a file and not on a terminal.
 WIDTH = 160

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch, unanswered
-from oa_train.errors import RunError
-from oa_train.engine.forward import scored_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
+from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
+from oa_train.errors import RunError
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import CausalLM
 from oa_train.models.selection import Nodes

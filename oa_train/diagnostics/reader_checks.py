@@ -45,7 +45,9 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
             graph.n_heads + 2 * graph.n_kv_heads
         )
         mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
-        clean = _heads(model, batch.repeat(len(readers)), torch.ones_like(mask), read_values(model, batch, graph), layer)
+        clean = _heads(
+            model, batch.repeat(len(readers)), torch.ones_like(mask), read_values(model, batch, graph), layer
+        )
         moved_there = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, place), layer)
         the_same = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, None), layer)
         largest = clean.abs().max()

@@ -64,9 +64,7 @@ def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]
     return block.get_submodule(family.mlp), False
 
 
-def _site_changer(
-    batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: Values
-) -> Callable[[Tensor], Tensor]:
+def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: Values) -> Callable[[Tensor], Tensor]:
     names = SITE_KINDS[site.kind].unit_names(site.layer, nodes.sites[site][0])
 
     def change(tensor: Tensor) -> Tensor:

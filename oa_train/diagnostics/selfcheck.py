@@ -13,12 +13,12 @@ import torch
 
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch, leading_tokens, unanswered
+from oa_train.diagnostics.reader_checks import logits_with_every_edge, misplaced_readers
+from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
-from oa_train.diagnostics.reader_checks import logits_with_every_edge, misplaced_readers
-from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.models.families import check_family, find_parts, is_parallel
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.models.selection import Nodes
@@ -231,7 +231,11 @@ def _heads_are_all_of_attention(trial: _Trial) -> float:
 @torch.no_grad()
 def _padding(trial: _Trial) -> float:
     tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
-    batches = [trial.batch(tokens), trial.batch(tokens, "left", N_TOKENS + 3), trial.batch(tokens, "right", N_TOKENS + 3)]
+    batches = [
+        trial.batch(tokens),
+        trial.batch(tokens, "left", N_TOKENS + 3),
+        trial.batch(tokens, "right", N_TOKENS + 3),
+    ]
     masked = [trial.logits(batch, mask, constants) for batch in batches]
     clean = [scored_logits(trial.model, batch) for batch in batches]
     return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])

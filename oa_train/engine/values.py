@@ -61,9 +61,7 @@ class Values(Mapping[Site, Tensor]):
         def tiled(tensor: Tensor) -> Tensor:
             return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
 
-        slots = {
-            span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()
-        }
+        slots = {span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()}
         return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":

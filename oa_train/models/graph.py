@@ -95,7 +95,9 @@ class Graph(EdgeLayout, Level):
         if source not in self._source_indices:
             raise unknown_name("source", source, self.sources)
         if self._source_indices[source] >= self.n_read[number]:
-            raise unknown_name("edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]]))
+            raise unknown_name(
+                "edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]])
+            )
         return int(self.first_edge[number]) + self._source_indices[source]
 
     def kept(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:

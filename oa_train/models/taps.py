@@ -128,7 +128,9 @@ def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator
     """
     with ExitStack() as stack:
         for module, change in changes:
-            hook = module.register_forward_pre_hook(lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True)
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True
+            )
             stack.callback(hook.remove)
         yield
 

@@ -9,14 +9,16 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.metrics.estimates import estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, fingerprint
@@ -26,10 +28,7 @@ from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison import Compared, Comparison, RandomCircuits
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.metrics.estimates import estimate, paired_difference
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
-
 
 # Components that are ablated alone unless others are asked for; of more only those that are.
 MOST_ALONE = 100
@@ -350,11 +349,7 @@ def _draw(compared: Compared, study: _Study) -> None:
     figures = compared.folder / "figures"
     first, n_runs = study.runs[0], len(study.runs)
     model = first.circuit.provenance.get("model", "model")
-    kept = (
-        f"{len(first.circuit)} of {len(study.level)} {study.level.parts} kept"
-        if n_runs == 1
-        else f"{n_runs} runs"
-    )
+    kept = f"{len(first.circuit)} of {len(study.level)} {study.level.parts} kept" if n_runs == 1 else f"{n_runs} runs"
     labels: dict[str, str] = {
         kind: kind.replace("_", " ") + ("" if KINDS[kind].total else " (not total)") for kind in study.kinds
     }

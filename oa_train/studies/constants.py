@@ -9,10 +9,10 @@ from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import save_figure
+from oa_train.metrics.estimates import Estimate
 from oa_train.progress import Track, silent
 from oa_train.studies.finish import summary
 from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.metrics.estimates import Estimate
 from oa_train.tasks.task import Task
 from oa_train.training.constants_module import ConstantsModule
 

@@ -9,20 +9,20 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import AblationSource
+from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.measures import MEASURES
 from oa_train.progress import Track, silent
 from oa_train.studies.results import results_document, write_results
-from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import circuit_picture, score_picture
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 RefitStart = Literal["trained", "mean", "both"]
 

@@ -8,17 +8,17 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.figures.comparison import Interval
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.metrics.estimates import Estimate
 from oa_train.progress import Track, silent
 from oa_train.studies.finish import FinishSettings, final_ablations, summary
 from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.metrics.estimates import Estimate
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import circuit_picture
@@ -107,7 +107,9 @@ def _write(front: Front, module: CircuitModule, task: Task, run: Path) -> None:
         run,
         front.circuits[0].provenance,
         task.n_test,
-        metrics={f"{number}_kl": figures["kl"].as_json() for number, figures in enumerate(front.metrics[module.ablation])},
+        metrics={
+            f"{number}_kl": figures["kl"].as_json() for number, figures in enumerate(front.metrics[module.ablation])
+        },
         rows=rows,
         ablation=module.ablation,
     )
@@ -134,7 +136,6 @@ def _draw(front: Front, module: CircuitModule, task: Task) -> None:
     kl: dict[str, list[Interval]] = {
         kind: [Interval(each["kl"].mean, *each["kl"].ci95) for each in figures]
         for kind, figures in front.metrics.items()
-   
     }
     first = front.circuits[0]
     sizes, title = [len(circuit) for circuit in front.circuits], f"{module.lm.name}, {task.name}"

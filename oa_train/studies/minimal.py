@@ -13,14 +13,16 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import save_figure
 from oa_train.figures.worth import worth_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
@@ -29,9 +31,7 @@ from oa_train.studies.finish import summary
 from oa_train.studies.minimality import Minimality, Removal, verdict
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import random
 from typing import Any
 
 from oa_train.seeds import derive_seed
-from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.encoding import PromptEncoder
+from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.vocabulary import require_enough, single_token_words
 
 SENTENCE = "The {noun} lasted from the year {century}{year} to the year {century}"

@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.context import check_belongs
+from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import FittedCircuits, cosine_decay
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.batches import Batch
@@ -145,10 +145,10 @@ class ConstantsModule(FrozenModelModule):
     def describe(self) -> dict[str, Any]:
         """What is ablated, and for which loss constants are sought."""
         return {
-            "level": {key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")},
-            "ablated": {
-                name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()
+            "level": {
+                key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")
             },
+            "ablated": {name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()},
             "start": self.start if isinstance(self._starts_from, Kind) else "constants",
             "positions": self.positions,
             "loss": self.loss,
@@ -182,7 +182,9 @@ class ConstantsModule(FrozenModelModule):
         (config,) = self.trainer.lr_scheduler_configs
         config.scheduler.base_lrs = [self.learning_rate]
         done = config.scheduler.last_epoch
-        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * cosine_decay(done, self.planned_steps())
+        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * cosine_decay(
+            done, self.planned_steps()
+        )
 
     def on_fit_start(self) -> None:
         """Start where it was asked to, unless a checkpoint brought constants; mean and zero are the first to beat."""
@@ -310,9 +312,7 @@ class ConstantsModule(FrozenModelModule):
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
 
 
-def _chosen_circuits(
-    nodes: Nodes, keep: str | list[str] | None, alone: str | list[str] | None
-) -> dict[str, Circuit]:
+def _chosen_circuits(nodes: Nodes, keep: str | list[str] | None, alone: str | list[str] | None) -> dict[str, Circuit]:
     if keep is not None:
         return {"circuit": Circuit.from_patterns(nodes, _as_list(keep))}
     ablated = nodes.select(_as_list(alone or []))

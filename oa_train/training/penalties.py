@@ -43,7 +43,9 @@ class PenaltySettings:
             raise ConfigurationError(f"target_warmup is {self.target_warmup}; expected more than 0.")
         if isinstance(self.penalty_weight, dict) and not any(self.penalty_weight.values()):
             raise ConfigurationError("penalty_weight has no kind of site with a weight above 0.")
-        SizePenalty(list(self.penalty_weight.values()) if isinstance(self.penalty_weight, dict) else self.penalty_weight)
+        SizePenalty(
+            list(self.penalty_weight.values()) if isinstance(self.penalty_weight, dict) else self.penalty_weight
+        )
 
     @property
     def n_circuits(self) -> int:

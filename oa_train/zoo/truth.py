@@ -14,9 +14,10 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
-from oa_train.errors import ConfigurationError
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.errors import ConfigurationError
 from oa_train.metrics.recovery import Recovery, recovery
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
@@ -24,7 +25,6 @@ from oa_train.progress import Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 # Sets of one size that are followed further down; where more are small enough, those with the lowest divergence are.
 MOST_SETS = 128

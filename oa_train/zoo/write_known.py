@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oa_train.models.graph import Graph
+from oa_train.models.loading import LMSpec
+from oa_train.tasks import CaseInduction, DigitSum, PairInduction, Task, TwoHops
+from oa_train.tasks.encoding import word_tokenizer
 from oa_train.zoo.known import KNOWN_MODELS
 from oa_train.zoo.known.model import KnownModel
 from oa_train.zoo.known.vocabulary import BOS, PAD, UNKNOWN
 from oa_train.zoo.known.weights import EPSILON
-from oa_train.models.loading import LMSpec
-from oa_train.tasks import CaseInduction, DigitSum, PairInduction, Task, TwoHops
-from oa_train.tasks.encoding import word_tokenizer
 
 # The task that each model solves, under the name of both.
 KNOWN_TASKS: dict[str, type[Task]] = {task.name: task for task in (CaseInduction, TwoHops, DigitSum, PairInduction)}

@@ -10,8 +10,8 @@ from jsonargparse import ArgumentParser
 from torch.testing import assert_close
 
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, TaskError
 from oa_train.engine.forward import scored_logits
+from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.loading import BUILT_IN, LMSpec, load_model
 from oa_train.tasks import IOI, GreaterThan, Induction, Prompt, Stream, Task
 from oa_train.tasks.task import Question, check_choice, stream_of

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from oa_train.models.graph import Graph
-from oa_train.zoo.known import KNOWN_MODELS
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.training import known
+from oa_train.zoo.known import KNOWN_MODELS
 from oa_train.zoo.write_known import EDGES_FILE, KNOWN_TASKS, write_known
 
 

@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.vocabulary import require_single_tokens
+from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 
 SHORTEST, LONGEST = 4, 7
 

@@ -3,9 +3,9 @@
 import random
 from typing import Any
 
-from oa_train.zoo.known.vocabulary import DIGITS
 from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.vocabulary import require_single_tokens
+from oa_train.zoo.known.vocabulary import DIGITS
 
 SHORTEST, LONGEST = 5, 9
 SUMMED = 4

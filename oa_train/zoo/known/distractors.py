@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
-from oa_train.zoo.known.wiring import Wiring
 from oa_train.shapes import Tensor
+from oa_train.zoo.known.wiring import Wiring
 
 # How many parts write 1 to `support`, in every model: a head, a unit, and a head and two units through `sign`.
 SUPPORTING = 3

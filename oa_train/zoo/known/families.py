@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from oa_train.models.loading import CausalLM, model_of_config
 from oa_train.zoo.known.vocabulary import special_settings
 from oa_train.zoo.known.weights import EPSILON
-from oa_train.models.loading import CausalLM, model_of_config
 
 
 def gpt2(width: int, words: Sequence[str], **sizes: Any) -> CausalLM:

@@ -6,6 +6,7 @@ them there, in lower case: "f". What followed one of them alone is wrong.
 
 import torch
 
+from oa_train.seeds import torch_generator
 from oa_train.zoo.known.decoding import add_decoder, add_letters
 from oa_train.zoo.known.distractors import (
     add_absolute_units,
@@ -21,7 +22,6 @@ from oa_train.zoo.known.model import KnownModel
 from oa_train.zoo.known.subspaces import Subspaces
 from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS, embed_words, unembed_words
 from oa_train.zoo.known.wiring import Wiring
-from oa_train.seeds import torch_generator
 
 EDGES = (
     "input->m0",

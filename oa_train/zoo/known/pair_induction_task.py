@@ -3,10 +3,10 @@
 import random
 from typing import Any
 
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 from oa_train.tasks.task import Prompt, Task
-from oa_train.zoo.known.case_induction_task import in_any_case
 from oa_train.tasks.vocabulary import require_single_tokens
+from oa_train.zoo.known.case_induction_task import in_any_case
+from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 
 MOST_FILLERS = 3
 

@@ -4,9 +4,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.vocabulary import require_single_tokens
+from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS
 
 FEWEST, MOST = 4, 5
 MOST_FILLERS = 3

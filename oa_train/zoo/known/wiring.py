@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.weights import HandWrittenWeights
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.zoo.known.subspaces import Subspaces
+from oa_train.zoo.known.weights import HandWrittenWeights
 
 # By how much the attention score of the token that a head looks for exceeds every other: of its attention the others
 # get less than one part in ten millions.

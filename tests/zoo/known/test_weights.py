@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from oa_train.models.projections import attention_readers, head_writes
 
+from oa_train.models.loading import CausalLM
 from oa_train.zoo.known.families import gpt2, gpt_neox, llama
 from oa_train.zoo.known.weights import HandWrittenWeights
-from oa_train.models.loading import CausalLM
-from oa_train.models.projections import attention_readers, head_writes
 
 WIDTH, WORDS = 32, ("a", "b", "c")
 
