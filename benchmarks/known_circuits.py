@@ -25,11 +25,9 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.graph import Graph
-from oa_train.zoo.known import KNOWN_MODELS
-from oa_train.zoo.known.model import KnownModel
+from oa_train.zoo.known import KNOWN_MODELS, KNOWN_TASKS, KnownModel, write_known
 from oa_train.zoo.truth import TruthSettings, find_truth
 from oa_train.tasks.task import Task
-from oa_train.zoo.write_known import KNOWN_TASKS, write_known
 from oa_train.ablations.fitting import RefitSettings
 
 MASKS = {"UniformGradientSampling": UniformGradientSampling, "HardConcrete": HardConcrete}

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from oa_train.tasks.task import Prompt as Prompt
     from oa_train.tasks.task import Question as Question
     from oa_train.tasks.task import Task as Task
+    from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
@@ -65,6 +66,7 @@ _HOMES = {
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
     "FinishSettings": "studies.finish",
+    "GrammarTask": "tasks.grammar",
     "Graph": "models.graph",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",

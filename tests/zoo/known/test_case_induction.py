@@ -1,7 +1,7 @@
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.tasks import CaseInduction
+from oa_train.zoo.known import CaseInduction
 from tests.known import known_case
 
 
