@@ -114,6 +114,8 @@ def batch_of(rows: list[list[int]], padding_side: str = "right", width: int | No
     tokens = [[PAD] * n + row if left else row + [PAD] * n for row, n in zip(rows, pads, strict=True)]
     mask = [[0] * n + [1] * len(r) if left else [1] * len(r) + [0] * n for r, n in zip(rows, pads, strict=True)]
     scored = [width - 1 if left else len(row) - 1 for row in rows]
+    firsts = [n if left else 0 for n in pads]
+    protected = [[i == first and row[0] == BOS for i in range(width)] for first, row in zip(firsts, rows, strict=True)]
     return Batch(
         tokens=torch.tensor(tokens),
         attention_mask=torch.tensor(mask).bool(),
@@ -124,6 +126,7 @@ def batch_of(rows: list[list[int]], padding_side: str = "right", width: int | No
         counterfactual_tokens=None,
         example_ids=torch.arange(len(rows)),
         padded=any(pads),
+        protected=torch.tensor(protected),
     )
 
 
@@ -135,6 +138,8 @@ def widened(batch: Batch, side: str, further: int) -> Batch:
         batch,
         tokens=torch.nn.functional.pad(batch.tokens, pads, value=PAD),
         attention_mask=torch.nn.functional.pad(batch.attention_mask, pads, value=False),
+        protected=torch.nn.functional.pad(batch.protected, pads, value=False),
+        spans={name: torch.nn.functional.pad(span, pads, value=False) for name, span in batch.spans.items()},
         scored=batch.scored + pads[0],
         counterfactual_tokens=None if others is None else torch.nn.functional.pad(others, pads, value=PAD),
         padded=True,

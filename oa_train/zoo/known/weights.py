@@ -1,7 +1,7 @@
 """Views of a model's weights to write to, the same for three families.
 
-Queries, keys and values of single heads are views of whatever projections a family has. An MLP is a list of units: each
-reads one direction, is rectified, and writes one vector.
+Queries, keys and values of single heads are views of whatever projections a family has. An MLP is a list of units:
+each reads one direction, is rectified, and writes one vector.
 """
 
 from dataclasses import dataclass
