@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.minimal import minimal as minimal
     from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
+    from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
@@ -67,6 +68,7 @@ _HOMES = {
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
     "FinishSettings": "studies.finish",
+    "GrammarTask": "tasks.grammar",
     "Graph": "models.graph",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",

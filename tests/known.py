@@ -15,8 +15,7 @@ from oa_train.engine.reading import source_values
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, LMSpec, load_model
 from oa_train.tasks import Task
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.write_known import KNOWN_TASKS, write_known
+from oa_train.zoo.known import KNOWN_TASKS, KnownModel, write_known
 
 
 @dataclass(frozen=True, eq=False)
