@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
-from oa_train.models.families import Dimensions
+from oa_train.engine.values import Values
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_data, read_words
@@ -146,27 +146,24 @@ def widened(batch: Batch, side: str, further: int) -> Batch:
     )
 
 
-def random_constants(model: CausalLM, n_positions: int = 1, seed: int = 0, requires_grad: bool = False) -> Constants:
-    """Random float64 constants for a model."""
-    sizes = Dimensions.of(model.config)
+def random_constants(level: Level, positions: int = 1, seed: int = 0, requires_grad: bool = False) -> Constants:
+    """Random float64 constants for a level."""
     generator = torch.Generator().manual_seed(seed)
-    heads = torch.randn(
-        sizes.n_layers, n_positions, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64
+    zeros = Constants.zeros(level, positions)
+    return zeros.mapped(
+        lambda table: torch.randn(table.shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
     )
-    mlps = torch.randn(sizes.n_layers, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(1, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    return Constants(*(table.requires_grad_(requires_grad) for table in (inputs, heads, mlps)), BOS)
 
 
-def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> SourceValues:
-    """Random replacements that differ in every row and position, with gradients."""
-    sizes = Dimensions.of(model.config)
+def random_values(level: Level, rows: int, columns: int, seed: int = 0) -> Values:
+    """Random values that differ in every row and column, with gradients."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (sizes.n_layers, rows, positions)
-    heads = torch.randn(*shape, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64)
-    mlps = torch.randn(*shape, sizes.d_model, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(1, rows, positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    return SourceValues(inputs.requires_grad_(), heads.requires_grad_(), mlps.requires_grad_())
+    return Values(
+        {
+            site: torch.randn(rows, columns, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for site, shape in level.sites.items()
+        }
+    )
 
 
 def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
