@@ -11,7 +11,8 @@ def kl_divergence(
     """KL divergence of the clean prediction from the ablated one, for each row.
 
     Sum over the vocabulary of p (log p - log q), p clean and q ablated: the ablation loss gap of Li & Janson (2024).
-    Computed in float32, or in float64 where that is given.
+    Tokens that the clean model rules out (a logit of minus infinity) add nothing, whatever q is; one that only the
+    ablated model rules out makes the divergence infinite. Computed in float32, or in float64 where that is given.
 
     Args:
         clean: logits of the clean model.
@@ -22,4 +23,7 @@ def kl_divergence(
     """
     clean_log = F.log_softmax(clean if clean.dtype.itemsize == 8 else clean.float(), dim=-1)
     ablated_log = F.log_softmax(ablated if ablated.dtype.itemsize == 8 else ablated.float(), dim=-1)
-    return F.kl_div(ablated_log, clean_log, reduction="none", log_target=True).sum(dim=-1)
+    clean_probability = clean_log.exp()
+    # Filled before it is multiplied: 0 times infinity is no number, in the value as in the gradient.
+    difference = (clean_log - ablated_log).masked_fill_(clean_probability == 0, 0.0)
+    return (clean_probability * difference).sum(dim=-1)

@@ -61,3 +61,44 @@ def test_gradient_is_the_difference_of_the_distributions():
     (gradient,) = torch.autograd.grad(kl_divergence(clean, ablated).sum(), ablated)
     expected = softmax(ablated.detach().numpy(), axis=-1) - softmax(clean.numpy(), axis=-1)
     np.testing.assert_allclose(gradient.numpy(), expected, atol=1e-14)
+
+
+# Which tokens each of the two models rules out, of 37; `0 log 0` counts as 0.
+RULED_OUT = {"both": (range(32, 37), range(32, 37)), "clean alone": (range(30, 37), ()), "more by clean": ((3, 5, 36), (5,))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", RULED_OUT)
+def test_tokens_that_the_clean_model_rules_out_add_nothing(case, dtype):
+    by_clean, by_ablated = map(list, RULED_OUT[case])
+    clean, ablated = logits(0).to(dtype), logits(1).to(dtype)
+    clean[:, by_clean] = ablated[:, by_ablated] = -math.inf
+    found = kl_divergence(clean, ablated.requires_grad_())
+    (gradient,) = torch.autograd.grad(found.sum(), ablated)
+    kept = [token for token in range(37) if token not in by_clean]
+    log_q = ablated.detach().log_softmax(dim=-1)[:, kept]
+    log_p = clean[:, kept].log_softmax(dim=-1)
+    assert_close(found.detach(), (log_p.exp() * (log_p - log_q)).sum(dim=-1))
+    assert_close(gradient, ablated.detach().softmax(dim=-1) - clean.softmax(dim=-1))
+
+
+def test_columns_that_both_rule_out_could_as_well_be_dropped():
+    clean, ablated = logits(0), logits(1)
+    dropped = ablated[:, :-5].clone().requires_grad_()
+    clean[:, -5:] = ablated[:, -5:] = -math.inf
+    expected, found = kl_divergence(clean[:, :-5], dropped), kl_divergence(clean, ablated.requires_grad_())
+    assert_close(found, expected, rtol=1e-13, atol=0)
+    gradients = torch.autograd.grad(found.sum(), ablated)[0], torch.autograd.grad(expected.sum(), dropped)[0]
+    assert_close(gradients[0][:, :-5], gradients[1], rtol=1e-12, atol=1e-15)
+    assert not gradients[0][:, -5:].any()
+
+
+def test_a_token_that_the_ablated_model_alone_rules_out_is_infinitely_far():
+    clean, ablated = logits(0), logits(1)
+    ablated[0, 3] = -math.inf
+    found = kl_divergence(clean, ablated)
+    assert found[0] == math.inf
+    assert found[1:].isfinite().all()
+    # Its probability is too small for float32, and counts as none.
+    clean[0, 3] = -1e4
+    assert kl_divergence(clean, ablated).isfinite().all()

@@ -147,6 +147,21 @@ def test_gradients_stay_finite_where_the_model_is_undecided_or_certain(name, sca
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", LOSS_SIGNS)
+def test_tokens_that_are_ruled_out_and_answer_nothing_change_nothing(name):
+    clean, logits, batch = logits_of(0), logits_of(1), batch_of_several()
+    batch = replace(batch, distractors=torch.full((3, 3, 1), -1))
+    further = torch.full((3, 3, 4), -math.inf).double()
+    wide = torch.cat([logits, further], dim=-1).requires_grad_()
+    loss = loss_of(name, torch.cat([clean, further], dim=-1), wide, batch)
+    (gradient,) = torch.autograd.grad(loss.sum(), wide)
+    logits.requires_grad_()
+    expected = loss_of(name, clean, logits, batch)
+    assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    assert_close(gradient[..., :VOCABULARY], torch.autograd.grad(expected.sum(), logits)[0], rtol=1e-12, atol=1e-14)
+    assert not gradient[..., VOCABULARY:].any()
+
+
 def test_prompts_without_any_distractor_have_finite_gradients():
     batch = replace(batch_of_several(), distractors=torch.zeros(3, 3, 0, dtype=torch.long))
     logits = logits_of(1).requires_grad_()
