@@ -11,9 +11,10 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.batches import Batch
-from oa_train.engine.reading import source_values
+from oa_train.engine.reading import read_values
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.sites import Site
 from oa_train.tasks import Task
 from oa_train.zoo.known import KNOWN_TASKS, KnownModel, write_known
 
@@ -44,25 +45,25 @@ class Case:
     @cached_property
     def ablations(self) -> dict[AblationKind, Ablation]:
         """An ablation of every kind, the starts of those that are trained."""
-        source = AblationSource(self.model, self.task)
+        source = AblationSource(self.model, self.task, self.graph)
         return {name: kind.prepare(source) for name, kind in KINDS.items()}
 
     def kl(self, masks: torch.Tensor, kind: AblationKind) -> torch.Tensor:
         """Divergence of circuits of edges, averaged over prompts."""
-        return circuit_behaviour(self.model, [self.batch], masks, [self.ablations[kind]]).kl.mean(dim=1)
+        return circuit_behaviour(self.model, [self.batch], self.graph, masks, [self.ablations[kind]]).kl.mean(dim=1)
 
     def heads(self) -> torch.Tensor:
         """Values of all heads on prompts of the commonest length, [layer, prompt, position, head, d_head]."""
         batch = self.batch
         lengths = batch.lengths
         kept = (lengths == lengths.mode().values).nonzero().flatten()
-        with torch.no_grad():
-            values = source_values(self.model, batch).heads[:, kept]
-        return values[:, :, : int(lengths.mode().values)]
+        values = read_values(self.model, batch, self.graph)
+        heads = torch.stack([values[Site("heads", layer)][kept] for layer in range(self.graph.n_layers)])
+        return heads[:, :, : int(lengths.mode().values)]
 
     def without_source(self, *sources: str) -> torch.Tensor:
         """All edges but those out of some sources."""
-        numbers = torch.tensor([self.graph.sources.index(one) for one in sources])
+        numbers = torch.tensor([self.graph.sources.index(source) for source in sources])
         return ~torch.isin(self.graph.edge_sources, numbers)
 
 

@@ -335,6 +335,8 @@ def find_parts(model: Any) -> Parts:
             whole, or it is spread over several devices.
     """
     _check_not_wrapped(model)
+    check_config(model.config)
+    _check_one_device(model)  # at every call, because a model can be spread after its parts were found
     return looked_up(model, _find_parts)
 
 
@@ -349,7 +351,6 @@ def _check_not_wrapped(model: Any) -> None:
 
 def _find_parts(model: Any, lookup: Lookup) -> Parts:
     family = check_config(model.config)
-    _check_one_device(model)
     dimensions = Dimensions.of(model.config)
 
     def of_blocks(path: str) -> tuple[nn.Module, ...]:
@@ -361,17 +362,22 @@ def _find_parts(model: Any, lookup: Lookup) -> Parts:
     parts = Parts(
         family=family,
         dimensions=dimensions,
-        token_embedding=model.get_input_embeddings(),
+        token_embedding=lookup.get(model, _path_of(model, model.get_input_embeddings())),
         blocks=blocks,
         attention_outputs=attention_outputs,
         attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
         down_projections=of_blocks(family.down_projection) if family.down_projection else (),
         mlps=of_blocks(family.mlp),
         final_norm=lookup.get(model, family.final_norm),
-        unembedding=model.get_output_embeddings(),
+        unembedding=lookup.get(model, _path_of(model, model.get_output_embeddings())),
     )
     _check_sizes(parts)
     return parts
+
+
+def _path_of(model: nn.Module, module: nn.Module) -> str:
+    """Path from the model to one of its modules."""
+    return next(path for path, candidate in model.named_modules() if candidate is module)
 
 
 def _check_sizes(parts: Parts) -> None:

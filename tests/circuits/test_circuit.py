@@ -10,10 +10,16 @@ from oa_train.artefacts import Artefact, save_artefact
 from oa_train.circuits.circuit import Circuit, jaccard
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, UnknownNameError
+from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
-from oa_train.models.selection import Components
+from oa_train.models.selection import Nodes
 
-COMPONENTS = Components(2, 3)
+
+def nodes(n_layers: int, n_heads: int) -> Nodes:
+    return Nodes(Dimensions(n_layers, n_heads, d_head=4, d_model=16, d_mlp=64))
+
+
+COMPONENTS = nodes(2, 3)
 
 
 def test_nodes_stand_in_mask_order():
@@ -42,7 +48,7 @@ def test_circuits_are_equal_by_their_components_alone():
     assert first == Circuit(COMPONENTS, ("a0.h0", "m0"))
     assert hash(first) == hash(Circuit(COMPONENTS, ("a0.h0", "m0")))
     assert first != Circuit(COMPONENTS, ("m0",))
-    assert first != Circuit(Components(2, 4), ("m0", "a0.h0"))
+    assert first != Circuit(nodes(2, 4), ("m0", "a0.h0"))
 
 
 def test_patterns():
@@ -58,14 +64,14 @@ def test_an_unknown_name_is_answered_with_the_nearest():
 
 
 @pytest.mark.parametrize("scores", [None, torch.linspace(0, 1, 8), torch.linspace(0, 1, 8).double() / 3])
-@pytest.mark.parametrize("nodes", [(), ("a0.h2", "m1")])
-def test_a_saved_circuit_is_loaded(tmp_path, scores, nodes):
+@pytest.mark.parametrize("names", [(), ("a0.h2", "m1")])
+def test_a_saved_circuit_is_loaded(tmp_path, scores, names):
     provenance = {"model": "tiny", "fingerprint": "0a", "task": {"seed": 1}}
-    circuit = Circuit(COMPONENTS, nodes, scores, provenance)
+    circuit = Circuit(COMPONENTS, names, scores, provenance)
     loaded = Circuit.load(circuit.save(tmp_path / "circuit"))
     assert loaded == circuit
-    assert loaded.nodes == nodes
-    assert loaded.components == COMPONENTS
+    assert loaded.names == names
+    assert loaded.level == COMPONENTS
     assert loaded.provenance == provenance
     if scores is None:
         assert loaded.scores is None
@@ -75,7 +81,11 @@ def test_a_saved_circuit_is_loaded(tmp_path, scores, nodes):
 
 
 def header(**changes) -> dict:
-    return {"nodes": ["a0.h2", "m1"], "n_layers": 2, "n_heads": 3, "provenance": {}} | changes
+    return {"names": ["a0.h2", "m1"], **COMPONENTS.header(), "provenance": {}} | changes
+
+
+def sizes(**changes) -> dict:
+    return header(dimensions=COMPONENTS.header()["dimensions"] | changes)
 
 
 def without(key: str) -> dict:
@@ -93,15 +103,19 @@ def test_the_header_of_these_tests_is_good(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        (header(nodes=["a0.h2"]), "contradicts itself"),
-        (header(nodes=["a0.h1", "m1"]), "contradicts itself"),
-        (header(n_layers=3), "contradicts itself"),
-        (header(nodes=["a0.h9", "m1"]), "a0.h9"),
-        (header(n_heads=2), "a0.h2"),
-        (header(nodes=None), "is not a circuit"),
-        (header(n_layers="2"), "is not a circuit"),
-        (without("nodes"), "nodes"),
-        (without("n_heads"), "n_heads"),
+        (header(names=["a0.h2"]), "contradicts itself"),
+        (header(names=["a0.h1", "m1"]), "contradicts itself"),
+        (sizes(n_layers=3), "contradicts itself"),
+        (header(names=["a0.h9", "m1"]), "a0.h9"),
+        (sizes(n_heads=2), "a0.h2"),
+        (sizes(depth=2), "depth"),
+        (header(names=None), "is not a circuit"),
+        (sizes(n_layers="2"), "is not a circuit"),
+        (header(sites=["heads", "headz"]), "headz"),
+        (header(level="neurons"), "neurons"),
+        (header(level="edges"), "n_layers"),
+        (without("names"), "names"),
+        (without("dimensions"), "dimensions"),
         (without("provenance"), "provenance"),
     ],
 )
@@ -147,8 +161,8 @@ def test_random_circuits_have_their_size_and_seed():
 
 
 def test_every_circuit_is_equally_likely():
-    components = Components(1, 3)
-    counts = Counter(circuit.nodes for circuit in random_circuits(components, 2, 1200, seed=0))
+    level = nodes(1, 3)
+    counts = Counter(circuit.nodes for circuit in random_circuits(level, 2, 1200, seed=0))
     assert len(counts) == 6
     assert stats.chisquare(list(counts.values())).pvalue > 1e-4
 
@@ -160,13 +174,13 @@ def test_a_size_that_the_model_does_not_have_is_refused(size):
 
 
 def test_random_circuits_among_some_components_keep_the_others():
-    components = Components(3, 4)
-    heads = components.select(["a*"])
-    for circuit in random_circuits(components, 6, 20, 0, among=heads):
+    level = nodes(3, 4)
+    heads = level.select(["a*"])
+    for circuit in random_circuits(level, 6, 20, 0, among=heads):
         assert len(circuit) == 6
         assert {"m0", "m1", "m2"} <= set(circuit.nodes)
     with pytest.raises(ConfigurationError):
-        random_circuits(components, 2, 1, 0, among=heads)
+        random_circuits(level, 2, 1, 0, among=heads)
 
 
 GRAPH = Graph(2, 4, 2)
@@ -177,8 +191,7 @@ def test_a_circuit_of_edges_says_what_it_has():
     circuit = Circuit(GRAPH, EDGES[::-1], provenance={"edges_before_removal": 7})
     assert circuit.names == EDGES
     assert circuit.nodes == ("a0.h1", "m1")
-    assert circuit.components == Components(2, 4)
-    assert (circuit.of_edges, circuit.what) == (True, "edges")
+    assert (circuit.level.has_one_stream, circuit.level.parts) == (False, "edges")
     sizes = {"nodes": 2, "nodes_total": 10, "edges": 4, "edges_total": len(GRAPH), "edges_before_removal": 7}
     assert circuit.counts() == sizes
     assert Circuit.from_patterns(GRAPH, ["m1->logits"]).names == ("m1->logits",)
@@ -189,12 +202,12 @@ def test_a_saved_circuit_of_edges_is_loaded(tmp_path):
     circuit = Circuit(GRAPH, EDGES, torch.rand(len(GRAPH)), {"fingerprint": "0a"})
     loaded = Circuit.load(circuit.save(tmp_path / "circuit"))
     assert loaded == circuit
-    assert loaded.parts == GRAPH
+    assert loaded.level == GRAPH
     assert torch.equal(loaded.scores, circuit.scores)
 
 
 def test_edges_of_another_graph_are_refused(tmp_path):
-    header = {"edges": list(EDGES), "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "parallel": False, "provenance": {}}
+    header = {"names": list(EDGES), **Graph(2, 4, 4).header(), "provenance": {}}
     save_artefact(tmp_path / "circuit", "circuit", Artefact(header, {"mask": torch.ones(len(GRAPH)).bool()}))
     with pytest.raises(OaTrainError, match=r"no reader named 'a0\.k0<v>'"):
         Circuit.load(tmp_path / "circuit")

@@ -10,12 +10,11 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.published import GPT2_SMALL, published_ioi_circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.graph import Graph
-from oa_train.models.pruning import without_dangling
 
 
 @pytest.fixture(scope="module")
 def circuit() -> Circuit:
-    return published_ioi_circuit(GPT2_SMALL)
+    return published_ioi_circuit(Graph(*GPT2_SMALL))
 
 
 def edges(circuit: Circuit, source: str, reader: str) -> set[str]:
@@ -31,8 +30,8 @@ def later(sources: tuple[str, ...], readers: tuple[str, ...], kinds: str) -> set
 
 
 def test_it_has_963_edges_of_38_components_and_none_dangles(circuit):
-    assert (len(circuit), len(circuit.parts)) == (963, 32_491)
-    assert torch.equal(without_dangling(GPT2_SMALL, circuit.mask.unsqueeze(0))[0], circuit.mask)
+    assert (len(circuit), len(circuit.level)) == (963, 32_491)
+    assert torch.equal(circuit.level.prune(circuit.mask.unsqueeze(0))[0], circuit.mask)
     assert set(circuit.nodes) == {*published.ALL_HEADS, *(f"m{layer}" for layer in range(12))}
     assert len(set(published.ALL_HEADS)) == len(published.ALL_HEADS) == 26
 

@@ -7,10 +7,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts, is_parallel
+from oa_train.models.residual import find_residual_parts
+from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap, tapped
-from tests.builders import TINY_CONFIGS, VOCABULARY, tiny_model
+from tests.builders import TINY_CONFIGS, VOCABULARY, random_batch, tiny_model
 
 
 def test_every_family_stands_under_its_own_name():
@@ -55,13 +60,15 @@ def test_post_norms_are_named():
 @pytest.mark.parametrize(
     ("family", "options", "expected"),
     [
-        ("gpt2", {"n_layer": 5, "n_head": 3, "n_embd": 12}, (5, 3, 4, 12)),
+        ("gpt2", {"n_layer": 5, "n_head": 3, "n_embd": 12}, (5, 3, 4, 12, 48)),
         (
             "llama",
             {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "head_dim": 12},
-            (2, 4, 12, 32),
+            (2, 4, 12, 32, 11008),
         ),
-        ("llama", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, (2, 4, 8, 32)),
+        ("llama", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, (2, 4, 8, 32, 11008)),
+        ("opt", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "ffn_dim": 7}, (2, 4, 8, 32, 7)),
+        ("gpt2", {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_inner": 5}, (2, 4, 8, 32, 5)),
     ],
 )
 def test_sizes_are_read_from_the_configuration(family, options, expected):
@@ -132,3 +139,58 @@ def test_a_model_of_another_family_is_refused():
     model = SimpleNamespace(config=SimpleNamespace(model_type="bloom"))
     with pytest.raises(ModelError, match="'bloom'"):
         find_parts(model)
+
+
+def test_parts_are_looked_up_once():
+    model = tiny_model("llama")
+    parts = find_parts(model)
+    assert find_parts(model) is parts
+    assert find_residual_parts(model) is find_residual_parts(model)
+    assert find_parts(tiny_model("llama")) is not parts
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.1.mlp", "model.layers.2.self_attn.o_proj", "model.layers.0", "model.norm", "lm_head"]
+)
+def test_a_module_that_is_swapped_is_noticed(path):
+    model = tiny_model("llama")
+    before = find_parts(model)
+    parent, _, name = path.rpartition(".")
+    swapped = copy.deepcopy(model.get_submodule(path))
+    setattr(model.get_submodule(parent), name, swapped)
+    after = find_parts(model)
+    assert after is not before
+    members = (*after.blocks, *after.mlps, *after.attention_outputs, after.final_norm, after.unembedding)
+    assert any(module is swapped for module in members)
+    assert find_parts(model) is after
+
+
+def test_new_token_embeddings_are_noticed():
+    model = tiny_model("gpt2")
+    find_parts(model)
+    model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    assert find_parts(model).token_embedding is model.get_input_embeddings()
+
+
+def test_a_swapped_mlp_is_the_one_that_is_ablated():
+    model, batch = tiny_model("llama"), random_batch([5, 7])
+    nodes = Nodes.of(model.config)
+    with torch.no_grad():
+        find_parts(model)
+        model.model.layers[1].mlp.down_proj = torch.nn.Linear(48, 32, bias=False, dtype=torch.float64)
+        model.model.layers[1].mlp = copy.deepcopy(model.model.layers[1].mlp)
+        values = read_values(model, batch, nodes)
+        # All ablated by their own values is the model.
+        mask = torch.zeros(2, len(nodes), dtype=torch.float64)
+        logits = masked_logits(model, batch, nodes, mask, values)
+        torch.testing.assert_close(logits, scored_logits(model, batch))
+        nothing = values.mapped(torch.zeros_like)
+        mask[:, [nodes.index(name) for name in nodes.names if name != "m1"]] = 1
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+        assert torch.equal(masked_logits(model, batch, nodes, mask, nothing), scored_logits(model, batch))
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_refused():
+    model = tiny_model("gpt2")
+    with pytest.raises(ModelError, match=r"torch\.compile\(model\).*\n.*model\._orig_mod"):
+        find_parts(torch.compile(model, backend="eager"))

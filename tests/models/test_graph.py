@@ -1,12 +1,15 @@
 """Sources, readers and edges, against an enumeration of what is written before what is read."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig
 
 from oa_train.errors import ConfigurationError, ModelError, UnknownNameError
 from oa_train.models.graph import Graph
-from oa_train.models.selection import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.selection import Nodes
 
 NEOX = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}
 GROUPED = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
@@ -58,7 +61,7 @@ def test_edges_are_those_of_an_enumeration(family, options, n_groups, parallel):
 
 def test_names_and_numbers_of_sources_and_readers_agree():
     graph = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
-    assert graph.sources == ("input", *Components(2, 4).names)
+    assert graph.sources == ("input", *Nodes(Dimensions(2, 4, 8, 32, 48)).names)
     assert len(graph.sources) == graph.n_sources == 11
     assert len(set(graph.readers)) == len(graph.readers) == graph.n_readers == len(graph.n_read) == 19
     assert graph.readers[:4] == ("a0.h0<q>", "a0.h1<q>", "a0.h2<q>", "a0.h3<q>")
@@ -148,3 +151,42 @@ def test_edges_between_nodes_name_the_heads_that_share_a_key():
         ("a0.h1", "logits", ""),
         ("m0", "logits", ""),
     ]
+
+
+def test_a_graph_is_a_level():
+    graph = Graph.of(AutoConfig.for_model("llama", **GROUPED))
+    assert (graph.kind, graph.part, graph.parts, graph.has_one_stream) == ("edges", "edge", "edges", False)
+    assert graph.from_header(json.loads(json.dumps(graph.header()))) is graph
+    assert graph.node_level(AutoConfig.for_model("llama", **GROUPED)).names == graph.sources[1:]
+    assert list(graph.sites.values()) == [(1, 32)] + [(4, 8), (1, 32)] * 3
+    kinds, of_entries = graph.entry_kinds
+    wanted = {"i": "embedding", "a": "heads", "m": "mlp"}
+    assert [kinds[number] for number in of_entries.tolist()] == [wanted[name[0]] for name in graph.names]
+
+
+def test_sources_that_lose_an_edge_are_replaced():
+    graph = Graph(2, 2, 2)
+    masks = torch.ones(2, len(graph), dtype=torch.bool)
+    masks[0, [graph.index("input->a0.h1<k>"), graph.index("a0.h1->m1")]] = False
+    masks[1, graph.index("m0->logits")] = False
+    replaced = graph.replaced(masks)
+    named = [
+        {name for name, used in zip(graph.sources, row.tolist(), strict=True) if used}
+        for row in torch.cat([units[:, 0] for units in replaced.values()], dim=1)
+    ]
+    assert named == [{"input", "a0.h1"}, {"m0"}]
+
+
+def test_edges_have_no_spans():
+    with pytest.raises(ConfigurationError, match=r"'m\*@S2' names a span\. Spans are for circuits of nodes"):
+        Graph(2, 2, 2).select(["m*@S2"])
+
+
+def test_the_map_of_scores_has_a_row_for_each_reader_and_a_column_for_each_source():
+    graph = Graph(2, 2, 1)
+    drawn = graph.score_map(torch.arange(len(graph)).float())
+    assert (drawn.rows, drawn.columns) == (graph.readers, graph.sources)
+    for row, reader in enumerate(drawn.rows):
+        for column, source in enumerate(drawn.columns):
+            value = float(drawn.table[row, column])
+            assert value != value if column >= graph.n_read[row] else value == graph.index(f"{source}->{reader}")
