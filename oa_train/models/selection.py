@@ -249,8 +249,9 @@ class Nodes(Level):
 
     def _other_kind(self, unit: str) -> str:
         """Says which other kind of site has units that match."""
-        for name, kind in SITE_KINDS.items():
+        for name in dict.fromkeys((*DEFAULT_SITES, *SITE_KINDS)):
             if name not in self.kinds and name != "features":
+                kind = SITE_KINDS[name]
                 for layer in kind.layers_of(self.dimensions, {}):
                     units, _ = kind.shape_of(layer, self.dimensions, {})
                     if matching(kind.unit_names(layer, units), unit).any():

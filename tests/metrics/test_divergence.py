@@ -64,7 +64,11 @@ def test_gradient_is_the_difference_of_the_distributions():
 
 
 # Which tokens each of the two models rules out, of 37; `0 log 0` counts as 0.
-RULED_OUT = {"both": (range(32, 37), range(32, 37)), "clean alone": (range(30, 37), ()), "more by clean": ((3, 5, 36), (5,))}
+RULED_OUT = {
+    "both": (range(32, 37), range(32, 37)),
+    "clean alone": (range(30, 37), ()),
+    "more by clean": ((3, 5, 36), (5,)),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
