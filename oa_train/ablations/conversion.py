@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oa_train.ablations.constants import Constants, Slots
-from oa_train.artefacts import HEADER_FILE, load_artefact
+from oa_train.artefacts import ARTEFACT_VERSION, HEADER_FILE, load_artefact
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
 from oa_train.models.families import Dimensions
@@ -31,7 +31,10 @@ def convert(old: Path, new: Path) -> Path:
         ArtefactError: the old folder is not of that layout, or the new one exists.
         ModelError: the model whose sizes are needed cannot be reached.
     """
-    kind = _kind(old)
+    document = _document(old)
+    kind = "constants" if document.get("kind") == "constants" else "circuit"
+    if document.get("schema_version") == ARTEFACT_VERSION:
+        raise ArtefactError(f"{old} is of today's layout already ({ARTEFACT_VERSION}); use it as it is.")
     artefact = load_artefact(old, kind, OLD_VERSION)
     try:
         if kind == "circuit":
@@ -41,14 +44,13 @@ def convert(old: Path, new: Path) -> Path:
         raise ArtefactError(f"{old} is no {kind} of the first layout: {problem} is missing.") from problem
 
 
-def _kind(folder: Path) -> str:
-    """Circuit or constants, as the header says; `load_artefact` tells what is wrong where it says neither."""
+def _document(folder: Path) -> dict[str, Any]:
+    """What the header file says; `load_artefact` tells what is wrong where it says nothing."""
     try:
         document = json.loads((folder / HEADER_FILE).read_bytes())
     except (OSError, ValueError):
-        return "circuit"
-    kind = document.get("kind") if isinstance(document, dict) else None
-    return kind if kind in ("circuit", "constants") else "circuit"
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _config(provenance: Mapping[str, Any]) -> Any:
