@@ -155,9 +155,10 @@ def check_kind(option: str, name: str) -> Kind:
     taking = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
     if name in KINDS and name not in taking:
         raise ConfigurationError(
-            f"{option} is {name!r}, which puts the model's own values back and so takes nothing away. It serves to restore "
+            f"{option} is {name!r}, which puts the model's own values back and so takes nothing away. It serves to "
+            f"restore "
             f"units where others are ablated. Expected one of {', '.join(taking)}."
         )
     if name not in taking:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, taking)}")
-    return taking[name]  # type: ignore[index]
+    return taking[name]
