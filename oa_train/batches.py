@@ -196,7 +196,10 @@ def unanswered(
 def leading_tokens(
     tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
 ) -> Bool[Tensor, "row position"]:
-    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None."""
+    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None.
+
+    Padding to the left of it has position 0 too, and is True as well if it has the same id.
+    """
     if token_id is None:
         return torch.zeros_like(tokens, dtype=torch.bool)
     return (positions == 0) & (tokens == token_id)
