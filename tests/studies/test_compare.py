@@ -26,6 +26,7 @@ from tests.builders import quiet_trainer, save_language_model, small_ioi
 QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=20)
 UNFITTED = RefitSettings(steps=0)
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
+TAKING = [name for name, kind in KINDS.items() if not kind.restores]
 FEW = ["a0.h0", "m0", "m1"]
 
 
@@ -38,7 +39,7 @@ def task():
 def module(task):
     module = CircuitModule()
     quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
-    module.masks.logits.data.copy_(torch.where(module.components.mask(KEPT), 3.0, -3.0))
+    module.masks.distribution.logits.data.copy_(torch.where(module.level.mask(KEPT), 3.0, -3.0))
     return module
 
 
@@ -65,7 +66,7 @@ def kl_of(rows, ablation: str) -> float:
 
 def test_there_is_a_row_for_the_circuit_and_each_component_under_each_ablation(compared, module):
     results = json.loads((compared.folder / "results.json").read_text())
-    expected = [(name, kind) for name in ("circuit", *module.components.names) for kind in KINDS]
+    expected = [(name, kind) for name in ("circuit", *module.level.names) for kind in TAKING]
     assert [(row["component"], row["ablation"]) for row in results["rows"]] == expected
     assert {row["ablation"] for row in results["rows"] if not row["total"]} == {"counterfactual"}
     with (compared.folder / "tables" / "comparison.csv").open() as file:
@@ -85,7 +86,7 @@ def test_results_name_the_run_and_its_circuit(compared, run):
     assert results["jaccard"] == [[1.0]]
     assert results["seeds"] == []
     assert results["positions"] == 1
-    assert [(one["size"], len(one["kl"])) for one in results["random_circuits"]] == [(7, 3)]
+    assert [(drawn["size"], len(drawn["kl"])) for drawn in results["random_circuits"]] == [(7, 3)]
     assert results["fit"]["steps"] == 60
     assert results["circuit_fit"]["steps"] == 300
 
@@ -141,8 +142,8 @@ def test_random_circuits_are_worse(compared):
 
 def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
     provenance = dict(trained.circuit.provenance)
-    other = Circuit(module.components, (*KEPT[:6], "m2"), None, provenance | {"seed": 1})
-    resampled = Circuit(module.components, KEPT[:5], None, provenance | {"ablation": "resample"})
+    other = Circuit(module.level, (*KEPT[:6], "m2"), None, provenance | {"seed": 1})
+    resampled = Circuit(module.level, KEPT[:5], None, provenance | {"ablation": "resample"})
     runs = [
         trained,
         TrainedCircuit("experiment/version_1", other, trained.constants),
@@ -168,7 +169,7 @@ def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
 
 
 def test_a_circuit_trained_otherwise_is_given_constants_of_its_own(module, task, trained, tmp_path):
-    zero = replace(trained.constants, heads=0 * trained.constants.heads, provenance={"ablation": "zero"})
+    zero = replace(trained.constants.mapped(torch.zeros_like), provenance={"ablation": "zero"})
     circuit = replace(trained.circuit, provenance=dict(trained.circuit.provenance) | {"ablation": "zero"})
     settings = CompareSettings(["optimal", "mean", "zero"], components=[], circuit_fit=QUICK, random_circuits=0)
     rows = compare(module.frozen, task, [TrainedCircuit("zero", circuit, zero)], tmp_path, settings).rows
@@ -182,8 +183,8 @@ def test_a_second_comparison_gets_a_folder_of_its_own(module, task, trained, tmp
 
 
 def test_a_circuit_written_by_hand_is_compared(module, task, tmp_path):
-    circuit = Circuit.from_patterns(module.components, ["a0*", "a1*", "m0"])
-    constants = Constants.zeros(module.dimensions, module.bos_token_id, 4)
+    circuit = Circuit.from_patterns(module.level, ["a0*", "a1*", "m0"])
+    constants = Constants.zeros(module.level, 4)
     settings = CompareSettings(
         ["optimal", "zero"], components=FEW, fit=UNFITTED, circuit_fit=UNFITTED, random_circuits=0
     )
@@ -198,7 +199,7 @@ def test_a_circuit_written_by_hand_is_compared(module, task, tmp_path):
 def test_constants_for_other_prompts_or_another_loss_are_a_start_and_no_more(module, task, trained, tmp_path, changed):
     provenance = dict(trained.constants.provenance)
     provenance |= {"task": provenance["task"] | {"name": "other"}} if changed == "task" else {"loss": "cross_entropy"}
-    bad = replace(trained.constants, heads=trained.constants.heads + 1, provenance=provenance)
+    bad = replace(trained.constants.mapped(lambda table: table + 1), provenance=provenance)
     settings = CompareSettings(["optimal", "mean"], components=[], circuit_fit=QUICK, random_circuits=0)
     foreign = compare(module.frozen, task, [replace(trained, constants=bad)], tmp_path, settings)
     assert kl_of(foreign.rows, "optimal") < kl_of(foreign.rows, "mean")
@@ -214,7 +215,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_sample(trained):
         return TrainedCircuit(name, replace(trained.circuit, provenance=provenance), trained.constants)
 
     kl = dict.fromkeys("abcd", 0.1)
-    assert over_seeds([like("a", 0), like("b", 1, penalty=3.0)], kl, "optimal") == []
+    assert over_seeds([like("a", 0), like("b", 1, penalty_weight=3.0)], kl, "optimal") == []
     assert over_seeds([like("a", 0), like("b", 0)], kl, "optimal") == []
     (group,) = over_seeds([like("a", 0), like("b", 1), like("c", 1), like("d", 2, loss="kl2")], kl, "optimal")
     assert group["runs"] == ["a", "b"]
@@ -226,7 +227,7 @@ def test_a_task_without_counterfactuals_is_compared_without_them(module, trained
     monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), counterfactual=None))
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
     found = compare(module.frozen, task, [trained], tmp_path, settings)
-    assert [row.ablation for row in found.rows] == [kind for kind in KINDS if not kind.startswith("counterfactual")]
+    assert [row.ablation for row in found.rows] == [kind for kind in TAKING if not kind.startswith("counterfactual")]
     with pytest.raises(TaskError, match="no counterfactuals"):
         compare(module.frozen, task, [trained], tmp_path, replace(settings, ablations=["counterfactual"]))
 

@@ -13,6 +13,7 @@ from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
 from oa_train.metrics.measures import MEASURES, Loss
+from oa_train.models.sites import Site
 from oa_train.studies import finish as finishing
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.circuit_module import CircuitModule
@@ -32,7 +33,7 @@ def task():
 def trained(task, **changes) -> CircuitModule:
     module = CircuitModule(**changes)
     quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
-    module.masks.logits.data.copy_(torch.where(module.components.mask(KEPT), 3.0, -3.0))
+    module.masks.distribution.logits.data.copy_(torch.where(module.level.mask(KEPT), 3.0, -3.0))
     return module
 
 
@@ -46,12 +47,12 @@ def finished_run(tmp_path_factory):
 
 
 def test_finish_writes_what_it_found(finished_run):
-    module, _, run = finished_run
+    module, task, run = finished_run
     circuit = Circuit.load(run / "circuit")
     assert circuit.nodes == KEPT
-    torch.testing.assert_close(circuit.scores, module.keep_probability()[0])
+    torch.testing.assert_close(circuit.scores, module.masks.keep_probability()[0])
     constants = Constants.load(run / "constants")
-    assert constants.bos_token_id == module.bos_token_id
+    assert constants.provenance["bos_token_id"] == task.bos_token_id
     assert constants.provenance["fingerprint"] == module.fingerprint
     results = json.loads((run / "studies" / "fit_0" / "results.json").read_text())
     assert results["schema_version"] == 1
@@ -63,6 +64,8 @@ def test_finish_writes_what_it_found(finished_run):
     low, high = results["metrics"]["kl"]["ci95"]
     assert low < results["metrics"]["kl"]["mean"] < high
     assert len(results["rows"]) == 15
+    assert results["penalty_weight"] == 0.05
+    assert "target_size" not in results
     figures = {path.name for path in (run / "studies" / "fit_0" / "figures").iterdir()}
     assert figures == {"circuit.png", "keep_probability.png"}
 
@@ -84,7 +87,7 @@ def test_refit_starts_are_honoured(finished_run, tmp_path):
     assert found["both"].metrics["kl"].mean in (found["trained"].metrics["kl"].mean, found["mean"].metrics["kl"].mean)
 
 
-@pytest.mark.parametrize("ablation", KINDS)
+@pytest.mark.parametrize("ablation", [name for name, kind in KINDS.items() if not kind.restores])
 def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
     kind, module = KINDS[ablation], trained(task, ablation=ablation)
     told = []
@@ -103,16 +106,18 @@ def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
     if kind.constant:
         constants = Constants.load(tmp_path / "constants")
         assert constants.provenance == circuit.provenance
-        assert torch.equal(constants.heads, finished.constants.heads)
-        assert torch.equal(constants.heads, module.replacing()[0].heads) != kind.learned
+        head = Site("heads", 1)
+        assert torch.equal(constants.tables[head], finished.constants.tables[head])
+        before = module.replacements.ablations()[0].tables[head]
+        assert torch.equal(constants.tables[head], before) != kind.learned
     document = json.loads((finished.folder / "results.json").read_text())
     assert document["ablation"] == ablation
     assert set(document["metrics"]) == {*MEASURES, *(f"clean_{name}" for name in MEASURES)}
     assert document["metrics"]["cross_entropy"]["n"] == task.n_test
 
-    one = finished.constants or kind.prepare(AblationSource(module.frozen, task))
+    replacing = finished.constants or kind.prepare(AblationSource(module.frozen, task, module.level))
     batches = list(task.batches("test", task.n_test))
-    expected = circuit_behaviour(module.frozen, batches, circuit.mask.unsqueeze(0), [one])
+    expected = circuit_behaviour(module.frozen, batches, module.level, circuit.mask.unsqueeze(0), [replacing])
     clean = clean_behaviour(module.frozen, batches)
     for name in MEASURES:
         assert finished.metrics[name].mean == pytest.approx(float(getattr(expected, name).mean()), rel=1e-5, abs=1e-6)
@@ -137,8 +142,8 @@ def test_the_refit_minimises_what_the_fit_minimised(task, tmp_path, loss, monkey
     masks = finished.circuit.mask.unsqueeze(0)
     validation = list(task.batches("validation", task.n_validation))
     before, after = (
-        float(circuit_behaviour(module.frozen, validation, masks, [one]).loss(loss).mean())
-        for one in (module.replacing()[0], finished.constants)
+        float(circuit_behaviour(module.frozen, validation, module.level, masks, [constants]).loss(loss).mean())
+        for constants in (module.replacements.ablations()[0], finished.constants)
     )
     assert after < before
     assert Circuit.load(tmp_path / "circuit").provenance["loss"] == loss

@@ -13,6 +13,8 @@ from oa_train.ablations.registry import AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.pruning import within_budget
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import Site
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.front import finish_front
@@ -31,9 +33,9 @@ def task():
 
 def trained(task, **changes) -> CircuitModule:
     """Keep-probabilities that follow a random order, so that thresholds and budgets have something to choose."""
-    module = CircuitModule(graph="edges", **changes)
+    module = CircuitModule(level="edges", **changes)
     quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(task))
-    module.masks.logits.data.normal_(-0.8, 1.0, generator=torch.Generator().manual_seed(0))
+    module.masks.distribution.logits.data.normal_(-0.8, 1.0, generator=torch.Generator().manual_seed(0))
     return module
 
 
@@ -41,25 +43,26 @@ def test_a_circuit_of_edges_is_finished(task, tmp_path):
     module, run = trained(task), tmp_path / "experiment" / "version_0"
     finished = finish(module, task, run, QUICK)
     circuit, constants = Circuit.load(run / "circuit"), Constants.load(run / "constants")
-    assert torch.equal(circuit.mask, module.circuit_masks()[0])
+    assert torch.equal(circuit.mask, module.masks.discrete()[0])
     results = json.loads((finished.folder / "results.json").read_text())
     counts = results["circuit"]
     assert counts == circuit.counts()
-    assert counts["edges"] < counts["edges_before_removal"] == int(module.thresholded().sum()) < 262
+    assert counts["edges"] < counts["edges_before_removal"] == int(module.masks.above_threshold().sum()) < 262
     assert [row["edge"] for row in results["rows"]] == list(circuit.names)
-    again = circuit_behaviour(module.frozen, task.batches("test", task.n_test), circuit.mask.unsqueeze(0), [constants])
+    batches, masks = task.batches("test", task.n_test), circuit.mask.unsqueeze(0)
+    again = circuit_behaviour(module.frozen, batches, module.level, masks, [constants])
     assert results["metrics"]["kl"]["mean"] == pytest.approx(float(again.kl.mean()), rel=1e-5)
     assert {path.name for path in (finished.folder / "figures").iterdir()} == {"circuit.png", "keep_probability.png"}
     # Its own constants replace the embedding too.
-    start = AblationSource(module.frozen, task).mean
-    assert not torch.equal(constants.inputs, start.inputs)
+    start = AblationSource(module.frozen, task, module.level).mean
+    assert not torch.equal(constants.tables[Site("embedding")], start.tables[Site("embedding")])
 
 
 def test_a_size_takes_the_highest_edges(task, tmp_path):
     module = trained(task)
     finished = finish(module, task, tmp_path / "e" / "version_0", FinishSettings(refit=QUICK.refit, size=40))
     assert len(finished.circuit) == 40
-    assert torch.equal(finished.circuit.mask, within_budget(module.parts, module.keep_probability()[0], 40))
+    assert torch.equal(finished.circuit.mask, within_budget(module.level, module.masks.keep_probability()[0], 40))
     with pytest.raises(
         ConfigurationError, match="A circuit of 300 parts was asked for; this model has 262, of which 0"
     ):
@@ -70,9 +73,9 @@ def test_a_size_takes_the_highest_edges(task, tmp_path):
 
 @pytest.mark.parametrize("ablation", ["optimal", "mean", "resample"])
 def test_a_front_has_a_finished_run_for_each_circuit(task, tmp_path, ablation):
-    module, run = trained(task, penalty=[0.01, 0.1, 0.02], ablation=ablation), tmp_path / "experiment" / "version_0"
+    module, run = trained(task, penalty_weight=[0.01, 0.1, 0.02], ablation=ablation), tmp_path / "experiment" / "version_0"
     front = finish_front(module, task, run, QUICK)
-    masks = module.circuit_masks()
+    masks = module.masks.discrete()
     for number, circuit in enumerate(front.circuits):
         loaded = TrainedCircuit.load(run / "front" / str(number))
         assert loaded.circuit == circuit
@@ -80,24 +83,23 @@ def test_a_front_has_a_finished_run_for_each_circuit(task, tmp_path, ablation):
         assert (loaded.constants is None) == (ablation == "resample")
         if ablation != "resample":
             ablations = [loaded.constants]
-            again = circuit_behaviour(
-                module.frozen, task.batches("test", task.n_test), masks[number : number + 1], ablations
-            )
+            batches = task.batches("test", task.n_test)
+            again = circuit_behaviour(module.frozen, batches, module.level, masks[number : number + 1], ablations)
             assert front.metrics[ablation][number]["kl"].mean == pytest.approx(float(again.kl.mean()), rel=1e-4)
     results = json.loads((front.folder / "results.json").read_text())
-    assert [row["penalty"] for row in results["rows"] if row["ablation"] == "zero"] == [0.01, 0.1, 0.02]
+    assert [row["penalty_weight"] for row in results["rows"] if row["ablation"] == "zero"] == [0.01, 0.1, 0.02]
     assert {row["ablation"] for row in results["rows"]} == {ablation, "mean", "zero"}
     table = list(csv.DictReader((front.folder / "tables" / "front.csv").read_text().splitlines()))
-    assert [int(row["edges"]) for row in table if row["ablation"] == ablation] == [len(one) for one in front.circuits]
+    assert [int(row["edges"]) for row in table if row["ablation"] == ablation] == list(map(len, front.circuits))
     assert (front.folder / "figures" / "front.png").is_file()
 
 
 def test_circuits_refitted_side_by_side_are_those_refitted_alone(task, tmp_path):
-    module = trained(task, penalty=[0.01, 0.1])
+    module = trained(task, penalty_weight=[0.01, 0.1])
     both = finish_front(module, task, tmp_path / "both", QUICK)
     alone = finish(module, task, tmp_path / "alone", QUICK)
-    for mine, theirs in zip(both.constants[0].tensors(), alone.constants.tensors(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for site, table in alone.constants.tables.items():
+        torch.testing.assert_close(both.constants[0].tables[site], table, rtol=1e-4, atol=1e-5)
 
 
 def test_circuits_of_edges_are_compared_under_every_ablation(task, tmp_path):
@@ -113,6 +115,6 @@ def test_circuits_of_edges_are_compared_under_every_ablation(task, tmp_path):
     assert len(compared.random_circuits[len(finished.circuit)].kl) == 3
     results = json.loads((compared.folder / "results.json").read_text())
     assert results["runs"][0]["edges"] == list(finished.circuit.names)
-    nodes = TrainedCircuit("nodes", Circuit.from_patterns(finished.circuit.components, ["m*"]), None)
+    nodes = TrainedCircuit("nodes", Circuit.from_patterns(Nodes.of(module.frozen.config), ["m*"]), None)
     with pytest.raises(ConfigurationError, match="different kinds: e/version_0 of edges, nodes of components"):
         compare(module.frozen, task, [run, nodes], tmp_path / "e" / "version_0", settings)

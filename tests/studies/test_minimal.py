@@ -15,15 +15,14 @@ from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.random import random_circuits
-from oa_train.engine.edges.run import edge_logits
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.reading import source_values
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.estimates import Estimate, paired_difference
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
-from oa_train.models.selection import Components
+from oa_train.models.selection import Nodes
 from oa_train.studies.minimal import MinimalSettings, minimal
 from oa_train.studies.minimality import verdict
 from oa_train.studies.runs import TrainedCircuit
@@ -48,15 +47,18 @@ def task():
 
 @pytest.fixture(scope="module")
 def source(model, task):
-    return AblationSource(model, task)
+    """Means of all sources, those of a graph, which are those of nodes too."""
+    return AblationSource(model, task, Graph.of(model.config))
 
 
 def by_hand(model, source, names=KEPT, ablation="mean", **provenance) -> TrainedCircuit:
     """A circuit of components or of edges, with means as its constants."""
     of_edges = any("->" in name for name in names)
-    parts = Graph.of(model.config) if of_edges else Components.of(Dimensions.of(model.config))
-    circuit = Circuit(parts, names, provenance={"ablation": ablation} | provenance)
-    return TrainedCircuit("by hand", circuit, source.mean if KINDS[ablation].constant else None)
+    level = Graph.of(model.config) if of_edges else Nodes.of(model.config)
+    circuit = Circuit(level, names, provenance={"ablation": ablation} | provenance)
+    # As a run has them, whose constants name the token that is never ablated.
+    constants = replace(source.mean, provenance={"bos_token_id": source.task.bos_token_id})
+    return TrainedCircuit("by hand", circuit, constants if KINDS[ablation].constant else None)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +84,8 @@ def node_kl(model, task, names, constants) -> torch.Tensor:
     """The same of a circuit of components, by a model that runs as this circuit."""
     (batch,) = task.batches("test", task.n_test)
     clean = scored_logits(model, batch)
-    circuit = Circuit(Components.of(Dimensions.of(model.config)), tuple(names))
+    circuit = Circuit(Nodes.of(model.config), tuple(names))
+    constants = replace(constants, provenance={"bos_token_id": task.bos_token_id})
     with ablated(model, circuit, constants), torch.no_grad():
         return divergence(clean, scored_logits(model, batch))
 
@@ -91,10 +94,11 @@ def edge_kl(model, task, names, ablation: Ablation) -> torch.Tensor:
     """The same of a circuit of edges."""
     (batch,) = task.batches("test", task.n_test)
     clean = scored_logits(model, batch)
-    mask = Graph.of(model.config).mask(names).float().expand(len(batch), -1)
-    replacements = ablation.replacements(batch, lambda prompts: source_values(model, prompts))
+    graph = Graph.of(model.config)
+    mask = graph.mask(names).float().expand(len(batch), -1)
+    replacements = ablation.replacements(batch, lambda prompts: read_values(model, prompts, graph))
     with torch.no_grad():
-        return divergence(clean, edge_logits(model, batch, mask, replacements, task.bos_token_id))
+        return divergence(clean, masked_logits(model, batch, graph, mask, replacements))
 
 
 def test_each_component_is_worth_what_the_circuit_loses_without_it(model, task, source, of_nodes):
@@ -109,9 +113,8 @@ def test_each_component_is_worth_what_the_circuit_loses_without_it(model, task, 
         assert removal.increase.stderr == pytest.approx(wanted.stderr, abs=1e-5)
         assert removal.figures["kl"].mean == pytest.approx(without.mean().item(), abs=1e-5)
         assert removal.dangling == 0
-    assert [one.increase.mean for one in found.removals] == sorted(
-        (one.increase.mean for one in found.removals), reverse=True
-    )
+    increases = [removal.increase.mean for removal in found.removals]
+    assert increases == sorted(increases, reverse=True)
 
 
 def test_each_edge_takes_with_it_what_then_dangles(model, task, source, of_edges):
@@ -145,15 +148,15 @@ def test_what_is_superfluous_is_taken_out_together_as_well(model, task, source, 
 
 def test_the_complement_keeps_everything_else(model, task, source, of_nodes, of_edges):
     run, found = of_nodes
-    parts = run.circuit.parts
-    drawn = random_circuits(parts, len(KEPT), 3, seed=0)
+    level = run.circuit.level
+    drawn = random_circuits(level, len(KEPT), 3, seed=0)
     for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
-        others = parts.kept(~circuit.mask)
-        assert len(others) == len(parts) - len(KEPT)
+        others = level.kept(~circuit.mask)
+        assert len(others) == len(level) - len(KEPT)
         wanted = node_kl(model, task, others, source.mean).mean().item()
         assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
     run, found = of_edges
-    others = run.circuit.parts.kept(~run.circuit.mask)
+    others = run.circuit.level.kept(~run.circuit.mask)
     assert len(others) == 262 - 6
     wanted = edge_kl(model, task, others, source.mean).mean().item()
     assert found.complement["kl"].mean == pytest.approx(wanted, rel=1e-4)
@@ -162,13 +165,13 @@ def test_the_complement_keeps_everything_else(model, task, source, of_nodes, of_
 
 
 def test_parts_that_could_not_be_left_out_are_in_no_question(model, task, source, tmp_path):
-    names = Components(3, 4).select(["*", "!a1", "a1.h[01]"])
+    names = Nodes.of(model.config).select(["*", "!a1", "a1.h[01]"])
     run = by_hand(model, source, names, selected=["a1"])
     found = minimal(model, task, run, tmp_path, replace(UNFITTED, random_complements=2))
     assert {removal.names[0] for removal in found.removals} == {"a1.h0", "a1.h1"}
-    drawn = random_circuits(run.circuit.parts, len(names), 2, 0, among=["a1"])
+    drawn = random_circuits(run.circuit.level, len(names), 2, 0, among=["a1"])
     for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
-        others = [name for name in run.circuit.parts.names if name not in circuit.names or not name.startswith("a1")]
+        others = [name for name in run.circuit.level.names if name not in circuit.names or not name.startswith("a1")]
         assert len(others) == 15 - 2
         wanted = node_kl(model, task, others, source.mean).mean().item()
         assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
@@ -182,14 +185,14 @@ def test_a_refit_gives_every_circuit_constants_of_its_own(model, task, source, t
     batches = list(task.batches("test", task.n_test))
 
     def fitted_kl(kept, *others) -> torch.Tensor:
-        mask = run.circuit.parts.mask(kept).unsqueeze(0)
+        mask = run.circuit.level.mask(kept).unsqueeze(0)
         mask = ~mask if others else mask
-        fitted = fit_constants(model, task, mask, [source.mean], QUICK, others=others)
-        return circuit_behaviour(model, batches, mask, fitted.sets).kl[0]
+        fitted = fit_constants(model, task, run.circuit.level, mask, [source.mean], QUICK, others=others)
+        return circuit_behaviour(model, batches, run.circuit.level, mask, fitted.sets).kl[0]
 
     whole = fitted_kl(names)
     assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-3)
-    removal = next(one for one in found.removals if one.names == names[:1])
+    removal = next(removal for removal in found.removals if removal.names == names[:1])
     wanted = paired_difference(fitted_kl(names[1:]), whole)
     assert removal.increase.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-4)
     unfitted = minimal(model, task, run, tmp_path, replace(settings, refit=False))
@@ -206,7 +209,7 @@ def test_the_run_s_own_ablation_is_used(model, task, source, tmp_path, kind):
     run = replace(run, constants=ablation if KINDS[kind].constant else None)
     found = minimal(model, task, run, tmp_path, UNFITTED)
     masks = torch.stack([run.circuit.mask, ~run.circuit.mask])
-    wanted = circuit_behaviour(model, task.batches("test", task.n_test), masks, [ablation])
+    wanted = circuit_behaviour(model, task.batches("test", task.n_test), run.circuit.level, masks, [ablation])
     assert found.ablation == kind
     assert found.figures["kl"].mean == pytest.approx(wanted.kl[0].mean().item(), rel=1e-5)
     assert found.complement["kl"].mean == pytest.approx(wanted.kl[1].mean().item(), rel=1e-5)
