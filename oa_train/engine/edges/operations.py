@@ -88,8 +88,12 @@ class Write(Operation):
         """To the replacements, at the end of the backward pass."""
 
 
-class WriteVector(Write):
-    """A source writes that is one vector wide: the embedding or an MLP."""
+class WriteMLP(Write):
+    """The MLP of a layer writes."""
+
+    def __init__(self, buffers: Buffers, layer: int, constants: Tensor) -> None:
+        end = written_before(buffers.graph, layer + 1)
+        super().__init__(buffers, slice(end - 1, end), constants)
 
     def _forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         constant = self.buffers.cast(self._constants.squeeze(2))
@@ -105,8 +109,10 @@ class WriteVector(Write):
         return self.buffers.gradient_of_constants(self._entries, self._constants.shape[:2]).permute(1, 2, 0, 3)
 
 
-class WriteEmbedding(WriteVector):
-    """The embedding writes; the first operation, which mask and replacements enter, and the last in a backward pass.
+class WriteEmbedding(WriteMLP):
+    """The embedding writes, as an MLP before the first layer would.
+
+    It is the first operation, which mask and replacements enter, and the last one in a backward pass.
 
     Args:
         buffers: of the run.
@@ -115,7 +121,7 @@ class WriteEmbedding(WriteVector):
     """
 
     def __init__(self, buffers: Buffers, constants: Tensor, writes: Sequence[Write]) -> None:
-        super().__init__(buffers, slice(1, 2), constants)
+        super().__init__(buffers, -1, constants)
         self._writes = writes
 
     def _backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,14 +130,6 @@ class WriteEmbedding(WriteVector):
         gradients = *super()._backward(), self.buffers.gradient_of_mask(), *to_constants
         self.buffers.free()
         return gradients
-
-
-class WriteMLP(WriteVector):
-    """The MLP of a layer writes."""
-
-    def __init__(self, buffers: Buffers, layer: int, constants: Tensor) -> None:
-        end = written_before(buffers.graph, layer + 1)
-        super().__init__(buffers, slice(end - 1, end), constants)
 
 
 class WriteHeads(Write):
@@ -175,7 +173,7 @@ class WriteHeads(Write):
         to_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, baseline = self._unscaled
-            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient_of_baseline() * baseline,)
+            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient[0] * baseline,)
             gradient.mul_(self._scale)
             del self._unscaled
         to_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])
@@ -346,7 +344,8 @@ class ReadLogits(_ReadOne):
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         read = super()._forward()
-        self.buffers.end_forward()
+        if not self.buffers.needs.gradients:
+            self.buffers.free()
         return read
 
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -112,7 +112,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
     """
     forward = body.forward
 
-    @wraps(forward)
+    @wraps(forward, updated=())  # not what torch.compile notes down in it
     def checked(*args: Any, **kwargs: Any) -> Any:
         requested = kwargs.get("output_hidden_states")
         if body.config.output_hidden_states if requested is None else requested:
@@ -128,20 +128,16 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
     """Refuse functions that somebody else has attached where they would act on what nobody reads."""
-    sides = [
-        (name, [*module._forward_pre_hooks.values(), *module._forward_hooks.values()])
+    hooks = {
+        name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
-    ]
+    }
     for layer, (readers, output) in enumerate(zip(residual.attention, parts.attention_outputs, strict=True)):
-        sides += [
-            (f"the input of {path} of block {layer}", [*module._forward_pre_hooks.values()])
-            for path, module in zip(parts.family.projections, readers.modules, strict=True)
-        ]
-        sides.append(
-            (f"the output of {parts.family.attention_output} of block {layer}", [*output._forward_hooks.values()])
-        )
-    for name, hooks in sides:
-        foreign = [hook for hook in hooks if not _is_harmless(hook)]
+        for path, module in zip(parts.family.projections, readers.modules, strict=True):
+            hooks[f"the input of {path} of block {layer}"] = [*module._forward_pre_hooks.values()]
+        hooks[f"the output of {parts.family.attention_output} of block {layer}"] = [*output._forward_hooks.values()]
+    for name, attached in hooks.items():
+        foreign = [hook for hook in attached if not _is_harmless(hook)]
         if foreign:
             raise ConfigurationError(
                 f"A hook is attached to {name} ({foreign[0]}), which would have no effect, or a wrong one, in a "
