@@ -50,20 +50,20 @@ from benchmarks.timing import (
 )
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
-from oa_train.models.pruning import without_dangling
 from oa_train.cli.quiet import silence_libraries
-from oa_train.engine.edges.run import edge_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
-from oa_train.engine.nodes import node_logits
+from oa_train.engine.edges.run import edge_logits
 from oa_train.engine.edges.workspace import free_workspace
+from oa_train.engine.nodes import node_logits
 from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.selection import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, freeze
+from oa_train.models.pruning import without_dangling
+from oa_train.models.selection import Components
 
 SIZE_WEIGHT = 1e-4
 

@@ -20,17 +20,15 @@ import lightning
 import torch
 
 from oa_train import CircuitModule, LMSpec, TaskData
-from oa_train.cli.quiet import silence_libraries
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings
+from oa_train.cli.quiet import silence_libraries
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.graph import Graph
-from oa_train.zoo.known import KNOWN_MODELS
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.truth import TruthSettings, find_truth
 from oa_train.tasks.task import Task
-from oa_train.zoo.write_known import KNOWN_TASKS, write_known
-from oa_train.ablations.fitting import RefitSettings
+from oa_train.zoo.known import KNOWN_MODELS, KNOWN_TASKS, KnownModel, write_known
+from oa_train.zoo.truth import TruthSettings, find_truth
 
 MASKS = {"UniformGradientSampling": UniformGradientSampling, "HardConcrete": HardConcrete}
 QUICK = TruthSettings(n_prompts=64, fit=RefitSettings(steps=50, batch_size=16), n_starts=1, n_orders=1)

@@ -11,25 +11,30 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from oa_train.ablations.constants import Constants as Constants
+    from oa_train.ablations.context import ablated as ablated
+    from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
+    from oa_train.ablations.fitting import RefitSettings as RefitSettings
+    from oa_train.ablations.fitting import fit_constants as fit_constants
+    from oa_train.ablations.registry import KINDS as KINDS
+    from oa_train.ablations.registry import AblationSource as AblationSource
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit
     from oa_train.circuits.circuit import jaccard as jaccard
     from oa_train.circuits.published import published_ioi_circuit as published_ioi_circuit
-    from oa_train.errors import OaTrainError as OaTrainError
-    from oa_train.ablations.context import ablated as ablated
-    from oa_train.engine.reading import source_means as source_means
-    from oa_train.engine.reading import source_values as source_values
     from oa_train.engine.forward import scored_logits as scored_logits
-    from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
-    from oa_train.ablations.registry import KINDS as KINDS
-    from oa_train.ablations.registry import AblationSource as AblationSource
-    from oa_train.engine.nodes import node_logits as node_logits
+    from oa_train.engine.levels import masked_logits as masked_logits
+    from oa_train.engine.reading import read_values as read_values
+    from oa_train.engine.values import Values as Values
+    from oa_train.errors import OaTrainError as OaTrainError
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
-    from oa_train.models.selection import Components as Components
+    from oa_train.models.dictionaries import Dictionary as Dictionary
+    from oa_train.models.dictionaries import load_dictionary as load_dictionary
     from oa_train.models.graph import Graph as Graph
     from oa_train.models.loading import LMSpec as LMSpec
     from oa_train.models.loading import load_model as load_model
+    from oa_train.models.selection import Nodes as Nodes
+    from oa_train.models.sites import Site as Site
     from oa_train.studies.compare import CompareSettings as CompareSettings
     from oa_train.studies.compare import compare as compare
     from oa_train.studies.constants import finish_constants as finish_constants
@@ -38,20 +43,19 @@ if TYPE_CHECKING:
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.minimal import minimal as minimal
     from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
-    from oa_train.tasks.task import Prompt as Prompt
-    from oa_train.tasks.task import Question as Question
-    from oa_train.tasks.task import Task as Task
+    from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
+    from oa_train.tasks.task import Prompt as Prompt
+    from oa_train.tasks.task import Question as Question
+    from oa_train.tasks.task import Task as Task
     from oa_train.training.callbacks import BestCheckpoint as BestCheckpoint
     from oa_train.training.callbacks import LastCheckpoint as LastCheckpoint
     from oa_train.training.circuit_module import CircuitModule as CircuitModule
     from oa_train.training.constants_module import ConstantsModule as ConstantsModule
     from oa_train.training.data import TaskData as TaskData
     from oa_train.training.interruption import StopAtSignal as StopAtSignal
-    from oa_train.ablations.fitting import RefitSettings as RefitSettings
-    from oa_train.ablations.fitting import fit_constants as fit_constants
     from oa_train.training.strategies import ShardedStrategy as ShardedStrategy
 
 _HOMES = {
@@ -61,10 +65,10 @@ _HOMES = {
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuit_module",
     "CompareSettings": "studies.compare",
-    "Components": "models.selection",
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
     "FinishSettings": "studies.finish",
+    "GrammarTask": "tasks.grammar",
     "Graph": "models.graph",
     "GreaterThan": "tasks.greater_than",
     "HardConcrete": "masks.hard_concrete",
@@ -93,10 +97,14 @@ _HOMES = {
     "jaccard": "circuits.circuit",
     "load_model": "models.loading",
     "minimal": "studies.minimal",
-    "node_logits": "engine.nodes",
+    "masked_logits": "engine.levels",
+    "Nodes": "models.selection",
+    "Values": "engine.values",
+    "Site": "models.sites",
+    "Dictionary": "models.dictionaries",
+    "load_dictionary": "models.dictionaries",
     "published_ioi_circuit": "circuits.published",
-    "source_means": "engine.reading",
-    "source_values": "engine.reading",
+    "read_values": "engine.reading",
     "scored_logits": "engine.forward",
 }
 

@@ -28,7 +28,8 @@ from safetensors.torch import save as save_safetensors
 from oa_train.errors import ArtefactError, RunError
 from oa_train.shapes import Tensor
 
-SCHEMA_VERSION = 1
+# Version of circuits and constants. Version 1 named the components of heads and MLPs alone.
+ARTEFACT_VERSION = 2
 HEADER_FILE = "artefact.json"
 TENSOR_FILE = "tensors.safetensors"
 _RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
@@ -80,7 +81,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
     blob = save_safetensors({name: t.detach().cpu().clone().contiguous() for name, t in artefact.tensors.items()})
     document = {
         "kind": kind,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": ARTEFACT_VERSION,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
@@ -104,18 +105,19 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
     return folder
 
 
-def load_artefact(folder: str | Path, kind: str) -> Artefact:
+def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION) -> Artefact:
     """Read a result folder.
 
     Args:
         folder: where.
         kind: what it must hold.
+        layout: version of the layout in which it must be.
 
     Raises:
         ArtefactError: the folder is missing, damaged, of another kind, or from a newer version.
     """
     folder = Path(folder)
-    document = _read_header(folder, kind)
+    document = _read_header(folder, kind, layout)
     try:
         if _header_checksum(document["header"]) != document["header_sha256"]:
             raise ArtefactError(
@@ -133,7 +135,7 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _read_header(folder: Path, kind: str) -> dict[str, Any]:
+def _read_header(folder: Path, kind: str, layout: int) -> dict[str, Any]:
     path = folder / HEADER_FILE
     try:
         document = json.loads(path.read_bytes())
@@ -146,10 +148,15 @@ def _read_header(folder: Path, kind: str) -> dict[str, Any]:
         raise ArtefactError(f"{folder} holds {given!r}; expected {kind!r}.")
     if not isinstance(document.get("header"), dict):
         raise ArtefactError(f"{path} is damaged: its header is not a JSON object, so this is not a {kind}.")
-    if document.get("schema_version") != SCHEMA_VERSION:
+    version = document.get("schema_version")
+    if layout == ARTEFACT_VERSION and isinstance(version, int) and 0 < version < ARTEFACT_VERSION:
         raise ArtefactError(
-            f"{folder} has schema version {document.get('schema_version')}; this version of oa_train reads "
-            f"{SCHEMA_VERSION}. Was it written by a newer one?"
+            f"{folder} was written by an earlier version of oa_train (layout {version}; this version reads "
+            f"{ARTEFACT_VERSION}). Convert it:\n  oa-train convert {folder} NEW_FOLDER"
+        )
+    if version != layout:
+        raise ArtefactError(
+            f"{folder} has schema version {version}; expected {layout}. Was it written by a newer oa_train?"
         )
     return document
 

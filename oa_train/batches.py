@@ -41,7 +41,9 @@ class TokenLayout:
             inside = self.spans[name]
         else:
             known = f"{nearest_names(name, self.spans)} " if self.spans else "These prompts name no spans. "
-            raise TaskError(f"There is no span {name!r} in these prompts. {known}-1 is the last token of every prompt.")
+            raise TaskError(
+                f"There is no span {name!r} in these prompts. {known}-1 is the last token of every prompt."
+            )
         lacking = ~(inside & ~self.protected).any(dim=1)
         if bool(lacking.any()):
             row = int(lacking.nonzero()[0])

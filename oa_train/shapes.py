@@ -14,6 +14,7 @@
     d_head     width of one head's value
     d_model    width of the residual stream
     vocabulary logits
+    feature    entries of a sparse dictionary's code
     entry      entries of a mask, whatever they stand for
 
 Annotations are checked against the tensors that arrive when the test-suite runs (jaxtyping with beartype); at

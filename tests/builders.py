@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
-from oa_train.models.families import Dimensions
+from oa_train.engine.values import Values
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_data, read_words
@@ -114,6 +114,8 @@ def batch_of(rows: list[list[int]], padding_side: str = "right", width: int | No
     tokens = [[PAD] * n + row if left else row + [PAD] * n for row, n in zip(rows, pads, strict=True)]
     mask = [[0] * n + [1] * len(r) if left else [1] * len(r) + [0] * n for r, n in zip(rows, pads, strict=True)]
     scored = [width - 1 if left else len(row) - 1 for row in rows]
+    firsts = [n if left else 0 for n in pads]
+    protected = [[i == first and row[0] == BOS for i in range(width)] for first, row in zip(firsts, rows, strict=True)]
     return Batch(
         tokens=torch.tensor(tokens),
         attention_mask=torch.tensor(mask).bool(),
@@ -124,6 +126,7 @@ def batch_of(rows: list[list[int]], padding_side: str = "right", width: int | No
         counterfactual_tokens=None,
         example_ids=torch.arange(len(rows)),
         padded=any(pads),
+        protected=torch.tensor(protected),
     )
 
 
@@ -135,33 +138,32 @@ def widened(batch: Batch, side: str, further: int) -> Batch:
         batch,
         tokens=torch.nn.functional.pad(batch.tokens, pads, value=PAD),
         attention_mask=torch.nn.functional.pad(batch.attention_mask, pads, value=False),
+        protected=torch.nn.functional.pad(batch.protected, pads, value=False),
+        spans={name: torch.nn.functional.pad(span, pads, value=False) for name, span in batch.spans.items()},
         scored=batch.scored + pads[0],
         counterfactual_tokens=None if others is None else torch.nn.functional.pad(others, pads, value=PAD),
         padded=True,
     )
 
 
-def random_constants(model: CausalLM, n_positions: int = 1, seed: int = 0, requires_grad: bool = False) -> Constants:
-    """Random float64 constants for a model."""
-    sizes = Dimensions.of(model.config)
+def random_constants(level: Level, positions: int = 1, seed: int = 0, requires_grad: bool = False) -> Constants:
+    """Random float64 constants for a level."""
     generator = torch.Generator().manual_seed(seed)
-    heads = torch.randn(
-        sizes.n_layers, n_positions, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64
+    zeros = Constants.zeros(level, positions)
+    return zeros.mapped(
+        lambda table: torch.randn(table.shape, generator=generator, dtype=torch.float64).requires_grad_(requires_grad)
     )
-    mlps = torch.randn(sizes.n_layers, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(1, n_positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    return Constants(*(table.requires_grad_(requires_grad) for table in (inputs, heads, mlps)), BOS)
 
 
-def random_replacements(model: CausalLM, rows: int, positions: int, seed: int = 0) -> SourceValues:
-    """Random replacements that differ in every row and position, with gradients."""
-    sizes = Dimensions.of(model.config)
+def random_values(level: Level, rows: int, columns: int, seed: int = 0) -> Values:
+    """Random values that differ in every row and column, with gradients."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (sizes.n_layers, rows, positions)
-    heads = torch.randn(*shape, sizes.n_heads, sizes.d_head, generator=generator, dtype=torch.float64)
-    mlps = torch.randn(*shape, sizes.d_model, generator=generator, dtype=torch.float64)
-    inputs = torch.randn(1, rows, positions, sizes.d_model, generator=generator, dtype=torch.float64)
-    return SourceValues(inputs.requires_grad_(), heads.requires_grad_(), mlps.requires_grad_())
+    return Values(
+        {
+            site: torch.randn(rows, columns, *shape, generator=generator, dtype=torch.float64).requires_grad_()
+            for site, shape in level.sites.items()
+        }
+    )
 
 
 def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:

@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.batches import Batch
-from oa_train.engine.reading import source_values
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.batches import Batch
+from oa_train.engine.reading import source_values
 from oa_train.models.graph import Graph
-from oa_train.zoo.known.model import KnownModel
 from oa_train.models.loading import CausalLM, LMSpec, load_model
 from oa_train.tasks import Task
-from oa_train.zoo.write_known import KNOWN_TASKS, write_known
+from oa_train.zoo.known import KNOWN_TASKS, KnownModel, write_known
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from oa_train.batches import Batch, unanswered
+from oa_train.batches import Batch, leading_tokens, unanswered
+from oa_train.errors import TaskError
 from tests.builders import batch_of
 
 ROWS = [[1, 7, 8, 9], [1, 5]]
@@ -44,7 +45,7 @@ def test_repeat_tiles_whole_batches(side):
     tiled = batch.repeat(3)
     assert len(tiled) == 6
     assert tiled.example_ids.tolist() == [40, 41, 40, 41, 40, 41]
-    assert len(tensors_of(tiled)) == 8
+    assert len(tensors_of(tiled)) == 9
     for name, tensor in tensors_of(tiled).items():
         for sample in range(3):
             for row in range(2):
@@ -72,7 +73,7 @@ def test_rows_are_taken_from_every_field():
 
 def test_to_moves_every_tensor_but_the_numbers():
     moved = tensors_of(full_batch().to("meta"))
-    assert len(moved) == 8
+    assert len(moved) == 9
     # Generators are seeded by the numbers, and reading them from a GPU would wait for it.
     assert moved.pop("example_ids").tolist() == [40, 41]
     assert {tensor.device.type for tensor in moved.values()} == {"meta"}
@@ -121,3 +122,46 @@ def test_prompts_without_answers_are_scored_at_their_last_real_token(side):
     assert batch.example_ids.tolist() == [0, 1]
     assert batch.padded
     assert not unanswered(torch.tensor([ROWS[0]]), torch.ones(1, 4).bool()).padded
+
+
+SPANS = {"name": torch.tensor([[False, True, True, False], [False, True, False, False]])}
+
+
+def test_spans_follow_their_rows():
+    batch = replace(batch_of(ROWS), spans=SPANS)
+    assert torch.equal(batch.repeat(2).spans["name"], SPANS["name"].repeat(2, 1))
+    assert torch.equal(batch.rows(slice(1, 2)).spans["name"], SPANS["name"][1:])
+    assert torch.equal(batch.layout.repeat(3).spans["name"], batch.repeat(3).layout.spans["name"])
+    assert batch.to("meta").spans["name"].device.type == "meta"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_negative_spans_count_from_the_last_real_token(side):
+    layout = batch_of(ROWS, side, 6).layout
+    columns = [3, 1] if side == "right" else [5, 5]
+    assert layout.span("-1").nonzero().tolist() == [[0, columns[0]], [1, columns[1]]]
+    assert layout.repeat(2).span("-1").sum() == 4
+    longer = batch_of([[1, 7, 8], [1, 7, 8, 9]], side).layout
+    assert longer.span("-2").long().argmax(dim=1).tolist() == ([1, 2] if side == "right" else [2, 2])
+
+
+def test_spans_without_a_token_to_ablate_are_refused():
+    layout = replace(batch_of(ROWS), spans=SPANS | {"start": torch.tensor([[True] + [False] * 3] * 2)}).layout
+    assert torch.equal(layout.span("name"), SPANS["name"])
+    with pytest.raises(TaskError, match=r"'-3' is empty in prompt 1"):
+        layout.span("-3")
+    with pytest.raises(TaskError, match=r"'start' holds protected tokens only in prompt 0"):
+        layout.span("start")
+    with pytest.raises(TaskError, match=r"no span 'nam' in these prompts\. Did you mean name\?"):
+        layout.span("nam")
+    with pytest.raises(TaskError, match=r"These prompts name no spans\. -1 is the last token"):
+        batch_of(ROWS).layout.span("name")
+
+
+def test_a_leading_token_is_the_first_real_one():
+    for side in ("left", "right"):
+        batch = batch_of([*ROWS, [5, 1]], side)
+        leading = leading_tokens(batch.tokens, batch.positions, 1)
+        assert torch.equal(leading, batch.protected)
+        assert leading.any(dim=1).tolist() == [True, True, False]
+    assert not leading_tokens(batch.tokens, batch.positions, None).any()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from oa_train import Circuit, Constants, LMSpec, ablated, load_model
-from oa_train.cli.main import main
 from oa_train.ablations.registry import KINDS
+from oa_train.cli.main import main
 from oa_train.tasks.encoding import load_tokenizer
 from tests.test_recorded_circuits import assert_as_recorded
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 import oa_train
-from oa_train.cli.main import COMMANDS
+from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS
+from oa_train.cli.main import COMMANDS
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
@@ -20,13 +21,12 @@ from oa_train.models.loading import LMSpec
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
-from oa_train.tasks.task import Task
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
 from oa_train.tasks.ioi import IOI
+from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
-from oa_train.ablations.fitting import RefitSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,37 +3,41 @@
 import torch
 from torch import nn
 
-from oa_train.ablations.constants import Constants, TrainableConstants
+from oa_train.ablations.constants import Constants, Slots, TrainableConstants
+from oa_train.models.levels import Level
+from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Tensor
+
+# Units that each circuit replaces, apart for each span that has a slot of its own.
+Replaced = dict[Site, Bool[Tensor, "circuit span_or_1 unit"]]
 
 
 class BestConstants(nn.Module):
     """Keeps, for each circuit, the constants under which its loss was lowest.
 
-    There is a table for each circuit, or one for all when no two circuits replace the same source: then each
+    There is a set of tables for each circuit, or one for all when no two circuits replace the same unit: then each
     circuit's constants stand in it side by side. Its state goes into checkpoints.
 
     Args:
-        replaced: sources that each circuit replaces.
-        tables: sets of constants of the right sizes, as many as there are circuits, or one.
+        replaced: units that each circuit replaces.
+        tables: constants of the right sizes, as many sets as there are circuits, or one.
 
     Attributes:
         loss: lowest loss of each circuit; infinite before the first offer.
     """
 
-    def __init__(self, replaced: Bool[Tensor, "circuit source"], tables: TrainableConstants) -> None:
+    def __init__(self, replaced: Replaced, tables: TrainableConstants) -> None:
         super().__init__()
-        self.inputs: Tensor
-        self.heads: Tensor
-        self.mlps: Tensor
+        self._replaced = replaced
+        self._slots = tables.slots
+        for site, table in tables.by_site().items():
+            self.register_buffer(site.key, table.detach().clone())
+        n_circuits = len(next(iter(replaced.values())))
         self.loss: Tensor
-        self._replaced: Tensor
-        self.register_buffer("inputs", tables.inputs.detach().clone())
-        self.register_buffer("heads", tables.heads.detach().clone())
-        self.register_buffer("mlps", tables.mlps.detach().clone())
-        self.register_buffer("loss", torch.full((len(replaced),), float("inf"), device=tables.heads.device))
-        self.register_buffer("_replaced", replaced.to(tables.heads.device), persistent=False)
-        self._bos_token_id = tables.bos_token_id
+        self.register_buffer("loss", torch.full((n_circuits,), float("inf"), device=tables.device))
+
+    def _tables(self) -> dict[Site, Tensor]:
+        return {Site.of_key(key): table for key, table in self.named_buffers() if key != "loss"}
 
     @torch.no_grad()
     def offer(self, tables: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
@@ -43,22 +47,32 @@ class BestConstants(nn.Module):
             tables: constants of every circuit.
             loss: their loss.
         """
+        offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
-            table = circuit if len(self.heads) > 1 else 0
-            by_layer = self._replaced[circuit, 1:].unflatten(0, (self.mlps.shape[1], -1))
-            inputs, heads, mlps = self._replaced[circuit, :1], by_layer[:, :-1], by_layer[:, -1]
-            self.inputs[table][inputs] = tables.inputs[table][inputs]
-            # The positions of a table stand between its layers and heads.
-            self.heads[table].transpose(1, 2)[heads] = tables.heads[table].transpose(1, 2)[heads]
-            self.mlps[table][mlps] = tables.mlps[table][mlps]
+            for site, best in self._tables().items():
+                number = circuit if len(best) > 1 else 0
+                taken = self._replaced[site][circuit].to(best.device).unsqueeze(-1)
+                best[number] = torch.where(taken, offered[site][number], best[number])
             self.loss[circuit] = loss[circuit]
 
     def sets(self) -> list[Constants]:
-        """The constants of each circuit, or the one table that all share."""
-        tables = zip(self.inputs.clone(), self.heads.clone(), self.mlps.clone(), strict=True)
-        return [Constants.from_tensors(table, self._bos_token_id) for table in tables]
+        """The constants of each circuit, or the one set that all share."""
+        tables = self._tables()
+        n_sets = len(next(iter(tables.values())))
+        return [
+            Constants({site: table[number].clone() for site, table in tables.items()}, self._slots)
+            for number in range(n_sets)
+        ]
 
 
-def share_a_table(replaced: Bool[Tensor, "circuit source"]) -> bool:
-    """Whether no two circuits replace the same source, so that one table holds the constants of all."""
-    return bool(replaced.sum(dim=0).le(1).all())
+def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Slots) -> Replaced:
+    """Units that each circuit replaces; apart for each span where spans have slots of their own."""
+    replaced = level.replaced(masks)
+    if slots.positions == 1:
+        return replaced
+    return {site: units.any(dim=1, keepdim=True) for site, units in replaced.items()}
+
+
+def can_share_tables(replaced: Replaced) -> bool:
+    """Whether no two circuits replace the same unit, so that one set of tables holds the constants of all."""
+    return all(bool(units.sum(dim=0).le(1).all()) for units in replaced.values())

@@ -1,10 +1,10 @@
 """Constants: replacements that do not depend on the prompt.
 
-Zero ablation, mean ablation and optimal ablation are the same thing with other numbers. The numbers of an optimal
-ablation are trained: they are those with which the ablated model stays closest to the clean one (Li & Janson, 2024).
+Zero ablation, mean ablation and optimal ablation differ in their numbers alone. The numbers of an optimal ablation are
+trained: they are those with which the ablated model stays closest to the clean one (Li & Janson, 2024).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,96 +12,129 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import Ablation, SourceValues, ValuesOf
+from oa_train.ablations.base import Ablation, ValuesOf
 from oa_train.artefacts import Artefact, load_artefact, save_artefact
 from oa_train.batches import Batch
+from oa_train.engine.values import SlotOf, Values
 from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.models.families import Dimensions
+from oa_train.models.levels import Level
+from oa_train.models.sites import Site
 from oa_train.shapes import Float, Int, Tensor
+
+Tables = Mapping[Site, Float[Tensor, "slot unit width"]]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which tokens share a constant.
+
+    Attributes:
+        positions: 1 pools all positions. P gives each of the positions 0 to P - 2 a slot of its own, and one to all later
+            positions; positions count from a prompt's first real token.
+        spans: where positions are pooled, the spans with a slot of their own; None stands for units that hold at every
+            token.
+    """
+
+    positions: int = 1
+    spans: tuple[str | None, ...] = (None,)
+
+    def __len__(self) -> int:
+        return self.positions if self.positions > 1 else len(self.spans)
+
+    def of_tokens(self, positions: Int[Tensor, "row position"]) -> dict[str | None, SlotOf]:
+        """Slot of each token, for each span."""
+        if self.positions > 1:
+            by_position = positions.clamp(max=self.positions - 1)
+            return dict.fromkeys(self.spans, by_position)
+        return {span: number for number, span in enumerate(self.spans)}
 
 
 @dataclass(frozen=True, eq=False)
 class Constants(Ablation):
-    """One vector for each source (the embedding and the components), or one for each source and position.
-
-    Positions count from a prompt's first real token. A table of P positions gives position P - 1 and everything
-    after it the last row; a table of one position is pooled: one vector wherever the source is ablated.
+    """A vector for each unit of some sites, or one for each unit and slot.
 
     Attributes:
-        inputs: the embedding; used where edges are cut.
-        heads: value of each head, before the attention output projection.
-        mlps: output of each MLP.
-        bos_token_id: token that these constants never replace at the first position.
-        provenance: model, task and run that they come from, plain data.
+        tables: constants by site.
+        slots: which tokens share a constant.
+        provenance: model, task and run that they come from, plain data; `bos_token_id` is the token that was never
+            ablated where it stood first.
     """
 
-    inputs: Float[Tensor, "1 table d_model"]
-    heads: Float[Tensor, "layer table head d_head"]
-    mlps: Float[Tensor, "layer table d_model"]
-    bos_token_id: int | None = None
+    tables: Tables
+    slots: Slots = Slots()
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def zeros(cls, dimensions: Dimensions, bos_token_id: int | None = None, n_positions: int = 1) -> "Constants":
-        """Zero ablation: the module's output is Hugging Face's zero; an MLP's output bias goes with it."""
-        layers, heads = dimensions.n_layers, dimensions.n_heads
-        return cls(
-            inputs=torch.zeros(1, n_positions, dimensions.d_model),
-            heads=torch.zeros(layers, n_positions, heads, dimensions.d_head),
-            mlps=torch.zeros(layers, n_positions, dimensions.d_model),
-            bos_token_id=bos_token_id,
-        )
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Iterable[Tensor], bos_token_id: int | None, provenance: Mapping[str, Any] | None = None
-    ) -> "Constants":
-        """The constants whose `tensors` these are."""
-        inputs, heads, mlps = tensors
-        return cls(inputs, heads, mlps, bos_token_id, provenance or {})
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, heads and MLPs; the table is dimension 1 of each."""
-        return self.inputs, self.heads, self.mlps
+    def zeros(cls, level: Level, positions: int = 1) -> "Constants":
+        """Zero ablation: every value is zero; the output bias of an MLP goes with its value."""
+        slots = Slots(positions, level.spans)
+        return cls({site: torch.zeros(len(slots), *shape) for site, shape in level.sites.items()}, slots)
 
     @property
     def n_positions(self) -> int:
-        """Rows of the table; 1 when the constants are pooled."""
-        return self.heads.shape[1]
+        """Positions that are told apart; 1 when the constants are pooled."""
+        return self.slots.positions
 
-    def with_positions(self, n_positions: int) -> "Constants":
-        """The same constants in a larger table, whose further positions get what the last one has.
+    def with_positions(self, positions: int) -> "Constants":
+        """The same constants in larger tables, whose further positions get what the last one has.
 
         Args:
-            n_positions: size of the table.
+            positions: that are told apart.
 
         Raises:
-            ConfigurationError: it is smaller than this one.
+            ConfigurationError: they are fewer than these.
         """
-        further = n_positions - self.n_positions
-        if further < 0:
+        if positions == self.n_positions:
+            return self
+        if positions < self.n_positions:
             raise ConfigurationError(
                 f"These constants tell {self.n_positions} positions apart and cannot be put into a table of "
-                f"{n_positions}; give at least as many."
+                f"{positions}; give at least as many."
             )
-        return self._map(lambda table: torch.cat([table, *[table[:, -1:]] * further], dim=1))
+        if len(self.slots.spans) > 1:
+            raise ConfigurationError("Constants of several spans cannot be told apart by position as well.")
+        further = positions - self.n_positions
+        wider = self.mapped(lambda table: torch.cat([table, *[table[-1:]] * further]))
+        return replace(wider, slots=replace(self.slots, positions=positions))
 
     def to(self, device: torch.device | str) -> "Constants":
         """Copy to a device."""
-        return self._map(lambda table: table.to(device))
+        return self.mapped(lambda table: table.to(device))
 
     def detach(self) -> "Constants":
         """A copy without gradients that later training does not change."""
-        return self._map(lambda table: table.detach().clone())
+        return self.mapped(lambda table: table.detach().clone())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Constants":
-        inputs, heads, mlps = map(function, self.tensors())
-        return replace(self, inputs=inputs, heads=heads, mlps=mlps)
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Constants":
+        """The same with a function applied to every table."""
+        return replace(self, tables={site: function(table) for site, table in self.tables.items()})
+
+    def check_fits(self, level: Level) -> None:
+        """Check that there is a constant of the right size for every unit of a level.
+
+        Raises:
+            ArtefactError: there is not.
+        """
+        for site, shape in level.sites.items():
+            if site not in self.tables:
+                raise ArtefactError(f"The constants lack the site {site.key}; they have {_listed(self.tables)}.")
+            if self.tables[site].shape[1:] != shape:
+                raise ArtefactError(
+                    f"The constants of {site.key} are for {_sizes(self.tables[site].shape[1:])}; this model has "
+                    f"{_sizes(shape)} there."
+                )
+        lacking = [str(span) for span in level.spans if span not in self.slots.spans]
+        if lacking:
+            raise ArtefactError(f"The constants were not made for the spans {', '.join(lacking)} of the circuit.")
 
     def save(self, folder: str | Path) -> Path:
         """Write the constants as an artefact folder."""
-        header = {"bos_token_id": self.bos_token_id, "provenance": dict(self.provenance)}
-        tensors = {"inputs": self.inputs, "heads": self.heads, "mlps": self.mlps}
+        header = {
+            "positions": self.slots.positions,
+            "spans": list(self.slots.spans),
+            "provenance": dict(self.provenance),
+        }
+        tensors = {site.key: table for site, table in self.tables.items()}
         return save_artefact(folder, "constants", Artefact(header, tensors))
 
     @classmethod
@@ -109,27 +142,38 @@ class Constants(Ablation):
         """Read constants that `save` wrote.
 
         Raises:
-            ArtefactError: the folder is missing, damaged, or holds something else.
+            ArtefactError: the folder is missing, damaged, of an older version, or holds something else.
         """
         artefact = load_artefact(folder, "constants")
         try:
-            header = artefact.header
-            tables = (artefact.tensors[name] for name in ("inputs", "heads", "mlps"))
-            return cls.from_tensors(tables, header["bos_token_id"], header["provenance"])
-        except KeyError as problem:
+            slots = Slots(artefact.header["positions"], tuple(artefact.header["spans"]))
+            tables = {Site.of_key(key): table for key, table in artefact.tensors.items()}
+            constants = cls(tables, slots, artefact.header["provenance"])
+        except (KeyError, TypeError) as problem:
             raise ArtefactError(f"{folder} does not hold constants: {problem} is missing.") from problem
+        if not tables or any(table.dim() != 3 or len(table) != len(slots) for table in tables.values()):
+            raise ArtefactError(f"{folder} contradicts itself: its tables are not of {len(slots)} slots.")
+        return constants
 
-    def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> SourceValues:
-        """The constants laid out for the rows and positions of a batch, with gradients to them; no model is run."""
+    def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> Values:
+        """The constants laid out for the tokens of a batch, with gradients to them; no model is run."""
         del values_of
-        return self.replacements_at(batch.positions)
+        return self.at(batch.positions)
 
-    def replacements_at(self, positions: Int[Tensor, "row position"]) -> SourceValues:
-        """The same for positions that were counted elsewhere."""
-        if self.n_positions == 1:
-            return SourceValues(*(table.unsqueeze(1) for table in self.tensors()))
-        rows = positions.clamp(max=self.n_positions - 1)
-        return SourceValues(*(table[:, rows] for table in self.tensors()))
+    def at(self, positions: Int[Tensor, "row position"]) -> Values:
+        """The constants laid out for tokens at these positions, with gradients to them."""
+        return Values(
+            {site: table.unsqueeze(0) for site, table in self.tables.items()}, self.slots.of_tokens(positions)
+        )
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return f"{shape[0]} units of width {shape[1]}"
+
+
+def _listed(sites: Mapping[Site, Any]) -> str:
+    names = [site.key for site in sites]
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 class TrainableConstants(nn.Module):
@@ -137,31 +181,44 @@ class TrainableConstants(nn.Module):
 
     Args:
         starts: where training starts, for each circuit.
-        with_inputs: whether the embedding's constants are trained too, as circuits of edges need; nodes never use
-            them.
+        trained: sites whose constants are trained; all by default.
     """
 
-    def __init__(self, starts: Sequence[Constants], with_inputs: bool = False) -> None:
+    def __init__(self, starts: Sequence[Constants], trained: Sequence[Site] | None = None) -> None:
         super().__init__()
-        inputs, heads, mlps = (
-            torch.stack(alike).detach().float() for alike in zip(*(one.tensors() for one in starts), strict=True)
+        self.slots = starts[0].slots
+        self.tables = nn.ParameterDict(
+            {
+                site.key: nn.Parameter(
+                    torch.stack([start.tables[site] for start in starts]).detach().float(),
+                    requires_grad=trained is None or site in trained,
+                )
+                for site in starts[0].tables
+            }
         )
-        self.inputs = nn.Parameter(inputs, requires_grad=with_inputs)
-        self.heads = nn.Parameter(heads)
-        self.mlps = nn.Parameter(mlps)
-        self.bos_token_id = starts[0].bos_token_id
 
-    def tables(self) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
-        """Inputs, heads and MLPs of all circuits, which are dimension 0 of each."""
-        return self.inputs, self.heads, self.mlps
+    def __len__(self) -> int:
+        return len(next(iter(self.tables.values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.tables.values())).device
+
+    def by_site(self) -> dict[Site, nn.Parameter]:
+        """Tables of all circuits by site: [circuit, slot, unit, width]."""
+        return {Site.of_key(key): table for key, table in self.tables.items()}
 
     def sets(self) -> list[Constants]:
         """The constants of each circuit, sharing gradients with the parameters."""
-        tables = zip(*(table.unbind() for table in self.tables()), strict=True)
-        return [Constants.from_tensors(table, self.bos_token_id) for table in tables]
+        tables = self.by_site()
+        return [
+            Constants({site: table[number] for site, table in tables.items()}, self.slots)
+            for number in range(len(self))
+        ]
 
     @torch.no_grad()
     def load(self, constants: Constants) -> None:
         """Overwrite the constants of every circuit in place."""
-        for own, given in zip(self.tables(), constants.tensors(), strict=True):
-            own.copy_(given)
+        for site, table in self.by_site().items():
+            table.copy_(constants.tables[site])

@@ -9,71 +9,136 @@ from typing import Any
 import torch
 
 from oa_train.ablations.constants import Constants
+from oa_train.batches import TokenLayout, leading_tokens
 from oa_train.circuits.circuit import Circuit
-from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.engine.forward import masks_within_single_precision, protected
+from oa_train.engine.forward import as_written
 from oa_train.engine.levels import masked_call
-from oa_train.models.selection import Components
-from oa_train.models.families import Dimensions
-from oa_train.models.graph import Graph
+from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.models.taps import replaced_forwards
-from oa_train.shapes import Tensor
+from oa_train.models.taps import replaced_attributes
+from oa_train.shapes import Bool, Tensor
+
+Spans = Mapping[str, Bool[Tensor, "row position"]]
 
 
 @contextmanager
-def ablated(model: CausalLM, circuit: Circuit, constants: Constants) -> Iterator[CausalLM]:
-    """Run a model as a circuit: every component outside of it is replaced by its constant, every other edge is cut.
+def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
+    """Run a model as a circuit: everything that its circuit does not keep is replaced by its constant.
 
-    Everything that calls the model works inside the context, `generate` with its key-value cache included. The model
-    is as before afterwards, also when something raises.
+    Everything that calls the model works inside the context, `generate` with its key-value cache included. Tokens that
+    `generate` adds are replaced by entries without a span only. The model is as before afterwards, also when something
+    raises.
 
     Args:
         model: frozen causal language model.
-        circuit: the components or edges that are kept.
-        constants: what stands in for the others.
+        circuit: what is kept.
+        constants: what replaces the rest. Their provenance names the token that is never ablated where it stands first.
+        spans: tokens of the spans that the circuit's entries name, in the prompts that the model is called with; not
+            needed for `-1`, the last token of each prompt.
 
     Yields:
         The same model.
 
     Raises:
         ArtefactError: circuit or constants belong to another model.
+        ConfigurationError: a call has no token ids, or asks for states that a circuit of edges does not have.
+        TaskError: a span is missing, or overlaps another one of the same unit.
     """
     check_belongs(model, circuit, constants)
-    mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
-    there, forward = constants.to(model.device), model.forward
-    parameters = signature(forward)
-
-    @wraps(forward)
-    def masked_forward(*args: Any, **kwargs: Any) -> Any:
-        tokens, positions = _tokens_and_positions(dict(parameters.bind(*args, **kwargs).arguments))
-        kept = protected(tokens, positions, there.bos_token_id)
-        with masked_call(model, mask.expand(len(tokens), -1), there.replacements_at(positions), kept):
-            return forward(*args, **kwargs)
-
-    with masks_within_single_precision(model), replaced_forwards([(model, masked_forward)]):
-        yield model
+    with as_written(model):
+        call = _Calls(model, circuit, constants.to(model.device), spans or {})
+        with replaced_attributes(model, forward=call.forward, generate=call.generate):
+            yield model
 
 
-def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+class _Calls:
+    """What a model's calls do inside `ablated`."""
+
+    def __init__(self, model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans) -> None:
+        self._model, self._circuit, self._constants, self._spans = model, circuit, constants, spans
+        self._mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
+        self._token_id = constants.provenance.get("bos_token_id")
+        self._forward, self._generate = model.forward, model.generate
+        self._parameters = signature(model.forward)
+        self._prompt_width: int | None = None  # while something is generated
+        self.forward = wraps(model.forward)(self._masked_forward)
+        self.generate = wraps(model.generate)(self._masked_generate)
+
+    def _masked_generate(self, *args: Any, **kwargs: Any) -> Any:
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        self._prompt_width = prompt.shape[1] if isinstance(prompt, Tensor) else None
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._prompt_width = None
+
+    def _masked_forward(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(self._parameters.bind(*args, **kwargs).arguments)
+        self._check_states(arguments)
+        layout = self._layout(arguments)
+        mask, values = self._mask.expand(len(layout.positions), -1), self._constants.at(layout.positions)
+        with masked_call(self._model, self._circuit.level, mask, values, layout):
+            return self._forward(*args, **kwargs)
+
+    def _check_states(self, arguments: Mapping[str, Any]) -> None:
+        asked = arguments.get("output_hidden_states") or arguments.get("kwargs", {}).get("output_hidden_states")
+        if self._circuit.level.has_one_stream or not (asked or self._model.config.output_hidden_states):
+            return
+        raise ConfigurationError(
+            "output_hidden_states is set, and under a circuit of edges there are no hidden states: every reader has an "
+            "input of its own, and what a block passes on is read by none of them. Read the units' values instead "
+            "(read_values), or use a circuit of nodes."
+        )
+
+    def _layout(self, arguments: dict[str, Any]) -> TokenLayout:
+        tokens, positions, seen, real = _tokens_and_positions(arguments)
+        layout = TokenLayout(positions, real, leading_tokens(tokens, positions, self._token_id), {})
+        names = [name for name in self._circuit.level.spans if name is not None]
+        if not names:
+            return layout
+        width = self._prompt_width or tokens.shape[1]
+        spans = {name: self._span(name, layout, seen, width) for name in names}
+        return TokenLayout(positions, real, layout.protected, spans)
+
+    def _span(self, name: str, layout: TokenLayout, seen: int, width: int) -> Bool[Tensor, "row position"]:
+        """Tokens of a span among those of this call; of the prompt, none of those that were generated."""
+        inside = torch.zeros_like(layout.real)
+        if seen >= width:
+            return inside
+        if name in self._spans:
+            rows = self._spans[name].to(inside.device)
+            rows = rows.repeat_interleave(len(inside) // len(rows), dim=0)  # beams
+            inside[:, : rows.shape[1] - seen] = rows[:, seen:]
+            return inside
+        prompt = TokenLayout(
+            *(part[:, : width - seen] for part in (layout.positions, layout.real, layout.protected)), {}
+        )
+        inside[:, : width - seen] = prompt.span(name)
+        return inside
+
+
+def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Token ids of a call, their positions, how many tokens were seen before, and which are real."""
     tokens = arguments.get("input_ids")
     if tokens is None:
         raise ConfigurationError("Inside `ablated` the model is called with input_ids; inputs_embeds has no tokens.")
     past = arguments.get("past_key_values")
-    seen = past.get_seq_length() if past is not None else 0
+    seen = int(past.get_seq_length()) if past is not None else 0
+    real = torch.ones_like(tokens, dtype=torch.bool)
     attention_mask = arguments.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        columns = slice(seen, seen + tokens.shape[1])
         counted = attention_mask.long().cumsum(dim=1) - 1
-        return tokens, counted[:, seen : seen + tokens.shape[1]].clamp(min=0)
+        return tokens, counted[:, columns].clamp(min=0), seen, attention_mask[:, columns].bool()
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):  # a static cache brings a mask of four dimensions; its positions still count
-        return tokens, positions.expand(len(tokens), -1)
+        return tokens, positions.expand(len(tokens), -1), seen, real
     if attention_mask is not None:
         raise ConfigurationError(
             "Inside `ablated` an attention mask has two dimensions, [row, position], unless position_ids are given."
         )
     columns = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
-    return tokens, columns.expand(len(tokens), -1)
+    return tokens, columns.expand(len(tokens), -1), seen, real
 
 
 def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None) -> None:
@@ -82,30 +147,19 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
     Raises:
         ArtefactError: their sizes or fingerprints are another model's.
     """
-    dimensions = Dimensions.of(model.config)
-    own: Components | Graph = Graph.of(model.config) if circuit.of_edges else Components.of(dimensions)
-    if circuit.parts != own:
-        raise ArtefactError(f"The circuit is of a model with {_said(circuit.parts)}; this one has {_said(own)}.")
-    _check_fingerprint(model, "circuit", circuit.provenance)
-    if constants is None:
-        return
-    expected = (dimensions.n_layers, dimensions.n_heads, dimensions.d_head, dimensions.d_model)
-    given = (constants.heads.shape[0], *constants.heads.shape[2:], constants.mlps.shape[-1])
-    if given != expected:
+    own = circuit.level.of_model(model.config)
+    if circuit.level != own:
         raise ArtefactError(
-            f"The constants have sizes {given} (layers, heads, d_head, d_model); the model {expected}."
+            f"The circuit is of a model with {circuit.level.describe()}; this one has {own.describe()}."
         )
-    _check_fingerprint(model, "constants", constants.provenance)
+    _check_fingerprint(model, "circuit", circuit.provenance)
+    if constants is not None:
+        constants.check_fits(circuit.level)
+        _check_fingerprint(model, "constants", constants.provenance)
 
 
-def _said(parts: Components | Graph) -> str:
-    groups = f" and {parts.n_kv_heads} key-value heads" if isinstance(parts, Graph) else ""
-    parallel = ", attention and MLP in parallel" if isinstance(parts, Graph) and parts.parallel else ""
-    return f"{parts.n_layers} layers of {parts.n_heads} heads{groups}{parallel}"
-
-
-def _check_fingerprint(model: CausalLM, what: str, provenance: Mapping[str, Any]) -> None:
+def _check_fingerprint(model: CausalLM, artefact: str, provenance: Mapping[str, Any]) -> None:
     wanted = provenance.get("fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         name = provenance.get("model", "another model")
-        raise ArtefactError(f"The {what} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")
+        raise ArtefactError(f"The {artefact} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")

@@ -1,4 +1,4 @@
-"""What a frozen model does while it runs as each of several circuits."""
+"""Behaviour of a frozen model that runs as each of several circuits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from functools import partial
 
 import torch
 
-from oa_train.ablations.base import Ablation, SourceValues, replacements_of_copies
+from oa_train.ablations.base import Ablation, replacements_of_copies
 from oa_train.batches import Batch
-from oa_train.engine.reading import source_values
+from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.levels import masked_logits, rows_within_memory
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
+from oa_train.engine.values import Values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Bool, Float, Tensor
-
-# Rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
-ROWS_PER_RUN = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,7 @@ class Behaviour:
 def circuit_behaviour(
     model: CausalLM,
     batches: Iterable[Batch],
+    level: Level,
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     rows_per_run: int = ROWS_PER_RUN,
@@ -54,60 +55,64 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        masks: a circuit in each row; false entries are ablated, be they components or edges.
+        level: what the masks are over.
+        masks: a circuit in each row; false entries are ablated.
         ablations: what replaces the ablated parts of each circuit, or one ablation for all.
-        rows_per_run: most rows (circuits times prompts) of one model run; bounds memory.
+        rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
-    there = [one.to(model.device) for one in ablations]
-    return _gathered(_one_batch(model, batch.to(model.device), masks, there, rows_per_run) for batch in batches)
+    moved = [ablation.to(model.device) for ablation in ablations]
+    return _gathered(
+        _on_piece(model, piece, level, masks, moved, slices)
+        for batch in batches
+        for piece, slices in chunks(model, level, batch.to(model.device), len(masks), rows_per_run)
+    )
 
 
 @torch.no_grad()
 def clean_behaviour(model: CausalLM, batches: Iterable[Batch]) -> Behaviour:
     """Run the model itself; its divergence from itself is 0."""
-    return _gathered(_one_clean_batch(model, batch.to(model.device)) for batch in batches)
+    return _gathered(_clean_on_batch(model, batch.to(model.device)) for batch in batches)
 
 
-def _gathered(found: Iterable[dict[str, Tensor]]) -> Behaviour:
-    batches = list(found)
-    return Behaviour(**{name: torch.cat([one[name] for one in batches], dim=1).cpu() for name in MEASURES})
+def _gathered(measures: Iterable[dict[str, Tensor]]) -> Behaviour:
+    pieces = list(measures)
+    return Behaviour(**{name: torch.cat([piece[name] for piece in pieces], dim=1).cpu() for name in MEASURES})
 
 
-def _one_clean_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
+def _clean_on_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
     logits = scored_logits(model, batch)
     return {name: measured(name, logits, logits, batch).unsqueeze(0) for name in MEASURES}
 
 
-def _one_batch(
-    model: CausalLM, batch: Batch, masks: Tensor, ablations: Sequence[Ablation], rows_per_run: int
+def _on_piece(
+    model: CausalLM,
+    batch: Batch,
+    level: Level,
+    masks: Tensor,
+    ablations: Sequence[Ablation],
+    slices: Sequence[slice],
 ) -> dict[str, Tensor]:
-    most = rows_within_memory(model, batch, masks.shape[1])
-    if len(batch) > most:
-        parts = [_one_batch(model, part, masks, ablations, rows_per_run) for part in batch.pieces(most)]
-        return {name: torch.cat([part[name] for part in parts], dim=1) for name in MEASURES}
     clean = scored_logits(model, batch)
-    at_once = max(1, min(rows_per_run, most) // len(batch))
-    values_of = partial(source_values, model)
-    # What stands in for all circuits may cost a run of the model, so it is asked for once.
+    values_of = partial(read_values, model, level=level)
+    # What replaces the parts of all circuits may cost a run of the model, so it is asked for once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
-    found = []
-    for start in range(0, len(masks), at_once):
-        some = masks[start : start + at_once]
-        copies = len(some)
+    measures = []
+    for circuits in slices:
+        copies = circuits.stop - circuits.start
         if shared is not None:
-            replacements = shared.repeat(copies)
+            values = shared.repeat(copies)
         else:
-            their = ablations[start : start + at_once]
-            replacements = replacements_of_copies(their, batch, copies, values_of)
-        logits = _copies_logits(model, batch, some, replacements, ablations[0].bos_token_id)
+            values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
+        logits = _copies_logits(model, batch, level, masks[circuits], values)
         rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
-        found.append({name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES})
-    return {name: torch.cat([one[name] for one in found]) for name in MEASURES}
+        measures.append({name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES})
+    return {name: torch.cat([measured_once[name] for measured_once in measures]) for name in MEASURES}
 
 
 def circuit_logits(
     model: CausalLM,
     batch: Batch,
+    level: Level,
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     recompute: bool = False,
@@ -117,24 +122,20 @@ def circuit_logits(
     Args:
         model: frozen causal language model.
         batch: B prompts on the model's device.
+        level: what the masks are over.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
-        recompute: see `scored_logits`.
+        recompute: see `masked_logits`.
 
     Returns:
         S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
     """
-    replacements = replacements_of_copies(ablations, batch, len(masks), partial(source_values, model))
-    return _copies_logits(model, batch, masks, replacements, ablations[0].bos_token_id, recompute)
+    values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
+    return _copies_logits(model, batch, level, masks, values, recompute)
 
 
 def _copies_logits(
-    model: CausalLM,
-    batch: Batch,
-    masks: Tensor,
-    replacements: SourceValues,
-    bos_token_id: int | None,
-    recompute: bool = False,
+    model: CausalLM, batch: Batch, level: Level, masks: Tensor, values: Values, recompute: bool = False
 ) -> Tensor:
-    there = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
-    return masked_logits(model, batch.repeat(len(masks)), there, replacements, bos_token_id, recompute)
+    rows = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
+    return masked_logits(model, batch.repeat(len(masks)), level, rows, values, recompute)

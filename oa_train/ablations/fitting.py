@@ -2,27 +2,29 @@
 
 Each circuit has constants of its own and each step shows all circuits the same prompts, as copies in one batch. The
 circuits do not touch each other, so this equals training them one after another. Circuits that ablate nothing in
-common, each component alone for instance, have theirs in one table.
+common, each component alone for instance, share one set of tables.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from oa_train.ablations.best import BestConstants, can_share_tables, replaced_slots
 from oa_train.ablations.constants import Constants, TrainableConstants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, circuit_logits
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, NotFiniteError
+from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.forward import scored_logits
-from oa_train.ablations.evaluation import ROWS_PER_RUN, circuit_behaviour, circuit_logits
-from oa_train.engine.levels import replaced_sources, rows_within_memory
+from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss, loss_of
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
-from oa_train.ablations.best import BestConstants, share_a_table
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RefitSettings:
         steps: steps of Adam; 0 keeps the best of the starts.
         batch_size: prompts of a step, shared by all circuits.
         learning_rate: of Adam at the start; it falls to zero along a cosine.
-        evaluate_every: steps between two looks at the validation prompts; the best seen is kept.
+        evaluate_every: steps between two evaluations on the validation prompts; the best constants are kept.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
 
@@ -51,12 +53,104 @@ class RefitSettings:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected more than 0.")
 
 
+class FittedCircuits(nn.Module):
+    """Fixed circuits with the constants that are trained for them, and the best constants so far.
+
+    Args:
+        level: of the circuits.
+        masks: a circuit in each row.
+        starts: constants where training starts, of each circuit or one for all.
+        loss: what is minimised.
+        rows_per_run: most rows (circuits times prompts) of one model run.
+        recompute: see `masked_logits`.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        masks: Bool[Tensor, "circuit entry"],
+        starts: Sequence[Constants],
+        loss: Loss,
+        rows_per_run: int = ROWS_PER_RUN,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        self.level, self.loss, self.rows_per_run, self.recompute = level, loss, rows_per_run, recompute
+        self.masks: Tensor
+        self.register_buffer("masks", masks, persistent=False)
+        replaced = replaced_slots(level, masks, starts[0].slots)
+        shared = len(starts) == 1 and can_share_tables(replaced)
+        n_sets = 1 if shared else len(masks)
+        trained = [site for site, units in replaced.items() if bool(units.any())]
+        self.constants = TrainableConstants([starts[n if len(starts) > 1 else 0] for n in range(n_sets)], trained)
+        self.best = BestConstants(replaced, self.constants)
+
+    def candidate(self, constants: Constants) -> TrainableConstants:
+        """The same constants for every circuit, to be compared with the trained ones."""
+        return TrainableConstants([constants] * len(self.constants)).to(self.constants.device).requires_grad_(False)
+
+    def behaviour(self, model: CausalLM, batches: Sequence[Batch], sets: Sequence[Constants]) -> Behaviour:
+        """Measures of every circuit under given constants."""
+        return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run)
+
+    def runs(self, model: CausalLM, batch: Batch) -> Iterator["CircuitRun"]:
+        """The runs that a step on a batch is made of, within `rows_per_run` and memory."""
+        for piece, slices in chunks(model, self.level, batch, len(self.masks), self.rows_per_run, gradients=True):
+            with torch.no_grad():
+                clean = scored_logits(model, piece)
+            for circuits in slices:
+                yield CircuitRun(self, model, piece, clean, circuits, len(piece) / len(batch))
+
+
+@dataclass(frozen=True, eq=False)
+class CircuitRun:
+    """One run of a model in a training step of constants: some circuits on some prompts.
+
+    Attributes:
+        fitted: all circuits.
+        model: frozen causal language model.
+        batch: prompts.
+        clean: logits of the unablated model on them.
+        circuits: which circuits.
+        share: part of the step's prompts that these are.
+    """
+
+    fitted: FittedCircuits
+    model: CausalLM
+    batch: Batch
+    clean: Float[Tensor, "batch scored vocabulary"]
+    circuits: slice
+    share: float
+
+    def losses(self, *tables: Tensor) -> Float[Tensor, " circuit"]:
+        """What the run adds to each circuit's mean loss over the step's prompts, with gradients to its constants.
+
+        Args:
+            *tables: tensors to take the constants from, in the order of the parameters; the parameters by default.
+        """
+        fitted, n_circuits = self.fitted, self.circuits.stop - self.circuits.start
+        sites = fitted.constants.by_site()
+        by_site = dict(zip(sites, tables or sites.values(), strict=True))
+        numbers = (
+            range(len(fitted.constants)) if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
+        )
+        sets = [
+            Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
+            for number in numbers
+        ]
+        masks = fitted.masks[self.circuits]
+        logits = circuit_logits(self.model, self.batch, fitted.level, masks, sets, fitted.recompute)
+        clean, rows = self.clean.repeat(n_circuits, 1, 1), self.batch.repeat(n_circuits)
+        lost = loss_of(fitted.loss, clean, logits, rows)
+        return self.share * lost.view(n_circuits, -1).mean(dim=1)
+
+
 @dataclass(frozen=True, eq=False)
 class FittedConstants:
     """Constants of each circuit, the best seen by validation.
 
     Attributes:
-        sets: the constants of each circuit; one table for all if no two ablate the same component.
+        sets: the constants of each circuit; one set for all if no two ablate the same unit.
         validation_loss: their loss on the validation prompts, in nats.
     """
 
@@ -67,6 +161,7 @@ class FittedConstants:
 def fit_constants(
     model: CausalLM,
     task: Task,
+    level: Level,
     masks: Bool[Tensor, "circuit entry"],
     starts: Sequence[Constants],
     settings: RefitSettings,
@@ -81,6 +176,7 @@ def fit_constants(
     Args:
         model: frozen causal language model.
         task: prompts; steps draw from its `refit` stream, the best is chosen on its `validation` stream.
+        level: of the circuits.
         masks: a circuit in each row.
         starts: constants where training starts, of each circuit or one for all.
         settings: steps, learning rate and so on.
@@ -93,39 +189,39 @@ def fit_constants(
     Raises:
         NotFiniteError: the loss became NaN or infinite.
     """
-    replaced = replaced_sources(model, masks)
-    n_tables = 1 if len(starts) == 1 and share_a_table(replaced) else len(masks)
-    with_inputs = bool(replaced[:, 0].any())
-    constants = TrainableConstants([starts[i if len(starts) > 1 else 0] for i in range(n_tables)], with_inputs)
-    constants.to(model.device)
-    best = BestConstants(replaced, constants)
-    batches = list(task.batches("validation", task.n_validation))
+    fitted = FittedCircuits(level, masks, starts, loss, settings.rows_per_run).to(model.device)
+    validation = list(task.batches("validation", task.n_validation))
 
     def offer(tables: TrainableConstants) -> None:
-        found = circuit_behaviour(model, batches, masks, tables.sets(), settings.rows_per_run)
-        best.offer(tables, found.loss(loss).mean(dim=1))
+        behaviour = fitted.behaviour(model, validation, tables.sets())
+        fitted.best.offer(tables, behaviour.loss(loss).mean(dim=1))
 
-    for candidate in others:
-        offer(TrainableConstants([candidate] * n_tables).to(model.device))
-    offer(constants)
-    optimizer = torch.optim.Adam(constants.parameters(), lr=settings.learning_rate)
+    for constants in others:
+        offer(fitted.candidate(constants))
+    offer(fitted.constants)
+    optimizer = torch.optim.Adam(fitted.constants.parameters(), lr=settings.learning_rate)
     for step in track(range(settings.steps), description):
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * falling(step, settings.steps)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine_decay(step, settings.steps)
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)
-        losses = _accumulate_gradient(model, batch, masks, constants, loss, settings.rows_per_run)
-        if not torch.isfinite(losses).all():
+        total = torch.zeros(len(masks), device=model.device)
+        for run in fitted.runs(model, batch):
+            losses = run.losses()
+            # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
+            losses.sum().backward()
+            total[run.circuits] += losses.detach()
+        if not torch.isfinite(total).all():
             raise NotFiniteError(
-                f"The loss of the constants is {losses.tolist()} at step {step} of the refit, which is not finite. "
+                f"The loss of the constants is {total.tolist()} at step {step} of the refit, which is not finite. "
                 "Lower its learning rate."
             )
         optimizer.step()
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
-            offer(constants)
-    return FittedConstants(best.sets(), best.loss.cpu())
+            offer(fitted.constants)
+    return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 
-def falling(step: int, n_steps: float) -> float:
+def cosine_decay(step: int, n_steps: float) -> float:
     """Share of a learning rate that falls to zero along a cosine.
 
     Args:
@@ -133,46 +229,3 @@ def falling(step: int, n_steps: float) -> float:
         n_steps: steps until zero.
     """
     return 0.5 * (1 + math.cos(math.pi * min(step / n_steps, 1.0)))
-
-
-def circuit_losses(
-    model: CausalLM,
-    batch: Batch,
-    clean: Float[Tensor, "batch scored vocabulary"],
-    masks: Bool[Tensor, "circuit entry"],
-    sets: Sequence[Constants],
-    loss: Loss,
-    recompute: bool = False,
-) -> Float[Tensor, " circuit"]:
-    """Mean loss of each circuit over the prompts, in one run of the model, with gradients to the constants.
-
-    Args:
-        model: frozen causal language model.
-        batch: prompts.
-        clean: what the unablated model predicts for them.
-        masks: a circuit in each row.
-        sets: the constants of each, or one table for all.
-        loss: what is minimised.
-        recompute: see `scored_logits`.
-    """
-    logits = circuit_logits(model, batch, masks, sets, recompute)
-    lost = loss_of(loss, clean.repeat(len(masks), 1, 1), logits, batch.repeat(len(masks)))
-    return lost.view(len(masks), -1).mean(dim=1)
-
-
-def _accumulate_gradient(
-    model: CausalLM, batch: Batch, masks: Tensor, constants: TrainableConstants, loss: Loss, rows_per_run: int
-) -> Float[Tensor, " circuit"]:
-    most = rows_within_memory(model, batch, masks.shape[1], gradients=True)
-    total = torch.zeros(len(masks), device=model.device)
-    for part in batch.pieces(most):
-        with torch.no_grad():
-            clean = scored_logits(model, part)
-        at_once, share = max(1, min(rows_per_run, most) // len(part)), len(part) / len(batch)
-        for start in range(0, len(masks), at_once):
-            some, sets = slice(start, start + at_once), constants.sets()
-            losses = circuit_losses(model, part, clean, masks[some], sets if len(sets) == 1 else sets[some], loss)
-            # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
-            (share * losses.sum()).backward()
-            total[some] += share * losses.detach()
-    return total

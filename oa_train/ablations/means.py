@@ -1,90 +1,93 @@
-"""Streaming means of component values: exact over batches, halves and processes.
+"""Streaming means of units' values: exact over batches, halves and processes.
 
 Sums are kept in float64 together with counts, so merging is addition and no order of batches matters beyond the last
 bits of float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from oa_train.ablations.base import SourceValues
-from oa_train.ablations.constants import Constants
-from oa_train.shapes import Bool, Int, Tensor
+from oa_train.ablations.constants import Constants, Slots
+from oa_train.batches import Batch
+from oa_train.engine.reading import read_values
+from oa_train.engine.values import Values
+from oa_train.models.levels import Level
+from oa_train.models.loading import CausalLM
+from oa_train.models.sites import Site
+from oa_train.shapes import Bool, Float, Int, Tensor
 
 
 class StreamingMeans:
-    """Sums of component values for each position, over all real tokens shown so far.
+    """Sums of units' values in each slot, over all tokens shown so far.
 
     Args:
-        bos_token_id: token that is never ablated at the first position; handed on to the constants.
+        slots: which tokens are summed together.
 
     Attributes:
-        inputs: sums of the embedding, [1, position, d_model], float64.
-        heads: sums of head values, [layer, position, head, d_head], float64.
-        mlps: sums of MLP outputs, [layer, position, d_model], float64.
-        counts: tokens summed at each position, [position].
+        sums: by site, [slot, unit, width], float64.
+        counts: tokens summed in each slot, [slot].
     """
 
-    def __init__(self, bos_token_id: int | None = None) -> None:
-        self.bos_token_id = bos_token_id
-        self.inputs = torch.zeros(0, 0, 0, dtype=torch.float64)
-        self.heads = torch.zeros(0, 0, 0, 0, dtype=torch.float64)
-        self.mlps = torch.zeros(0, 0, 0, dtype=torch.float64)
-        self.counts = torch.zeros(0, dtype=torch.long)
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, heads and MLPs; positions are dimension 1 of each."""
-        return self.inputs, self.heads, self.mlps
+    def __init__(self, slots: Slots = Slots()) -> None:
+        self.slots = slots
+        self.sums: dict[Site, Float[Tensor, "slot unit width"]] = {}
+        self.counts: Int[Tensor, " slot"] = torch.zeros(len(slots), dtype=torch.long)
 
     def add(
         self,
-        values: SourceValues,
-        positions: Int[Tensor, "batch position"],
+        values: Values,
+        batch: Batch,
         counted: Bool[Tensor, "batch position"],
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Add the values of a batch.
 
         Args:
-            values: of every source.
-            positions: position of each token counted from its row's first real token.
-            counted: tokens that take part: real, not protected, at or before the scored position.
+            values: of every unit, row and column.
+            batch: the prompts.
+            counted: tokens that take part: real, not protected, at or before the last scored position.
             of: applied to the values in float64 before they are summed.
         """
-        size = int(positions[counted].max()) + 1 if counted.any() else 0
-        batch = StreamingMeans()
-        where = positions[counted]
-        batch.inputs, batch.heads, batch.mlps = (
-            _sum_by_position(one[:, counted], where, size, of) for one in values.tensors()
-        )
-        batch.counts = torch.bincount(where, minlength=size).cpu()
-        self.merge(batch)
+        added = StreamingMeans(self.slots)
+        added.sums = {
+            site: torch.zeros(len(self.slots), *v.shape[2:], dtype=torch.float64) for site, v in values.items()
+        }
+        for inside, slot in self._tokens_of_slots(batch, counted):
+            added.counts += torch.bincount(slot, minlength=len(self.slots)).cpu()
+            for site, tensor in values.items():
+                added.sums[site] += _summed(tensor[inside], slot, len(self.slots), of)
+        self.merge(added)
+
+    def _tokens_of_slots(
+        self, batch: Batch, counted: Bool[Tensor, "batch position"]
+    ) -> Iterable[tuple[Bool[Tensor, "batch position"], Int[Tensor, " token"]]]:
+        """Tokens that are summed, and the slot of each; a token of several spans comes several times."""
+        if self.slots.positions > 1:
+            yield counted, batch.positions[counted].clamp(max=self.slots.positions - 1)
+            return
+        for number, span in enumerate(self.slots.spans):
+            inside = counted if span is None else counted & batch.layout.span(span)
+            yield inside, torch.full((int(inside.sum()),), number, device=inside.device)
 
     def merge(self, other: "StreamingMeans") -> None:
         """Add the sums of another part of the data."""
-        size = max(len(self.counts), len(other.counts))
-        pairs = zip(self.tensors(), other.tensors(), strict=True)
-        self.inputs, self.heads, self.mlps = (_grown(mine, theirs, size) for mine, theirs in pairs)
-        counts = torch.zeros(size, dtype=torch.long)
-        counts[: len(self.counts)] += self.counts
-        counts[: len(other.counts)] += other.counts
-        self.counts = counts
+        self.counts = self.counts + other.counts
+        self.sums = {
+            site: self.sums[site] + summed if site in self.sums else summed for site, summed in other.sums.items()
+        } or self.sums
 
-    def table(self, n_positions: int) -> Constants:
-        """Means as constants.
+    def means(self) -> Constants:
+        """Means as constants; a position without tokens has the mean of the nearest one before it.
 
-        Args:
-            n_positions: 1 for one mean over all counted tokens; P for a mean of each of the positions 0 to P - 2 and
-                one of all later tokens together. A position without tokens has the mean of the nearest one before it;
-                the first is left zero when the beginning-of-sequence token stands there.
+        The first position is left zero when a beginning-of-sequence token always stands there.
 
         Raises:
             ValueError: nothing was added.
         """
-        return Constants.from_tensors((mean.float() for mean in self._means(n_positions)), self.bos_token_id)
+        return self._constants(self._means())
 
-    def spread(self, squares: "StreamingMeans", n_positions: int) -> Constants:
+    def spread(self, squares: "StreamingMeans") -> Constants:
         """Standard deviations as constants.
 
         The difference of large numbers that they are made of is taken in float64, so that a mean which is a thousand
@@ -92,43 +95,59 @@ class StreamingMeans:
 
         Args:
             squares: sums of the squares of the same values.
-            n_positions: as in `table`.
         """
-        pairs = zip(squares._means(n_positions), self._means(n_positions), strict=True)
-        spreads = ((square - mean.square()).clamp(min=0).sqrt().float() for square, mean in pairs)
-        return Constants.from_tensors(spreads, self.bos_token_id)
+        means, of_squares = self._means(), squares._means()
+        return self._constants(
+            {site: (of_squares[site] - mean.square()).clamp(min=0).sqrt() for site, mean in means.items()}
+        )
 
-    def _means(self, n_positions: int) -> list[Tensor]:
-        """Means of inputs, heads and MLPs in float64, laid out as in `table`."""
+    def _constants(self, tables: Mapping[Site, Tensor]) -> Constants:
+        return Constants({site: table.float() for site, table in tables.items()}, self.slots)
+
+    def _means(self) -> dict[Site, Float[Tensor, "slot unit width"]]:
         if not self.counts.sum():
             raise ValueError("No token was counted, so there is no mean.")
-        last = n_positions - 1
-        grown = max(0, n_positions - len(self.counts))
-        counts = torch.cat([self.counts, self.counts.new_zeros(grown)])
-        counts = torch.cat([counts[:last], counts[last:].sum(dim=0, keepdim=True)])
-        size = len(self.counts) + grown
-        return [_mean(_grown(sums, sums[:, :0], size), counts, last) for sums in self.tensors()]
+        counts = self.counts.clamp(min=1).view(-1, 1, 1)
+        nearest = torch.arange(len(self.slots))
+        if self.slots.positions > 1:
+            nearest = torch.where(self.counts > 0, nearest, 0).cummax(dim=0).values
+        return {site: (summed / counts)[nearest] for site, summed in self.sums.items()}
 
 
-def _sum_by_position(values: Tensor, where: Tensor, size: int, of: Callable[[Tensor], Tensor]) -> Tensor:
-    device = "cpu" if values.device.type == "mps" else values.device  # which has no float64
-    sums = torch.zeros(values.shape[0], size, *values.shape[2:], dtype=torch.float64, device=device)
-    return sums.index_add_(1, where.to(device), of(values.to(device).double())).cpu()
+def _summed(
+    tokens: Float[Tensor, "token unit width"],
+    slot: Int[Tensor, " token"],
+    n_slots: int,
+    of: Callable[[Tensor], Tensor],
+) -> Float[Tensor, "slot unit width"]:
+    device = "cpu" if tokens.device.type == "mps" else tokens.device  # which has no float64
+    sums = torch.zeros(n_slots, *tokens.shape[1:], dtype=torch.float64, device=device)
+    return sums.index_add_(0, slot.to(device), of(tokens.to(device).double())).cpu()
 
 
-def _grown(first: Tensor, second: Tensor, size: int) -> Tensor:
-    shape = second.shape if first.numel() == 0 else first.shape
-    total = torch.zeros(shape[0], size, *shape[2:], dtype=torch.float64)
-    if first.numel():
-        total[:, : first.shape[1]] += first
-    if second.numel():
-        total[:, : second.shape[1]] += second
-    return total
+def value_sums(
+    model: CausalLM,
+    batches: Iterable[Batch],
+    level: Level,
+    slots: Slots,
+    of: Callable[[Tensor], Tensor] = lambda value: value,
+) -> StreamingMeans:
+    """Sum the values of a level's units over prompts.
 
+    Args:
+        model: frozen causal language model.
+        batches: prompts, on any device.
+        level: whose sites are read.
+        slots: which tokens are summed together.
+        of: applied to the values first, in float64; `torch.square` sums their squares.
 
-def _mean(sums: Tensor, counts: Tensor, last: int) -> Tensor:
-    table = torch.cat([sums[:, :last], sums[:, last:].sum(dim=1, keepdim=True)], dim=1)
-    means = table / counts.clamp(min=1).view(1, -1, *[1] * (table.dim() - 2))
-    numbers = torch.arange(len(counts))
-    nearest = torch.where(counts > 0, numbers, 0).cummax(dim=0).values
-    return means[:, nearest]
+    Returns:
+        Sums over unprotected real tokens up to the last scored position; later tokens cannot influence the prediction.
+    """
+    sums = StreamingMeans(slots)
+    for batch in batches:
+        shown = batch.to(model.device)
+        columns = torch.arange(shown.tokens.shape[1], device=model.device)
+        counted = shown.attention_mask & (columns <= shown.scored[:, -1:]) & ~shown.protected
+        sums.add(read_values(model, shown, level), shown, counted, of)
+    return sums

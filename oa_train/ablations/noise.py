@@ -1,17 +1,31 @@
-"""Gaussian noise in place of a component's value."""
+"""Gaussian noise in place of a unit's value."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from oa_train.ablations.base import Ablation, SourceValues, ValuesOf
+from oa_train.ablations.base import Ablation, ValuesOf
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
+from oa_train.engine.values import Values
+from oa_train.models.sites import Site
 from oa_train.seeds import torch_generator
-from oa_train.shapes import Tensor
+from oa_train.shapes import Float, Tensor
+
+# Names of the random streams of kinds whose sites have units of one shape in every layer. A kind that is missing here has
+# a stream for each site.
+_STREAMS = {
+    "embedding": "inputs",
+    "heads": "heads",
+    "mlp": "mlps",
+    "tokens": "tokens",
+    "residual": "residual",
+    "attention": "attention",
+    "neurons": "neurons",
+}
 
 
 class NoiseAblation(Ablation):
-    """Replaces each component by a draw from the normal distribution that has its mean and its spread.
+    """Replaces each unit by a draw from the normal distribution that has its mean and its standard deviation.
 
     Dimensions are drawn independently of each other, and positions too, so that the noise carries nothing of the
     prompt: a total ablation. Each prompt's draw is seeded by its number.
@@ -23,32 +37,51 @@ class NoiseAblation(Ablation):
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:
-        self.bos_token_id = mean.bos_token_id
         self._mean = mean
         self._spread = spread
         self._seed = seed
 
     def to(self, device: torch.device | str) -> "NoiseAblation":
-        """Copy mean and spread to a device."""
+        """Copy mean and standard deviation to a device."""
         return NoiseAblation(self._mean.to(device), self._spread.to(device), self._seed)
 
-    def replacements(self, batch: Batch, values_of: ValuesOf) -> SourceValues:
-        """Draw noise for every row and position; no model is run."""
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
+        """Draw noise for every row and column; no model is run."""
         del values_of
-        mean, spread = self._mean.replacements(batch), self._spread.replacements(batch)
-        tables = zip(("inputs", "heads", "mlps"), mean.tensors(), spread.tensors(), strict=True)
-        return SourceValues(*(centre + width * self._draw(what, centre, batch) for what, centre, width in tables))
+        means, spreads = self._mean.replacements(batch), self._spread.replacements(batch)
+        drawn = self._draws(batch)
+        spans, width = self._mean.slots.spans, batch.tokens.shape[1]
+        # Each span has a centre of its own and the same draws.
+        tensors = {
+            site: torch.cat([means.at(site, span) + spreads.at(site, span) * drawn[site] for span in spans], dim=1)
+            for site in means
+        }
+        if spans == (None,):
+            return Values(tensors)
+        columns = torch.arange(width, device=batch.tokens.device).expand(len(batch), -1)
+        return Values(tensors, {span: number * width + columns for number, span in enumerate(spans)})
 
-    def _draw(self, what: str, like: Tensor, batch: Batch) -> Tensor:
-        """Standard normal numbers [layer, row, position, ...].
+    def _draws(self, batch: Batch) -> dict[Site, Float[Tensor, "row position unit width"]]:
+        """Standard normal numbers.
 
-        They are drawn for a row's real tokens and laid out from the first of them, so padding does not move them.
+        They are drawn for a row's real tokens and laid out from the first of them, so padding does not move them. Sites
+        of one kind are drawn together.
         """
-        n_layers, widths = like.shape[0], like.shape[3:]
+        together: dict[str, list[Site]] = {}
+        for site in self._mean.tables:
+            together.setdefault(_STREAMS.get(site.kind, site.key), []).append(site)
+        return {
+            site: drawn
+            for stream, sites in together.items()
+            for site, drawn in zip(sites, self._draw(stream, sites, batch), strict=True)
+        }
+
+    def _draw(self, stream: str, sites: list[Site], batch: Batch) -> list[Float[Tensor, "row position unit width"]]:
+        table = self._mean.tables[sites[0]]
         rows = []
         for number, length in zip(batch.example_ids.tolist(), batch.lengths.tolist(), strict=True):
-            generator = torch_generator(self._seed, "noise", what, number, device=like.device)
-            rows.append(torch.randn(length, n_layers, *widths, generator=generator, device=like.device))
+            generator = torch_generator(self._seed, "noise", stream, number, device=table.device)
+            rows.append(torch.randn(length, len(sites), *table.shape[1:], generator=generator, device=table.device))
         drawn = pad_sequence(rows, batch_first=True)
-        aligned = drawn[torch.arange(len(batch), device=like.device).unsqueeze(1), batch.positions]
-        return aligned.movedim(2, 0).to(like.dtype)
+        aligned = drawn[torch.arange(len(batch), device=table.device).unsqueeze(1), batch.positions]
+        return list(aligned.to(table.dtype).unbind(dim=2))

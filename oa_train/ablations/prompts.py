@@ -1,29 +1,55 @@
-"""Ablations by the values that components have on another prompt: resample and counterfactual ablation."""
+"""Ablations by the values that units have in another run: resample, counterfactual and clean."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from oa_train.ablations.base import Ablation, SourceValues, ValuesOf
+import torch
+
+from oa_train.ablations.base import Ablation, ValuesOf
 from oa_train.batches import Batch
+from oa_train.engine.values import Values
+from oa_train.errors import TaskError
+from oa_train.shapes import Int, Tensor
 
 # Another prompt for each prompt of a batch, token for token parallel to it.
 OtherPrompts = Callable[[Batch], Batch]
 
 
 class OtherPromptAblation(Ablation):
-    """Replaces each component's value by the one that it has, at the same position, on another prompt.
+    """Replaces each unit's value by the one that it has, at the same position, on another prompt.
 
     With prompts drawn at random this is resample ablation; with the counterfactual of each prompt it is counterfactual
-    ablation, which is no total ablation: what the two prompts share stays.
+    ablation, which is not total: what the two prompts share stays. With the prompt itself it restores the clean value,
+    where units before have been replaced. At a span the value is that of the other prompt's same span.
 
     Args:
         other_prompts: the other prompt of each prompt; the same whenever it is asked.
-        bos_token_id: token that is never replaced at the first position.
+        spans: spans to which units are restricted.
     """
 
-    def __init__(self, other_prompts: OtherPrompts, bos_token_id: int | None) -> None:
-        self.bos_token_id = bos_token_id
+    def __init__(self, other_prompts: OtherPrompts, spans: Sequence[str | None] = (None,)) -> None:
         self._other_prompts = other_prompts
+        self._spans = [span for span in spans if span is not None]
 
-    def replacements(self, batch: Batch, values_of: ValuesOf) -> SourceValues:
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
         """Run the clean model on the other prompts."""
-        return values_of(self._other_prompts(batch))
+        others = self._other_prompts(batch)
+        values = values_of(others)
+        return Values(values.tensors, {span: _same_span(batch, others, span) for span in self._spans})
+
+
+def _same_span(batch: Batch, others: Batch, span: str) -> Int[Tensor, "row position"]:
+    """Column of the other prompt's token that stands as far into the span as each token of this one's.
+
+    Raises:
+        TaskError: the spans of two prompts are not equally long.
+    """
+    own, other = batch.layout.span(span), others.layout.span(span)
+    if not torch.equal(own.sum(dim=1), other.sum(dim=1)):
+        row = int((own.sum(dim=1) != other.sum(dim=1)).nonzero()[0])
+        raise TaskError(
+            f"The span {span!r} has {int(own[row].sum())} tokens in prompt {row} of a batch and {int(other[row].sum())} "
+            "in the prompt whose values are to replace it there. Use spans of equal length, or another ablation."
+        )
+    columns = torch.arange(own.shape[1], device=own.device).expand_as(own).clone()
+    columns[own] = columns[other]
+    return columns

@@ -1,7 +1,6 @@
-"""The ablations by name: what each replaces components with, and how it is prepared for a model and a task.
+"""The ablations by name: what each replaces units with, and how it is prepared for a model and a task.
 
-To add a kind of ablation, write an `Ablation` and add its name and one entry to `KINDS` here; figures take its colour
-from `figures.style`.
+To add an ablation, write an `Ablation` and enter it in `KINDS`.
 """
 
 from collections.abc import Callable
@@ -12,66 +11,68 @@ from typing import Literal
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.constants import Constants
+from oa_train.ablations.constants import Constants, Slots
+from oa_train.ablations.means import StreamingMeans, value_sums
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation
-from oa_train.ablations.means import StreamingMeans
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.engine.reading import source_means
-from oa_train.models.families import Dimensions
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Tensor
-from oa_train.tasks.task import Task
 from oa_train.tasks.donors import Donors
+from oa_train.tasks.task import Task
 
-AblationKind = Literal["optimal", "mean", "zero", "resample", "noise", "counterfactual_mean", "counterfactual"]
+AblationKind = Literal[
+    "optimal", "mean", "zero", "resample", "noise", "counterfactual_mean", "counterfactual", "clean"
+]
 
 
 class AblationSource:
-    """What ablations are made from: statistics of a model on a task's `means` prompts, gathered when they are needed.
+    """Statistics of a model on a task's `means` prompts that ablations are made from, gathered when they are needed.
 
     Args:
         model: frozen causal language model.
         task: where prompts come from.
-        n_positions: size of the tables of constants; 1 pools all positions.
+        level: whose units are replaced.
+        positions: that constants tell apart; 1 pools them.
         track: progress.
     """
 
-    def __init__(self, model: CausalLM, task: Task, n_positions: int = 1, track: Track = silent) -> None:
+    def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
         self.model = model
         self.task = task
-        self.n_positions = n_positions
+        self.level = level
+        self.slots = Slots(positions, level.spans)
         self._track = track
 
     @cached_property
     def mean(self) -> Constants:
         """Mean values on the prompts."""
-        return self._sums.table(self.n_positions)
+        return self._sums.means()
 
     @cached_property
     def counterfactual_mean(self) -> Constants:
         """Mean values on the counterfactual prompts."""
-        sums = self.statistics(Batch.counterfactual, "averaging activations on counterfactuals")
-        return sums.table(self.n_positions)
+        return self.sums(Batch.counterfactual, "averaging activations on counterfactuals").means()
 
     @cached_property
     def spread(self) -> Constants:
         """Standard deviation of the values in each dimension."""
-        squares = self.statistics(lambda batch: batch, "measuring the spread of activations", torch.square)
-        return self._sums.spread(squares, self.n_positions)
+        squares = self.sums(lambda batch: batch, "measuring the spread of activations", torch.square)
+        return self._sums.spread(squares)
 
     @cached_property
     def _sums(self) -> StreamingMeans:
-        return self.statistics(lambda batch: batch, "averaging activations")
+        return self.sums(lambda batch: batch, "averaging activations")
 
     @property
     def zero(self) -> Constants:
         """Zeros."""
-        return Constants.zeros(Dimensions.of(self.model.config), self.task.bos_token_id, self.n_positions)
+        return Constants.zeros(self.level, self.slots.positions)
 
-    def statistics(
+    def sums(
         self,
         prompts: Callable[[Batch], Batch],
         description: str,
@@ -86,7 +87,7 @@ class AblationSource:
         """
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in self._track(batches, description))
-        return source_means(self.model, shown, self.task.bos_token_id, of)
+        return value_sums(self.model, shown, self.level, self.slots, of)
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,13 @@ class Kind:
     """A kind of ablation.
 
     Attributes:
-        name: as configurations and results have it.
+        name: in configurations and results.
         prepare: makes the ablation, or what its training starts from, for a model and a task.
         constant: whether it replaces by the same values on every prompt, so that they can be stored.
         learned: whether its constants are trained from there on.
         total: whether what it passes on carries nothing about the prompt.
         paired: whether it needs the counterfactuals of a task's prompts.
+        restores: whether it puts the model's own value back, so that alone it changes nothing.
     """
 
     name: AblationKind
@@ -108,18 +110,25 @@ class Kind:
     learned: bool = False
     total: bool = True
     paired: bool = False
+    restores: bool = False
 
 
 def _resample(source: AblationSource) -> Ablation:
-    return OtherPromptAblation(Donors(source.task, source.task.seed), source.task.bos_token_id)
+    spans = source.level.spans
+    donors = Donors(source.task, source.task.seed, [span for span in spans if span is not None])
+    return OtherPromptAblation(donors, spans)
 
 
 def _counterfactual(source: AblationSource) -> Ablation:
-    return OtherPromptAblation(Batch.counterfactual, source.task.bos_token_id)
+    return OtherPromptAblation(Batch.counterfactual, source.level.spans)
 
 
 def _noise(source: AblationSource) -> Ablation:
     return NoiseAblation(source.mean, source.spread, source.task.seed)
+
+
+def _clean(source: AblationSource) -> Ablation:
+    return OtherPromptAblation(lambda batch: batch, source.level.spans)
 
 
 KINDS: dict[AblationKind, Kind] = {
@@ -132,16 +141,23 @@ KINDS: dict[AblationKind, Kind] = {
         Kind("noise", _noise, constant=False),
         Kind("counterfactual_mean", lambda source: source.counterfactual_mean, paired=True),
         Kind("counterfactual", _counterfactual, constant=False, total=False, paired=True),
+        Kind("clean", _clean, constant=False, total=False, restores=True),
     )
 }
 
 
 def check_kind(option: str, name: str) -> Kind:
-    """Look a kind of ablation up.
+    """Look an ablation up that takes something away.
 
     Raises:
-        ConfigurationError: there is none of that name.
+        ConfigurationError: there is none of that name, or it restores what the model computes.
     """
-    if name not in KINDS:
-        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, KINDS)}")
-    return KINDS[name]
+    taking = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
+    if name in KINDS and name not in taking:
+        raise ConfigurationError(
+            f"{option} is {name!r}, which puts the model's own values back and so takes nothing away. It serves to restore "
+            f"units where others are ablated. Expected one of {', '.join(taking)}."
+        )
+    if name not in taking:
+        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, taking)}")
+    return taking[name]  # type: ignore[index]

@@ -6,7 +6,8 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.graph import ARROW, Graph
 
-GPT2_SMALL = Graph(n_layers=12, n_heads=12, n_kv_heads=12)
+# Layers, heads, key-value heads, and whether attention and MLP run in parallel.
+GPT2_SMALL = (12, 12, 12, False)
 
 
 def _heads(numbers: str) -> tuple[str, ...]:
@@ -46,7 +47,7 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
     Raises:
         ConfigurationError: it is not a graph of 12 layers with 12 heads of their own keys and values.
     """
-    if graph != GPT2_SMALL:
+    if (graph.n_layers, graph.n_heads, graph.n_kv_heads, graph.parallel) != GPT2_SMALL:
         raise ConfigurationError(
             f"The published circuit is of GPT-2 small: 12 layers of 12 heads, each with its own key and value, "
             f"attention before the MLP. This graph has {graph.n_layers} layers of {graph.n_heads} heads, "

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from oa_train.circuits.circuit import Circuit
-from oa_train.models.pruning import highest_circuit
 from oa_train.errors import ConfigurationError
-from oa_train.models.selection import Components
-from oa_train.models.graph import Graph
+from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 
 # Orders that are drawn for one circuit; if all of them lead to fewer edges the largest circuit is taken.
@@ -16,16 +14,15 @@ MOST_ATTEMPTS = 100
 
 
 def random_circuits(
-    parts: Components | Graph, size: int, n_circuits: int, seed: int, among: Sequence[str] = ("*",)
+    level: Level, size: int, n_circuits: int, seed: int, among: Sequence[str] = ("*",)
 ) -> list[Circuit]:
     """Draw circuits of equal size.
 
-    Components are drawn with equal chances. Edges are taken in a random order until those among them that lie on a way
-    from the input to the logits are as many as there should be (see `within_budget`); an order that leads to fewer is
-    drawn again.
+    Entries are taken in a random order. Of edges, those are taken until the edges among them that lie on a path from the
+    input to the logits are as many as there should be (see `within_budget`); an order that leads to fewer is drawn again.
 
     Args:
-        parts: all components of the model, or the graph of its edges.
+        level: what the circuits are made of.
         size: kept parts of each circuit.
         n_circuits: how many.
         seed: the same seed draws the same circuits.
@@ -35,26 +32,27 @@ def random_circuits(
     Raises:
         ConfigurationError: there are fewer parts than that.
     """
-    drawn = parts.mask(parts.select(among)).nonzero().flatten()
-    # Of edges that are always kept some may lead nowhere, and be gone.
-    least = 0 if isinstance(parts, Graph) else len(parts) - len(drawn)
-    if not least <= size <= len(parts):
-        raise ConfigurationError(f"A circuit of {size} of {len(parts)} parts of the model cannot be drawn.")
+    drawn = level.selected(among).nonzero().flatten()
+    always_kept = torch.ones(1, len(level), dtype=torch.bool)
+    always_kept[0, drawn] = False
+    # Of edges that are always kept some may dangle, and be gone.
+    fewest = int(level.prune(always_kept).sum())
+    if not fewest <= size <= len(level):
+        raise ConfigurationError(f"A circuit of {size} of {len(level)} parts of the model cannot be drawn.")
 
     def circuit(index: int, attempt: int) -> Circuit:
-        which = (index, attempt) if attempt else (index,)
-        order = torch.randperm(len(drawn), generator=torch_generator(seed, "random circuit", *which))
-        scores = torch.ones(len(parts))
+        key = (index, attempt) if attempt else (index,)
+        order = torch.randperm(len(drawn), generator=torch_generator(seed, "random circuit", *key))
+        scores = torch.ones(len(level))
         scores[drawn[order]] = -torch.arange(len(drawn)).float()
-        return Circuit.from_mask(parts, highest_circuit(parts, scores, size))
+        return Circuit.from_mask(level, level.largest(scores, size))
 
     def of_size(index: int) -> Circuit:
-        attempts = (circuit(index, attempt) for attempt in range(MOST_ATTEMPTS))
-        drawn_so_far = []
-        for one in attempts:
-            if len(one) == size:
-                return one
-            drawn_so_far.append(one)
-        return max(drawn_so_far, key=len)
+        largest = circuit(index, 0)
+        for attempt in range(1, MOST_ATTEMPTS):
+            if len(largest) == size:
+                break
+            largest = max(largest, circuit(index, attempt), key=len)
+        return largest
 
     return [of_size(index) for index in range(n_circuits)]

@@ -15,7 +15,8 @@ import oa_train.masks.hard_concrete
 import oa_train.masks.uniform
 import oa_train.tasks
 import oa_train.training.circuit_module
-import oa_train.training.constants_module  # noqa: F401 (imported so that classes are known by their bare names)
+import oa_train.training.constants_module
+import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by their bare names)
 from oa_train.cli.messages import LINKED, explain, group_problem, own_error
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, nearest_names
 from oa_train.models.loading import LMSpec

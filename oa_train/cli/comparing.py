@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from oa_train.ablations.registry import KINDS
 from oa_train.cli.arguments import ExplainingParser, check_configs, take_options
 from oa_train.cli.finished import chosen_options, finished_folder, finished_parser, load_run, loaded_model
 from oa_train.cli.interruption import terminable
@@ -14,7 +15,6 @@ from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
-from oa_train.ablations.registry import KINDS
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.comparison import Compared, Comparison
 from oa_train.studies.runs import TrainedCircuit
@@ -69,7 +69,7 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
         console.print(_component_table(compared))
     for size, found in compared.random_circuits.items():
         console.print(
-            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.what} under optimal constants: median KL "
+            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.level.parts} under optimal constants: median KL "
             f"{statistics.median(found.kl):.4g}, lowest {min(found.kl):.4g}; the run's circuit after the same "
             f"training {found.run_kl:.4g}, percentile {found.percentile:.3g}"
         )
@@ -86,7 +86,7 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
 
 
 def _circuit_table(run: TrainedCircuit, rows: Sequence[Comparison]) -> Table:
-    kept = f"{len(run.circuit)} of {len(run.circuit.parts)} {run.circuit.what}"
+    kept = f"{len(run.circuit)} of {len(run.circuit.level)} {run.circuit.level.parts}"
     table = Table(
         title=f"{run.name}: {kept}, trained with {run.ablation.replace('_', ' ')} ablation\n"
         "KL divergence in nats with everything else ablated, mean ± 95 % interval",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import yaml
 
+from oa_train.ablations.context import check_belongs
 from oa_train.cli.arguments import (
     CONFIG_FILE,
     ExplainingParser,
@@ -18,7 +19,6 @@ from oa_train.cli.arguments import (
 )
 from oa_train.cli.interruption import resume_command
 from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.ablations.context import check_belongs
 from oa_train.models.loading import CausalLM, load_model
 from oa_train.studies.runs import TrainedCircuit
 

@@ -30,7 +30,7 @@ from oa_train.cli.arguments import (
 )
 from oa_train.cli.faults import faults_explained, lost_peers_explained
 from oa_train.cli.interruption import resumable, terminable
-from oa_train.cli.output import console, front_table, metrics_table, track
+from oa_train.cli.output import console, front_table, listed_names, metrics_table, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.cli.requeue import (
@@ -46,13 +46,13 @@ from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.front import finish_front
-from oa_train.training.module import FrozenModelModule
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, none_left_behind
+from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which folder the first one has made.
@@ -163,7 +163,7 @@ class OaTrainCLI(LightningCLI):
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
         size = self._get(self.config_init, "finish").size
         if isinstance(self.model, CircuitModule) and size is not None:
-            self.model.check_size(size)
+            self.model.masks.check_size(size)
         check_intervals(config, self.datamodule.batches_per_epoch)
         plugins = _as_list(config.plugins)
         self._signals = stop_signals(plugins)
@@ -283,9 +283,9 @@ class OaTrainCLI(LightningCLI):
             return (front_table(finish_front(module, task, run, settings, module.track), task.n_test),)
         finished = finish(module, task, run, settings, module.track)
         circuit = finished.circuit
-        kept = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}"
+        kept = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}"
         table = metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics)
-        return table, f"circuit: {', '.join(circuit.names)}"
+        return table, f"circuit: {listed_names(circuit.names)}"
 
     def _finish_constants(self, module: ConstantsModule, run: Path) -> Sequence[Table | str]:
         task = self.datamodule.task
@@ -295,7 +295,7 @@ class OaTrainCLI(LightningCLI):
             alone = {name: figures["kl"] for name, figures in finished.metrics.items()}
             return (metrics_table(f"KL divergence in nats with one component ablated, {on}", alone),)
         circuit = module.circuits["circuit"]
-        kept = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}"
+        kept = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}"
         return (metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]),)
 
     def _save_config(self, run: Path) -> None:

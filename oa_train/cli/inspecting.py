@@ -13,13 +13,13 @@ from oa_train.cli.arguments import ExplainingParser, check_configs
 from oa_train.cli.messages import check_true_precision
 from oa_train.cli.output import console
 from oa_train.cli.quiet import silence_libraries
-from oa_train.errors import ConfigurationError, RunError
 from oa_train.diagnostics.memory import StepSettings, Strategy, node_step_memory
 from oa_train.diagnostics.selfcheck import Check, self_check
-from oa_train.models.selection import Components
+from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, LMSpec, empty_model, load_model
+from oa_train.models.selection import Nodes
 from oa_train.tasks.task import positive
 
 DEFAULT_TOKENS = 32
@@ -51,7 +51,7 @@ def inspect_command(argv: Sequence[str]) -> dict[str, Any]:
         precision=options.precision,
         strategy=options.strategy,
         devices=options.devices,
-        activation_checkpointing=options.activation_checkpointing,
+        recompute=options.recompute,
     )
     if not options.json:
         _show(facts)
@@ -83,7 +83,7 @@ def model_facts(
     precision: Precision = "32-true",
     strategy: Strategy = "auto",
     devices: int = 1,
-    activation_checkpointing: bool = False,
+    recompute: bool = False,
 ) -> dict[str, Any]:
     """Gather what can be known of a model without its weights.
 
@@ -96,7 +96,7 @@ def model_facts(
         precision: of the trainer.
         strategy: of the trainer.
         devices: processes of the trainer, on all nodes together.
-        activation_checkpointing: of the module.
+        recompute: of the module.
 
     Returns:
         Plain values; sizes in bytes.
@@ -120,7 +120,7 @@ def model_facts(
         n_tokens,
         samples_per_prompt,
         autocast=precision.endswith("-mixed"),
-        activation_checkpointing=activation_checkpointing,
+        recompute=recompute,
         strategy=strategy,
         n_processes=devices,
     )
@@ -165,7 +165,7 @@ def _prompt_length(config: Any, given: int | None) -> int:
 def _circuit_facts(model: CausalLM, graph: Graph, n_tokens: int) -> dict[str, Any]:
     """Components, readers, sources and edges, and what circuits of them train."""
     sizes = find_parts(model).dimensions
-    components = Components.of(sizes)
+    components = Nodes.of(model.config)
     n_heads = graph.n_layers * graph.n_heads
     n_groups = graph.n_layers * graph.n_kv_heads
     node_constants = n_heads * sizes.d_head + graph.n_layers * sizes.d_model
@@ -209,7 +209,7 @@ def _sharpest(lm: LMSpec, n_parameters: int) -> LMSpec:
 
 
 def _check_facts(check: Check) -> dict[str, Any]:
-    # JSON has no word for what is not a number.
+    # JSON has no NaN.
     figure = None if math.isnan(check.figure) else check.figure
     return {**asdict(check), "figure": figure, "passed": check.passed}
 
@@ -229,7 +229,7 @@ def _parser() -> ExplainingParser:
     parser.add_argument("--strategy", type=Strategy, default="auto", help="of the trainer")
     parser.add_argument("--devices", type=int, default=1, help="processes of the trainer, on all nodes together")
     parser.add_argument(
-        "--activation_checkpointing", type=bool, default=False, help="whether blocks run again in the backward pass"
+        "--recompute", type=bool, default=False, help="whether blocks are run again in the backward pass"
     )
     parser.add_argument("--check", action="store_true", help="load the weights and check that the interventions fit")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -280,25 +280,25 @@ def _circuit_rows(facts: dict[str, Any]) -> Rows:
 
 
 def _memory_rows(facts: dict[str, Any]) -> Rows:
-    found, step = facts["step_bytes"], facts["step"]
+    memory, step = facts["step_bytes"], facts["step"]
     rows = f"{step['batch_size']} prompts of {step['n_tokens']} tokens, {step['samples_per_prompt']} samples each"
-    yield "node training step", _size(found["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
+    yield "node training step", _size(memory["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
     share = f", a share of 1 in {step['n_processes']}" if step["strategy"] == "fsdp" else ""
-    yield "  weights", _size(found["weights"]), f"frozen parameters and buffers{share}"
-    if found["gathered"]:
-        yield "  gathered", _size(found["gathered"]), "weights outside of the blocks, from other processes"
-    yield "  trained", _size(found["trained"]), "masks and pooled constants, their gradients, Adam's moments"
-    yield "  replacements", _size(found["replacements"]), "masks laid out for all rows and positions"
-    yield "  activations", _size(found["activations"]), "kept for the backward pass"
-    yield "  logits", _size(found["logits"]), "of both runs, with their divergence"
-    yield "  passing", _size(found["passing"]), "made and dropped on the way"
+    yield "  weights", _size(memory["weights"]), f"frozen parameters and buffers{share}"
+    if memory["gathered"]:
+        yield "  gathered", _size(memory["gathered"]), "weights outside of the blocks, from other processes"
+    yield "  trained", _size(memory["trained"]), "masks and pooled constants, their gradients, Adam's moments"
+    yield "  replacements", _size(memory["replacements"]), "masks laid out for all rows and positions"
+    yield "  activations", _size(memory["activations"]), "kept for the backward pass"
+    yield "  logits", _size(memory["logits"]), "of both runs, with their divergence"
+    yield "  passing", _size(memory["passing"]), "made and dropped on the way"
 
 
 def _manner(step: dict[str, Any]) -> str:
     """How the step is carried out, where it is not the usual way."""
     parts = [
         f", {step['precision']}" if step["autocast"] else "",
-        ", with activation checkpointing" if step["activation_checkpointing"] else "",
+        ", with recomputation" if step["recompute"] else "",
         f", in each of {step['n_processes']} processes" if step["n_processes"] > 1 else "",
     ]
     return "".join(parts)
@@ -309,8 +309,8 @@ def _show_checks(checks: Sequence[Check], dtype: str) -> None:
     for column in ("what should hold", "figure", "at most", ""):
         table.add_column(column, justify="right" if column in ("figure", "at most") else "left")
     for check in checks:
-        found = escape(check.problem) if check.problem else f"{check.figure:.2g}"
-        table.add_row(check.name, found, f"{check.tolerance:g}", "passed" if check.passed else "[bold]failed[/bold]")
+        figure = escape(check.problem) if check.problem else f"{check.figure:.2g}"
+        table.add_row(check.name, figure, f"{check.tolerance:g}", "passed" if check.passed else "[bold]failed[/bold]")
     console.print(table)
 
 

@@ -41,6 +41,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "learned ablation against all others, for one run or several",
     ),
     "minimal": ("oa_train.cli.minimal", "minimal_command", "whether a circuit is minimal, and whether it is complete"),
+    "convert": ("oa_train.cli.convert", "convert_command", "a circuit or constants of an earlier layout, anew"),
     "inspect": ("oa_train.cli.inspecting", "inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
 

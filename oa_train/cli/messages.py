@@ -21,6 +21,13 @@ TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 # Where what the parser would accept is not what works.
 _EXPECTED = {"seed_everything": "a whole number", "trainer.precision": PRECISIONS}
 
+# Options that were called otherwise before.
+RENAMED = {
+    "graph": "level",
+    "penalty": "penalty_weight",
+    "activation_checkpointing": "recompute",
+}
+
 # Options that the parsers do not know, because they are handled before.
 _EVERYWHERE = ("quiet",)
 
@@ -111,6 +118,9 @@ def _unknown_key(problem: str, options: Sequence[str]) -> str | None:
 def _no_option(shown: str, name: str, options: Sequence[str]) -> str:
     if name == "lm.device_map":
         return f"There is no option {shown}. {WITHOUT_DEVICE_MAP}"
+    new = RENAMED.get(name.rpartition(".")[2])
+    if new is not None:
+        return f"There is no option {shown}; it is called {new} now."
     sentence = nearest_names(name, options)
     if not sentence.startswith("Did you mean"):
         prefix = name.rpartition(".")[0]
@@ -134,6 +144,8 @@ def _unknown_argument(problem: str, options: Sequence[str]) -> str | None:
 
 
 def _no_argument(owner: type, name: str, options: Sequence[str]) -> str:
+    if RENAMED.get(name) in _parameters(owner):
+        return f"{owner.__name__} has no argument {name!r}; it is called {RENAMED[name]!r} now."
     others = sorted(one.__name__ for one in own_classes() if name in _parameters(one))
     elsewhere = f" ({', '.join(others)} has one.)" if others else ""
     names = _arguments(options)

@@ -11,9 +11,9 @@ from oa_train.cli.output import console, estimate_cell, track
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError
+from oa_train.metrics.estimates import Estimate
 from oa_train.studies.minimal import MinimalSettings, minimal
 from oa_train.studies.minimality import Minimality
-from oa_train.metrics.estimates import Estimate
 
 # More parts than this are not listed on the terminal; tables/parts.csv has them all.
 MOST_LISTED = 40
@@ -55,7 +55,7 @@ def _parser() -> ExplainingParser:
 def _show(minimality: Minimality) -> None:
     circuit, ablation = minimality.circuit, minimality.ablation.replace("_", " ")
     console.print(
-        f"{len(circuit)} of {len(circuit.parts)} {circuit.what} under {ablation} ablation: KL divergence "
+        f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts} under {ablation} ablation: KL divergence "
         f"{estimate_cell(minimality.figures['kl'])} nats"
     )
     console.print(_part_table(minimality))
@@ -68,24 +68,24 @@ def _show(minimality: Minimality) -> None:
 def _part_table(minimality: Minimality) -> Table:
     circuit, shown = minimality.circuit, minimality.removals[:MOST_LISTED]
     listed = f": the {len(shown)} that are worth most" if len(shown) < len(minimality.removals) else ""
-    title = f"The circuit without one of its {circuit.what}{listed}"
+    title = f"The circuit without one of its {circuit.level.parts}{listed}"
     table = Table(title=title, title_justify="left", min_width=len(title), padding=(0, 0, 0, 1))
     table.add_column("without", no_wrap=True)
     table.add_column("KL minus\ncircuit", justify="right", no_wrap=True)
     table.add_column("accuracy", justify="right")
-    if circuit.of_edges:
+    if not circuit.level.has_one_stream:
         table.add_column("edges that\ngo with it", justify="right")
     table.add_column("verdict")
     for removal in shown:
-        dangling = [str(removal.dangling)] if circuit.of_edges else []
+        dangling = [str(removal.dangling)] if not circuit.level.has_one_stream else []
         accuracy = f"{removal.figures['accuracy'].mean:.3f}"
         table.add_row(removal.names[0], estimate_cell(removal.increase), accuracy, *dangling, removal.verdict)
     return table
 
 
 def _superfluous_lines(minimality: Minimality) -> Iterator[str]:
-    counts = (f"{len(minimality.of_verdict(one))} {one}" for one in ("needed", "undecided", "superfluous"))
-    yield f"{', '.join(counts)} of {len(minimality.removals)} {minimality.circuit.what}"
+    counts = (f"{len(minimality.of_verdict(verdict))} {verdict}" for verdict in ("needed", "undecided", "superfluous"))
+    yield f"{', '.join(counts)} of {len(minimality.removals)} {minimality.circuit.level.parts}"
     names = minimality.of_verdict("superfluous")
     if names:
         more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""

@@ -18,11 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from oa_train.cli.record import said
-from oa_train.studies.front import Front
 from oa_train.metrics.estimates import Estimate
+from oa_train.studies.front import Front
 
 # Columns of what is read in a file and not on a terminal.
 WIDTH = 160
+# Names that are listed on one line.
+MOST_NAMES = 60
 
 
 class RecordedConsole(Console):
@@ -75,6 +77,12 @@ def estimate_cell(value: Estimate) -> str:
     return f"{value.mean:.3g} ± {value.ci95[1] - value.mean:.1g}"
 
 
+def listed_names(names: Sequence[str]) -> str:
+    """Names as far as they can be read, and how many more there are."""
+    shown = ", ".join(names[:MOST_NAMES])
+    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"
+
+
 def metrics_table(title: str, metrics: Mapping[str, Estimate]) -> Table:
     """Figures of one thing, a row each."""
     table = Table(title=title, title_justify="left", min_width=len(title))
@@ -91,9 +99,9 @@ def front_table(front: Front, n_prompts: int) -> Table:
     table = Table(
         title=f"KL divergence in nats, mean ± 95 % interval, on {n_prompts} held-out prompts", title_justify="left"
     )
-    table.add_column(f"{first.what}, of {len(first.parts)}", justify="right")
+    table.add_column(f"{first.level.parts}, of {len(first.level)}", justify="right")
     for kind in front.metrics:
         table.add_column(kind.replace("_", " "), justify="right")
     for number, circuit in enumerate(front.circuits):
-        table.add_row(str(len(circuit)), *(estimate_cell(one[number]["kl"]) for one in front.metrics.values()))
+        table.add_row(str(len(circuit)), *(estimate_cell(figures[number]["kl"]) for figures in front.metrics.values()))
     return table

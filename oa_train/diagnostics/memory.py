@@ -1,4 +1,4 @@
-"""How much memory a training step of a node circuit takes, found without weights.
+"""Memory of a training step of a node circuit, found without weights.
 
 The step is carried out on tensors that have shapes and no content, and the bytes of those that live at one time are
 counted. So the figure is that of Hugging Face's own code, whatever the family keeps for its backward pass, and no
@@ -8,7 +8,7 @@ formula has to follow it.
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,16 +16,15 @@ from torch import distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from oa_train.ablations.constants import Constants
+from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import Batch, unanswered
-from oa_train.errors import RunError
-from oa_train.engine.forward import scored_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
-from oa_train.engine.nodes import node_taps, spread_mask
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.nodes import node_taps
+from oa_train.errors import RunError
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.selection import Components
-from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM
+from oa_train.models.selection import Nodes
 from oa_train.models.sharding import shard
 from oa_train.shapes import Tensor
 
@@ -41,7 +40,7 @@ class StepSettings:
         n_tokens: tokens of every prompt.
         samples_per_prompt: mask samples drawn for each prompt.
         autocast: whether the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
-        activation_checkpointing: whether blocks are run again in the backward pass.
+        recompute: whether blocks are run again in the backward pass.
         strategy: `auto` for one process, `ddp`, or `fsdp`, in which processes share the model's weights.
         n_processes: how many there are.
     """
@@ -50,7 +49,7 @@ class StepSettings:
     n_tokens: int
     samples_per_prompt: int
     autocast: bool = False
-    activation_checkpointing: bool = False
+    recompute: bool = False
     strategy: Strategy = "auto"
     n_processes: int = 1
 
@@ -130,18 +129,18 @@ def _processes_without_others(n_processes: int) -> Iterator[DeviceMesh]:
 def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes) -> StepMemory:
     """Do what `training.circuit_module` does in a step, and note after each part how much lives."""
     weights, copies = live.now, settings.samples_per_prompt
-    sizes = Dimensions.of(model.config)
-    mask, constants, optimiser = _trained(sizes, in_buckets=settings.strategy == "ddp")
+    nodes = Nodes.of(model.config)
+    mask, constants, optimiser = _trained(nodes, in_buckets=settings.strategy == "ddp")
     trained = live.now
     with _precision(settings):
         with torch.no_grad():
             clean = scored_logits(model, batch)
         after_clean = live.now
         rows = batch.repeat(copies)
-        spread = spread_mask(mask.expand(len(rows), -1), torch.zeros_like(rows.attention_mask))
-        taps = node_taps(model, spread, constants.replacements(rows))
+        values = constants.sets()[0].replacements(rows)
+        taps = node_taps(model, nodes, mask.expand(len(rows), -1), values, rows.layout)
         laid_out = live.now
-        logits = scored_logits(model, rows, taps, settings.activation_checkpointing)
+        logits = scored_logits(model, rows, taps, settings.recompute)
         ran = live.now
         loss = kl_divergence(torch.cat([clean] * copies), logits).mean()
         compared = live.now
@@ -163,18 +162,17 @@ def _precision(settings: StepSettings) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext()
 
 
-def _trained(sizes: Dimensions, in_buckets: bool) -> tuple[Tensor, Constants, list[Tensor]]:
+def _trained(nodes: Nodes, in_buckets: bool) -> tuple[Tensor, TrainableConstants, list[Tensor]]:
     """A mask and constants with their gradients, and Adam's moments.
 
     Args:
-        sizes: of the model.
+        nodes: of the model.
         in_buckets: whether gradients stand a second time in the buckets in which DDP sends them.
     """
-    mask = torch.ones(len(Components.of(sizes)), requires_grad=True)
-    zeros = Constants.zeros(sizes)
-    constants = replace(zeros, heads=zeros.heads.requires_grad_(), mlps=zeros.mlps.requires_grad_())
+    mask = torch.ones(len(nodes), requires_grad=True)
+    constants = TrainableConstants([Constants.zeros(nodes)])
     moments = []
-    for leaf in (mask, constants.heads, constants.mlps):
+    for leaf in (mask, *constants.parameters()):
         leaf.grad = torch.zeros_like(leaf)
         moments += [torch.zeros_like(leaf) for _ in range(3 if in_buckets else 2)]
     return mask, constants, moments

@@ -5,10 +5,10 @@ That all edges kept give the model itself says little of this: wrong projections
 
 import torch
 
-from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
-from oa_train.engine.reading import source_values
-from oa_train.engine.edges.run import edge_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
+from oa_train.engine.values import Values
 from oa_train.models.families import check_family, find_parts
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
@@ -18,9 +18,10 @@ from oa_train.shapes import Bool, Float, Tensor
 
 @torch.no_grad()
 def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row scored vocabulary"]:
-    """What the edge interventions give where no edge is cut."""
-    everything = torch.ones(len(batch), len(Graph.of(model.config)), device=model.device)
-    return edge_logits(model, batch, everything, source_values(model, batch), None)
+    """Logits of the engine for edges where no edge is cut."""
+    graph = Graph.of(model.config)
+    everything = torch.ones(len(batch), len(graph), device=model.device)
+    return masked_logits(model, batch, graph, everything, read_values(model, batch, graph))
 
 
 @torch.no_grad()
@@ -44,7 +45,9 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
             graph.n_heads + 2 * graph.n_kv_heads
         )
         mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
-        clean = _heads(model, batch.repeat(len(readers)), torch.ones_like(mask), source_values(model, batch), layer)
+        clean = _heads(
+            model, batch.repeat(len(readers)), torch.ones_like(mask), read_values(model, batch, graph), layer
+        )
         moved_there = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, place), layer)
         the_same = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, None), layer)
         largest = clean.abs().max()
@@ -59,24 +62,24 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
 
 
 def _heads(
-    model: CausalLM, batch: Batch, mask: Tensor, replacements: SourceValues, layer: int
+    model: CausalLM, batch: Batch, mask: Tensor, values: Values, layer: int
 ) -> Float[Tensor, "row position head d_head"]:
     """Values of a layer's heads while edges are cut."""
     parts, read = find_parts(model), list[Tensor]()
     with tapped([Tap(parts.attention_outputs[layer], "input", read.append)]):
-        edge_logits(model, batch, mask, replacements.repeat(len(mask)), None)
+        masked_logits(model, batch, Graph.of(model.config), mask, values.repeat(len(mask)))
     sizes = parts.dimensions
     return read[0].reshape(*batch.tokens.shape, sizes.n_heads, sizes.d_head)
 
 
-def _moved(model: CausalLM, batch: Batch, place: int | None) -> SourceValues:
+def _moved(model: CausalLM, batch: Batch, place: int | None) -> Values:
     """The model's own values, but at one position those of the position before; or everywhere those of the first."""
-    values = source_values(model, batch)
+    values = read_values(model, batch, Graph.of(model.config))
     width = batch.tokens.shape[1]
     positions = torch.arange(width) if place is not None else torch.zeros(width, dtype=torch.long)
     if place is not None:
         positions[place] = place - 1
-    return SourceValues(*(one[:, :, positions] for one in values.tensors()))
+    return values.mapped(lambda tensor: tensor[:, positions])
 
 
 def _may_move(model: CausalLM, graph: Graph, place: int, width: int) -> Bool[Tensor, "reader position head"]:

@@ -1,8 +1,8 @@
-"""The slow, obvious oracle that the fast interventions are tested against.
+"""The slow, obvious oracle that the engine for nodes is tested against.
 
-Nothing is shared with them but what keeps padding finite: one row, one position and one component at a time, with
-hooks of its own, the mixture written out as in the paper, and logits at all positions from which the scored ones are
-picked at the end.
+The two share the table of families and the names of entries, and how padding is kept finite. Everything else is done
+here again: one row, one position and one unit at a time, with hooks of its own, the mixture written out as in the paper,
+and logits at all positions from which the scored ones are picked at the end.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,56 +11,99 @@ from typing import Any
 import torch
 from torch import nn
 
-from oa_train.ablations.base import SourceValues
 from oa_train.batches import Batch
-from oa_train.engine.forward import masks_within_single_precision
-from oa_train.models.families import Dimensions, check_family
+from oa_train.engine.forward import as_written
+from oa_train.engine.values import Values
+from oa_train.models.families import check_family
 from oa_train.models.loading import CausalLM
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.shapes import Float, Tensor
 
 
 def reference_node_logits(
-    model: CausalLM,
-    batch: Batch,
-    mask: Float[Tensor, "row component"],
-    replacements: SourceValues,
-    bos_token_id: int | None,
+    model: CausalLM, batch: Batch, nodes: Nodes, mask: Float[Tensor, "row entry"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Do what `engine.nodes.node_logits` does, in loops."""
-    family = check_family(model.config.model_type)
-    sizes = Dimensions.of(model.config)
+    """Do what `masked_logits` does for nodes, in loops."""
     handles = []
-    blocks: Any = model.get_submodule(family.blocks)
-    for layer, block in enumerate(blocks):
-        entries = mask[:, layer * (sizes.n_heads + 1) : (layer + 1) * (sizes.n_heads + 1)]
-
-        def replace_heads(_: Any, args: Any, layer: int = layer, entries: Tensor = entries) -> tuple[Tensor, ...]:
-            def value_of(row: int, column: int) -> Tensor:
-                heads = args[0][row, column].split(sizes.d_head)
-                stand_ins = _pick(replacements.heads[layer], row, column)
-                mixed = [_mix(entries[row, h], heads[h], stand_ins[h]) for h in range(sizes.n_heads)]
-                return torch.cat(mixed)
-
-            return (_rebuild(args[0], batch, bos_token_id, value_of),)
-
-        def replace_mlp(_: Any, __: Any, output: Tensor, layer: int = layer, entries: Tensor = entries) -> Tensor:
-            by_row = output.view(*batch.tokens.shape, sizes.d_model)
-
-            def value_of(row: int, column: int) -> Tensor:
-                return _mix(entries[row, -1], by_row[row, column], _pick(replacements.mlps[layer], row, column))
-
-            return _rebuild(by_row, batch, bos_token_id, value_of).view(output.shape)
-
-        projection: nn.Module = block.get_submodule(family.attention_output)
-        handles.append(projection.register_forward_pre_hook(replace_heads))
-        handles.append(block.get_submodule(family.mlp).register_forward_hook(replace_mlp))
+    for site in nodes.sites:
+        module, is_input = _module(model, nodes, site)
+        change = _site_changer(batch, nodes, site, mask, values)
+        if is_input:
+            hook = module.register_forward_pre_hook(lambda _, args, change=change: (change(args[0]), *args[1:]))
+        else:
+            hook = module.register_forward_hook(lambda _, __, output, change=change: _on_first(output, change))
+        handles.append(hook)
     return run_with_hooks(model, batch, handles)
+
+
+def _on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]:
+    """Where a site is, and whether it is the module's input."""
+    family = check_family(model.config.model_type)
+    blocks: Any = model.get_submodule(family.blocks)
+    if site.kind == "features":
+        name = nodes.by_layer[site.layer].site
+        kind = {"r": "residual", "m": "mlp", "a": "attention"}[name[0]]
+        return _module(model, nodes, Site(kind, int(name[1:])))
+    if site.kind == "tokens":
+        return model.get_input_embeddings(), False
+    if site.kind in ("embedding", "residual"):
+        last = site.layer == len(blocks)
+        return (model.get_submodule(family.final_norm) if last else blocks[site.layer]), True
+    block = blocks[site.layer]
+    if site.kind == "heads":
+        return block.get_submodule(family.attention_output), True
+    if site.kind == "neurons":
+        return block.get_submodule(family.down_projection), True
+    if site.kind == "attention":
+        return block.get_submodule(family.attention_post_norm or family.attention_output), False
+    return block.get_submodule(family.mlp), False
+
+
+def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: Values) -> Callable[[Tensor], Tensor]:
+    names = SITE_KINDS[site.kind].unit_names(site.layer, nodes.sites[site][0])
+
+    def change(tensor: Tensor) -> Tensor:
+        by_token = tensor.reshape(*batch.tokens.shape, -1)
+        rows = []
+        for row in range(len(batch)):
+            columns = [mixed(row, column, by_token[row, column]) for column in range(by_token.shape[1])]
+            rows.append(torch.stack(columns))
+        return torch.stack(rows).view(tensor.shape)
+
+    def mixed(row: int, column: int, vector: Tensor) -> Tensor:
+        if site.kind == "features":
+            dictionary = nodes.by_layer[site.layer].to(vector.device, vector.dtype)
+            code = dictionary.encode(vector)
+            for unit in range(len(code)):
+                (new,) = mixed_unit(row, column, unit, code[unit : unit + 1])
+                vector = vector + (new - code[unit]) * dictionary.w_dec[unit]
+            return vector
+        units = vector.split(len(vector) // len(names))
+        return torch.cat([mixed_unit(row, column, unit, units[unit]) for unit in range(len(names))])
+
+    def mixed_unit(row: int, column: int, unit: int, value: Tensor) -> Tensor:
+        if batch.protected[row, column]:
+            return value
+        for span in nodes.spans:
+            name = names[unit] if span is None else f"{names[unit]}@{span}"
+            if name not in nodes.names or not (span is None or batch.layout.span(span)[row, column]):
+                continue
+            replacement = _pick(values, site, span, row, column)[unit]
+            return _mix(mask[row, nodes.names.index(name)], value, replacement)
+        return value
+
+    return change
 
 
 def run_with_hooks(model: CausalLM, batch: Batch, handles: Iterable[Any]) -> Float[Tensor, "row scored vocabulary"]:
     """Run a model whose hooks are attached, take them off, and pick the logits at the scored positions one by one."""
     try:
-        with masks_within_single_precision(model):
+        with as_written(model):
             logits = model(
                 input_ids=batch.tokens,
                 attention_mask=batch.attention_mask.long(),
@@ -81,17 +124,10 @@ def _mix(keep: Tensor, value: Tensor, replacement: Tensor) -> Tensor:
     return keep * value + (1 - keep) * replacement.detach()
 
 
-def _pick(values: Tensor, row: int, column: int) -> Tensor:
-    return values[row if values.shape[0] > 1 else 0, column if values.shape[1] > 1 else 0]
-
-
-def _rebuild(values: Tensor, batch: Batch, bos_token_id: int | None, value_of: Callable[[int, int], Tensor]) -> Tensor:
-    rows = []
-    for row in range(values.shape[0]):
-        first = int(batch.attention_mask[row].long().argmax())
-        columns = []
-        for column in range(values.shape[1]):
-            is_bos = column == first and int(batch.tokens[row, column]) == bos_token_id
-            columns.append(values[row, column] if is_bos else value_of(row, column))
-        rows.append(torch.stack(columns))
-    return torch.stack(rows)
+def _pick(values: Values, site: Site, span: str | None, row: int, column: int) -> Float[Tensor, "unit width"]:
+    tensor, slot = values.tensors[site], values.slots.get(span)
+    if isinstance(slot, Tensor):
+        slot = int(slot[row, column])
+    if tensor.shape[1] == 1:
+        slot = 0
+    return tensor[row if len(tensor) > 1 else 0, column if slot is None else slot]

@@ -1,4 +1,4 @@
-"""Does the family table fit this model? Checks on the model itself, with random tokens.
+"""Checks whether the family table fits a model: the model itself is run on random tokens.
 
 A wrong entry seldom stops the model: it reads and replaces other values than it should. Every check states something
 that only holds where the entry is right.
@@ -12,15 +12,18 @@ from typing import Any, Literal
 import torch
 
 from oa_train.ablations.constants import Constants
-from oa_train.batches import Batch, unanswered
-from oa_train.engine.forward import scored_logits
-from oa_train.engine.nodes import node_logits, node_taps, spread_mask
+from oa_train.batches import Batch, leading_tokens, unanswered
 from oa_train.diagnostics.reader_checks import logits_with_every_edge, misplaced_readers
 from oa_train.diagnostics.reference import reference_node_logits
-from oa_train.models.selection import Components
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.nodes import node_taps
+from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family, find_parts, is_parallel
 from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.models.taps import Tap
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import Site
+from oa_train.models.taps import Tap, tapped
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
 
@@ -75,11 +78,11 @@ def self_check(model: CausalLM, seed: int = 0) -> tuple[Check, ...]:
     trial = _Trial(model, seed)
     before = _state(model, trial)
     rounding = TOLERANCES[model.dtype]
-    found = [_carried_out(name, rounding, check, trial) for name, check in COMPARISONS.items()]
-    found += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
+    checks = [_carried_out(name, rounding, check, trial) for name, check in COMPARISONS.items()]
+    checks += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
     after = _state(model, trial)
     changed = sum(before[what] != after[what] for what in before)
-    return (*found, Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+    return (*checks, Check("the model is as before: hooks, modules, weights, logits", changed, 0))
 
 
 def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float], trial: "_Trial") -> Check:
@@ -103,8 +106,9 @@ class _Trial:
         self.model = model
         self.parts = find_parts(model)
         self.dimensions = self.parts.dimensions
+        self.nodes = Nodes.of(model.config)
         self.seed = seed
-        self.vocabulary: int = model.config.vocab_size
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         bos = getattr(model.config, "bos_token_id", None)
         self.bos_token_id: int | None = bos if isinstance(bos, int) and bos < self.vocabulary else None
 
@@ -123,36 +127,42 @@ class _Trial:
 
     def ones(self, n_rows: int) -> Float[Tensor, "row component"]:
         """Masks that keep everything."""
-        n_components = len(Components.of(self.dimensions))
-        return torch.ones(n_rows, n_components, dtype=self.model.dtype, device=self.model.device)
+        return torch.ones(n_rows, len(self.nodes), dtype=self.model.dtype, device=self.model.device)
 
-    def constants(self, n_positions: int = 1) -> Constants:
+    def constants(self, n_positions: int = 1, nodes: Nodes | None = None) -> Constants:
         """Random constants."""
-        zeros = Constants.zeros(self.dimensions, self.bos_token_id, n_positions)
         generator = torch_generator(self.seed, "check constants")
-        heads, mlps = (
-            torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
-            for table in (zeros.heads, zeros.mlps)
+        return Constants.zeros(nodes or self.nodes, n_positions).mapped(
+            lambda table: torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
         )
-        return replace(zeros, heads=heads, mlps=mlps)
+
+    def batch(
+        self,
+        rows: Sequence[Tensor] | Tensor,
+        side: Literal["left", "right"] = "right",
+        width: int | None = None,
+    ) -> Batch:
+        """Rows of tokens, padded; a BOS in front is protected."""
+        padded = _batch(rows, side, width)
+        return replace(padded, protected=leading_tokens(padded.tokens, padded.positions, self.bos_token_id))
 
     def logits(self, batch: Batch, mask: Tensor, constants: Constants) -> Float[Tensor, "row scored vocabulary"]:
-        """What the fast interventions give."""
-        return node_logits(self.model, batch, mask, constants.replacements(batch), constants.bos_token_id)
+        """Logits of the engine for nodes."""
+        return masked_logits(self.model, batch, self.nodes, mask, constants.replacements(batch))
 
     @cached_property
     def fast_and_slow(self) -> list[tuple[Tensor, ...]]:
-        """Logits and the gradients of mask and constants, by the fast interventions and by the slow reference."""
+        """Logits and the gradients of mask and constants, by the engine and by the slow reference."""
         first, second = self.tokens(2)
-        batch = _batch([first, second[: N_TOKENS - 2]], "left")
-        found = []
-        for run in (node_logits, reference_node_logits):
-            constants = self.constants(TABLE)
-            leaves = [leaf.requires_grad_() for leaf in (self.mask(2), constants.heads, constants.mlps)]
-            logits = run(self.model, batch, leaves[0], constants.replacements(batch), constants.bos_token_id)
+        batch = self.batch([first, second[: N_TOKENS - 2]], "left")
+        results = []
+        for run in (masked_logits, reference_node_logits):
+            constants, mask = self.constants(TABLE), self.mask(2)
+            leaves = [leaf.requires_grad_() for leaf in (mask, *constants.tables.values())]
+            logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
             weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-            found.append((logits.detach(), *torch.autograd.grad((logits * weights).sum(), leaves)))
-        return found
+            results.append((logits.detach(), *torch.autograd.grad((logits * weights).sum(), leaves)))
+        return results
 
     @torch.no_grad()
     def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
@@ -169,7 +179,7 @@ class _Trial:
 
 @torch.no_grad()
 def _all_kept(trial: _Trial) -> float:
-    batch = _batch(trial.tokens(2))
+    batch = trial.batch(trial.tokens(2))
     plain: Tensor = trial.model(input_ids=batch.tokens, use_cache=False).logits
     return _difference(trial.logits(batch, trial.ones(2), trial.constants()), plain[:, -1:])
 
@@ -178,28 +188,54 @@ def _all_kept(trial: _Trial) -> float:
 def _all_ablated(trial: _Trial) -> float:
     tokens = trial.tokens(2)
     tokens[1, -1] = tokens[0, -1]
-    logits = trial.logits(_batch(tokens), 0 * trial.ones(2), trial.constants(TABLE))
+    logits = trial.logits(trial.batch(tokens), 0 * trial.ones(2), trial.constants(TABLE))
     return _difference(logits[1], logits[0])
 
 
 @torch.no_grad()
 def _ablated_blocks(trial: _Trial) -> float:
     """What a block adds less its MLP's constant is the same for all tokens, and for other such constants."""
-    batch = _batch(trial.tokens(2))
-    constants = trial.constants()
-    others = replace(constants, mlps=torch.zeros_like(constants.mlps))
-    everywhere = spread_mask(0 * trial.ones(2), torch.zeros_like(batch.attention_mask))
-    rest = [
-        trial.added(batch, node_taps(trial.model, everywhere, one.replacements(batch))) - one.mlps.unsqueeze(1)
-        for one in (constants, others)
-    ]
+    batch = trial.batch(trial.tokens(2))
+    constants, unprotected = trial.constants(), replace(batch, protected=torch.zeros_like(batch.protected))
+    mlps = [Site("mlp", layer) for layer in range(trial.dimensions.n_layers)]
+    zeros = {site: torch.zeros_like(table) if site in mlps else table for site, table in constants.tables.items()}
+    rest = []
+    for each in (constants, replace(constants, tables=zeros)):
+        values = each.replacements(batch)
+        taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, unprotected.layout)
+        rest.append(trial.added(batch, taps) - torch.stack([values[site][0] for site in mlps]))
     return _difference(torch.stack(rest), rest[1][:, :1, :1].expand_as(torch.stack(rest)))
+
+
+@torch.no_grad()
+def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
+    """Difference over tokens of what a layer's part writes when all that enters it is replaced by constants."""
+    batch = trial.batch(trial.tokens(2))
+    batch = replace(batch, protected=torch.zeros_like(batch.protected))
+    nodes, read = Nodes.of(trial.model.config, [inside]), Nodes.of(trial.model.config, [whole])
+    mask = torch.zeros(2, len(nodes), dtype=trial.model.dtype, device=trial.model.device)
+    values = trial.constants(nodes=nodes).replacements(batch)
+    with tapped(node_taps(trial.model, nodes, mask, values, batch.layout)):
+        written = torch.stack(list(read_values(trial.model, batch, read).values()))
+    return _difference(written, written[:, :1, :1].expand_as(written))
+
+
+def _neurons_are_all_of_the_mlp(trial: _Trial) -> float:
+    return _written_alone(trial, "neurons", "mlp") if trial.parts.down_projections else 0.0
+
+
+def _heads_are_all_of_attention(trial: _Trial) -> float:
+    return _written_alone(trial, "heads", "attention")
 
 
 @torch.no_grad()
 def _padding(trial: _Trial) -> float:
     tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
-    batches = [_batch(tokens), _batch(tokens, "left", N_TOKENS + 3), _batch(tokens, "right", N_TOKENS + 3)]
+    batches = [
+        trial.batch(tokens),
+        trial.batch(tokens, "left", N_TOKENS + 3),
+        trial.batch(tokens, "right", N_TOKENS + 3),
+    ]
     masked = [trial.logits(batch, mask, constants) for batch in batches]
     clean = [scored_logits(trial.model, batch) for batch in batches]
     return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])
@@ -207,7 +243,7 @@ def _padding(trial: _Trial) -> float:
 
 @torch.no_grad()
 def _all_edges_kept(trial: _Trial) -> float:
-    batch = _batch(trial.tokens(2))
+    batch = trial.batch(trial.tokens(2))
     return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
 
 
@@ -229,7 +265,7 @@ def _gradients_against_reference(trial: _Trial) -> float:
 def _wrong_parallel(trial: _Trial) -> float:
     """Layers whose MLP changes with the heads of its own layer in a parallel model, or does not in another."""
     n_layers = trial.dimensions.n_layers
-    batch = _batch(trial.tokens(1).expand(n_layers, -1))
+    batch = trial.batch(trial.tokens(1).expand(n_layers, -1))
     kept = trial.ones(n_layers)
     ablated = kept.unflatten(1, (n_layers, -1)).clone()
     layers = torch.arange(n_layers)
@@ -237,8 +273,8 @@ def _wrong_parallel(trial: _Trial) -> float:
     runs: list[list[Tensor]] = []
     for mask in (kept, ablated.flatten(1)):
         outputs: list[Tensor] = []
-        spread = spread_mask(mask, torch.zeros_like(batch.attention_mask))
-        taps = node_taps(trial.model, spread, trial.constants().replacements(batch))
+        layout = replace(batch, protected=torch.zeros_like(batch.protected)).layout
+        taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), layout)
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
     parallel = is_parallel(trial.model.config)
@@ -252,7 +288,7 @@ def _wrong_post_norms(trial: _Trial) -> float:
     """Layers that add something else than attention and MLP write in a model without post-norms, or the reverse."""
     writes: list[Tensor] = []
     modules = [module for pair in zip(trial.parts.attention_outputs, trial.parts.mlps, strict=True) for module in pair]
-    added = trial.added(_batch(trial.tokens(2)), [Tap(module, "output", writes.append) for module in modules])
+    added = trial.added(trial.batch(trial.tokens(2)), [Tap(module, "output", writes.append) for module in modules])
     by_row = [value.reshape(added.shape[1:]) for value in writes]  # some families put rows and positions together
     written = torch.stack(by_row).unflatten(0, (-1, 2)).sum(dim=1)
     post_norms = check_family(trial.model.config.model_type).post_norms
@@ -270,6 +306,8 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "the logits are the slow reference's": _values_against_reference,
     "the gradients are the slow reference's": _gradients_against_reference,
     "every edge kept: the logits are the model's own": _all_edges_kept,
+    "heads at constants: attention adds the same at every token": _heads_are_all_of_attention,
+    "neurons at constants: the MLP adds the same at every token": _neurons_are_all_of_the_mlp,
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {

@@ -10,7 +10,7 @@ from oa_train.batches import Batch
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Float, Int, Tensor
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -26,7 +26,11 @@ def model_inputs(batch: Batch) -> dict[str, Any]:
 
 
 def scored_logits(
-    model: CausalLM, batch: Batch, taps: Iterable[Tap] = (), recompute: bool = False
+    model: CausalLM,
+    batch: Batch,
+    taps: Iterable[Tap] = (),
+    recompute: bool = False,
+    scored: Int[Tensor, "row scored"] | None = None,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions.
 
@@ -38,11 +42,12 @@ def scored_logits(
         taps: functions attached for this run.
         recompute: keep only the inputs of each block for the backward pass, which then runs the block again: less
             memory, more time, the same result.
+        scored: columns of the scored positions, where taps add rows to those of the batch.
     """
-    rows = torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
+    columns = batch.scored if scored is None else scored
+    rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
     parts = find_parts(model)
-    scored = Tap(parts.unembedding, "input", lambda residual: residual[rows, batch.scored])
-    every = [*taps, scored]
+    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
     attached = recomputed(parts.blocks, every) if recompute else tapped(every)
     with as_written(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits

@@ -33,9 +33,7 @@ class Engine:
     row_bytes: Callable[[CausalLM, Batch, bool], int]
 
 
-def _run_nodes(
-    model: CausalLM, batch: Batch, nodes: Nodes, mask: Tensor, values: Values, recompute: bool
-) -> Tensor:
+def _run_nodes(model: CausalLM, batch: Batch, nodes: Nodes, mask: Tensor, values: Values, recompute: bool) -> Tensor:
     return scored_logits(model, batch, node_taps(model, nodes, mask, values, batch.layout), recompute)
 
 

@@ -4,7 +4,7 @@ value = mask * value + (1 - mask) * replacement, for every entry of a selection,
 modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -27,7 +27,12 @@ ABLATED_BELOW = 1e-3
 
 
 def node_taps(
-    model: CausalLM, nodes: Nodes, mask: Float[Tensor, "row entry"], values: Values, layout: TokenLayout
+    model: CausalLM,
+    nodes: Nodes,
+    mask: Float[Tensor, "row entry"],
+    values: Values,
+    layout: TokenLayout,
+    sites: Collection[Site] | None = None,
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
@@ -37,6 +42,7 @@ def node_taps(
         mask: 1 keeps an entry, 0 ablates it; gradients flow to it from both sides of the mixture.
         values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
         layout: of the tokens that the model is run on.
+        sites: those of the selection that are mixed; all by default.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -44,7 +50,8 @@ def node_taps(
     parts, spans = find_parts(model), _spans(nodes, layout)
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
-        by_site.setdefault(group.site, []).append(group)
+        if sites is None or group.site in sites:
+            by_site.setdefault(group.site, []).append(group)
     taps = []
     for site, groups in by_site.items():
         place = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
@@ -83,17 +90,13 @@ def _mixer(
             ablatable = ~layout.protected if group.span is None else spans[group.span] & ~layout.protected
             of_units = mask[:, group.entries]
             if group.units is not None:
-                of_units = mask.new_ones(len(mask), shape[2]).index_copy(1, mask_index(group, mask), of_units)
+                units = torch.tensor(group.units, device=mask.device)
+                of_units = mask.new_ones(len(mask), shape[2]).index_copy(1, units, of_units)
             keep = torch.where(ablatable.unsqueeze(-1), of_units.unsqueeze(1), 1.0).unsqueeze(-1)
             after = _Mixture.apply(after, keep, values.at(site, group.span))
         return kind.write(tensor, before, after, site.layer, nodes.by_layer)
 
     return mix
-
-
-def mask_index(group: Group, mask: Tensor) -> Tensor:
-    """Numbers of a group's units, on the mask's device."""
-    return torch.tensor(group.units, device=mask.device)
 
 
 class _Mixture(torch.autograd.Function):

@@ -22,9 +22,8 @@ def read_values(model: CausalLM, batch: Batch, level: Level) -> Values:
 
     def reader(site: Site, shape: tuple[int, int]) -> Callable[[Tensor], None]:
         def read(tensor: Tensor) -> None:
-            laid_out = SITE_KINDS[site.kind].read(tensor, (*batch.tokens.shape, *shape), site.layer, level.by_layer)
-            # Some kinds read a view of what the model goes on to change in place.
-            tensors[site] = laid_out.clone() if laid_out.data_ptr() == tensor.data_ptr() else laid_out
+            layout = (*batch.tokens.shape, *shape)
+            tensors[site] = SITE_KINDS[site.kind].read(tensor, layout, site.layer, level.by_layer)
 
         return read
 

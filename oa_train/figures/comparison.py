@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, FONT_SIZE, new_figure
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 # Divergences are drawn on a logarithmic axis; what lies below is drawn at its edge.
 SMALLEST_KL = 1e-5
@@ -103,13 +103,14 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
             np.array([max(getattr(interval, end), SMALLEST_KL) for interval in intervals])
             for end in ("mean", "low", "high")
         )
+        colour, marker = ablation_style(kind)
         axes.errorbar(
             means,
             heights,
             xerr=[np.maximum(means - low, 0), np.maximum(high - means, 0)],
-            fmt=ABLATION_MARKERS.get(kind, "o"),
+            fmt=marker,
             markersize=4,
-            color=ABLATION_COLOURS.get(kind, "#000000"),
+            color=colour,
             # What is no total ablation is hollow.
             markerfacecolor="white" if "not total" in labels[kind] else None,
             label=labels[kind],

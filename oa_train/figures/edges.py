@@ -1,8 +1,7 @@
-"""Circuits of edges: drawn as a graph, and their keep-probabilities as a map of sources against readers."""
+"""Circuits of edges drawn as a graph."""
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,8 +18,6 @@ READ_AS: Mapping[str, tuple[str, str]] = {
 }
 # Edges between the same two nodes would lie on each other; by what they are read as they bend differently.
 BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
-# Beyond this many readers or sources their names cannot be read.
-MOST_NAMED = 60
 
 
 def edge_drawing(
@@ -96,33 +93,3 @@ def _node(axes: Axes, place: tuple[float, float], name: str, used: bool) -> None
         bbox=box,
         zorder=2,
     )
-
-
-def edge_map(probabilities: np.ndarray, sources: Sequence[str], readers: Sequence[str], threshold: float) -> Figure:
-    """Keep-probability of every edge: a column for each source, a row for each reader, blank where there is no edge.
-
-    Args:
-        probabilities: [reader, source]; not a number where there is no edge.
-        sources: names of the columns.
-        readers: names of the rows.
-        threshold: edges above it are in the circuit before those that lead nowhere are removed.
-    """
-    n_readers, n_sources = probabilities.shape
-    named = max(n_readers, n_sources) <= MOST_NAMED
-    cell = 0.16 if named else 6.0 / max(n_readers, n_sources)
-    figure = new_figure(max(4.0, cell * n_sources + 2.2), max(3.0, cell * n_readers + 1.2))
-    axes = figure.subplots()
-    image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
-    axes.set_facecolor("#F2F2F2")
-    if named:
-        axes.set_xticks(range(n_sources), sources, fontsize=FONT_SIZE - 3, rotation=90)
-        axes.set_yticks(range(n_readers), readers, fontsize=FONT_SIZE - 3)
-    axes.set_xlabel("source", fontsize=FONT_SIZE)
-    axes.set_ylabel("reader", fontsize=FONT_SIZE)
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("keep-probability", fontsize=FONT_SIZE)
-    bar.ax.tick_params(labelsize=FONT_SIZE - 1)
-    n_kept = int((np.nan_to_num(probabilities) > threshold).sum())
-    n_edges = int((~np.isnan(probabilities)).sum())
-    axes.set_title(f"{n_kept} of {n_edges} edges above the threshold {threshold:g}", fontsize=FONT_SIZE)
-    return figure

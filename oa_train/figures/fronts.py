@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import SMALLEST_KL, Interval
-from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, FONT_SIZE, new_figure
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 
 def front_figure(
@@ -24,15 +24,16 @@ def front_figure(
     axes = figure.subplots()
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     for ablation, intervals in kl.items():
+        colour, marker = ablation_style(ablation)
         means = [max(intervals[number].mean, SMALLEST_KL) for number in order]
         low = [mean - max(intervals[number].low, SMALLEST_KL) for mean, number in zip(means, order, strict=True)]
         high = [intervals[number].high - mean for mean, number in zip(means, order, strict=True)]
         axes.errorbar(
             [sizes[number] for number in order],
             means,
-            yerr=[[max(one, 0.0) for one in low], [max(one, 0.0) for one in high]],
-            color=ABLATION_COLOURS[ablation],
-            marker=ABLATION_MARKERS[ablation],
+            yerr=[[max(below, 0.0) for below in low], [max(above, 0.0) for above in high]],
+            color=colour,
+            marker=marker,
             markersize=4,
             linewidth=1.0,
             capsize=2,

@@ -27,9 +27,17 @@ ABLATION_MARKERS: Mapping[str, str] = {
     "counterfactual_mean": "P",
     "counterfactual": "D",
 }
+# For ablations that have no colour of their own.
+OTHER_COLOURS, OTHER_MARKERS = ("#7B4FA3", "#56B4E9", "#A6761D", "#1B1B1B"), ("<", ">", "h", "*")
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
 DOTS_PER_INCH = 160
+
+
+def ablation_style(name: str) -> tuple[str, str]:
+    """Colour and marker of an ablation, the same in every figure."""
+    number = sum(name.encode()) % len(OTHER_COLOURS)
+    return ABLATION_COLOURS.get(name, OTHER_COLOURS[number]), ABLATION_MARKERS.get(name, OTHER_MARKERS[number])
 
 
 def new_figure(width: float, height: float) -> Figure:

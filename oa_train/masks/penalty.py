@@ -1,6 +1,6 @@
-"""Penalties that make masks sparse: a fixed price for each kept entry, or a price that leads to a given size.
+"""Penalties that make masks sparse: a fixed weight on each kept entry, or a weight that leads to a given size.
 
-Several circuits may be penalised side by side: prices, sizes and penalties then have one entry for each of them.
+Several circuits may be penalised side by side: weights, sizes and penalties then have one entry for each of them.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from oa_train.errors import ConfigurationError
-from oa_train.shapes import Float, Int, Tensor
+from oa_train.shapes import Bool, Float, Int, Tensor
 
-# The price carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
-# the price from overshooting while entries are on their way.
+# The weight carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
+# the weight from overshooting while entries are on their way.
 PROPORTIONAL_POWER = 4.0
 
 # The controller sees no size as more than e times the goal, or less than the e-th part of it.
@@ -36,7 +36,7 @@ class NodeRegulariser(nn.Module):
     empties nodes (Li & Janson 2024).
 
     Args:
-        weight: what this is multiplied with, as a part of the price of an edge.
+        weight: what this is multiplied with, as a part of the weight of an edge.
         entries: entries of the distribution that enter or leave a node; one that does both to different nodes, or
             serves several, stands here several times.
         nodes: the node of each of them.
@@ -68,100 +68,119 @@ class NodeRegulariser(nn.Module):
 
 
 class Penalty(nn.Module):
-    """The expected number of kept entries times a price.
+    """The expected number of kept entries times a penalty weight.
 
     Args:
-        weight: price of one kept entry in nats, at the start of training; one for all circuits, or one for each.
+        weight: penalty weight of one kept entry in nats, at the start of training; one for all circuits, or one for each.
         regulariser: adds to the number.
+        relative: how much each entry counts; 1 for all of them by default.
 
     Raises:
         ConfigurationError: the weight is negative or not finite.
     """
 
-    def __init__(self, weight: float | Sequence[float], regulariser: NodeRegulariser | None = None) -> None:
+    def __init__(
+        self,
+        weight: float | Sequence[float],
+        regulariser: NodeRegulariser | None = None,
+        relative: Float[Tensor, " entry"] | None = None,
+    ) -> None:
         super().__init__()
-        if not all(math.isfinite(one) and one >= 0 for one in _as_list(weight)):
-            raise ConfigurationError(f"penalty is {weight}; expected a price in nats for each kept entry, at least 0.")
-        self.weight = weight
+        if not all(math.isfinite(value) and value >= 0 for value in _as_list(weight)):
+            raise ConfigurationError(
+                f"penalty_weight is {weight}; expected a price in nats for each kept entry, at least 0."
+            )
         self.regulariser = regulariser
+        self.relative: Tensor | None
+        self.register_buffer("relative", relative, persistent=False)
 
     @property
     @abstractmethod
-    def price(self) -> Float[Tensor, "*circuits"]:
+    def weight(self) -> Float[Tensor, "*circuits"]:
         """What a kept entry costs now, in nats; never negative."""
 
     @abstractmethod
     def objective(
-        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+        self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
         """What the best checkpoint minimises.
 
         Args:
             loss: loss of the discrete circuit in nats, the KL divergence for instance.
-            size: how many entries it keeps, those that are never ablated included.
+            kept: entries of the distribution that it keeps.
+            always_kept: entries beside them that are never ablated.
         """
 
     def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
-        """Set the price for the next step; called once after every optimiser step.
+        """Set the weight for the next step; called once after every optimiser step.
 
         Args:
             expected: number of kept entries, as the masks are now.
-            size: of the circuit that they are cut off to, entries that are never ablated included.
+            size: of the discrete circuit, entries that are never ablated included.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
         """The penalty in nats, with gradients to the keep-probabilities."""
-        size = probabilities.sum(dim=-1)
-        return self.price * (size if self.regulariser is None else size + self.regulariser(probabilities))
+        size = self._counted(probabilities)
+        return self.weight * (size if self.regulariser is None else size + self.regulariser(probabilities))
+
+    def _counted(self, entries: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
+        return entries.sum(dim=-1) if self.relative is None else entries @ self.relative.to(entries.dtype)
 
 
 class SizePenalty(Penalty):
-    """A fixed price: keeping an entry must lower the KL divergence by more than `weight` nats."""
+    """A fixed weight: keeping an entry must lower the KL divergence by more than `weight` nats."""
 
-    def __init__(self, weight: float | Sequence[float], regulariser: NodeRegulariser | None = None) -> None:
-        super().__init__(weight, regulariser)
-        self._price: Tensor
-        self.register_buffer("_price", torch.tensor(weight, dtype=torch.float32), persistent=False)
+    def __init__(
+        self,
+        weight: float | Sequence[float],
+        regulariser: NodeRegulariser | None = None,
+        relative: Float[Tensor, " entry"] | None = None,
+    ) -> None:
+        super().__init__(weight, regulariser, relative)
+        self._weight: Tensor
+        self.register_buffer("_weight", torch.tensor(weight, dtype=torch.float32), persistent=False)
 
     @property
-    def price(self) -> Float[Tensor, "*circuits"]:
+    def weight(self) -> Float[Tensor, "*circuits"]:
         """The weight."""
-        return self._price
+        return self._weight
 
     def objective(
-        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+        self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """Loss plus the price of the circuit, in nats."""
-        return loss + self.price * size
+        """Loss plus what the circuit costs, in nats."""
+        return loss + self.weight * (self._counted(kept.float()) + always_kept)
 
 
 class TargetSize(Penalty):
-    """A price that leads to a circuit of a given size: a Lagrange multiplier, kept by a controller.
+    """A weight that leads to a circuit of a given size: a Lagrange multiplier, kept by a controller.
 
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
-    All sizes counted without the entries that are never ablated, the price of a kept entry is
+    All sizes counted without the entries that are never ablated, the weight of a kept entry is
 
         weight * exp(rate * sum over the steps so far of log(kept / goal)) * (expected / goal) ^ PROPORTIONAL_POWER
 
     with `kept` the size of the discrete circuit and `expected` the size that is penalised. It rises while the masks
     are too large and falls while they are too small; the sum rests when the discrete mask has the right size, however
-    many entries that are nearly off add up to. Only ratios of sizes and of prices enter, so the same rule serves few
-    entries and many and a loss of any scale, and the price is always positive.
+    many entries that are nearly off add up to. Only ratios of sizes and of weights enter, so the same rule serves few
+    entries and many and a loss of any scale, and the weight is always positive.
 
     Args:
         target: how many entries are to be kept, those that are never ablated included; one for all circuits, or one
             for each.
         n_entries: number of entries of the distribution.
-        weight: price of one kept entry at the start, in nats; more than 0, because the price moves by factors. One for
+        weight: of one kept entry at the start, in nats; more than 0, because it moves by factors. One for
             all circuits, or one for each.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: how fast the price moves: the change of its logarithm in one step at a size e times the goal. The
-            learning rate of the masks suits, so that prices move no faster than the logits that answer them.
+        rate: how fast the weight moves: the change of its logarithm in one step at a size e times the goal. The
+            learning rate of the masks suits, so that weights move no faster than the logits that answer them.
         always_kept: entries that belong to no distribution because they are never ablated.
         regulariser: adds to the number of kept entries.
+        relative: how much each entry counts in the penalty; 1 for all of them by default.
 
     Attributes:
-        log_price: buffer; log of the price without its last factor.
+        log_weight: buffer; log of the weight without its last factor.
         excess: buffer; log(expected / goal) after the latest step.
         steps: buffer; optimiser steps so far.
 
@@ -179,14 +198,15 @@ class TargetSize(Penalty):
         rate: float = 0.05,
         always_kept: int = 0,
         regulariser: NodeRegulariser | None = None,
+        relative: Float[Tensor, " entry"] | None = None,
     ) -> None:
-        super().__init__(weight, regulariser)
+        super().__init__(weight, regulariser, relative)
         if 0 in _as_list(weight):
             raise ConfigurationError(
-                "penalty is 0; with target_size it is the price in nats from which the search starts, in factors: "
+                "penalty_weight is 0; with target_size it is the price in nats from which the search starts, in factors: "
                 "expected more than 0, for instance 0.05."
             )
-        if not all(always_kept < one <= always_kept + n_entries for one in _as_list(target)):
+        if not all(always_kept < value <= always_kept + n_entries for value in _as_list(target)):
             raise ConfigurationError(
                 f"target_size is {target}; expected more than {always_kept} and at most {always_kept + n_entries}. It "
                 f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} "
@@ -201,32 +221,32 @@ class TargetSize(Penalty):
         self.warmup = warmup
         self.rate = rate
         self.always_kept = always_kept
-        self.log_price: Tensor
-        self.register_buffer("log_price", starts.log())
+        self.log_weight: Tensor
+        self.register_buffer("log_weight", starts.log())
         self.excess: Tensor
         self.register_buffer("excess", torch.zeros_like(starts))
         self.steps: Tensor
         self.register_buffer("steps", torch.tensor(0))
 
     @property
-    def price(self) -> Float[Tensor, "*circuits"]:
-        """What a kept entry costs now, in nats."""
-        return (self.log_price + PROPORTIONAL_POWER * self.excess).exp()
+    def weight(self) -> Float[Tensor, "*circuits"]:
+        """The penalty weight now, in nats."""
+        return (self.log_weight + PROPORTIONAL_POWER * self.excess).exp()
 
     @torch.no_grad()
     def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
-        """Raise the price while the masks are larger than the goal, lower it while they are smaller."""
+        """Raise the weight while the masks are larger than the goal, lower it while they are smaller."""
         self.steps += 1
         done = (self.steps / self.warmup).clamp(max=1.0)
         goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
-        self.log_price += self.rate * _log_ratio(size - self.always_kept, goal)
+        self.log_weight += self.rate * _log_ratio(size - self.always_kept, goal)
         self.excess.copy_(_log_ratio(expected, goal))
 
     def objective(
-        self, loss: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]
+        self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
         """The loss, at the target size or within 5 % of it; elsewhere more than any such, the farther the more."""
-        distance = (size - self.target).abs()
+        distance = (kept.sum(dim=-1) + always_kept - self.target).abs()
         # A target may lie between two whole sizes; the nearest one is always near enough.
         reached = distance <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)
         return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + (~reached) * LARGEST_LOSS * (2 + distance)

@@ -12,6 +12,7 @@ from oa_train.models.edge_layout import EdgeLayout
 from oa_train.models.families import Dimensions, is_parallel
 from oa_train.models.levels import Level, ScoreMap, check_size, matching
 from oa_train.models.pruning import within_budget, without_dangling
+from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Int, Tensor
 
@@ -33,6 +34,7 @@ class Graph(EdgeLayout, Level):
 
     kind = "edges"
     part = "edge"
+    has_one_stream = False
 
     d_head: int = 0
     d_model: int = 0
@@ -93,7 +95,9 @@ class Graph(EdgeLayout, Level):
         if source not in self._source_indices:
             raise unknown_name("source", source, self.sources)
         if self._source_indices[source] >= self.n_read[number]:
-            raise unknown_name("edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]]))
+            raise unknown_name(
+                "edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]])
+            )
         return int(self.first_edge[number]) + self._source_indices[source]
 
     def kept(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
@@ -155,6 +159,10 @@ class Graph(EdgeLayout, Level):
         used = torch.zeros(self.n_sources, dtype=torch.bool)
         used[self.edge_sources[mask.cpu()]] = True
         return tuple(name for name, is_used in zip(self.sources[1:], used[1:].tolist(), strict=True) if is_used)
+
+    def node_level(self, config: Any) -> Level:
+        """The heads and MLPs of the model."""
+        return Nodes.of(config)
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """How many edges are kept and of how many, and the nodes that they lead out of."""
@@ -228,6 +236,10 @@ class Graph(EdgeLayout, Level):
         by_edge = [heads_of[ends] for ends, heads_of in pairs]
         edges = torch.cat([(found >= 0).nonzero().flatten() for found in by_edge])
         return edges, torch.cat([found[found >= 0] for found in by_edge])
+
+    def of_model(self, config: Any) -> "Graph":
+        """The graph of a model with this Hugging Face configuration."""
+        return self.of(config)
 
     def header(self) -> dict[str, Any]:
         """Plain values that `from_header` makes this graph of again."""

@@ -42,10 +42,12 @@ class Level(ABC):
     Attributes:
         kind: name in configurations and files.
         part: what an entry is called.
+        has_one_stream: whether all parts of a masked model read one residual stream.
     """
 
     kind: ClassVar[str]
     part: ClassVar[str]
+    has_one_stream: ClassVar[bool]
 
     @property
     @abstractmethod
@@ -138,6 +140,10 @@ class Level(ABC):
         """Names of the nodes that take part in a circuit."""
 
     @abstractmethod
+    def node_level(self, config: Any) -> "Level":
+        """The nodes of a model that can be ablated one by one: this level, or the components between its edges."""
+
+    @abstractmethod
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """Sizes of a circuit for a results file."""
 
@@ -162,6 +168,10 @@ class Level(ABC):
     @abstractmethod
     def grid(self) -> tuple[int, int] | None:
         """Layers, and heads of a layer, where a circuit can be drawn as boxes of heads and MLPs."""
+
+    @abstractmethod
+    def of_model(self, config: Any) -> "Level":
+        """The same level in a model with this Hugging Face configuration."""
 
     @abstractmethod
     def header(self) -> dict[str, Any]:

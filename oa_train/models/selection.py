@@ -7,7 +7,7 @@ is at all others.
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from oa_train.errors import ConfigurationError, nearest_names, unknown_name
-from oa_train.models.dictionaries import Dictionary
+from oa_train.models.dictionaries import Dictionary, reload_dictionary
 from oa_train.models.families import Dimensions
 from oa_train.models.levels import Level, ScoreMap, matching, top_entries
 from oa_train.models.sites import DEFAULT_SITES, SITE_KINDS, Site, check_site_kinds, site_of_name
@@ -55,6 +55,7 @@ class Nodes(Level):
 
     kind = "nodes"
     part = "component"
+    has_one_stream = True
 
     dimensions: Dimensions
     kinds: tuple[str, ...] = DEFAULT_SITES
@@ -284,6 +285,11 @@ class Nodes(Level):
         """Names of the kept entries, which are nodes themselves."""
         return self.kept(mask)
 
+    def node_level(self, config: Any) -> "Nodes":
+        """This level."""
+        del config
+        return self
+
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
         """How many entries are kept, and of how many."""
         return {"nodes": int(mask.sum()), "nodes_total": len(self)}
@@ -323,6 +329,10 @@ class Nodes(Level):
         plain = set(self.kinds) == set(DEFAULT_SITES) and self.spans == (None,)
         return (self.dimensions.n_layers, self.dimensions.n_heads) if plain else None
 
+    def of_model(self, config: Any) -> "Nodes":
+        """The same selection in a model with this Hugging Face configuration."""
+        return replace(self, dimensions=Dimensions.of(config))
+
     def header(self) -> dict[str, Any]:
         """Plain values that `from_header` makes this level of again; dictionaries are named by where they were read."""
         return {
@@ -331,7 +341,7 @@ class Nodes(Level):
             "sites": list(self.kinds),
             "spanned": list(self.spanned),
             "dictionaries": [
-                {"path": dictionary.path, "site": dictionary.site, "fingerprint": dictionary.fingerprint}
+                {name: getattr(dictionary, name) for name in ("path", "site", "centres_input", "fingerprint")}
                 for dictionary in self.dictionaries
             ],
         }
@@ -344,7 +354,7 @@ class Nodes(Level):
             KeyError, TypeError: it does not describe one.
             ArtefactError: a dictionary is not where it was, or another one stands there.
         """
-        dictionaries = [Dictionary.reload(**entry) for entry in header["dictionaries"]]
+        dictionaries = map(reload_dictionary, header["dictionaries"])
         return cls(
             Dimensions(**header["dimensions"]),
             tuple(header["sites"]),

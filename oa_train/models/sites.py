@@ -161,12 +161,10 @@ class _Features(SiteKind):
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
     ) -> Float[Tensor, "row position unit width"]:
-        return dictionaries[layer].encode(tensor.reshape(*layout[:2], -1)).unsqueeze(-1)
+        return dictionaries[layer].like(tensor).encode(tensor.reshape(*layout[:2], -1)).unsqueeze(-1)
 
-    def write(
-        self, tensor: Tensor, before: Tensor, after: Tensor, layer: int, dictionaries: Dictionaries
-    ) -> Tensor:
-        change = dictionaries[layer].decode_change((after - before).squeeze(-1))
+    def write(self, tensor: Tensor, before: Tensor, after: Tensor, layer: int, dictionaries: Dictionaries) -> Tensor:
+        change = dictionaries[layer].like(tensor).decode_change((after - before).squeeze(-1))
         return tensor + change.to(tensor.dtype).reshape(tensor.shape)
 
 

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Takes the tensor that passes; returns the one that goes on, or None to leave it as it is.
 TensorFunction = Callable[[Tensor], Tensor | None]
+# Takes the arguments of a call; returns those that it is made with.
+CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,21 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
     """Have modules do something else when they are called, for the length of the context; their taps still act."""
     with ExitStack() as stack:
         for module, forward in forwards:
-            # Shadows the method of the class, or what shadows it already, for this one module.
-            before = vars(module).get("forward")
-            module.forward = forward
+            stack.enter_context(replaced_attributes(module, forward=forward))
+        yield
+
+
+@contextmanager
+def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -> Iterator[None]:
+    """Shadow methods of one module, for the length of the context."""
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            before = vars(module).get(name)
+            setattr(module, name, replacement)
             if before is None:
-                stack.callback(delattr, module, "forward")
+                stack.callback(delattr, module, name)
             else:
-                stack.callback(setattr, module, "forward", before)
+                stack.callback(setattr, module, name, before)
         yield
 
 
@@ -108,6 +118,21 @@ def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., A
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return forward_again
+
+
+@contextmanager
+def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator[None]:
+    """Let functions change all arguments of modules' calls, for the length of the context.
+
+    They act before functions that are attached later.
+    """
+    with ExitStack() as stack:
+        for module, change in changes:
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        yield
 
 
 @contextmanager

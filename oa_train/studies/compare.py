@@ -9,17 +9,18 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.metrics.estimates import estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
-from oa_train.models.selection import Components
-from oa_train.models.families import Dimensions
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
@@ -27,9 +28,10 @@ from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison import Compared, Comparison, RandomCircuits
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.metrics.estimates import estimate, paired_difference
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+
+# Components that are ablated alone unless others are asked for; of more only those that are.
+MOST_ALONE = 100
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class CompareSettings:
     Attributes:
         ablations: kinds of ablation; all that the task has prompts for when not given.
         components: a shell pattern, or a list of them, of the components that are ablated alone as well; an empty list
-            for none.
+            for none. When not given, all of them if they are at most 100.
         positions: size of the tables of constants: 1 pools all positions, P tells P of them apart, `every` all
             positions that prompts have; as many as the runs tell apart when not given.
         fit: training of the constants of each component alone, and of the random circuits.
@@ -51,7 +53,7 @@ class CompareSettings:
     """
 
     ablations: list[AblationKind] | None = None
-    components: str | list[str] = "*"
+    components: str | list[str] | None = None
     positions: int | Literal["every"] | None = None
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
     circuit_fit: RefitSettings = field(default_factory=RefitSettings)
@@ -118,8 +120,9 @@ class _Study:
         names = [run.name for run in runs]
         if not names or len(set(names)) < len(names):
             raise ConfigurationError(f"Expected one run or several with different names, not {names}.")
-        if len({run.circuit.what for run in runs}) > 1:
-            kinds = ", ".join(f"{run.name} of {run.circuit.what}" for run in runs)
+        self.level = runs[0].circuit.level
+        if any(run.circuit.level != self.level for run in runs):
+            kinds = ", ".join(f"{run.name} of {len(run.circuit.level)} {run.circuit.level.parts}" for run in runs)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         self.model = model
         self.task = task
@@ -128,20 +131,28 @@ class _Study:
         self.track = track
         self.batches = list(task.batches("test", task.n_test))
         self.kinds = self._kinds()
-        patterns = [settings.components] if isinstance(settings.components, str) else settings.components
-        components = Components.of(Dimensions.of(model.config))
-        self.alone = components.select(patterns)
+        # Of circuits of edges the components are ablated alone, not every edge.
+        self.nodes = self.level.node_level(model.config)
+        self.alone = self.nodes.select(self._alone_patterns())
         self.circuit_masks = torch.stack([run.circuit.mask for run in runs])
-        without = [~components.mask([name]) for name in self.alone]
-        self.alone_masks = torch.stack(without) if without else self.circuit_masks[:0]
-        self.source = AblationSource(model, task, self._n_positions(), track)
+        self.alone_masks = torch.ones(len(self.alone), len(self.nodes), dtype=torch.bool)
+        for row, name in enumerate(self.alone):
+            self.alone_masks[row, self.nodes.index(name)] = False
+        self.source = AblationSource(model, task, self.level, self._n_positions(), track)
         self._ablations: dict[AblationKind, Ablation] = {}
+
+    def _alone_patterns(self) -> list[str]:
+        components = self.settings.components
+        if components is None:
+            return ["*"] if len(self.nodes) <= MOST_ALONE else []
+        return [components] if isinstance(components, str) else components
 
     def _kinds(self) -> list[AblationKind]:
         if self.settings.ablations is not None:
             return self.settings.ablations
         has_counterfactuals = self.batches[0].counterfactual_tokens is not None
-        return [name for name, kind in KINDS.items() if has_counterfactuals or not kind.paired]
+        taking = [name for name, kind in KINDS.items() if not kind.restores]
+        return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
 
     def _n_positions(self) -> int:
         given = self.settings.positions
@@ -151,7 +162,10 @@ class _Study:
 
     def rows(self) -> list[Comparison]:
         """Every circuit and component under every ablation."""
-        of_circuits = {kind: self._behaviour(kind, self.circuit_masks, self._circuit_constants) for kind in self.kinds}
+        of_circuits = {
+            kind: self._behaviour(kind, self.level, self.circuit_masks, self._circuit_constants, "circuits")
+            for kind in self.kinds
+        }
         rows = [
             _comparison("circuit", run, kind, of_circuits, index)
             for index, run in enumerate(self.runs)
@@ -159,18 +173,27 @@ class _Study:
         ]
         if not self.alone:
             return rows
-        of_alone = {kind: self._behaviour(kind, self.alone_masks, self._alone_constants) for kind in self.kinds}
+        of_alone = {
+            kind: self._behaviour(kind, self.nodes, self.alone_masks, self._alone_constants, "components")
+            for kind in self.kinds
+        }
         return rows + [
             _comparison(name, None, kind, of_alone, index)
             for index, name in enumerate(self.alone)
             for kind in self.kinds
         ]
 
-    def _behaviour(self, kind: AblationKind, masks: Tensor, constants: Callable[[], Sequence[Constants]]) -> Behaviour:
+    def _behaviour(
+        self,
+        kind: AblationKind,
+        level: Level,
+        masks: Tensor,
+        constants: Callable[[], Sequence[Constants]],
+        what: str,
+    ) -> Behaviour:
         ablations = constants() if KINDS[kind].learned else [self._prepared(kind)]
-        what = "circuits" if masks is self.circuit_masks else "components"
         shown = self.track(self.batches, f"evaluating {what} under {kind.replace('_', ' ')} ablation")
-        return circuit_behaviour(self.model, shown, masks, ablations, self.settings.fit.rows_per_run)
+        return circuit_behaviour(self.model, shown, level, masks, ablations, self.settings.fit.rows_per_run)
 
     def _prepared(self, kind: AblationKind) -> Ablation:
         if kind not in self._ablations:
@@ -180,15 +203,16 @@ class _Study:
     def _circuit_constants(self) -> list[Constants]:
         """Each run's own optimal constants where they are for this; else trained, from its own or from the means."""
         ready = [self._has_constants(run) for run in self.runs]
-        size = self.source.n_positions
+        size = self.source.slots.positions
         starts = [
             run.constants.with_positions(size)
             if run.constants is not None and KINDS[run.ablation].learned
             else self.source.mean
             for run in self.runs
         ]
-        lacking = [index for index, one in enumerate(ready) if not one]
+        lacking = [index for index, is_ready in enumerate(ready) if not is_ready]
         fitted = self._fitted(
+            self.level,
             self.circuit_masks[lacking],
             [starts[index] for index in lacking],
             self.settings.circuit_fit,
@@ -204,17 +228,18 @@ class _Study:
         provenance = run.constants.provenance
         task = {**self.task.describe(), "seed": None}
         return (
-            run.constants.n_positions == self.source.n_positions
+            run.constants.n_positions == self.source.slots.positions
             and {**provenance.get("task", task), "seed": None} == task
             and provenance.get("loss", "kl") == "kl"
         )
 
     def _alone_constants(self) -> list[Constants]:
         what = "fitting constants of components alone"
-        return self._fitted(self.alone_masks, [self.source.mean], self.settings.fit, what)
+        return self._fitted(self.nodes, self.alone_masks, [self.source.mean], self.settings.fit, what)
 
     def _fitted(
         self,
+        level: Level,
         masks: Bool[Tensor, "circuit entry"],
         starts: Sequence[Constants],
         settings: RefitSettings,
@@ -225,6 +250,7 @@ class _Study:
         fitted = fit_constants(
             self.model,
             self.task,
+            level,
             masks,
             starts,
             settings,
@@ -244,14 +270,13 @@ class _Study:
     def _random_circuits(self, run: TrainedCircuit) -> RandomCircuits:
         circuit = run.circuit
         among = circuit.provenance.get("selected", ["*"])
-        drawn = random_circuits(circuit.parts, len(circuit), self.settings.random_circuits, self.settings.seed, among)
-        masks = torch.stack([circuit.mask, *(one.mask for one in drawn)])
-        sets = self._fitted(
-            masks, [self.source.mean] * len(masks), self.settings.fit, "fitting constants of random circuits"
-        )
+        drawn = random_circuits(self.level, len(circuit), self.settings.random_circuits, self.settings.seed, among)
+        masks = torch.stack([circuit.mask, *(each.mask for each in drawn)])
+        starts = [self.source.mean] * len(masks)
+        sets = self._fitted(self.level, masks, starts, self.settings.fit, "fitting constants of random circuits")
         shown = self.track(self.batches, "evaluating random circuits")
-        found = circuit_behaviour(self.model, shown, masks, sets, self.settings.fit.rows_per_run)
-        run_kl, *kl = found.kl.mean(dim=1).tolist()
+        behaviour = circuit_behaviour(self.model, shown, self.level, masks, sets, self.settings.fit.rows_per_run)
+        run_kl, *kl = behaviour.kl.mean(dim=1).tolist()
         return RandomCircuits(kl, run_kl)
 
 
@@ -295,14 +320,14 @@ def _write(compared: Compared, study: _Study, folder: Path) -> None:
         },
         rows=[row.as_json() for row in compared.rows],
         circuit=first.counts(),
-        positions=study.source.n_positions,
+        positions=study.source.slots.positions,
         runs=[
             {
                 "name": run.name,
                 "seed": run.seed,
                 "trained_with": run.ablation,
                 "nodes": list(run.circuit.nodes),
-                **({"edges": list(run.circuit.names)} if run.circuit.of_edges else {}),
+                **({} if study.level.has_one_stream else {"edges": list(run.circuit.names)}),
                 **{f"n_{key}": value for key, value in run.circuit.counts().items()},
             }
             for run in study.runs
@@ -324,11 +349,7 @@ def _draw(compared: Compared, study: _Study) -> None:
     figures = compared.folder / "figures"
     first, n_runs = study.runs[0], len(study.runs)
     model = first.circuit.provenance.get("model", "model")
-    kept = (
-        f"{len(first.circuit)} of {len(first.circuit.parts)} {first.circuit.what} kept"
-        if n_runs == 1
-        else f"{n_runs} runs"
-    )
+    kept = f"{len(first.circuit)} of {len(study.level)} {study.level.parts} kept" if n_runs == 1 else f"{n_runs} runs"
     labels: dict[str, str] = {
         kind: kind.replace("_", " ") + ("" if KINDS[kind].total else " (not total)") for kind in study.kinds
     }

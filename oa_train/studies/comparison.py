@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from oa_train.ablations.registry import KINDS, AblationKind
-from oa_train.studies.runs import TrainedCircuit
 from oa_train.metrics.estimates import Estimate
+from oa_train.studies.runs import TrainedCircuit
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ from oa_train.ablations.constants import Constants
 from oa_train.artefacts import make_next_folder
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.metrics.estimates import Estimate
 from oa_train.progress import Track, silent
 from oa_train.studies.finish import summary
 from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.metrics.estimates import Estimate
 from oa_train.tasks.task import Task
 from oa_train.training.constants_module import ConstantsModule
 
@@ -47,8 +46,8 @@ def finish_constants(module: ConstantsModule, task: Task, run: str | Path, track
         module.circuit().save(run / "circuit")
     constants.save(run / "constants")
     batches = track(list(task.batches("test", task.n_test)), "evaluating the constants")
-    found = circuit_behaviour(module.frozen, batches, module.masks, [constants], module.rows_per_run)
-    metrics = {name: summary(found, index) for index, name in enumerate(module.circuits)}
+    behaviour = module.fitted.behaviour(module.frozen, batches, [constants])
+    metrics = {name: summary(behaviour, index) for index, name in enumerate(module.circuits)}
     folder = make_next_folder(run / "studies", "fit")
     rows = [_row(name, figures) for name, figures in metrics.items()]
     alone = module.each_alone
@@ -57,7 +56,7 @@ def finish_constants(module: ConstantsModule, task: Task, run: str | Path, track
         run,
         module.provenance(),
         task.n_test,
-        metrics={} if alone else {name: one.as_json() for name, one in metrics["circuit"].items()},
+        metrics={} if alone else {name: figure.as_json() for name, figure in metrics["circuit"].items()},
         rows=rows,
         circuit=None if alone else module.circuits["circuit"].counts(),
         ablation="optimal",
@@ -74,6 +73,6 @@ def _row(name: str, figures: dict[str, Estimate]) -> dict[str, Any]:
 
 
 def _draw(metrics: dict[str, dict[str, Estimate]], names: Sequence[str], title: str, folder: Path) -> None:
-    intervals = [Interval(one["kl"].mean, *one["kl"].ci95) for one in metrics.values()]
+    intervals = [Interval(figures["kl"].mean, *figures["kl"].ci95) for figures in metrics.values()]
     figure = comparison_figure([Panel("one component ablated", names, {"optimal": intervals})], title)
     save_figure(figure, folder / "figures" / "components.png")

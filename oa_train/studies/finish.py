@@ -9,22 +9,25 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import AblationSource
+from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.measures import MEASURES
 from oa_train.progress import Track, silent
 from oa_train.studies.results import results_document, write_results
-from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
-from oa_train.training.pictures import circuit_picture, probability_picture
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.training.pictures import circuit_picture, score_picture
 
 RefitStart = Literal["trained", "mean", "both"]
+
+# Of a level with more entries a results file lists the kept ones alone.
+MOST_ROWS = 2000
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,10 @@ def finish(
         rows=_rows(circuit),
         circuit=circuit.counts(),
         ablation=module.ablation,
+        **module.penalties.of_circuit(0),
     )
     write_results(folder, document)
-    _draw(circuit, module.threshold, folder, metrics)
+    _draw(circuit, module.masks.threshold, folder, metrics)
     return Finished(circuit, constants, metrics, folder)
 
 
@@ -121,9 +125,9 @@ def _evaluated(
     batches = list(task.batches("test", task.n_test))
     masks = circuit.mask.unsqueeze(0)
     shown = track(batches, "evaluating the circuit")
-    found = circuit_behaviour(module.frozen, shown, masks, [ablation], rows_per_run)
+    behaviour = circuit_behaviour(module.frozen, shown, module.level, masks, [ablation], rows_per_run)
     clean = clean_behaviour(module.frozen, track(batches, "evaluating the clean model"))
-    return summary(found) | {f"clean_{name}": value for name, value in summary(clean).items()}
+    return summary(behaviour) | {f"clean_{name}": value for name, value in summary(clean).items()}
 
 
 def final_ablations(
@@ -138,11 +142,12 @@ def final_ablations(
         settings: refit; the constants of all circuits are trained side by side.
         track: progress.
     """
-    source = AblationSource(module.frozen, task, module.positions, track)
-    if module.constants is None:
-        return [module.kind.prepare(source)] * len(circuits)
-    trained = [one.detach().to("cpu") for one in module.constants.sets()]
-    if not module.kind.learned:
+    source = AblationSource(module.frozen, task, module.level, module.positions, track)
+    replacements = module.replacements
+    if replacements.constants is None:
+        return [replacements.kind.prepare(source)] * len(circuits)
+    trained = [constants.detach().to("cpu") for constants in replacements.constants.sets()]
+    if not replacements.kind.learned:
         return _of_circuits(trained, circuits)
     means = [] if settings.refit_start == "trained" else [source.mean] * len(circuits)
     starts = means if settings.refit_start == "mean" else [*trained, *means]
@@ -150,6 +155,7 @@ def final_ablations(
     fitted = fit_constants(
         module.frozen,
         task,
+        module.level,
         masks,
         starts,
         settings.refit,
@@ -164,28 +170,29 @@ def final_ablations(
 
 def _of_circuits(constants: Sequence[Constants], circuits: Sequence[Circuit]) -> list[Ablation]:
     pairs = zip(constants, circuits, strict=True)
-    return [replace(one, provenance=circuit.provenance) for one, circuit in pairs]
+    return [replace(each, provenance=circuit.provenance) for each, circuit in pairs]
 
 
 def _rows(circuit: Circuit) -> list[dict[str, Any]]:
-    """Every component with its score; of edges, which may be millions, those that are kept."""
-    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(circuit.parts)
-    if circuit.of_edges:
+    """Every entry with its score; where there may be millions, those that are kept."""
+    level = circuit.level
+    scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(level)
+    kept = circuit.mask.tolist()
+    if len(level) > MOST_ROWS or not level.has_one_stream:
         numbers = circuit.mask.nonzero().flatten().tolist()
         pairs = zip(circuit.names, numbers, strict=True)
-        return [{"edge": name, "keep_probability": scores[number]} for name, number in pairs]
-    kept = set(circuit.names)
+        return [{level.part: name, "keep_probability": scores[number]} for name, number in pairs]
     return [
-        {"component": name, "keep_probability": score, "kept": name in kept}
-        for name, score in zip(circuit.parts.names, scores, strict=True)
+        {level.part: name, "keep_probability": score, "kept": keep}
+        for name, score, keep in zip(level.names, scores, kept, strict=True)
     ]
 
 
 def _draw(circuit: Circuit, threshold: float, folder: Path, metrics: dict[str, Estimate]) -> None:
-    title = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {metrics['kl'].mean:.3g} nats"
+    title = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}, KL {metrics['kl'].mean:.3g} nats"
     drawing = circuit_picture(circuit, title)
     if drawing is not None:
         save_figure(drawing, folder / "figures" / "circuit.png")
     if circuit.scores is not None:
-        heat_map = probability_picture(circuit.parts, circuit.scores, threshold)
+        heat_map = score_picture(circuit.level, circuit.scores, threshold)
         save_figure(heat_map, folder / "figures" / "keep_probability.png")

@@ -8,17 +8,17 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.circuit import Circuit
 from oa_train.figures.comparison import Interval
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import save_figure
-from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.metrics.estimates import Estimate
 from oa_train.progress import Track, silent
 from oa_train.studies.finish import FinishSettings, final_ablations, summary
 from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.metrics.estimates import Estimate
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import circuit_picture
@@ -32,7 +32,7 @@ class Front:
     """Circuits that were trained side by side, with what replaces the rest, and what they are worth.
 
     Attributes:
-        circuits: the discrete circuits, in the order of their prices or target sizes.
+        circuits: the discrete circuits, in the order of their penalty weights or target sizes.
         constants: of each, refitted if they are learned; empty when the ablation is not one by constants.
         metrics: by ablation, the measures of each circuit on the test prompts.
         folder: study folder with results, table and figures.
@@ -68,9 +68,9 @@ def finish_front(
     for circuit, folder in zip(circuits, folders, strict=True):
         circuit.save(folder / "circuit")
     ablations = final_ablations(module, task, circuits, settings, track)
-    constants = [one for one in ablations if isinstance(one, Constants)]
-    for one, folder in zip(constants, folders, strict=len(constants) > 0):
-        one.save(folder / "constants")
+    constants = [ablation for ablation in ablations if isinstance(ablation, Constants)]
+    for each, folder in zip(constants, folders, strict=len(constants) > 0):
+        each.save(folder / "constants")
     metrics = _metrics(module, task, circuits, ablations, settings, track)
     front = Front(circuits, constants, metrics, make_next_folder(run / "studies", "fit"))
     _write(front, module, task, run)
@@ -86,16 +86,18 @@ def _metrics(
     settings: FinishSettings,
     track: Track,
 ) -> dict[AblationKind, list[dict[str, Estimate]]]:
-    source = AblationSource(module.frozen, task, module.positions, track)
+    source = AblationSource(module.frozen, task, module.level, module.positions, track)
     others = {kind: [KINDS[kind].prepare(source)] for kind in COMPARED if kind != module.ablation}
     masks = torch.stack([circuit.mask for circuit in circuits])
     batches = list(task.batches("test", task.n_test))
-    found: dict[AblationKind, list[dict[str, Estimate]]] = {}
+    metrics: dict[AblationKind, list[dict[str, Estimate]]] = {}
     for kind, replacing in {module.ablation: ablations, **others}.items():
         shown = track(batches, f"evaluating the circuits under {kind} ablation")
-        behaviour = circuit_behaviour(module.frozen, shown, masks, replacing, settings.refit.rows_per_run)
-        found[kind] = [summary(behaviour, number) for number in range(len(circuits))]
-    return found
+        behaviour = circuit_behaviour(
+            module.frozen, shown, module.level, masks, replacing, settings.refit.rows_per_run
+        )
+        metrics[kind] = [summary(behaviour, number) for number in range(len(circuits))]
+    return metrics
 
 
 def _write(front: Front, module: CircuitModule, task: Task, run: Path) -> None:
@@ -105,7 +107,9 @@ def _write(front: Front, module: CircuitModule, task: Task, run: Path) -> None:
         run,
         front.circuits[0].provenance,
         task.n_test,
-        metrics={f"{number}_kl": one["kl"].as_json() for number, one in enumerate(front.metrics[module.ablation])},
+        metrics={
+            f"{number}_kl": figures["kl"].as_json() for number, figures in enumerate(front.metrics[module.ablation])
+        },
         rows=rows,
         ablation=module.ablation,
     )
@@ -118,7 +122,7 @@ def _rows(front: Front, module: CircuitModule) -> list[dict[str, Any]]:
     return [
         {
             "number": number,
-            **module.prices.asked(number),
+            **module.penalties.of_circuit(number),
             **circuit.counts(),
             "ablation": kind,
             **{name: value.as_json() for name, value in figures[number].items()},
@@ -130,16 +134,17 @@ def _rows(front: Front, module: CircuitModule) -> list[dict[str, Any]]:
 
 def _draw(front: Front, module: CircuitModule, task: Task) -> None:
     kl: dict[str, list[Interval]] = {
-        kind: [Interval(one["kl"].mean, *one["kl"].ci95) for one in figures] for kind, figures in front.metrics.items()
+        kind: [Interval(each["kl"].mean, *each["kl"].ci95) for each in figures]
+        for kind, figures in front.metrics.items()
     }
     first = front.circuits[0]
     sizes, title = [len(circuit) for circuit in front.circuits], f"{module.lm.name}, {task.name}"
-    figure = front_figure(sizes, kl, len(first.parts), first.what, title)
+    figure = front_figure(sizes, kl, len(first.level), first.level.parts, title)
     save_figure(figure, front.folder / "figures" / "front.png")
     for number, circuit in enumerate(front.circuits):
         lost = front.metrics[module.ablation][number]["kl"].mean
         drawing = circuit_picture(
-            circuit, f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {lost:.3g} nats"
+            circuit, f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}, KL {lost:.3g} nats"
         )
         if drawing is not None:
             save_figure(drawing, front.folder / "figures" / f"circuit_{number}.png")

@@ -13,15 +13,16 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.artefacts import make_next_folder
 from oa_train.circuits.random import random_circuits
-from oa_train.models.pruning import without_dangling
 from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import save_figure
 from oa_train.figures.worth import worth_figure
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Track, silent
@@ -30,9 +31,7 @@ from oa_train.studies.finish import summary
 from oa_train.studies.minimality import Minimality, Removal, verdict
 from oa_train.studies.results import results_document, write_results, write_table
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 
 @dataclass(frozen=True)
@@ -120,18 +119,17 @@ class _Study:
         self.settings = settings
         self.track = track
         self.kind = KINDS[run.ablation]
-        self.parts, self.mask = run.circuit.parts, run.circuit.mask
+        self.level, self.mask = run.circuit.level, run.circuit.mask
         self.selected: Sequence[str] = run.circuit.provenance.get("selected", ["*"])
-        self._in_question = self.parts.mask(self.parts.select(self.selected))
+        self._in_question = self.level.selected(self.selected)
         self._check()
         self.batches = list(task.batches("test", task.n_test))
-        self.source = AblationSource(model, task, _positions(run), track)
+        self.source = AblationSource(model, task, self.level, _positions(run), track)
 
     def _check(self) -> None:
-        what = self.run.circuit.what
         if not (self.mask & self._in_question).any():
             raise ConfigurationError(
-                f"{self.run.name} keeps none of the {what} that it could leave out, so there is nothing to ask about."
+                f"{self.run.name} keeps none of the {self.level.parts} that it could leave out, so there is nothing to ask about."
             )
         if self.settings.refit and not self.kind.learned:
             raise ConfigurationError(
@@ -153,7 +151,7 @@ class _Study:
         """The circuit without several parts at once; None where that is nothing new."""
         if len(names) < 2:
             return None
-        _, (removal,) = self._without([[self.parts.index(name) for name in names]])
+        _, (removal,) = self._without([[self.level.index(name) for name in names]])
         return removal
 
     def _without(self, removed: Sequence[Sequence[int]]) -> tuple[Behaviour, list[Removal]]:
@@ -161,7 +159,7 @@ class _Study:
         masks = self.mask.repeat(1 + len(removed), 1)
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
-        masks = without_dangling(self.parts, masks)
+        masks = self.level.prune(masks)
         found = self._behaviour(masks, self._ablations(masks), "evaluating circuits without a part")
         return found, [self._removal(found, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
@@ -170,7 +168,7 @@ class _Study:
         gone[list(entries)] = False
         difference = {name: paired_difference(getattr(found, name)[row], getattr(found, name)[0]) for name in MEASURES}
         return Removal(
-            names=tuple(self.parts.names[entry] for entry in entries),
+            names=tuple(self.level.names[entry] for entry in entries),
             dangling=int(gone.sum()),
             figures=summary(found, row),
             difference=difference,
@@ -180,13 +178,13 @@ class _Study:
     def complements(self) -> list[dict[str, Estimate]]:
         """The model with the circuit's parts ablated, and those of random circuits, everything else being kept."""
         drawn = random_circuits(
-            self.parts,
+            self.level,
             len(self.run.circuit),
             self.settings.random_complements,
             self.settings.seed,
             self.selected,
         )
-        circuits = torch.stack([self.mask, *(one.mask for one in drawn)])
+        circuits = torch.stack([self.mask, *(each.mask for each in drawn)])
         masks = ~(circuits & self._in_question)
         found = self._behaviour(masks, self._complement_ablations(masks), "evaluating complements")
         return [summary(found, row) for row in range(len(masks))]
@@ -218,6 +216,7 @@ class _Study:
         fitted = fit_constants(
             self.model,
             self.task,
+            self.level,
             masks,
             [start],
             self.settings.fit,
@@ -229,7 +228,7 @@ class _Study:
 
     def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
         shown = self.track(self.batches, description)
-        return circuit_behaviour(self.model, shown, masks, ablations, self.settings.fit.rows_per_run)
+        return circuit_behaviour(self.model, shown, self.level, masks, ablations, self.settings.fit.rows_per_run)
 
 
 def _positions(run: TrainedCircuit) -> int:
@@ -278,8 +277,7 @@ def _provenance(study: _Study) -> dict[str, Any]:
 
 def _rows(minimality: Minimality) -> list[dict[str, Any]]:
     """A row for each part that was taken out, the one that is worth most first."""
-    what = "edge" if minimality.circuit.of_edges else "component"
-    return [{what: removal.names[0], **removal.as_json()} for removal in minimality.removals]
+    return [{minimality.circuit.level.part: removal.names[0], **removal.as_json()} for removal in minimality.removals]
 
 
 def _superfluous(minimality: Minimality) -> dict[str, Any]:
@@ -293,7 +291,7 @@ def _superfluous(minimality: Minimality) -> dict[str, Any]:
 
 def _draw(minimality: Minimality, study: _Study) -> None:
     circuit, kl = minimality.circuit, minimality.figures["kl"].mean
-    size = f"{len(circuit)} of {len(circuit.parts)} {circuit.what}, KL {kl:.3g} nats"
+    size = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}, KL {kl:.3g} nats"
     ablation = minimality.ablation.replace("_", " ") + " ablation" + (", refitted" if study.settings.refit else "")
     figure = worth_figure(
         [removal.names[0] for removal in minimality.removals],

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from oa_train.circuits.circuit import Circuit
 from oa_train.ablations.registry import AblationKind
+from oa_train.circuits.circuit import Circuit
 from oa_train.metrics.estimates import Estimate
 
 Verdict = Literal["needed", "undecided", "superfluous"]

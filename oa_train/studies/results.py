@@ -9,10 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from oa_train.artefacts import SCHEMA_VERSION, replace_file, versions, write_json
+from oa_train.artefacts import replace_file, versions, write_json
 from oa_train.errors import RunError
 
 RESULTS_FILE = "results.json"
+SCHEMA_VERSION = 1
 
 
 def results_document(

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oa_train.ablations.constants import Constants
-from oa_train.circuits.circuit import Circuit
 from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.circuits.circuit import Circuit
 from oa_train.studies.results import run_name
 
 

@@ -1,70 +1,90 @@
-"""Donors: other prompts of equal length, whose values stand in under resample ablation."""
+"""Partners of prompts for resample ablation: other prompts of equal length, whose activations replace theirs."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from oa_train.batches import Batch
 from oa_train.errors import TaskError
 from oa_train.seeds import derive_seed
-from oa_train.shapes import Int, Tensor
+from oa_train.shapes import Tensor
 from oa_train.tasks.task import Task
 
-# Further prompts that are looked through for one of a length that no donor has.
+# Prompts after the donors that are searched for a partner with lengths that no donor has.
 FURTHER_PROMPTS = 20_000
 
 
 class Donors:
-    """Gives every prompt a partner: a prompt of as many tokens, from the stream `means`, drawn at random.
+    """Gives every prompt a partner: a prompt with as many tokens, from the stream `means`, drawn at random.
 
     Streams share no text, so a prompt of any other stream is never its own partner, whatever batch it comes in. The
     partner follows from the seed and the prompt's number alone.
 
     Args:
-        task: where donors come from.
+        task: source of the donors.
         seed: other seeds draw other partners.
+        spans: spans that have as many tokens in the partner as in the prompt, so that values at a span can be taken
+            from the partner's same span.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
+    def __init__(self, task: Task, seed: int, spans: Sequence[str] = ()) -> None:
         self._task = task
         self._seed = seed
-        self._by_length: dict[int, list[Int[Tensor, " position"]]] = {}
+        self._spans = tuple(spans)
+        # Batches of one prompt, by the number of its tokens and of those of its spans.
+        self._by_lengths: dict[tuple[int, ...], list[Batch]] = {}
         self._n_read = 0
 
     def __call__(self, batch: Batch) -> Batch:
-        """The partners of all prompts of a batch, each in its prompt's columns.
+        """The partners of a batch's prompts, each in its prompt's columns, with spans of its own.
 
         Raises:
-            TaskError: the task has no other prompt of one of the lengths.
+            TaskError: the prompts lack one of the spans, or the task has no other prompt with the lengths of one.
         """
-        tokens = batch.tokens.clone()
-        numbers, lengths = batch.example_ids.tolist(), batch.lengths.tolist()
-        for row, (number, length) in enumerate(zip(numbers, lengths, strict=True)):
-            donors = self._of_length(length)
-            chosen = donors[derive_seed(self._seed, "donor", number) % len(donors)]
-            tokens[row, batch.attention_mask[row]] = chosen.to(tokens.device)
-        return replace(batch, tokens=tokens, counterfactual_tokens=None)
+        partners = []
+        for number, lengths in zip(batch.example_ids.tolist(), self._lengths(batch), strict=True):
+            donors = self._with_lengths(lengths)
+            partners.append(donors[derive_seed(self._seed, "donor", number) % len(donors)])
 
-    def _of_length(self, length: int) -> Sequence[Tensor]:
+        def in_columns(values: Sequence[Tensor], padding: Tensor) -> Tensor:
+            real = [row[partner.attention_mask] for row, partner in zip(values, partners, strict=True)]
+            filled = padding.clone()
+            filled[batch.attention_mask] = torch.cat(real).to(padding.device)
+            return filled
+
+        nowhere = torch.zeros_like(batch.attention_mask)
+        names = partners[0].spans
+        return replace(
+            batch,
+            tokens=in_columns([partner.tokens for partner in partners], batch.tokens),
+            protected=in_columns([partner.protected for partner in partners], nowhere),
+            spans={name: in_columns([partner.spans[name] for partner in partners], nowhere) for name in names},
+            counterfactual_tokens=None,
+        )
+
+    def _lengths(self, batch: Batch) -> list[tuple[int, ...]]:
+        spans = [batch.layout.span(name).sum(dim=1) for name in self._spans]
+        return [tuple(row) for row in torch.stack([batch.lengths, *spans], dim=1).tolist()]
+
+    def _with_lengths(self, lengths: tuple[int, ...]) -> Sequence[Batch]:
         if not self._n_read:
             for batch in self._task.batches("means", self._task.n_means):
-                for row in range(len(batch)):
-                    self._add(batch, row)
-        if length not in self._by_length:
-            self._by_length[length] = [self._first_of_length(length)]
-        return self._by_length[length]
+                for row, key in enumerate(self._lengths(batch)):
+                    self._by_lengths.setdefault(key, []).append(batch.rows(slice(row, row + 1)))
+                self._n_read += len(batch)
+        if lengths not in self._by_lengths:
+            self._by_lengths[lengths] = [self._further(lengths)]
+        return self._by_lengths[lengths]
 
-    def _add(self, batch: Batch, row: int) -> None:
-        tokens = batch.tokens[row][batch.attention_mask[row]]
-        self._by_length.setdefault(len(tokens), []).append(tokens)
-        self._n_read += 1
-
-    def _first_of_length(self, length: int) -> Tensor:
-        """The first of the prompts after the donors that has this length: only rare lengths come here."""
+    def _further(self, lengths: tuple[int, ...]) -> Batch:
+        """The first prompt after the donors with these lengths: only rare ones come here."""
         for number in range(self._n_read, self._n_read + FURTHER_PROMPTS):
             batch = self._task.batch("means", number, 1)
-            if int(batch.lengths) == length:
-                return batch.tokens[0]
+            if self._lengths(batch) == [lengths]:
+                return batch
+        spans = [f", {n} of them in the span {name!r}" for name, n in zip(self._spans, lengths[1:], strict=True)]
         raise TaskError(
-            f"Resample ablation needs another prompt of {length} tokens, and there is none among {FURTHER_PROMPTS} "
-            f"prompts of the task {self._task.name}. Raise n_means, or choose another ablation."
+            f"Resample ablation needs another prompt of {lengths[0]} tokens{''.join(spans)}, and there is none among "
+            f"{FURTHER_PROMPTS} prompts of the task {self._task.name}. Raise n_means, or choose another ablation."
         )

@@ -1,22 +1,25 @@
-"""The one place where tasks meet a tokenizer: loading it, the BOS rule, encoding, padding, single tokens."""
+"""Tokenizers, and the encoding of prompts: BOS, padding, spans, protected tokens, single-token words."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch
-from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from oa_train.errors import ModelError
-from oa_train.models.loading import LMSpec, builtin_models, locate
+from oa_train.batches import leading_tokens
+from oa_train.errors import ModelError, TaskError
+from oa_train.models.loading import LMSpec, builtin_models, load_config, locate
 from oa_train.shapes import Bool, Int, Tensor
 
 PaddingSide = Literal["left", "right"]
 Tokenizer = PreTrainedTokenizerBase
 
-# An ordinary word in front of a probe. Tokenizers write the first word of a text in another way than the
-# words after a space, and it is the second kind that stands in the middle of a prompt.
+# Part of a text: its first character and the one after its last, or a substring that occurs once.
+Span = tuple[int, int] | str
+
+# An ordinary word in front of a probe: tokenizers encode the first word of a text differently from words after a
+# space, and most words of a prompt follow a space.
 CONTEXT = "Then"
 
 
@@ -40,24 +43,6 @@ def load_tokenizer(spec: LMSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def word_tokenizer(words: Sequence[str], bos: str, pad: str, unknown: str) -> PreTrainedTokenizerFast:
-    """Make a tokenizer of words between spaces.
-
-    Args:
-        words: in the order of their ids, behind the three special tokens.
-        bos: the token of id 0.
-        pad: the token of id 1.
-        unknown: the token of id 2, for all other words.
-    """
-    pieces = [bos, pad, unknown, *(f"▁{word}" for word in words)]
-    tokenizer = FastTokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=bos, pad_token=pad, unk_token=unknown
-    )
-
-
 def bos_token_id(spec: LMSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """Id of the token that stands in front of every prompt, or None when there is none.
 
@@ -76,27 +61,56 @@ class PromptEncoder:
 
     Args:
         tokenizer: the model's tokenizer.
-        bos: id that is put in front of every prompt; None for nothing.
+        bos: id of the token in front of every prompt; None for none.
+        vocabulary_size: rows of the model's embedding.
 
     Attributes:
-        tokenizer: the model's tokenizer.
-        bos: id that is put in front of every prompt; None for nothing.
-        padding: id that fills padded columns. Any id will do, because those columns are masked.
+        padding: id that fills padded columns. Any id of the embedding will do, because those columns are masked.
+
+    Raises:
+        ModelError: the BOS token has no row in the embedding.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: int | None, vocabulary_size: int) -> None:
         self.tokenizer = tokenizer
         self.bos = bos
+        self.vocabulary_size = vocabulary_size
+        if bos is not None and bos >= vocabulary_size:
+            raise ModelError(
+                f"The beginning-of-sequence token {tokenizer.convert_ids_to_tokens(bos)!r} has the id {bos}, but the "
+                f"model's embedding has {vocabulary_size} rows. The tokenizer belongs to another model, or got tokens "
+                "that the embedding was not resized for. Use the model's own tokenizer, or lm.bos: none."
+            )
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        self.padding = int(next(token for token in candidates if token is not None))
+        self.padding = next(int(token) for token in candidates if token is not None and token < vocabulary_size)
         self._continuations: dict[tuple[str, str], int | None] = {}
 
+    @classmethod
+    def of(cls, spec: LMSpec) -> "PromptEncoder":
+        """The encoder of a model's prompts.
+
+        Raises:
+            ModelError: the tokenizer or the configuration cannot be loaded, or the two do not fit together.
+        """
+        tokenizer = load_tokenizer(spec)
+        return cls(tokenizer, bos_token_id(spec, tokenizer), load_config(spec).get_text_config().vocab_size)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without the tokenizer's own special tokens, with the BOS id in front."""
-        if not texts:
-            return []
-        start = [] if self.bos is None else [self.bos]
-        return [start + ids for ids in self._plain(texts)]
+        """Encode texts without the tokenizer's own special tokens, each with the BOS in front unless it has one.
+
+        Raises:
+            TaskError: a token has no row in the model's embedding.
+        """
+        rows = [self._opening(ids) + ids for ids in self._plain(texts)]
+        for text, row in zip(texts, rows, strict=True):
+            if row and max(row) >= self.vocabulary_size:
+                token = max(row)
+                raise TaskError(
+                    f"The token {self.tokenizer.convert_ids_to_tokens(token)!r} of the prompt {text!r} has the id "
+                    f"{token}, but the model's vocabulary has {self.vocabulary_size} tokens: it was added to the "
+                    "tokenizer and not to the model. Leave it out of the prompts, or resize the model's embedding."
+                )
+        return rows
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
@@ -110,14 +124,63 @@ class PromptEncoder:
         Returns:
             Token ids, and a mask that is True at real tokens.
         """
-        width = max(len(row) for row in rows)
-        tokens = torch.full((len(rows), width), self.padding, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
-        for number, row in enumerate(rows):
-            columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            tokens[number, columns] = torch.tensor(row, dtype=torch.long)
-            mask[number, columns] = True
+        lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
+        width = int(lengths.max())
+        columns = torch.arange(width)
+        mask = columns < lengths if side == "right" else columns >= width - lengths
+        tokens = torch.full(mask.shape, self.padding)
+        tokens[mask] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.long)
         return tokens, mask
+
+    def protected(
+        self, tokens: Int[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
+    ) -> Bool[Tensor, "batch position"]:
+        """True at tokens that are never ablated: a BOS that is the first token of its prompt."""
+        return leading_tokens(tokens, (mask.long().cumsum(dim=1) - 1).clamp(min=0), self.bos) & mask
+
+    def span_flags(self, texts: Sequence[str], spans: Sequence[Mapping[str, Span]]) -> list[dict[str, list[bool]]]:
+        """Find the tokens of named parts of texts: those that share with one a character that is not white space.
+
+        Args:
+            texts: the prompts.
+            spans: the named parts of each.
+
+        Returns:
+            For each text and each of its spans, a flag for every token of `encode`.
+
+        Raises:
+            TaskError: the tokenizer does not tell which characters a token covers; a span is no part of its text, or
+                holds no token that may be ablated.
+        """
+        if not any(spans):
+            return [{} for _ in texts]
+        if not self.tokenizer.is_fast:
+            raise TaskError(
+                f"The prompts name spans ({', '.join(next(filter(None, spans)))}), and this tokenizer is a slow one "
+                f"({type(self.tokenizer).__name__}), which does not tell which characters a token covers. Use the "
+                "model's fast tokenizer (a folder with tokenizer.json), or prompts without spans."
+            )
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
+        rows = zip(texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [
+            {name: self._flags(text, name, span, ids, offsets) for name, span in named.items()}
+            for text, named, ids, offsets in rows
+        ]
+
+    def _flags(
+        self, text: str, name: str, span: Span, ids: list[int], offsets: Sequence[tuple[int, int]]
+    ) -> list[bool]:
+        start, end = _characters(text, name, span)
+        opening = self._opening(ids)
+        flags = [False] * len(opening)
+        flags += [bool(text[max(start, first) : min(end, last)].strip()) for first, last in offsets]
+        if not any(flags[self.bos is not None :]):
+            state = "the beginning-of-sequence token, which is never ablated" if any(flags) else "part of no token"
+            raise TaskError(
+                f"The span {name!r} of the prompt {text!r} is {text[start:end]!r}, which is {state}. Let it cover a "
+                "character of another token."
+            )
+        return flags
 
     def continuation(self, text: str, piece: str) -> int | None:
         """Id of the one token by which `piece` continues `text`.
@@ -143,14 +206,37 @@ class PromptEncoder:
 
     def _probe(self, context: str, piece: str) -> int | None:
         before, after = self._plain([context, context + piece])
-        if after[:-1] != before or len(after) != len(before) + 1:
+        if after[:-1] != before or len(after) != len(before) + 1 or after[-1] >= self.vocabulary_size:
             return None
         # A token for unknown words, declared as such or not, does not give the word back.
         return after[-1] if str(self.tokenizer.decode(after[-1:])).strip() == piece.strip() else None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
+
+    def _opening(self, ids: list[int]) -> list[int]:
+        """The BOS, if there is one and the text does not begin with it."""
+        return [] if self.bos is None or ids[:1] == [self.bos] else [self.bos]
+
+
+def _characters(text: str, name: str, span: Span) -> tuple[int, int]:
+    """The first character of a span and the one after its last."""
+    if isinstance(span, str):
+        places = [start for start in range(len(text)) if text.startswith(span, start)]
+        if len(places) != 1:
+            raise TaskError(
+                f"The span {name!r} of the prompt {text!r} is {span!r}, which occurs {len(places)} times in it; "
+                "expected once. Correct it, or give its first character and the one after its last as [start, end]."
+            )
+        return places[0], places[0] + len(span)
+    start, end = span
+    if not 0 <= start < end <= len(text):
+        raise TaskError(
+            f"The span {name!r} of the prompt {text!r} is [{start}, {end}]; expected 0 <= start < end <= {len(text)}, "
+            "the first character and the one after the last."
+        )
+    return start, end
 
 
 def _not_loaded(spec: LMSpec, problem: Exception | str) -> ModelError:

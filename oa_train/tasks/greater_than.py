@@ -4,8 +4,9 @@ import random
 from typing import Any
 
 from oa_train.seeds import derive_seed
-from oa_train.tasks.task import Prompt, Task
 from oa_train.tasks.encoding import PromptEncoder
+from oa_train.tasks.grammar import GrammarTask, end_span, fill
+from oa_train.tasks.task import Prompt
 from oa_train.tasks.vocabulary import require_enough, single_token_words
 
 SENTENCE = "The {noun} lasted from the year {century}{year} to the year {century}"
@@ -19,11 +20,12 @@ MINIMUM_NOUNS = 2
 MINIMUM_YEARS = 20
 
 
-class GreaterThan(Task):
-    """The end of a span of years, which must lie after its start.
+class GreaterThan(GrammarTask):
+    """The end of a period, which must lie after its start.
 
     Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the
-    second year of the same century.
+    second year of the same century. Spans: `noun`, `year` (the two digits of the start after its century), `end` (the
+    last token).
 
     Args:
         **options: the options of every task (see `Task`).
@@ -31,7 +33,7 @@ class GreaterThan(Task):
     Attributes:
         nouns: events that are single tokens.
         years: the two-digit years of each century that are one token after it.
-        starts: centuries and years in which a span may start.
+        starts: centuries and years in which a period may start.
     """
 
     name = "greater_than"
@@ -60,15 +62,17 @@ class GreaterThan(Task):
         century, start = random.choice(self.starts)
         noun = random.choice(self.nouns)
         years = self.years[century]
+        text, places = fill(SENTENCE, noun=noun, century=century, year=start)
         return Prompt(
-            text=SENTENCE.format(noun=noun, century=century, year=start),
+            text=text,
             answers=tuple(year for year in years if year > start),
             distractors=tuple(year for year in years if year <= start),
             counterfactual=SENTENCE.format(noun=noun, century=century, year=EARLY_YEAR),
+            spans={"noun": places["noun"], "year": places["year"], "end": end_span(text)},
         )
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
         words = (*self.nouns, *(century + year for century, year in self.starts))
         return {**super().describe(), "words": f"{derive_seed(*words):016x}"}
 

@@ -1,23 +1,26 @@
-"""Induction: a row of unrelated words, then one of them again; what follows is what followed it before."""
+"""Induction: a row of unrelated words, then one of them again; the answer is the word that followed it before."""
 
 import random
 from typing import Any
 
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
-from oa_train.tasks.task import Prompt, Question, Task
+from oa_train.tasks.grammar import GrammarTask, end_span, word_span
+from oa_train.tasks.task import Prompt, Question
 from oa_train.tasks.vocabulary import single_token_words
 
 # Some text must stand before the first word: tokenizers write the very first word of a prompt differently.
 OPENING = "Words:"
 
 
-class Induction(Task):
-    """Some words that come back.
+class Induction(GrammarTask):
+    """Rows of words of which some come back.
 
     In "Words: river stone cloud window stone" the answer is " cloud", the word that followed "stone" before;
     distractors are the other words of the row. The counterfactual has another word at the first "stone", so that
     nothing tells what follows the last one. With `answer_positions: every` each word that comes back is a question.
+    Spans: `first` (where the last word stood before), `after` (the word that followed it there, the answer), `end`
+    (the last token).
 
     Args:
         length: different words in the row, before those that come back.
@@ -57,12 +60,14 @@ class Induction(Task):
         after = place + self.repeated
         again = row[place:after]
         *earlier, last = [self._question(row, again[: n + 1], row[place + n + 1]) for n in range(self.repeated)]
+        words = [OPENING, *row]
         return Prompt(
             text=last.text,
             answers=last.answers,
             distractors=last.distractors,
             counterfactual=" ".join([OPENING, *row[:place], *replacements, *row[after:], *again]),
             earlier=tuple(earlier),
+            spans={"first": word_span(words, after), "after": word_span(words, after + 1), "end": end_span(last.text)},
         )
 
     def _question(self, row: list[str], again: list[str], answer: str) -> Question:
@@ -70,7 +75,7 @@ class Induction(Task):
         return Question(" ".join([OPENING, *row, *again]), (f" {answer}",), others)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
         return {
             **super().describe(),
             "length": self.length,

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
-from oa_train.tasks.task import Prompt, Task, check_choice
+from oa_train.tasks.grammar import GrammarTask, end_span, fill
+from oa_train.tasks.task import Prompt, check_choice
 from oa_train.tasks.vocabulary import read_data, single_token_words
 
 Order = Literal["mixed", "ABBA", "BABA"]
@@ -18,13 +19,13 @@ MINIMUM_OTHERS = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """What happens in a prompt, before it is put into words.
+    """Content of a prompt: the sentence and the people in it.
 
     Attributes:
         template: the template that the frame was made from.
         frame: the template with everything filled in but the three mentions {A}, {B} and {S}.
         indirect_object: who receives the thing; the answer.
-        subject: who gives it, and so is named twice.
+        subject: who gives it, and is named twice.
         unrelated: three other people, for a text in which nobody is named twice.
         subject_first: whether the subject is named before the indirect object (BABA) or after (ABBA).
     """
@@ -37,27 +38,35 @@ class Scene:
     subject_first: bool
 
     @property
-    def text(self) -> str:
-        """The prompt."""
-        pair = (self.indirect_object, self.subject)
-        first, second = pair[::-1] if self.subject_first else pair
-        return self.frame.format(A=first, B=second, S=self.subject)
+    def prompt(self) -> Prompt:
+        """The prompt, whose counterfactual names the three unrelated people."""
+        indirect_object, subject = "BA" if self.subject_first else "AB"
+        people = {indirect_object: self.indirect_object, subject: self.subject}
+        text, places = fill(self.frame, **people, S=self.subject)
+        return Prompt(
+            text=text,
+            answers=(f" {self.indirect_object}",),
+            distractors=(f" {self.subject}",),
+            counterfactual=self.unrelated_text,
+            spans={"IO": places[indirect_object], "S1": places[subject], "S2": places["S"], "end": end_span(text)},
+        )
 
     @property
     def unrelated_text(self) -> str:
-        """The prompt with three people who have nothing to do with each other: there is no answer."""
+        """The sentence with three unrelated people, which has no answer."""
         first, second, third = self.unrelated
         return self.frame.format(A=first, B=second, S=third)
 
 
-class IOI(Task):
+class IOI(GrammarTask):
     """Indirect object identification.
 
     Two people are introduced, one of them is named again and gives something to whom? The other one.
-    The counterfactual names three other people in the same sentence.
+    The counterfactual names three other people in the same sentence. Spans: `IO` (the indirect object), `S1` and `S2`
+    (first and second mention of the subject), `end` (the last token).
 
     Args:
-        order: ABBA introduces the indirect object first, BABA the subject first; mixed takes either by chance.
+        order: ABBA introduces the indirect object first, BABA the subject first; mixed draws either.
         distractor_names: probability that a clause with a third name is added ("While Tom was busy,"). Without
             such clauses a small model learns to look for the name that occurs once.
         **options: the options of every task (see `Task`).
@@ -95,13 +104,7 @@ class IOI(Task):
 
     def draw(self, random: random.Random) -> Prompt:
         """Draw a scene and put it into words."""
-        scene = self.draw_scene(random)
-        return Prompt(
-            text=scene.text,
-            answers=(f" {scene.indirect_object}",),
-            distractors=(f" {scene.subject}",),
-            counterfactual=scene.unrelated_text,
-        )
+        return self.draw_scene(random).prompt
 
     def draw_scene(self, random: random.Random) -> Scene:
         """Draw people, place, thing, template and the order of the names."""
@@ -134,7 +137,7 @@ class IOI(Task):
         return template
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
         words = (*self.names, *self.places, *self.objects, *self.templates)
         return {
             **super().describe(),

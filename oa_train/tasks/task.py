@@ -1,9 +1,8 @@
-"""What a task is: prompts that are drawn without state, in streams that share no prompt."""
+"""What a task is: a source of prompts in streams, and the batches made of them."""
 
-import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -11,24 +10,16 @@ import torch
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.loading import BUILT_IN, LMSpec
-from oa_train.seeds import derive_seed, python_generator
-from oa_train.shapes import Int, Tensor
-from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Tokenizer, bos_token_id, load_tokenizer
+from oa_train.seeds import derive_seed
+from oa_train.shapes import Bool, Int, Tensor
+from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Span, Tokenizer
 
 Stream = Literal["train", "refit", "means", "validation", "test"]
 AnswerPositions = Literal["last", "every"]
 
-# Which tenths of all texts belong to which stream. Neither a seed nor an option moves a text to another
-# stream, so what one run trains on is never what another one tests on.
+# Streams of the ten classes that texts are hashed into. Neither a seed nor an option moves a text to another stream,
+# so what one run trains on is never what another one tests on.
 TENTHS: tuple[Stream, ...] = ("train",) * 5 + ("refit",) * 2 + ("means", "validation", "test")
-
-# The smallest streams hold a tenth of the texts, so a grammar with many texts fails this often with a
-# chance of 0.9 ** 1000.
-ATTEMPTS = 1000
-
-# So many times as many attempts are made for prompts of one length: with this a length that one prompt in fifty has is
-# missed with a chance of 0.998 ** 20000.
-RARE_LENGTHS = 20
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt(Question):
-    """A text that ends with a question, and may hold others before.
+    """A text that ends with a question, and may hold earlier ones.
 
     Attributes:
         text: the prompt, up to and including the token that predicts the last answer.
@@ -56,10 +47,13 @@ class Prompt(Question):
         distractors: wrong continuations of one token that the answers are compared with.
         counterfactual: the prompt with other content, as many tokens long; None when the task has none.
         earlier: questions that the text answers itself as it goes on, from left to right.
+        spans: named parts of the text: the first character of each and the one after its last, or a substring that
+            occurs exactly once.
     """
 
     counterfactual: str | None = None
     earlier: tuple[Question, ...] = ()
+    spans: Mapping[str, Span] = field(default_factory=dict, hash=False)
 
 
 def stream_of(text: str) -> Stream:
@@ -68,13 +62,11 @@ def stream_of(text: str) -> Stream:
 
 
 class Task(ABC):
-    """Prompts of one kind, for one model's tokenizer.
-
-    A prompt depends on the seed, its stream and its number and on nothing that was drawn before it.
+    """Source of prompts of one kind, encoded for one model.
 
     Args:
         lm: the model whose tokenizer encodes the prompts; the built-in model by default.
-        seed: other seeds give other prompts.
+        seed: other seeds give other prompts, where prompts are drawn.
         batch_size: prompts in a training batch.
         batches_per_epoch: training batches between two validations.
         n_validation: prompts that validation uses.
@@ -82,7 +74,6 @@ class Task(ABC):
         n_means: prompts over which mean ablation averages.
         padding_side: where shorter prompts of a batch are filled up.
         evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
-        n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
         answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
 
     Attributes:
@@ -91,7 +82,7 @@ class Task(ABC):
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
-        ModelError: the tokenizer cannot be loaded.
+        ModelError: the tokenizer cannot be loaded, or its BOS is not in the model's vocabulary.
         TaskError: the tokenizer splits the words that the task needs.
     """
 
@@ -109,13 +100,11 @@ class Task(ABC):
         n_means: int = 2048,
         padding_side: PaddingSide = "right",
         evaluation_batch_size: int = 128,
-        n_tokens: int | None = None,
         answer_positions: AnswerPositions = "last",
     ) -> None:
         check_choice("padding_side", padding_side, get_args(PaddingSide))
         check_choice("answer_positions", answer_positions, get_args(AnswerPositions))
         self.evaluation_batch_size = positive("evaluation_batch_size", evaluation_batch_size)
-        self.n_tokens = None if n_tokens is None else positive("n_tokens", n_tokens)
         self.answer_positions: AnswerPositions = answer_positions
         self.batch_size = positive("batch_size", batch_size)
         self.batches_per_epoch = positive("batches_per_epoch", batches_per_epoch)
@@ -126,24 +115,26 @@ class Task(ABC):
         self.padding_side: PaddingSide = padding_side
         self.seed = seed
         self.lm = lm
-        tokenizer = load_tokenizer(self.lm)
-        self.encoder = PromptEncoder(tokenizer, bos_token_id(self.lm, tokenizer))
+        self.encoder = PromptEncoder.of(lm)
+        self._span_names: tuple[str, ...] | None = None
 
     @abstractmethod
-    def draw(self, random: random.Random) -> Prompt:
-        """Draw a prompt of any stream.
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        """Prompt number `index` of a stream, whatever was asked for before.
 
-        Args:
-            random: the only source of chance that may be used.
+        Streams should share no text: `stream_of` says to which one a text belongs.
+
+        Raises:
+            TaskError: the stream has no prompts.
         """
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts are drawn, as plain values for the header of an artefact."""
+        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
         return {
             "name": self.name,
             "seed": self.seed,
-            "n_tokens": self.n_tokens,
             "answer_positions": self.answer_positions,
+            "bos_token_id": self.encoder.bos,
         }
 
     @property
@@ -155,32 +146,6 @@ class Task(ABC):
     def bos_token_id(self) -> int | None:
         """Id of the token that stands in front of every prompt; None when there is none."""
         return self.encoder.bos
-
-    def prompt(self, stream: Stream, index: int) -> Prompt:
-        """Prompt number `index` of a stream.
-
-        Raises:
-            TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
-        """
-        lengths = set()
-        for attempt in range(ATTEMPTS if self.n_tokens is None else ATTEMPTS * RARE_LENGTHS):
-            prompt = self.draw(python_generator(self.seed, self.name, stream, index, attempt))
-            if stream_of(prompt.text) != stream:
-                continue
-            if self.n_tokens is None:
-                return prompt
-            lengths.add(len(self.encoder.encode([prompt.text])[0]))
-            if self.n_tokens in lengths:
-                return prompt
-        if lengths:
-            raise TaskError(
-                f"n_tokens is {self.n_tokens}, and no prompt that the task {self.name} drew has so many; their "
-                f"lengths are {', '.join(map(str, sorted(lengths)))}."
-            )
-        raise TaskError(
-            f"None of {ATTEMPTS} prompts that the task {self.name} drew belongs to the stream {stream!r}. Streams "
-            "share no prompt, so the task has too few different prompts; allow more words, names or templates."
-        )
 
     def batch(self, stream: Stream, index: int, size: int | None = None) -> Batch:
         """Prompts `index * size` to `(index + 1) * size - 1` of a stream.
@@ -209,14 +174,14 @@ class Task(ABC):
             yield self.batch_of(stream, range(start, min(start + size, n_prompts)))
 
     def batch_of(self, stream: Stream, numbers: range) -> Batch:
-        """The prompts of a stream that have these numbers, as a batch.
+        """The prompts of a stream with these numbers, as a batch.
 
         Args:
             stream: which stream.
             numbers: at least one.
 
         Raises:
-            TaskError: a prompt does not fit the tokenizer.
+            TaskError: a prompt does not fit the tokenizer, or its spans are wrong or not those of the other prompts.
         """
         prompts = [self.prompt(stream, number) for number in numbers]
         rows = self.encoder.encode([prompt.text for prompt in prompts])
@@ -236,13 +201,35 @@ class Task(ABC):
             counterfactual_tokens=self._counterfactuals(prompts, rows),
             example_ids=torch.tensor(list(numbers)),
             padded=any(len(row) < width for row in rows),
+            protected=self.encoder.protected(tokens, mask),
+            spans=self._spans(prompts, mask),
         )
+
+    def _spans(
+        self, prompts: Sequence[Prompt], mask: Bool[Tensor, "batch position"]
+    ) -> dict[str, Bool[Tensor, "batch position"]]:
+        if self._span_names is None:
+            self._span_names = tuple(prompts[0].spans)
+        names = self._span_names
+        for prompt in prompts:
+            if set(prompt.spans) != set(names):
+                lacking = sorted(set(names) - set(prompt.spans))
+                problem = f"lacks the spans {', '.join(lacking)}" if lacking else "names further spans"
+                raise TaskError(
+                    f"The prompt {prompt.text!r} {problem}: it names {', '.join(prompt.spans) or 'none'}, and other "
+                    f"prompts of the task {self.name} name {', '.join(names) or 'none'}. Let all name the same ones."
+                )
+        flags = self.encoder.span_flags([prompt.text for prompt in prompts], [prompt.spans for prompt in prompts])
+        spans = {name: torch.zeros_like(mask) for name in names}
+        for name, inside in spans.items():
+            inside[mask] = torch.tensor([flag for row in flags for flag in row[name]])
+        return spans
 
     def _questions(self, prompt: Prompt) -> list[Question]:
         return [*prompt.earlier, prompt] if self.answer_positions == "every" else [prompt]
 
     def _columns(self, questions: Sequence[Question], row: list[int], width: int) -> list[int]:
-        """Where the last token of each question stands in a padded row."""
+        """Columns of the last token of each question in a padded row."""
         padding = width - len(row) if self.padding_side == "left" else 0
         *earlier, last = questions
         columns = []
@@ -265,14 +252,14 @@ class Task(ABC):
 
     def _tokens(self, question: Question, pieces: Sequence[str], most: int) -> list[int]:
         """The token of each piece, filled up with -1."""
-        found = [self.encoder.continuation(question.text, piece) for piece in pieces]
-        for piece, token in zip(pieces, found, strict=True):
+        tokens = [self.encoder.continuation(question.text, piece) for piece in pieces]
+        for piece, token in zip(pieces, tokens, strict=True):
             if token is None:
                 raise TaskError(
                     f"{piece!r} after {question.text!r} is not one token of this tokenizer. The task {self.name} "
                     "scores one token, so leave this word out or choose a model whose tokenizer holds it."
                 )
-        return [token for token in found if token is not None] + [-1] * (most - len(found))
+        return [token for token in tokens if token is not None] + [-1] * (most - len(tokens))
 
     def _counterfactuals(
         self, prompts: Sequence[Prompt], rows: Sequence[list[int]]
@@ -292,7 +279,7 @@ class Task(ABC):
 
 
 def positive(name: str, value: int, least: int = 1) -> int:
-    """Return `value` when it is at least `least`.
+    """Return `value` if it is at least `least`.
 
     Raises:
         ConfigurationError: it is not.
@@ -303,7 +290,7 @@ def positive(name: str, value: int, least: int = 1) -> int:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a value that is not one of `choices`.
+    """Check that a value is one of `choices`.
 
     Raises:
         ConfigurationError: it is not.

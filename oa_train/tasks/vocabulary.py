@@ -67,18 +67,3 @@ def require_enough(kept: Sequence[str], words: Sequence[str], *, task: str, what
             f"of a sentence; at least {minimum} are needed.\nChoose a model whose tokenizer keeps them whole, or "
             "another task."
         )
-
-
-def require_single_tokens(encoder: PromptEncoder, task: str, words: Sequence[str]) -> None:
-    """Refuse a tokenizer to which one of these words is several tokens.
-
-    Args:
-        encoder: encodes with the model's tokenizer.
-        task: name of the task that asks.
-        words: what the task is made of.
-
-    Raises:
-        TaskError: a word is several tokens, or unknown.
-    """
-    kept = [word for word in words if encoder.is_single_token(word)]
-    require_enough(kept, words, task=task, what="words that it is made of are single tokens", minimum=len(words))

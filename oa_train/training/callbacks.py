@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from oa_train.errors import ConfigurationError
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
-from oa_train.training.pictures import probability_picture
+from oa_train.training.pictures import score_picture
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -157,15 +157,16 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
 
 
 class MaskImages(Callback):
-    """Shows the keep-probability of every component or edge as an image in TensorBoard after each validation."""
+    """Shows the keep-probability of every mask entry as an image in TensorBoard after each validation."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw and log the map."""
         if trainer.sanity_checking or not isinstance(pl_module, CircuitModule) or not trainer.is_global_zero:
             return
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for number, scores in enumerate(pl_module.keep_probability() if loggers else ()):
-            figure = probability_picture(pl_module.parts, scores, pl_module.threshold)
+        masks = pl_module.masks
+        for number, scores in enumerate(masks.keep_probability() if loggers else ()):
+            figure = score_picture(pl_module.level, scores, masks.threshold)
             name = "masks/keep_probability" + (f"/{number}" if pl_module.n_circuits > 1 else "")
             for logger in loggers:
                 logger.experiment.add_figure(name, figure, trainer.global_step)

@@ -11,30 +11,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.constants import Constants, TrainableConstants
+from oa_train.ablations.context import check_belongs
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import FittedCircuits, cosine_decay
+from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
+from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.ablations.context import check_belongs
-from oa_train.engine.forward import scored_logits
-from oa_train.ablations.evaluation import ROWS_PER_RUN, circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
-from oa_train.engine.levels import replaced_sources
 from oa_train.metrics.measures import LOSS_SIGNS, Loss, check_loss
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
+from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule
-from oa_train.ablations.best import BestConstants
-from oa_train.ablations.fitting import circuit_losses, falling
 
 # Share of its loss by which one circuit at least must improve for a validation to count as progress.
 LEAST_PROGRESS = 0.01
 
+# Ablated entries of a circuit that a checkpoint lists by name.
+MOST_LISTED = 100
+
 
 class ConstantsModule(FrozenModelModule):
-    """Finds the constants that replace components best, the circuit being given.
+    """Finds the constants that replace units best, the circuit being given.
 
-    Components that are ablated alone are trained side by side: a step shows the same prompts to all, and each row of
+    Units that are ablated alone are trained side by side: a step shows the same prompts to all, and each row of
     the batch reads and moves the constants of its own component only, so this equals one job for each.
 
     Exactly one of `circuit`, `keep` and `alone` says what is ablated.
@@ -43,19 +49,21 @@ class ConstantsModule(FrozenModelModule):
         lm: the frozen model; the built-in one by default.
         seed: kept for the record; nothing here is drawn.
         circuit: folder of a circuit, or of a run that has one; everything outside of it is ablated.
-        keep: names or shell patterns of the components that are kept, all others being ablated.
-        alone: names or shell patterns of components, each of which is ablated alone (`*` for all).
+        keep: names or shell patterns of the units that are kept, all others being ablated.
+        alone: names or shell patterns of units, each of which is ablated alone (`*` for all).
+        sites: with `keep` and `alone`, kinds of site whose units these are; see `CircuitModule`.
+        dictionaries: sparse dictionaries, whose features are the units of the kind `features`.
         start: where the constants start: `mean`, `zero` or `counterfactual_mean`, or a folder of constants, or of a
             run that has some.
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
-        positions: size of the constants' table; 1 gives each component one constant.
+        positions: size of the constants' table; 1 gives each unit one constant.
         learning_rate: of Adam at the start; it falls to zero along a cosine over the whole training.
         patience: validations after which the training ends when no circuit's loss has fallen by a hundredth; never
             when not given.
         rows_per_run: most rows (circuits times prompts) whose activations are kept at once; further circuits are run
             twice in a step, which bounds memory and changes no result.
-        activation_checkpointing: keep only what enters each decoder block and run the block again in the backward
-            pass; less memory, more time, the same result.
+        recompute: keep only what enters each decoder block and run the block again in the backward pass; less memory,
+            more time, the same result.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -71,16 +79,18 @@ class ConstantsModule(FrozenModelModule):
         circuit: str | None = None,
         keep: str | list[str] | None = None,
         alone: str | list[str] | None = None,
+        sites: list[str] = [*DEFAULT_SITES],  # noqa: B006 (never changed)
+        dictionaries: list[DictionarySpec] | None = None,
         start: str = "mean",
         loss: Loss = "kl",
         positions: int = 1,
         learning_rate: float = 0.01,
         patience: int | None = None,
         rows_per_run: int = ROWS_PER_RUN,
-        activation_checkpointing: bool = False,
+        recompute: bool = False,
     ) -> None:
-        given = {"circuit": circuit, "keep": keep, "alone": alone}
-        chosen = [name for name, value in given.items() if value is not None]
+        options = {"circuit": circuit, "keep": keep, "alone": alone}
+        chosen = [name for name, value in options.items() if value is not None]
         if len(chosen) != 1:
             raise ConfigurationError(
                 f"Give exactly one of circuit (a folder), keep (components) and alone (components); given: "
@@ -92,23 +102,26 @@ class ConstantsModule(FrozenModelModule):
             if not value > 0:
                 raise ConfigurationError(f"{name} is {value}; expected more than 0.")
         starts_from = Constants.load(_inside(start, "constants")) if Path(start).is_dir() else _start_kind(start)
+        check_site_kinds("sites", sites)
+        loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(lm, seed)
         self.loss: Loss = loss
         self.positions = positions
         self.learning_rate = learning_rate
         self.patience = patience
-        self.rows_per_run = rows_per_run
-        self.activation_checkpointing = activation_checkpointing
+        self.recompute = recompute
         self.start = start
         self._starts_from = starts_from
-        self.circuits = self._circuits(circuit, keep, alone)
-        self.masks: Tensor
-        self.register_buffer("masks", torch.stack([one.mask for one in self.circuits.values()]), persistent=False)
-        # One table: no two of the circuits ablate the same component.
-        replaced = replaced_sources(self.frozen, self.masks)
-        start_tables = [Constants.zeros(self.dimensions, self.bos_token_id, positions)]
-        self.constants = TrainableConstants(start_tables, with_inputs=bool(replaced[:, 0].any()))
-        self.best = BestConstants(replaced, self.constants)
+        patterns = [pattern for some in (keep, alone) if some is not None for pattern in _as_list(some)]
+        self.circuits = (
+            {"circuit": self._loaded_circuit(circuit)}
+            if circuit is not None
+            else _chosen_circuits(Nodes.of(self.frozen.config, sites, patterns, loaded), keep, alone)
+        )
+        self.level: Level = next(iter(self.circuits.values())).level
+        masks = torch.stack([chosen.mask for chosen in self.circuits.values()])
+        start_tables = [Constants.zeros(self.level, positions)]
+        self.fitted = FittedCircuits(self.level, masks, start_tables, loss, rows_per_run, recompute)
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))
         self.progress: Tensor
@@ -119,29 +132,23 @@ class ConstantsModule(FrozenModelModule):
         self.validation_losses = torch.nn.ModuleList()
         self._measure(1)
 
-    def _circuits(
-        self, circuit: str | None, keep: str | list[str] | None, alone: str | list[str] | None
-    ) -> dict[str, Circuit]:
-        if circuit is not None:
-            loaded = Circuit.load(_inside(circuit, "circuit"))
-            check_belongs(self.frozen, loaded, None)
-            return {"circuit": loaded}
-        if keep is not None:
-            return {"circuit": Circuit.from_patterns(self.components, _as_list(keep))}
-        ablated = self.components.select(_as_list(alone or []))
-        if not ablated:
-            raise ConfigurationError(f"alone is {alone!r}, which selects no component; * selects all.")
-        return {name: Circuit.from_patterns(self.components, ["*", f"!{name}"]) for name in ablated}
+    def _loaded_circuit(self, folder: str) -> Circuit:
+        loaded = Circuit.load(_inside(folder, "circuit"))
+        check_belongs(self.frozen, loaded, None)
+        return loaded
 
     @property
     def each_alone(self) -> bool:
-        """Whether each circuit lacks one component."""
+        """Whether each circuit lacks one unit."""
         return "circuit" not in self.circuits
 
     def describe(self) -> dict[str, Any]:
         """What is ablated, and for which loss constants are sought."""
         return {
-            "kept": {name: list(circuit.names) for name, circuit in self.circuits.items()},
+            "level": {
+                key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")
+            },
+            "ablated": {name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()},
             "start": self.start if isinstance(self._starts_from, Kind) else "constants",
             "positions": self.positions,
             "loss": self.loss,
@@ -154,7 +161,7 @@ class ConstantsModule(FrozenModelModule):
             "seed": self.seed,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
-            "activation_checkpointing": self.activation_checkpointing,
+            "recompute": self.recompute,
             **self.describe(),
         }
 
@@ -166,8 +173,8 @@ class ConstantsModule(FrozenModelModule):
                 "The learning rate of the constants falls to zero over the training, which therefore needs an end: "
                 "give trainer.max_epochs or trainer.max_steps."
             )
-        optimizer = torch.optim.Adam(self.constants.parameters(), lr=self.learning_rate)
-        decay = LambdaLR(optimizer, lambda step: falling(step, n_steps))
+        optimizer = torch.optim.Adam(self.fitted.constants.parameters(), lr=self.learning_rate)
+        decay = LambdaLR(optimizer, lambda step: cosine_decay(step, n_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def on_train_start(self) -> None:
@@ -175,24 +182,26 @@ class ConstantsModule(FrozenModelModule):
         (config,) = self.trainer.lr_scheduler_configs
         config.scheduler.base_lrs = [self.learning_rate]
         done = config.scheduler.last_epoch
-        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * falling(done, self.planned_steps())
+        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * cosine_decay(
+            done, self.planned_steps()
+        )
 
     def on_fit_start(self) -> None:
         """Start where it was asked to, unless a checkpoint brought constants; mean and zero are the first to beat."""
         if self.patience is not None and self.trainer.limit_val_batches == 0:
             raise ConfigurationError("patience counts validations, and trainer.limit_val_batches is 0.")
         started = bool(self.constants_started)
-        if started and bool(torch.isfinite(self.best.loss).all()):
+        if started and bool(torch.isfinite(self.fitted.best.loss).all()):
             return
-        source = AblationSource(self.frozen, self.data.task, self.positions, self.track)
+        source = AblationSource(self.frozen, self.data.task, self.level, self.positions, self.track)
         start = self._starting_constants(source)
         if not started:
-            self.constants.load(start)
+            self.fitted.constants.load(start)
             self.constants_started.fill_(True)
-            self.share_from_first_process(self.constants.parameters())
+            self.share_from_first_process(self.fitted.constants.parameters())
         # The means are the usual start, and need not be evaluated twice.
         candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
-        self._candidates = [TrainableConstants([one]).to(self.device).requires_grad_(False) for one in candidates]
+        self._candidates = [self.fitted.candidate(constants) for constants in candidates]
         self._measure(1 + len(candidates))
 
     def _measure(self, n_tables: int) -> None:
@@ -208,32 +217,20 @@ class ConstantsModule(FrozenModelModule):
         assert isinstance(prepared, Constants)
         return prepared
 
-    def losses(self, batch: Batch, clean: Float[Tensor, "batch scored vocabulary"]) -> Float[Tensor, " circuit"]:
-        """Mean loss of every circuit over the prompts, with gradients to its own constants.
-
-        Args:
-            batch: prompts.
-            clean: what the unablated model predicts for them.
-        """
-        at_once = max(1, self.rows_per_run // len(batch))
-
-        def some(chosen: slice, *tables: Tensor) -> Tensor:
-            table = Constants.from_tensors(tables, self.bos_token_id)
-            masks, recompute = self.masks[chosen], self.activation_checkpointing
-            return circuit_losses(self.frozen, batch, clean, masks, [table], self.loss, recompute)
-
-        tables = [table[0] for table in self.constants.tables()]
-        parts = [slice(first, first + at_once) for first in range(0, len(self.circuits), at_once)]
-        if len(parts) == 1:
-            return some(parts[0], *tables)
-        # Run again in the backward pass: only one part's activations are alive at a time.
-        return torch.cat([checkpoint(some, part, *tables, use_reentrant=False) for part in parts])
+    def losses(self, batch: Batch) -> Float[Tensor, " circuit"]:
+        """Mean loss of every circuit over the prompts, with gradients to its own constants."""
+        tables = list(self.fitted.constants.parameters())
+        runs = list(self.fitted.runs(self.frozen, batch))
+        total = torch.zeros(len(self.circuits), device=self.device)
+        for run in runs:
+            # Of several runs each is made again in the backward pass: only one run's activations live at a time.
+            lost = run.losses() if len(runs) == 1 else checkpoint(run.losses, *tables, use_reentrant=False)
+            total = total.index_add(0, torch.arange(*run.circuits.indices(len(total)), device=self.device), lost)
+        return total
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all circuits."""
-        with torch.no_grad():
-            clean = scored_logits(self.frozen, batch)
-        losses = self.losses(batch, clean)
+        losses = self.losses(batch)
         means = self.over_processes(losses)
         self.check_finite({"train/loss": means}, "Losses")
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
@@ -242,20 +239,22 @@ class ConstantsModule(FrozenModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the constants as they are now, and once of those where the training may have started."""
-        self._evaluate(batch, [self.constants.sets(), *(one.sets() for one in self._candidates)])
+        self._evaluate(batch, [self.fitted.constants.sets(), *(candidate.sets() for candidate in self._candidates)])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the best constants."""
-        self._evaluate(batch, [self.best.sets()])
+        self._evaluate(batch, [self.fitted.best.sets()])
 
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
         # As many circuits at once in every process, whose batches may differ by a prompt: where the model is shared
         # out, all processes run it together.
-        at_once = max(1, self.rows_per_run // self.data.task.evaluation_batch_size)
-        for metric, table in zip(self.validation_losses, tables, strict=False):
+        at_once = max(1, self.fitted.rows_per_run // self.data.task.evaluation_batch_size)
+        for metric, sets in zip(self.validation_losses, tables, strict=False):
             assert isinstance(metric, CircuitMeans)
-            found = circuit_behaviour(self.frozen, [batch], self.masks, table, at_once * len(batch))
-            metric.update(found.loss(self.loss).mean(dim=1).to(self.device), len(batch))
+            behaviour = circuit_behaviour(
+                self.frozen, [batch], self.level, self.fitted.masks, sets, at_once * len(batch)
+            )
+            metric.update(behaviour.loss(self.loss).mean(dim=1).to(self.device), len(batch))
 
     def _mean_losses(self, index: int) -> Float[Tensor, " circuit"]:
         metric = self.validation_losses[index]
@@ -267,21 +266,21 @@ class ConstantsModule(FrozenModelModule):
 
     def on_validation_epoch_end(self) -> None:
         """Keep what is best for each circuit; the best checkpoint minimises the mean of the best losses."""
-        found = [self._mean_losses(index) for index in range(1 + len(self._candidates))]
+        losses = [self._mean_losses(index) for index in range(1 + len(self._candidates))]
         if self.trainer.sanity_checking:  # of a few prompts, with which later figures cannot be compared
             return
-        for candidate, losses in zip(self._candidates, found[1:], strict=True):
-            self.best.offer(candidate, losses)
+        for candidate, of_candidate in zip(self._candidates, losses[1:], strict=True):
+            self.fitted.best.offer(candidate, of_candidate)
         self._candidates = []
-        self.best.offer(self.constants, found[0])
-        self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * found[0].mean(), prog_bar=True, sync_dist=True)
-        self.log("val/objective", self.best.loss.mean(), sync_dist=True)
+        self.fitted.best.offer(self.fitted.constants, losses[0])
+        self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses[0].mean(), prog_bar=True, sync_dist=True)
+        self.log("val/objective", self.fitted.best.loss.mean(), sync_dist=True)
         self._stop_when_flat()
 
     def _stop_when_flat(self) -> None:
         least = torch.where(self.progress.isfinite(), LEAST_PROGRESS * self.progress.abs(), 0.0)
-        fallen = self.best.loss < self.progress - least
-        self.progress[fallen] = self.best.loss[fallen]
+        fallen = self.fitted.best.loss < self.progress - least
+        self.progress[fallen] = self.fitted.best.loss[fallen]
         self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1
         if self.patience is not None and int(self.stale) >= self.patience:
             self.trainer.should_stop = True
@@ -295,22 +294,37 @@ class ConstantsModule(FrozenModelModule):
         """The circuit that constants were trained for; whatever it was found under, it is optimally ablated now.
 
         Raises:
-            ConfigurationError: components were ablated alone.
+            ConfigurationError: units were ablated alone.
         """
         if self.each_alone:
-            raise ConfigurationError("Constants of components that were ablated alone belong to no circuit.")
-        given = self.circuits["circuit"]
-        return replace(given, provenance={**given.provenance, **self._optimal_provenance()})
+            raise ConfigurationError("Constants of units that were ablated alone belong to no circuit.")
+        circuit = self.circuits["circuit"]
+        return replace(circuit, provenance={**circuit.provenance, **self._optimal_provenance()})
 
     def _optimal_provenance(self) -> dict[str, Any]:
         return self.provenance() | {"ablation": "optimal", "loss": self.loss}
 
     def best_constants(self) -> Constants:
-        """The best constants by validation: of the circuit, or of each component its own from where it was alone."""
+        """The best constants by validation: of the circuit, or of each unit its own from where it was alone."""
         # Without any validation the last constants are all there is to know.
-        known = bool(torch.isfinite(self.best.loss).all())
-        (table,) = self.best.sets() if known else self.constants.sets()
-        return replace(table.detach().to("cpu"), provenance=self._optimal_provenance())
+        known = bool(torch.isfinite(self.fitted.best.loss).all())
+        (constants,) = self.fitted.best.sets() if known else self.fitted.constants.sets()
+        return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
+
+
+def _chosen_circuits(nodes: Nodes, keep: str | list[str] | None, alone: str | list[str] | None) -> dict[str, Circuit]:
+    if keep is not None:
+        return {"circuit": Circuit.from_patterns(nodes, _as_list(keep))}
+    ablated = nodes.select(_as_list(alone or []))
+    if not ablated:
+        raise ConfigurationError(f"alone is {alone!r}, which selects no component; * selects all.")
+    return {name: Circuit.from_mask(nodes, ~nodes.mask([name])) for name in ablated}
+
+
+def _digest(names: Sequence[str]) -> str:
+    """Names, where they are few; else a short name for all of them."""
+    listed = " ".join(names)
+    return listed if len(names) <= MOST_LISTED else f"{len(names)} entries, {derive_seed(listed):016x}"
 
 
 def _start_kind(name: str) -> Kind:

@@ -13,13 +13,10 @@ from torch import nn
 
 from oa_train.artefacts import versions
 from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
-from oa_train.models.selection import Components
-from oa_train.models.families import Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
 from oa_train.models.sharding import shard
 from oa_train.progress import Track, silent
 from oa_train.tasks.task import Task
-from oa_train.tasks.encoding import bos_token_id, load_tokenizer
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
 from oa_train.training.data import TaskData
 from oa_train.training.strategies import ShardedStrategy, check_strategy
@@ -41,8 +38,6 @@ class FrozenModelModule(lightning.LightningModule):
     Attributes:
         lm: the specification of the frozen model.
         frozen: the model.
-        components: its attention heads and MLPs.
-        bos_token_id: token that is never ablated at the first position.
         track: shows the progress of passes over prompts that are no steps of the trainer; silent unless it is set.
     """
 
@@ -52,9 +47,6 @@ class FrozenModelModule(lightning.LightningModule):
         self.seed = seed
         self.track: Track = silent
         self.frozen: CausalLM = load_model(self.lm)
-        self.dimensions = Dimensions.of(self.frozen.config)
-        self.components = Components.of(self.dimensions)
-        self.bos_token_id = bos_token_id(self.lm, load_tokenizer(self.lm))
         self.fingerprint = fingerprint(self.frozen)
         # The state dict lacks the frozen weights on purpose; `on_load_checkpoint` checks that nothing else is amiss.
         self.strict_loading = False
@@ -107,6 +99,7 @@ class FrozenModelModule(lightning.LightningModule):
             "family": self.frozen.config.model_type,
             "fingerprint": self.fingerprint,
             "task": self.data.task.describe(),
+            "bos_token_id": self.data.task.bos_token_id,
             "seed": self.seed,
         }
 
@@ -209,9 +202,7 @@ class FrozenModelModule(lightning.LightningModule):
 
     def _identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
-        model = {"fingerprint": self.fingerprint, "n_layers": self.components.n_layers}
-        beginning = {"bos_token_id": self.bos_token_id}
-        return {"module": type(self).__name__, "model": model, **beginning, **self.describe()}
+        return {"module": type(self).__name__, "model": {"fingerprint": self.fingerprint}, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

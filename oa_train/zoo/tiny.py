@@ -14,11 +14,11 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -31,8 +31,8 @@ from oa_train.tasks.greater_than import CENTURIES, SENTENCE, YEARS
 from oa_train.tasks.induction import OPENING
 from oa_train.tasks.ioi import Scene
 from oa_train.tasks.vocabulary import read_data, read_words
+from oa_train.zoo.tokenizer import word_tokenizer
 
-BOS, PAD, UNKNOWN = "<bos>", "<pad>", "<unk>"
 LISTS = ("names", "places", "objects", "nouns", "induction")
 
 # Every word of these templates stands in another one too, so the model knows the words but not the sentence.
@@ -107,12 +107,7 @@ class SceneIOI(IOI):
             scene = self.draw_scene(random)
         if random.random() < self.unrelated:
             return Prompt(text=scene.unrelated_text, answers=(f" {random.choice(scene.unrelated[:2])}",))
-        return Prompt(
-            text=scene.text,
-            answers=(f" {scene.indirect_object}",),
-            distractors=(f" {scene.subject}",),
-            counterfactual=scene.unrelated_text,
-        )
+        return replace(scene.prompt, spans={})  # unrelated people have no roles, and all prompts name the same spans
 
 
 class RowInduction(Induction):
@@ -149,13 +144,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), digits])
     pieces = {piece for text in _grammar_texts() for piece, _ in split.pre_tokenize_str(text)}
     # Years are added as they stand after their century, without the mark of a space.
-    vocabulary = [BOS, PAD, UNKNOWN, *sorted(pieces | set(YEARS))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=PAD, unk_token=UNKNOWN
-    )
+    return word_tokenizer(sorted(pieces | set(YEARS)), split)
 
 
 def _grammar_texts() -> Iterator[str]:

@@ -14,10 +14,10 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
-from oa_train.models.pruning import without_dangling
-from oa_train.errors import ConfigurationError
-from oa_train.ablations.evaluation import ROWS_PER_RUN, circuit_behaviour
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.errors import ConfigurationError
 from oa_train.metrics.recovery import Recovery, recovery
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
@@ -25,7 +25,6 @@ from oa_train.progress import Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 
 # Sets of one size that are followed further down; where more are small enough, those with the lowest divergence are.
 MOST_SETS = 128
@@ -165,7 +164,8 @@ class _Measure:
     def __init__(self, model: CausalLM, task: Task, kind: AblationKind, settings: TruthSettings, track: Track) -> None:
         self._model, self._task, self._settings, self._track = model, task, settings, track
         self._kind = check_kind("kind", kind)
-        self._source = AblationSource(model, task, track=track)
+        self._graph = Graph.of(model.config)
+        self._source = AblationSource(model, task, self._graph, track=track)
         self._batches = list(task.batches("test", settings.n_prompts))
 
     def __call__(self, masks: Bool[Tensor, "circuit edge"]) -> Float[Tensor, " circuit"]:
@@ -177,7 +177,7 @@ class _Measure:
         return found
 
     def _under(self, ablations: Sequence[Ablation], masks: Tensor) -> Tensor:
-        return circuit_behaviour(self._model, self._batches, masks, ablations, ROWS_PER_RUN).kl.mean(dim=1)
+        return circuit_behaviour(self._model, self._batches, self._graph, masks, ablations).kl.mean(dim=1)
 
     def _fitted(self, masks: Tensor) -> list[Constants]:
         """The constants of each circuit that did best on validation prompts, whatever they started from."""
@@ -185,6 +185,7 @@ class _Measure:
             fit_constants(
                 self._model,
                 self._task,
+                self._graph,
                 masks,
                 [start] * len(masks),
                 self._settings.fit,
@@ -201,11 +202,11 @@ class _Measure:
         starts = [mean]
         for number in range(1, self._settings.n_starts):
             generator = torch_generator(self._task.seed, "start of constants", number)
-            moved = (
-                at + by * torch.randn(at.shape, generator=generator)
-                for at, by in zip(mean.tensors(), spread.tensors(), strict=True)
-            )
-            starts.append(Constants.from_tensors(moved, mean.bos_token_id))
+            tables = {
+                site: table + spread.tables[site] * torch.randn(table.shape, generator=generator)
+                for site, table in mean.tables.items()
+            }
+            starts.append(Constants(tables, mean.slots))
         return starts
 
 
@@ -218,7 +219,7 @@ def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int
     generator = torch_generator("order of edges", order)
     while True:
         edges = kept.nonzero().flatten()
-        alone = without_dangling(graph, _each_without(kept))
+        alone = graph.prune(_each_without(kept))
         costs = measure(alone)
         able = (costs <= settings.tolerance).nonzero().flatten()
         if not len(able):
@@ -228,7 +229,7 @@ def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int
         fewer = kept.repeat(len(counts), 1)
         for row, count in enumerate(counts):
             fewer[row, edges[ordered[:count]]] = False
-        fewer = without_dangling(graph, fewer)
+        fewer = graph.prune(fewer)
         enough = (measure(fewer) <= settings.tolerance).nonzero().flatten()
         kept = fewer[enough[0]]
 
@@ -247,7 +248,7 @@ def _minimal(
     """Sets below the starts of which no edge can go, and what the loss of each edge costs them."""
     level, found = starts.unique(dim=0), []
     while len(level):
-        children = [without_dangling(graph, _each_without(one)) for one in level]
+        children = [graph.prune(_each_without(one)) for one in level]
         distinct, which = torch.cat(children).unique(dim=0, return_inverse=True)
         kl = measure(distinct)
         costs = kl[which].split([len(one) for one in children])

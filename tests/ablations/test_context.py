@@ -7,16 +7,16 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
-from oa_train.circuits.circuit import Circuit
-from oa_train.models.pruning import without_dangling
-from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.ablations.context import ablated
+from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import model_inputs
 from oa_train.engine.levels import masked_logits
-from oa_train.models.selection import Components
+from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import fingerprint
+from oa_train.models.pruning import without_dangling
+from oa_train.models.selection import Components
 from tests.builders import BOS, batch_of, random_batch, random_constants, tiny_model
 
 EXACT = {"rtol": 0, "atol": 1e-12}

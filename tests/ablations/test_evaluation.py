@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.ablations.base import Ablation
-from oa_train.batches import Batch
 from oa_train.ablations import evaluation
-from oa_train.engine.reading import source_values
-from oa_train.engine.forward import scored_logits
+from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.engine.levels import masked_logits
+from oa_train.batches import Batch
 from oa_train.diagnostics.reference import reference_node_logits
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import source_values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
-from oa_train.models.selection import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.selection import Components
 from oa_train.tasks import Induction
 from tests.builders import random_batch, random_constants, small_ioi, tiny_model
 

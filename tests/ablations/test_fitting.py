@@ -8,16 +8,16 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
-from oa_train.errors import ConfigurationError, NotFiniteError
-from oa_train.engine.reading import source_means
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationSource
+from oa_train.engine.reading import source_means
+from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss
-from oa_train.models.selection import Components
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.models.selection import Components
 from tests.builders import small_ioi
 
 

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import circuit_logits
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
-from oa_train.ablations.evaluation import circuit_logits
 from oa_train.models.families import Dimensions
 from tests.builders import BOS, batch_of, random_batch, random_constants, small_ioi, tiny_model, widened
 

@@ -9,12 +9,12 @@ from torch.testing import assert_close
 
 from oa_train.ablations.prompts import OtherPromptAblation
 from oa_train.batches import Batch
-from oa_train.errors import TaskError
 from oa_train.engine.reading import source_values
+from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.tasks import IOI, Task, donors
-from oa_train.tasks.task import stream_of
 from oa_train.tasks.donors import Donors
+from oa_train.tasks.task import stream_of
 from tests.builders import batch_of, small_ioi, widened
 
 EXACT = {"rtol": 0, "atol": 1e-12}

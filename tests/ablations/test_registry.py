@@ -8,17 +8,17 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
-from oa_train.ablations.means import StreamingMeans
-from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError
-from oa_train.engine.reading import source_means, source_values
-from oa_train.engine.forward import scored_logits
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.means import StreamingMeans
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
-from oa_train.models.selection import Components
+from oa_train.batches import Batch
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.reading import source_means, source_values
+from oa_train.errors import ConfigurationError
 from oa_train.models.families import Dimensions
 from oa_train.models.loading import LMSpec, load_model
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.models.selection import Components
 from tests.builders import batch_of, small_ioi
 
 LEARNED, CONSTANT, TOTAL = "optimal", {"optimal", "mean", "zero", "counterfactual_mean"}, {*KINDS} - {"counterfactual"}

@@ -7,10 +7,10 @@ import torch
 
 from oa_train.circuits import published
 from oa_train.circuits.circuit import Circuit
-from oa_train.models.pruning import without_dangling
 from oa_train.circuits.published import GPT2_SMALL, published_ioi_circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.graph import Graph
+from oa_train.models.pruning import without_dangling
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from oa_train.ablations.registry import AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
-from oa_train.ablations.registry import AblationSource
-from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.selection import Components
 from tests.builders import small_ioi
 
 FEW = ["--data.n_test", "8", "--data.n_validation", "8", "--data.n_means", "8", "--minimal.fit.steps", "1"]

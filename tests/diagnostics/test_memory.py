@@ -10,16 +10,16 @@ from benchmarks.nodes import make_model
 from benchmarks.scaling import Arrangement, estimated, measure
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import unanswered
-from oa_train.errors import RunError
-from oa_train.engine.forward import scored_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.diagnostics.memory import StepSettings, node_step_memory
+from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_logits
+from oa_train.errors import RunError
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.selection import Components
 from oa_train.models.families import FAMILIES, Dimensions
 from oa_train.models.loading import CausalLM, LMSpec, empty_model, freeze
+from oa_train.models.selection import Components
 from oa_train.training.circuit_module import CircuitModule
 from tests.builders import TINY_CONFIGS, small_ioi
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from oa_train.errors import ModelError
 from oa_train.diagnostics import selfcheck
 from oa_train.diagnostics.selfcheck import COMPARISONS, COUNTS, self_check
+from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import freeze
 from tests.builders import BOS, TINY_CONFIGS, VOCABULARY, tiny_model

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.engine.forward import scored_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
-from oa_train.engine.nodes import node_logits
 from oa_train.diagnostics.reference import reference_node_logits
-from oa_train.models.selection import Components
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.nodes import node_logits
 from oa_train.models.families import Dimensions, find_parts
+from oa_train.models.selection import Components
 from oa_train.models.taps import Tap, tapped
 from tests.builders import (
     BOS,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.engine.reading import source_values
 from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.nodes import node_logits
+from oa_train.engine.reading import source_values
 from oa_train.models.families import check_family
 from tests.builders import BOS, TINY_CONFIGS, random_batch, random_replacements
 

@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from oa_train.ablations.registry import AblationKind
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.comparison import (
@@ -22,7 +23,6 @@ from oa_train.figures.comparison import (
 from oa_train.figures.maps import keep_probability_map
 from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, KEPT, save_figure
 from oa_train.figures.worth import COLOURS, worth_figure
-from oa_train.ablations.registry import AblationKind
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig
 
 from oa_train.errors import ConfigurationError, ModelError, UnknownNameError
-from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
+from oa_train.models.selection import Components
 
 NEOX = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}
 GROUPED = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}

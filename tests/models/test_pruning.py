@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from oa_train.circuits.random import random_circuits
-from oa_train.models.pruning import highest, within_budget, without_dangling
 from oa_train.errors import ConfigurationError
-from oa_train.models.selection import Components
 from oa_train.models.graph import Graph
+from oa_train.models.pruning import highest, within_budget, without_dangling
+from oa_train.models.selection import Components
 
 GRAPHS = {
     "plain": Graph(3, 4, 4),

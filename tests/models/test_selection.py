@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from oa_train.errors import ConfigurationError, UnknownNameError
-from oa_train.models.selection import Components
 from oa_train.models.families import Dimensions
+from oa_train.models.selection import Components
 
 SMALL = Components(2, 3)
 # More than ten layers and heads, where "a1" must not stand for a10 and a11 too.

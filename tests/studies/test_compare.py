@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.fitting import RefitSettings
+from oa_train.ablations.registry import KINDS
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.published import published_ioi_circuit
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.ablations.registry import KINDS
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
 from oa_train.studies.agreement import over_seeds
@@ -20,7 +21,6 @@ from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
-from oa_train.ablations.fitting import RefitSettings
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
 QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=20)

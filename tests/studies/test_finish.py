@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.evaluation import circuit_behaviour, clean_behaviour
+from oa_train.ablations.fitting import RefitSettings
+from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
-from oa_train.ablations.evaluation import circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.metrics.measures import MEASURES, Loss
 from oa_train.studies import finish as finishing
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
-from oa_train.ablations.fitting import RefitSettings
 from tests.builders import quiet_trainer, small_ioi
 
 REFITTED = FinishSettings(refit=RefitSettings(steps=60, batch_size=8, evaluate_every=20))

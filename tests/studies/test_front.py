@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from oa_train.ablations.constants import Constants
-from oa_train.circuits.circuit import Circuit
-from oa_train.models.pruning import within_budget
-from oa_train.errors import ConfigurationError
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationSource
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ConfigurationError
+from oa_train.models.pruning import within_budget
 from oa_train.studies.compare import CompareSettings, compare
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.front import finish_front
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
-from oa_train.ablations.fitting import RefitSettings
 from tests.builders import quiet_trainer, small_ioi
 
 QUICK = FinishSettings(refit=RefitSettings(steps=10, batch_size=4, evaluate_every=5))

@@ -9,24 +9,24 @@ import torch
 from torch.nn.functional import log_softmax
 
 from oa_train.ablations.base import Ablation
+from oa_train.ablations.context import ablated
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.random import random_circuits
-from oa_train.errors import ConfigurationError
-from oa_train.ablations.context import ablated
-from oa_train.engine.reading import source_values
-from oa_train.engine.forward import scored_logits
 from oa_train.engine.edges.run import edge_logits
-from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.models.selection import Components
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.reading import source_values
+from oa_train.errors import ConfigurationError
+from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.selection import Components
 from oa_train.studies.minimal import MinimalSettings, minimal
 from oa_train.studies.minimality import verdict
 from oa_train.studies.runs import TrainedCircuit
-from oa_train.metrics.estimates import Estimate, paired_difference
-from oa_train.ablations.fitting import RefitSettings, fit_constants
 from tests.builders import small_ioi
 
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")

@@ -26,6 +26,9 @@ def test_answers_are_exactly_the_later_years(task: GreaterThan) -> None:
         assert set(prompt.distractors) == {year for year in years if int(year) <= int(start)} != set()
         assert prompt.counterfactual == f"The {noun} lasted from the year {century}01 to the year {century}"
         assert int(start) > 1
+        words = {name: prompt.text[slice(*span)] for name, span in prompt.spans.items()}
+        assert words == {"noun": noun, "year": start, "end": century[1]}
+        assert prompt.spans["year"][0] == prompt.text.index(century + start) + 2
 
 
 def test_ids_are_those_of_the_years(task: GreaterThan) -> None:

@@ -52,6 +52,10 @@ def test_words_come_back_in_their_order_and_each_is_a_question(lm: LMSpec, lengt
         assert len(row) == len(set(row)) == length
         place = row.index(again[0])
         assert again == row[place : place + repeated]
+        starts = [len(" ".join(["Words:", *row[:number]])) + 1 for number in (place + repeated - 1, place + repeated)]
+        assert [prompt.spans["first"][0], prompt.spans["after"][0]] == starts
+        assert prompt.text[slice(*prompt.spans["first"])] == again[-1]
+        assert prompt.text[slice(*prompt.spans["after"])] == row[place + repeated]
         questions = (*prompt.earlier, prompt)
         assert len(questions) == repeated
         for number, question in enumerate(questions):

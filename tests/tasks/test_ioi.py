@@ -31,6 +31,15 @@ def test_the_subject_is_named_twice_and_the_indirect_object_once(lm: LMSpec) -> 
         assert "{" not in prompt.text
 
 
+def test_spans_are_the_mentions_of_the_two_people() -> None:
+    for prompt in prompts(IOI()):
+        answer, subject = prompt.answers[0].strip(), prompt.distractors[0].strip()
+        mentions = [match.span() for match in re.finditer(rf"\b{subject}\b", prompt.text)]
+        assert [prompt.spans["S1"], prompt.spans["S2"]] == mentions
+        assert prompt.spans["IO"] == re.search(rf"\b{answer}\b", prompt.text).span()
+        assert list(prompt.spans) == ["IO", "S1", "S2", "end"]
+
+
 def test_the_counterfactual_names_three_new_people() -> None:
     for prompt in prompts(IOI()):
         before, after = prompt.text.split(), prompt.counterfactual.split()

@@ -2,26 +2,30 @@ import dataclasses
 import random
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from torch.testing import assert_close
+from transformers import GPT2Config
 
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, TaskError
 from oa_train.engine.forward import scored_logits
+from oa_train.errors import ConfigurationError, ModelError, TaskError
 from oa_train.models.loading import BUILT_IN, LMSpec, load_model
-from oa_train.tasks import IOI, GreaterThan, Induction, Prompt, Stream, Task
-from oa_train.tasks.task import Question, check_choice, stream_of
+from oa_train.tasks import IOI, GrammarTask, GreaterThan, Induction, Prompt, Question, Stream, Task
+from oa_train.tasks.donors import Donors
+from oa_train.tasks.encoding import load_tokenizer
+from oa_train.tasks.task import check_choice, stream_of
 from tests.builders import batch_of
 
 STREAMS = get_args(Stream)
 TASKS = [IOI, GreaterThan, Induction]
 
 
-class Fixed(Task):
+class Fixed(GrammarTask):
     """Draws one of the given prompts."""
 
     name = "fixed"
@@ -34,7 +38,7 @@ class Fixed(Task):
         return random.choice(self.prompts)
 
 
-def any_stream(task: Task) -> tuple[Stream, Prompt]:
+def any_stream(task: GrammarTask) -> tuple[Stream, Prompt]:
     prompt = task.draw(random.Random(0))
     return stream_of(prompt.text), prompt
 
@@ -264,7 +268,7 @@ def test_n_tokens_counts_the_bos() -> None:
 
 
 def test_a_length_that_does_not_occur_is_refused_with_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oa_train.tasks.task.ATTEMPTS", 30)
+    monkeypatch.setattr("oa_train.tasks.grammar.ATTEMPTS", 30)
     with pytest.raises(TaskError, match=r"n_tokens is 40, .* task ioi .* lengths are 1\d, 1\d, (\d\d, )+2\d\."):
         IOI(n_tokens=40).prompt("train", 0)
     one_length = len(Induction().encoder.encode([Induction().prompt("train", 0).text])[0])
@@ -289,9 +293,6 @@ class Chains(Task):
     """Prompts with different numbers of questions, in turn."""
 
     name = "chains"
-
-    def draw(self, random: random.Random) -> Prompt:
-        raise NotImplementedError
 
     def prompt(self, stream: Stream, index: int) -> Prompt:
         text, answers = CHAINS[index % 3]
@@ -384,3 +385,112 @@ def test_the_help_of_a_task_explains_every_option(kind: type[Task], capsys: pyte
         assert said in page
     for name in OPTIONS:
         assert f"--data.init_args.{name}" in page or f"--data.{name}" in page
+
+
+PEOPLE = [("Anna", "Paul", "park"), ("Mary", "Tom", "store"), ("Emily", "Kate", "library")]
+
+
+class Listed(Task):
+    """Reads its prompts from a list.
+
+    Args:
+        repeats: how often.
+        **options: the options of every task.
+    """
+
+    name = "listed"
+
+    def __init__(self, *, repeats: int = 1, **options: Any) -> None:
+        super().__init__(**options)
+        self.prompts = [self.read(*names) for names in PEOPLE] * repeats
+
+    def read(self, receiver: str, giver: str, place: str) -> Prompt:
+        text = f"Then, {receiver} and {giver} met at the {place}. {giver} handed the ring to"
+        places = {"S1": text.index(giver), "S2": text.rindex(giver)}
+        spans = {name: (start, start + len(giver)) for name, start in places.items()}
+        return Prompt(text, (f" {receiver}",), (f" {giver}",), spans={"met": "met", **spans})
+
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        return self.prompts[(STREAMS.index(stream) + index) % len(self.prompts)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_task_that_reads_its_prompts_from_a_list_works_like_any_other(side: str) -> None:
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Task, "data")
+    words = ["--data=Listed", "--data.repeats=2", "--data.n_means=3", f"--data.padding_side={side}"]
+    task = parser.instantiate_classes(parser.parse_args(words)).data
+    assert type(task) is Listed
+    assert not hasattr(task, "n_tokens")
+    bos = task.tokenizer.bos_token_id
+    assert task.describe() == {"name": "listed", "seed": 0, "answer_positions": "last", "bos_token_id": bos}
+    batch = task.batch("train", 0, 3)
+    assert real_tokens(batch) == task.encoder.encode([prompt.text for prompt in task.prompts[:3]])
+    assert batch.spans.keys() == {"met", "S1", "S2"}
+    for name in ("S1", "S2"):
+        rows = zip(batch.tokens, batch.spans[name], strict=True)
+        assert [task.tokenizer.decode(row[inside]) for row, inside in rows] == [giver for _, giver, _ in PEOPLE]
+    assert torch.equal(batch.tokens[batch.spans["met"]].unique(), torch.tensor(task.encoder.encode(["met"])[0][1:]))
+    assert batch.protected.sum(dim=1).tolist() == [1, 1, 1]
+    assert (batch.tokens[batch.protected] == bos).all()
+    logits = scored_logits(load_model(LMSpec()), batch)[:, 0]
+    assert torch.equal(logits.argmax(dim=-1), batch.answers[:, 0, 0])
+    partners = Donors(task, 0, ("S2",))(batch)
+    assert torch.equal(partners.attention_mask, batch.attention_mask)
+
+
+def test_a_prompt_that_lacks_a_span_is_refused() -> None:
+    task = Listed()
+    second = task.prompts[1]
+    task.prompts[1] = dataclasses.replace(second, spans={"met": "met", "S2": second.spans["S2"]})
+    message = r"The prompt 'Then, Mary and .*' lacks the spans S1: it names met, S2, and other .* name met, S1, S2\."
+    for prompts in (range(3), range(1)):
+        with pytest.raises(TaskError, match=message):
+            [task.batch_of("train", numbers) for numbers in (prompts, range(1, 3))]
+    task.prompts[1] = dataclasses.replace(second, spans={**second.spans, "park": "store"})
+    with pytest.raises(TaskError, match=r"names further spans: it names met, S1, S2, park"):
+        task.batch("train", 0, 3)
+
+
+def test_a_batch_without_spans_has_none() -> None:
+    stream, prompt = any_stream(Fixed(Prompt("Then Anna", (" Paul",))))
+    assert prompt.spans == {}
+    assert hash(prompt) == hash(dataclasses.replace(prompt, spans={"it": "Anna"}))
+    assert Fixed(prompt).batch(stream, 0, 2).spans == {}
+
+
+@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_spans_of_every_task_are_words_and_the_last_token(kind: type[Task], side: str, bytes_lm: LMSpec) -> None:
+    for lm in (LMSpec(), bytes_lm):
+        task = kind(lm=lm, padding_side=side)
+        batch = task.batch("test", 0, 24)
+        for row in range(24):
+            prompt = task.prompt("test", row)
+            assert batch.spans.keys() == prompt.spans.keys()
+            for name, span in prompt.spans.items():
+                word = prompt.text[slice(*span)]
+                covered = task.tokenizer.decode(batch.tokens[row, batch.spans[name][row]]).strip()
+                assert covered.endswith(word) if name == "end" else covered == word
+        assert torch.equal(batch.spans["end"], torch.zeros_like(batch.protected).scatter(1, batch.scored, True))
+        assert not any((inside & ~batch.attention_mask).any() for inside in batch.spans.values())
+        assert torch.equal(batch.protected.long().sum(dim=1), torch.ones(24, dtype=torch.long))
+        assert not any((inside & batch.protected).any() for inside in batch.spans.values())
+        assert torch.equal(batch.layout.span("end"), batch.layout.span("-1"))
+
+
+def test_the_bos_enters_the_description(lm: LMSpec) -> None:
+    task, without = Induction(lm=lm), Induction(lm=dataclasses.replace(lm, bos="none"))
+    assert task.describe()["bos_token_id"] == task.bos_token_id == task.encoder.bos
+    assert without.describe()["bos_token_id"] is None
+    assert not without.batch("train", 0).protected.any()
+
+
+def test_a_bos_outside_the_model_s_vocabulary_is_refused_before_any_prompt(tmp_path: Path) -> None:
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=200, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(LMSpec(str(tmp_path)))
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(200)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has the id 200, but the model's embedding has 200 rows"):
+        IOI(lm=LMSpec(str(tmp_path)))

@@ -2,8 +2,8 @@ import pytest
 
 from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec
-from oa_train.tasks.encoding import PromptEncoder, load_tokenizer
-from oa_train.tasks.vocabulary import read_data, read_words, require_single_tokens, single_token_words
+from oa_train.tasks.encoding import PromptEncoder
+from oa_train.tasks.vocabulary import read_data, read_words, single_token_words
 from tests.builders import RARE
 
 LISTS = ("names", "places", "objects", "nouns", "induction")
@@ -23,7 +23,7 @@ def test_no_name_is_a_word_of_another_list_or_of_a_sentence() -> None:
 
 
 def test_words_of_several_tokens_are_left_out(bytes_lm: LMSpec) -> None:
-    encoder = PromptEncoder(load_tokenizer(bytes_lm), None)
+    encoder = PromptEncoder.of(bytes_lm)
     for name in LISTS:
         words = read_words(name)
         kept = single_token_words(encoder, "ioi", name, minimum=2)
@@ -32,14 +32,7 @@ def test_words_of_several_tokens_are_left_out(bytes_lm: LMSpec) -> None:
 
 
 def test_too_few_words_are_refused_with_the_count(letters_lm: LMSpec) -> None:
-    encoder = PromptEncoder(load_tokenizer(letters_lm), None)
+    encoder = PromptEncoder.of(letters_lm)
     message = r"task ioi .*: 0 of the 12 words of its list 'places' are single tokens .*at least 3 .*\n.*another task"
     with pytest.raises(TaskError, match=message):
         single_token_words(encoder, "ioi", "places", minimum=3)
-
-
-def test_every_word_of_a_task_may_be_asked_for(bytes_lm: LMSpec) -> None:
-    encoder = PromptEncoder(load_tokenizer(bytes_lm), None)
-    require_single_tokens(encoder, "ioi", ["Anna", "Paul"])
-    with pytest.raises(TaskError, match="2 of the 3 words that it is made of are single tokens"):
-        require_single_tokens(encoder, "ioi", ["Anna", "Paul", min(RARE)])

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from oa_train.ablations.constants import Constants
-from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
-from oa_train.engine.reading import source_values
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.engine.nodes import node_logits
+from oa_train.engine.reading import source_values
+from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, loss_of

@@ -9,12 +9,12 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
-from oa_train.circuits.circuit import Circuit
-from oa_train.models.pruning import without_dangling
-from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
+from oa_train.models.pruning import without_dangling
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint

@@ -21,16 +21,16 @@ RECORDED = Path(__file__).parent / "recorded" / "curves.json"
 STEPS = 50
 
 CASES: dict[str, Callable[[], lightning.LightningModule]] = {
-    "nodes": lambda: CircuitModule(penalty=0.12),
-    "edges": lambda: CircuitModule(graph="edges", penalty=0.006),
-    "front": lambda: CircuitModule(graph="edges", penalty=[0.0015, 0.006, 0.04]),
+    "nodes": lambda: CircuitModule(penalty_weight=0.12),
+    "edges": lambda: CircuitModule(level="edges", penalty_weight=0.006),
+    "front": lambda: CircuitModule(level="edges", penalty_weight=[0.0015, 0.006, 0.04]),
     "constants": lambda: ConstantsModule(alone="*"),
     "nodes_resample_target": lambda: CircuitModule(ablation="resample", target_size=7, target_warmup=25),
     "nodes_positions_hard_concrete": lambda: CircuitModule(
         positions=6, masks=HardConcrete, components=["a*.h*", "m1"]
     ),
     "edges_noise_node_penalty": lambda: CircuitModule(
-        graph="edges", ablation="noise", node_penalty=0.5, loss="cross_entropy"
+        level="edges", ablation="noise", node_penalty=0.5, loss="cross_entropy"
     ),
 }
 

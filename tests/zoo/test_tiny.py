@@ -10,7 +10,7 @@ import torch
 from oa_train.models.loading import LMSpec, builtin_models, load_model
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_words
-from oa_train.training import builtin
+from oa_train.zoo import tiny
 from oa_train.zoo.tiny import EXAMPLE, HELD_OUT_TEMPLATES, Recipe, SceneIOI
 
 TINY = builtin_models()["tiny"]
@@ -19,8 +19,8 @@ SHORT = Recipe(steps=40, warmup=5, ioi=8, greater_than=1, induction=1, learning_
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, float]:
-    with builtin.one_thread():
-        return builtin.held_out_figures(load_model(LMSpec("tiny")), LMSpec("tiny"), 600)
+    with tiny.one_thread():
+        return tiny.held_out_figures(load_model(LMSpec("tiny")), LMSpec("tiny"), 600)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_tiny_solves_what_it_was_not_trained_on(figures: dict[str, float], kind:
 
 
 def test_tiny_binds_names_and_does_not_count_them() -> None:
-    (first, probability), *_ = builtin.next_words(load_model(LMSpec("tiny")), IOI(), EXAMPLE)
+    (first, probability), *_ = tiny.next_words(load_model(LMSpec("tiny")), IOI(), EXAMPLE)
     assert first == " Anna"
     assert probability > 0.9
 
@@ -71,7 +71,7 @@ def test_model_cards_name_these_weights() -> None:
 
 
 def test_the_tokenizer_in_the_folder_is_the_one_that_is_made() -> None:
-    made, kept = builtin.make_tokenizer(), IOI().tokenizer
+    made, kept = tiny.make_tokenizer(), IOI().tokenizer
     assert made.get_vocab() == kept.get_vocab()
     words = ["1732", EXAMPLE, "Words: river stone"]
     assert made(words)["input_ids"] == kept(words)["input_ids"]
@@ -84,7 +84,7 @@ def test_the_tokenizer_knows_every_word(name: str) -> None:
 
 
 def test_held_out_scenes_never_enter_training() -> None:
-    tasks = builtin._training_tasks(LMSpec("tiny"), Recipe(), seed=0)
+    tasks = tiny._training_tasks(LMSpec("tiny"), Recipe(), seed=0)
     task = tasks[0][0]
     assert isinstance(task, SceneIOI)
     seen = []
@@ -93,14 +93,14 @@ def test_held_out_scenes_never_enter_training() -> None:
         task.prompt("train", index)
     assert len(seen) >= 500
     assert not any(scene.template in HELD_OUT_TEMPLATES for scene in seen)
-    assert not any(builtin.pair_held_out(scene) for scene in seen)
+    assert not any(tiny.pair_held_out(scene) for scene in seen)
     assert len({scene.template for scene in seen}) == len(task.templates) - len(HELD_OUT_TEMPLATES)
 
 
 def test_about_a_tenth_of_the_pairs_is_held_out_in_both_roles() -> None:
     task = SceneIOI(LMSpec("tiny"), lambda _: True)
-    scenes = [task.draw_scene(builtin.python_generator("scene", index)) for index in range(2000)]
-    share = sum(map(builtin.pair_held_out, scenes)) / len(scenes)
+    scenes = [task.draw_scene(tiny.python_generator("scene", index)) for index in range(2000)]
+    share = sum(map(tiny.pair_held_out, scenes)) / len(scenes)
     assert 0.07 < share < 0.13
 
 
@@ -111,7 +111,7 @@ def test_words_of_held_out_templates_stand_in_others() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     recipe = Recipe(steps=100, warmup=10, final=0.05)
-    rates = [builtin._rate(step, recipe) for step in range(100)]
+    rates = [tiny._rate(step, recipe) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 1
     assert all(later > earlier for earlier, later in pairwise(rates[:10]))
     assert all(later < earlier for earlier, later in pairwise(rates[10:]))
@@ -119,7 +119,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
 
 
 def test_the_loss_is_half_of_all_tokens_and_half_of_the_answers() -> None:
-    model = builtin.make_model(builtin.make_tokenizer())
+    model = tiny.make_model(tiny.make_tokenizer())
     rows = [[0, 7, 8, 9], [0, 5, 6]]
     tokens = torch.tensor([rows[0], [*rows[1], 1]])
     mask = torch.tensor([[True] * 4, [True] * 3 + [False]])
@@ -128,15 +128,15 @@ def test_the_loss_is_half_of_all_tokens_and_half_of_the_answers() -> None:
         for row in rows:
             log_probabilities = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
             each.append([-log_probabilities[place, token].item() for place, token in enumerate(row[1:])])
-        loss = builtin._loss(model, tokens, mask).item()
+        loss = tiny._loss(model, tokens, mask).item()
     expected = 0.5 * sum(map(sum, each)) / 5 + 0.5 * (each[0][-1] + each[1][-1]) / 2
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_short_run_learns_is_repeatable_and_writes_a_model(tmp_path: Path) -> None:
     torch_before, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    builtin.build(tmp_path / "one", seed=3, recipe=SHORT, n_prompts=50)
-    builtin.build(tmp_path / "two", seed=3, recipe=SHORT, n_prompts=50)
+    tiny.build(tmp_path / "one", seed=3, recipe=SHORT, n_prompts=50)
+    tiny.build(tmp_path / "two", seed=3, recipe=SHORT, n_prompts=50)
     assert torch.equal(torch.random.get_rng_state(), torch_before)
     assert torch.get_num_threads() == threads
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
@@ -147,15 +147,15 @@ def test_a_short_run_learns_is_repeatable_and_writes_a_model(tmp_path: Path) -> 
 
 
 def test_training_lowers_the_loss_and_other_seeds_differ() -> None:
-    tokenizer = builtin.make_tokenizer()
-    with builtin.one_thread():
-        runs = [builtin.train(builtin.make_model(tokenizer, seed), LMSpec("tiny"), SHORT, seed) for seed in (0, 1)]
+    tokenizer = tiny.make_tokenizer()
+    with tiny.one_thread():
+        runs = [tiny.train(tiny.make_model(tokenizer, seed), LMSpec("tiny"), SHORT, seed) for seed in (0, 1)]
     assert all(sum(losses[-5:]) < 0.9 * sum(losses[:5]) for losses in runs)
     assert runs[0] != runs[1]
 
 
 def test_the_command_line_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        builtin.main([])
+        tiny.main([])
     assert stopped.value.code == 2
     assert "--output" in capsys.readouterr().err

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from oa_train.ablations.fitting import RefitSettings
 from oa_train.errors import ConfigurationError
 from oa_train.models.graph import Graph
 from oa_train.zoo.truth import Truth, TruthSettings, _minimal, _reduced, _smallest, find_truth
-from oa_train.ablations.fitting import RefitSettings
 from tests.known import Case, known_case
 
 QUICK = TruthSettings(

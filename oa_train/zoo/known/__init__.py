@@ -1,21 +1,14 @@
-"""Models whose weights were written by hand, in Hugging Face's own classes, so that their circuits are known.
+"""Models whose weights are written by hand, in Hugging Face's own classes, so that their circuits are known.
 
-Each solves a task by a few edges and has parts besides that do something and have no share in it. What finds circuits
-can so be held to the truth.
+Each solves a task by a few edges and has parts besides that are active and have no share in it. Methods that find
+circuits can be held to the truth.
 """
 
-from collections.abc import Callable
-
-from oa_train.zoo.known.case_induction import build_case_induction
-from oa_train.zoo.known.digit_sum import build_digit_sum
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.known.pair_induction import build_pair_induction
-from oa_train.zoo.known.two_hops import build_two_hops
-
-# From a seed to the model; the name is also that of its task.
-KNOWN_MODELS: dict[str, Callable[[int], KnownModel]] = {
-    "case_induction": build_case_induction,
-    "two_hops": build_two_hops,
-    "digit_sum": build_digit_sum,
-    "pair_induction": build_pair_induction,
-}
+from oa_train.zoo.known.case_induction import CaseInduction as CaseInduction
+from oa_train.zoo.known.digit_sum import DigitSum as DigitSum
+from oa_train.zoo.known.model import KnownModel as KnownModel
+from oa_train.zoo.known.pair_induction import PairInduction as PairInduction
+from oa_train.zoo.known.registry import KNOWN_MODELS as KNOWN_MODELS
+from oa_train.zoo.known.registry import KNOWN_TASKS as KNOWN_TASKS
+from oa_train.zoo.known.registry import write_known as write_known
+from oa_train.zoo.known.two_hops import TwoHops as TwoHops

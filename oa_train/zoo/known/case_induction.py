@@ -1,28 +1,16 @@
-"""Induction that does not mind case, in a GPT-2 of 3 layers and 4 heads (262 edges).
+"""Induction that ignores case, in a GPT-2 of 3 layers and 4 heads (262 edges): "b F a C f" -> "a"."""
 
-In "b F a C f" the last word is the second one again, in another case; the answer is what followed there, in lower
-case: "a".
-"""
+import random
 
-import torch
-
-from oa_train.zoo.known.decoding import add_decoder, add_letters
-from oa_train.zoo.known.distractors import (
-    add_absolute_units,
-    add_cancelling_heads,
-    add_constant_head,
-    add_constant_unit,
-    add_junk_head,
-    add_junk_units,
-    add_sign_head,
-)
-from oa_train.zoo.known.families import gpt2
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS, embed_words, unembed_words
-from oa_train.zoo.known.wiring import Wiring
 from oa_train.seeds import torch_generator
+from oa_train.tasks import Prompt
+from oa_train.tasks.grammar import end_span, word_span
+from oa_train.zoo.known.families import gpt2
+from oa_train.zoo.known.model import BOTH_CASES, LETTERS, KnownModel, KnownTask, in_any_case
+from oa_train.zoo.known.parts import add_decoder, add_distractors, add_letters
+from oa_train.zoo.known.wiring import Wiring, subspaces
 
+SHORTEST, LONGEST = 4, 7
 N_POSITIONS = 16
 
 EDGES = (
@@ -37,7 +25,7 @@ EDGES = (
     "m2->logits",
 )
 
-WIRING = {
+ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
     "a2.h0": "attends to the word that stands behind the same letter, and copies it",
@@ -50,47 +38,58 @@ WIRING = {
 }
 
 
-def build_case_induction(seed: int = 0) -> KnownModel:
-    """Write the model.
+class CaseInduction(KnownTask):
+    """A row of different letters in any case, then one of them again; the answer is the letter that followed it.
 
-    Args:
-        seed: draws the parts that have no share in the task.
+    The answer is in lower case; distractors are the other letters of the row. The counterfactual has another letter
+    where the one that comes back stood first. Spans: `first` (where the last letter stood before), `after` (the letter
+    that followed it there), `end` (the last token).
     """
-    letters, words = len(LETTERS), BOTH_CASES
-    spaces = Subspaces(
-        104, token=len(words), position=N_POSITIONS, letter=letters, before=letters, answer=len(words), output=letters,
-        one=1, coin=1, sign=1, support=1, balance=1,
-    )  # fmt: skip
-    wiring = Wiring(gpt2(spaces.width, words, n_layer=3, n_head=4, n_inner=48, n_positions=N_POSITIONS), spaces)
-    generator = torch_generator("known case induction", seed)
-    embed_words(wiring, words, generator)
-    wiring.write_positions()
-    unembed_words(wiring, words, LETTERS)
-    _add_circuit(wiring)
-    _add_distractors(wiring, generator)
-    return KnownModel("case_induction", wiring.finish(), words, EDGES, WIRING)
+
+    name = "case_induction"
+    words = BOTH_CASES
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw the row and which letter comes back."""
+        length = random.randint(SHORTEST, LONGEST)
+        *letters, another = random.sample(LETTERS, length + 1)
+        row = [in_any_case(letter, random) for letter in letters]
+        place = random.randrange(length - 1)
+        again = in_any_case(letters[place], random)
+        answer = letters[place + 1]
+        text = " ".join([*row, again])
+        return Prompt(
+            text=text,
+            answers=(f" {answer}",),
+            distractors=tuple(f" {letter}" for letter in letters if letter not in (answer, letters[place])),
+            counterfactual=" ".join([*row[:place], in_any_case(another, random), *row[place + 1 :], again]),
+            spans={"first": word_span(row, place), "after": word_span(row, place + 1), "end": end_span(text)},
+        )
 
 
-def _add_circuit(wiring: Wiring) -> None:
+def build_case_induction(seed: int = 0) -> KnownModel:
+    """Write the model; the seed draws its distractors."""
+    n = len(LETTERS)
+    spaces = subspaces(104, token=2 * n, position=N_POSITIONS, letter=n, before=n, answer=2 * n, output=n)
+    model = gpt2(104, BOTH_CASES, n_layers=3, n_heads=4, n_units=48, n_positions=N_POSITIONS)
+    wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known case induction", seed))
     add_letters(wiring, 0)
     wiring.look_back(1, 0, 1)
     wiring.copy(1, 0, "letter", "before")
     wiring.match(2, 0, [("letter", "before")])
     wiring.copy(2, 0, "token", "answer")
-    add_decoder(wiring, 2, n_outputs=len(LETTERS))
-
-
-def _add_distractors(wiring: Wiring, generator: torch.Generator) -> None:
-    add_constant_head(wiring, 0, 0)
+    add_decoder(wiring, 2)
+    # They do the same and write where nothing reads.
     wiring.look_back(0, 1, 1)
     wiring.copy(0, 1, "token", "rest")
-    add_sign_head(wiring, 1, 1)
-    add_absolute_units(wiring, 1)
-    add_constant_unit(wiring, 1)
-    add_cancelling_heads(wiring, 1, (2, 3), generator)
     wiring.match(2, 1, [("letter", "before")])
     wiring.copy(2, 1, "token", "rest")
-    for layer, head in ((0, 2), (0, 3), (2, 2), (2, 3)):
-        add_junk_head(wiring, layer, head, generator)
-    for layer in range(3):
-        add_junk_units(wiring, layer, 8, generator)
+    add_distractors(
+        wiring,
+        constant_head=(0, 0),
+        constant_unit=1,
+        sign_head=(1, 1),
+        absolute_units=1,
+        cancelling_heads=((1, 2), (1, 3)),
+    )
+    return KnownModel(CaseInduction, wiring.finish(), EDGES, ROLES)

@@ -1,27 +1,22 @@
 """The sum of the last four digits modulo five, in a GPT-NeoX of 4 layers and 3 heads (297 edges).
 
-Attention and MLP of a layer read the same, so that an MLP does not see what the heads beside it find. Heads tell
-positions by rotary embeddings, with queries and keys that read nothing. After "3 1 4 4 0 2" the answer is "0".
+After "3 1 4 4 0 2" the answer is "0". Attention and MLP of a layer read the same residual stream, so that an MLP does
+not see what the heads beside it write. Heads tell positions apart by rotary embeddings, with queries and keys that
+read nothing.
 """
 
-import torch
+import random
 
-from oa_train.zoo.known.decoding import add_table
-from oa_train.zoo.known.distractors import (
-    add_absolute_units,
-    add_cancelling_heads,
-    add_constant_head,
-    add_constant_unit,
-    add_junk_head,
-    add_junk_units,
-    add_sign_head,
-)
-from oa_train.zoo.known.families import gpt_neox
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.vocabulary import DIGITS, embed_words, unembed_words
-from oa_train.zoo.known.wiring import Wiring
 from oa_train.seeds import torch_generator
+from oa_train.tasks import Prompt
+from oa_train.zoo.known.families import gpt_neox
+from oa_train.zoo.known.model import KnownModel, KnownTask
+from oa_train.zoo.known.parts import add_distractors, add_table
+from oa_train.zoo.known.wiring import Wiring, subspaces
+
+DIGITS = tuple("01234")
+SHORTEST, LONGEST = 5, 9
+SUMMED = 4
 
 EDGES = (
     "input->a0.h0<v>",
@@ -33,7 +28,7 @@ EDGES = (
     "m3->logits",
 )
 
-WIRING = {
+ROLES = {
     "a0.h0": "copies the digit before",
     "m1": "adds it to the digit itself",
     "a2.h0": "copies the sum from two positions before",
@@ -46,48 +41,52 @@ WIRING = {
 }
 
 
-def build_digit_sum(seed: int = 0) -> KnownModel:
-    """Write the model.
+class DigitSum(KnownTask):
+    """Digits from 0 to 4; the answer is the sum of the last four modulo five.
 
-    Args:
-        seed: draws the parts that have no share in the task.
+    Distractors are the other digits. In the counterfactual the first of the four is another one.
     """
-    n, words = len(DIGITS), DIGITS
-    spaces = Subspaces(
-        72, token=n, before=n, pair=n, far=n, output=n, one=1, coin=1, sign=1, support=1, balance=1
-    )  # fmt: skip
-    sizes = {"num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 40, "max_position_embeddings": 16}
-    wiring = Wiring(gpt_neox(spaces.width, words, rotated=1 / 3, base=123.0, **sizes), spaces)
-    generator = torch_generator("known digit sum", seed)
-    embed_words(wiring, words, generator)
-    unembed_words(wiring, words, words)
-    _add_circuit(wiring)
-    _add_distractors(wiring, generator)
-    return KnownModel("digit_sum", wiring.finish(), words, EDGES, WIRING)
+
+    name = "digit_sum"
+    words = DIGITS
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw the digits."""
+        digits = random.choices(DIGITS, k=random.randint(SHORTEST, LONGEST))
+        answer = DIGITS[sum(map(int, digits[-SUMMED:])) % len(DIGITS)]
+        other = random.choice([digit for digit in DIGITS if digit != digits[-SUMMED]])
+        return Prompt(
+            text=" ".join(digits),
+            answers=(f" {answer}",),
+            distractors=tuple(f" {digit}" for digit in DIGITS if digit != answer),
+            counterfactual=" ".join([*digits[:-SUMMED], other, *digits[1 - SUMMED :]]),
+        )
 
 
-def _add_circuit(wiring: Wiring) -> None:
+def build_digit_sum(seed: int = 0) -> KnownModel:
+    """Write the model; the seed draws its distractors."""
     n = len(DIGITS)
-    sums = {(one, other): (one + other) % n for one in range(n) for other in range(n)}
+    spaces = subspaces(72, token=n, before=n, pair=n, far=n, output=n)
+    model = gpt_neox(72, DIGITS, rotated=1 / 3, base=123.0, n_layers=4, n_heads=3, n_units=40, n_positions=16)
+    wiring = Wiring(model, spaces, DIGITS, DIGITS, torch_generator("known digit sum", seed))
+    sums = {(first, second): (first + second) % n for first in range(n) for second in range(n)}
     wiring.look_back(0, 0, 1)
     wiring.copy(0, 0, "token", "before")
     add_table(wiring, 1, sums, ("token", "before"), "pair")
     wiring.look_back(2, 0, 2)
     wiring.copy(2, 0, "pair", "far")
     add_table(wiring, 3, sums, ("pair", "far"), "output", supported=True)
-
-
-def _add_distractors(wiring: Wiring, generator: torch.Generator) -> None:
-    add_constant_head(wiring, 0, 1)
-    add_constant_unit(wiring, 0)
-    add_sign_head(wiring, 0, 2)
-    add_absolute_units(wiring, 2)
-    add_cancelling_heads(wiring, 1, (0, 1), generator)
+    # They do the same and write where nothing reads.
     wiring.look_back(2, 1, 2)
     wiring.copy(2, 1, "pair", "rest")
     wiring.look_back(3, 0, 1)
     wiring.copy(3, 0, "token", "rest")
-    for layer, head in ((1, 2), (2, 2), (3, 1), (3, 2)):
-        add_junk_head(wiring, layer, head, generator)
-    for layer in range(4):
-        add_junk_units(wiring, layer, 8, generator)
+    add_distractors(
+        wiring,
+        constant_head=(0, 1),
+        constant_unit=0,
+        sign_head=(0, 2),
+        absolute_units=2,
+        cancelling_heads=((1, 0), (1, 1)),
+    )
+    return KnownModel(DigitSum, wiring.finish(), EDGES, ROLES)

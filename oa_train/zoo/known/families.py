@@ -1,67 +1,100 @@
-"""Configurations of the families in which models are written by hand: norms that do nothing, rectified MLPs."""
+"""Models of three families to write weights into: their norms do nothing, their MLPs are rectified."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from oa_train.zoo.known.vocabulary import special_settings
-from oa_train.zoo.known.weights import EPSILON
 from oa_train.models.loading import CausalLM, model_of_config
+from oa_train.zoo.known.weights import EPSILON
+from oa_train.zoo.tokenizer import BOS, PAD, SPECIAL
 
 
-def gpt2(width: int, words: Sequence[str], **sizes: Any) -> CausalLM:
-    """A GPT-2, whose positions are in a table."""
+def gpt2(width: int, words: Sequence[str], *, n_layers: int, n_heads: int, n_units: int, n_positions: int) -> CausalLM:
+    """A GPT-2, which has a table of positions.
+
+    Args:
+        width: of the residual stream.
+        words: the vocabulary, without special tokens.
+        n_layers: decoder blocks.
+        n_heads: heads of each.
+        n_units: hidden units of each MLP.
+        n_positions: longest prompt.
+    """
     return model_of_config(
         "gpt2",
         n_embd=width,
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_inner=n_units,
+        n_positions=n_positions,
         activation_function="relu",
         layer_norm_epsilon=EPSILON,
         tie_word_embeddings=False,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        **special_settings(words),
-        **sizes,
+        **_vocabulary(words),
     )
 
 
-def gpt_neox(width: int, words: Sequence[str], rotated: float, base: float, **sizes: Any) -> CausalLM:
-    """A GPT-NeoX, in which attention and MLP of a layer read the same.
+def gpt_neox(width: int, words: Sequence[str], *, rotated: float, base: float, **sizes: int) -> CausalLM:
+    """A GPT-NeoX, in which attention and MLP of a layer read the same residual stream.
 
     Args:
         width: of the residual stream.
-        words: of the vocabulary.
-        rotated: share of a head's dimensions that positions turn.
-        base: the pairs turn by 1, base ** (-1 / pairs), ... radians a position.
-        **sizes: further settings.
+        words: the vocabulary, without special tokens.
+        rotated: share of a head's dimensions that rotate with the position.
+        base: pairs of these rotate by 1, base ** (-1 / pairs), ... radians a position.
+        **sizes: those of `gpt2`.
     """
+    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": rotated}
     return model_of_config(
         "gpt_neox",
-        hidden_size=width,
         hidden_act="relu",
         layer_norm_eps=EPSILON,
         use_parallel_residual=True,
-        rope_parameters={"rope_type": "default", "rope_theta": base, "partial_rotary_factor": rotated},
-        **special_settings(words),
-        **sizes,
+        rope_parameters=rope,
+        **_sizes(width, **sizes),
+        **_vocabulary(words),
     )
 
 
-def llama(width: int, words: Sequence[str], base: float, **sizes: Any) -> CausalLM:
+def llama(width: int, words: Sequence[str], *, base: float, n_groups: int, **sizes: int) -> CausalLM:
     """A Llama, with SiLU-gated MLPs and biases everywhere.
 
     Args:
         width: of the residual stream.
-        words: of the vocabulary.
-        base: the pairs of a head's dimensions turn by 1, base ** (-1 / pairs), ... radians a position.
-        **sizes: further settings.
+        words: the vocabulary, without special tokens.
+        base: pairs of a head's dimensions rotate by 1, base ** (-1 / pairs), ... radians a position.
+        n_groups: keys and values of a layer, each shared by several heads.
+        **sizes: those of `gpt2`.
     """
     return model_of_config(
         "llama",
-        hidden_size=width,
+        num_key_value_heads=n_groups,
         rms_norm_eps=EPSILON,
         attention_bias=True,
         mlp_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": base},
-        **special_settings(words),
-        **sizes,
+        **_sizes(width, **sizes),
+        **_vocabulary(words),
     )
+
+
+def _sizes(width: int, *, n_layers: int, n_heads: int, n_units: int, n_positions: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": n_heads,
+        "intermediate_size": n_units,
+        "max_position_embeddings": n_positions,
+    }
+
+
+def _vocabulary(words: Sequence[str]) -> dict[str, int]:
+    bos, pad = SPECIAL.index(BOS), SPECIAL.index(PAD)
+    return {
+        "vocab_size": len(SPECIAL) + len(words),
+        "bos_token_id": bos,
+        "eos_token_id": bos,
+        "pad_token_id": pad,
+    }

@@ -1,25 +1,66 @@
-"""What a hand-written model comes with."""
+"""What every hand-written model has in common: its words, its task, its record."""
 
+import random
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from oa_train.models.loading import CausalLM
+from oa_train.tasks import GrammarTask
+from oa_train.tasks.vocabulary import require_enough
+
+LETTERS = tuple("abcdefgh")
+BOTH_CASES = (*LETTERS, *(letter.upper() for letter in LETTERS))
+
+
+class KnownTask(GrammarTask):
+    """Task that a hand-written model solves.
+
+    Args:
+        **options: the options of every grammar task (see `GrammarTask`).
+
+    Attributes:
+        words: the vocabulary, in the order of its ids after the special tokens.
+
+    Raises:
+        TaskError: a word is not one token of the tokenizer.
+    """
+
+    words: ClassVar[tuple[str, ...]]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        require_enough(
+            [word for word in self.words if self.encoder.is_single_token(word)],
+            self.words,
+            task=self.name,
+            what="words that it is made of are single tokens",
+            minimum=len(self.words),
+        )
+
+
+def in_any_case(letter: str, random: random.Random) -> str:
+    """A letter in lower or upper case, with equal probability."""
+    return random.choice((letter, letter.upper()))
 
 
 @dataclass(frozen=True, eq=False)
 class KnownModel:
-    """A model whose weights were written by hand, so that what it computes, and by which edges, is known.
+    """Model with hand-written weights, whose circuit is therefore known.
 
     Attributes:
-        name: of the model, and of the task that it solves.
+        task: the task that it solves.
         model: frozen, float32.
-        words: the tokens behind the special ones, in the order of their ids.
-        edges: the edges by which the task is solved, as `source->reader`; which of them can be spared under a kind of
-            ablation is computed (see `zoo.truth`).
-        wiring: what the parts of the model do, by name, for people.
+        edges: the edges that solve the task, as `source->reader`; which of them are needed under a kind of ablation is
+            computed (see `zoo.truth`).
+        roles: what each part of the model does, for people.
     """
 
-    name: str
+    task: type[KnownTask]
     model: CausalLM
-    words: tuple[str, ...]
     edges: tuple[str, ...]
-    wiring: dict[str, str]
+    roles: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """Name of the model and of its task."""
+        return self.task.name

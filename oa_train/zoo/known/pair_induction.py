@@ -1,27 +1,19 @@
-"""Induction after two words, in a Llama of 3 layers, 4 heads and 2 groups of keys and values (190 edges).
+"""Induction on two letters, in a Llama of 3 layers, 4 heads and 2 groups of keys and values (190 edges).
 
-In "a B f A d H e b C A b" the last two words are the first two again, whatever their case; the answer is what followed
-them there, in lower case: "f". What followed one of them alone is wrong.
+In "a B f A d H e b C A b" the last two letters are the first two again, whatever their case; the answer is the letter
+that followed them there, in lower case: "f". The letters that followed one of them alone are wrong.
 """
 
-import torch
+import random
 
-from oa_train.zoo.known.decoding import add_decoder, add_letters
-from oa_train.zoo.known.distractors import (
-    add_absolute_units,
-    add_cancelling_heads,
-    add_constant_head,
-    add_constant_unit,
-    add_junk_head,
-    add_junk_units,
-    add_sign_head,
-)
-from oa_train.zoo.known.families import llama
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS, embed_words, unembed_words
-from oa_train.zoo.known.wiring import Wiring
 from oa_train.seeds import torch_generator
+from oa_train.tasks import Prompt
+from oa_train.zoo.known.families import llama
+from oa_train.zoo.known.model import BOTH_CASES, LETTERS, KnownModel, KnownTask, in_any_case
+from oa_train.zoo.known.parts import add_decoder, add_distractors, add_letters
+from oa_train.zoo.known.wiring import Wiring, subspaces
+
+MOST_FILLERS = 3
 
 EDGES = (
     "input->m0",
@@ -35,7 +27,7 @@ EDGES = (
     "m2->logits",
 )
 
-WIRING = {
+ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
     "a1.h1": "copies the letter of the word two before; it shares key and value with a1.h0",
@@ -49,35 +41,40 @@ WIRING = {
 }
 
 
-def build_pair_induction(seed: int = 0) -> KnownModel:
-    """Write the model.
+class PairInduction(KnownTask):
+    """Triples of letters in any case, then the first two letters of one of them; the answer is its third letter.
 
-    Args:
-        seed: draws the parts that have no share in the task.
+    Each of the two letters stands with another letter as well; what follows there are the distractors, so that neither
+    of the two gives the answer by itself. The answer is in lower case. The counterfactual has another letter in place
+    of the first one where the two stood together.
     """
-    n, words = len(LETTERS), BOTH_CASES
-    spaces = Subspaces(
-        128, token=2 * n, letter=n, before=n, earlier=n, answer=2 * n, output=n,
-        one=1, coin=1, sign=1, support=1, balance=1,
-    )  # fmt: skip
-    sizes = {
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "intermediate_size": 48,
-        "max_position_embeddings": 24,
-    }
-    wiring = Wiring(llama(spaces.width, words, base=2e7, **sizes), spaces)
-    generator = torch_generator("known pair induction", seed)
-    embed_words(wiring, words, generator)
-    unembed_words(wiring, words, LETTERS)
-    _add_circuit(wiring)
-    _add_distractors(wiring, generator)
-    return KnownModel("pair_induction", wiring.finish(), words, EDGES, WIRING)
+
+    name = "pair_induction"
+    words = BOTH_CASES
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw the letters, their order and their cases."""
+        first, second, other_first, other_second, answer, *wrong, spare = random.sample(LETTERS, 8)
+        triples = [[first, second, answer], [first, other_second, wrong[0]], [other_first, second, wrong[1]]]
+        order = random.sample(range(3), 3)
+        fillers = [spare] * random.randint(0, MOST_FILLERS)
+        letters = [*fillers, *(letter for number in order for letter in triples[number]), first, second]
+        words = [in_any_case(letter, random) for letter in letters]
+        place = len(fillers) + 3 * order.index(0)
+        return Prompt(
+            text=" ".join(words),
+            answers=(f" {answer}",),
+            distractors=tuple(f" {letter}" for letter in wrong),
+            counterfactual=" ".join([*words[:place], in_any_case(spare, random), *words[place + 1 :]]),
+        )
 
 
-def _add_circuit(wiring: Wiring) -> None:
+def build_pair_induction(seed: int = 0) -> KnownModel:
+    """Write the model; the seed draws its distractors."""
+    n = len(LETTERS)
+    spaces = subspaces(128, token=2 * n, letter=n, before=n, earlier=n, answer=2 * n, output=n)
+    model = llama(128, BOTH_CASES, base=2e7, n_groups=2, n_layers=3, n_heads=4, n_units=48, n_positions=24)
+    wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known pair induction", seed))
     add_letters(wiring, 0)
     wiring.look_back(1, 0, 1)
     wiring.copy(1, 0, "letter", "before")
@@ -85,19 +82,16 @@ def _add_circuit(wiring: Wiring) -> None:
     wiring.copy(1, 1, "letter", "earlier")
     wiring.match(2, 0, [("letter", "before"), ("before", "earlier")])
     wiring.copy(2, 0, "token", "answer")
-    add_decoder(wiring, 2, n_outputs=len(LETTERS))
-
-
-def _add_distractors(wiring: Wiring, generator: torch.Generator) -> None:
-    add_constant_head(wiring, 0, 0)
-    add_sign_head(wiring, 0, 1)
-    add_absolute_units(wiring, 1)
-    add_constant_unit(wiring, 1)
-    add_cancelling_heads(wiring, 1, (2, 3), generator)
+    add_decoder(wiring, 2)
+    # It does the same and writes where nothing reads.
     wiring.match(2, 2, [("letter", "before"), ("before", "earlier")])
     wiring.copy(2, 2, "token", "rest")
-    add_junk_head(wiring, 0, 2, generator)
-    for layer, head in ((0, 3), (2, 1), (2, 3)):
-        add_junk_head(wiring, layer, head, generator, shares=True)
-    for layer in range(3):
-        add_junk_units(wiring, layer, 8, generator)
+    add_distractors(
+        wiring,
+        constant_head=(0, 0),
+        constant_unit=1,
+        sign_head=(0, 1),
+        absolute_units=1,
+        cancelling_heads=((1, 2), (1, 3)),
+    )
+    return KnownModel(PairInduction, wiring.finish(), EDGES, ROLES)

@@ -1,28 +1,21 @@
 """Looking up twice, in a GPT-2 of 4 layers and 3 heads (309 edges).
 
-In "d F a C f B c D d" every lower-case word is followed by what it stands for. The last word, "d", stands for "F", and
-"f" for "B"; the answer is "b".
+In "d F a C f B c D d" every letter in lower case is followed by the one that it stands for. The last letter, "d",
+stands for "F", and "f" for "B"; the answer is "b".
 """
 
-import torch
+import random
+from collections.abc import Mapping, Sequence
 
-from oa_train.zoo.known.decoding import add_decoder
-from oa_train.zoo.known.distractors import (
-    add_absolute_units,
-    add_cancelling_heads,
-    add_constant_head,
-    add_constant_unit,
-    add_junk_head,
-    add_junk_units,
-    add_sign_head,
-)
-from oa_train.zoo.known.families import gpt2
-from oa_train.zoo.known.model import KnownModel
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.vocabulary import BOTH_CASES, LETTERS, embed_words, unembed_words
-from oa_train.zoo.known.wiring import Wiring
 from oa_train.seeds import torch_generator
+from oa_train.tasks import Prompt
+from oa_train.zoo.known.families import gpt2
+from oa_train.zoo.known.model import BOTH_CASES, LETTERS, KnownModel, KnownTask
+from oa_train.zoo.known.parts import add_decoder, add_distractors
+from oa_train.zoo.known.wiring import Wiring, subspaces
 
+FEWEST, MOST = 4, 5
+MOST_FILLERS = 3
 N_POSITIONS = 16
 
 EDGES = (
@@ -39,7 +32,7 @@ EDGES = (
     "m3->logits",
 )
 
-WIRING = {
+ROLES = {
     "a0.h0": "copies the word before, if it is in lower case",
     "a1.h0": "attends to what stands behind the same lower-case word, and copies its letter",
     "a2.h0": "does so for the letter that a1.h0 has found",
@@ -52,49 +45,74 @@ WIRING = {
 }
 
 
-def build_two_hops(seed: int = 0) -> KnownModel:
-    """Write the model.
+class TwoHops(KnownTask):
+    """Letters that stand for others, and one of them again; the answer is what its meaning stands for.
 
-    Args:
-        seed: draws the parts that have no share in the task.
+    Each letter in lower case is followed, in upper case, by the one that it stands for; following them leads through
+    all letters and back. Further letters in upper case stand in between, so that a position does not tell what stands
+    there. Distractors are the other letters. In the counterfactual the same letters stand for others.
     """
-    n, words = len(LETTERS), BOTH_CASES
-    spaces = Subspaces(
-        96, lower=n, upper=n, position=N_POSITIONS, before=n, hop=n, answer=n, output=n,
-        one=1, coin=1, sign=1, support=1, balance=1,
-    )  # fmt: skip
-    spaces.join("token", "lower", "upper")
-    wiring = Wiring(gpt2(spaces.width, words, n_layer=4, n_head=3, n_inner=40, n_positions=N_POSITIONS), spaces)
-    generator = torch_generator("known two hops", seed)
-    embed_words(wiring, words, generator)
-    wiring.write_positions()
-    unembed_words(wiring, words, LETTERS)
-    _add_circuit(wiring)
-    _add_distractors(wiring, generator)
-    return KnownModel("two_hops", wiring.finish(), words, EDGES, WIRING)
+
+    name = "two_hops"
+    words = BOTH_CASES
+
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw the letters, what they stand for, and the last one."""
+        letters = random.sample(LETTERS, random.randint(FEWEST, MOST))
+        asked = random.choice(letters)
+        meaning = _cycle(letters, random)
+        answer = meaning[meaning[asked]]
+        other = meaning
+        while other[other[asked]] == answer:
+            other = _cycle(letters, random)
+        after = [random.choice(letters) for _ in range(random.randint(0, MOST_FILLERS))]
+        fillers = {letter: random.choices(LETTERS, k=after.count(letter)) for letter in letters}
+        return Prompt(
+            text=_text(letters, meaning, fillers, asked),
+            answers=(f" {answer}",),
+            distractors=tuple(f" {letter}" for letter in letters if letter != answer),
+            counterfactual=_text(letters, other, fillers, asked),
+        )
 
 
-def _add_circuit(wiring: Wiring) -> None:
+def _cycle(letters: Sequence[str], random: random.Random) -> dict[str, str]:
+    """The letter that each letter stands for."""
+    order = random.sample(letters, len(letters))
+    return dict(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[str, Sequence[str]], asked: str) -> str:
+    words = []
+    for letter in letters:
+        words += [letter, meaning[letter].upper(), *(filler.upper() for filler in fillers[letter])]
+    return " ".join([*words, asked])
+
+
+def build_two_hops(seed: int = 0) -> KnownModel:
+    """Write the model; the seed draws its distractors."""
+    n = len(LETTERS)
+    spaces = subspaces(96, lower=n, upper=n, position=N_POSITIONS, before=n, hop=n, answer=n, output=n)
+    spaces["token"] = slice(spaces["lower"].start, spaces["upper"].stop)
+    model = gpt2(96, BOTH_CASES, n_layers=4, n_heads=3, n_units=40, n_positions=N_POSITIONS)
+    wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known two hops", seed))
     wiring.look_back(0, 0, 1)
     wiring.copy(0, 0, "lower", "before")
     wiring.match(1, 0, [("lower", "before")])
     wiring.copy(1, 0, "upper", "hop")
     wiring.match(2, 0, [("hop", "before")])
     wiring.copy(2, 0, "upper", "answer")
-    add_decoder(wiring, 3, n_outputs=len(LETTERS))
-
-
-def _add_distractors(wiring: Wiring, generator: torch.Generator) -> None:
-    add_constant_head(wiring, 0, 1)
-    add_constant_unit(wiring, 0)
-    add_sign_head(wiring, 1, 1)
-    add_absolute_units(wiring, 2)
+    add_decoder(wiring, 3)
+    # They do the same and write where nothing reads.
     wiring.match(1, 2, [("lower", "before")])
     wiring.copy(1, 2, "upper", "rest")
     wiring.look_back(2, 2, 1)
     wiring.copy(2, 2, "lower", "rest")
-    add_cancelling_heads(wiring, 3, (0, 1), generator)
-    for layer, head in ((0, 2), (2, 1), (3, 2)):
-        add_junk_head(wiring, layer, head, generator)
-    for layer in range(4):
-        add_junk_units(wiring, layer, 8, generator)
+    add_distractors(
+        wiring,
+        constant_head=(0, 1),
+        constant_unit=0,
+        sign_head=(1, 1),
+        absolute_units=2,
+        cancelling_heads=((3, 0), (3, 1)),
+    )
+    return KnownModel(TwoHops, wiring.finish(), EDGES, ROLES)

@@ -1,7 +1,7 @@
-"""A model's weights as views that can be written by hand, the same for every family that is listed here.
+"""Views of a model's weights to write to, the same for three families.
 
-Queries, keys and values of single heads are cut out of whatever projections a family has. An MLP is seen as a list of
-units: each reads one direction, is rectified, and writes one vector.
+Queries, keys and values of single heads are views of whatever projections a family has. An MLP is a list of units:
+each reads one direction, is rectified, and writes one vector.
 """
 
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ class Affine:
 
 @dataclass(frozen=True)
 class MLPNames:
-    """What the projections of a family's MLP are called.
+    """Names of the projections of a family's MLP.
 
     Attributes:
         reads: the projection whose result is rectified.
         writes: the projection back to the residual stream.
-        gated: the projection that multiplies the rectified units; empty where there is none.
+        gated: the projection that multiplies the rectified units; empty without a gate.
     """
 
     reads: str
@@ -85,17 +85,17 @@ class HandWrittenWeights:
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary d_model"]:
-        """What each token writes to the residual stream."""
+        """Vectors that tokens write to the residual stream."""
         return _weight(self.model.get_input_embeddings())
 
     @property
     def positions(self) -> Float[Tensor, "position d_model"]:
-        """What each position writes; for models that have such a table."""
+        """Vectors that positions write to it, in a model with a table of positions."""
         return _weight(self.model.get_submodule("transformer.wpe"))
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
-        """What each token's logit reads."""
+        """Vectors that the logits of tokens read."""
         return _weight(self.model.get_output_embeddings())
 
     @property
@@ -118,11 +118,12 @@ class HandWrittenWeights:
     def _reader(self, layer: int, kind: int, number: int) -> Affine:
         readers = self._readers[layer]
         maps = [_affine(module) for module in readers.modules]
-        weights, biases = (readers.by_reader(one) for one in ([m.weight for m in maps], [m.bias for m in maps]))
+        weights = readers.by_reader([each.weight for each in maps])
+        biases = readers.by_reader([each.bias for each in maps])
         return Affine(weights[kind][number], biases[kind][number])
 
     def output(self, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:
-        """From a head's value to what it writes."""
+        """From a head's value to the residual stream."""
         sizes = self.parts.dimensions
         whole = _weight(self.parts.attention_outputs[layer])
         by_head: Tensor = whole.unflatten(1, (sizes.n_heads, sizes.d_head))[:, head]
@@ -141,7 +142,7 @@ class HandWrittenWeights:
             layer: of the MLP.
             reads: direction that each unit reads.
             biases: added before rectifying.
-            writes: what each unit writes, for a rectified value of 1.
+            writes: vector that each unit writes for a rectified value of 1.
 
         Raises:
             ValueError: the MLP has no room left.
@@ -161,13 +162,13 @@ class HandWrittenWeights:
         _weight(mlp.get_submodule(names.writes))[:, used] = writes.T
 
     def balance(self, coordinate: int) -> None:
-        """Give every write a mean of zero over the dimensions, by the one coordinate that nothing reads.
+        """Give everything written to the residual stream a mean of zero over its dimensions.
 
-        A LayerNorm that subtracts the mean then changes nothing, whichever writes are taken away or replaced by others
-        of the model.
+        A LayerNorm, which subtracts the mean, then changes nothing, whichever writes are removed or replaced by other
+        writes of the model.
 
         Args:
-            coordinate: dimension of the residual stream.
+            coordinate: dimension that is changed for it, and that nothing reads.
         """
         tables = [self.embedding.T]
         if self.model.config.model_type == "gpt2":
@@ -179,7 +180,7 @@ class HandWrittenWeights:
 
 
 def _weight(module: nn.Module) -> Float[Tensor, "out into"]:
-    # A table of embeddings is laid out as it is looked up, one row for each entry.
+    # An embedding has a row for each entry already.
     if isinstance(module, nn.Embedding):
         return module.weight.detach()
     return weight_and_bias(module)[0].detach()

@@ -1,67 +1,117 @@
-"""Heads and units from which hand-written models are put together: what reads which subspace, and writes which."""
+"""Heads and units of hand-written models: which subspace of the residual stream each reads, and which it writes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from oa_train.zoo.known.subspaces import Subspaces
-from oa_train.zoo.known.weights import HandWrittenWeights
 from oa_train.models.loading import CausalLM
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.zoo.known.weights import HandWrittenWeights
+from oa_train.zoo.tokenizer import BOS, SPECIAL
 
-# By how much the attention score of the token that a head looks for exceeds every other: of its attention the others
-# get less than one part in ten millions.
+# Attention score of the token that a head looks for, where that of every other is 0: all others together get less than
+# one part in ten millions of its attention.
 SHARPNESS = 20.0
 
 # Pairs of rotated dimensions that turn by more than this, in radians a position, tell positions apart; those that turn
-# by less than a tenth of it are as good as still over a prompt.
+# by less than a tenth of it hardly move over a prompt.
 TURNING = 0.05
+
+# Logit of the answer, where those of all other tokens are 0.
+CONFIDENCE = 12.0
+
+
+def subspaces(width: int, **sizes: int) -> dict[str, slice]:
+    """Cut the dimensions of a residual stream into named subspaces, one after the other.
+
+    Those of distractors (see `parts`) come after the given ones, and what is left is `rest`.
+
+    Raises:
+        ValueError: the subspaces do not fit into the residual stream.
+    """
+    sizes |= {"one": 1, "coin": 1, "sign": 1, "support": 1, "balance": 1}
+    sizes["rest"] = width - sum(sizes.values())
+    if sizes["rest"] < 0:
+        raise ValueError(f"{width - sizes['rest']} dimensions do not fit into a space of {width}.")
+    ends = torch.tensor(list(sizes.values())).cumsum(dim=0).tolist()
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 class Wiring:
     """Writes heads and units between named subspaces of a model's residual stream.
 
+    Every word gets a dimension of `token`, 1 in `one`, a random sign in `coin` and random numbers in `rest`; of the
+    special tokens only the BOS has a 1 in `one`. Positions get a dimension of `position`, in a model with a table of
+    them. Half of the signs are positive, so that their mean is near zero.
+
     Args:
         model: its weights are overwritten.
-        spaces: names for the dimensions of its residual stream.
+        spaces: subspaces of its residual stream.
+        words: the vocabulary, in the order of `token`.
+        outputs: the words that can be answers, in the order of `output`, which their logits read.
+        generator: draws everything random.
     """
 
-    def __init__(self, model: CausalLM, spaces: Subspaces) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        spaces: Mapping[str, slice],
+        words: Sequence[str],
+        outputs: Sequence[str],
+        generator: torch.Generator,
+    ) -> None:
         self.weights = HandWrittenWeights(model)
         self.spaces = spaces
+        self.generator = generator
         self.d_head = self.weights.parts.dimensions.d_head
+        self.written_heads: set[tuple[int, int]] = set()
         self._frequencies = _frequencies(model)
-        # Which dimensions of a value carry which subspace, for every layer and every group that shares the value.
+        # The dimensions of a value that carry a subspace, for every layer and every group of heads that shares it.
         self._values: dict[tuple[int, int], dict[str, slice]] = {}
+        self.weights.embedding[SPECIAL.index(BOS), spaces["one"]] = 1
+        table = self.weights.embedding[len(SPECIAL) :]
+        coins = torch.arange(len(words)) % 2 * 2.0 - 1
+        table[:, spaces["token"]] = torch.eye(len(words))
+        table[:, spaces["one"]] = 1
+        table[:, spaces["coin"]] = coins[torch.randperm(len(words), generator=generator)].unsqueeze(1)
+        table[:, spaces["rest"]] = 0.5 * torch.randn(len(words), self.size("rest"), generator=generator)
+        if "position" in spaces:
+            self.weights.positions[:] = self.basis("position")
+        for number, word in enumerate(outputs):
+            self.weights.unembedding[len(SPECIAL) + words.index(word)] = CONFIDENCE * self.vector("output", number)
+
+    def size(self, space: str) -> int:
+        """Dimensions of a subspace."""
+        return len(self.basis(space))
 
     def vector(self, space: str, number: int = 0) -> Float[Tensor, " d_model"]:
         """A basis vector of the residual stream: dimension `number` of a subspace."""
         return self.basis(space)[number]
 
     def basis(self, space: str) -> Float[Tensor, "entry d_model"]:
-        """All basis vectors of a subspace, one in each row."""
-        return torch.eye(self.spaces.width)[self.spaces[space]]
+        """All basis vectors of a subspace, as rows."""
+        return torch.eye(self.weights.parts.dimensions.d_model)[self.spaces[space]]
+
+    def group(self, layer: int, head: int) -> tuple[int, int]:
+        """The key and value of a head, which other heads may share: their layer and their number in it."""
+        return layer, head // self.weights.heads_per_group
 
     def copy(self, layer: int, head: int, source: str, into: str) -> None:
         """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another."""
-        self.tell(layer, head, source, self.basis(into)[: self.spaces.size(source)])
+        self.tell(layer, head, source, self.basis(into)[: self.size(source)])
 
     def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
         """Let a head write a vector for each dimension of a subspace of the tokens that it attends to."""
-        rows = self._carrying(layer, head, source)
-        self.weights.value(layer, head).weight[rows] = self.basis(source)
-        self.weights.output(layer, head)[:, rows] = written.T
-
-    def _carrying(self, layer: int, head: int, source: str) -> slice:
-        """Dimensions of a head's value for a subspace; heads that share the value share them."""
-        carried = self._values.setdefault((layer, head // self.weights.heads_per_group), {})
+        carried = self._values.setdefault(self.group(layer, head), {})
         if source not in carried:
             start = max((rows.stop for rows in carried.values()), default=0)
-            carried[source] = slice(start, start + self.spaces.size(source))
-        return carried[source]
+            carried[source] = slice(start, start + self.size(source))
+        self.weights.value(layer, head).weight[carried[source]] = self.basis(source)
+        self.weights.output(layer, head)[:, carried[source]] = written.T
+        self.written_heads.add((layer, head))
 
     def match(self, layer: int, head: int, pairs: Sequence[tuple[str, str]]) -> None:
-        """Let a head attend to tokens of which a subspace equals a subspace of the token that asks.
+        """Let a head attend to tokens of which a subspace equals a subspace of its own token.
 
         Args:
             layer: of the head.
@@ -70,41 +120,35 @@ class Wiring:
         """
         query, key, free = self.weights.query(layer, head), self.weights.key(layer, head), self._still()
         for asked, offered in pairs:
-            width = self.spaces.size(asked)
-            rows, free = free[:width], free[width:]
+            rows, free = free.tensor_split([self.size(asked)])
             query.weight[rows] = self._score_size(1.0) * self.basis(asked)
             key.weight[rows] = self._score_size(1.0) * self.basis(offered)
 
     def look_back(self, layer: int, head: int, back: int) -> None:
         """Let a head attend to the token `back` positions before its own.
 
-        With rotary embeddings a constant query and a constant key do so, and neither reads anything of the residual
-        stream; else they read one-hot positions in the subspace `position`.
+        With rotary embeddings a constant query and a constant key do so, and neither reads the residual stream;
+        otherwise they read one-hot positions in the subspace `position`.
         """
-        if len(self._frequencies):
-            self._look_back_by_rotation(layer, head, back)
+        query, key = self.weights.query(layer, head), self.weights.key(layer, head)
+        if not len(self._frequencies):
+            positions = self._score_size(1.0) * self.basis("position")
+            key.weight[: len(positions)] = positions
+            query.weight[: len(positions) - back] = positions[back:]
             return
-        query, key = self.weights.query(layer, head), self.weights.key(layer, head)
-        positions = self._score_size(1.0) * self.basis("position")
-        key.weight[: len(positions)] = positions
-        query.weight[: len(positions) - back] = positions[back:]
-
-    def _look_back_by_rotation(self, layer: int, head: int, back: int) -> None:
-        query, key = self.weights.query(layer, head), self.weights.key(layer, head)
         turning = (self._frequencies > TURNING).nonzero().flatten()
-        partners = turning + len(self._frequencies)
         angles = -back * self._frequencies[turning]
-        # A position beside the right one scores less by a cosine in every pair.
+        # A neighbour of the right position scores less by a cosine in every pair.
         size = self._score_size(float((1 - self._frequencies[turning].cos()).sum()))
         key.bias[turning] = size
-        query.bias[turning], query.bias[partners] = size * angles.cos(), size * angles.sin()
+        query.bias[turning], query.bias[turning + len(self._frequencies)] = size * angles.cos(), size * angles.sin()
 
     def _score_size(self, product: float) -> float:
-        """Factor of query and key by which a product of the two becomes a score of `SHARPNESS`."""
+        """Factor on query and key that turns a product of the two into a score of `SHARPNESS`."""
         return float((SHARPNESS * self.d_head**0.5 / product) ** 0.5)
 
     def _still(self) -> Int[Tensor, " entry"]:
-        """Dimensions of a query that its position does not turn."""
+        """Dimensions of a query that do not rotate with its position."""
         n_pairs = len(self._frequencies)
         slow = (self._frequencies < TURNING / 10).nonzero().flatten()
         return torch.cat([slow, slow + n_pairs, torch.arange(2 * n_pairs, self.d_head)])
@@ -115,19 +159,15 @@ class Wiring:
         Args:
             layer: of the MLP.
             reads: direction [d_model] that each unit reads.
-            writes: what each writes.
+            writes: vector [d_model] that each writes.
             bias: added before rectifying, the same for all.
         """
         biases = torch.full((len(reads),), bias)
         self.weights.add_units(layer, torch.stack(list(reads)), biases, torch.stack(list(writes)))
 
-    def write_positions(self) -> None:
-        """Give every position of a table of positions a dimension of `position`."""
-        self.weights.positions[:] = self.basis("position")
-
     def finish(self) -> CausalLM:
-        """Balance what is written, and hand out the model."""
-        self.weights.balance(self.spaces.first("balance"))
+        """Balance everything written to the residual stream, and return the model."""
+        self.weights.balance(self.spaces["balance"].start)
         return self.weights.model
 
 

@@ -2,22 +2,22 @@
 
 import pytest
 import torch
+from oa_train.models.projections import attention_readers, head_writes
 
+from oa_train.models.loading import CausalLM
 from oa_train.zoo.known.families import gpt2, gpt_neox, llama
 from oa_train.zoo.known.weights import HandWrittenWeights
-from oa_train.models.loading import CausalLM
-from oa_train.models.projections import attention_readers, head_writes
 
 WIDTH, WORDS = 32, ("a", "b", "c")
 
 
 def model_of(family: str) -> CausalLM:
+    sizes = {"n_layers": 2, "n_heads": 4, "n_units": 12, "n_positions": 8}
     if family == "gpt2":
-        return gpt2(WIDTH, WORDS, n_layer=2, n_head=4, n_inner=12, n_positions=8)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12, "max_position_embeddings": 8}
+        return gpt2(WIDTH, WORDS, **sizes)
     if family == "gpt_neox":
         return gpt_neox(WIDTH, WORDS, rotated=0.5, base=100.0, **sizes)
-    return llama(WIDTH, WORDS, base=100.0, num_key_value_heads=2, **sizes)
+    return llama(WIDTH, WORDS, base=100.0, n_groups=2, **sizes)
 
 
 FAMILIES = ["gpt2", "gpt_neox", "llama"]

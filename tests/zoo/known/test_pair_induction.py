@@ -1,7 +1,7 @@
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.tasks import PairInduction
+from oa_train.zoo.known import PairInduction
 from tests.known import known_case
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.tasks import DigitSum
+from oa_train.zoo.known import DigitSum
 from tests.known import known_case
 
 

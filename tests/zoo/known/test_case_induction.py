@@ -1,7 +1,7 @@
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.tasks import CaseInduction
+from oa_train.zoo.known import CaseInduction
 from tests.known import known_case
 
 
@@ -19,6 +19,9 @@ def test_the_answer_is_what_followed_before() -> None:
         other = prompt.counterfactual.split()
         assert [i for i, pair in enumerate(zip(other, [*row, again], strict=True)) if len(set(pair)) > 1] == [place]
         assert other[place].lower() not in letters
+        places = [prompt.text[slice(*prompt.spans[name])] for name in ("first", "after", "end")]
+        assert places == [row[place], row[place + 1], again]
+        assert prompt.spans["first"][0] == 2 * place
         lengths.add(len(row))
         cases.add((row[place].isupper(), again.isupper()))
     assert lengths == {4, 5, 6, 7}

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.tasks import TwoHops
+from oa_train.zoo.known import TwoHops
 from tests.known import known_case
 
 

@@ -1,0 +1,23 @@
+"""`oa-train convert`: a folder with a circuit or constants of the first layout, written anew in today's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from oa_train.ablations.conversion import convert
+from oa_train.cli.arguments import ExplainingParser
+from oa_train.cli.output import console
+
+
+def convert_command(argv: Sequence[str]) -> Path:
+    """Convert a folder, and say where the new one is."""
+    parser = ExplainingParser(
+        prog="oa-train convert",
+        description="Write a circuit or constants of the first layout anew; the old folder stays as it is.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("old", type=str, help="folder of a circuit or of constants")
+    parser.add_argument("new", type=str, help="folder that is made")
+    options = parser.parse_args(list(argv))
+    written = convert(Path(options.old).expanduser(), Path(options.new).expanduser())
+    console.print(f"converted: {written}", soft_wrap=True)
+    return written

@@ -1,0 +1,291 @@
+"""Files of sparse dictionaries: what SAELens, sparsify and the plain layout store, as arguments of `Dictionary`.
+
+A gated encoder, decoder norms that rescale a top-k code, and a log threshold are folded into the weights, which
+changes the result by rounding only. Whatever else would change the code or what it adds is refused by its name. Only
+JSON and safetensors are read, so reading runs no code.
+
+A module's name (`layers.3.mlp`) is the place of what that module returns. In families with post-norms (Gemma 2, 3,
+OLMo 2) that is not yet what the layer adds to the residual stream, which is what site `m3` is.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from oa_train.errors import ArtefactError, nearest_names
+from oa_train.shapes import Tensor
+
+PLAIN_FILE = "dictionary.safetensors"
+CONFIG_FILE = "cfg.json"
+MOST_CONFIG_BYTES = 1 << 20
+
+_HOOK = re.compile(r"blocks\.([0-9]{1,5})\.(.+)")
+_HOOK_SITES = {"hook_resid_pre": "r", "hook_resid_post": "r", "hook_mlp_out": "m", "hook_attn_out": "a"}
+_MODULE = re.compile(r"(?:.*\.)?(?:layers|h)\.([0-9]{1,5})(?:\.(.+))?")
+_MODULE_SITES = {"mlp": "m", "attention": "a", "self_attn": "a", "attn": "a"}
+_HOOK_FORMS = (
+    "blocks.N.hook_resid_pre, hook_resid_post, hook_mlp_out or hook_attn_out; layers.N, layers.N.mlp or .attn"
+)
+
+# Architectures of SAELens, and the tensors that each has besides W_enc, W_dec and b_dec.
+_ARCHITECTURES = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "b_mag", "r_mag"),
+}
+_OLD_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+_TRANSCODER = "A transcoder writes elsewhere than it reads; a dictionary does both at one site."
+_REASONS = {
+    "normalize_activations": "layer_norm and constant_norm_rescale decode with a scale of each token. What the others "
+    "scale by is not in these files: SAELens folds it in when it has trained (`fold_activation_norm_scaling_factor`).",
+    "hook_name_out": _TRANSCODER,
+    "transcode": _TRANSCODER,
+}
+
+
+def refuse(where: str, problem: str, expected: str) -> NoReturn:
+    """Raise the error of a dictionary that cannot be used.
+
+    Raises:
+        ArtefactError: always.
+    """
+    raise ArtefactError(f"{where} {problem}.\n{expected}")
+
+
+def site_of_hook(hook: str, where: str) -> str | None:
+    """Translate a TransformerLens hook or the name of a module into a site; None when it names no layer.
+
+    Raises:
+        ArtefactError: it names a place in a layer that is not a site.
+    """
+    match, sites = _HOOK.fullmatch(hook), _HOOK_SITES
+    if match is None:
+        match, sites = _MODULE.fullmatch(hook), _MODULE_SITES
+    if match is None:
+        return None
+    layer, place = int(match[1]), match[2]
+    if place is None or place == "hook_resid_post":
+        return f"r{layer + 1}"
+    if place not in sites:
+        refuse(
+            where, f"reads at {hook!r}, which is not a site", f"{nearest_names(place, sites)} Sites: {_HOOK_FORMS}."
+        )
+    return f"{sites[place]}{layer}"
+
+
+def read_sae_lens(weights: Path) -> dict[str, Any]:
+    """Arguments of `Dictionary` from the files of SAELens, those before its version 6 included.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or the variant is not supported.
+    """
+    where, config = str(weights.parent), _read_config(weights.parent)
+    settings = [*_as_object(where, "metadata", config).items(), *config.items()]
+    config = {_OLD_NAMES.get(name, name): value for name, value in settings if value is not None}
+    options = _as_object(where, "activation_fn_kwargs", config)
+    model_options = _as_object(where, "model_from_pretrained_kwargs", config)
+    architecture, function = config.get("architecture", "standard"), config.get("activation_fn", "relu")
+    if architecture == "standard" and function == "topk":
+        architecture, config["k"] = "topk", options.get("k")
+    if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
+        refuse(where, f"has the architecture {architecture!r}", nearest_names(str(architecture), _ARCHITECTURES))
+    _check_setting(where, "activation_fn", function, ("relu", "topk") if architecture == "topk" else ("relu",))
+    _check_setting(where, "signed", options.get("signed", False), (False,))
+    _check_setting(where, "normalize_activations", config.get("normalize_activations", "none"), ("none", False))
+    _check_setting(where, "normalize_decoder", config.get("normalize_decoder", False), (False,))
+    _check_setting(where, "reshape_activations", config.get("reshape_activations", "none"), ("none",))
+    _check_setting(where, "hook_head_index", config.get("hook_head_index"), (None,))
+    _check_setting(where, "hook_name_out", config.get("hook_name_out"), (None, config.get("hook_name")))
+    flags = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False}
+    for name, default in flags.items():
+        flags[name] = config.get(name, default)
+        _check_setting(where, name, flags[name], (True, False))
+    centred = model_options.get("center_writing_weights", False)
+    _check_setting(where, "center_writing_weights", centred, (True, False))
+
+    tensors, _ = _read_tensors(
+        weights,
+        ("W_enc", "W_dec", "b_dec", *_ARCHITECTURES[architecture]),
+        ("scaling_factor", "finetuning_scaling_factor"),
+        {"log_threshold": ("threshold", torch.exp)},
+    )
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors and not tensors[name].eq(1).all():
+            refuse(where, f"has a {name} other than 1", "Expected none: fold it into W_dec and save again.")
+    w_enc, w_dec, b_enc, threshold = tensors["W_enc"], tensors["W_dec"], tensors.get("b_enc"), tensors.get("threshold")
+    _check_size(where, w_enc.shape, (config.get("d_in"), config.get("d_sae")))
+    if architecture == "gated":
+        # Gate and magnitude share their weights, so the gate is a threshold on the magnitude:
+        # x W + b_gate > 0 where exp(r_mag) x W + b_mag > b_mag - exp(r_mag) b_gate.
+        scale = tensors["r_mag"].exp()
+        w_enc, b_enc, threshold = w_enc * scale, tensors["b_mag"], tensors["b_mag"] - scale * tensors["b_gate"]
+    if flags["rescale_acts_by_decoder_norm"] and architecture == "topk" and b_enc is not None:
+        norms = w_dec.norm(dim=-1).clamp_min(1e-8)
+        w_enc, b_enc, w_dec = w_enc * norms, b_enc * norms, w_dec / norms[:, None]
+    hook = config.get("hook_name")
+    site = None if hook is None else site_of_hook(str(hook), where)
+    if hook is not None and site is None:
+        refuse(where, f"reads at {hook!r}, which is not a site", f"Expected {_HOOK_FORMS}.")
+    return {
+        "site": site,
+        "w_enc": w_enc,
+        "b_enc": b_enc,
+        "w_dec": w_dec,
+        "b_dec": tensors["b_dec"],
+        "activation": {"standard": "relu", "topk": "topk"}.get(architecture, "jumprelu"),
+        "threshold": threshold,
+        "k": _whole_number(where, "k", config.get("k")) if architecture == "topk" else None,
+        "subtracts_decoder_bias": bool(flags["apply_b_dec_to_input"]),
+        "centres_input": bool(centred),
+    }
+
+
+def read_sparsify(weights: Path) -> dict[str, Any]:
+    """Arguments of `Dictionary` from the files of sparsify, whose folder is named after the module that it reads.
+
+    Raises:
+        ArtefactError: a file is missing or damaged, or the variant is not supported.
+    """
+    folder = weights.parent
+    where, config = str(folder), _read_config(folder)
+    for name in ("transcode", "gram_lookup", "signed"):
+        _check_setting(where, name, config.get(name, False), (False,))
+    # A skip connection reads x itself, so no change of the code changes what it adds.
+    tensors, _ = _read_tensors(weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), ("W_skip",))
+    _check_size(where, tensors["encoder.weight"].shape, (config.get("num_latents") or None, config.get("d_in")))
+    module = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+    return {
+        "site": site_of_hook(module.name, where),
+        "w_enc": tensors["encoder.weight"].mT.contiguous(),
+        "b_enc": tensors["encoder.bias"],
+        "w_dec": tensors["W_dec"],
+        "b_dec": tensors["b_dec"],
+        "activation": config.get("activation", "topk"),
+        "k": _whole_number(where, "k", config.get("k")),
+        "subtracts_decoder_bias": True,
+    }
+
+
+def read_plain(weights: Path) -> dict[str, Any]:
+    """Arguments of `Dictionary` from one file, with its settings in the metadata of the file's header.
+
+    Raises:
+        ArtefactError: the file is damaged, a tensor is missing, or a setting is not one of a dictionary.
+    """
+    same = {"W_enc": ("w_enc", torch.clone), "W_dec": ("w_dec", torch.clone)}
+    tensors, settings = _read_tensors(weights, ("w_enc", "b_enc", "w_dec", "b_dec"), ("threshold",), same)
+    default = "jumprelu" if "threshold" in tensors else "topk" if "k" in settings else "relu"
+    values: dict[str, Any] = {
+        "site": settings.get("site"),
+        "activation": settings.get("activation", default),
+        **tensors,
+    }
+    if "k" in settings:
+        values["k"] = _whole_number(
+            str(weights), "k", int(settings["k"]) if settings["k"].isdecimal() else settings["k"]
+        )
+    for name in ("subtracts_decoder_bias", "centres_input"):
+        _check_setting(str(weights), name, settings.get(name, "false"), ("true", "false"))
+        values[name] = settings.get(name) == "true"
+    return values
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "sae_weights.safetensors": read_sae_lens,
+    "sae.safetensors": read_sparsify,
+    PLAIN_FILE: read_plain,
+}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        if path.stat().st_size > MOST_CONFIG_BYTES:
+            refuse(str(path), "is too long for settings", f"Expected at most {MOST_CONFIG_BYTES} bytes of JSON.")
+        config = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise ArtefactError(f"{path} cannot be read: {problem}.\nExpected it beside the weights.") from problem
+    except (ValueError, RecursionError) as problem:
+        raise ArtefactError(f"{path} is not JSON: {problem}.\nDownload or export it again.") from problem
+    if not isinstance(config, dict):
+        refuse(str(path), f"holds a {type(config).__name__}", "Expected a JSON object; download or export it again.")
+    return config
+
+
+def _read_tensors(
+    path: Path,
+    required: Collection[str],
+    optional: Collection[str] = (),
+    other_names: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, all in their widest dtype and float32 at least, and the metadata of the file's header."""
+    other_names = other_names or {}
+    known = [*required, *optional, *(name for name, (meant, _) in other_names.items() if meant in required)]
+    try:
+        with safe_open(path, framework="pt") as file:
+            names, metadata = list(file.keys()), dict(file.metadata() or {})
+            for name in names:
+                if name not in known:
+                    refuse(str(path), f"has a tensor {name!r}, which is not supported", nearest_names(name, known))
+            stored = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as problem:
+        raise ArtefactError(f"{path} is damaged: {problem}.\nDownload or export it again.") from problem
+    for name, tensor in stored.items():
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            refuse(str(path), f"has {name!r} in {tensor.dtype}", "Expected floating-point numbers of 16 to 64 bits.")
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()), torch.float32)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        meant, function = other_names.get(name, (name, None))
+        if meant in tensors:
+            refuse(str(path), f"has both {meant!r} and {name!r}", "Expected one of them.")
+        tensors[meant] = tensor.to(dtype) if function is None else function(tensor.to(dtype))
+    missing = [name for name in required if name not in tensors]
+    if missing:
+        refuse(
+            str(path), f"has no {', '.join(missing)}", f"Expected {', '.join(required)}; it holds {', '.join(names)}."
+        )
+    return tensors, metadata
+
+
+def _as_object(where: str, name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        refuse(where, f"has {name} {value!r}", "Expected a JSON object.")
+    return value
+
+
+def _check_setting(where: str, name: str, value: object, supported: Collection[object]) -> None:
+    if value not in supported:
+        listed = " or ".join(repr(choice) for choice in supported)
+        refuse(
+            where,
+            f"has {name} {value!r}, which is not supported",
+            f"Supported: {listed}. {_REASONS.get(name, '')}".strip(),
+        )
+
+
+def _check_size(where: str, shape: Collection[int], stated: Collection[object]) -> None:
+    if len(shape) != len(stated) or any(size not in (None, width) for size, width in zip(stated, shape, strict=True)):
+        refuse(
+            where,
+            f"has an encoder of shape {list(shape)}, where {CONFIG_FILE} says {list(stated)}",
+            "Weights and settings are not of one dictionary; download or export both again.",
+        )
+
+
+def _whole_number(where: str, name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        refuse(where, f"has {name} {value!r}", "Expected a whole number.")
+    return value

@@ -1,0 +1,99 @@
+"""Tasks whose prompts are drawn by a grammar."""
+
+import random
+from abc import abstractmethod
+from collections.abc import Sequence
+from string import Formatter
+from typing import Any
+
+from oa_train.errors import TaskError
+from oa_train.seeds import python_generator
+from oa_train.tasks.task import Prompt, Stream, Task, positive, stream_of
+
+# The smallest streams hold a tenth of the texts, so a grammar with many texts fails this often with a probability of
+# 0.9 ** 1000.
+ATTEMPTS = 1000
+
+# Factor on the attempts when only one length will do: a length that one prompt in fifty has is missed with a
+# probability of 0.998 ** 20000.
+RARE_LENGTHS = 20
+
+
+class GrammarTask(Task):
+    """Task whose prompts are drawn at random, each from a generator of its own.
+
+    A prompt depends on the seed, its stream and its number and on nothing that was drawn before it.
+
+    Args:
+        n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
+        **options: the options of every task (see `Task`).
+    """
+
+    def __init__(self, *, n_tokens: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.n_tokens = None if n_tokens is None else positive("n_tokens", n_tokens)
+
+    @abstractmethod
+    def draw(self, random: random.Random) -> Prompt:
+        """Draw a prompt of any stream.
+
+        Args:
+            random: the only source of randomness that may be used.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        return {**super().describe(), "n_tokens": self.n_tokens}
+
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        """Draw prompt number `index` of a stream.
+
+        Raises:
+            TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
+        """
+        lengths = set()
+        for attempt in range(ATTEMPTS if self.n_tokens is None else ATTEMPTS * RARE_LENGTHS):
+            prompt = self.draw(python_generator(self.seed, self.name, stream, index, attempt))
+            if stream_of(prompt.text) != stream:
+                continue
+            if self.n_tokens is None:
+                return prompt
+            lengths.add(len(self.encoder.encode([prompt.text])[0]))
+            if self.n_tokens in lengths:
+                return prompt
+        if lengths:
+            raise TaskError(
+                f"n_tokens is {self.n_tokens}, and no prompt that the task {self.name} drew has so many; their "
+                f"lengths are {', '.join(map(str, sorted(lengths)))}."
+            )
+        raise TaskError(
+            f"None of {ATTEMPTS} prompts that the task {self.name} drew belongs to the stream {stream!r}. Streams "
+            "share no prompt, so the task has too few different prompts; allow more words, names or templates."
+        )
+
+
+def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
+    """Fill the slots of a template.
+
+    Returns:
+        The text, and the first and the past-the-end character of each word, where it occurs first.
+    """
+    text = ""
+    places: dict[str, tuple[int, int]] = {}
+    for literal, slot, _, _ in Formatter().parse(template):
+        text += literal
+        if slot:
+            places.setdefault(slot, (len(text), len(text) + len(words[slot])))
+            text += words[slot]
+    return text, places
+
+
+def word_span(words: Sequence[str], number: int) -> tuple[int, int]:
+    """The first and the past-the-end character of a word in a text of words with a space between them."""
+    end = len(" ".join(words[: number + 1]))
+    return end - len(words[number]), end
+
+
+def end_span(text: str) -> tuple[int, int]:
+    """The last character of a text, by which a span of its last token is named."""
+    return len(text) - 1, len(text)

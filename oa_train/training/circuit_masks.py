@@ -1,0 +1,170 @@
+"""The masks of circuits that are trained side by side: which entries they are drawn for, and what a draw means."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from oa_train.errors import ConfigurationError
+from oa_train.masks.base import MaskDistribution
+from oa_train.masks.sampler import MaskSampler, StepRows
+from oa_train.models.levels import Level
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+# Entries of a selection that a checkpoint lists by name; of more it lists the patterns.
+MOST_LISTED = 2000
+
+
+class CircuitMasks(nn.Module):
+    """A distribution over masks of some entries of a level, for several circuits; all other entries are always kept.
+
+    Args:
+        level: what the circuits are made of.
+        patterns: shell patterns of the entries that may be ablated.
+        distribution: makes the distribution for a number of entries.
+        n_circuits: how many circuits have masks of their own.
+        threshold: an entry is in a discrete circuit when its keep-probability exceeds this.
+        seed: of the samples.
+        samples_per_prompt: S masks are drawn for each prompt and circuit.
+
+    Attributes:
+        selection: true for entries that are selected.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or all patterns together select nothing.
+    """
+
+    def __init__(
+        self,
+        level: Level,
+        patterns: Sequence[str],
+        distribution: Callable[[int], MaskDistribution],
+        *,
+        n_circuits: int = 1,
+        threshold: float = 0.5,
+        seed: int = 0,
+        samples_per_prompt: int = 1,
+    ) -> None:
+        super().__init__()
+        self.level, self.n_circuits, self.threshold = level, n_circuits, threshold
+        self.samples_per_prompt = samples_per_prompt
+        self._patterns = list(patterns)
+        everything = self._patterns == ["*"]
+        selection = torch.ones(len(level), dtype=torch.bool) if everything else level.selected(patterns)
+        if not selection.any():
+            raise ConfigurationError(f"components is {self._patterns}, which selects nothing that could be trained.")
+        self.selection: Tensor
+        self.register_buffer("selection", selection, persistent=False)
+        self.n_selected = int(selection.sum())
+        self.distribution = distribution(n_circuits * self.n_selected)
+        self._sampler = MaskSampler(self.distribution, seed, samples_per_prompt, self._effective)
+
+    @property
+    def n_fixed(self) -> int:
+        """How many entries are always kept."""
+        return len(self.level) - self.n_selected
+
+    @property
+    def selected(self) -> list[str]:
+        """What is selected: names, or patterns where there are many names."""
+        if self.level.entries_at_nodes() is None and self.n_selected <= MOST_LISTED:
+            return list(self.level.kept(self.selection))
+        return self._patterns
+
+    def describe(self) -> dict[str, Any]:
+        """Level, selection and distribution, as plain values."""
+        return {
+            "level": {
+                key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")
+            },
+            "circuits": self.n_circuits,
+            "components": self.selected,
+            "masks": self.distribution.describe(),
+        }
+
+    def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
+        """Draw masks over all entries for every circuit and prompt; entries that are not selected are kept.
+
+        A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
+
+        Args:
+            example_ids: numbers of B prompts.
+            step: rows that gradients are averaged over; those of these prompts when not given.
+
+        Returns:
+            C * S * B rows, laid out as `Batch.repeat(C * S)` lays out the prompts, all rows of a circuit together.
+        """
+        drawn = self._sampler.draw(example_ids, step)
+        by_circuit = drawn.view(len(drawn), -1, self.n_selected).transpose(0, 1)
+        return self._spread(by_circuit.flatten(0, 1))
+
+    def rows_of_step(
+        self, batches: Sequence[Int[Tensor, " batch"]], over_processes: Callable[[Tensor], Tensor], n_processes: int
+    ) -> StepRows | None:
+        """Count the rows that carry gradient in a whole step of the optimiser; see `MaskSampler.rows_of_step`."""
+        return self._sampler.rows_of_step(batches, over_processes, n_processes)
+
+    def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
+        """Drawn masks with 0 for entries that have no effect beside the others; each circuit of each row by itself."""
+        if self.level.entries_at_nodes() is None:
+            return drawn
+        each = drawn.reshape(-1, self.n_selected)
+        lasting = self.level.prune(self._spread(each > 0))
+        return (each * lasting[:, self.selection]).view(drawn.shape)
+
+    def _spread(self, drawn: Tensor) -> Tensor:
+        """Masks [row, entry] over all entries, from masks over the selected ones, of the same type."""
+        if not self.n_fixed:
+            return drawn
+        kept = torch.ones(len(drawn), len(self.level), device=drawn.device, dtype=drawn.dtype)
+        return kept.masked_scatter(self.selection, drawn)
+
+    def probabilities(self) -> Float[Tensor, "circuit entry"]:
+        """Keep-probabilities of the selected entries, with gradients."""
+        return self.distribution.keep_probability().view(self.n_circuits, -1)
+
+    @torch.no_grad()
+    def keep_probability(self) -> Float[Tensor, "circuit entry"]:
+        """Keep-probability of every entry; 1 for those that are not selected."""
+        return self._spread(self.probabilities().float())
+
+    @torch.no_grad()
+    def above_threshold(self) -> Bool[Tensor, "circuit entry"]:
+        """Entries whose keep-probability exceeds the threshold, and those that are not selected."""
+        return self._spread(self.distribution.threshold(self.threshold).view(self.n_circuits, -1))
+
+    def discrete(self) -> Bool[Tensor, "circuit entry"]:
+        """The discrete circuits: what is above the threshold; of edges those on a path from input to logits."""
+        return self.level.prune(self.above_threshold())
+
+    def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit entry"]:
+        """Of masks over all entries those over the selected ones, which penalties are laid on."""
+        return masks[:, self.selection]
+
+    def check_size(self, size: int) -> None:
+        """Check that a circuit can have so many entries.
+
+        Raises:
+            ConfigurationError: the level has fewer, or more are always kept.
+        """
+        if not max(1, self.n_fixed) <= size <= len(self.level):
+            raise ConfigurationError(
+                f"A circuit of {size} parts was asked for; this model has {len(self.level)}, of which {self.n_fixed} are "
+                "always kept because `components` does not select them."
+            )
+
+    def largest(self, number: int, size: int) -> Bool[Tensor, " entry"]:
+        """The circuit of a given size that the highest keep-probabilities make.
+
+        Args:
+            number: of the circuit.
+            size: how many entries it keeps.
+
+        Raises:
+            ConfigurationError: see `check_size`.
+        """
+        self.check_size(size)
+        # Entries that are not selected come first, whatever else has saturated.
+        scores = self.keep_probability()[number].cpu() + ~self.selection.cpu()
+        return self.level.largest(scores, size)

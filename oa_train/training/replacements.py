@@ -1,0 +1,68 @@
+"""The ablation that a training uses: constants that are trained or stored, or another one that is prepared anew."""
+
+import torch
+from torch import nn
+
+from oa_train.ablations.base import Ablation
+from oa_train.ablations.constants import Constants, TrainableConstants
+from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.errors import ConfigurationError
+from oa_train.models.levels import Level
+from oa_train.shapes import Tensor
+from oa_train.tasks.task import Task
+
+
+class Replacements(nn.Module):
+    """What replaces ablated entries, for several circuits; prepared with a task's prompts before it is used.
+
+    Args:
+        kind: of the ablation.
+        level: what the circuits are made of.
+        positions: that constants tell apart.
+        n_circuits: how many circuits have constants of their own.
+
+    Attributes:
+        constants: of every circuit, where the ablation is by constants.
+        prepared: whether the constants have their start; stored in checkpoints.
+    """
+
+    def __init__(self, kind: AblationKind, level: Level, positions: int, n_circuits: int) -> None:
+        super().__init__()
+        self.kind, self.level, self.positions = check_kind("ablation", kind), level, positions
+        self.constants: TrainableConstants | None = None
+        if self.kind.constant:
+            self.constants = TrainableConstants([Constants.zeros(level, positions)] * n_circuits)
+            self.constants.requires_grad_(self.kind.learned)
+        self._other: Ablation | None = None
+        self._task: Task | None = None
+        self.prepared: Tensor
+        self.register_buffer("prepared", torch.tensor(kind == "zero"))
+
+    def is_prepared_for(self, task: Task) -> bool:
+        """Whether nothing is left to gather: a checkpoint, or an earlier call, has brought it."""
+        return bool(self.prepared) if self.constants is not None else self._task is task
+
+    def prepare(self, source: AblationSource) -> None:
+        """Gather what the ablation needs from the task's `means` prompts."""
+        made = self.kind.prepare(source)
+        if self.constants is None:
+            self._other, self._task = made.to(self.prepared.device), source.task
+        else:
+            assert isinstance(made, Constants)
+            self.constants.load(made)
+            self.prepared.fill_(True)
+
+    def ablations(self) -> list[Ablation]:
+        """An ablation for each circuit or one for all; gradients flow to constants that are trained.
+
+        Raises:
+            ConfigurationError: nothing has been fitted, validated or tested, so the ablation is not prepared.
+        """
+        if self.constants is not None:
+            return [*self.constants.sets()]
+        if self._other is None:
+            raise ConfigurationError(
+                f"The {self.kind.name} ablation is prepared with the task's prompts when a trainer fits, validates or "
+                "tests; without one, use `KINDS` of oa_train.ablations.registry."
+            )
+        return [self._other]
