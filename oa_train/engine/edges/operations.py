@@ -280,67 +280,53 @@ class ReadAttention(Operation):
                 read.baddbmm_(gradient, weight)
 
 
-class _ReadOne(Operation):
-    """A single reader reads.
+class ReadMLP(Operation):
+    """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs.
 
     Args:
         buffers: of the run.
-        layer: it is in.
+        layer: of the MLP.
         stream: the model's own residual stream.
-        reader: in the layer.
-        entries: that have not been mixed for it yet.
     """
 
-    _first = False  # in the backward pass, to bring gradients to these sources
+    _first = False  # in the backward pass, to bring gradients to the entries
 
-    def __init__(self, buffers: Buffers, layer: int, stream: Tensor, reader: int, entries: slice) -> None:
+    def __init__(self, buffers: Buffers, layer: int, stream: Tensor) -> None:
         super().__init__(buffers)
+        graph, plan = buffers.graph, buffers.layers[layer].plan
         self._layer, self._stream = layer, stream.detach()
-        self._row, self._entries = slice(reader, reader + 1), entries
+        self._reader = slice(plan.attention.stop, plan.attention.stop + 1)
+        self._entries = slice(plan.before, plan.before + (0 if graph.parallel else graph.n_heads))
+        self._baseline = buffers.baseline_before[layer] if graph.parallel else buffers.baseline
 
     def _inputs(self) -> Float[Tensor, "1 row position d_model"]:
-        return self.buffers.layers[self._layer].inputs[self._row]
-
-    def _baseline(self) -> Tensor:
-        return self.buffers.baseline
+        return self.buffers.layers[self._layer].inputs[self._reader]
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        self.buffers.mix(self._layer, self._row, self._entries)
-        inputs = self._inputs().add_(self._baseline())
+        self.buffers.mix(self._layer, self._reader, self._entries)
+        inputs = self._inputs().add_(self._baseline)
         self.buffers.restore_protected(inputs, self._stream)
         read = inputs[0].to(self._stream.dtype, copy=True)
-        del self._stream
+        del self._stream, self._baseline
         return (read,)
 
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs = self._inputs().copy_(gradients[0])
         self.buffers.release_protected(inputs)
-        self.buffers.unmix(self._layer, self._row, self._entries, self._first)
+        self.buffers.unmix(self._layer, self._reader, self._entries, self._first)
         return ()
 
 
-class ReadMLP(_ReadOne):
-    """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs."""
-
-    def __init__(self, buffers: Buffers, layer: int, stream: Tensor) -> None:
-        before = written_before(buffers.graph, layer)
-        n_heads = 0 if buffers.graph.parallel else buffers.graph.n_heads
-        reader = buffers.layers[layer].plan.attention.stop
-        super().__init__(buffers, layer, stream, reader, slice(before, before + n_heads))
-
-    def _baseline(self) -> Tensor:
-        return self.buffers.baseline_before[self._layer] if self.buffers.graph.parallel else self.buffers.baseline
-
-
-class ReadLogits(_ReadOne):
-    """The logits read; the last operation, and so in the backward pass the first one."""
+class ReadLogits(ReadMLP):
+    """The logits read, as an MLP after the last layer would; the last operation, and the first in a backward pass."""
 
     _first = True
 
     def __init__(self, buffers: Buffers, stream: Tensor) -> None:
         last = buffers.graph.n_layers - 1
-        plan = buffers.layers[last].plan
-        super().__init__(buffers, last, stream, plan.n_readers - 1, slice(plan.before, plan.n_entries))
+        super().__init__(buffers, last, stream)
+        plan, self._baseline = buffers.layers[last].plan, buffers.baseline
+        self._reader, self._entries = slice(plan.n_readers - 1, plan.n_readers), slice(plan.before, plan.n_entries)
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         read = super()._forward()
