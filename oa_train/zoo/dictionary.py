@@ -84,8 +84,8 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
             w_dec.copy_(F.normalize(w_dec, dim=1))
         if step % 500 == 499:
             log.info("step %d of %d: unexplained variance %.4f", step + 1, recipe.steps, error.item())
-    tensors = (tensor.detach().clone() for tensor in (w_enc, b_enc, w_dec, b_dec))
-    return Dictionary(f"r{SITE.layer}", *tensors, activation="relu", subtracts_decoder_bias=True)
+    w_enc, b_enc, w_dec, b_dec = (tensor.detach().clone() for tensor in (w_enc, b_enc, w_dec, b_dec))
+    return Dictionary(f"r{SITE.layer}", w_enc, b_enc, w_dec, b_dec, "relu", subtracts_decoder_bias=True)
 
 
 @torch.no_grad()
