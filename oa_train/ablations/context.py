@@ -77,22 +77,10 @@ class _Calls:
 
     def _masked_forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self._parameters.bind(*args, **kwargs).arguments)
-        self._check_states(arguments)
         layout = self._layout(arguments)
         mask, values = self._mask.expand(len(layout.positions), -1), self._constants.at(layout.positions)
         with masked_call(self._model, self._circuit.level, mask, values, layout):
             return self._forward(*args, **kwargs)
-
-    def _check_states(self, arguments: Mapping[str, Any]) -> None:
-        asked = arguments.get("output_hidden_states") or arguments.get("kwargs", {}).get("output_hidden_states")
-        if self._circuit.level.has_one_stream or not (asked or self._model.config.output_hidden_states):
-            return
-        raise ConfigurationError(
-            "output_hidden_states is set, and under a circuit of edges there are no hidden states: every reader has "
-            "an "
-            "input of its own, and what a block passes on is read by none of them. Read the units' values instead "
-            "(read_values), or use a circuit of nodes."
-        )
 
     def _layout(self, arguments: dict[str, Any]) -> TokenLayout:
         tokens, positions, seen, real = _tokens_and_positions(arguments)

@@ -136,9 +136,24 @@ def test_a_model_that_is_built_otherwise_is_refused(path):
 
 
 def test_a_model_of_another_family_is_refused():
-    model = SimpleNamespace(config=SimpleNamespace(model_type="bloom"))
+    model = tiny_model("gpt2")
+    model.config.model_type = "bloom"
     with pytest.raises(ModelError, match="'bloom'"):
         find_parts(model)
+
+
+def test_modules_that_are_swapped_or_change_their_class_are_looked_up_again():
+    model, other = tiny_model("llama"), find_parts(tiny_model("llama"))
+    assert find_parts(model) is find_parts(model)
+    model.set_output_embeddings(other.unembedding)
+    model.set_input_embeddings(other.token_embedding)
+    model.model.layers[1] = other.blocks[1]
+    parts = find_parts(model)
+    assert parts.unembedding is other.unembedding
+    assert parts.token_embedding is other.token_embedding
+    assert parts.blocks[1] is other.blocks[1]
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    assert find_parts(model) is not parts
 
 
 def test_parts_are_looked_up_once():
@@ -163,13 +178,6 @@ def test_a_module_that_is_swapped_is_noticed(path):
     members = (*after.blocks, *after.mlps, *after.attention_outputs, after.final_norm, after.unembedding)
     assert any(module is swapped for module in members)
     assert find_parts(model) is after
-
-
-def test_new_token_embeddings_are_noticed():
-    model = tiny_model("gpt2")
-    find_parts(model)
-    model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
-    assert find_parts(model).token_embedding is model.get_input_embeddings()
 
 
 def test_a_swapped_mlp_is_the_one_that_is_ablated():
