@@ -109,6 +109,15 @@ class Constants(Ablation):
         """The same with a function applied to every table."""
         return replace(self, tables={site: function(table) for site, table in self.tables.items()})
 
+    def of_level(self, level: Level) -> "Constants":
+        """The constants of a level's sites, without those of others.
+
+        Raises:
+            ArtefactError: see `check_fits`.
+        """
+        self.check_fits(level)
+        return replace(self, tables={site: self.tables[site] for site in level.sites})
+
     def check_fits(self, level: Level) -> None:
         """Check that there is a constant of the right size for every unit of a level.
 

@@ -78,6 +78,8 @@ class FittedCircuits(nn.Module):
         self.level, self.loss, self.rows_per_run, self.recompute = level, loss, rows_per_run, recompute
         self.masks: Tensor
         self.register_buffer("masks", masks, persistent=False)
+        # Those of a graph have the embedding too, which is no node.
+        starts = [start.of_level(level) for start in starts]
         replaced = replaced_slots(level, masks, starts[0].slots)
         shared = len(starts) == 1 and can_share_tables(replaced)
         n_sets = 1 if shared else len(masks)
@@ -87,7 +89,8 @@ class FittedCircuits(nn.Module):
 
     def candidate(self, constants: Constants) -> TrainableConstants:
         """The same constants for every circuit, to be compared with the trained ones."""
-        return TrainableConstants([constants] * len(self.constants)).to(self.constants.device).requires_grad_(False)
+        ours = [constants.of_level(self.level)] * len(self.constants)
+        return TrainableConstants(ours).to(self.constants.device).requires_grad_(False)
 
     def behaviour(self, model: CausalLM, batches: Iterable[Batch], sets: Sequence[Constants]) -> Behaviour:
         """Measures of every circuit under given constants."""
@@ -200,7 +203,9 @@ def fit_constants(
         offer(fitted.candidate(constants))
     offer(fitted.constants)
     optimizer = torch.optim.Adam(fitted.constants.parameters(), lr=settings.learning_rate)
-    for step in track(range(settings.steps), description):
+    # Circuits that keep everything have nothing to train.
+    n_steps = settings.steps if any(table.requires_grad for table in fitted.constants.parameters()) else 0
+    for step in track(range(n_steps), description):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine_decay(step, settings.steps)
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)

@@ -205,7 +205,7 @@ class _Study:
         ready = [self._has_constants(run) for run in self.runs]
         size = self.source.slots.positions
         starts = [
-            run.constants.with_positions(size)
+            run.constants.of_level(self.level).with_positions(size)
             if run.constants is not None and KINDS[run.ablation].learned
             else self.source.mean
             for run in self.runs

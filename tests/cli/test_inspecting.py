@@ -47,7 +47,7 @@ def test_precision_and_strategy_change_what_a_step_takes(capsys):
     save_config("model", "gpt2", n_layer=3)
     whole = facts_of(capsys, "--lm.name", "./model")["step_bytes"]
     mixed = facts_of(capsys, "--lm.name", "./model", "--precision", "bf16-mixed")["step_bytes"]
-    again = facts_of(capsys, "--lm.name", "./model", "--activation_checkpointing", "true")["step_bytes"]
+    again = facts_of(capsys, "--lm.name", "./model", "--recompute", "true")["step_bytes"]
     shared = facts_of(capsys, "--lm.name", "./model", "--strategy", "fsdp", "--devices", "8")
     # Half precision keeps copies of weights in that type beside them.
     assert mixed["activations"] < whole["activations"]

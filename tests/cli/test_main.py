@@ -40,7 +40,7 @@ def test_every_public_name_exists_and_unknown_ones_do_not():
         oa_train.load_modle  # noqa: B018
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "minimal", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "compare", "minimal", "convert", "inspect", "demo"])
 def test_commands_describe_their_options(command, capsys):
     assert main([command, "--help"]) == 0
     assert "--" in capsys.readouterr().out
@@ -92,8 +92,8 @@ def test_a_run_records_its_configuration_and_is_made_again_from_it(tmp_path, mon
 
 
 def test_an_option_overrides_a_configuration_wherever_it_stands(capsys):
-    assert main(["fit", "--model.penalty", "0.7", *SMALL[:2], "--print_config"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["penalty"] == 0.7
+    assert main(["fit", "--model.penalty_weight", "0.7", *SMALL[:2], "--print_config"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["penalty_weight"] == 0.7
 
 
 def test_changes_on_a_resume_are_listed_and_take_effect(tmp_path, monkeypatch, capsys):

@@ -9,8 +9,8 @@ from oa_train.ablations.registry import AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
-from oa_train.models.selection import Components
+from oa_train.models.loading import LMSpec, load_config, load_model
+from oa_train.models.selection import Nodes
 from tests.builders import small_ioi
 
 FEW = ["--data.n_test", "8", "--data.n_validation", "8", "--data.n_means", "8", "--minimal.fit.steps", "1"]
@@ -25,13 +25,14 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def constants():
-    return AblationSource(load_model(LMSpec()), small_ioi()).mean
+    model = load_model(LMSpec())
+    return AblationSource(model, small_ioi(n_means=8), Graph.of(model.config)).mean
 
 
 @pytest.fixture
 def run(constants) -> Path:
     folder = Path("runs/nodes/version_0")
-    Circuit(Components(3, 4), ("m0", "a1.h0"), provenance={"model": "tiny"}).save(folder / "circuit")
+    Circuit(Nodes.of(load_config(LMSpec())), ("m0", "a1.h0"), provenance={"model": "tiny"}).save(folder / "circuit")
     constants.save(folder / "constants")
     Path(folder / "config.yaml").write_text("lm: {name: tiny}\ndata: IOI\nseed_everything: 3")
     return folder
@@ -41,7 +42,7 @@ def run(constants) -> Path:
 def front(constants) -> Path:
     folder = Path("runs/front/version_0")
     for number in ("0", "1"):
-        Circuit(Graph(3, 4, 4), EDGES).save(folder / "front" / number / "circuit")
+        Circuit(Graph.of(load_config(LMSpec())), EDGES).save(folder / "front" / number / "circuit")
         constants.save(folder / "front" / number / "constants")
     Path(folder / "config.yaml").write_text("lm: {name: tiny}\ndata: IOI")
     return folder

@@ -125,7 +125,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     assert f"it goes on from {LAST}." in fit()
     assert recorded(runs[1])["resumed_from"] == str(LAST)
     # A run of another configuration does not.
-    assert "it begins as it did" in fit("--model.penalty", "0.3")
+    assert "it begins as it did" in fit("--model.penalty_weight", "0.3")
     assert recorded(runs[2])["resumed_from"] is None
     # So does another job.
     monkeypatch.setenv("SLURM_JOB_ID", "4243")

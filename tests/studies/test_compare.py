@@ -23,7 +23,8 @@ from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
-QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=20)
+QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=30)
+BRIEF = RefitSettings(steps=20, batch_size=8, evaluate_every=10)
 UNFITTED = RefitSettings(steps=0)
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
 TAKING = [name for name, kind in KINDS.items() if not kind.restores]
@@ -32,7 +33,7 @@ FEW = ["a0.h0", "m0", "m1"]
 
 @pytest.fixture(scope="module")
 def task():
-    return small_ioi(n_validation=128, n_test=256, n_means=256)
+    return small_ioi(n_validation=32, n_test=64, n_means=64)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def trained(run):
 
 @pytest.fixture(scope="module")
 def compared(module, task, run, trained):
-    return compare(module.frozen, task, [trained], run, CompareSettings(fit=QUICK, random_circuits=3))
+    return compare(module.frozen, task, [trained], run, CompareSettings(fit=QUICK, random_circuits=2))
 
 
 def kl_of(rows, ablation: str) -> float:
@@ -86,7 +87,7 @@ def test_results_name_the_run_and_its_circuit(compared, run):
     assert results["jaccard"] == [[1.0]]
     assert results["seeds"] == []
     assert results["positions"] == 1
-    assert [(drawn["size"], len(drawn["kl"])) for drawn in results["random_circuits"]] == [(7, 3)]
+    assert [(drawn["size"], len(drawn["kl"])) for drawn in results["random_circuits"]] == [(7, 2)]
     assert results["fit"]["steps"] == 60
     assert results["circuit_fit"]["steps"] == 300
 
@@ -114,10 +115,10 @@ def test_optimal_is_at_most_mean_and_zero_for_every_component(compared):
 
 
 def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(module, run, trained):
-    task = small_ioi(n_validation=128, n_test=256, n_means=256, n_tokens=16)
+    task = small_ioi(n_validation=32, n_test=32, n_means=64, n_tokens=16)
     settings = CompareSettings(
         ablations=["optimal", "resample", "mean"],
-        components=FEW,
+        components=["a0.h0", "m1"],
         positions="every",
         fit=QUICK,
         circuit_fit=QUICK,
@@ -133,9 +134,9 @@ def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(mo
 
 def test_random_circuits_are_worse(compared):
     found = compared.random_circuits[7]
-    assert len(found.kl) == 3
+    assert len(found.kl) == 2
     # After the same training: the run's own constants had more.
-    assert sorted(found.kl)[1] > 5 * found.run_kl
+    assert min(found.kl) > 2 * found.run_kl
     assert found.percentile == 100 * sum(kl <= found.run_kl for kl in found.kl) / len(found.kl)
     assert found.run_kl >= 0.9 * kl_of(compared.circuits(), "optimal")
 
@@ -149,7 +150,7 @@ def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
         TrainedCircuit("experiment/version_1", other, trained.constants),
         TrainedCircuit("elsewhere/version_0", resampled),
     ]
-    settings = CompareSettings(["optimal", "resample"], components=[], circuit_fit=QUICK, random_circuits=0)
+    settings = CompareSettings(["optimal", "resample"], components=[], circuit_fit=BRIEF, random_circuits=0)
     found = compare(module.frozen, task, runs, tmp_path, settings)
     assert [(row.run.name, row.ablation) for row in found.rows] == [
         (run.name, kind) for run in runs for kind in ("optimal", "resample")

@@ -73,7 +73,10 @@ def test_a_size_takes_the_highest_edges(task, tmp_path):
 
 @pytest.mark.parametrize("ablation", ["optimal", "mean", "resample"])
 def test_a_front_has_a_finished_run_for_each_circuit(task, tmp_path, ablation):
-    module, run = trained(task, penalty_weight=[0.01, 0.1, 0.02], ablation=ablation), tmp_path / "experiment" / "version_0"
+    module, run = (
+        trained(task, penalty_weight=[0.01, 0.1, 0.02], ablation=ablation),
+        tmp_path / "experiment" / "version_0",
+    )
     front = finish_front(module, task, run, QUICK)
     masks = module.masks.discrete()
     for number, circuit in enumerate(front.circuits):
@@ -107,14 +110,17 @@ def test_circuits_of_edges_are_compared_under_every_ablation(task, tmp_path):
     finished = finish(module, task, tmp_path / "e" / "version_0", QUICK)
     run = TrainedCircuit("e/version_0", finished.circuit, finished.constants)
     settings = CompareSettings(
-        ablations=["optimal", "mean", "counterfactual"], components=[], fit=QUICK.refit, random_circuits=3
+        ablations=["optimal", "mean", "counterfactual"], components=["m*"], fit=QUICK.refit, random_circuits=3
     )
     compared = compare(module.frozen, task, [run], tmp_path / "e" / "version_0", settings)
-    assert [row.ablation for row in compared.rows] == ["optimal", "mean", "counterfactual"]
+    # Components are ablated alone beside it, and not every edge.
+    assert [(row.component, row.ablation) for row in compared.rows] == [
+        (name, kind) for name in ("circuit", "m0", "m1", "m2") for kind in ("optimal", "mean", "counterfactual")
+    ]
     assert compared.rows[0].figures["kl"].mean == pytest.approx(finished.metrics["kl"].mean, rel=1e-4)
     assert len(compared.random_circuits[len(finished.circuit)].kl) == 3
     results = json.loads((compared.folder / "results.json").read_text())
     assert results["runs"][0]["edges"] == list(finished.circuit.names)
     nodes = TrainedCircuit("nodes", Circuit.from_patterns(Nodes.of(module.frozen.config), ["m*"]), None)
-    with pytest.raises(ConfigurationError, match="different kinds: e/version_0 of edges, nodes of components"):
+    with pytest.raises(ConfigurationError, match="different kinds: e/version_0 of 262 edges, nodes of 15 comp"):
         compare(module.frozen, task, [run, nodes], tmp_path / "e" / "version_0", settings)

@@ -15,10 +15,10 @@ from tests.builders import quiet_trainer
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_edges_of_known_models_are_found_and_no_others(name, tmp_path):
     known, lm = write_known(name, tmp_path), LMSpec(str(tmp_path))
-    module = CircuitModule(lm=lm, graph="edges", penalty=0.04)
+    module = CircuitModule(lm=lm, level="edges", penalty_weight=0.04)
     task = KNOWN_TASKS[name](lm=lm, batch_size=8, batches_per_epoch=1000, n_validation=64)
     quiet_trainer(max_steps=1000).fit(module, TaskData(task))
     true = Graph.of(known.model.config).mask(known.edges)
-    found = recovery(module.circuit_masks()[0], true, module.keep_probability()[0])
+    found = recovery(module.masks.discrete()[0], true, module.masks.keep_probability()[0])
     assert (found.precision, found.recall) == (1.0, 1.0)
     assert found.auroc > 0.999
