@@ -50,6 +50,8 @@ class BestConstants(nn.Module):
         offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
             for site, best in self._tables().items():
+                if site not in self._replaced:  # constants of a larger level, which these circuits leave alone
+                    continue
                 number = circuit if len(best) > 1 else 0
                 taken = self._replaced[site][circuit].to(best.device).unsqueeze(-1)
                 best[number] = torch.where(taken, offered[site][number], best[number])
