@@ -341,7 +341,8 @@ def find_parts(model: Any) -> Parts:
 def _check_not_wrapped(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise ModelError(
-            "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the model "
+            "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the "
+            "model "
             "itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): interventions "
             "then run the code that it was compiled from."
         )
