@@ -36,11 +36,11 @@ class TokenLayout:
         Raises:
             TaskError: the prompts have no span of that name, or one of them has no token in it that may be ablated.
         """
-        if name.startswith("-") and name[1:].isdigit():
+        if name in self.spans:
+            inside = self.spans[name]
+        elif name.startswith("-") and name[1:].isdigit():
             from_the_end = self.real.long().flip(1).cumsum(dim=1).flip(1)
             inside = self.real & (from_the_end == int(name[1:]))
-        elif name in self.spans:
-            inside = self.spans[name]
         else:
             known = f"{nearest_names(name, self.spans)} " if self.spans else "These prompts name no spans. "
             raise TaskError(

@@ -1,6 +1,6 @@
 """A model that runs as its circuit, for the length of a context."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from inspect import signature
@@ -64,8 +64,8 @@ class _Calls:
         self._forward, self._generate = forward, generate
         self._parameters = signature(forward)
         self._prompt_width: int | None = None  # while something is generated
-        self.forward = wraps(forward)(self._masked_forward)
-        self.generate = wraps(generate)(self._masked_generate)
+        self.forward = _in_place_of(forward, self._masked_forward)
+        self.generate = _in_place_of(generate, self._masked_generate)
 
     def _masked_generate(self, *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -119,6 +119,16 @@ class _Calls:
             layout.positions[:, prompt], layout.real[:, prompt], layout.protected[:, prompt], named, layout.continued
         ).span(name)
         return inside
+
+
+def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does what a method does, with the signature of the one that it replaces."""
+
+    @wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **kwargs)
+
+    return call
 
 
 def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int, Tensor]:
