@@ -166,9 +166,7 @@ def run_job(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     """Train under one arrangement; the first process writes what it measured into the folder."""
     lm = LMSpec(str(folder / "model"), dtype=arrangement.dtype)  # type: ignore[arg-type] # checked by LMSpec
     task = RandomTokens(lm=lm, batch_size=PROMPTS, batches_per_epoch=WARM_UP + n_timed + 1)
-    module = CircuitModule(
-        lm=lm, samples_per_prompt=SAMPLES, recompute=arrangement.recompute
-    )
+    module = CircuitModule(lm=lm, samples_per_prompt=SAMPLES, recompute=arrangement.recompute)
     measurement = Measurement(n_timed)
     trainer = lightning.Trainer(
         max_epochs=1,

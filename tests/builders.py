@@ -173,14 +173,16 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
 
 
-def random_dictionary(site: str, n_features: int = 10, seed: int = 0) -> Dictionary:
-    """A dictionary of a tiny model's site whose reconstructions are far from what it reads."""
+def random_dictionary(site: str, n_features: int = 10, seed: int = 0, d_model: int = 32) -> Dictionary:
+    """A dictionary whose reconstructions are far from what it reads."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return Dictionary(site, drawn(32, n_features), drawn(n_features), drawn(n_features, 32), drawn(32), "relu")
+    return Dictionary(
+        site, drawn(d_model, n_features), drawn(n_features), drawn(n_features, d_model), drawn(d_model), "relu"
+    )
 
 
 def with_spans(batch: Batch, **spans: Iterable[int]) -> Batch:

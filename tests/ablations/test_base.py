@@ -20,9 +20,7 @@ def no_run(batch):
 
 def at_tokens(values: Values, level: Nodes, n_rows: int, width: int) -> list[torch.Tensor]:
     """What every token gets, for each site and span."""
-    return [
-        values.at(site, span).expand(n_rows, width, -1, -1) for site in level.sites for span in level.spans
-    ]
+    return [values.at(site, span).expand(n_rows, width, -1, -1) for site in level.sites for span in level.spans]
 
 
 def assert_each_alone(level: Nodes, batch, sets) -> None:

@@ -68,7 +68,9 @@ def test_every_span_gets_its_own(config, side):
     for site in level.sites:
         assert len(by_position.tables[site]) == 4
         for span in level.spans:
-            assert torch.equal(by_position.replacements(batch).at(site, span), by_position.at(batch.positions).at(site))
+            assert torch.equal(
+                by_position.replacements(batch).at(site, span), by_position.at(batch.positions).at(site)
+            )
 
 
 @pytest.mark.parametrize("n_positions", [1, 4])

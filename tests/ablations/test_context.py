@@ -150,7 +150,9 @@ def test_beams_have_the_spans_of_their_prompt(archetype, name):
     circuit, batch = circuit_of(archetype, name), spanned(random_batch([6, 5], "left"))
     constants = small_constants(circuit)
     with ablated(archetype, circuit, constants, batch.spans):
-        results = [generate(archetype, batch, use_cache=cache, num_beams=3, output_scores=True) for cache in (True, False)]
+        results = [
+            generate(archetype, batch, use_cache=cache, num_beams=3, output_scores=True) for cache in (True, False)
+        ]
     for result in results:
         for row, real in enumerate(batch.attention_mask):
             made = result.sequences[row, 6:].tolist()
@@ -248,7 +250,9 @@ def test_hidden_states_are_the_stream_of_a_circuit_of_nodes(archetype):
     assert torch.equal(states[3], parts.final_norm(entered[3]))
     clean = archetype(batch.tokens, output_hidden_states=True).hidden_states
     assert torch.equal(states[0], clean[0])
-    assert all((ablated_state - state).abs().max() > 1e-3 for ablated_state, state in zip(states[1:], clean[1:], strict=True))
+    assert all(
+        (ablated_state - state).abs().max() > 1e-3 for ablated_state, state in zip(states[1:], clean[1:], strict=True)
+    )
 
 
 def test_hidden_states_of_a_circuit_of_edges_are_refused(archetype):
@@ -423,9 +427,7 @@ def test_a_compiled_wrapper_is_refused_with_what_to_give_instead(dtype):
     with pytest.raises(ModelError, match=message):
         masked_logits(wrapper, batch, level, torch.ones(2, len(level)), zeros.replacements(batch))
     with pytest.raises(ModelError, match=message):
-        masked_logits(
-            wrapper, batch, Graph.of(model.config), torch.ones(2, 1), zeros.replacements(batch)
-        )
+        masked_logits(wrapper, batch, Graph.of(model.config), torch.ones(2, 1), zeros.replacements(batch))
     with pytest.raises(ModelError, match=message):
         read_values(wrapper, batch, level)
     assert traces(model) == before

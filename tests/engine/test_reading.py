@@ -68,7 +68,9 @@ def test_features_are_the_code_of_their_site(archetype):
     batch, dictionaries = random_batch([6, 4], "left"), [random_dictionary(site) for site in ("m0", "r1", "a2")]
     features = read_values(archetype, batch, Nodes.of(archetype.config, ["features"], (), dictionaries))
     whole = read_values(archetype, batch, Nodes.of(archetype.config, KINDS))
-    for dictionary, site in zip(dictionaries, (Site("mlp", 0), Site("residual", 1), Site("attention", 2)), strict=True):
+    for dictionary, site in zip(
+        dictionaries, (Site("mlp", 0), Site("residual", 1), Site("attention", 2)), strict=True
+    ):
         code = (whole[site].squeeze(2) @ dictionary.w_enc + dictionary.b_enc).relu()
         assert_close(features[Site("features", site.layer)].squeeze(-1), code, **EXACT)
 

@@ -89,7 +89,9 @@ def test_padding_left_right_and_none_agree(archetype, name):
     mask, constants = random_mask(1, len(level)), random_constants(level, positions=3)
     mask[:, 0] = 0.3
     tokens = random_batch([6]).tokens.tolist()
-    batches = [spanned(batch) for batch in (batch_of(tokens), batch_of(tokens, "left", 9), batch_of(tokens, "right", 9))]
+    batches = [
+        spanned(batch) for batch in (batch_of(tokens), batch_of(tokens, "left", 9), batch_of(tokens, "right", 9))
+    ]
     logits = [masked_logits(archetype, batch, level, mask, constants.replacements(batch)) for batch in batches]
     assert (logits[0] - scored_logits(archetype, batches[0])).abs().max() > 1e-3
     assert_close(logits[1], logits[0], **EXACT)
