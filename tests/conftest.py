@@ -17,7 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 # Fused projections and learned positions; separate projections and a window; grouped keys and values; post-norms.
-# What holds for all models is shown on these. The laws that a family's entry in the table must obey run on every family.
+# What holds of all models is shown on these; the laws that an entry of the table must obey run on every family.
 ARCHETYPES = ("gpt2", "gpt_neo", "llama", "gemma2")
 
 

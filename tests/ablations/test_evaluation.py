@@ -103,6 +103,21 @@ def test_each_circuit_has_its_own_ablation(model, level, masks, task):
         )
 
 
+def test_circuits_with_spans_have_their_own_ablations_too(model, task):
+    level = Nodes.of(model.config, ["heads", "mlp", "residual"], ["m*@S2", "r2@end", "a*.h*@-1"])
+    source = AblationSource(model, task, level)
+    kinds = [
+        KINDS[name].prepare(source) for name in ("resample", "mean", "noise", "counterfactual", "clean", "resample")
+    ]
+    drawn = torch.rand(len(kinds), len(level), generator=torch.Generator().manual_seed(1)) < 0.5
+    batches = list(task.batches("test", 7, 4))
+    for ablations in (kinds, [kinds[0]] * len(kinds)):
+        together = circuit_behaviour(model, batches, level, drawn, ablations)
+        for index, kind in enumerate(ablations):
+            alone = circuit_behaviour(model, batches, level, drawn[index : index + 1], [kind])
+            assert_same(row_of(together, index), alone)
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_figures_do_not_depend_on_the_batch_size(model, level, masks, name, side):

@@ -47,8 +47,8 @@ def test_a_sequential_model_of_a_family_that_can_be_either_passes():
 
 
 ADDED = "all ablated: blocks add their constants and nothing else"
-
-
+HEADS = "heads at constants: attention adds the same at every token"
+NEURONS = "neurons at constants: the MLP adds the same at every token"
 EDGES = "every edge kept: the logits are the model's own"
 READERS = "every query, key and value reads what its name says"
 
@@ -68,6 +68,10 @@ READERS = "every query, key and value reads what its name says"
         ("gpt_neox", {"parallel": False}, "every MLP reads what `parallel` says"),
         ("llama", {"post_norms": True}, "every block adds what `post_norms` says"),
         ("gemma3_text", {"post_norms": False}, "every block adds what `post_norms` says"),
+        ("gpt2", {"down_projection": "mlp.act"}, NEURONS),
+        ("gpt_neo", {"down_projection": "attn.attention.out_proj"}, NEURONS),
+        ("llama", {"down_projection": "self_attn.o_proj"}, NEURONS),
+        ("gemma3_text", {"attention_post_norm": "pre_feedforward_layernorm"}, HEADS),
         ("llama", {"projections": tuple(f"self_attn.{kind}_proj" for kind in "qvk")}, READERS),
         ("gpt_neo", {"projections": tuple(f"attn.attention.{kind}_proj" for kind in "kqv")}, READERS),
         ("gpt_neox", {"interleaved": False}, READERS),
@@ -81,9 +85,9 @@ READERS = "every query, key and value reads what its name says"
 )
 def test_a_wrong_entry_fails(monkeypatch, family, wrong, failed):
     monkeypatch.setitem(FAMILIES, family, replace(FAMILIES[family], **wrong))
-    found = failures(tiny_model(family))
-    assert failed in found
-    assert UNTOUCHED not in found
+    failing = failures(tiny_model(family))
+    assert failed in failing
+    assert UNTOUCHED not in failing
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_runs_of_edges_stay_within_memory(model, monkeypatch, rows, gradients):
 
 
 def test_a_backward_pass_takes_more_memory_than_none(model):
-    graph, batch = Graph.of(model.config), random_batch([4, 6, 3, 5, 4])
+    batch = random_batch([4, 6, 3, 5, 4])
     without, with_gradients = (ENGINES[Graph].row_bytes(model, batch, gradients) for gradients in (False, True))
     assert without < with_gradients
 

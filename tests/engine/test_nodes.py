@@ -127,18 +127,18 @@ def test_padding_is_finite_where_attention_is_computed_in_single_precision(famil
         assert_close(scored_logits(model, batch)[row, 0], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(archetype):
-    batch, level = random_batch([9, 6, 4]), every_kind(archetype)
-    before, results = traces(archetype), []
+def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(shared_archetype):
+    batch, level = random_batch([9, 6, 4]), every_kind(shared_archetype)
+    before, results = traces(shared_archetype), []
     for recompute in (False, True):
         mask, values = random_mask(3, len(level)).requires_grad_(), random_values(level, 3, 9)
-        logits = masked_logits(archetype, batch, level, mask, values, recompute)
+        logits = masked_logits(shared_archetype, batch, level, mask, values, recompute)
         loss = logits.softmax(-1)[..., :5].sum()
         gradients = torch.autograd.grad(loss, [mask, *values.values()], materialize_grads=True)
         results.append((logits, *gradients))
     for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
-    assert traces(archetype) == before
+    assert traces(shared_archetype) == before
 
 
 def test_blocks_that_run_again_keep_less_memory():

@@ -66,7 +66,9 @@ def test_the_blocks_see_fewer_rows(archetype):
 
     def rows_seen(run) -> int:
         seen: list[int] = []
-        taps = [Tap(block, "input", lambda hidden: seen.append(len(hidden))) for block in find_parts(archetype).blocks]
+        taps = [
+            Tap(block, "output", lambda hidden: seen.append(len(hidden))) for block in find_parts(archetype).blocks
+        ]
         with tapped(taps):
             run()
         return sum(seen)
