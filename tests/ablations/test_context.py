@@ -11,7 +11,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.context import ablated
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
-from oa_train.engine.forward import model_inputs
+from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.prefix import prefix_logits
 from oa_train.engine.reading import read_values
@@ -27,7 +27,7 @@ from tests.engine.selections import SELECTIONS, SPANNED, selection
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h2", "m1", "a2.h1", "m2")
-STEPS = 4
+STEPS = 3
 # Its attention takes the last columns of the cache for the newest, and in a static cache those are still empty.
 WRONG_WITH_A_STATIC_CACHE = {"gpt_neo"}
 
@@ -121,22 +121,25 @@ def assert_generation(model, circuit: Circuit, constants: Constants, batch: Batc
         expected = step_by_step(model, batch.tokens[row][real].tolist(), made, circuit, constants)
         for generated in (cached, plain):
             assert_close(torch.stack(generated.logits)[:, row], expected, **EXACT)
-    clean = generate(model, batch, use_cache=True)
-    # A circuit may still say the same.
-    assert (torch.stack(clean.logits) - torch.stack(cached.logits)).abs().max() > 1e-3
+    # A circuit may still say the same as the model.
+    assert (scored_logits(model, batch)[:, 0] - cached.logits[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["nodes", "edges"])
-def test_generation_with_the_cache_equals_one_without_and_masked_logits(any_model, name):
-    circuit = circuit_of(any_model, name)
-    assert_generation(any_model, circuit, small_constants(circuit, 9), random_batch([6, 3, 5], "left"))
+def test_generation_with_the_cache_equals_one_without_and_masked_logits(any_model):
+    circuit = circuit_of(any_model, "nodes")
+    assert_generation(any_model, circuit, small_constants(circuit, 9), random_batch([6, 3], "left"))
+
+
+@pytest.mark.parametrize("lengths", [[5], [6, 3, 5]], ids=["one prompt", "padded on the left"])
+def test_edges_are_replaced_while_generating(archetype, lengths):
+    circuit = circuit_of(archetype, "edges")
+    assert_generation(archetype, circuit, small_constants(circuit, 9), random_batch(lengths, "left"))
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-@pytest.mark.parametrize("lengths", [[5], [6, 4, 5]], ids=["one prompt", "padded on the left"])
-def test_units_of_every_kind_and_spans_are_replaced_while_generating(archetype, name, lengths):
+def test_units_of_every_kind_and_spans_are_replaced_while_generating(archetype, name):
     circuit = circuit_of(archetype, name)
-    assert_generation(archetype, circuit, small_constants(circuit), spanned(random_batch(lengths, "left")))
+    assert_generation(archetype, circuit, small_constants(circuit), spanned(random_batch([6, 4], "left")))
 
 
 @pytest.mark.parametrize("patterns", [["m*@s", "a*@s"], ["m*@-1", "a*@-1"]], ids=["a named span", "the last token"])
@@ -402,7 +405,6 @@ def assert_compiled_is_ablated_all_the_same(compile_in_place, backend: str, tole
             masked_logits(plain, batch, circuit.level, mask, values),
         )
         assert (expected - clean).abs().max() > 1e-2
-        assert_close(model(batch.tokens).logits, clean, **near)
     level = Nodes.of(model.config)
     mask, values = ~level.selected(["a1.h0"]).unsqueeze(0), random_constants(level).mapped(torch.Tensor.float)
     shared = [prefix_logits(each, batch, level, mask, values.replacements(batch)).ablated for each in (model, plain)]

@@ -78,14 +78,14 @@ def test_the_estimate_is_near_a_step_of_the_training_module():
     weights = sum(tensor.nbytes for tensor in (*module.frozen.parameters(), *module.frozen.buffers()))
     with LiveBytes() as live:
         sum(module.masked_loss(batch, module.clean_logits(batch))).backward()
-    estimate = node_step_memory(empty_model(lm), StepSettings(*batch.tokens.shape, module.samples_per_prompt))
+    estimate = node_step_memory(empty_model(lm), StepSettings(*batch.tokens.shape, module.masks.samples_per_prompt))
     assert estimate.total == pytest.approx(weights + live.peak, rel=0.15)
 
 
 WAYS = [
     Arrangement("alone", recompute=True),
-    Arrangement("mixed", dtype="float32", precision="bf16-mixed"),
-    Arrangement("shared", processes=2, strategy="fsdp", dtype="bfloat16"),
+    pytest.param(Arrangement("mixed", dtype="float32", precision="bf16-mixed"), marks=pytest.mark.long),
+    pytest.param(Arrangement("shared", processes=2, strategy="fsdp", dtype="bfloat16"), marks=pytest.mark.long),
 ]
 
 
