@@ -44,13 +44,13 @@ def masks_of(level: Nodes, *patterns: str) -> torch.Tensor:
     return torch.stack([level.selected(pattern.split()) for pattern in patterns])
 
 
-def moved(fitted: Constants, start: Constants) -> list[str]:
+def moved(fitted: Constants, start: Constants) -> set[str]:
     """Units whose constant is not the one that training started from."""
-    return [
+    return {
         f"{site.key}.{unit}"
         for site, table in fitted.tables.items()
         for unit in (table != start.tables[site]).any(dim=2).any(dim=0).nonzero().flatten().tolist()
-    ]
+    }
 
 
 def test_fitted_constants_beat_the_mean_on_held_out_prompts(model, task, level, mean):
@@ -62,7 +62,7 @@ def test_fitted_constants_beat_the_mean_on_held_out_prompts(model, task, level, 
     assert (fitted.validation_loss < 0.8 * start).all()
     # They ablate nothing in common, so one table holds the constants of both.
     assert len(fitted.sets) == 1
-    assert moved(fitted.sets[0], mean) == ["heads_0.0", "mlp_1.0", *(f"heads_2.{n}" for n in range(4)), "mlp_2.0"]
+    assert moved(fitted.sets[0], mean) == {"heads_0.0", "mlp_1.0", *(f"heads_2.{n}" for n in range(4)), "mlp_2.0"}
 
 
 def test_circuits_side_by_side_equal_circuits_one_after_another(model, task, level, mean):
@@ -82,7 +82,7 @@ def test_only_constants_of_ablated_components_move(model, task, level, mean):
     masks = masks_of(level, "* !a1.h2 !m0")
     fitted = fit_constants(model, task, level, masks, [mean], RefitSettings(steps=2, batch_size=4, evaluate_every=1))
     # The mean itself may have stayed the best.
-    assert moved(fitted.sets[0], mean) in (["mlp_0.0", "heads_1.2"], [])
+    assert moved(fitted.sets[0], mean) in ({"mlp_0.0", "heads_1.2"}, set())
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
@@ -173,6 +173,6 @@ def test_units_of_other_kinds_and_spans_have_constants_of_their_own(model, task)
     assert (fitted.validation_loss < unfitted.validation_loss).all()
     # The same unit at two spans: no two circuits replace the same value, so one table serves both.
     (constants,) = fitted.sets
-    assert moved(constants, start) == ["neurons_0.3", "mlp_1.0"]
+    assert moved(constants, start) == {"neurons_0.3", "mlp_1.0"}
     slots = (constants.tables[Site("mlp", 1)] != start.tables[Site("mlp", 1)]).any(dim=2).squeeze(1)
     assert {level.spans[slot] for slot in slots.nonzero().flatten().tolist()} == {"S2", "end"}

@@ -61,15 +61,14 @@ READERS = "every query, key and value reads what its name says"
         ("gpt2", {"mlp": "mlp.c_fc"}, ADDED),
         ("llama", {"mlp": "self_attn"}, ADDED),
         ("llama", {"mlp": "input_layernorm"}, ADDED),
-        ("llama", {"attention_output": "self_attn.q_proj"}, ADDED),
+        ("qwen2", {"attention_output": "self_attn.q_proj"}, ADDED),
         ("olmo2", {"mlp": "mlp"}, ADDED),
         ("gemma3_text", {"mlp": "pre_feedforward_layernorm"}, ADDED),
         ("gpt2", {"parallel": True}, "every MLP reads what `parallel` says"),
         ("gpt_neox", {"parallel": False}, "every MLP reads what `parallel` says"),
         ("llama", {"post_norms": True}, "every block adds what `post_norms` says"),
         ("gemma3_text", {"post_norms": False}, "every block adds what `post_norms` says"),
-        ("gpt2", {"down_projection": "mlp.act"}, NEURONS),
-        ("gpt_neo", {"down_projection": "attn.attention.out_proj"}, NEURONS),
+        ("gpt2", {"attention_output": "attn"}, ADDED),
         ("llama", {"down_projection": "self_attn.o_proj"}, NEURONS),
         ("gemma3_text", {"attention_post_norm": "pre_feedforward_layernorm"}, HEADS),
         ("llama", {"projections": tuple(f"self_attn.{kind}_proj" for kind in "qvk")}, READERS),
@@ -92,11 +91,19 @@ def test_a_wrong_entry_fails(monkeypatch, family, wrong, failed):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"mlp": "mpl"}, {"blocks": "transformer"}, {"blocks": "h"}, {"attention_output": "attn"}]
+    "wrong",
+    [
+        {"mlp": "mpl"},
+        {"blocks": "transformer"},
+        {"blocks": "h"},
+        {"attention_output": "mlp.c_fc"},
+        {"down_projection": "mlp.c_fc"},
+        {"down_projection": "attn.c_proj"},
+    ],
 )
 def test_a_path_that_leads_nowhere_is_refused(monkeypatch, wrong):
     monkeypatch.setitem(FAMILIES, "gpt2", replace(FAMILIES["gpt2"], **wrong))
-    with pytest.raises(ModelError, match=r"not built as its entry|output projections of this gpt2"):
+    with pytest.raises(ModelError, match=r"not built as its entry|(output|down) projections of this gpt2"):
         self_check(tiny_model("gpt2"))
 
 
@@ -124,5 +131,6 @@ def test_a_changed_model_is_noticed(monkeypatch, change):
             model.transformer.h[1].train()
         return 0.0
 
-    monkeypatch.setitem(selfcheck.COUNTS, "tampering", tamper)
+    monkeypatch.setattr(selfcheck, "COMPARISONS", {})
+    monkeypatch.setattr(selfcheck, "COUNTS", {"tampering": tamper})
     assert failures(model) == [UNTOUCHED]
