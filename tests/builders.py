@@ -1,6 +1,6 @@
 """Small real models and batches for the tests: random weights, true configurations, no download."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import (
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.engine.values import Values
+from oa_train.models.dictionaries import Dictionary
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
 from oa_train.tasks import IOI
@@ -39,7 +40,7 @@ GROUPED = {
 }
 WIDE = GROUPED | {"head_dim": 12}
 TINY_CONFIGS = {
-    "gpt2": {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "resid_pdrop": 0.1},
+    "gpt2": {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_inner": 48, "n_positions": 24, "resid_pdrop": 0.1},
     "gpt_neox": {
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
@@ -170,6 +171,36 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     """Float64 masks of which about a quarter each is exactly 0 and exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
+
+
+def random_dictionary(site: str, n_features: int = 10, seed: int = 0, d_model: int = 32) -> Dictionary:
+    """A dictionary whose reconstructions are far from what it reads."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return Dictionary(
+        site, drawn(d_model, n_features), drawn(n_features), drawn(n_features, d_model), drawn(d_model), "relu"
+    )
+
+
+def with_spans(batch: Batch, **spans: Iterable[int]) -> Batch:
+    """The batch with spans of the real tokens at some positions of every row."""
+    at = {name: torch.isin(batch.positions, torch.tensor(list(positions))) for name, positions in spans.items()}
+    return replace(batch, spans={name: inside & batch.attention_mask for name, inside in at.items()})
+
+
+def traces(model: CausalLM) -> list[Any]:
+    """All that an intervention could leave behind in a model; versions count changes of weights in place."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [
+        [(name, id(module), module.training) for name, module in model.named_modules()],
+        [list(getattr(module, kind)) for module in model.modules() for kind in kinds],
+        [sorted({"forward", "generate", "_compiled_call_impl"} & vars(module).keys()) for module in model.modules()],
+        [(name, id(weight), weight._version, weight.grad is None) for name, weight in model.named_parameters()],
+        [weight.requires_grad for weight in model.parameters()],
+    ]
 
 
 def training_text() -> Iterator[str]:

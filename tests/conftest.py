@@ -1,4 +1,4 @@
-"""One fixture makes a tiny random model of every supported family."""
+"""Two fixtures make tiny random models: of the four archetypes, and of every supported family."""
 
 import os
 from collections.abc import Iterator
@@ -16,6 +16,11 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+# Fused projections and learned positions; separate projections and a window; grouped keys and values; post-norms.
+# What holds of all models is shown on these; the laws that an entry of the table must obey run on every family.
+ARCHETYPES = ("gpt2", "gpt_neo", "llama", "gemma2")
+
+
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
 def shared_model(request: pytest.FixtureRequest) -> CausalLM:
     """A float64 model of each family in turn; shared, so a test that changes it fails the next one."""
@@ -27,6 +32,19 @@ def any_model(shared_model: CausalLM) -> Iterator[CausalLM]:
     """A float64 model of each family in turn, which computes in float64 throughout."""
     with WithoutSinglePrecision():
         yield shared_model
+
+
+@pytest.fixture(scope="session", params=ARCHETYPES)
+def shared_archetype(request: pytest.FixtureRequest) -> CausalLM:
+    """A float64 model of each archetype in turn; shared, so a test that changes it fails the next one."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def archetype(shared_archetype: CausalLM) -> Iterator[CausalLM]:
+    """A float64 model of each archetype in turn, which computes in float64 throughout."""
+    with WithoutSinglePrecision():
+        yield shared_archetype
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

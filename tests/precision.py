@@ -19,7 +19,7 @@ class WithoutSinglePrecision(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(map(_is_double, tree_leaves((args, kwargs)))) and _called_by_transformers(sys._getframe(1)):
+        if _called_by_transformers(sys._getframe(1)) and any(map(_is_double, tree_leaves((args, kwargs)))):
             if function is torch.Tensor.float:
                 function = torch.Tensor.double
             args, kwargs = tree_map(_doubled, (args, kwargs))

@@ -14,6 +14,7 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import as_written
 from oa_train.engine.levels import masked_call
 from oa_train.errors import ArtefactError, ConfigurationError
+from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.models.taps import replaced_attributes
 from oa_train.shapes import Bool, Tensor
@@ -41,10 +42,12 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Span
         The same model.
 
     Raises:
+        ModelError: the family is not in the table, or the model is compiled as a whole.
         ArtefactError: circuit or constants belong to another model.
         ConfigurationError: a call has no token ids, or asks for states that a circuit of edges does not have.
         TaskError: a span is missing, or overlaps another one of the same unit.
     """
+    find_parts(model)
     check_belongs(model, circuit, constants)
     with as_written(model):
         call = _Calls(model, circuit, constants.to(model.device), spans or {})

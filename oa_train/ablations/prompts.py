@@ -28,21 +28,26 @@ class OtherPromptAblation(Ablation):
 
     def __init__(self, other_prompts: OtherPrompts, spans: Sequence[str | None] = (None,)) -> None:
         self._other_prompts = other_prompts
-        self._spans = [span for span in spans if span is not None]
+        self._spans = tuple(spans)
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
         """Run the clean model on the other prompts."""
         others = self._other_prompts(batch)
         values = values_of(others)
-        return Values(values.tensors, {span: _same_span(batch, others, span) for span in self._spans})
+        if self._spans == (None,):
+            return values
+        return Values(values.tensors, {span: _same_place(batch, others, span) for span in self._spans})
 
 
-def _same_span(batch: Batch, others: Batch, span: str) -> Int[Tensor, "row position"]:
+def _same_place(batch: Batch, others: Batch, span: str | None) -> Int[Tensor, "row position"]:
     """Column of the other prompt's token that stands as far into the span as each token of this one's.
 
     Raises:
         TaskError: the spans of two prompts are not equally long.
     """
+    columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).clone()
+    if span is None:
+        return columns
     own, other = batch.layout.span(span), others.layout.span(span)
     if not torch.equal(own.sum(dim=1), other.sum(dim=1)):
         row = int((own.sum(dim=1) != other.sum(dim=1)).nonzero()[0])
@@ -51,6 +56,5 @@ def _same_span(batch: Batch, others: Batch, span: str) -> Int[Tensor, "row posit
             f"{int(other[row].sum())} "
             "in the prompt whose values are to replace it there. Use spans of equal length, or another ablation."
         )
-    columns = torch.arange(own.shape[1], device=own.device).expand_as(own).clone()
     columns[own] = columns[other]
     return columns

@@ -66,6 +66,8 @@ def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]
 
 def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: Values) -> Callable[[Tensor], Tensor]:
     names = SITE_KINDS[site.kind].unit_names(site.layer, nodes.sites[site][0])
+    entries = {name: number for number, name in enumerate(nodes.names)}
+    tokens = {span: batch.layout.span(span) for span in nodes.spans if span is not None}
 
     def change(tensor: Tensor) -> Tensor:
         by_token = tensor.reshape(*batch.tokens.shape, -1)
@@ -91,10 +93,10 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
             return value
         for span in nodes.spans:
             name = names[unit] if span is None else f"{names[unit]}@{span}"
-            if name not in nodes.names or not (span is None or batch.layout.span(span)[row, column]):
+            if name not in entries or not (span is None or tokens[span][row, column]):
                 continue
             replacement = _pick(values, site, span, row, column)[unit]
-            return _mix(mask[row, nodes.names.index(name)], value, replacement)
+            return _mix(mask[row, entries[name]], value, replacement)
         return value
 
     return change

@@ -86,7 +86,7 @@ def side_by_side(sets: Sequence[Values], n_rows: int) -> Values:
         n_rows: rows of the batch that is copied.
     """
     first = sets[0]
-    if all(values.slots == first.slots and _is_one_slot(values) for values in sets):
+    if all(_is_one_slot(values) and values.slots == first.slots for values in sets):
         # Tables of pooled constants stay as small as they are.
         slots = first.slots
         laid_out = [values.tensors for values in sets]

@@ -1,21 +1,31 @@
 """Noise: its distribution, and that a prompt's draw depends on the prompt's number and length alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from torch.testing import assert_close
 
-from oa_train.ablations.base import SourceValues
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_logits
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
-from oa_train.models.families import Dimensions
-from tests.builders import BOS, batch_of, random_batch, random_constants, small_ioi, tiny_model, widened
+from oa_train.engine.values import Values
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import Site
+from tests.builders import (
+    BOS,
+    batch_of,
+    random_batch,
+    random_constants,
+    random_dictionary,
+    small_ioi,
+    tiny_model,
+    widened,
+    with_spans,
+)
 
-LENGTHS = [8, 5, 3, 8, 6]
+LENGTHS = [8, 5, 4, 8, 6]
+# Values of a row's real tokens, by site and span.
+Drawn = dict[tuple[Site, str | None], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -23,122 +33,147 @@ def model():
     return tiny_model("llama")
 
 
-def noise_of(model, n_positions: int = 1, seed: int = 0) -> NoiseAblation:
-    spread = random_constants(model, n_positions, seed=11)
-    spread = replace(spread, heads=spread.heads.abs(), mlps=spread.mlps.abs())
-    return NoiseAblation(random_constants(model, n_positions, seed=10), spread, seed)
+@pytest.fixture(scope="module")
+def level(model):
+    return Nodes.of(model.config)
+
+
+@pytest.fixture(scope="module")
+def spanned(model):
+    kinds = ["tokens", "residual", "heads", "attention", "neurons", "mlp", "features"]
+    return Nodes.of(model.config, kinds, ["m1@s", "a0.h2@-1", "r2@s"], [random_dictionary("m1")])
+
+
+def statistics(level: Nodes, n_positions: int = 1) -> tuple[Constants, Constants]:
+    """Centre and width."""
+    return random_constants(level, n_positions, seed=10), random_constants(level, n_positions, seed=11).mapped(
+        torch.abs
+    )
+
+
+def noise_of(level: Nodes, n_positions: int = 1, seed: int = 0) -> NoiseAblation:
+    return NoiseAblation(*statistics(level, n_positions), seed)
 
 
 def no_run(batch):
     raise AssertionError("noise needs no run of the model")
 
 
-def drawn(noise: NoiseAblation, batch: Batch) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Heads and MLPs at the real tokens of each prompt, by its number."""
-    values = noise.replacements(batch, no_run)
-    assert values.heads.shape[1:3] == values.mlps.shape[1:3] == batch.tokens.shape
-    rows = zip(batch.example_ids.tolist(), batch.attention_mask, strict=True)
-    return {number: (values.heads[:, i, real], values.mlps[:, i, real]) for i, (number, real) in enumerate(rows)}
+def drawn(level: Nodes, noise: NoiseAblation, batch: Batch) -> dict[int, Drawn]:
+    """What each prompt gets, by its number."""
+    values, prompts = noise.replacements(batch, no_run), {}
+    for row, (number, real) in enumerate(zip(batch.example_ids.tolist(), batch.attention_mask, strict=True)):
+        prompts[number] = {
+            (site, span): values.at(site, span)[row, real] for site in level.sites for span in level.spans
+        }
+    return prompts
 
 
-def same(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> bool:
-    return all(torch.equal(first, second) for first, second in zip(one, other, strict=True))
+def same(first: Drawn, second: Drawn) -> bool:
+    return all(torch.equal(values, second[key]) for key, values in first.items())
 
 
 @pytest.mark.parametrize("n_positions", [1, 4])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_draw_depends_on_no_other_prompt_and_no_padding(model, side, n_positions):
-    noise = noise_of(model, n_positions)
-    expected = drawn(noise, random_batch(LENGTHS, "right"))
+def test_a_draw_depends_on_no_other_prompt_and_no_padding(spanned, side, n_positions):
+    noise = noise_of(spanned, n_positions)
+    expected = drawn(spanned, noise, random_batch(LENGTHS, "right"))
     batch = random_batch(LENGTHS, side)
-    for other in (batch, widened(batch, side, 7), batch.rows(slice(1, 4)), batch.rows(slice(2, 3))):
-        for number, found in drawn(noise, other).items():
-            assert same(found, expected[number])
     reversed_rows = batch._map(lambda tensor: tensor.flip(0))
-    for number, found in drawn(noise, reversed_rows).items():
-        assert same(found, expected[number])
+    for other in (batch, widened(batch, side, 7), batch.rows(slice(1, 4)), batch.rows(slice(2, 3)), reversed_rows):
+        for number, values in drawn(spanned, noise, other).items():
+            assert same(values, expected[number])
 
 
-def test_copies_of_a_prompt_get_the_same_noise(model):
-    batch, noise = random_batch(LENGTHS), noise_of(model)
+def test_copies_of_a_prompt_get_the_same_noise(spanned):
+    batch, noise = random_batch(LENGTHS), noise_of(spanned)
     once, thrice = noise.replacements(batch, no_run).repeat(3), noise.replacements(batch.repeat(3), no_run)
-    assert torch.equal(once.heads, thrice.heads)
-    assert torch.equal(once.mlps, thrice.mlps)
+    for site in spanned.sites:
+        for span in spanned.spans:
+            assert torch.equal(once.at(site, span), thrice.at(site, span))
 
 
-def test_noise_carries_nothing_of_the_prompt(model):
-    noise = noise_of(model, 4)
+def test_noise_carries_nothing_of_the_prompt(level):
+    noise = noise_of(level, 4)
     first, second = random_batch(LENGTHS, seed=1), random_batch(LENGTHS, seed=2)
     assert (first.tokens != second.tokens).sum() > 10
-    for one, other in zip(drawn(noise, first).values(), drawn(noise, second).values(), strict=True):
-        assert same(one, other)
+    for values, other in zip(drawn(level, noise, first).values(), drawn(level, noise, second).values(), strict=True):
+        assert same(values, other)
 
 
-def test_numbers_and_seeds_each_change_the_draw(model):
+def test_numbers_and_seeds_each_change_the_draw(level):
     batch = random_batch([8, 8])
-    first, second = drawn(noise_of(model), batch).values()
-    (third, _) = drawn(noise_of(model, seed=1), batch).values()
+    first, second = drawn(level, noise_of(level), batch).values()
+    third, _ = drawn(level, noise_of(level, seed=1), batch).values()
     for other in (second, third):
-        assert (first[0] != other[0]).all()
-        assert (first[1] != other[1]).all()
+        assert all((values != other[key]).all() for key, values in first.items())
 
 
-def many(model, n_positions: int) -> tuple[SourceValues, Batch]:
+def test_prompts_of_a_task_get_different_noise_within_a_batch(level):
+    prompts = list(drawn(level, noise_of(level), small_ioi(n_tokens=18).batch("test", 0, 3)).values())
+    assert not any(same(prompts[i], prompts[j]) for i in range(3) for j in range(i))
+
+
+def many(level: Nodes, n_positions: int) -> tuple[Values, int]:
     batch = batch_of([[BOS, 5, 6, 7, 8]] * 4000)
-    return noise_of(model, n_positions).replacements(batch, no_run), batch
+    return noise_of(level, n_positions).replacements(batch, no_run), len(batch)
 
 
 @pytest.mark.parametrize("n_positions", [1, 3])
-def test_many_draws_have_the_mean_and_the_spread_that_were_asked_for(model, n_positions):
-    values, batch = many(model, n_positions)
-    mean, spread = noise_of(model, n_positions)._mean, noise_of(model, n_positions)._spread
-    n = len(batch)
-    for name in ("heads", "mlps"):
-        found = getattr(values, name)
+def test_many_draws_have_the_mean_and_the_spread_that_were_asked_for(level, n_positions):
+    (values, n), (mean, spread) = many(level, n_positions), statistics(level, n_positions)
+    for site in level.sites:
         for position in range(5):
             row = min(position, n_positions - 1)
-            centre, width = getattr(mean, name)[:, row], getattr(spread, name)[:, row]
-            errors = (found[:, :, position].mean(dim=1) - centre) / (width / n**0.5)
-            assert errors.abs().max() < 4
-            assert 0.8 < errors.std() < 1.2  # and are not suspiciously near
-            errors = (found[:, :, position].std(dim=1) / width - 1) * (2 * n) ** 0.5
-            assert errors.abs().max() < 4
+            centre, width = mean.tables[site][row], spread.tables[site][row]
+            errors = (values[site][:, position].mean(dim=0) - centre) / (width / n**0.5)
+            assert errors.abs().max() < 4.5
+            assert 0.6 < errors.std() < 1.4  # and are not suspiciously near
+            errors = (values[site][:, position].std(dim=0) / width - 1) * (2 * n) ** 0.5
+            assert errors.abs().max() < 4.5
 
 
-def test_layers_positions_heads_and_dimensions_are_drawn_independently(model):
-    values, batch = many(model, 1)
-    columns = torch.cat([values.heads[:, :, 1:3].flatten(3), values.mlps[:, :, 1:3]], dim=-1)
-    columns = columns.permute(1, 0, 2, 3).flatten(1)[:, ::3]
+def test_each_span_has_a_mean_and_a_spread_of_its_own(model):
+    level = Nodes.of(model.config, ["mlp"], ["m1@s", "m1@-1"])
+    mean, spread = statistics(level)
+    n = 4000
+    batch = with_spans(batch_of([[BOS, 5, 6, 7, 8]] * n), s=(2,))
+    values = NoiseAblation(mean, spread, 0).replacements(batch, no_run)
+    for number, span in enumerate(level.spans):
+        for site in level.sites:
+            centre, width = mean.tables[site][number], spread.tables[site][number]
+            at_span = values.at(site, span)[:, 2]
+            assert ((at_span.mean(dim=0) - centre) / (width / n**0.5)).abs().max() < 4.5
+            assert ((at_span.std(dim=0) / width - 1) * (2 * n) ** 0.5).abs().max() < 4.5
+
+
+def test_layers_positions_heads_and_dimensions_are_drawn_independently(level):
+    values, n = many(level, 1)
+    columns = torch.cat([tensor[:, 1:3].flatten(1) for tensor in values.values()], dim=1)[:, ::3]
     correlation = torch.corrcoef(columns.T) - torch.eye(columns.shape[1])
-    assert correlation.abs().max() < 5.5 / len(batch) ** 0.5
+    assert correlation.abs().max() < 5.5 / n**0.5
 
 
-def test_without_spread_noise_is_mean_ablation(model):
-    mean = random_constants(model, 4)
-    zeros = Constants.zeros(Dimensions.of(model.config), BOS, 4)
+def test_without_spread_noise_is_mean_ablation(spanned):
+    mean = random_constants(spanned, 4)
     batch = random_batch(LENGTHS, "left")
-    found, expected = NoiseAblation(mean, zeros, 0).replacements(batch, no_run), mean.replacements(batch)
-    assert torch.equal(found.heads, expected.heads)
-    assert torch.equal(found.mlps, expected.mlps)
+    values = NoiseAblation(mean, mean.mapped(torch.zeros_like), 0).replacements(batch, no_run)
+    expected = mean.replacements(batch)
+    for site in spanned.sites:
+        for span in spanned.spans:
+            assert torch.equal(values.at(site, span), expected.at(site, span))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_bos_is_left_alone(model, side):
-    noise, nothing = noise_of(model), torch.zeros(1, 15).bool()
+def test_what_is_protected_is_left_alone(model, level, side):
+    noise, nothing = noise_of(level), torch.zeros(1, len(level)).bool()
     only = widened(batch_of([[BOS], [BOS]]), side, 2)
-    assert torch.equal(circuit_logits(model, only, nothing, [noise]), scored_logits(model, only))
+    assert torch.equal(circuit_logits(model, only, level, nothing, [noise]), scored_logits(model, only))
     other = batch_of([[5], [6]])
-    assert (circuit_logits(model, other, nothing, [noise]) - scored_logits(model, other)).abs().max() > 1e-2
+    assert (circuit_logits(model, other, level, nothing, [noise]) - scored_logits(model, other)).abs().max() > 1e-2
 
 
-def test_prompts_of_a_task_get_different_noise_within_a_batch(model):
-    task = small_ioi(n_tokens=18)
-    found = list(drawn(noise_of(model), task.batch("test", 0, 3)).values())
-    assert not any(same(found[i], found[j]) for i in range(3) for j in range(i))
-
-
-def test_a_copy_on_another_device_is_the_same(model):
-    noise, batch = noise_of(model), random_batch(LENGTHS)
-    moved = noise.to("cpu")
-    assert moved.bos_token_id == BOS
-    assert_close(moved.replacements(batch, no_run).heads, noise.replacements(batch, no_run).heads, rtol=0, atol=0)
+def test_a_copy_on_another_device_is_the_same(level):
+    noise, batch = noise_of(level), random_batch(LENGTHS)
+    for number, values in drawn(level, noise.to("cpu"), batch).items():
+        assert same(values, drawn(level, noise, batch)[number])

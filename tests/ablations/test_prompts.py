@@ -9,13 +9,14 @@ from torch.testing import assert_close
 
 from oa_train.ablations.prompts import OtherPromptAblation
 from oa_train.batches import Batch
-from oa_train.engine.reading import source_values
+from oa_train.engine.reading import read_values
 from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.selection import Nodes
 from oa_train.tasks import IOI, Task, donors
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import stream_of
-from tests.builders import batch_of, small_ioi, widened
+from tests.builders import batch_of, random_batch, small_ioi, tiny_model, widened, with_spans
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 N_PROMPTS = 16
@@ -45,18 +46,18 @@ def test_a_partner_is_another_prompt_of_equal_length_from_the_means_stream(whole
     for stream in ("train", "refit", "validation", "test"):
         batch = task.batch(stream, 0, 24)
         own = rows_of(batch)
-        found = partners(batch, task)
-        assert [len(row) for row in found] == [len(row) for row in own]
-        assert {tuple(row) for row in found} <= donated
+        drawn = partners(batch, task)
+        assert [len(row) for row in drawn] == [len(row) for row in own]
+        assert {tuple(row) for row in drawn} <= donated
         assert not {tuple(row) for row in own} & donated
 
 
 def test_prompts_have_partners_of_their_own():
     task = small_ioi(n_tokens=18, n_means=48)
-    found = [tuple(row) for row in partners(task.batch("test", 0, 48), task)]
+    drawn = [tuple(row) for row in partners(task.batch("test", 0, 48), task)]
     # 48 draws from 48 donors hit about 30 of them.
-    assert 22 < len(set(found)) < 40
-    assert sum(one == other for one, other in zip(found[1:], found, strict=False)) < 4
+    assert 22 < len(set(drawn)) < 40
+    assert sum(row == other for row, other in zip(drawn[1:], drawn, strict=False)) < 4
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -66,9 +67,9 @@ def test_a_partner_depends_on_no_other_prompt_and_no_padding(whole, side, size):
     assert [row for batch in task.batches("test", N_PROMPTS, size) for row in partners(batch, task)] == expected
     assert partners(widened(task.batch("test", 0, N_PROMPTS), side, 7), task) == expected
     assert partners(whole.repeat(2)) == expected * 2
-    one = Donors(task, 0)
+    again = Donors(task, 0)
     for batch in reversed(list(task.batches("test", N_PROMPTS, size))):  # whatever was asked before
-        assert rows_of(one(batch)) == [expected[number] for number in batch.example_ids.tolist()]
+        assert rows_of(again(batch)) == [expected[number] for number in batch.example_ids.tolist()]
 
 
 def test_partners_stand_in_their_prompts_columns_and_nothing_else_changes(whole):
@@ -93,19 +94,19 @@ def test_a_partner_follows_from_the_number_and_not_from_the_text():
 def test_another_seed_gives_other_partners():
     task = small_ioi(n_tokens=18)
     batch = task.batch("test", 0, N_PROMPTS)
-    found = [partners(batch, task, seed) for seed in range(3)]
+    drawn = [partners(batch, task, seed) for seed in range(3)]
     for number in range(2):
-        assert sum(one != other for one, other in zip(found[number], found[number + 1], strict=True)) > 10
-    assert found[0] == partners(batch, task, 0)
+        assert sum(row != other for row, other in zip(drawn[number], drawn[number + 1], strict=True)) > 10
+    assert drawn[0] == partners(batch, task, 0)
 
 
 def test_a_length_that_no_donor_has_gets_the_first_further_prompt_of_that_length(whole):
     task = small_ioi(n_means=1)
-    found = partners(whole, task)
+    drawn = partners(whole, task)
     later = [rows_of(task.batch("means", number, 1))[0] for number in range(100)]
-    for row, own in zip(found, rows_of(whole), strict=True):
+    for row, own in zip(drawn, rows_of(whole), strict=True):
         assert row == next(candidate for candidate in later if len(candidate) == len(own))
-    assert partners(whole.rows(slice(9, 12)), task) == found[9:12]
+    assert partners(whole.rows(slice(9, 12)), task) == drawn[9:12]
 
 
 def test_a_length_that_there_is_not_is_refused(monkeypatch):
@@ -117,40 +118,72 @@ def test_a_length_that_there_is_not_is_refused(monkeypatch):
         Donors(task, 0)(odd)
 
 
+@pytest.fixture(scope="module")
+def level(model):
+    return Nodes.of(model.config, ["embedding", "heads", "mlp"])
+
+
+@pytest.fixture(scope="module")
+def values_of(model, level):
+    return partial(read_values, model, level=level)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_resampled_values_are_those_of_the_partners_alone(model, side):
+def test_resampled_values_are_those_of_the_partners_alone(values_of, side):
     task = small_ioi(padding_side=side)
     batch = task.batch("test", 0, 6)
-    ablation = OtherPromptAblation(Donors(task, 3), task.bos_token_id)
-    found = ablation.replacements(batch, partial(source_values, model))
+    values = OtherPromptAblation(Donors(task, 3)).replacements(batch, values_of)
     for row, tokens in enumerate(partners(batch, seed=3)):
-        alone = source_values(model, batch_of([tokens]))
-        real = batch.attention_mask[row]
-        assert_close(found.heads[:, row, real], alone.heads[:, 0], **EXACT)
-        assert_close(found.mlps[:, row, real], alone.mlps[:, 0], **EXACT)
-    assert ablation.bos_token_id == task.bos_token_id
+        for site, alone in values_of(batch_of([tokens])).items():
+            assert_close(values[site][row, batch.attention_mask[row]], alone[0], **EXACT)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_counterfactual_values_are_those_of_the_counterfactuals(model, side):
+def test_counterfactual_values_are_those_of_the_counterfactuals(values_of, side):
     task = small_ioi(padding_side=side)
     batch = task.batch("test", 0, 6)
-    found = OtherPromptAblation(Batch.counterfactual, 0).replacements(batch, partial(source_values, model))
-    expected = source_values(model, batch.counterfactual())
-    assert torch.equal(found.heads, expected.heads)
-    assert torch.equal(found.mlps, expected.mlps)
+    values = OtherPromptAblation(Batch.counterfactual).replacements(batch, values_of)
+    clean = values_of(batch)
     for row in range(6):
-        tokens = task.encoder.encode([task.prompt("test", row).counterfactual])
-        alone = source_values(model, batch_of(tokens))
-        assert_close(found.mlps[:, row, batch.attention_mask[row]], alone.mlps[:, 0], **EXACT)
-    assert (found.mlps - source_values(model, batch).mlps).abs().max() > 1e-2
+        (tokens,) = task.encoder.encode([task.prompt("test", row).counterfactual])
+        for site, alone in values_of(batch_of([tokens])).items():
+            assert_close(values[site][row, batch.attention_mask[row]], alone[0], **EXACT)
+            assert (values[site][row] - clean[site][row]).abs().max() > 1e-2
 
 
-def test_a_task_without_counterfactuals_is_refused_with_what_to_do(model, monkeypatch):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("span", ["S1", "S2", "IO", "end", "-1"])
+def test_at_a_span_the_partners_same_span_is_taken(model, span, side):
+    task, level = small_ioi(padding_side=side), Nodes.of(model.config, patterns=[f"m*@{span}", f"a*@{span}"])
+    batch, donors_of = task.batch("test", 0, 8), Donors(task, 3, [span])
+    values = OtherPromptAblation(donors_of, [span]).replacements(batch, partial(read_values, model, level=level))
+    others, moved = donors_of(batch), 0
+    whole = read_values(model, others, level)
+    for row in range(8):
+        own = batch.layout.span(span)[row].nonzero().flatten().tolist()
+        theirs = others.layout.span(span)[row].nonzero().flatten().tolist()
+        moved += own != theirs
+        for site in level.sites:
+            for column, source in zip(own, theirs, strict=True):
+                assert torch.equal(values.at(site, span)[row, column], whole[site][row, source])
+    # Names stand at other places in other sentences.
+    assert span in ("end", "-1") or moved
+
+
+def test_spans_of_other_lengths_are_refused():
+    model = tiny_model("gpt2")
+    level = Nodes.of(model.config, ["mlp"], ["m1@s"])
+    batch, longer = (with_spans(random_batch([7, 6]), s=at) for at in ((2, 3), (2, 3, 4)))
+    with pytest.raises(
+        TaskError, match="span 's' has 2 tokens in prompt 0 of a batch and 3 in the prompt whose values"
+    ):
+        OtherPromptAblation(lambda _: longer, ["s"]).replacements(batch, partial(read_values, model, level=level))
+
+
+def test_a_task_without_counterfactuals_is_refused_with_what_to_do(values_of, monkeypatch):
     task = IOI()
     draw = task.draw
     monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), counterfactual=None))
     assert stream_of(task.prompt("test", 0).text) == "test"
-    ablation = OtherPromptAblation(Batch.counterfactual, task.bos_token_id)
     with pytest.raises(TaskError, match=r"no counterfactuals: their task makes none.*Choose another ablation, or"):
-        ablation.replacements(task.batch("test", 0, 2), partial(source_values, model))
+        OtherPromptAblation(Batch.counterfactual).replacements(task.batch("test", 0, 2), values_of)

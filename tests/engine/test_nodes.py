@@ -1,4 +1,6 @@
-"""The fast node interventions against Hugging Face itself and against the slow reference."""
+"""The laws of the engine for nodes that a family's entry in the table must obey, on every family."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,10 +9,11 @@ from torch.testing import assert_close
 from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.nodes import node_logits
-from oa_train.models.families import Dimensions, find_parts
-from oa_train.models.selection import Components
-from oa_train.models.taps import Tap, tapped
+from oa_train.engine.levels import masked_logits
+from oa_train.models.families import find_parts
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import Site
+from oa_train.models.taps import Tap
 from tests.builders import (
     BOS,
     VOCABULARY,
@@ -18,27 +21,91 @@ from tests.builders import (
     random_batch,
     random_constants,
     random_mask,
-    random_replacements,
+    random_values,
     tiny_model,
+    traces,
 )
+from tests.engine.selections import every_kind
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 
 
-def components_of(model) -> Components:
-    return Components.of(Dimensions.of(model.config))
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_all_kept_is_the_model_itself(any_model, side):
-    batch = random_batch([9, 6, 4], side)
-    mask = torch.ones(3, len(components_of(any_model)), dtype=torch.float64)
-    logits = node_logits(any_model, batch, mask, random_constants(any_model).replacements(batch), BOS)
+    batch, level = random_batch([9, 6, 4], side), every_kind(any_model)
+    mask = torch.ones(3, len(level), dtype=torch.float64)
+    logits = masked_logits(any_model, batch, level, mask, random_constants(level).replacements(batch))
     for row in range(3):
         tokens = batch.tokens[row][batch.attention_mask[row]]
         alone = any_model(input_ids=tokens.unsqueeze(0)).logits[0, -1]
         assert_close(logits[row, 0], alone, **EXACT)
-    assert torch.equal(logits, scored_logits(any_model, batch))
+    heads_and_mlps = Nodes.of(any_model.config)
+    mask, values = mask[:, : len(heads_and_mlps)], random_constants(heads_and_mlps).replacements(batch)
+    # No digit changes where nothing is decoded.
+    assert torch.equal(masked_logits(any_model, batch, heads_and_mlps, mask, values), scored_logits(any_model, batch))
+
+
+def test_the_reference_agrees_in_value_and_every_gradient(any_model):
+    batch, level = random_batch([4, 5], "left"), every_kind(any_model)
+    results = []
+    for run in (masked_logits, reference_node_logits):
+        mask = random_mask(2, len(level)).requires_grad_()
+        constants = random_constants(level, positions=4, requires_grad=True)
+        logits = run(any_model, batch, level, mask, constants.replacements(batch))
+        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
+        leaves = [mask, *constants.tables.values()]
+        gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
+        results.append((logits, *gradients))
+    assert (results[0][1] != 0).any()
+    for fast, slow in zip(*results, strict=True):
+        assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_padding_left_right_and_none_agree(any_model):
+    level = every_kind(any_model)
+    mask, constants = random_mask(1, len(level)), random_constants(level, positions=3)
+    tokens = random_batch([6]).tokens.tolist()
+    batches = [batch_of(tokens), batch_of(tokens, "left", 10), batch_of(tokens, "right", 10)]
+    masked = [masked_logits(any_model, batch, level, mask, constants.replacements(batch)) for batch in batches]
+    clean = [scored_logits(any_model, batch) for batch in batches]
+    for logits in (masked, clean):
+        assert_close(logits[1], logits[0], **EXACT)
+        assert_close(logits[2], logits[0], **EXACT)
+
+
+def test_all_ablated_depends_only_on_token_and_position(any_model):
+    rows = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
+    rows[:, 0] = BOS
+    rows[1, -1] = rows[0, -1]
+    other = [*rows[0, :-1].tolist(), (int(rows[0, -1]) + 1) % VOCABULARY]
+    batch, level = batch_of([*rows.tolist(), other]), Nodes.of(any_model.config)
+    mask = torch.zeros(3, len(level), dtype=torch.float64)
+    logits = masked_logits(any_model, batch, level, mask, random_constants(level).replacements(batch))
+    assert_close(logits[0], logits[1], **EXACT)
+    assert (logits[2] - logits[0]).abs().max() > 1e-3
+
+
+def test_constants_have_gradients_only_where_the_mask_is_zero(archetype):
+    batch, level = random_batch([6]), Nodes.of(archetype.config)
+    mask = torch.full((1, len(level)), 0.4, dtype=torch.float64)
+    mask[0, level.index("a1.h2")] = 0.0
+    constants = random_constants(level, requires_grad=True)
+    logits = masked_logits(archetype, batch, level, mask, constants.replacements(batch))
+    tables = list(constants.tables.values())
+    gradients = torch.autograd.grad(logits.square().sum(), tables, materialize_grads=True)
+    for site, gradient in zip(constants.tables, gradients, strict=True):
+        units = (gradient.abs().amax(dim=(0, 2)) > 0).nonzero().flatten().tolist()
+        assert units == ([2] if site == Site("heads", 1) else [])
+
+
+def test_what_is_protected_is_not_ablated(archetype):
+    batch, level = random_batch([1, 1]), Nodes.of(archetype.config)
+    mask = torch.zeros(2, len(level), dtype=torch.float64)
+    values = random_constants(level).replacements(batch)
+    clean = scored_logits(archetype, batch)
+    assert_close(masked_logits(archetype, batch, level, mask, values), clean, **EXACT)
+    unprotected = replace(batch, protected=torch.zeros_like(batch.protected))
+    assert (masked_logits(archetype, unprotected, level, mask, values) - clean).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -47,153 +114,45 @@ def test_padding_is_finite_where_attention_is_computed_in_single_precision(famil
     # A window shorter than the padding hides all real tokens from it on the right, too.
     model = tiny_model(family)
     model.set_attn_implementation("eager")
-    batch = random_batch([12, 4, 1], side)
-    found = []
-    for run in (node_logits, reference_node_logits):
-        mask = random_mask(3, len(components_of(model))).requires_grad_()
-        logits = run(model, batch, mask, random_constants(model).replacements(batch), BOS)
-        found.append((logits, *torch.autograd.grad(logits.sum(), mask)))
-    assert all(tensor.isfinite().all() for pair in found for tensor in pair)
-    for fast, slow in zip(*found, strict=True):
+    batch, level, results = random_batch([12, 4, 1], side), Nodes.of(model.config), []
+    for run in (masked_logits, reference_node_logits):
+        mask = random_mask(3, len(level)).requires_grad_()
+        logits = run(model, batch, level, mask, random_constants(level).replacements(batch))
+        results.append((logits, *torch.autograd.grad(logits.sum(), mask)))
+    assert all(tensor.isfinite().all() for pair in results for tensor in pair)
+    for fast, slow in zip(*results, strict=True):
         assert_close(fast, slow, rtol=1e-4, atol=1e-4)
     for row in range(3):
         alone = model(input_ids=batch.tokens[row][batch.attention_mask[row]].unsqueeze(0)).logits[0, -1]
         assert_close(scored_logits(model, batch)[row, 0], alone, rtol=1e-5, atol=1e-5)
-    assert not hooks_of(model)
 
 
-def test_all_ablated_depends_only_on_token_and_position(any_model):
-    rows = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(4))
-    rows[:, 0] = BOS
-    rows[1, -1] = rows[0, -1]
-    shorter = rows[0, 1:].tolist()
-    batch = batch_of([*rows.tolist(), [BOS, *shorter]], "right")
-    mask = torch.zeros(3, len(components_of(any_model)), dtype=torch.float64)
-    logits = node_logits(any_model, batch, mask, random_constants(any_model).replacements(batch), BOS)
-    assert_close(logits[0], logits[1], **EXACT)
-    other = batch_of([[*rows[0, :-1].tolist(), (int(rows[0, -1]) + 1) % VOCABULARY]])
-    mask = mask[:1]
-    changed = node_logits(any_model, other, mask, random_constants(any_model).replacements(other), BOS)
-    assert (changed[0] - logits[0]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("kind", ["pooled", "per position", "per row"])
-def test_equals_the_reference_in_value_and_gradient(any_model, side, kind):
-    batch = random_batch([7, 5], side)
-    found = []
-    for run in (node_logits, reference_node_logits):
-        mask = random_mask(2, len(components_of(any_model))).requires_grad_()
-        if kind == "per row":
-            replacements = random_replacements(any_model, 2, 7)
-            leaves = (replacements.heads, replacements.mlps)
-        else:
-            constants = random_constants(any_model, 4 if kind == "per position" else 1, requires_grad=True)
-            replacements, leaves = constants.replacements(batch), (constants.heads, constants.mlps)
-        logits = run(any_model, batch, mask, replacements, BOS)
-        weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits)
-        found.append((logits, *torch.autograd.grad((logits * weights).sum(), (mask, *leaves))))
-    assert (found[0][1] != 0).any()
-    for fast, slow in zip(*found, strict=True):
-        assert_close(fast, slow, rtol=1e-10, atol=1e-10)
-
-
-def test_constants_have_gradients_only_where_the_mask_is_zero(any_model):
-    batch = random_batch([6])
-    components = components_of(any_model)
-    mask = torch.full((1, len(components)), 0.4, dtype=torch.float64)
-    mask[0, components.index("a1.h2")] = 0.0
-    constants = random_constants(any_model, requires_grad=True)
-    logits = node_logits(any_model, batch, mask, constants.replacements(batch), BOS)
-    heads, mlps = torch.autograd.grad(logits.square().sum(), (constants.heads, constants.mlps))
-    nonzero = heads.abs().amax(dim=(1, 3)) > 0
-    assert nonzero.nonzero().tolist() == [[1, 2]]
-    assert not mlps.any()
-
-
-def test_padding_left_right_and_none_agree(any_model):
-    mask = random_mask(1, len(components_of(any_model)))
-    constants = random_constants(any_model, n_positions=3)
-    tokens = random_batch([6]).tokens.tolist()
-    batches = [batch_of(tokens), batch_of(tokens, "left", 10), batch_of(tokens, "right", 10)]
-    logits = [node_logits(any_model, b, mask, constants.replacements(b), BOS) for b in batches]
-    assert_close(logits[1], logits[0], **EXACT)
-    assert_close(logits[2], logits[0], **EXACT)
-    clean = [scored_logits(any_model, batch) for batch in batches]
-    assert_close(clean[1], clean[0], **EXACT)
-    assert_close(clean[2], clean[0], **EXACT)
-
-
-def test_the_bos_is_never_ablated(any_model):
-    batch = random_batch([1, 1])
-    mask = torch.zeros(2, len(components_of(any_model)), dtype=torch.float64)
-    replacements = random_constants(any_model).replacements(batch)
-    assert_close(node_logits(any_model, batch, mask, replacements, BOS), scored_logits(any_model, batch), **EXACT)
-    ablated = node_logits(any_model, batch, mask, replacements, None)
-    assert (ablated - scored_logits(any_model, batch)).abs().max() > 1e-3
-
-
-def hooks_of(model) -> list:
-    return [
-        hook
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        for hook in hooks
-    ]
-
-
-def test_the_model_is_untouched_afterwards_and_after_an_exception(any_model):
-    batch = random_batch([6, 4])
-    before = {name: tensor.clone() for name, tensor in any_model.state_dict().items()}
-    modules = [(name, id(module)) for name, module in any_model.named_modules()]
-    clean = any_model(input_ids=batch.tokens).logits
-    mask = random_mask(2, len(components_of(any_model)))
-    node_logits(any_model, batch, mask, random_constants(any_model).replacements(batch), BOS)
-
-    def fail(_: torch.Tensor) -> None:
-        raise RuntimeError("inside")
-
-    last = Tap(any_model.get_output_embeddings(), "output", fail)
-    with pytest.raises(RuntimeError, match="inside"), tapped([last]):
-        node_logits(any_model, batch, mask, random_constants(any_model).replacements(batch), BOS)
-    assert not hooks_of(any_model)
-    assert modules == [(name, id(module)) for name, module in any_model.named_modules()]
-    for name, tensor in any_model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in any_model.parameters())
-    assert torch.equal(any_model(input_ids=batch.tokens).logits, clean)
-
-
-def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(shared_model):
-    batch, n = random_batch([9, 6, 4]), len(components_of(shared_model))
-    found = []
+def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(shared_archetype):
+    batch, level = random_batch([9, 6, 4]), every_kind(shared_archetype)
+    before, results = traces(shared_archetype), []
     for recompute in (False, True):
-        mask = random_mask(3, n).requires_grad_()
-        replacements = random_replacements(shared_model, 3, 9)
-        logits = node_logits(shared_model, batch, mask, replacements, BOS, recompute)
-        parts = (mask, replacements.heads, replacements.mlps)
-        found.append((logits, *torch.autograd.grad(logits.softmax(-1)[..., :5].sum(), parts)))
-    for kept, again in zip(*found, strict=True):
+        mask, values = random_mask(3, len(level)).requires_grad_(), random_values(level, 3, 9)
+        logits = masked_logits(shared_archetype, batch, level, mask, values, recompute)
+        loss = logits.softmax(-1)[..., :5].sum()
+        gradients = torch.autograd.grad(loss, [mask, *values.values()], materialize_grads=True)
+        results.append((logits, *gradients))
+    for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
-    # The forward of a class is seen again, and no hook is left.
-    for module in shared_model.modules():
-        assert "forward" not in vars(module)
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+    assert traces(shared_archetype) == before
 
 
 def test_blocks_that_run_again_keep_less_memory():
     model, batch = tiny_model("llama"), random_batch([12] * 8)
-    peaks = []
+    level, kept = Nodes.of(model.config), []
     for recompute in (False, True):
-        mask = random_mask(8, len(components_of(model))).requires_grad_()
-        replacements = random_constants(model, requires_grad=True).replacements(batch)
+        mask = random_mask(8, len(level)).requires_grad_()
+        values = random_constants(level, requires_grad=True).replacements(batch)
         with LiveBytes() as live:
             before = live.now
-            logits = node_logits(model, batch, mask, replacements, BOS, recompute)
-            peaks.append(live.now - before)
+            logits = masked_logits(model, batch, level, mask, values, recompute)
+            kept.append(live.now - before)
         logits.sum().backward()
-    assert peaks[1] < 0.5 * peaks[0]
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_a_block_that_fails_leaves_no_trace():
@@ -202,8 +161,8 @@ def test_a_block_that_fails_leaves_no_trace():
     def fail(_: torch.Tensor) -> None:
         raise RuntimeError("in a tap")
 
-    inside, before = find_parts(model).mlps[1], scored_logits(model, batch)
+    inside, before, clean = find_parts(model).mlps[1], traces(model), scored_logits(model, batch)
     with pytest.raises(RuntimeError, match="in a tap"):
         scored_logits(model, batch, [Tap(inside, "output", fail)], recompute=True)
-    assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
-    assert torch.equal(scored_logits(model, batch), before)
+    assert traces(model) == before
+    assert torch.equal(scored_logits(model, batch), clean)

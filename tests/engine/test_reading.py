@@ -1,77 +1,97 @@
-"""Values of components against plain hooks, prompt by prompt."""
+"""Values of units against plain hooks, prompt by prompt."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from oa_train.engine.forward import model_inputs, scored_logits
-from oa_train.engine.nodes import node_logits
-from oa_train.engine.reading import source_values
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family
-from tests.builders import BOS, TINY_CONFIGS, random_batch, random_replacements
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import Site
+from tests.builders import random_batch, random_dictionary, random_values, traces
 
 EXACT = {"rtol": 0, "atol": 1e-12}
+KINDS = ["tokens", "embedding", "residual", "heads", "attention", "neurons", "mlp"]
 
 
-def values_alone(model, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Head values [layer, position, head, d_head] and MLP outputs of one unpadded prompt."""
+def read_alone(model, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
+    """Values [position, width] at every site of one unpadded prompt, by hooks of our own."""
     family = check_family(model.config.model_type)
-    heads, mlps, handles = [], [], []
-    for block in model.get_submodule(family.blocks):
+    blocks = model.get_submodule(family.blocks)
+    read: dict[Site, torch.Tensor] = {}
+
+    def at_input(module: torch.nn.Module, site: Site):
+        return module.register_forward_pre_hook(lambda _, args: read.update({site: args[0].view(len(tokens), -1)}))
+
+    def at_output(module: torch.nn.Module, site: Site):
+        return module.register_forward_hook(lambda _, __, output: read.update({site: output.view(len(tokens), -1)}))
+
+    handles = [
+        at_output(model.get_input_embeddings(), Site("tokens")),
+        at_input(blocks[0], Site("embedding")),
+        at_input(model.get_submodule(family.final_norm), Site("residual", len(blocks))),
+    ]
+    for layer, block in enumerate(blocks):
+        projection = block.get_submodule(family.attention_output)
+        attention = block.get_submodule(family.attention_post_norm) if family.attention_post_norm else projection
         handles += [
-            block.get_submodule(family.attention_output).register_forward_pre_hook(
-                lambda _, args: heads.append(args[0][0])
-            ),
-            block.get_submodule(family.mlp).register_forward_hook(
-                lambda _, __, output: mlps.append(output.view(len(tokens), -1))
-            ),
+            at_input(projection, Site("heads", layer)),
+            at_output(attention, Site("attention", layer)),
+            at_input(block.get_submodule(family.down_projection), Site("neurons", layer)),
+            at_output(block.get_submodule(family.mlp), Site("mlp", layer)),
         ]
+        handles += [at_input(block, Site("residual", layer))] if layer else []
     model(input_ids=tokens.unsqueeze(0))
     for handle in handles:
         handle.remove()
-    return torch.stack(heads).view(3, len(tokens), 4, -1), torch.stack(mlps)
+    return read
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
-    batch = random_batch([8, 5, 3], side)
-    values = source_values(any_model, batch)
-    d_head = TINY_CONFIGS[any_model.config.model_type].get("head_dim", 8)
-    assert values.heads.shape == (3, 3, 8, 4, d_head)
-    assert values.mlps.shape == (3, 3, 8, 32)
-    for row in range(3):
-        real = batch.attention_mask[row]
-        heads, mlps = values_alone(any_model, batch.tokens[row][real])
-        assert_close(values.heads[:, row][:, real], heads, **EXACT)
-        assert_close(values.mlps[:, row][:, real], mlps, **EXACT)
+    batch, level = random_batch([8, 5, 3], side), Nodes.of(any_model.config, KINDS)
+    before = traces(any_model)
+    values = read_values(any_model, batch, level)
+    assert traces(any_model) == before
+    for row, real in enumerate(batch.attention_mask):
+        expected = read_alone(any_model, batch.tokens[row][real])
+        assert set(values) == set(expected)
+        for site, (n_units, width) in level.sites.items():
+            assert values[site].shape == (3, 8, n_units, width)
+            assert not values[site].requires_grad
+            assert_close(values[site][row, real].flatten(1), expected[site], **EXACT)
 
 
-def test_values_carry_no_gradients_and_leave_no_hooks(any_model):
-    values = source_values(any_model, random_batch([4]))
-    assert not values.heads.requires_grad
-    assert not values.mlps.requires_grad
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in any_model.modules())
+def test_features_are_the_code_of_their_site(archetype):
+    batch, dictionaries = random_batch([6, 4], "left"), [random_dictionary(site) for site in ("m0", "r1", "a2")]
+    features = read_values(archetype, batch, Nodes.of(archetype.config, ["features"], (), dictionaries))
+    whole = read_values(archetype, batch, Nodes.of(archetype.config, KINDS))
+    for dictionary, site in zip(
+        dictionaries, (Site("mlp", 0), Site("residual", 1), Site("attention", 2)), strict=True
+    ):
+        code = (whole[site].squeeze(2) @ dictionary.w_enc + dictionary.b_enc).relu()
+        assert_close(features[Site("features", site.layer)].squeeze(-1), code, **EXACT)
 
 
 def test_values_of_another_prompt_patched_in_give_that_prompts_logits(any_model):
     # All heads and MLPs taken from a prompt that ends in the same token are the whole of what differs.
-    first = random_batch([6], seed=1)
-    second = random_batch([6], seed=2)
+    first, second, level = random_batch([6], seed=1), random_batch([6], seed=2), Nodes.of(any_model.config)
     second.tokens[0, -1] = first.tokens[0, -1]
-    values = source_values(any_model, second)
-    mask = torch.zeros(1, 15, dtype=torch.float64)
-    patched = node_logits(any_model, first, mask, values, BOS)
+    values, mask = read_values(any_model, second, level), torch.zeros(1, 15, dtype=torch.float64)
+    patched = masked_logits(any_model, first, level, mask, values)
     assert_close(patched, scored_logits(any_model, second), **EXACT)
     assert (patched - scored_logits(any_model, first)).abs().max() > 1e-3
-    other = random_replacements(any_model, 1, 6)
-    assert (node_logits(any_model, first, mask, other, BOS) - patched).abs().max() > 1e-3
+    other = random_values(level, 1, 6)
+    assert (masked_logits(any_model, first, level, mask, other) - patched).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_scored_logits_are_those_of_hugging_face_at_the_scored_position(any_model, side):
+def test_scored_logits_are_those_of_hugging_face_at_the_scored_position(archetype, side):
     batch = random_batch([7, 4], side)
-    whole = any_model(**model_inputs(batch)).logits
-    assert_close(scored_logits(any_model, batch), torch.stack([whole[i, batch.scored[i]] for i in range(2)]), **EXACT)
+    whole = archetype(**model_inputs(batch)).logits
+    assert_close(scored_logits(archetype, batch), torch.stack([whole[i, batch.scored[i]] for i in range(2)]), **EXACT)
 
 
 def test_inputs_name_mask_and_positions_only_with_padding():

@@ -1,0 +1,74 @@
+"""Pieces of a batch and of its circuits: each pair once, within rows and memory."""
+
+import pytest
+import torch
+
+from oa_train.engine import chunks as chunks_module
+from oa_train.engine.chunks import chunks
+from oa_train.engine.levels import ENGINES
+from oa_train.models.graph import Graph
+from oa_train.models.selection import Nodes
+from tests.builders import random_batch, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def pairs(pieces, n_circuits: int) -> list[tuple[int, int]]:
+    """Number of the prompt and of the circuit, of every row of every run."""
+    return [
+        (prompt, circuit)
+        for piece, slices in pieces
+        for circuits in slices
+        for circuit in range(n_circuits)[circuits]
+        for prompt in piece.example_ids.tolist()
+    ]
+
+
+def everything(n_prompts: int, n_circuits: int) -> list[tuple[int, int]]:
+    return [(prompt, circuit) for prompt in range(n_prompts) for circuit in range(n_circuits)]
+
+
+@pytest.mark.parametrize("rows_per_run", [1, 5, 7, 10, 14, 1000])
+@pytest.mark.parametrize("n_circuits", [1, 2, 7])
+def test_runs_of_nodes_cover_every_circuit_and_prompt_once_within_the_rows(model, rows_per_run, n_circuits):
+    batch = random_batch([4, 6, 3, 5, 4])
+    pieces = list(chunks(model, Nodes.of(model.config), batch, n_circuits, rows_per_run))
+    assert sorted(pairs(pieces, n_circuits)) == everything(5, n_circuits)
+    ((piece, slices),) = pieces
+    assert piece is batch
+    # A circuit is never cut, so a run has one at least.
+    most = max(1, rows_per_run // 5)
+    assert [circuits.stop - circuits.start for circuits in slices[:-1]] == [min(most, n_circuits)] * (len(slices) - 1)
+    assert len(slices) == -(-n_circuits // most)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 12, 100])
+def test_runs_of_edges_stay_within_memory(model, monkeypatch, rows, gradients):
+    graph, batch = Graph.of(model.config), random_batch([4, 6, 3, 5, 4])
+    row_bytes = ENGINES[Graph].row_bytes(model, batch, gradients)
+    assert row_bytes > 0
+    monkeypatch.setattr(chunks_module, "RUN_BYTES", rows * row_bytes + row_bytes // 2)
+    pieces = list(chunks(model, graph, batch, 4, rows_per_run=10, gradients=gradients))
+    assert sorted(pairs(pieces, 4)) == everything(5, 4)
+    for piece, slices in pieces:
+        for circuits in slices:
+            assert len(piece) * (circuits.stop - circuits.start) <= min(rows, 10)
+
+
+def test_a_backward_pass_takes_more_memory_than_none(model):
+    batch = random_batch([4, 6, 3, 5, 4])
+    without, with_gradients = (ENGINES[Graph].row_bytes(model, batch, gradients) for gradients in (False, True))
+    assert without < with_gradients
+
+
+def test_a_row_that_is_too_large_runs_alone(model, monkeypatch):
+    monkeypatch.setattr(chunks_module, "RUN_BYTES", 1)
+    batch = random_batch([4, 6, 3])
+    pieces = list(chunks(model, Graph.of(model.config), batch, 2))
+    assert [len(piece) for piece, _ in pieces] == [1, 1, 1]
+    assert sorted(pairs(pieces, 2)) == everything(3, 2)
+    assert torch.equal(torch.cat([piece.tokens for piece, _ in pieces]), batch.tokens)
