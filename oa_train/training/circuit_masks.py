@@ -138,7 +138,7 @@ class CircuitMasks(nn.Module):
         """The discrete circuits: what is above the threshold; of edges those on a path from input to logits."""
         return self.level.prune(self.above_threshold())
 
-    def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit entry"]:
+    def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit selected"]:
         """Of masks over all entries those over the selected ones, which penalties are laid on."""
         return masks[:, self.selection]
 

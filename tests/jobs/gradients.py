@@ -42,7 +42,7 @@ def main(file: str, n_processes: str, batch_size: str, distribution: str, strate
         masks=DISTRIBUTIONS[distribution],
         samples_per_prompt=2,
         target_size=7,
-        activation_checkpointing="recompute" in more,
+        recompute="recompute" in more,
     )
     trainer = lightning.Trainer(
         accelerator="cpu",

@@ -40,9 +40,9 @@ def train(max_steps: int, folder: Path | None = None, resume: Path | None = None
 
 def constants_of(module: ConstantsModule, name: str) -> torch.Tensor:
     """What is trained for one component."""
-    layer, head = divmod(module.components.index(name), module.components.n_heads + 1)
-    heads, mlps = module.constants.heads[0], module.constants.mlps[0]
-    return heads[layer, :, head] if head < module.components.n_heads else mlps[layer]
+    layer, head = divmod(module.level.index(name), module.level.n_heads + 1)
+    heads, mlps = module.fitted.constants.heads[0], module.replacements.constants.mlps[0]
+    return heads[layer, :, head] if head < module.level.n_heads else mlps[layer]
 
 
 def test_all_components_in_one_job_equal_a_job_for_each():
@@ -79,7 +79,7 @@ def test_constants_of_components_alone_stand_in_one_table(tmp_path):
     table = module.best_constants()
     assert table.provenance["ablation"] == "optimal"
     finished = finish_constants(module, small_ioi(), tmp_path)
-    assert list(finished.metrics) == list(module.components.names)
+    assert list(finished.metrics) == list(module.level.names)
     assert torch.equal(Constants.load(tmp_path / "constants").heads, table.heads)
     assert not (tmp_path / "circuit").exists()
     assert (finished.folder / "tables" / "constants.csv").is_file()
@@ -103,13 +103,13 @@ def test_validation_before_the_fit_does_no_harm():
     quiet_trainer(max_epochs=1, limit_train_batches=2).fit(module, datamodule=data)
     plain = ConstantsModule(alone=["a0*", "m0"])
     quiet_trainer(max_epochs=1, limit_train_batches=2).fit(plain, datamodule=data)
-    assert torch.equal(module.constants.heads, plain.constants.heads)
+    assert torch.equal(module.fitted.constants.heads, plain.constants.heads)
 
 
 def test_without_validation_the_last_constants_are_kept():
     module = ConstantsModule(alone="m0")
     quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(module, TaskData(small_ioi()))
-    assert torch.equal(module.best_constants().mlps, module.constants.mlps[0].detach())
+    assert torch.equal(module.best_constants().mlps, module.fitted.constants.mlps[0].detach())
     with pytest.raises(ConfigurationError, match="patience counts validations"):
         quiet_trainer(max_epochs=1, limit_val_batches=0).fit(
             ConstantsModule(alone="m0", patience=1), TaskData(small_ioi())
@@ -147,9 +147,9 @@ def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
 def test_only_constants_of_what_is_ablated_move():
     module = train(2, keep=["*", "!a1.h2", "!m0"])
     start = train(1, keep=["*", "!a1.h2", "!m0"], learning_rate=1e-12)
-    moved = (module.constants.heads - start.constants.heads).abs().amax(dim=(2, 4))[0] > 1e-9
+    moved = (module.fitted.constants.heads - start.constants.heads).abs().amax(dim=(2, 4))[0] > 1e-9
     assert moved.nonzero().tolist() == [[1, 2]]
-    moved_mlps = (module.constants.mlps - start.constants.mlps).abs().amax(dim=(2, 3))[0] > 1e-9
+    moved_mlps = (module.fitted.constants.mlps - start.constants.mlps).abs().amax(dim=(2, 3))[0] > 1e-9
     assert moved_mlps.nonzero().flatten().tolist() == [0]
 
 
@@ -276,7 +276,7 @@ def test_constants_of_a_circuit_of_edges_replace_the_embedding_too(tmp_path):
     Circuit.from_mask(graph, without_dangling(graph, mask)[0]).save(tmp_path / "circuit")
     module = ConstantsModule(circuit=str(tmp_path / "circuit"), start="zero")
     quiet_trainer(max_steps=2).fit(module, TaskData(task))
-    assert module.constants.inputs.abs().sum() > 0
+    assert module.fitted.constants.inputs.abs().sum() > 0
     other = Circuit(graph, graph.names[:40])
     assert other.nodes != Circuit.load(tmp_path / "circuit").names
     assert module.describe()["kept"]["circuit"] == list(Circuit.load(tmp_path / "circuit").names)

@@ -35,13 +35,13 @@ def train(folder: Path, max_steps: int, resume: Path | None = None, accumulate: 
 
 def train_to_size(folder: Path, target: int, seed: int, steps: int, warmup: int, masks=UniformGradientSampling):
     """Train as configs/circuit_nodes_tiny.yaml does; sizes of the last state and of the best checkpoint."""
-    module = CircuitModule(masks=masks, seed=seed, penalty=0.12, target_size=target, target_warmup=warmup)
+    module = CircuitModule(masks=masks, seed=seed, penalty_weight=0.12, target_size=target, target_warmup=warmup)
     data = TaskData(small_ioi(seed=seed, batch_size=16, batches_per_epoch=50, n_validation=256))
     trainer = quiet_trainer(max_steps=steps, enable_checkpointing=True, callbacks=[BestCheckpoint(folder)])
     trainer.fit(module, datamodule=data)
-    last = int(module.circuit_masks()[0].sum())
+    last = int(module.masks.discrete()[0].sum())
     module.load_state_dict(read_checkpoint(folder / "best.ckpt")["state_dict"], strict=False)
-    return last, int(module.circuit_masks()[0].sum())
+    return last, int(module.masks.discrete()[0].sum())
 
 
 def test_a_run_ends_near_the_target(tmp_path):
@@ -63,14 +63,14 @@ def test_every_run_ends_near_its_target(tmp_path, masks, target, seed):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_resumed_run_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path, accumulate):
     whole = train(tmp_path / "whole", 8, accumulate=accumulate)
-    assert whole.penalty.price != 0.05
+    assert whole.penalty.weight != 0.05
     for step in (2, 5):  # in the warm-up, and after it
         part = tmp_path / f"part{step}"
         train(part, step, accumulate=accumulate)
         resumed = train(tmp_path / f"rest{step}", 8, part / "last.ckpt", accumulate)
         for name, tensor in whole.state_dict().items():
             assert torch.equal(tensor, resumed.state_dict()[name]), (step, name)
-    assert {"penalty.log_price", "penalty.excess", "penalty.steps"} <= set(whole.state_dict())
+    assert {"penalty.log_weight", "penalty.excess", "penalty.steps"} <= set(whole.state_dict())
 
 
 class Prices(Callback):
@@ -80,7 +80,7 @@ class Prices(Callback):
         self.noted: list[tuple[int, int, float]] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.noted.append((trainer.global_step, int(pl_module.penalty.steps), float(pl_module.penalty.price)))
+        self.noted.append((trainer.global_step, int(pl_module.penalty.steps), float(pl_module.penalty.weight)))
 
 
 def test_the_price_moves_once_in_an_optimiser_step_and_is_logged():
@@ -92,7 +92,7 @@ def test_the_price_moves_once_in_an_optimiser_step_and_is_logged():
     assert all(step == updates for step, updates, _ in prices.noted)
     assert len({price for _, _, price in prices.noted}) == 5
     # Logged is the price that entered the loss, that is, the one before the last update.
-    assert trainer.callback_metrics["train/price"].item() == pytest.approx(prices.noted[-2][2])
+    assert trainer.callback_metrics["train/penalty_weight"].item() == pytest.approx(prices.noted[-2][2])
 
 
 def test_the_best_checkpoint_minimises_the_objective_of_the_target():
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_kind_of_penalty_is_refused(tmp_path):
 def test_with_another_target_the_best_of_the_run_before_does_not_count(tmp_path):
     train(tmp_path / "first", 5)
     settings = read_checkpoint(tmp_path / "first" / "last.ckpt")["oa_train"]["settings"]
-    assert (settings["target_size"], settings["target_warmup"], settings["penalty"]) == (6, 4, 0.05)
+    assert (settings["target_size"], settings["target_warmup"], settings["penalty_weight"]) == (6, 4, 0.05)
     train(tmp_path / "second", 10, tmp_path / "first" / "last.ckpt", target_size=4)
     assert read_checkpoint(tmp_path / "second" / "best.ckpt")["global_step"] > 5
 
@@ -127,7 +127,7 @@ def test_with_another_target_the_best_of_the_run_before_does_not_count(tmp_path)
         ({"target_size": 16}, "target_size is 16; expected more than 0 and at most 15"),
         ({"target_size": 3, "components": "a*"}, "target_size is 3; expected more than 3 and at most 15.*3 that are"),
         ({"target_size": 7, "target_warmup": 0}, "target_warmup is 0; expected more than 0"),
-        ({"target_size": 7, "penalty": 0.0}, "penalty is 0; with target_size"),
+        ({"target_size": 7, "penalty_weight": 0.0}, "penalty_weight is 0; with target_size"),
     ],
 )
 def test_targets_that_cannot_work_are_refused(changes, said):
