@@ -22,7 +22,7 @@ from tests.builders import quiet_trainer, small_ioi
 BATCHES, EPOCHS = 4, 2
 
 MODULES = {
-    "circuit": lambda: CircuitModule(lm=LMSpec(), penalty=0.12),
+    "circuit": lambda: CircuitModule(lm=LMSpec(), penalty_weight=0.12),
     "constants": lambda: ConstantsModule(lm=LMSpec(), alone="m*"),
 }
 
