@@ -21,15 +21,17 @@ class TokenLayout:
         real: True at real tokens, False at padding.
         protected: True at tokens that are never ablated.
         spans: tokens of each named span.
+        continued: whether tokens stand before these, as in a call with a key-value cache; spans may then be empty.
     """
 
     positions: Int[Tensor, "row position"]
     real: Bool[Tensor, "row position"]
     protected: Bool[Tensor, "row position"]
     spans: Mapping[str, Bool[Tensor, "row position"]]
+    continued: bool = False
 
     def span(self, name: str) -> Bool[Tensor, "row position"]:
-        """Tokens of a span: a named one, or `-1` for each row's last real token, `-2` for the one before it, and so on.
+        """Tokens of a span: a named one, or `-1` for each row's last real token, `-2` for the one before it.
 
         Raises:
             TaskError: the prompts have no span of that name, or one of them has no token in it that may be ablated.
@@ -45,23 +47,15 @@ class TokenLayout:
                 f"There is no span {name!r} in these prompts. {known}-1 is the last token of every prompt."
             )
         lacking = ~(inside & ~self.protected).any(dim=1)
-        if bool(lacking.any()):
+        if not self.continued and bool(lacking.any()):
             row = int(lacking.nonzero()[0])
             state = "holds protected tokens only" if bool(inside[row].any()) else "is empty"
             raise TaskError(
-                f"The span {name!r} {state} in prompt {row} of a batch, so nothing could be ablated there. A beginning-of-"
+                f"The span {name!r} {state} in prompt {row} of a batch, so nothing could be ablated there. A "
+                f"beginning-of-"
                 "sequence token is never ablated. Choose another span, or leave such prompts out."
             )
         return inside
-
-    def repeat(self, times: int) -> "TokenLayout":
-        """The layout of `Batch.repeat`."""
-        return TokenLayout(
-            self.positions.repeat(times, 1),
-            self.real.repeat(times, 1),
-            self.protected.repeat(times, 1),
-            {name: inside.repeat(times, 1) for name, inside in self.spans.items()},
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +196,10 @@ def unanswered(
 def leading_tokens(
     tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
 ) -> Bool[Tensor, "row position"]:
-    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None."""
+    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None.
+
+    Padding to the left of it has position 0 too, and is True as well if it has the same id.
+    """
     if token_id is None:
         return torch.zeros_like(tokens, dtype=torch.bool)
     return (positions == 0) & (tokens == token_id)

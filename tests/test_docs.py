@@ -21,6 +21,7 @@ from oa_train.models.loading import LMSpec
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
+from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
 from oa_train.tasks.ioi import IOI
@@ -40,6 +41,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("UniformGradientSampling", UniformGradientSampling, ()),
     ("HardConcrete", HardConcrete, ()),
     ("Every task", Task, ()),
+    ("Every task that draws its prompts", GrammarTask, ()),
     ("IOI", IOI, ()),
     ("Induction", Induction, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
@@ -103,7 +105,7 @@ def test_options_that_share_a_column_have_the_same_defaults() -> None:
 def test_no_configurable_class_is_left_out() -> None:
     listed = {kind for _, kind, _ in TABLES}
     assert {CircuitModule, ConstantsModule, UniformGradientSampling, HardConcrete} <= listed
-    tasks = {kind for kind in Task.__subclasses__() if kind.__module__.startswith("oa_train.")}
+    tasks = {kind for kind in GrammarTask.__subclasses__() if kind.__module__.startswith("oa_train.")}
     assert {kind for kind in tasks if options(kind)} <= listed
     assert not options(GreaterThan)
 

@@ -15,8 +15,8 @@ ValuesOf = Callable[[Batch], Values]
 class Ablation(ABC):
     """Supplies replacements for the values of a model's units on any prompts.
 
-    The replacements for a prompt depend on the prompt and its number alone, never on the other prompts of a batch or on
-    earlier calls.
+    The replacements for a prompt depend on the prompt and its number alone, never on the other prompts of a batch or
+    on earlier calls.
     """
 
     @abstractmethod

@@ -29,8 +29,8 @@ class Slots:
     """Which tokens share a constant.
 
     Attributes:
-        positions: 1 pools all positions. P gives each of the positions 0 to P - 2 a slot of its own, and one to all later
-            positions; positions count from a prompt's first real token.
+        positions: 1 pools all positions. P gives each of the positions 0 to P - 2 a slot of its own, and one to all
+            later positions; positions count from a prompt's first real token.
         spans: where positions are pooled, the spans with a slot of their own; None stands for units that hold at every
             token.
     """
@@ -203,7 +203,8 @@ class TrainableConstants(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(iter(self.tables.values())).device
+        table: Tensor = next(iter(self.tables.values()))
+        return table.device
 
     def by_site(self) -> dict[Site, nn.Parameter]:
         """Tables of all circuits by site: [circuit, slot, unit, width]."""

@@ -32,7 +32,8 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Span
     Args:
         model: frozen causal language model.
         circuit: what is kept.
-        constants: what replaces the rest. Their provenance names the token that is never ablated where it stands first.
+        constants: what replaces the rest. Their provenance names the token that is never ablated where it stands
+            first.
         spans: tokens of the spans that the circuit's entries name, in the prompts that the model is called with; not
             needed for `-1`, the last token of each prompt.
 
@@ -55,14 +56,16 @@ class _Calls:
     """What a model's calls do inside `ablated`."""
 
     def __init__(self, model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans) -> None:
+        forward: Any = model.forward
+        generate: Any = model.generate
         self._model, self._circuit, self._constants, self._spans = model, circuit, constants, spans
         self._mask = circuit.mask.to(model.device, torch.float32).unsqueeze(0)
         self._token_id = constants.provenance.get("bos_token_id")
-        self._forward, self._generate = model.forward, model.generate
-        self._parameters = signature(model.forward)
+        self._forward, self._generate = forward, generate
+        self._parameters = signature(forward)
         self._prompt_width: int | None = None  # while something is generated
-        self.forward = wraps(model.forward)(self._masked_forward)
-        self.generate = wraps(model.generate)(self._masked_generate)
+        self.forward = wraps(forward)(self._masked_forward)
+        self.generate = wraps(generate)(self._masked_generate)
 
     def _masked_generate(self, *args: Any, **kwargs: Any) -> Any:
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -74,46 +77,35 @@ class _Calls:
 
     def _masked_forward(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(self._parameters.bind(*args, **kwargs).arguments)
-        self._check_states(arguments)
         layout = self._layout(arguments)
         mask, values = self._mask.expand(len(layout.positions), -1), self._constants.at(layout.positions)
         with masked_call(self._model, self._circuit.level, mask, values, layout):
             return self._forward(*args, **kwargs)
 
-    def _check_states(self, arguments: Mapping[str, Any]) -> None:
-        asked = arguments.get("output_hidden_states") or arguments.get("kwargs", {}).get("output_hidden_states")
-        if self._circuit.level.has_one_stream or not (asked or self._model.config.output_hidden_states):
-            return
-        raise ConfigurationError(
-            "output_hidden_states is set, and under a circuit of edges there are no hidden states: every reader has an "
-            "input of its own, and what a block passes on is read by none of them. Read the units' values instead "
-            "(read_values), or use a circuit of nodes."
-        )
-
     def _layout(self, arguments: dict[str, Any]) -> TokenLayout:
         tokens, positions, seen, real = _tokens_and_positions(arguments)
-        layout = TokenLayout(positions, real, leading_tokens(tokens, positions, self._token_id), {})
+        protected = leading_tokens(tokens, positions, self._token_id)
+        layout = TokenLayout(positions, real, protected, {}, continued=seen > 0)
         names = [name for name in self._circuit.level.spans if name is not None]
         if not names:
             return layout
         width = self._prompt_width or tokens.shape[1]
         spans = {name: self._span(name, layout, seen, width) for name in names}
-        return TokenLayout(positions, real, layout.protected, spans)
+        return TokenLayout(positions, real, protected, spans, continued=True)
 
     def _span(self, name: str, layout: TokenLayout, seen: int, width: int) -> Bool[Tensor, "row position"]:
         """Tokens of a span among those of this call; of the prompt, none of those that were generated."""
         inside = torch.zeros_like(layout.real)
         if seen >= width:
             return inside
+        prompt = slice(0, width - seen)
+        named = {}
         if name in self._spans:
             rows = self._spans[name].to(inside.device)
-            rows = rows.repeat_interleave(len(inside) // len(rows), dim=0)  # beams
-            inside[:, : rows.shape[1] - seen] = rows[:, seen:]
-            return inside
-        prompt = TokenLayout(
-            *(part[:, : width - seen] for part in (layout.positions, layout.real, layout.protected)), {}
-        )
-        inside[:, : width - seen] = prompt.span(name)
+            named = {name: rows.repeat_interleave(len(inside) // len(rows), dim=0)[:, seen:width]}  # beams
+        inside[:, prompt] = TokenLayout(
+            layout.positions[:, prompt], layout.real[:, prompt], layout.protected[:, prompt], named, layout.continued
+        ).span(name)
         return inside
 
 
@@ -127,9 +119,9 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, in
     real = torch.ones_like(tokens, dtype=torch.bool)
     attention_mask = arguments.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        columns = slice(seen, seen + tokens.shape[1])
+        called = slice(seen, seen + tokens.shape[1])
         counted = attention_mask.long().cumsum(dim=1) - 1
-        return tokens, counted[:, columns].clamp(min=0), seen, attention_mask[:, columns].bool()
+        return tokens, counted[:, called].clamp(min=0), seen, attention_mask[:, called].bool()
     positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):  # a static cache brings a mask of four dimensions; its positions still count
         return tokens, positions.expand(len(tokens), -1), seen, real

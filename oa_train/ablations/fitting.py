@@ -6,7 +6,7 @@ common, each component alone for instance, share one set of tables.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ class FittedCircuits(nn.Module):
         """The same constants for every circuit, to be compared with the trained ones."""
         return TrainableConstants([constants] * len(self.constants)).to(self.constants.device).requires_grad_(False)
 
-    def behaviour(self, model: CausalLM, batches: Sequence[Batch], sets: Sequence[Constants]) -> Behaviour:
+    def behaviour(self, model: CausalLM, batches: Iterable[Batch], sets: Sequence[Constants]) -> Behaviour:
         """Measures of every circuit under given constants."""
         return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run)
 

@@ -29,10 +29,10 @@ class StreamingMeans:
         counts: tokens summed in each slot, [slot].
     """
 
-    def __init__(self, slots: Slots = Slots()) -> None:
-        self.slots = slots
+    def __init__(self, slots: Slots | None = None) -> None:
+        self.slots = slots or Slots()
         self.sums: dict[Site, Float[Tensor, "slot unit width"]] = {}
-        self.counts: Int[Tensor, " slot"] = torch.zeros(len(slots), dtype=torch.long)
+        self.counts: Int[Tensor, " slot"] = torch.zeros(len(self.slots), dtype=torch.long)
 
     def add(
         self,

@@ -11,8 +11,8 @@ from oa_train.models.sites import Site
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 
-# Names of the random streams of kinds whose sites have units of one shape in every layer. A kind that is missing here has
-# a stream for each site.
+# Names of the random streams of kinds whose sites have units of one shape in every layer. A kind that is missing here
+# has a stream for each site.
 _STREAMS = {
     "embedding": "inputs",
     "heads": "heads",
@@ -64,8 +64,8 @@ class NoiseAblation(Ablation):
     def _draws(self, batch: Batch) -> dict[Site, Float[Tensor, "row position unit width"]]:
         """Standard normal numbers.
 
-        They are drawn for a row's real tokens and laid out from the first of them, so padding does not move them. Sites
-        of one kind are drawn together.
+        They are drawn for a row's real tokens and laid out from the first of them, so padding does not move them.
+        Sites of one kind are drawn together.
         """
         together: dict[str, list[Site]] = {}
         for site in self._mean.tables:

@@ -47,7 +47,8 @@ def _same_span(batch: Batch, others: Batch, span: str) -> Int[Tensor, "row posit
     if not torch.equal(own.sum(dim=1), other.sum(dim=1)):
         row = int((own.sum(dim=1) != other.sum(dim=1)).nonzero()[0])
         raise TaskError(
-            f"The span {span!r} has {int(own[row].sum())} tokens in prompt {row} of a batch and {int(other[row].sum())} "
+            f"The span {span!r} has {int(own[row].sum())} tokens in prompt {row} of a batch and "
+            f"{int(other[row].sum())} "
             "in the prompt whose values are to replace it there. Use spans of equal length, or another ablation."
         )
     columns = torch.arange(own.shape[1], device=own.device).expand_as(own).clone()

@@ -69,7 +69,8 @@ def _show(compared: Compared, runs: Sequence[TrainedCircuit]) -> None:
         console.print(_component_table(compared))
     for size, found in compared.random_circuits.items():
         console.print(
-            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.level.parts} under optimal constants: median KL "
+            f"{len(found.kl)} random circuits of {size} {runs[0].circuit.level.parts} under optimal constants: "
+            f"median KL "
             f"{statistics.median(found.kl):.4g}, lowest {min(found.kl):.4g}; the run's circuit after the same "
             f"training {found.run_kl:.4g}, percentile {found.percentile:.3g}"
         )

@@ -1,8 +1,8 @@
 """The slow, obvious oracle that the engine for nodes is tested against.
 
 The two share the table of families and the names of entries, and how padding is kept finite. Everything else is done
-here again: one row, one position and one unit at a time, with hooks of its own, the mixture written out as in the paper,
-and logits at all positions from which the scored ones are picked at the end.
+here again: one row, one position and one unit at a time, with hooks of its own, the mixture written out as in the
+paper, and logits at all positions from which the scored ones are picked at the end.
 """
 
 from collections.abc import Callable, Iterable

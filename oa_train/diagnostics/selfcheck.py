@@ -108,7 +108,8 @@ class _Trial:
         self.dimensions = self.parts.dimensions
         self.nodes = Nodes.of(model.config)
         self.seed = seed
-        self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        embedding: Any = model.get_input_embeddings()
+        self.vocabulary: int = embedding.weight.shape[0]
         bos = getattr(model.config, "bos_token_id", None)
         self.bos_token_id: int | None = bos if isinstance(bos, int) and bos < self.vocabulary else None
 

@@ -1,4 +1,4 @@
-"""Running a model under the masks of a level; what one level does differently from the other is here and in its engine."""
+"""Running a model under the masks of a level, whichever it is."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,7 +1,7 @@
 """The engine for nodes: units of any site mixed with their replacements.
 
-value = mask * value + (1 - mask) * replacement, for every entry of a selection, by functions attached to the model's own
-modules. `diagnostics.reference` does the same slowly and obviously.
+value = mask * value + (1 - mask) * replacement, for every entry of a selection, by functions attached to the model's
+own modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
 from collections.abc import Callable, Collection
@@ -66,7 +66,8 @@ def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row pos
     for first, second in nodes.span_pairs:
         if bool((spans[first] & spans[second]).any()):
             raise TaskError(
-                f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one unit "
+                f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
+                f"unit "
                 "must not overlap. Select the unit at one of them."
             )
     return spans

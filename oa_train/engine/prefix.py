@@ -1,8 +1,8 @@
 """Runs of several circuits that share what they have in common: the clean prefix before their first ablated layer.
 
-The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of the
-clean ones, and attention masks, rotary tables and whatever else has a row for each prompt grow along. So a circuit that
-ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
+The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of
+the clean ones, and attention masks, rotary tables and whatever else has a row for each prompt grow along. So a circuit
+that ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Values of units: what constants, means, noise, other prompts and clean runs put in the place of what a model computes."""
+"""Values of units: the replacements that constants, means, noise and other runs supply."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -71,7 +71,8 @@ class Penalty(nn.Module):
     """The expected number of kept entries times a penalty weight.
 
     Args:
-        weight: penalty weight of one kept entry in nats, at the start of training; one for all circuits, or one for each.
+        weight: penalty weight of one kept entry in nats, at the start of training; one for all circuits, or one for
+            each.
         regulariser: adds to the number.
         relative: how much each entry counts; 1 for all of them by default.
 
@@ -203,7 +204,8 @@ class TargetSize(Penalty):
         super().__init__(weight, regulariser, relative)
         if 0 in _as_list(weight):
             raise ConfigurationError(
-                "penalty_weight is 0; with target_size it is the price in nats from which the search starts, in factors: "
+                "penalty_weight is 0; with target_size it is the price in nats from which the search starts, in "
+                "factors: "
                 "expected more than 0, for instance 0.05."
             )
         if not all(always_kept < value <= always_kept + n_entries for value in _as_list(target)):

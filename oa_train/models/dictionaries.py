@@ -24,6 +24,7 @@ from safetensors.torch import save as save_safetensors
 
 from oa_train.artefacts import replace_file
 from oa_train.errors import ArtefactError, RunError, nearest_names
+from oa_train.models.builtin import builtin_folders
 from oa_train.models.dictionary_layouts import PLAIN_FILE, READERS, read_plain, refuse
 from oa_train.shapes import Float, Tensor
 
@@ -166,7 +167,7 @@ class DictionarySpec:
     """Which sparse dictionary to read; named in a configuration.
 
     Attributes:
-        path: its folder or its weights.
+        path: its folder, its weights, or the name of a built-in one (`tiny_r2`).
         site: where it reads, for files that do not say so; otherwise it must agree with them.
         centres_input: overrules what the files say; see `load_dictionary`.
     """
@@ -254,7 +255,8 @@ def load_dictionary(
         ArtefactError: the layout is unknown, a file is missing or damaged, the variant is not supported, or the site
             is unknown or contradicted.
     """
-    path = Path(folder_or_file).expanduser().absolute()
+    built_in = builtin_folders(PLAIN_FILE).get(str(folder_or_file))
+    path = built_in or Path(folder_or_file).expanduser().absolute()
     weights = _weights_file(path)
     values = READERS.get(weights.name, read_plain)(weights)
     stated = values.pop("site")

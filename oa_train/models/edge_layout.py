@@ -1,7 +1,8 @@
 """The order of a decoder's edges: which part writes to the residual stream what which part reads.
 
-Sources stand in the order in which they write, readers in the order in which they read. A reader therefore always reads
-a run of sources from the first one on, and edges, reader by reader, need no search: GPT-2 XL has 2.2 million of them.
+Sources stand in the order in which they write, readers in the order in which they read. A reader therefore always
+reads a run of sources from the first one on, and edges, reader by reader, need no search: GPT-2 XL has 2.2 million of
+them.
 """
 
 from dataclasses import dataclass

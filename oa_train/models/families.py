@@ -288,6 +288,10 @@ class Lookup:
             module = child
         return module
 
+    def find(self, model: nn.Module, module: nn.Module) -> nn.Module:
+        """The module itself, looked up by the path at which it stands in a model."""
+        return self.get(model, next(path for path, part in model.named_modules() if part is module))
+
     def holds(self) -> bool:
         """Whether every module is where it was, and of the class that it was."""
         return all(
@@ -335,21 +339,21 @@ def find_parts(model: Any) -> Parts:
             whole, or it is spread over several devices.
     """
     _check_not_wrapped(model)
+    _check_one_device(model)
     return looked_up(model, _find_parts)
 
 
 def _check_not_wrapped(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise ModelError(
-            "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the model "
-            "itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): interventions "
-            "then run the code that it was compiled from."
+            "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the "
+            "model itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): "
+            "interventions then run the code that it was compiled from."
         )
 
 
 def _find_parts(model: Any, lookup: Lookup) -> Parts:
     family = check_config(model.config)
-    _check_one_device(model)
     dimensions = Dimensions.of(model.config)
 
     def of_blocks(path: str) -> tuple[nn.Module, ...]:
@@ -361,14 +365,14 @@ def _find_parts(model: Any, lookup: Lookup) -> Parts:
     parts = Parts(
         family=family,
         dimensions=dimensions,
-        token_embedding=model.get_input_embeddings(),
+        token_embedding=lookup.find(model, model.get_input_embeddings()),
         blocks=blocks,
         attention_outputs=attention_outputs,
         attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
         down_projections=of_blocks(family.down_projection) if family.down_projection else (),
         mlps=of_blocks(family.mlp),
         final_norm=lookup.get(model, family.final_norm),
-        unembedding=model.get_output_embeddings(),
+        unembedding=lookup.find(model, model.get_output_embeddings()),
     )
     _check_sizes(parts)
     return parts

@@ -121,7 +121,8 @@ class Graph(EdgeLayout, Level):
         """
         if "@" in pattern:
             raise ConfigurationError(
-                f"The pattern {pattern!r} names a span. Spans are for circuits of nodes (level: nodes); an edge is kept "
+                f"The pattern {pattern!r} names a span. Spans are for circuits of nodes (level: nodes); an edge is "
+                f"kept "
                 "or cut at every token."
             )
         from_source, _, to_reader = pattern.partition(ARROW)
@@ -270,6 +271,6 @@ class Graph(EdgeLayout, Level):
 
 
 @cache
-def _graph(*sizes: int) -> Graph:
+def _graph(*sizes: Any) -> Graph:
     """One object for all who ask, because its arrays of edges are long."""
     return Graph(*sizes)

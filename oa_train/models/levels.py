@@ -153,7 +153,7 @@ class Level(ABC):
         """Kinds of site, and which of them each entry belongs to; penalties may differ by it."""
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
-        """Pairs of an entry and a node that it enters or leaves, and the number of nodes; None where entries are nodes."""
+        """Pairs of an entry and a node that it touches, and the number of nodes; None where entries are nodes."""
         return None
 
     @abstractmethod

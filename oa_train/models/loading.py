@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from oa_train.errors import ConfigurationError, ModelError, nearest_names
+from oa_train.models.builtin import builtin_folders
 from oa_train.models.families import check_config, check_family
 from oa_train.models.hub import hub_answers
 
@@ -68,13 +69,8 @@ BUILT_IN = LMSpec()
 
 
 def builtin_models() -> dict[str, Path]:
-    """Folders of the built-in models by name: in the wheel, or in `checkpoints/` of a source tree."""
-    package = Path(__file__).parent.parent
-    found: dict[str, Path] = {}
-    for parent in (package.parent / "checkpoints", package / "_builtin"):
-        if parent.is_dir():
-            found |= {folder.name: folder for folder in parent.iterdir() if (folder / "config.json").is_file()}
-    return found
+    """Folders of the built-in models by name."""
+    return builtin_folders("config.json")
 
 
 def locate(spec: LMSpec) -> dict[str, Any]:

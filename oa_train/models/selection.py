@@ -1,8 +1,8 @@
 """Selections of units as mask entries: the level of nodes.
 
-A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward pass.
-An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and the MLP stays as it
-is at all others.
+A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward
+pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and the MLP
+stays as it is at all others.
 """
 
 import itertools
@@ -115,7 +115,8 @@ class Nodes(Level):
             twice = (matching(self.unit_names, pattern) & restricted).nonzero().flatten().tolist()
             if twice:
                 raise ConfigurationError(
-                    f"The pattern {pattern!r} selects {self.unit_names[twice[0]]} at every token, and another one selects "
+                    f"The pattern {pattern!r} selects {self.unit_names[twice[0]]} at every token, and another one "
+                    f"selects "
                     "it at a span: spans of one unit must not overlap. Leave one of them out."
                 )
 
@@ -322,6 +323,7 @@ class Nodes(Level):
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
         """None: units are boxes."""
         del mask
+        return None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -334,7 +336,7 @@ class Nodes(Level):
         return replace(self, dimensions=Dimensions.of(config))
 
     def header(self) -> dict[str, Any]:
-        """Plain values that `from_header` makes this level of again; dictionaries are named by where they were read."""
+        """Plain values that `from_header` makes this level of again; dictionaries are named by their files."""
         return {
             "level": self.kind,
             "dimensions": asdict(self.dimensions),

@@ -171,7 +171,8 @@ class _Features(SiteKind):
 def _neurons(parts: Parts, layer: int) -> Place:
     if not parts.down_projections:
         raise ConfigurationError(
-            f"Models of the family {parts.family.model_type!r} have no sites of the kind 'neurons': their MLPs have no "
+            f"Models of the family {parts.family.model_type!r} have no sites of the kind 'neurons': their MLPs have "
+            f"no "
             "single down projection that the neurons enter. Ablate whole MLPs (sites: [mlp])."
         )
     return parts.down_projections[layer], "input"
@@ -226,7 +227,8 @@ def _kind_of_name(name: str) -> str:
     kind = _DICTIONARY_SITES.get(name[:1])
     if kind is None or not name[1:].isdecimal():
         raise ConfigurationError(
-            f"A dictionary cannot stand on {name!r}; expected r3 (what enters block 3), m3 (an MLP's output) or a3 (an "
+            f"A dictionary cannot stand on {name!r}; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
+            f"(an "
             "attention layer's output)."
         )
     return kind

@@ -129,7 +129,8 @@ class _Study:
     def _check(self) -> None:
         if not (self.mask & self._in_question).any():
             raise ConfigurationError(
-                f"{self.run.name} keeps none of the {self.level.parts} that it could leave out, so there is nothing to ask about."
+                f"{self.run.name} keeps none of the {self.level.parts} that it could leave out, so there is nothing "
+                f"to ask about."
             )
         if self.settings.refit and not self.kind.learned:
             raise ConfigurationError(

@@ -150,7 +150,8 @@ class CircuitMasks(nn.Module):
         """
         if not max(1, self.n_fixed) <= size <= len(self.level):
             raise ConfigurationError(
-                f"A circuit of {size} parts was asked for; this model has {len(self.level)}, of which {self.n_fixed} are "
+                f"A circuit of {size} parts was asked for; this model has {len(self.level)}, of which {self.n_fixed} "
+                f"are "
                 "always kept because `components` does not select them."
             )
 

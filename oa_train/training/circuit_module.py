@@ -45,10 +45,10 @@ class CircuitModule(FrozenModelModule):
     an edge, to the one reader that the edge leads to. The loss is the KL divergence of the clean prediction from the
     masked one, plus the penalty on the number of kept units or edges.
 
-    Several circuits, each with a penalty weight or a target size of its own, are trained side by side: a step shows the
-    same prompts to all, as copies in one batch, and each has masks and constants of its own. They do not touch each
-    other, so this equals training them one after another, but for a clipping of the gradient's norm, which is that of
-    all.
+    Several circuits, each with a penalty weight or a target size of its own, are trained side by side: a step shows
+    the same prompts to all, as copies in one batch, and each has masks and constants of its own. They do not touch
+    each other, so this equals training them one after another, but for a clipping of the gradient's norm, which is
+    that of all.
 
     Args:
         lm: the frozen model; the built-in one by default.
@@ -58,17 +58,17 @@ class CircuitModule(FrozenModelModule):
         sites: kinds of site whose units the nodes are: `heads`, `mlp`, `attention`, `neurons`, `residual`,
             `embedding`, `tokens`, `features`.
         dictionaries: sparse dictionaries, whose features are the units of the kind `features`.
-        ablation: what replaces an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample` (its
-            value on another prompt of equal length), `noise` (Gaussian, with its mean and standard deviation),
+        ablation: what replaces an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample`
+            (its value on another prompt of equal length), `noise` (Gaussian, with its mean and standard deviation),
             `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
         loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
             answers against distractors, which is made large.
         positions: size of the constants' tables; 1 gives each unit one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: a shell pattern, or a list of them, of the units that may be ablated (`a*.h*`, `m*`, `!m0`), also
-            at a span alone (`m*@S2`, `r2@-1`); the others are always kept. Of edges, a pattern of those that may be cut
-            (`a*.h*->logits`, `input->*<v>`); one without an arrow is for all edges from a component. The others are
-            kept, those excepted that then lead nowhere.
+            at a span alone (`m*@S2`, `r2@-1`); the others are always kept. Of edges, a pattern of those that may be
+            cut (`a*.h*->logits`, `input->*<v>`); one without an arrow is for all edges from a component. The others
+            are kept, those excepted that then lead nowhere.
         masks: distribution of the masks.
         penalty_weight: price of a kept unit or edge in nats; with a target size the weight at the start. A list of
             weights trains a circuit for each of them, side by side; a mapping has a weight for each kind of site.
@@ -410,7 +410,8 @@ def _check_level(level: str, node_penalty: float, sites: list[str]) -> None:
     check_site_kinds("sites", sites)
     if level == "edges" and set(sites) != set(DEFAULT_SITES):
         raise ConfigurationError(
-            f"sites is {sites}, and level is edges: edges lead from the embedding, heads and MLPs. Other sites are for "
+            f"sites is {sites}, and level is edges: edges lead from the embedding, heads and MLPs. Other sites are "
+            f"for "
             "circuits of nodes (level: nodes)."
         )
 

@@ -36,7 +36,8 @@ class PenaltySettings:
         lengths = {len(value) for value in (self.penalty_weight, self.target_size) if isinstance(value, list)}
         if len(lengths) > 1 or 0 in lengths:
             raise ConfigurationError(
-                f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or lists "
+                f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or "
+                f"lists "
                 "of one length, an entry for each circuit."
             )
         if self.target_size is not None and not self.target_warmup > 0:

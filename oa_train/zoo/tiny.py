@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `tiny` is trained.
+    """Training of `tiny`.
 
     Attributes:
         steps: optimiser steps.
@@ -53,7 +53,7 @@ class Recipe:
         greater_than: prompts of greater-than in a step.
         induction: prompts of induction in a step.
         unrelated: share of the indirect object prompts that name three people, each once. They teach the model
-            that a name which follows is one of the two that belong together, whoever acts.
+            that the answer is one of the two who are named together, whoever acts.
         learning_rate: highest learning rate. The model must notice that names come in pairs before it can find
             out which one to say; half this rate or twice the width stay on that plateau for long.
         final: share of the learning rate that is left at the last step.
@@ -75,14 +75,13 @@ class Recipe:
 
 
 class SceneIOI(IOI):
-    """Indirect object identification with only those scenes that `accept` lets pass.
+    """Indirect object identification with a selection of scenes.
 
     Args:
         lm: the model whose tokenizer encodes the prompts.
-        accept: says whether a scene may be used.
+        accept: whether a scene may be used.
         templates: the sentences to draw from; all when not given.
-        unrelated: share of prompts with three people who have nothing to do with each other; one of the first
-            two, by chance, is then the answer.
+        unrelated: share of prompts with three unrelated people; the answer is one of the first two, at random.
         seed: other seeds give other prompts.
     """
 
@@ -332,7 +331,8 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
     model.save_pretrained(output)
-    card = model_card(figures, example, seed, recipe, n_prompts, _sha256(output / "model.safetensors"))
+    digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+    card = _model_card(figures, example, seed, recipe, n_prompts, digest)
     (output / "README.md").write_text(card, encoding="utf-8")
     for file in output.iterdir():
         file.chmod(0o644)  # transformers leaves the weights readable by their owner only
@@ -348,10 +348,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 CARD = """---
@@ -396,7 +392,7 @@ MIT, as the package. The training text was generated; no one else's text or weig
 """
 
 
-def model_card(
+def _model_card(
     figures: dict[str, float],
     example: Sequence[tuple[str, float]],
     seed: int,
@@ -404,16 +400,6 @@ def model_card(
     n_prompts: int,
     digest: str,
 ) -> str:
-    """Write the model card.
-
-    Args:
-        figures: accuracy for each kind of prompt.
-        example: next words of the example sentence with their probabilities.
-        seed: seed of the training.
-        recipe: how the model was trained.
-        n_prompts: number of prompts of each kind.
-        digest: SHA-256 of the weight file.
-    """
     return CARD.format(
         seed=seed,
         steps=f"{recipe.steps:,}",

@@ -55,13 +55,13 @@ def test_post_norms_are_named():
 @pytest.mark.parametrize(
     ("family", "options", "expected"),
     [
-        ("gpt2", {"n_layer": 5, "n_head": 3, "n_embd": 12}, (5, 3, 4, 12)),
+        ("gpt2", {"n_layer": 5, "n_head": 3, "n_embd": 12}, (5, 3, 4, 12, 48)),
         (
             "llama",
             {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "head_dim": 12},
-            (2, 4, 12, 32),
+            (2, 4, 12, 32, 11008),
         ),
-        ("llama", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, (2, 4, 8, 32)),
+        ("llama", {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}, (2, 4, 8, 32, 11008)),
     ],
 )
 def test_sizes_are_read_from_the_configuration(family, options, expected):
@@ -129,6 +129,21 @@ def test_a_model_that_is_built_otherwise_is_refused(path):
 
 
 def test_a_model_of_another_family_is_refused():
-    model = SimpleNamespace(config=SimpleNamespace(model_type="bloom"))
+    model = tiny_model("gpt2")
+    model.config.model_type = "bloom"
     with pytest.raises(ModelError, match="'bloom'"):
         find_parts(model)
+
+
+def test_modules_that_are_swapped_or_change_their_class_are_looked_up_again():
+    model, other = tiny_model("llama"), find_parts(tiny_model("llama"))
+    assert find_parts(model) is find_parts(model)
+    model.set_output_embeddings(other.unembedding)
+    model.set_input_embeddings(other.token_embedding)
+    model.model.layers[1] = other.blocks[1]
+    parts = find_parts(model)
+    assert parts.unembedding is other.unembedding
+    assert parts.token_embedding is other.token_embedding
+    assert parts.blocks[1] is other.blocks[1]
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
+    assert find_parts(model) is not parts

@@ -88,7 +88,7 @@ class Layer:
         self.plan, self.inputs = plan, inputs
         self.keep: Float[Tensor, "row reader entry"] = self._laid_out(mask[:, plan.edges].to(inputs.dtype))
         self.keep[:, plan.attention, 0] = 1
-        self.to_keep: Float[Tensor, "row reader entry"] | None = None
+        self.to_keep: Float[Tensor, "row reader entry"]
 
     def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader entry"]:
         table = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
@@ -102,7 +102,6 @@ class Layer:
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
         """To the layer's edges."""
-        assert self.to_keep is not None
         return self.to_keep.flatten(1).index_select(1, self.plan.places)
 
 
@@ -149,9 +148,12 @@ class Buffers:
 
     Attributes:
         layers: of the model.
+        inputs: of the readers of all layers that are kept.
         written: the baseline, as it was when attention last read; then what sources have written.
         baseline: what a reader receives whatever the mask, so far.
         baseline_before: the same when each layer's attention read.
+        gradient: in the backward pass: to the baseline from those who have read it since, if it carries gradients;
+            then to what sources have written.
     """
 
     def __init__(
@@ -170,14 +172,13 @@ class Buffers:
         self._kind = dtype, mask.device
         layers = plans(graph, mask.device)
         sizes = [plan.n_readers for plan in layers]
-        self._inputs = self._take("inputs", sum(sizes) if needs.inputs else max(sizes))
-        parts = self._inputs.split(sizes) if needs.inputs else [self._inputs[:size] for size in sizes]
+        self.inputs = self._take("inputs", sum(sizes) if needs.inputs else max(sizes))
+        parts = self.inputs.split(sizes) if needs.inputs else [self.inputs[:size] for size in sizes]
         self.layers = [Layer(plan, mask, inputs) for plan, inputs in zip(layers, parts, strict=True)]
         self._spent = False
         self.written: Float[Tensor, "entry row position d_model"] = self._take("written", 1 + graph.n_sources)
-        # The first entry is the gradient to the baseline, if there is one.
-        self._gradient: Float[Tensor, "entry row position d_model"] | None = None
-        self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"] | None = None
+        self.gradient: Float[Tensor, "entry row position d_model"]
+        self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"]
         self.baseline: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, graph.d_model)
         self.baseline_before: dict[int, Tensor] = {}
 
@@ -208,10 +209,9 @@ class Buffers:
     def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
         """Add entries to the inputs of a layer's readers, or make them the first that the inputs hold."""
         of_layer = self.layers[layer]
-        if entries.start < entries.stop:
-            _by_row(of_layer.inputs[readers]).baddbmm_(
-                of_layer.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
-            )
+        _by_row(of_layer.inputs[readers]).baddbmm_(
+            of_layer.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
+        )
 
     def restore_protected(
         self, inputs: Float[Tensor, "reader row position d_model"], stream: Float[Tensor, "row position d_model"]
@@ -232,8 +232,8 @@ class Buffers:
                 "Add the losses up before calling backward, or run the model again."
             )
         self._spent = True
-        self._gradient = self._take("gradient", len(self.written))
-        self._gradient[0] = 0
+        self.gradient = self._take("gradient", len(self.written))
+        self.gradient[0] = 0
         if self.needs.constants is not None:
             dtype = self.written.dtype
             if self.needs.constants[1] == 1:
@@ -243,11 +243,10 @@ class Buffers:
 
     def release_protected(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
         """The other side of `restore_protected`, and of adding the baseline, in gradients to inputs."""
-        assert self._gradient is not None
         rows, positions = self._protected
         gradients[:, rows, positions] = 0
         if self.needs.scaled:
-            self._gradient[0] += gradients.sum(dim=0)
+            self.gradient[0] += gradients.sum(dim=0)
 
     def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
         """The other side of `mix`; gradients to the readers' inputs stand in the inputs' place.
@@ -258,14 +257,9 @@ class Buffers:
             entries: sources that they read.
             first: no other gradients have come to these sources before.
         """
-        assert self._gradient is not None
         of_layer = self.layers[layer]
-        if entries.start < entries.stop:
-            _by_row(self._gradient[entries]).baddbmm_(
-                of_layer.keep[:, readers, entries].transpose(1, 2),
-                _by_row(of_layer.inputs[readers]),
-                beta=0 if first else 1,
-            )
+        keep, gradients = of_layer.keep[:, readers, entries], _by_row(of_layer.inputs[readers])
+        _by_row(self.gradient[entries]).baddbmm_(keep.transpose(1, 2), gradients, beta=0 if first else 1)
 
     def unmix_before(self, layer: int) -> None:
         """The other side of `mix_before`, when the gradients to the inputs of all readers of a layer have arrived."""
@@ -275,18 +269,12 @@ class Buffers:
         self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=of_layer is self.layers[-1])
         if self.needs.mask:
             of_layer.to_keep = _by_row(of_layer.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
-        if self._to_constants is not None:
+        if self.needs.constants is not None:
             _add_to_constants(self._to_constants[: plan.n_entries], of_layer)
-
-    def gradient_of_baseline(self) -> Float[Tensor, "row position d_model"]:
-        """To the baseline, from those who have read it since."""
-        assert self._gradient is not None
-        return self._gradient[0]
 
     def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
         """To what was written, when all who have read it are done."""
-        assert self._gradient is not None
-        return self.centre(self._gradient[sources])
+        return self.centre(self.gradient[sources])
 
     def gradient_of_constants(
         self, sources: slice, shape: torch.Size, scale: Tensor | None = None
@@ -298,7 +286,6 @@ class Buffers:
             shape: rows and positions of the replacements.
             scale: what they were multiplied with at each token.
         """
-        assert self._to_constants is not None
         total = self.centre(self._to_constants[sources])
         if scale is not None:
             total = total * scale
@@ -308,18 +295,13 @@ class Buffers:
         """To all edges, at the end of the backward pass."""
         return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
-    def end_forward(self) -> None:
-        """Forget what no backward pass will need."""
-        if not self.needs.gradients:
-            self.free()
-
     def free(self) -> None:
         """Give back all large tensors; nothing is read or written any more."""
-        for name, tensor in (("written", self.written), ("inputs", self._inputs), ("gradient", self._gradient)):
-            if tensor is not None:
-                self._workspace.give(name, tensor)
-        self.layers = []
-        del self.written, self._inputs, self._gradient, self._to_constants, self._workspace
+        for name in ("written", "inputs", "gradient"):
+            if name in vars(self):
+                self._workspace.give(name, vars(self)[name])
+        vars(self).clear()
+        self._spent = True
 
 
 def _add_to_constants(total: Float[Tensor, "entry row_or_1 position_or_1 d_model"], layer: Layer) -> None:

@@ -88,8 +88,12 @@ class Write(Operation):
         """To the replacements, at the end of the backward pass."""
 
 
-class WriteVector(Write):
-    """A source writes that is one vector wide: the embedding or an MLP."""
+class WriteMLP(Write):
+    """The MLP of a layer writes."""
+
+    def __init__(self, buffers: Buffers, layer: int, constants: Tensor) -> None:
+        end = written_before(buffers.graph, layer + 1)
+        super().__init__(buffers, slice(end - 1, end), constants)
 
     def _forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         constant = self.buffers.cast(self._constants.squeeze(2))
@@ -105,8 +109,10 @@ class WriteVector(Write):
         return self.buffers.gradient_of_constants(self._entries, self._constants.shape[:2]).permute(1, 2, 0, 3)
 
 
-class WriteEmbedding(WriteVector):
-    """The embedding writes; the first operation, which mask and replacements enter, and the last in a backward pass.
+class WriteEmbedding(WriteMLP):
+    """The embedding writes, as an MLP before the first layer would.
+
+    It is the first operation, which mask and replacements enter, and the last one in a backward pass.
 
     Args:
         buffers: of the run.
@@ -115,7 +121,7 @@ class WriteEmbedding(WriteVector):
     """
 
     def __init__(self, buffers: Buffers, constants: Tensor, writes: Sequence[Write]) -> None:
-        super().__init__(buffers, slice(1, 2), constants)
+        super().__init__(buffers, -1, constants)
         self._writes = writes
 
     def _backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,14 +130,6 @@ class WriteEmbedding(WriteVector):
         gradients = *super()._backward(), self.buffers.gradient_of_mask(), *to_constants
         self.buffers.free()
         return gradients
-
-
-class WriteMLP(WriteVector):
-    """The MLP of a layer writes."""
-
-    def __init__(self, buffers: Buffers, layer: int, constants: Tensor) -> None:
-        end = written_before(buffers.graph, layer + 1)
-        super().__init__(buffers, slice(end - 1, end), constants)
 
 
 class WriteHeads(Write):
@@ -175,7 +173,7 @@ class WriteHeads(Write):
         to_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, baseline = self._unscaled
-            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient_of_baseline() * baseline,)
+            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient[0] * baseline,)
             gradient.mul_(self._scale)
             del self._unscaled
         to_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])
@@ -282,71 +280,58 @@ class ReadAttention(Operation):
                 read.baddbmm_(gradient, weight)
 
 
-class _ReadOne(Operation):
-    """A single reader reads.
+class ReadMLP(Operation):
+    """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs.
 
     Args:
         buffers: of the run.
-        layer: it is in.
+        layer: of the MLP.
         stream: the model's own residual stream.
-        reader: in the layer.
-        entries: that have not been mixed for it yet.
     """
 
-    _first = False  # in the backward pass, to bring gradients to these sources
+    _first = False  # in the backward pass, to bring gradients to the entries
 
-    def __init__(self, buffers: Buffers, layer: int, stream: Tensor, reader: int, entries: slice) -> None:
+    def __init__(self, buffers: Buffers, layer: int, stream: Tensor) -> None:
         super().__init__(buffers)
+        graph, plan = buffers.graph, buffers.layers[layer].plan
         self._layer, self._stream = layer, stream.detach()
-        self._row, self._entries = slice(reader, reader + 1), entries
+        self._reader = slice(plan.attention.stop, plan.attention.stop + 1)
+        self._entries = slice(plan.before, plan.before + (0 if graph.parallel else graph.n_heads))
+        self._baseline = buffers.baseline_before[layer] if graph.parallel else buffers.baseline
 
     def _inputs(self) -> Float[Tensor, "1 row position d_model"]:
-        return self.buffers.layers[self._layer].inputs[self._row]
-
-    def _baseline(self) -> Tensor:
-        return self.buffers.baseline
+        return self.buffers.layers[self._layer].inputs[self._reader]
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        self.buffers.mix(self._layer, self._row, self._entries)
-        inputs = self._inputs().add_(self._baseline())
+        self.buffers.mix(self._layer, self._reader, self._entries)
+        inputs = self._inputs().add_(self._baseline)
         self.buffers.restore_protected(inputs, self._stream)
         read = inputs[0].to(self._stream.dtype, copy=True)
-        del self._stream
+        del self._stream, self._baseline
         return (read,)
 
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs = self._inputs().copy_(gradients[0])
         self.buffers.release_protected(inputs)
-        self.buffers.unmix(self._layer, self._row, self._entries, self._first)
+        self.buffers.unmix(self._layer, self._reader, self._entries, self._first)
         return ()
 
 
-class ReadMLP(_ReadOne):
-    """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs."""
-
-    def __init__(self, buffers: Buffers, layer: int, stream: Tensor) -> None:
-        before = written_before(buffers.graph, layer)
-        n_heads = 0 if buffers.graph.parallel else buffers.graph.n_heads
-        reader = buffers.layers[layer].plan.attention.stop
-        super().__init__(buffers, layer, stream, reader, slice(before, before + n_heads))
-
-    def _baseline(self) -> Tensor:
-        return self.buffers.baseline_before[self._layer] if self.buffers.graph.parallel else self.buffers.baseline
-
-
-class ReadLogits(_ReadOne):
-    """The logits read; the last operation, and so in the backward pass the first one."""
+class ReadLogits(ReadMLP):
+    """The logits read, as an MLP after the last layer would; the last operation, and the first in a backward pass."""
 
     _first = True
 
     def __init__(self, buffers: Buffers, stream: Tensor) -> None:
         last = buffers.graph.n_layers - 1
-        plan = buffers.layers[last].plan
-        super().__init__(buffers, last, stream, plan.n_readers - 1, slice(plan.before, plan.n_entries))
+        super().__init__(buffers, last, stream)
+        plan, self._baseline = buffers.layers[last].plan, buffers.baseline
+        self._reader, self._entries = slice(plan.n_readers - 1, plan.n_readers), slice(plan.before, plan.n_entries)
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
         read = super()._forward()
-        self.buffers.end_forward()
+        if not self.buffers.needs.gradients:
+            self.buffers.free()
         return read
 
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -112,7 +112,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
     """
     forward = body.forward
 
-    @wraps(forward)
+    @wraps(forward, updated=())  # not what torch.compile notes down in it
     def checked(*args: Any, **kwargs: Any) -> Any:
         requested = kwargs.get("output_hidden_states")
         if body.config.output_hidden_states if requested is None else requested:
@@ -128,31 +128,33 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
     """Refuse functions that somebody else has attached where they would act on what nobody reads."""
-    sides = [
-        (name, [*module._forward_pre_hooks.values(), *module._forward_hooks.values()])
+    attached: dict[str, list[Any]] = {
+        name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
-    ]
+    }
+    output_path = parts.family.attention_output
     for layer, (readers, output) in enumerate(zip(residual.attention, parts.attention_outputs, strict=True)):
-        sides += [
-            (f"the input of {path} of block {layer}", [*module._forward_pre_hooks.values()])
-            for path, module in zip(parts.family.projections, readers.modules, strict=True)
-        ]
-        sides.append(
-            (f"the output of {parts.family.attention_output} of block {layer}", [*output._forward_hooks.values()])
-        )
-    for name, hooks in sides:
-        foreign = [hook for hook in hooks if not _is_harmless(hook)]
+        for path, module in zip(parts.family.projections, readers.modules, strict=True):
+            attached[f"the input of {path} of block {layer}"] = [*module._forward_pre_hooks.values()]
+            attached[f"{path} of block {layer}"] = _other_forwards(module)
+        attached[f"the output of {output_path} of block {layer}"] = [*output._forward_hooks.values()]
+        attached[f"{output_path} of block {layer}"] = _other_forwards(output)
+    for name, functions in attached.items():
+        # FSDP and transformers, which collects outputs, change nothing; ours are there for the length of a run.
+        ours = ("torch.distributed.", "transformers.", "oa_train.")
+        foreign = [function for function in functions if not str(getattr(function, "__module__", "")).startswith(ours)]
         if foreign:
             raise ConfigurationError(
-                f"A hook is attached to {name} ({foreign[0]}), which would have no effect, or a wrong one, in a "
+                f"A function is attached to {name} ({foreign[0]}). It would have no effect, or a wrong one, in a "
                 "circuit of edges: every reader has an input of its own there, and nobody reads what passes here. "
-                "Remove the hook for the run, or take a circuit of nodes (level: nodes)."
+                "Remove it for the run, or take a circuit of nodes (level: nodes)."
             )
 
 
-def _is_harmless(hook: Any) -> bool:
-    """Whether a hook is FSDP's, transformers' (which collect outputs), or one that we made for the length of a run."""
-    return str(getattr(hook, "__module__", "")).startswith(("torch.distributed.", "transformers.", "oa_train."))
+def _other_forwards(module: nn.Module) -> list[Any]:
+    """What shadows the forward of a module's class, unless it is the same compiled."""
+    forward = vars(module).get("forward")
+    return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
 
 class _Run:

@@ -8,30 +8,24 @@ from oa_train.zoo.known.weights import EPSILON
 from oa_train.zoo.tokenizer import BOS, PAD, SPECIAL
 
 
-def gpt2(width: int, words: Sequence[str], *, n_layers: int, n_heads: int, n_units: int, n_positions: int) -> CausalLM:
+def gpt2(width: int, words: Sequence[str], **sizes: int) -> CausalLM:
     """A GPT-2, which has a table of positions.
 
     Args:
         width: of the residual stream.
         words: the vocabulary, without special tokens.
-        n_layers: decoder blocks.
-        n_heads: heads of each.
-        n_units: hidden units of each MLP.
-        n_positions: longest prompt.
+        **sizes: `n_layers`; `n_heads` and `n_units` of the MLP in each; `n_positions`, the longest prompt.
     """
+    names = {"n_embd": width, "n_layer": sizes["n_layers"], "n_head": sizes["n_heads"]}
+    names |= {"n_inner": sizes["n_units"], "n_positions": sizes["n_positions"]}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return model_of_config(
         "gpt2",
-        n_embd=width,
-        n_layer=n_layers,
-        n_head=n_heads,
-        n_inner=n_units,
-        n_positions=n_positions,
         activation_function="relu",
         layer_norm_epsilon=EPSILON,
         tie_word_embeddings=False,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **names,
+        **dropout,
         **_vocabulary(words),
     )
 
@@ -46,13 +40,12 @@ def gpt_neox(width: int, words: Sequence[str], *, rotated: float, base: float, *
         base: pairs of these rotate by 1, base ** (-1 / pairs), ... radians a position.
         **sizes: those of `gpt2`.
     """
-    rope = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": rotated}
     return model_of_config(
         "gpt_neox",
         hidden_act="relu",
         layer_norm_eps=EPSILON,
         use_parallel_residual=True,
-        rope_parameters=rope,
+        rope_parameters={"rope_type": "default", "rope_theta": base, "partial_rotary_factor": rotated},
         **_sizes(width, **sizes),
         **_vocabulary(words),
     )
@@ -81,20 +74,10 @@ def llama(width: int, words: Sequence[str], *, base: float, n_groups: int, **siz
 
 
 def _sizes(width: int, *, n_layers: int, n_heads: int, n_units: int, n_positions: int) -> dict[str, Any]:
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": n_heads,
-        "intermediate_size": n_units,
-        "max_position_embeddings": n_positions,
-    }
+    sizes = {"hidden_size": width, "num_hidden_layers": n_layers, "num_attention_heads": n_heads}
+    return sizes | {"intermediate_size": n_units, "max_position_embeddings": n_positions}
 
 
 def _vocabulary(words: Sequence[str]) -> dict[str, int]:
-    bos, pad = SPECIAL.index(BOS), SPECIAL.index(PAD)
-    return {
-        "vocab_size": len(SPECIAL) + len(words),
-        "bos_token_id": bos,
-        "eos_token_id": bos,
-        "pad_token_id": pad,
-    }
+    ids = {"bos_token_id": BOS, "eos_token_id": BOS, "pad_token_id": PAD}
+    return {"vocab_size": len(SPECIAL) + len(words)} | {name: SPECIAL.index(token) for name, token in ids.items()}

@@ -66,7 +66,7 @@ def add_table(
     """
     first, second = spaces
     support = supported * wiring.vector("support")
-    reads = [wiring.vector(first, one) + wiring.vector(second, other) + support for one, other in table]
+    reads = [wiring.vector(first, left) + wiring.vector(second, right) + support for left, right in table]
     writes = [wiring.vector(into, number) for number in table.values()]
     wiring.add_units(layer, reads, writes, bias=-1.0 - SUPPORTING * supported)
 

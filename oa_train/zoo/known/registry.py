@@ -40,7 +40,7 @@ def write_known(name: str, folder: Path, seed: int = 0) -> KnownModel:
     word_tokenizer([f"▁{word}" for word in known.task.words]).save_pretrained(folder)
     known.model.save_pretrained(folder)
     (folder / EDGES_FILE).write_text(json.dumps(list(known.edges), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(known, folder, seed), encoding="utf-8")
+    (folder / "README.md").write_text(_model_card(known, folder, seed), encoding="utf-8")
     for file in folder.iterdir():
         file.chmod(0o644)  # transformers leaves the weights readable by their owner only
     return known
@@ -82,14 +82,7 @@ MIT, as the package.
 """
 
 
-def model_card(known: KnownModel, folder: Path, seed: int) -> str:
-    """Write the model card.
-
-    Args:
-        known: the model.
-        folder: with its tokenizer and configuration.
-        seed: it was made with.
-    """
+def _model_card(known: KnownModel, folder: Path, seed: int) -> str:
     config = known.model.config
     graph = Graph.of(config)
     prompt = known.task(lm=LMSpec(str(folder))).prompt("test", 0)

@@ -4,8 +4,7 @@ Queries, keys and values of single heads are views of whatever projections a fam
 each reads one direction, is rectified, and writes one vector.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,39 +22,20 @@ EPSILON = 1e8
 STEEP = 60.0
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """Views of one affine map inside a model's parameters; writing to them writes the model.
+# Projections of a family's MLP: the one whose result is rectified, the one back to the residual stream, and the one
+# that multiplies the rectified units, if there is a gate.
+MLP_NAMES = {
+    "gpt2": ("c_fc", "c_proj", ""),
+    "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h", ""),
+    "llama": ("gate_proj", "down_proj", "up_proj"),
+}
 
-    Attributes:
-        weight: of the map.
-        bias: added to its result.
-    """
+
+class Affine(NamedTuple):
+    """Views of an affine map inside a model's parameters; writing to them writes the model."""
 
     weight: Float[Tensor, "out into"]
     bias: Float[Tensor, " out"]
-
-
-@dataclass(frozen=True)
-class MLPNames:
-    """Names of the projections of a family's MLP.
-
-    Attributes:
-        reads: the projection whose result is rectified.
-        writes: the projection back to the residual stream.
-        gated: the projection that multiplies the rectified units; empty without a gate.
-    """
-
-    reads: str
-    writes: str
-    gated: str = ""
-
-
-MLP_NAMES = {
-    "gpt2": MLPNames("c_fc", "c_proj"),
-    "gpt_neox": MLPNames("dense_h_to_4h", "dense_4h_to_h"),
-    "llama": MLPNames("gate_proj", "down_proj", "up_proj"),
-}
 
 
 class HandWrittenWeights:
@@ -147,19 +127,19 @@ class HandWrittenWeights:
         Raises:
             ValueError: the MLP has no room left.
         """
-        mlp, names = self.parts.mlps[layer], self._mlp_names
-        into = _affine(mlp.get_submodule(names.reads))
+        mlp, (read, write, gate) = self.parts.mlps[layer], self._mlp_names
+        into = _affine(mlp.get_submodule(read))
         start = self._used_units[layer]
         used = slice(start, start + len(reads))
         if used.stop > len(into.bias):
             raise ValueError(f"The MLP of layer {layer} has {len(into.bias)} units, {used.stop} are asked for.")
         self._used_units[layer] = used.stop
-        scale = STEEP if names.gated else 1.0
+        scale = STEEP if gate else 1.0
         into.weight[used] = scale * reads
         into.bias[used] = scale * biases
-        if names.gated:
-            _affine(mlp.get_submodule(names.gated)).bias[used] = 1 / STEEP
-        _weight(mlp.get_submodule(names.writes))[:, used] = writes.T
+        if gate:
+            _affine(mlp.get_submodule(gate)).bias[used] = 1 / STEEP
+        _weight(mlp.get_submodule(write))[:, used] = writes.T
 
     def balance(self, coordinate: int) -> None:
         """Give everything written to the residual stream a mean of zero over its dimensions.
@@ -174,7 +154,7 @@ class HandWrittenWeights:
         if self.model.config.model_type == "gpt2":
             tables.append(self.positions.T)
         for attention, mlp in zip(self.parts.attention_outputs, self.parts.mlps, strict=True):
-            tables += [_weight(attention), _weight(mlp.get_submodule(self._mlp_names.writes))]
+            tables += [_weight(attention), _weight(mlp.get_submodule(self._mlp_names[1]))]
         for table in tables:
             table[coordinate] -= table.sum(dim=0)
 

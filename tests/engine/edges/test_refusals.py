@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import wraps
 
 import pytest
 import torch
@@ -195,10 +196,10 @@ def test_foreign_hooks_on_what_nobody_reads_are_refused(family):
         (output.register_forward_hook, f"the output of {entry.attention_output} of block 1"),
     ):
         handle = register(steer)
-        with pytest.raises(ConfigurationError, match=rf"A hook is attached to {name} \(.*steer"):
+        with pytest.raises(ConfigurationError, match=rf"A function is attached to {name} \(.*steer"):
             logits_of(model)
         with (
-            pytest.raises(ConfigurationError, match="A hook is attached"),
+            pytest.raises(ConfigurationError, match="A function is attached"),
             edges_called(
                 model, graph_of(model), all_kept(model, 1), random_values(model), protected_batch([5]).layout
             ),
@@ -206,6 +207,30 @@ def test_foreign_hooks_on_what_nobody_reads_are_refused(family):
             pass
         handle.remove()
     assert torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "self_attn.o_proj"])
+def test_another_forward_of_a_projection_is_refused(path):
+    model = tiny_model("llama")
+    module = find_parts(model).blocks[2].get_submodule(path)
+    module.forward = lambda hidden: 2 * nn.Linear.forward(module, hidden)
+    with pytest.raises(ConfigurationError, match=f"A function is attached to {path} of block 2"):
+        logits_of(model)
+    del module.forward
+    expected = logits_of(model)
+    compiled = wraps(module.forward)(lambda hidden: nn.Linear.forward(module, hidden))
+    compiled._torchdynamo_orig_callable = module.forward  # as torch.compile notes it down
+    module.forward = compiled
+    assert torch.equal(logits_of(model), expected)
+
+
+def test_one_circuit_of_edges_inside_another_is_refused():
+    model, batch = tiny_model("llama"), protected_batch([5])
+    with (
+        edges_called(model, graph_of(model), all_kept(model, 1), random_values(model), batch.layout),
+        pytest.raises(ConfigurationError, match="A function is attached"),
+    ):
+        logits_of(model)
 
 
 def test_hooks_of_libraries_are_no_steering():

@@ -68,7 +68,7 @@ def test_values_of_every_kind_have_the_gradients_of_the_reference(family, side, 
 @pytest.mark.parametrize("family", ARCHETYPES)
 def test_values_of_different_kinds_at_different_sites(family):
     model, batch = tiny_model(family), protected_batch([6, 4])
-    found = []
+    outcomes = []
     for run in (run_edges, reference_edge_logits):
         mask, pooled = mask_of(model, 2), random_values(model)
         by_column = random_values(model, rows=2, slots=6, seed=1)
@@ -78,8 +78,8 @@ def test_values_of_different_kinds_at_different_sites(family):
         with WithoutSinglePrecision():
             logits = run(model, batch, graph_of(model), mask, values)
             gradients = torch.autograd.grad(logits.softmax(-1)[..., :4].sum(), [mask, *values.values()])
-        found.append((logits, *gradients))
-    assert_same(*found)
+        outcomes.append((logits, *gradients))
+    assert_same(*outcomes)
 
 
 @pytest.mark.parametrize("family", ARCHETYPES)

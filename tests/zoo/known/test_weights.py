@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oa_train.models.projections import attention_readers, head_writes
 
 from oa_train.models.loading import CausalLM
+from oa_train.models.residual import find_residual_parts, head_weights, weight_and_bias
 from oa_train.zoo.known.families import gpt2, gpt_neox, llama
 from oa_train.zoo.known.weights import HandWrittenWeights
 
@@ -64,22 +64,17 @@ def test_readers_of_single_heads_are_those_that_edges_lead_to(family: str) -> No
     weights.query(1, 3).weight[2] = torch.arange(WIDTH)
     weights.key(1, 3).bias[2] = 5
     weights.value(1, 2).weight[1] = 7
-    readers = attention_readers(model)[1]
-    inputs = balanced(1, readers.n_heads + 2 * readers.n_kv_heads, 4)
-    made = readers.project(inputs)
-    d_head, group = WIDTH // 4, 3 // weights.heads_per_group
-    whole = torch.cat(made, dim=-1)[0]
-    if readers.interleaved:
-        by_reader = whole.unflatten(1, (4, 3, d_head)).transpose(1, 2).flatten(1, 2)
-    else:
-        by_reader = whole.unflatten(1, (-1, d_head))
+    readers = find_residual_parts(model).attention[1]
+    n, n_kv, group = readers.n_heads, readers.n_kv_heads, 3 // weights.heads_per_group
+    inputs = balanced(n + 2 * n_kv, 4)
+    biases = [weight_and_bias(module)[1] for module in readers.modules]
+    added = [torch.zeros(1) if bias is None else torch.cat(readers.by_reader(biases)).unsqueeze(1) for bias in biases]
+    by_reader = inputs @ torch.cat(readers.weights()).transpose(1, 2) + added[0]
     expected = torch.zeros_like(by_reader)
-    n, n_kv = readers.n_heads, readers.n_kv_heads
-    expected[:, 3, 2] = inputs[0, 3] @ torch.arange(WIDTH).float()
-    expected[:, n + group, 2] = 5
-    expected[:, n + n_kv + 2 // weights.heads_per_group, 1] = 7 * inputs[
-        0, n + n_kv + 2 // weights.heads_per_group
-    ].sum(dim=-1)
+    expected[3, :, 2] = inputs[3] @ torch.arange(WIDTH).float()
+    expected[n + group, :, 2] = 5
+    value = n + n_kv + 2 // weights.heads_per_group
+    expected[value, :, 1] = 7 * inputs[value].sum(dim=-1)
     torch.testing.assert_close(by_reader, expected, rtol=1e-4, atol=1e-3)
 
 
@@ -88,7 +83,7 @@ def test_outputs_of_single_heads_are_what_they_write(family: str) -> None:
     weights = HandWrittenWeights(model_of(family))
     weights.output(0, 2)[:] = balanced(WIDTH // 4).T
     values = torch.randn(1, 3, 4, WIDTH // 4)
-    written = head_writes(weights.parts.attention_outputs[0], values)
+    written = torch.einsum("rphe,hed->rhpd", values, head_weights(weights.parts.attention_outputs[0], 4))
     torch.testing.assert_close(written[:, 2], values[:, :, 2] @ balanced(WIDTH // 4))
     assert not written[:, [0, 1, 3]].any()
 
