@@ -19,6 +19,7 @@ from transformers import (
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.engine.values import Values
+from oa_train.models.dictionaries import Dictionary
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
 from oa_train.tasks import IOI
@@ -170,6 +171,14 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     """Float64 masks of which about a quarter each is exactly 0 and exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
+
+
+def random_dictionary(site: str, d_model: int, n_features: int, seed: int = 0) -> Dictionary:
+    """A sparse dictionary of random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    w_enc = torch.randn(d_model, n_features, generator=generator) / d_model**0.5
+    b_enc, b_dec = (0.1 * torch.randn(size, generator=generator) for size in (n_features, d_model))
+    return Dictionary(site, w_enc, b_enc, w_enc.T.contiguous(), b_dec, "relu")
 
 
 def training_text() -> Iterator[str]:

@@ -123,6 +123,10 @@ class ConstantsModule(FrozenModelModule):
         masks = torch.stack([chosen.mask for chosen in self.circuits.values()])
         start_tables = [Constants.zeros(self.level, positions)]
         self.fitted = FittedCircuits(self.level, masks, start_tables, loss, rows_per_run, recompute)
+        if not self.fitted.has_constants:
+            raise ConfigurationError(
+                f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything, so that there are no constants to train."
+            )
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))
         self.progress: Tensor

@@ -114,6 +114,15 @@ def test_what_is_not_a_number_is_never_kept(model, task, level, mean):
     assert kept.validation_loss.isfinite().all()
 
 
+def test_a_circuit_that_replaces_nothing_needs_no_steps(model, task, level, mean):
+    settings = RefitSettings(steps=2, batch_size=2, evaluate_every=1)
+    fitted = fit_constants(model, task, level, masks_of(level, "*"), [mean], settings)
+    assert fitted.validation_loss.abs().max() < 1e-6
+    assert moved(level, fitted.sets[0], mean) == []
+    beside = fit_constants(model, task, level, masks_of(level, "*", "* !m0"), [mean], replace(settings, rows_per_run=2))
+    assert moved(level, beside.sets[0], mean) in (["m0"], [])
+
+
 def test_the_same_call_gives_the_same_constants(model, task, level, mean):
     masks = masks_of(level, "* !m0")
     settings = RefitSettings(steps=5, batch_size=4, evaluate_every=5)

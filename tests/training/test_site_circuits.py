@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
-from oa_train.models.dictionaries import Dictionary, DictionarySpec, save_dictionary
+from oa_train.models.dictionaries import DictionarySpec, save_dictionary
 from oa_train.models.loading import LMSpec
 from oa_train.models.sites import Site
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
@@ -19,7 +19,7 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
-from tests.builders import quiet_trainer, small_ioi
+from tests.builders import quiet_trainer, random_dictionary, small_ioi
 
 CUT = 3
 
@@ -31,13 +31,6 @@ SITES: dict[str, dict[str, Any]] = {
     "features": {"sites": ["features"]},
     "nested kinds": {"sites": ["heads", "attention", "neurons", "mlp"], "components": ["a*", "m1", "m2.n?", "m0@S2"]},
 }
-
-
-def random_dictionary(site: str, d_model: int, n_features: int, seed: int = 0) -> Dictionary:
-    generator = torch.Generator().manual_seed(seed)
-    w_enc = torch.randn(d_model, n_features, generator=generator) / d_model**0.5
-    b_enc, b_dec = (0.1 * torch.randn(size, generator=generator) for size in (n_features, d_model))
-    return Dictionary(site, w_enc, b_enc, w_enc.T.contiguous(), b_dec, "relu")
 
 
 @pytest.fixture(scope="module")
