@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from oa_train.artefacts import (
+    ARTEFACT_VERSION,
     HEADER_FILE,
     TENSOR_FILE,
     Artefact,
@@ -64,7 +65,7 @@ def test_a_round_trip_is_the_identity(tmp_path):
 def test_the_header_names_kind_versions_and_time(tmp_path):
     document = json.loads((save_artefact(tmp_path / "r", "test", example()) / HEADER_FILE).read_text())
     assert document["kind"] == "test"
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == ARTEFACT_VERSION == 2
     assert document["versions"]["torch"] == version("torch")
     assert document["created"].endswith("+00:00")
 
@@ -172,7 +173,9 @@ def without(key: str) -> Callable[[dict], object]:
         (lambda d: d | {"kind": "constants"}, "holds 'constants'; expected 'test'"),
         (without("kind"), "holds None; expected 'test'"),
         (lambda d: [d], "holds 'list'; expected 'test'"),
-        (lambda d: d | {"schema_version": 2}, "schema version 2; this version of oa_train reads 1"),
+        (lambda d: d | {"schema_version": 3}, "schema version 3; expected 2. Was it written by a newer oa_train?"),
+        (lambda d: d | {"schema_version": 0}, "schema version 0; expected 2"),
+        (lambda d: d | {"schema_version": "1"}, "schema version 1; expected 2"),
         (without("schema_version"), "schema version None"),
         (without("tensors_sha256"), "tensors_sha256"),
         (without("header"), "header"),
@@ -182,6 +185,15 @@ def test_another_header_is_refused(tmp_path, change, words):
     path = save_artefact(tmp_path / "r", "test", example()) / HEADER_FILE
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     assert words in refused(tmp_path / "r")
+
+
+def test_the_first_layout_is_refused_with_the_command_that_converts_it(tmp_path):
+    path = save_artefact(tmp_path / "old", "test", example()) / HEADER_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 1}))
+    said = refused(tmp_path / "old")
+    assert "written by an earlier version of oa_train (layout 1; this version reads 2)" in said
+    assert said.endswith(f"Convert it:\n  oa-train convert {tmp_path / 'old'} NEW_FOLDER")
+    assert load_artefact(tmp_path / "old", "test", layout=1).header == example().header
 
 
 def test_a_header_that_is_no_text_is_refused(tmp_path):

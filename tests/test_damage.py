@@ -12,14 +12,15 @@ import torch
 
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import OaTrainError
-from oa_train.models.selection import Components
+from oa_train.models.families import Dimensions
+from oa_train.models.selection import Nodes
 from oa_train.training.callbacks import LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
 
-QUICK, LONG = range(60), range(60, 560)
+QUICK, LONG = range(40), range(40, 560)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer.fit(module, TaskData(small_ioi()))
     provenance = {"model": "tiny", "seed": 3, "task": {"name": "ioi"}}
     scores = torch.linspace(0, 1, 15)
-    Circuit(Components(3, 4), ("a0.h0", "m1"), scores, provenance).save(folder / "circuit")
+    Circuit(Nodes(Dimensions(3, 4, 16, 64, 256)), ("a0.h0", "m1"), scores, provenance).save(folder / "circuit")
     return folder
 
 
@@ -84,10 +85,10 @@ def equal(first: Any, second: Any) -> bool:
 
 def check(read: Callable[[], Any], whole: Any) -> None:
     try:
-        found = read()
+        content = read()
     except OaTrainError:
         return
-    assert equal(found, whole)
+    assert equal(content, whole)
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.long) for case in LONG)])

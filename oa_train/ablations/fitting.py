@@ -87,6 +87,11 @@ class FittedCircuits(nn.Module):
         self.constants = TrainableConstants([starts[n if len(starts) > 1 else 0] for n in range(n_sets)], trained)
         self.best = BestConstants(replaced, self.constants)
 
+    @property
+    def has_constants(self) -> bool:
+        """Whether any circuit replaces a unit, so that there is something to train."""
+        return any(table.requires_grad for table in self.constants.parameters())
+
     def candidate(self, constants: Constants) -> TrainableConstants:
         """The same constants for every circuit, to be compared with the trained ones."""
         ours = [constants.of_level(self.level)] * len(self.constants)
@@ -182,7 +187,7 @@ def fit_constants(
         level: of the circuits.
         masks: a circuit in each row.
         starts: constants where training starts, of each circuit or one for all.
-        settings: steps, learning rate and so on.
+        settings: steps, learning rate and so on; no steps are made for circuits that replace nothing.
         loss: what is minimised.
         others: constants that are kept instead wherever they do better (zero or mean ablation, say), so that the
             result is never worse on the validation prompts.
@@ -203,10 +208,9 @@ def fit_constants(
         offer(fitted.candidate(constants))
     offer(fitted.constants)
     optimizer = torch.optim.Adam(fitted.constants.parameters(), lr=settings.learning_rate)
-    # Circuits that keep everything have nothing to train.
-    n_steps = settings.steps if any(table.requires_grad for table in fitted.constants.parameters()) else 0
+    n_steps = settings.steps if fitted.has_constants else 0
     for step in track(range(n_steps), description):
-        optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine_decay(step, settings.steps)
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine_decay(step, n_steps)
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)
         total = torch.zeros(len(masks), device=model.device)
@@ -221,7 +225,7 @@ def fit_constants(
                 "Lower its learning rate."
             )
         optimizer.step()
-        if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+        if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
             offer(fitted.constants)
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 

@@ -40,7 +40,7 @@ _WRITERS = {
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|enough memory|bad_alloc|unable to mmap|create a memory object")
 _LOWER = """\
 What a step needs falls with --data.batch_size, --model.samples_per_prompt (circuits) or --model.rows_per_run
-(constants), --model.activation_checkpointing true and --lm.dtype bfloat16; what evaluation needs falls with
+(constants), --model.recompute true and --lm.dtype bfloat16; what evaluation needs falls with
 --data.evaluation_batch_size. `oa-train inspect` estimates a step."""
 
 _NO_PEER = re.compile(r"gloo/|connection (closed|reset) by peer|nccl (error|communicator)|broken pipe", re.IGNORECASE)

@@ -177,6 +177,10 @@ class Level(ABC):
     def header(self) -> dict[str, Any]:
         """Plain values that `level_of_header` makes this level of again."""
 
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on with the level that it is loaded for, apart from the model."""
+        return {"level": self.kind}
+
     @classmethod
     @abstractmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Level":

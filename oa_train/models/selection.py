@@ -18,7 +18,14 @@ from oa_train.errors import ConfigurationError, nearest_names, unknown_name
 from oa_train.models.dictionaries import Dictionary, reload_dictionary
 from oa_train.models.families import Dimensions
 from oa_train.models.levels import Level, ScoreMap, matching, top_entries
-from oa_train.models.sites import DEFAULT_SITES, SITE_KINDS, Site, check_site_kinds, site_of_name
+from oa_train.models.sites import (
+    DEFAULT_SITES,
+    SITE_KINDS,
+    Site,
+    check_dictionaries,
+    check_site_kinds,
+    site_of_name,
+)
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 AT = "@"
@@ -64,8 +71,7 @@ class Nodes(Level):
 
     def __post_init__(self) -> None:
         check_site_kinds("sites", self.kinds)
-        if "features" in self.kinds and not self.dictionaries:
-            raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
+        check_dictionaries(self.kinds, len(self.dictionaries))
         if len(self.by_layer) < len(self.dictionaries):
             raise ConfigurationError("Two dictionaries stand in the same layer, so that their features share a name.")
         for dictionary in self.dictionaries:
@@ -364,6 +370,15 @@ class Nodes(Level):
             tuple(header["spanned"]),
             tuple(dictionaries),
         )
+
+    def identity(self) -> dict[str, Any]:
+        """The kinds, the spans, and the dictionaries by their content, wherever they were read."""
+        return {
+            "level": self.kind,
+            "sites": list(self.kinds),
+            "spanned": list(self.spanned),
+            "dictionaries": [dictionary.fingerprint for dictionary in self.dictionaries],
+        }
 
     def describe(self) -> str:
         """Sizes of the model, in words."""

@@ -248,6 +248,21 @@ def site_of_name(name: str, dimensions: Dimensions) -> Site:
     return Site(kind, layer)
 
 
+def check_dictionaries(names: Sequence[str], n_dictionaries: int) -> None:
+    """Check that there are dictionaries where features are selected, and only there.
+
+    Raises:
+        ConfigurationError: they are missing, or would have no effect.
+    """
+    if "features" in names and not n_dictionaries:
+        raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
+    if n_dictionaries and "features" not in names:
+        raise ConfigurationError(
+            f"dictionaries are given, and sites does not name features; it is {list(names)}. Add features to sites, or "
+            "leave the dictionaries out."
+        )
+
+
 def check_site_kinds(option: str, names: Sequence[str]) -> None:
     """Check that kinds of site exist and are named once.
 

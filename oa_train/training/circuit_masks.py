@@ -75,9 +75,7 @@ class CircuitMasks(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Level, selection and distribution, as plain values."""
         return {
-            "level": {
-                key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")
-            },
+            "level": self.level.identity(),
             "circuits": self.n_circuits,
             "components": self.selected,
             "masks": self.distribution.describe(),

@@ -25,7 +25,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.selection import Nodes
-from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_kinds
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks
@@ -125,6 +125,7 @@ class CircuitModule(FrozenModelModule):
         check_threshold(threshold)
         penalties = PenaltySettings(penalty_weight, node_penalty, target_size, target_warmup)
         patterns = [components] if isinstance(components, str) else components
+        check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(lm, seed)
         self.loss: Loss = loss

@@ -24,7 +24,7 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.selection import Nodes
-from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_kinds
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
@@ -103,6 +103,7 @@ class ConstantsModule(FrozenModelModule):
                 raise ConfigurationError(f"{name} is {value}; expected more than 0.")
         starts_from = Constants.load(_inside(start, "constants")) if Path(start).is_dir() else _start_kind(start)
         check_site_kinds("sites", sites)
+        check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(lm, seed)
         self.loss: Loss = loss
@@ -122,6 +123,10 @@ class ConstantsModule(FrozenModelModule):
         masks = torch.stack([chosen.mask for chosen in self.circuits.values()])
         start_tables = [Constants.zeros(self.level, positions)]
         self.fitted = FittedCircuits(self.level, masks, start_tables, loss, rows_per_run, recompute)
+        if not self.fitted.has_constants:
+            raise ConfigurationError(
+                f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything, so that there are no constants to train."
+            )
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))
         self.progress: Tensor
@@ -145,9 +150,7 @@ class ConstantsModule(FrozenModelModule):
     def describe(self) -> dict[str, Any]:
         """What is ablated, and for which loss constants are sought."""
         return {
-            "level": {
-                key: value for key, value in self.level.header().items() if key in ("level", "sites", "spanned")
-            },
+            "level": self.level.identity(),
             "ablated": {name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()},
             "start": self.start if isinstance(self._starts_from, Kind) else "constants",
             "positions": self.positions,

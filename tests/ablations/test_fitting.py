@@ -176,3 +176,10 @@ def test_units_of_other_kinds_and_spans_have_constants_of_their_own(model, task)
     assert moved(constants, start) == {"neurons_0.3", "mlp_1.0"}
     slots = (constants.tables[Site("mlp", 1)] != start.tables[Site("mlp", 1)]).any(dim=2).squeeze(1)
     assert {level.spans[slot] for slot in slots.nonzero().flatten().tolist()} == {"S2", "end"}
+
+
+def test_a_circuit_that_replaces_nothing_needs_no_steps(model, task, level, mean):
+    settings = RefitSettings(steps=2, batch_size=2, evaluate_every=1)
+    fitted = fit_constants(model, task, level, masks_of(level, "*"), [mean], settings)
+    assert fitted.validation_loss.abs().max() < 1e-6
+    assert moved(fitted.sets[0], mean) == set()

@@ -92,11 +92,11 @@ def process_id(folder: Path, rank: int) -> int:
 
 def assert_ended_alike(resumed: Path, uninterrupted: Path, last: Path) -> None:
     """Check that a run which went on from a checkpoint has ended as another did, to the last bit."""
-    given, expected = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (resumed, uninterrupted))
-    assert given["global_step"] == expected["global_step"] == 60
-    assert given["state_dict"].keys() == expected["state_dict"].keys()
+    ended, expected = (read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (resumed, uninterrupted))
+    assert ended["global_step"] == expected["global_step"] == 60
+    assert ended["state_dict"].keys() == expected["state_dict"].keys()
     for name, tensor in expected["state_dict"].items():
-        assert torch.equal(given["state_dict"][name], tensor), name
+        assert torch.equal(ended["state_dict"][name], tensor), name
     for artefact in ("circuit", "constants"):
         contents = [(run / artefact / "tensors.safetensors").read_bytes() for run in (resumed, uninterrupted)]
         assert contents[0] == contents[1], artefact

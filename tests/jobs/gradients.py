@@ -1,11 +1,14 @@
-"""Train two steps in so many processes, and write the gradients of every step.
+"""Train two steps of several circuits in so many processes, and write the gradients of every step.
 
-python -m tests.jobs.gradients FILE PROCESSES BATCH_SIZE DISTRIBUTION [ddp|fsdp] [recompute]
+python -m tests.jobs.gradients FILE PROCESSES BATCH_SIZE CIRCUIT[:fsdp[:recompute]] ...
+
+A dictionary stands in the folder `dictionary` beside the file.
 """
 
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -13,16 +16,19 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from oa_train.masks.hard_concrete import HardConcrete
-from oa_train.masks.uniform import UniformGradientSampling
+from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.loading import LMSpec
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from oa_train.training.strategies import ShardedStrategy
 from tests.builders import small_ioi
 
-DISTRIBUTIONS = {"uniform": UniformGradientSampling, "hard_concrete": partial(HardConcrete, initial_logit=0.0)}
-
-STRATEGIES = {"ddp": DDPStrategy, "fsdp": ShardedStrategy}
+CIRCUITS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "hard_concrete": {"masks": partial(HardConcrete, initial_logit=0.0)},
+    "spans": {"sites": ["residual"], "components": ["r*@S2", "r*@end"], "target_size": 3},
+    "features": {"sites": ["features"], "target_size": 20},
+}
 
 
 class Gradients(Callback):
@@ -35,19 +41,18 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in pl_module.named_trainables().items()})
 
 
-def main(file: str, n_processes: str, batch_size: str, distribution: str, strategy: str = "ddp", *more: str) -> None:
+def train(dictionary: Path, n_processes: int, batch_size: int, circuit: str, strategy: str = "ddp", *more: str) -> dict[str, Any]:
+    """Train a circuit; its gradients and metrics."""
     gradients = Gradients()
-    module = CircuitModule(
-        lm=LMSpec(dtype="float64"),
-        masks=DISTRIBUTIONS[distribution],
-        samples_per_prompt=2,
-        target_size=7,
-        activation_checkpointing="recompute" in more,
-    )
+    options = {"target_size": 7, "samples_per_prompt": 2} | CIRCUITS[circuit]
+    if circuit == "features":
+        options["dictionaries"] = [DictionarySpec(str(dictionary))]
+    module = CircuitModule(lm=LMSpec(dtype="float64"), recompute="recompute" in more, **options)
+    made = ShardedStrategy if strategy == "fsdp" else DDPStrategy
     trainer = lightning.Trainer(
         accelerator="cpu",
-        devices=int(n_processes),
-        strategy=STRATEGIES[strategy](process_group_backend="gloo") if n_processes != "1" else "auto",
+        devices=n_processes,
+        strategy=made(process_group_backend="gloo") if n_processes > 1 else "auto",
         max_steps=2,
         logger=False,
         enable_checkpointing=False,
@@ -56,10 +61,16 @@ def main(file: str, n_processes: str, batch_size: str, distribution: str, strate
         num_sanity_val_steps=0,
         callbacks=[gradients],
     )
-    trainer.fit(module, TaskData(small_ioi(batch_size=int(batch_size), batches_per_epoch=2, n_validation=7)))
-    if trainer.is_global_zero:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        torch.save({"gradients": gradients.steps, "metrics": metrics}, Path(file))
+    trainer.fit(module, TaskData(small_ioi(batch_size=batch_size, batches_per_epoch=2, n_validation=7)))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"gradients": gradients.steps, "metrics": metrics}
+
+
+def main(file: str, n_processes: str, batch_size: str, *cases: str) -> None:
+    dictionary = Path(file).parent / "dictionary"
+    results = {case: train(dictionary, int(n_processes), int(batch_size), *case.split(":")) for case in cases}
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        torch.save(results, Path(file))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
-from oa_train.models.pruning import without_dangling
+from oa_train.models.sites import Site
 from oa_train.studies.constants import finish_constants
 from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
@@ -28,7 +28,7 @@ def train(max_steps: int, folder: Path | None = None, resume: Path | None = None
     module = ConstantsModule(**changes)
     callbacks = [BestCheckpoint(folder), LastCheckpoint(folder, every_n_steps=1)] if folder else []
     trainer = quiet_trainer(
-        max_epochs=4,
+        max_epochs=3,
         limit_train_batches=max_steps,
         enable_checkpointing=bool(folder),
         plugins=[WholeFileCheckpointIO()],
@@ -38,49 +38,68 @@ def train(max_steps: int, folder: Path | None = None, resume: Path | None = None
     return module
 
 
+def table(module: ConstantsModule, kind: str, layer: int) -> torch.Tensor:
+    """What is trained at a site: [circuit, slot, unit, width]."""
+    return module.fitted.constants.by_site()[Site(kind, layer)].detach()
+
+
+def moved(module: ConstantsModule, start: ConstantsModule) -> list[str]:
+    """Names of the units whose constants differ."""
+    before, now = start.fitted.constants.by_site(), module.fitted.constants.by_site()
+    differs = [(now[site] - before[site]).abs().amax(dim=(0, 1, 3)) > 1e-9 for site in module.level.sites]
+    return list(module.level.kept(torch.cat(differs)))
+
+
 def constants_of(module: ConstantsModule, name: str) -> torch.Tensor:
-    """What is trained for one component."""
-    layer, head = divmod(module.components.index(name), module.components.n_heads + 1)
-    heads, mlps = module.constants.heads[0], module.constants.mlps[0]
-    return heads[layer, :, head] if head < module.components.n_heads else mlps[layer]
+    """What is trained for one head or MLP."""
+    layer, _, head = name[1:].partition(".h")
+    return table(module, "heads", int(layer))[0, :, int(head)] if head else table(module, "mlp", int(layer))[0, :, 0]
+
+
+def assert_same_tables(first: ConstantsModule, second: ConstantsModule, tolerance: float = 0.0) -> None:
+    others = second.fitted.constants.tables
+    for name, expected in first.fitted.constants.tables.items():
+        assert_close(others[name], expected, rtol=0, atol=tolerance)
 
 
 def test_all_components_in_one_job_equal_a_job_for_each():
     together = train(2, alone="*")
-    assert list(together.circuits) == list(together.components.names)
-    for index, name in enumerate(together.components.names):
+    assert list(together.circuits) == list(together.level.names)
+    for name in ("a0.h0", "m0", "a2.h3"):
+        index = together.level.names.index(name)
         alone = train(2, alone=name)
         assert_close(constants_of(together, name), constants_of(alone, name), rtol=0, atol=1e-5)
-        assert_close(together.best.loss[index], alone.best.loss[0], rtol=0, atol=1e-5)
+        assert_close(together.fitted.best.loss[index], alone.fitted.best.loss[0], rtol=0, atol=1e-5)
 
 
 def test_circuits_run_in_parts_are_the_same():
     whole, parts = (train(2, alone=["a0*", "m*"], rows_per_run=rows) for rows in (512, 8))
-    assert_close(whole.constants.heads, parts.constants.heads, rtol=0, atol=1e-5)
-    assert_close(whole.constants.mlps, parts.constants.mlps, rtol=0, atol=1e-5)
+    assert_same_tables(whole, parts, 1e-5)
 
 
 def test_the_best_by_validation_is_kept_and_never_worse_than_mean_and_zero():
     module = train(4, alone=["a0.h0", "m0", "m1"], learning_rate=0.02)
     task = small_ioi()
-    found = circuit_behaviour(
-        module.frozen, list(task.batches("validation", task.n_validation)), module.masks, module.best.sets()
-    )
-    assert_close(found.kl.mean(dim=1), module.best.loss, rtol=0, atol=1e-6)
+    batches = list(task.batches("validation", task.n_validation))
+    sets = module.fitted.best.sets()
+    behaviour = circuit_behaviour(module.frozen, batches, module.level, module.fitted.masks, sets)
+    assert_close(behaviour.kl.mean(dim=1), module.fitted.best.loss, rtol=0, atol=1e-6)
     for start in ("mean", "zero"):
         unmoved = train(1, alone=["a0.h0", "m0", "m1"], start=start, learning_rate=1e-9)
-        assert (module.best.loss <= unmoved.best.loss + 1e-6).all()
+        assert (module.fitted.best.loss <= unmoved.fitted.best.loss + 1e-6).all()
     wild = train(2, alone=["a0.h0", "m0", "m1"], learning_rate=100.0)
-    assert (wild.best.loss <= unmoved.best.loss + 1e-6).all()
+    assert (wild.fitted.best.loss <= unmoved.fitted.best.loss + 1e-6).all()
 
 
 def test_constants_of_components_alone_stand_in_one_table(tmp_path):
     module = train(2, alone="*")
-    table = module.best_constants()
-    assert table.provenance["ablation"] == "optimal"
+    constants = module.best_constants()
+    assert constants.provenance["ablation"] == "optimal"
     finished = finish_constants(module, small_ioi(), tmp_path)
-    assert list(finished.metrics) == list(module.components.names)
-    assert torch.equal(Constants.load(tmp_path / "constants").heads, table.heads)
+    assert list(finished.metrics) == list(module.level.names)
+    loaded = Constants.load(tmp_path / "constants")
+    assert loaded.provenance["bos_token_id"] == small_ioi().bos_token_id
+    assert all(torch.equal(loaded.tables[site], expected) for site, expected in constants.tables.items())
     assert not (tmp_path / "circuit").exists()
     assert (finished.folder / "tables" / "constants.csv").is_file()
     assert (finished.folder / "figures" / "components.png").stat().st_size > 5_000
@@ -93,8 +112,9 @@ def test_a_look_at_part_of_the_prompts_is_not_taken_for_all(options):
     quiet_trainer(max_epochs=2, limit_train_batches=2, **options).fit(module, datamodule=TaskData(task))
     n_prompts = 4 if "limit_val_batches" in options else 16
     batches = list(task.batches("validation", n_prompts))
-    found = circuit_behaviour(module.frozen, batches, module.masks, module.best.sets())
-    assert_close(found.kl.mean(dim=1), module.best.loss, rtol=0, atol=1e-6)
+    sets = module.fitted.best.sets()
+    behaviour = circuit_behaviour(module.frozen, batches, module.level, module.fitted.masks, sets)
+    assert_close(behaviour.kl.mean(dim=1), module.fitted.best.loss, rtol=0, atol=1e-6)
 
 
 def test_validation_before_the_fit_does_no_harm():
@@ -103,13 +123,13 @@ def test_validation_before_the_fit_does_no_harm():
     quiet_trainer(max_epochs=1, limit_train_batches=2).fit(module, datamodule=data)
     plain = ConstantsModule(alone=["a0*", "m0"])
     quiet_trainer(max_epochs=1, limit_train_batches=2).fit(plain, datamodule=data)
-    assert torch.equal(module.constants.heads, plain.constants.heads)
+    assert_same_tables(module, plain)
 
 
 def test_without_validation_the_last_constants_are_kept():
     module = ConstantsModule(alone="m0")
     quiet_trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0).fit(module, TaskData(small_ioi()))
-    assert torch.equal(module.best_constants().mlps, module.constants.mlps[0].detach())
+    assert torch.equal(module.best_constants().tables[Site("mlp", 0)], table(module, "mlp", 0)[0])
     with pytest.raises(ConfigurationError, match="patience counts validations"):
         quiet_trainer(max_epochs=1, limit_val_batches=0).fit(
             ConstantsModule(alone="m0", patience=1), TaskData(small_ioi())
@@ -120,15 +140,15 @@ def test_a_resume_uses_the_learning_rate_it_is_given(tmp_path):
     train(2, tmp_path / "first", alone="m0")
     resumed = ConstantsModule(alone="m0", learning_rate=1e-12)
     trainer = quiet_trainer(
-        max_epochs=6,
+        max_epochs=4,
         limit_train_batches=2,
         enable_checkpointing=True,
         plugins=[WholeFileCheckpointIO()],
         callbacks=[BestCheckpoint(tmp_path / "second")],
     )
-    before = read_checkpoint(tmp_path / "first" / "last.ckpt")["state_dict"]["constants.mlps"]
+    before = read_checkpoint(tmp_path / "first" / "last.ckpt")["state_dict"]["fitted.constants.tables.mlp_0"]
     trainer.fit(resumed, TaskData(small_ioi()), ckpt_path=str(tmp_path / "first" / "last.ckpt"))
-    assert_close(resumed.constants.mlps.detach(), before, rtol=0, atol=1e-9)
+    assert_close(table(resumed, "mlp", 0), before, rtol=0, atol=1e-9)
 
 
 def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
@@ -137,33 +157,30 @@ def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
     assert Circuit.load(tmp_path / "run" / "circuit").nodes == named.circuits["circuit"].nodes
     for folder in (tmp_path / "run", tmp_path / "run" / "circuit"):
         loaded = train(2, circuit=str(folder))
-        assert torch.equal(loaded.constants.heads, named.constants.heads)
+        assert_same_tables(loaded, named)
     continued = ConstantsModule(keep=["a0*", "a1*", "m0"], start=str(tmp_path / "run"), positions=3)
     quiet_trainer(max_epochs=1, limit_train_batches=1).fit(continued, datamodule=TaskData(small_ioi()))
     assert continued.best_constants().n_positions == 3
-    assert continued.best.loss <= named.best.loss + 1e-6
+    assert continued.fitted.best.loss <= named.fitted.best.loss + 1e-6
 
 
 def test_only_constants_of_what_is_ablated_move():
     module = train(2, keep=["*", "!a1.h2", "!m0"])
     start = train(1, keep=["*", "!a1.h2", "!m0"], learning_rate=1e-12)
-    moved = (module.constants.heads - start.constants.heads).abs().amax(dim=(2, 4))[0] > 1e-9
-    assert moved.nonzero().tolist() == [[1, 2]]
-    moved_mlps = (module.constants.mlps - start.constants.mlps).abs().amax(dim=(2, 3))[0] > 1e-9
-    assert moved_mlps.nonzero().flatten().tolist() == [0]
+    assert moved(module, start) == ["m0", "a1.h2"]
 
 
 def test_a_resumed_job_ends_bit_for_bit_as_an_uninterrupted_one(tmp_path):
     class Kill(lightning.Callback):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 5:
+            if trainer.global_step == 3:
                 raise KeyError("killed")
 
     whole = train(2, tmp_path / "whole", alone=["a0*", "m1"])
     module = ConstantsModule(alone=["a0*", "m1"])
     part = tmp_path / "part"
     trainer = quiet_trainer(
-        max_epochs=4,
+        max_epochs=3,
         limit_train_batches=2,
         enable_checkpointing=True,
         plugins=[WholeFileCheckpointIO()],
@@ -211,14 +228,14 @@ def test_the_learning_rate_falls_to_zero_over_the_whole_training():
 
 def test_every_start_and_loss_is_honoured():
     zero = train(1, alone="m0", start="zero", learning_rate=1e-12)
-    assert zero.constants.mlps.abs().max() < 1e-9
+    assert table(zero, "mlp", 0).abs().max() < 1e-9
     mean = train(1, alone="m0", start="mean", learning_rate=1e-12)
     counterfactual = train(1, alone="m0", start="counterfactual_mean", learning_rate=1e-12)
-    assert not torch.equal(mean.constants.mlps, counterfactual.constants.mlps)
+    assert not torch.equal(table(mean, "mlp", 0), table(counterfactual, "mlp", 0))
     for loss in ("cross_entropy", "logit_difference"):
-        module = train(10, alone="a0.h0", loss=loss, learning_rate=0.05)
+        module = train(4, alone="a0.h0", loss=loss, learning_rate=0.05)
         start = train(1, alone="a0.h0", loss=loss, learning_rate=1e-12)
-        assert (module.best.loss < start.best.loss).all()
+        assert (module.fitted.best.loss < start.fitted.best.loss).all()
 
 
 @pytest.mark.parametrize(
@@ -229,6 +246,7 @@ def test_every_start_and_loss_is_honoured():
         ({"alone": "b*"}, "matches no component"),
         ({"alone": []}, "selects no component"),
         ({"alone": "!m0"}, "selects no component"),
+        ({"keep": "*"}, "keeps everything, so that there are no constants to train"),
         ({"alone": "*", "start": "maen"}, "Did you mean mean"),
         ({"alone": "*", "start": "resample"}, "no folder of constants either"),
         ({"alone": "*", "positions": 0}, "positions is 0"),
@@ -243,9 +261,8 @@ def test_what_cannot_work_is_refused(changes, words):
 
 
 def test_artefacts_of_another_model_are_refused(tmp_path):
-    circuit = replace(
-        Circuit.from_patterns(ConstantsModule(alone="m0").components, ["m0"]), provenance={"fingerprint": "0"}
-    )
+    level = ConstantsModule(alone="m0").level
+    circuit = replace(Circuit.from_patterns(level, ["m0"]), provenance={"fingerprint": "0"})
     circuit.save(tmp_path / "circuit")
     with pytest.raises(ArtefactError, match="belongs to another model"):
         ConstantsModule(circuit=str(tmp_path / "circuit"))
@@ -254,11 +271,8 @@ def test_artefacts_of_another_model_are_refused(tmp_path):
 
 
 def test_a_circuit_found_under_another_ablation_is_optimally_ablated_from_now_on(tmp_path):
-    components = ConstantsModule(alone="m0").components
-    found = replace(
-        Circuit.from_patterns(components, ["a*", "m0"]), provenance={"ablation": "resample", "selected": ["m1"]}
-    )
-    found.save(tmp_path / "found")
+    trained = Circuit.from_patterns(ConstantsModule(alone="m0").level, ["a*", "m0"])
+    replace(trained, provenance={"ablation": "resample", "selected": ["m1"]}).save(tmp_path / "found")
     finish_constants(train(1, circuit=str(tmp_path / "found")), small_ioi(), tmp_path / "run")
     loaded = TrainedCircuit.load(tmp_path / "run")
     assert loaded.ablation == "optimal"
@@ -273,10 +287,11 @@ def test_constants_of_a_circuit_of_edges_replace_the_embedding_too(tmp_path):
     task = small_ioi()
     graph = Graph.of(load_model(task.lm).config)
     mask = torch.rand(1, len(graph), generator=torch.Generator().manual_seed(0)) < 0.5
-    Circuit.from_mask(graph, without_dangling(graph, mask)[0]).save(tmp_path / "circuit")
+    Circuit.from_mask(graph, graph.prune(mask)[0]).save(tmp_path / "circuit")
     module = ConstantsModule(circuit=str(tmp_path / "circuit"), start="zero")
     quiet_trainer(max_steps=2).fit(module, TaskData(task))
-    assert module.constants.inputs.abs().sum() > 0
+    assert module.fitted.constants.by_site()[Site("embedding")].abs().sum() > 0
     other = Circuit(graph, graph.names[:40])
     assert other.nodes != Circuit.load(tmp_path / "circuit").names
-    assert module.describe()["kept"]["circuit"] == list(Circuit.load(tmp_path / "circuit").names)
+    ablated = len(graph) - len(Circuit.load(tmp_path / "circuit"))
+    assert module.describe()["ablated"]["circuit"].startswith(f"{ablated} entries, ")

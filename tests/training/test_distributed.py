@@ -8,12 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from oa_train.models.dictionaries import save_dictionary
 from oa_train.training.checkpoints import read_checkpoint
+from tests.builders import random_dictionary
 from tests.jobs.fits import FIRST, ROOT, SECOND, finished, free_port, start, torchrun
 
 
-def gradients(file: Path, n_processes: int, batch_size: int, distribution: str, *more: str) -> dict[str, Any]:
-    words = [str(file), str(n_processes), str(batch_size), distribution, *more]
+CIRCUITS = ("uniform", "hard_concrete", "spans", "features")
+SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
+
+
+def gradients(file: Path, n_processes: int, batch_size: int, *cases: str) -> dict[str, Any]:
+    save_dictionary(random_dictionary("r2", 24, d_model=64), file.parent / "dictionary")
+    words = [str(file), str(n_processes), str(batch_size), *cases]
     done = subprocess.run(
         [sys.executable, "-m", "tests.jobs.gradients", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -21,52 +28,45 @@ def gradients(file: Path, n_processes: int, batch_size: int, distribution: str, 
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("distribution", ["uniform", "hard_concrete"])
-def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(tmp_path, distribution):
-    one = gradients(tmp_path / "one", 1, 8, distribution)
-    two = gradients(tmp_path / "two", 2, 4, distribution)
-    assert len(one["gradients"]) == len(two["gradients"]) == 2
-    for alone, shared in zip(one["gradients"], two["gradients"], strict=True):
-        for name, gradient in alone.items():
-            assert gradient.abs().max() > 1e-6, name
-            torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-7)
-    # Seven prompts in two shares: the mean is over prompts and not over processes.
-    for name in (
-        "train/loss",
-        "train/kl",
-        "val/kl",
-        "val/accuracy",
-        "val/logit_difference",
-        "val/size",
-        "val/objective",
-    ):
-        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-4), name
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Gradients and metrics of two processes."""
+    return gradients(tmp_path_factory.mktemp("two") / "file", 2, 4, *CIRCUITS, *SHARED_OUT)
 
 
-@pytest.mark.parametrize("more", [("fsdp",), ("fsdp", "recompute")], ids=" ".join)
-def test_a_model_that_is_shared_out_gives_the_gradients_of_one_that_is_not(tmp_path, more):
-    whole = gradients(tmp_path / "whole", 2, 4, "hard_concrete", "ddp")
-    shared = gradients(tmp_path / "shared", 2, 4, "hard_concrete", *more)
-    for expected, given in zip(whole["gradients"], shared["gradients"], strict=True):
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Gradients and metrics of one process with twice the batch."""
+    return gradients(tmp_path_factory.mktemp("one") / "file", 1, 8, *CIRCUITS)
+
+
+@pytest.mark.parametrize("circuit", CIRCUITS)
+def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(circuit, by_one, by_two):
+    alone, shared = by_one[circuit], by_two[circuit]
+    assert len(alone["gradients"]) == len(shared["gradients"]) == 2
+    for expected, of_two in zip(alone["gradients"], shared["gradients"], strict=True):
         for name, gradient in expected.items():
-            assert torch.equal(given[name], gradient), name
+            assert gradient.abs().max() > 1e-6, name
+            torch.testing.assert_close(of_two[name], gradient, rtol=1e-4, atol=1e-7)
+    # Seven prompts in two shares: the mean is over prompts and not over processes.
+    evaluated = ("kl", "accuracy", "logit_difference", "size", "objective")
+    for name in ("train/loss", "train/kl", *(f"val/{figure}" for figure in evaluated)):
+        assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("case", SHARED_OUT)
+def test_a_model_that_is_shared_out_gives_the_gradients_of_one_that_is_not(case, by_two):
+    whole, shared = by_two["hard_concrete"], by_two[case]
+    for expected, of_shared in zip(whole["gradients"], shared["gradients"], strict=True):
+        for name, gradient in expected.items():
+            assert torch.equal(of_shared[name], gradient), name
     assert whole["metrics"] == shared["metrics"]
 
 
 FEW = [
-    *[
-        "--trainer.max_steps",
-        "3",
-        "--data.batch_size",
-        "2",
-        "--data.batches_per_epoch",
-        "3",
-        "--data.n_validation",
-        "8",
-        "--data.n_test",
-        "8",
-    ],
-    *["--data.n_means", "8", "--finish.refit.steps", "2", "--checkpoint_every", "1"],
+    *("--trainer.max_steps", "3", "--data.batch_size", "2", "--data.batches_per_epoch", "3"),
+    *("--data.n_validation", "8", "--data.n_test", "8", "--data.n_means", "8"),
+    *("--finish.refit.steps", "2", "--checkpoint_every", "1"),
 ]
 
 
@@ -112,17 +112,18 @@ def test_two_processes_write_their_files_once(by_lightning):
 WAYS = {"torchrun": (), "two nodes": (), "fsdp": ("--trainer.strategy", "fsdp")}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*[pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "fsdp"], "fsdp"])
 def test_whoever_starts_two_processes_and_shares_them_out_they_end_alike(tmp_path, way, by_lightning):
     for process in launch(tmp_path, way, *WAYS[way]):
         finished(process, tmp_path)
     run = tmp_path / FIRST
     written_once(run)
-    given, expected = (read_checkpoint(one / "checkpoints" / "last.ckpt")["state_dict"] for one in (run, by_lightning))
+    runs = (run, by_lightning)
+    ended, expected = (read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in runs)
     for name, tensor in expected.items():
-        assert torch.equal(given[name], tensor), name
+        assert torch.equal(ended[name], tensor), name
     for artefact in ("circuit", "constants"):
-        contents = [(one / artefact / "tensors.safetensors").read_bytes() for one in (run, by_lightning)]
+        contents = [(folder / artefact / "tensors.safetensors").read_bytes() for folder in runs]
         assert contents[0] == contents[1], artefact
 
 
@@ -134,7 +135,7 @@ def test_a_run_is_resumed_under_another_strategy_bit_for_bit(tmp_path, before, a
     last = str(FIRST / "checkpoints" / "last.ckpt")
     for process in launch(tmp_path, after, "--trainer.strategy", after, "--ckpt_path", last):
         finished(process, tmp_path)
-    given = read_checkpoint(tmp_path / SECOND / "checkpoints" / "last.ckpt")["state_dict"]
+    ended = read_checkpoint(tmp_path / SECOND / "checkpoints" / "last.ckpt")["state_dict"]
     expected = read_checkpoint(by_lightning / "checkpoints" / "last.ckpt")["state_dict"]
     for name, tensor in expected.items():
-        assert torch.equal(given[name], tensor), name
+        assert torch.equal(ended[name], tensor), name
