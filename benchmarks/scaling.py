@@ -58,7 +58,7 @@ class Arrangement:
         strategy: `auto`, `ddp` or `fsdp`.
         dtype: of the frozen model.
         precision: of the trainer.
-        activation_checkpointing: of the module.
+        recompute: of the module.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Arrangement:
     strategy: str = "auto"
     dtype: str = "float32"
     precision: str = "32-true"
-    activation_checkpointing: bool = False
+    recompute: bool = False
 
 
 def arrangements(n_devices: int) -> list[Arrangement]:
@@ -75,7 +75,7 @@ def arrangements(n_devices: int) -> list[Arrangement]:
         Arrangement("float32"),
         Arrangement("bfloat16", dtype="bfloat16"),
         Arrangement("bf16-mixed", precision="bf16-mixed"),
-        Arrangement("float32, checkpointing", activation_checkpointing=True),
+        Arrangement("float32, recompute", recompute=True),
         Arrangement("float32, fsdp", strategy="fsdp"),
     ]
     if n_devices == 1:
@@ -166,9 +166,7 @@ def run_job(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     """Train under one arrangement; the first process writes what it measured into the folder."""
     lm = LMSpec(str(folder / "model"), dtype=arrangement.dtype)  # type: ignore[arg-type] # checked by LMSpec
     task = RandomTokens(lm=lm, batch_size=PROMPTS, batches_per_epoch=WARM_UP + n_timed + 1)
-    module = CircuitModule(
-        lm=lm, samples_per_prompt=SAMPLES, activation_checkpointing=arrangement.activation_checkpointing
-    )
+    module = CircuitModule(lm=lm, samples_per_prompt=SAMPLES, recompute=arrangement.recompute)
     measurement = Measurement(n_timed)
     trainer = lightning.Trainer(
         max_epochs=1,
@@ -210,7 +208,7 @@ def estimated(arrangement: Arrangement, folder: Path) -> int:
         POSITIONS,
         SAMPLES,
         autocast=arrangement.precision.endswith("-mixed"),
-        activation_checkpointing=arrangement.activation_checkpointing,
+        recompute=arrangement.recompute,
         strategy=arrangement.strategy,  # type: ignore[arg-type]
         n_processes=arrangement.processes,
     )

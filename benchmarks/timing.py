@@ -35,6 +35,7 @@ def random_tokens(size: int, seed: int) -> Batch:
         counterfactual_tokens=None,
         example_ids=torch.arange(size),
         padded=False,
+        protected=torch.zeros_like(tokens, dtype=torch.bool),
     )
 
 
