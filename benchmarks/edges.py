@@ -14,12 +14,11 @@ JSON object; memory is the most that tensors above the weights take at one time,
     floor, clean, forward
                      the same three with a contiguous slice before the unembedding, as our own steps have it, which is
                      faster on a CPU; ratios to these are called strict
-    node             whole step with UGS masks over components
+    node             whole step with UGS masks over heads and MLPs
     ugs              whole step with UGS masks over edges: clean forward, masks without dangling edges, forward, KL
                      divergence and size, backward, Adam for masks and constants
     hard_concrete    the same with hard concrete masks
     recompute        as `ugs`; what readers read is mixed again in the backward pass
-    stock            as `ugs`, all gradients left to autograd
     evaluation       forward on all rows with masks over edges
 """
 
@@ -29,7 +28,6 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -52,18 +50,16 @@ from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.cli.quiet import silence_libraries
 from oa_train.diagnostics.live_bytes import LiveBytes
-from oa_train.engine.edges.run import edge_logits
 from oa_train.engine.edges.workspace import free_workspace
-from oa_train.engine.nodes import node_logits
+from oa_train.engine.levels import masked_logits
 from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, freeze
-from oa_train.models.pruning import without_dangling
-from oa_train.models.selection import Components
+from oa_train.models.selection import Nodes
 
 SIZE_WEIGHT = 1e-4
 
@@ -93,29 +89,22 @@ def make_model(config: dict[str, Any]) -> CausalLM:
     return model
 
 
-def trained_constants(model: CausalLM) -> Constants:
-    """Constants for all sources, with gradients."""
-    constants = Constants.zeros(Dimensions.of(model.config))
-    for table in constants.tensors():
-        table.requires_grad_()
-    return constants
+def trained_constants(level: Level) -> Constants:
+    """Constants for all units of a level, with gradients."""
+    return Constants.zeros(level).mapped(lambda table: table.requires_grad_())
 
 
-def draw(distribution: MaskDistribution, graph: Graph | None, rows: int) -> torch.Tensor:
-    """Masks, without the edges that lead nowhere if a graph is given."""
+def draw(distribution: MaskDistribution, level: Level, rows: int) -> torch.Tensor:
+    """Masks, with 0 for entries that have no effect beside the others."""
     mask = distribution.sample(torch.rand(rows, len(distribution.logits)))
-    if graph is not None:
-        mask = mask * without_dangling(graph, mask.detach() > 0)
+    if not level.has_one_stream:
+        mask = mask * level.prune(mask.detach() > 0)
     inside = distribution.carries_gradient(mask)
     return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), rows)
 
 
 def whole_step(
-    model: CausalLM,
-    batch: Batch,
-    distribution: MaskDistribution,
-    graph: Graph | None,
-    logits_under: Callable[..., torch.Tensor],
+    model: CausalLM, batch: Batch, distribution: MaskDistribution, level: Level, recompute: bool = False
 ) -> Callable[[], object]:
     """A training step of masks and constants.
 
@@ -123,18 +112,18 @@ def whole_step(
         model: frozen.
         batch: of prompts.
         distribution: over masks.
-        graph: of the edges that the masks are over; None for components.
-        logits_under: `edge_logits` or `node_logits`.
+        level: what the masks are over.
+        recompute: see `masked_logits`.
     """
-    constants, rows = trained_constants(model), batch.repeat(SAMPLES)
-    optimizer = torch.optim.Adam([*distribution.parameters(), *constants.tensors()])
+    constants, rows = trained_constants(level), batch.repeat(SAMPLES)
+    optimizer = torch.optim.Adam([*distribution.parameters(), *constants.tables.values()])
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             clean = last_logits(model, input_ids=batch.tokens).repeat(SAMPLES, 1)
-        mask = draw(distribution, graph, len(rows))
-        logits = logits_under(model, rows, mask, constants.replacements(rows), None)
+        mask = draw(distribution, level, len(rows))
+        logits = masked_logits(model, rows, level, mask, constants.replacements(rows), recompute)
         loss = kl_divergence(clean, logits[:, 0]).mean() + SIZE_WEIGHT * distribution.expected_size()
         loss.backward()
         optimizer.step()
@@ -145,25 +134,21 @@ def whole_step(
 def evaluation(model: CausalLM, batch: Batch, graph: Graph) -> Callable[[], object]:
     """Forward under discrete masks over edges."""
     rows = batch.repeat(SAMPLES)
-    values = Constants.zeros(Dimensions.of(model.config)).replacements(rows)
+    values = Constants.zeros(graph).replacements(rows)
     mask = (torch.rand(len(rows), len(graph)) > 0.5).float()
 
     @torch.no_grad()
     def run() -> object:
-        return edge_logits(model, rows, mask, values, None)
+        return masked_logits(model, rows, graph, mask, values)
 
     return run
 
 
 def contestants(model: CausalLM) -> dict[str, Callable[[], object]]:
     """All that are timed, by name."""
-    batch, graph = random_tokens(PROMPTS, 0), Graph.of(model.config)
+    batch, graph, nodes = random_tokens(PROMPTS, 0), Graph.of(model.config), Nodes.of(model.config)
     rows = batch.repeat(SAMPLES)
-    n_components = len(Components.of(Dimensions.of(model.config)))
-
-    def edges(**options: Any) -> Callable[[], object]:
-        distribution = UniformGradientSampling(len(graph))
-        return whole_step(model, batch, distribution, graph, partial(edge_logits, **options))
+    over_nodes, over_edges = UniformGradientSampling(len(nodes)), UniformGradientSampling(len(graph))
 
     return {
         "floor_hf": floor_step(model, batch, kept_logits),
@@ -172,11 +157,10 @@ def contestants(model: CausalLM) -> dict[str, Callable[[], object]]:
         "floor": floor_step(model, batch),
         "clean": plain_forward(model, batch),
         "forward": plain_forward(model, rows),
-        "node": whole_step(model, batch, UniformGradientSampling(n_components), None, node_logits),
-        "ugs": edges(),
-        "hard_concrete": whole_step(model, batch, HardConcrete(len(graph)), graph, edge_logits),
-        "recompute": edges(recompute=True),
-        "stock": edges(engine="stock"),
+        "node": whole_step(model, batch, over_nodes, nodes),
+        "ugs": whole_step(model, batch, over_edges, graph),
+        "hard_concrete": whole_step(model, batch, HardConcrete(len(graph)), graph),
+        "recompute": whole_step(model, batch, UniformGradientSampling(len(graph)), graph, recompute=True),
         "evaluation": evaluation(model, batch, graph),
     }
 

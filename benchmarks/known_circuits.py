@@ -41,10 +41,10 @@ def trained(
     module = CircuitModule(
         lm=lm,
         seed=seed,
-        graph="edges",
+        level="edges",
         ablation=ablation,
         masks=MASKS[masks],
-        penalty=options.penalty,
+        penalty_weight=options.penalty_weight,
         samples_per_prompt=4,
     )
     trainer = lightning.Trainer(
@@ -69,10 +69,12 @@ def row(
     start = time.perf_counter()
     module = trained(lm, task, options, ablation, masks, seed)
     seconds = time.perf_counter() - start
-    graph, found, scores = Graph.of(known.model.config), module.circuit_masks(), module.keep_probability()[0]
+    graph, found = Graph.of(known.model.config), module.masks.discrete()
+    scores = module.masks.keep_probability()[0]
     truth = find_truth(module.frozen, task, known.edges, ablation, QUICK if options.quick else None)
     true = truth.sets[0]
-    kl = circuit_behaviour(module.frozen, task.batches("test", 512), found, module.replacing()).kl.mean()
+    ablations = module.replacements.ablations()
+    kl = circuit_behaviour(module.frozen, task.batches("test", 512), graph, found, ablations).kl.mean()
     return {
         "model": known.name,
         "family": known.model.config.model_type,
@@ -103,7 +105,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--penalty", type=float, default=0.04, help="price of an edge in nats")
+    parser.add_argument("--penalty_weight", type=float, default=0.04, help="price of an edge in nats")
     options = parser.parse_args()
     if options.quick:
         options.model, options.seeds, options.steps = options.model or ["case_induction"], 1, min(options.steps, 200)

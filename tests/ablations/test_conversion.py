@@ -133,7 +133,9 @@ def test_loading_the_first_layout_names_the_command(model):
     old_circuit(model, False)
     old_constants(model, 1, None)
     for kind, folder in ((Circuit, "old_circuit"), (Constants, "old_constants")):
-        with pytest.raises(ArtefactError, match=rf"layout 1; this version reads 2.*\n  oa-train convert {folder} NEW_"):
+        with pytest.raises(
+            ArtefactError, match=rf"layout 1; this version reads 2.*\n  oa-train convert {folder} NEW_"
+        ):
             kind.load(folder)
 
 

@@ -77,7 +77,10 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--model.threshold 0", "threshold is 0.0; expected a keep-probability"),
         ("--model.threshold", "--model or an argument of it needs a value."),
         ("--model.ablation optimum", "Did you mean optimal?"),
-        ("--model.components a9.h1", "The pattern 'a9.h1' matches no component of the kinds heads, mlp. Did you mean a"),
+        (
+            "--model.components a9.h1",
+            "The pattern 'a9.h1' matches no component of the kinds heads, mlp. Did you mean a",
+        ),
         ("--model.components []", "components is [], which selects nothing that could be trained."),
         ("--model.samples_per_prompt 0", "samples_per_prompt is 0; expected more than 0."),
         ("--model.mask_learning_rate -0.1", "mask_learning_rate is -0.1; expected more than 0."),
@@ -150,7 +153,10 @@ def test_wrong_options_of_fit(capsys, monkeypatch, options, said):
         (f"{CHOSEN}lm: {{name: [tiny]}}", "lm.name is ['tiny']; expected a text."),
         (f"{CHOSEN}experiment: [a, b]", "experiment is ['a', 'b']; expected a text."),
         ("model: [CircuitModule]\ndata: IOI", "model is ['CircuitModule']; expected the name of a class"),
-        ("model: {class_path: CircuitModule, init_args: {penaltie_weight: 1}}\ndata: IOI", "Did you mean penalty_weight"),
+        (
+            "model: {class_path: CircuitModule, init_args: {penaltie_weight: 1}}\ndata: IOI",
+            "Did you mean penalty_weight",
+        ),
         ("model: {class_path: CircuitModule, penalty_weight: 1}\ndata: IOI", "its arguments stand under init_args."),
         (
             "model: {class_paht: CircuitModule}\ndata: IOI",

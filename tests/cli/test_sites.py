@@ -156,7 +156,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"components": ["m1", "m*@S2"]},
         "'m1' selects m1 at every token, and another one selects it at a span",
     ),
-    "features without a dictionary": ({"sites": ["features"]}, "sites names features, which are those of a dictionary"),
+    "features without a dictionary": (
+        {"sites": ["features"]},
+        "sites names features, which are those of a dictionary",
+    ),
     "spans of edges": ({"level": "edges", "components": "m*@S2"}, "names a span. Spans are for circuits of nodes"),
     "sites of edges": ({"level": "edges", "sites": ["neurons"]}, "sites is ['neurons'], and level is edges"),
     "a weight of another kind": ({"penalty_weight": {"heads": 0.1}}, "expected one for each kind that can be ablated"),

@@ -41,7 +41,9 @@ class Gradients(Callback):
         self.steps.append({name: p.grad.clone() for name, p in pl_module.named_trainables().items()})
 
 
-def train(dictionary: Path, n_processes: int, batch_size: int, circuit: str, strategy: str = "ddp", *more: str) -> dict[str, Any]:
+def train(
+    dictionary: Path, n_processes: int, batch_size: int, circuit: str, strategy: str = "ddp", *more: str
+) -> dict[str, Any]:
     """Train a circuit; its gradients and metrics."""
     gradients = Gradients()
     options = {"target_size": 7, "samples_per_prompt": 2} | CIRCUITS[circuit]

@@ -137,7 +137,8 @@ def test_the_objective_puts_the_right_size_first_and_nearer_sizes_before_others(
 
 
 @pytest.mark.parametrize(
-    ("n_entries", "target", "scale"), [
+    ("n_entries", "target", "scale"),
+    [
         (15, 5, 1.0),
         (156, 80, 50.0),
         pytest.param(156, 20, 1.0, marks=pytest.mark.long),

@@ -112,7 +112,9 @@ def test_two_processes_write_their_files_once(by_lightning):
 WAYS = {"torchrun": (), "two nodes": (), "fsdp": ("--trainer.strategy", "fsdp")}
 
 
-@pytest.mark.parametrize("way", [*[pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "fsdp"], "fsdp"])
+@pytest.mark.parametrize(
+    "way", [*[pytest.param(way, marks=pytest.mark.long) for way in WAYS if way != "fsdp"], "fsdp"]
+)
 def test_whoever_starts_two_processes_and_shares_them_out_they_end_alike(tmp_path, way, by_lightning):
     for process in launch(tmp_path, way, *WAYS[way]):
         finished(process, tmp_path)

@@ -265,7 +265,9 @@ def test_a_target_counts_what_is_always_kept_whether_or_not_it_leads_somewhere(t
 def test_a_size_is_made_of_what_is_always_kept_first(level):
     module = CircuitModule(level=level, components="a1.*" if level == "nodes" else ["*", "!*->logits"])
     quiet_trainer(max_steps=1).fit(module, TaskData(small_ioi()))
-    module.masks.distribution.logits.data.fill_(90.0)  # saturated: no selected part ranks below one that is always kept
+    module.masks.distribution.logits.data.fill_(
+        90.0
+    )  # saturated: no selected part ranks below one that is always kept
     circuit = module.circuit(size=module.masks.n_fixed + 2)
     kept = circuit.mask & ~module.masks.selection
     if level == "nodes":

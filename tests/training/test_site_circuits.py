@@ -295,13 +295,19 @@ def test_edges_are_weighted_by_the_kind_of_their_source():
     ("options", "said"),
     [
         ({"penalty_weight": {"heads": 0.1}}, r"names the kinds heads; expected .* heads, mlp"),
-        ({"penalty_weight": {"heads": 0.1, "mlp": 0.1, "neurons": 0.1}}, r"heads, mlp, neurons; expected .* heads, mlp"),
+        (
+            {"penalty_weight": {"heads": 0.1, "mlp": 0.1, "neurons": 0.1}},
+            r"heads, mlp, neurons; expected .* heads, mlp",
+        ),
         ({"penalty_weight": {"heads": 0.1, "mlp": 0.1}, "components": "m*"}, r"that can be ablated: mlp"),
         ({"penalty_weight": {"heads": 0.1, "mlp": -0.1}}, r"penalty_weight is .*; expected a price"),
         ({"penalty_weight": {"heads": 0.1, "mlp": float("nan")}}, r"penalty_weight is .*; expected a price"),
         ({"penalty_weight": {"heads": 0.0, "mlp": 0.0}}, r"no kind of site with a weight above 0"),
         ({"penalty_weight": {}}, r"no kind of site with a weight above 0"),
-        ({"level": "edges", "penalty_weight": {"heads": 0.1, "mlp": 0.1}}, r"heads, mlp; expected .* embedding, heads"),
+        (
+            {"level": "edges", "penalty_weight": {"heads": 0.1, "mlp": 0.1}},
+            r"heads, mlp; expected .* embedding, heads",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_the_kinds_are_refused(options, said):

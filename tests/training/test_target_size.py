@@ -34,7 +34,14 @@ def train(folder: Path, max_steps: int, resume: Path | None = None, accumulate: 
 
 
 def train_to_size(
-    folder: Path, target: int, seed: int, steps: int, warmup: int, masks=UniformGradientSampling, batch_size=16, **changes
+    folder: Path,
+    target: int,
+    seed: int,
+    steps: int,
+    warmup: int,
+    masks=UniformGradientSampling,
+    batch_size=16,
+    **changes,
 ):
     """Train as configs/circuit_nodes_tiny.yaml does; sizes of the last state and of the best checkpoint."""
     options = {"masks": masks, "seed": seed, "target_size": target, "target_warmup": warmup} | changes
