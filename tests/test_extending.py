@@ -75,7 +75,7 @@ def test_a_kind_of_site_is_read_replaced_and_trained(imported, capsys):
     quiet_trainer(max_steps=2).fit(module, datamodule=TaskData(task))
     assert module.replacements.constants.by_site()[Site("mlp_reads", 1)].abs().sum() > 0
     # The block that the page shows below it.
-    exec(re.search(r"```python\n(import mlp_reads.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1], {})  # noqa: S102
+    exec(re.search(r"```python\n(import mlp_reads.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1], {})
     assert capsys.readouterr().out.startswith("15 x2")
 
 
@@ -185,7 +185,7 @@ def check_family(model: CausalLM) -> None:
 def test_the_tables_of_the_page_have_every_field_and_check():
     fields = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
     assert set(Family.__dataclass_fields__) <= fields
-    assert {name for name in SITE_KINDS["mlp"].__dataclass_fields__} <= fields
+    assert set(SITE_KINDS["mlp"].__dataclass_fields__) <= fields
     assert set(KINDS["mean"].__dataclass_fields__) <= fields
     with WithoutSinglePrecision():
         checks = [check.name for check in self_check(tiny_model("gpt2"))]

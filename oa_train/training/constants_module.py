@@ -125,7 +125,7 @@ class ConstantsModule(FrozenModelModule):
         self.fitted = FittedCircuits(self.level, masks, start_tables, loss, rows_per_run, recompute)
         if not self.fitted.has_constants:
             raise ConfigurationError(
-                f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything, so that there are no constants to train."
+                f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything: there are no constants to train."
             )
         self.constants_started: Tensor
         self.register_buffer("constants_started", torch.tensor(False))

@@ -27,7 +27,6 @@ from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
 
-
 TABLES = [f"replacements.constants.tables.{kind}_{layer}" for layer in range(3) for kind in ("heads", "mlp")]
 STATE = {"masks.distribution.logits", "replacements.prepared", *TABLES}
 

@@ -13,7 +13,6 @@ from oa_train.training.checkpoints import read_checkpoint
 from tests.builders import random_dictionary
 from tests.jobs.fits import FIRST, ROOT, SECOND, finished, free_port, start, torchrun
 
-
 CIRCUITS = ("uniform", "hard_concrete", "spans", "features")
 SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
 

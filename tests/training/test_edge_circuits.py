@@ -250,7 +250,7 @@ class Gradients(Callback):
 
 
 def test_a_target_counts_what_is_always_kept_whether_or_not_it_leads_somewhere(tmp_path):
-    # Most of the 202 edges that are not selected lead nowhere once the others are cut; the penalty weight stays finite.
+    # Most of the 202 edges that are not selected lead nowhere once the others are cut; the weight stays finite.
     module = train(tmp_path, 12, components="a1.*", target_size=205, target_warmup=5, mask_learning_rate=0.5)
     assert torch.isfinite(module.penalty.weight).all()
     module.masks.distribution.logits.data.fill_(-5.0)
