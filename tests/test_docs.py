@@ -3,6 +3,7 @@
 import inspect
 import re
 import textwrap
+import tomllib
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,15 @@ import oa_train
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS
 from oa_train.cli.main import COMMANDS
+from oa_train.cli.messages import RENAMED
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
-from oa_train.models.families import FAMILIES
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.dictionary_layouts import READERS
+from oa_train.models.families import FAMILIES, Dimensions
 from oa_train.models.loading import LMSpec
+from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
@@ -32,6 +37,7 @@ from oa_train.training.constants_module import ConstantsModule
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGURATION = ROOT / "docs" / "configuration.md"
+COMPONENTS = ROOT / "docs" / "components.md"
 
 # Heading of docs/configuration.md, the class whose options its table lists, and the columns with its defaults.
 TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
@@ -79,6 +85,8 @@ def shown(value: Any) -> str:
         return "none"
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
     return value.__name__ if inspect.isclass(value) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -131,19 +139,70 @@ def test_every_loss_and_measure_is_named() -> None:
 
 
 def test_the_table_of_families_is_the_code_s() -> None:
-    text = (ROOT / "docs" / "components.md").read_text()
-    rows = re.findall(r"^\| (`\w+`.*?) \| `([\w.]+)` \| `([\w.]+)` \| `(\w+)` \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| (`\w+`.*?)" + r" \| `([\w.]+)`" * 4 + r" \|$", COMPONENTS.read_text(), re.MULTILINE)
     listed = {
         name: (*places, cell) for cell, *places in rows for name in re.findall(r"`(\w+)`", cell) if name in FAMILIES
     }
     assert listed.keys() == FAMILIES.keys()
     for name, family in FAMILIES.items():
         *places, cell = listed[name]
-        assert places == [family.blocks, family.attention_output, family.mlp], name
+        assert places == [family.blocks, family.attention_output, family.mlp, family.down_projection], name
         assert ("post-norms" in cell) == family.post_norms
         assert ("parallel" in cell) == bool(family.parallel)
         for attribute in (family.parallel, family.requires):
             assert not isinstance(attribute, str) or attribute in cell
+
+
+def test_the_table_of_sites_is_the_code_s_in_its_order() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \| ([^|]+) \| (\w+) \|", COMPONENTS.read_text(), re.MULTILINE)
+    assert [kind for kind, *_ in rows] == list(SITE_KINDS)
+    sizes = Dimensions(n_layers=8, n_heads=6, d_head=4, d_model=20, d_mlp=50)
+    numbers = {"1": 1, "d_model": 20, "d_head": 4, "d_mlp": 50, "query heads": 6}
+    for kind, unit, n_units, width in rows:
+        site = SITE_KINDS[kind]
+        assert unit in site.unit_names(3, 1025), kind
+        if kind != "features":
+            assert site.shape(sizes) == (numbers[n_units], numbers[width]), kind
+
+
+def test_kinds_of_site_that_the_pages_name_exist() -> None:
+    named = re.search(r"^\| `sites` \|.*$", CONFIGURATION.read_text(), re.MULTILINE)
+    assert named
+    assert all(f"`{kind}`" in named[0] for kind in SITE_KINDS)
+
+
+def test_options_of_a_dictionary_and_layouts_are_named() -> None:
+    text = COMPONENTS.read_text()
+    assert all(re.search(rf"^\| `{option}` \|", text, re.MULTILINE) for option in options(DictionarySpec))
+    assert all(f"`{name}`" in text for name in READERS)
+
+
+def test_renamed_options_are_listed() -> None:
+    section = CONFIGURATION.read_text().partition("### Renamed options")[2].partition("\n## ")[0]
+    assert dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|$", section, re.MULTILINE)) == RENAMED
+
+
+def test_layers_are_those_of_the_contract() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
+    drawn = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layers")[2].partition("\n\n    ")[2].partition("\n\n")[0]
+    assert [line.strip() for line in drawn.splitlines()] == layers
+    rows = re.findall(r"^\| \d \| (`.*`) \|$", (ROOT / "docs" / "extending.md").read_text(), re.MULTILINE)
+    assert [row.replace("`", "").replace(", ", " | ") for row in rows] == layers
+
+
+def test_folders_of_the_package_are_those_of_the_read_me() -> None:
+    tree = (ROOT / "README.md").read_text().partition("    oa_train/\n")[2].partition("    checkpoints/")[0]
+    folders = {path.parent.name for path in (ROOT / "oa_train").glob("*/__init__.py")}
+    assert set(re.findall(r"^      (\w+)/ ", tree, re.MULTILINE)) == folders
+
+
+def test_the_glossary_is_sorted_and_short() -> None:
+    rows = re.findall(r"^\| \*\*(.+?)\*\*.*? \| (.*) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    terms = [term for term, _ in rows]
+    assert terms == sorted(terms, key=str.casefold)
+    assert len(set(terms)) == len(terms)
+    assert [term for term, meaning in rows if len(re.findall(r"[.](?= |$)", meaning)) > 2] == []
 
 
 @on_every_page
