@@ -185,7 +185,9 @@ def test_renamed_options_are_listed() -> None:
 def test_layers_are_those_of_the_contract() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
-    drawn = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layers")[2].partition("\n\n    ")[2].partition("\n\n")[0]
+    drawn = (
+        (ROOT / "CONTRIBUTING.md").read_text().partition("## Layers")[2].partition("\n\n    ")[2].partition("\n\n")[0]
+    )
     assert [line.strip() for line in drawn.splitlines()] == layers
     rows = re.findall(r"^\| \d \| (`.*`) \|$", (ROOT / "docs" / "extending.md").read_text(), re.MULTILINE)
     assert [row.replace("`", "").replace(", ", " | ") for row in rows] == layers

@@ -383,14 +383,12 @@ def _check_sizes(parts: Parts) -> None:
     if len(parts.blocks) != sizes.n_layers:
         raise ModelError(f"The configuration names {sizes.n_layers} layers, the model has {len(parts.blocks)}.")
     width = sizes.n_heads * sizes.d_head
-    if any(linear_shape(projection) not in ((width, sizes.d_model), None) for projection in parts.attention_outputs):
+    if any(linear_shape(projection) != (width, sizes.d_model) for projection in parts.attention_outputs):
         raise ModelError(
             f"The attention output projections of this {model_type} model do not map {sizes.n_heads} heads of width "
             f"{sizes.d_head} to {sizes.d_model} dimensions."
         )
-    if any(
-        linear_shape(projection) not in ((sizes.d_mlp, sizes.d_model), None) for projection in parts.down_projections
-    ):
+    if any(linear_shape(projection) != (sizes.d_mlp, sizes.d_model) for projection in parts.down_projections):
         raise ModelError(
             f"The down projections of this {model_type} model do not map {sizes.d_mlp} neurons to {sizes.d_model} "
             "dimensions."
@@ -398,7 +396,7 @@ def _check_sizes(parts: Parts) -> None:
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
-    """Widths of a linear map's input and output, wrapped, quantised or not; None where the module does not say."""
+    """Widths of a linear map's input and output, wrapped, quantised or not; None where the module is none."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight stands the other way round

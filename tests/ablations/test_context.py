@@ -267,9 +267,9 @@ def test_hidden_states_are_the_stream_of_a_circuit_of_nodes(archetype):
 def test_hidden_states_of_a_circuit_of_edges_are_refused(archetype):
     batch, circuit = random_batch([6, 6]), circuit_of(archetype, "edges")
     with ablated(archetype, circuit, small_constants(circuit)) as model:
-        with pytest.raises(ConfigurationError, match="under a circuit of edges there are no hidden states"):
+        with pytest.raises(ConfigurationError, match="output_hidden_states is set in a call under a circuit of edges"):
             model(batch.tokens, output_hidden_states=True)
-        with pytest.raises(ConfigurationError, match="no hidden states"):
+        with pytest.raises(ConfigurationError, match="where no hidden state of a layer exists"):
             generate(model, batch, output_hidden_states=True)
         model(batch.tokens, output_hidden_states=False)
 

@@ -89,7 +89,7 @@ def test_sizes_of_a_model(family):
     nodes = Nodes.of(config)
     assert nodes == Nodes(Dimensions.of(config))
     assert SMALL.of_model(config) == nodes
-    assert Nodes.of(config, ["neurons"]).names[-1] == ("m2.n127" if family == "gpt2" else "m2.n47")
+    assert Nodes.of(config, ["neurons"]).names[-1] == "m2.n47"
     assert nodes.node_level(config) is nodes
 
 

@@ -246,7 +246,7 @@ def test_every_start_and_loss_is_honoured():
         ({"alone": "b*"}, "matches no component"),
         ({"alone": []}, "selects no component"),
         ({"alone": "!m0"}, "selects no component"),
-        ({"keep": "*"}, "keeps everything, so that there are no constants to train"),
+        ({"keep": "*"}, "keeps everything: there are no constants to train"),
         ({"alone": "*", "start": "maen"}, "Did you mean mean"),
         ({"alone": "*", "start": "resample"}, "no folder of constants either"),
         ({"alone": "*", "positions": 0}, "positions is 0"),

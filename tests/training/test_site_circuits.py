@@ -342,7 +342,7 @@ def without_model(monkeypatch):
             ArtefactError,
             "/nowhere/at/all does not exist",
         ),
-        ({"dictionaries": [DictionarySpec("/nowhere")]}, ConfigurationError, "sites does not name features"),
+        ({"dictionaries": [DictionarySpec("/nowhere")]}, ConfigurationError, "without features"),
     ],
 )
 def test_sites_and_dictionaries_that_cannot_work_are_refused_before_the_model_is_loaded(made, options, error, said):
