@@ -48,5 +48,5 @@ def archetype(shared_archetype: CausalLM) -> Iterator[CausalLM]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest file first, so that with several processes none is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_demo.py")
+    """Run the longest files first, so that with several processes none is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_recorded_circuits.py"))

@@ -258,8 +258,8 @@ def check_dictionaries(names: Sequence[str], n_dictionaries: int) -> None:
         raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
     if n_dictionaries and "features" not in names:
         raise ConfigurationError(
-            f"dictionaries are given, and sites is {list(names)}, without features. Add features to sites, or leave the "
-            "dictionaries out."
+            f"dictionaries are given, and sites is {list(names)}, without features. Add features to sites, or leave "
+            "the dictionaries out."
         )
 
 
