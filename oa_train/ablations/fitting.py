@@ -83,8 +83,7 @@ class FittedCircuits(nn.Module):
         replaced = replaced_slots(level, masks, starts[0].slots)
         shared = len(starts) == 1 and can_share_tables(replaced)
         n_sets = 1 if shared else len(masks)
-        # Of circuits that keep everything all are trained, so that a step has a gradient, which is zero.
-        trained = [site for site, units in replaced.items() if bool(units.any())] or None
+        trained = [site for site, units in replaced.items() if bool(units.any())]
         self.constants = TrainableConstants([starts[n if len(starts) > 1 else 0] for n in range(n_sets)], trained)
         self.best = BestConstants(replaced, self.constants)
 

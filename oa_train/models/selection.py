@@ -243,6 +243,8 @@ class Nodes(Level):
         Raises:
             ConfigurationError: it matches nothing.
         """
+        if pattern in self._indices:  # selections that were written down name thousands of entries
+            return self.mask([pattern])
         unit, at, span = pattern.rpartition(AT) if AT in pattern else (pattern, "", "")
         matched = matching(self.unit_names, unit)[self._entry_units]
         if at:
