@@ -67,6 +67,7 @@ def assert_optimal_is_not_worse(row: dict) -> None:
     assert upper_bound <= max(1e-4, 0.02 * row["kl"]["mean"]), (row["component"], row["ablation"])
 
 
+@pytest.mark.long
 def test_constants_per_position_obey_the_law_against_resample_on_prompts_of_one_length(run):
     words = ["--data.n_tokens", "19", "--compare.positions", "every", "--compare.random_circuits", "0"]
     words += ["--data.n_test", "1024", "--compare.circuit_fit.steps", "100"]
