@@ -41,6 +41,7 @@ def score_map(
     for names, set_ticks, turned in ((columns, axes.set_xticks, not labelled), (rows, axes.set_yticks, False)):
         if len(names) <= MOST_NAMED:
             set_ticks(range(len(names)), names, fontsize=size, rotation=90 if turned else 0)
+    axes.tick_params(labelsize=size)
     axes.set_ylabel(axes_names[0], fontsize=FONT_SIZE)
     axes.set_xlabel(axes_names[1], fontsize=FONT_SIZE)
     if labelled:
