@@ -134,12 +134,26 @@ def refuse_stored_trust(folder: Path, words: Sequence[str]) -> None:
     Raises:
         ConfigurationError: the folder's configuration trusts remote code and the command line does not repeat it.
     """
-    stored = read_config(folder / CONFIG_FILE).get("lm") or {}
-    if stored.get("trust_remote_code") and not any(word.startswith("--lm.trust_remote_code") for word in words):
+    stored = read_config(folder / CONFIG_FILE)
+    if "config" in stored:
         raise ConfigurationError(
-            f"{folder / CONFIG_FILE} asks to run code that comes with the model {stored.get('name')!r}. If you "
-            "trust it, say so on the command line: --lm.trust_remote_code true."
+            f"{folder / CONFIG_FILE} names another configuration file, as no run folder of `oa-train fit` does."
         )
+    if _trusts(stored) and not any(word.startswith("--lm.trust_remote_code") for word in words):
+        raise ConfigurationError(
+            f"{folder / CONFIG_FILE} asks to run code that comes with the model. If you trust it, say so on the "
+            "command line: --lm.trust_remote_code true."
+        )
+
+
+def _trusts(content: object) -> bool:
+    """Whether a configuration trusts remote code anywhere, in nested or in dotted keys."""
+    if isinstance(content, dict):
+        return any(
+            (str(key).rpartition(".")[2] == "trust_remote_code" and bool(value)) or _trusts(value)
+            for key, value in content.items()
+        )
+    return isinstance(content, list) and any(map(_trusts, content))
 
 
 def read_config(path: Path) -> dict[str, Any]:

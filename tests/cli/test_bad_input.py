@@ -266,13 +266,28 @@ def test_wrong_commands(capsys, words, said):
     assert said in complaint(capsys, *words.split())
 
 
-def test_a_run_folder_is_not_trusted_to_run_code(capsys):
+@pytest.mark.parametrize(
+    "stored",
+    [
+        "lm: {name: tiny, trust_remote_code: true}",
+        "lm.trust_remote_code: true",
+        "lm: {name: tiny}\nfit: {lm.trust_remote_code: 1}",
+    ],
+)
+def test_a_run_folder_is_not_trusted_to_run_code(capsys, stored):
     Path("shared").mkdir()
-    Path("shared/config.yaml").write_text("lm: {name: tiny, trust_remote_code: true}\ndata: IOI\nmodel: CircuitModule")
+    Path("shared/config.yaml").write_text(f"{stored}\ndata: IOI\nmodel: CircuitModule")
     for command in ("test", "compare"):
         said = complaint(capsys, command, "--run", "shared")
-        assert "asks to run code that comes with the model 'tiny'" in said
+        assert "asks to run code that comes with the model" in said
         assert "--lm.trust_remote_code true" in said
+
+
+def test_a_run_folder_names_no_other_configuration(capsys):
+    Path("shared").mkdir()
+    Path("shared/config.yaml").write_text("config: other.yaml\nlm: {name: tiny}\ndata: IOI\nmodel: CircuitModule")
+    for command in ("test", "validate", "compare"):
+        assert "names another configuration file" in complaint(capsys, command, "--run", "shared")
 
 
 def test_a_run_that_was_not_finished_says_how_to_finish_it(capsys):
