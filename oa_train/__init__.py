@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from oa_train.ablations.fitting import fit_constants as fit_constants
     from oa_train.ablations.registry import KINDS as KINDS
     from oa_train.ablations.registry import AblationSource as AblationSource
+    from oa_train.ablations.trained import TrainedCircuit as TrainedCircuit
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit
     from oa_train.circuits.circuit import jaccard as jaccard
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
     from oa_train.models.loading import load_model as load_model
     from oa_train.models.selection import Nodes as Nodes
     from oa_train.models.sites import Site as Site
+    from oa_train.studies.compare import Compare as Compare
     from oa_train.studies.compare import CompareSettings as CompareSettings
-    from oa_train.studies.compare import compare as compare
     from oa_train.studies.constants import finish_constants as finish_constants
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
+    from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
-    from oa_train.studies.minimal import minimal as minimal
-    from oa_train.studies.runs import TrainedCircuit as TrainedCircuit
+    from oa_train.studies.run_folder import RunFolder as RunFolder
+    from oa_train.studies.study import Findings as Findings
+    from oa_train.studies.study import Study as Study
+    from oa_train.studies.study import Table as Table
     from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
@@ -64,9 +68,12 @@ _HOMES = {
     "BestCheckpoint": "training.callbacks",
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuit_module",
+    "Compare": "studies.compare",
     "CompareSettings": "studies.compare",
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
+    "Dictionary": "models.dictionaries",
+    "Findings": "studies.study",
     "FinishSettings": "studies.finish",
     "GrammarTask": "tasks.grammar",
     "Graph": "models.graph",
@@ -77,32 +84,33 @@ _HOMES = {
     "KINDS": "ablations.registry",
     "LMSpec": "models.loading",
     "LastCheckpoint": "training.callbacks",
+    "Minimal": "studies.minimal",
     "MinimalSettings": "studies.minimal",
+    "Nodes": "models.selection",
     "OaTrainError": "errors",
     "Prompt": "tasks.task",
     "Question": "tasks.task",
     "RefitSettings": "ablations.fitting",
+    "RunFolder": "studies.run_folder",
     "ShardedStrategy": "training.strategies",
+    "Site": "models.sites",
     "StopAtSignal": "training.interruption",
+    "Study": "studies.study",
+    "Table": "studies.study",
     "Task": "tasks.task",
     "TaskData": "training.data",
-    "TrainedCircuit": "studies.runs",
+    "TrainedCircuit": "ablations.trained",
     "UniformGradientSampling": "masks.uniform",
+    "Values": "engine.values",
     "ablated": "ablations.context",
     "circuit_behaviour": "ablations.evaluation",
-    "compare": "studies.compare",
     "finish": "studies.finish",
     "finish_constants": "studies.constants",
     "fit_constants": "ablations.fitting",
     "jaccard": "circuits.circuit",
-    "load_model": "models.loading",
-    "minimal": "studies.minimal",
-    "masked_logits": "engine.levels",
-    "Nodes": "models.selection",
-    "Values": "engine.values",
-    "Site": "models.sites",
-    "Dictionary": "models.dictionaries",
     "load_dictionary": "models.dictionaries",
+    "load_model": "models.loading",
+    "masked_logits": "engine.levels",
     "published_ioi_circuit": "circuits.published",
     "read_values": "engine.reading",
     "scored_logits": "engine.forward",

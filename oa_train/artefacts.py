@@ -10,7 +10,6 @@ its checksum when it is read. Reading runs no code.
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from oa_train.errors import ArtefactError, RunError
+from oa_train.files import sync_folder, write_synced
 from oa_train.shapes import Tensor
 
 # Version of circuits and constants. Version 1 named the components of heads and MLPs alone.
@@ -96,7 +96,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
             write_synced(temporary / TENSOR_FILE, blob)
             write_synced(temporary / HEADER_FILE, json.dumps(document, indent=2, allow_nan=False).encode())
             temporary.rename(folder)
-            _sync_folder(folder.parent)
+            sync_folder(folder.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -159,69 +159,3 @@ def _read_header(folder: Path, kind: str, layout: int) -> dict[str, Any]:
             f"{folder} has schema version {version}; expected {layout}. Was it written by a newer oa_train?"
         )
     return document
-
-
-def make_next_folder(parent: Path, prefix: str) -> Path:
-    """Make `<parent>/<prefix>_<N>` with the first number that is free; two processes never get the same.
-
-    Raises:
-        RunError: the folder cannot be made.
-    """
-    number = 0
-    while True:
-        folder = parent / f"{prefix}_{number}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        except OSError as problem:
-            raise RunError(f"The folder {folder} cannot be made: {problem}") from problem
-        else:
-            return folder
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk.
-
-    Raises:
-        OSError: it cannot be written; the error names the file, which the system does only when it cannot be opened.
-    """
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as problem:
-        problem.filename = problem.filename or str(path)
-        raise
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part.
-
-    Raises:
-        OSError: it cannot be written; the error names the file, and the old one is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write_synced(temporary, content)
-        temporary.replace(path)
-    except OSError as problem:
-        raise OSError(problem.errno, problem.strerror, str(path)) from problem  # not the temporary name
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file whole; NaN is refused because it is not JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())

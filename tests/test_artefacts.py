@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from oa_train.artefacts import (
-    ARTEFACT_VERSION,
-    HEADER_FILE,
-    TENSOR_FILE,
-    Artefact,
-    load_artefact,
-    replace_file,
-    save_artefact,
-    write_json,
-)
+from oa_train.artefacts import ARTEFACT_VERSION, HEADER_FILE, TENSOR_FILE, Artefact, load_artefact, save_artefact
 from oa_train.errors import ArtefactError, RunError
+from oa_train.files import replace_file, write_json
 
 
 def example() -> Artefact:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from oa_train.ablations.conversion import convert
-from oa_train.cli.arguments import ExplainingParser
 from oa_train.cli.output import console
+from oa_train.cli.parser import ExplainingParser
 
 
 def convert_command(argv: Sequence[str]) -> Path:

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from oa_train.cli.arguments import ExplainingParser, check_output
-from oa_train.cli.comparing import compare_command
-from oa_train.cli.fitting import fit
+from oa_train.cli.main import run_command
 from oa_train.cli.output import console
+from oa_train.cli.parser import ExplainingParser
 from oa_train.errors import RunError
+from oa_train.studies.run_folder import output_root
+from oa_train.studies.study import Findings
 
 EXPERIMENT = "circuit_nodes_tiny.yaml"
 
 
-def demo(argv: Sequence[str]) -> Path:
+def demo(words: Sequence[str]) -> Path:
     """Run the demonstration; returns the run folder."""
     parser = ExplainingParser(
         prog="oa-train demo",
@@ -20,22 +21,24 @@ def demo(argv: Sequence[str]) -> Path:
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=str, default="runs", help="folder that gets the run")
-    options = parser.parse_args(list(argv))
-    check_output("--output", options.output)
-    console.print("[bold]1. Train masks and constants, then refit the constants[/bold] (oa-train fit)")
-    run = fit(["--config", str(experiment_file()), "--trainer.default_root_dir", options.output])
-    assert run is not None
-    console.print("\n[bold]2. Compare the learned constants with every other ablation[/bold] (oa-train compare)")
-    compared = compare_command(["--run", str(run)])
-    console.print("\n[bold]Where to look[/bold]")
+    output = parser.parse_args(list(words)).output
+    output_root("--output", output)
+    console.print("1. Train masks and constants, then refit the constants (oa-train fit)", style="bold")
+    run = run_command("fit", ["--config", str(experiment_file()), "--trainer.default_root_dir", output])
+    assert isinstance(run, Path)
+    console.print("\n2. Compare the learned constants with every other ablation (oa-train compare)", style="bold")
+    compared = run_command("compare", ["--run", str(run)])
+    assert isinstance(compared, Findings)
+    assert compared.folder is not None
+    console.print("\nWhere to look", style="bold")
     places = {
         "the circuit": run / "studies" / "fit_0" / "figures" / "circuit.png",
         "the comparison": compared.folder / "figures" / "comparison.png",
         "its numbers": compared.folder / "results.json",
-        "curves": f"tensorboard --logdir {options.output}",
+        "curves": f"tensorboard --logdir {output}",
     }
-    for what, where in places.items():
-        console.print(f"  {what:<15} {where}", soft_wrap=True)
+    for name, place in places.items():
+        console.print(f"  {name:<15} {place}", soft_wrap=True)
     return run
 
 

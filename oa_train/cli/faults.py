@@ -1,34 +1,35 @@
-"""What a fault of the machine means, in words: a full disk, too little memory, a process or a folder that is gone."""
+"""Errors that are not our own: what they mean, which exit status they have, and how a run goes on after them."""
 
 import errno
 import re
+import signal
 import sysconfig
+import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import oa_train
-from oa_train.cli.arguments import CONFIG_FILE
-from oa_train.cli.interruption import way_on
-from oa_train.cli.messages import own_error
-from oa_train.errors import FAULT, RunError, causes
+from oa_train.errors import FAULT, MISTAKE, OaTrainError, RunError, causes
+from oa_train.studies.run_folder import RunFolder
+from oa_train.training.interruption import Stopped
 
-# What the system says of a file, what that means, and what to do.
+# Meaning of a system error on a file, and what to do.
 _OF_FILES: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("The disk is full", "Make room"),
-    errno.EDQUOT: ("The disk space that this user may take up is full", "Make room"),
+    errno.EDQUOT: ("The disk quota of this user is exhausted", "Make room"),
     errno.EFBIG: ("A file would be larger than this process may write", "Raise the limit (`ulimit -f`)"),
-    errno.EROFS: ("The disk must not be written to", "Make it writable"),
-    errno.EACCES: ("A file or folder must not be touched by this user", "Change its permissions"),
-    errno.EPERM: ("A file or folder must not be touched by this user", "Change its permissions"),
+    errno.EROFS: ("The disk is read-only", "Make it writable"),
+    errno.EACCES: ("A file or folder is not accessible to this user", "Change its permissions"),
+    errno.EPERM: ("A file or folder is not accessible to this user", "Change its permissions"),
     errno.ENOENT: ("A file or folder is gone", "See who deletes or moves it"),
     errno.ESTALE: ("A file or folder is gone", "See who deletes or moves it"),
-    errno.EIO: ("The disk has failed", "Have it seen to"),
+    errno.EIO: ("The disk has failed", "Have it checked"),
     errno.EMFILE: ("Too many files are open", "Raise the limit (`ulimit -n`)"),
     errno.ENFILE: ("Too many files are open", "Raise the limit of the system"),
 }
-_ELSEWHERE = "or name another folder with --trainer.default_root_dir"
 
 # Writers that do not name their file, by a part of the path of their code.
 _WRITERS = {
@@ -39,177 +40,156 @@ _WRITERS = {
 
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|enough memory|bad_alloc|unable to mmap|create a memory object")
 _LOWER = """\
-What a step needs falls with --data.batch_size, --model.samples_per_prompt (circuits) or --model.rows_per_run
-(constants), --model.recompute true and --lm.dtype bfloat16; what evaluation needs falls with
+A step needs less with a smaller --data.batch_size, --model.samples_per_prompt (circuits) or --model.rows_per_run
+(constants), --model.recompute true and --lm.dtype bfloat16; evaluation needs less with a smaller
 --data.evaluation_batch_size. `oa-train inspect` estimates a step."""
 
 _NO_PEER = re.compile(r"gloo/|connection (closed|reset) by peer|nccl (error|communicator)|broken pipe", re.IGNORECASE)
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
-Recognise = Callable[[BaseException], bool]
-Say = Callable[[BaseException], str]
+
+def explain(problem: Exception) -> tuple[int, str]:
+    """Exit status and message for an error that is not one of this package."""
+    own = own_error(problem)
+    if own is not None:
+        return own.exit_status, str(own)
+    if _is_misconfiguration(problem):
+        return MISTAKE, str(problem)
+    for cause in causes(problem):
+        for meaning in (_memory, _taken_port, _lost_peer, _file):
+            message = meaning(cause)
+            if message is not None:
+                return FAULT, message
+    place = _place_outside(problem)
+    whose = "This is a fault of oa_train or of a library" if place is None else f"It was raised {place}"
+    advice = "OA_TRAIN_TRACEBACK=1 shows the traceback."
+    return FAULT, f"{type(problem).__name__}: {problem}\n{whose}; {advice}"
 
 
-def explain_fault(problem: BaseException) -> RunError | None:
-    """The error of this package that says what a fault of the machine means; None when it is none of these.
-
-    Args:
-        problem: what was raised; what it was made from is looked at as well.
-    """
-    for one in causes(problem):
-        for recognise, say in FAULTS:
-            if recognise(one):
-                return RunError(say(one))
-    return None
-
-
-def place_outside(problem: BaseException) -> str | None:
-    """Where an error went through code of the user's own, a task or a callback, say.
-
-    Args:
-        problem: what was raised.
-
-    Returns:
-        Function, file and line that lie deepest; None when all is code of this package, of a library or of Python.
-    """
-    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in _known_folders()):
-            return f"in {frame.name} ({path}, line {frame.lineno})"
-    return None
+def own_error(problem: BaseException) -> OaTrainError | None:
+    """The error of this package from which another was made; the parser wraps what constructors raise."""
+    return next((cause for cause in causes(problem) if isinstance(cause, OaTrainError)), None)
 
 
 @contextmanager
-def faults_explained(
-    run: Path, resumed_from: Path | None = None, save_config: Callable[[], object] = lambda: None
+def told_how_to_resume(
+    run: Callable[[], RunFolder], resumed_from: Path | None = None, save_config: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Have a fault say how the run goes on, and a run whose folder was deleted end as a fault.
+    """Note on a fault or an interruption how the run goes on; end a run whose folder was deleted as a fault.
 
     Args:
-        run: run folder.
-        resumed_from: checkpoint that this run itself goes on from.
-        save_config: writes the configuration, for a folder that was deleted and made again.
+        run: finds the run folder, which other processes than the first may learn only during the run.
+        resumed_from: checkpoint from which this run itself was resumed.
+        save_config: writes the configuration, for a folder that was deleted and made again; None in other processes
+            than the first, which leave it to the first to speak of faults that all of them meet.
 
     Raises:
         RunError: the folder was deleted, and nothing else has noticed.
     """
     try:
         yield
-        if not (run / CONFIG_FILE).is_file():
-            raise RunError(f"The folder {run} was deleted while the run wrote to it; what is there now is not whole.")
-    except Exception as problem:
-        if run.is_dir() and not (run / CONFIG_FILE).is_file():
+        if save_config is not None and not run().config_path.is_file():
+            raise RunError(
+                f"The folder {run().path} was deleted while the run wrote to it; what is left is not whole."
+            )
+    except BaseException as problem:
+        if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
             with suppress(OSError):
                 save_config()
-        if _is_fault(problem):
-            for line in _way_on(run, resumed_from):
+        if _goes_on(problem, is_first=save_config is not None):
+            for line in run().how_to_resume(resumed_from):
                 problem.add_note(line)
         raise
+
+
+def _goes_on(problem: BaseException, is_first: bool) -> bool:
+    if not isinstance(problem, Exception):  # Ctrl-C and signals
+        return is_first
+    own = own_error(problem)
+    return is_first and own.exit_status == FAULT if own is not None else not _is_misconfiguration(problem)
 
 
 @contextmanager
-def lost_peers_explained(run: Callable[[], Path]) -> Iterator[None]:
-    """Have a process that is not the first say how the run goes on after a fault that the others may not have.
-
-    Nobody else may be left to say it. What all processes find together, a loss that is not finite say, the first says.
-
-    Args:
-        run: finds the run folder, which such a process may learn only during the run.
-    """
+def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
+    """End the work inside in order at a signal, as at Ctrl-C; by itself Python just dies of SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, _terminate) for number in signals}
     try:
         yield
-    except Exception as problem:
-        if own_error(problem) is None and _is_fault(problem):
-            for line in _way_on(run(), None):
-                problem.add_note(line)
-        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _is_fault(problem: Exception) -> bool:
-    own = own_error(problem)
-    return own.exit_status == FAULT if own is not None else type(problem).__name__ != "MisconfigurationException"
+def _terminate(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise Stopped(signal.Signals(number))
 
 
-def _way_on(run: Path, resumed_from: Path | None) -> list[str]:
-    if not (run / CONFIG_FILE).is_file():
-        return [f"Nothing is left in {run}. Start again with the command that started this run."]
-    return way_on(run, resumed_from)
+def _is_misconfiguration(problem: Exception) -> bool:
+    return type(problem).__name__ == "MisconfigurationException"
 
 
-def _is_memory(problem: BaseException) -> bool:
+def _memory(problem: BaseException) -> str | None:
     kinds = {kind.__name__ for kind in type(problem).__mro__}
-    if kinds & {"MemoryError", "OutOfMemoryError"}:
-        return True
-    if isinstance(problem, OSError):
-        return problem.errno == errno.ENOMEM
-    return isinstance(problem, RuntimeError) and bool(_NO_MEMORY.search(str(problem)))
-
-
-def _say_memory(problem: BaseException) -> str:
-    return f"The memory does not suffice: {_first_sentence(problem)}\n{_LOWER}"
-
-
-def _is_taken_port(problem: BaseException) -> bool:
-    return _is_distributed(problem) and bool(_PORT_TAKEN.search(str(problem)))
-
-
-def _say_taken_port(problem: BaseException) -> str:
-    return (
-        f"The processes of this run cannot meet, because another program has their port: {_first_sentence(problem)}\n"
-        "Wait until it has ended, or choose another port with the variable MASTER_PORT (torchrun: --master_port)."
+    is_memory = (
+        bool(kinds & {"MemoryError", "OutOfMemoryError"})
+        or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM)
+        or (isinstance(problem, RuntimeError) and bool(_NO_MEMORY.search(str(problem))))
     )
-
-
-def _is_lost_peer(problem: BaseException) -> bool:
-    return _is_distributed(problem) or (isinstance(problem, RuntimeError) and bool(_NO_PEER.search(str(problem))))
-
-
-def _say_lost_peer(problem: BaseException) -> str:
-    return (
-        "Another process of this run has ended, or cannot be reached any more, so this one cannot go on.\n"
-        "If it has said nothing itself, it was killed: by someone, by the scheduler, or by the system for lack of "
-        f"memory.\nWhat this one saw: {_first_sentence(problem)}"
-    )
+    return f"Out of memory: {_first_sentence(problem)}\n{_LOWER}" if is_memory else None
 
 
 def _is_distributed(problem: BaseException) -> bool:
     return any(kind.__name__ == "DistError" for kind in type(problem).__mro__)
 
 
-def _is_file(problem: BaseException) -> bool:
-    return isinstance(problem, OSError) and problem.errno in _OF_FILES
+def _taken_port(problem: BaseException) -> str | None:
+    if not (_is_distributed(problem) and _PORT_TAKEN.search(str(problem))):
+        return None
+    return (
+        f"The processes of this run cannot meet, because another program has their port: {_first_sentence(problem)}\n"
+        "Wait until it has ended, or choose another port with the variable MASTER_PORT (torchrun: --master_port)."
+    )
 
 
-def _say_file(problem: BaseException) -> str:
-    assert isinstance(problem, OSError)
-    assert problem.errno is not None
+def _lost_peer(problem: BaseException) -> str | None:
+    is_peer = isinstance(problem, RuntimeError) and bool(_NO_PEER.search(str(problem)))
+    if not (_is_distributed(problem) or is_peer):
+        return None
+    return (
+        "Another process of this run has ended, or cannot be reached any more, so this one cannot go on.\n"
+        "If it printed nothing itself, it was killed: by a user, by the scheduler, or by the system for lack of "
+        f"memory.\nThis process saw: {_first_sentence(problem)}"
+    )
+
+
+def _file(problem: BaseException) -> str | None:
+    if not isinstance(problem, OSError) or problem.errno not in _OF_FILES:
+        return None
     meaning, advice = _OF_FILES[problem.errno]
-    name = problem.filename or _writer(problem)
-    where = f": {name} cannot be read or written" if name else ""
-    return f"{meaning}{where} ({problem.strerror}).\n{advice}, {_ELSEWHERE}."
-
-
-def _writer(problem: BaseException) -> str | None:
     files = [frame.filename for frame in traceback.extract_tb(problem.__traceback__)]
-    return next((name for part, name in _WRITERS.items() if any(part in file for file in files)), None)
+    writer = next((name for part, name in _WRITERS.items() if any(part in file for file in files)), None)
+    name = problem.filename or writer
+    where = f": {name} cannot be read or written" if name else ""
+    return f"{meaning}{where} ({problem.strerror}).\n{advice}, or name another folder with --trainer.default_root_dir."
 
 
 def _first_sentence(problem: BaseException) -> str:
-    """The first line of what a library says, without what it advises its own developers."""
+    """First line of a library's message, without its advice to its own developers."""
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return re.sub(r"^\[[^\]]*\]\s*(err == 0\.\s*)?|(?<=\.) This is typically caused .*$", "", first)
 
 
-def _known_folders() -> list[Path]:
+def _place_outside(problem: BaseException) -> str | None:
+    """Deepest function, file and line in the user's own code; None if all is ours, a library's or Python's."""
     paths = sysconfig.get_paths()
-    names = ("stdlib", "platstdlib", "purelib", "platlib")
-    return [Path(oa_train.__file__).parent, *(Path(paths[name]) for name in names)]
-
-
-# How each kind of fault is recognised, and what is said of it; the first that fits.
-FAULTS: tuple[tuple[Recognise, Say], ...] = (
-    (_is_memory, _say_memory),
-    (_is_taken_port, _say_taken_port),
-    (_is_lost_peer, _say_lost_peer),
-    (_is_file, _say_file),
-)
+    libraries = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    known = [Path(oa_train.__file__).parent, *libraries]
+    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in known):
+            return f"in {frame.name} ({path}, line {frame.lineno})"
+    return None

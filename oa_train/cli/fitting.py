@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,26 +14,14 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from rich.table import Table
 
-from oa_train.artefacts import make_next_folder, replace_file
-from oa_train.cli.arguments import (
-    CONFIG_FILE,
-    ExplainingLightningParser,
-    add_model_and_task,
-    check_configs,
-    check_groups,
-    configs_first,
-    refuse_stored_trust,
-    run_folder,
-    take_option,
-)
-from oa_train.cli.faults import faults_explained, lost_peers_explained
-from oa_train.cli.interruption import resumable, terminable
-from oa_train.cli.output import console, front_table, listed_names, metrics_table, track
+from oa_train.cli.faults import terminable, told_how_to_resume
+from oa_train.cli.output import console, show, track
+from oa_train.cli.parser import ExplainingLightningParser, add_model_and_task, check_groups
+from oa_train.cli.precheck import configs_first, refuse_stored_trust, take_option
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
-from oa_train.cli.requeue import (
+from oa_train.cli.slurm import (
     checkpoint_to_go_on_from,
     is_restarted,
     requeued,
@@ -41,11 +29,11 @@ from oa_train.cli.requeue import (
     slurm_job,
     stop_signals,
 )
-from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, trainer_changes
-from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
+from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
+from oa_train.errors import MISTAKE, CheckpointError, ConfigurationError, OaTrainError, nearest_names
 from oa_train.studies.constants import finish_constants
-from oa_train.studies.finish import FinishSettings, finish
-from oa_train.studies.front import finish_front
+from oa_train.studies.finish import Finished, FinishSettings, finish
+from oa_train.studies.run_folder import RunFolder
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
@@ -55,11 +43,14 @@ from oa_train.training.interruption import StopAtSignal, none_left_behind
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
 
-# Tells the processes that a distributed strategy starts which folder the first one has made.
+# Tells the processes that a distributed strategy starts which run folder the first one has claimed.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
 
-# In the configuration of a fit, but not an option that describes the experiment.
+# Keys of a fit's options that do not describe the experiment.
 _NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
+
+# Options of a training that an evaluation of its run leaves out: what they do is done while training.
+_OF_TRAINING = ("callbacks", "logger", "enable_checkpointing")
 
 
 class OaTrainCLI(LightningCLI):
@@ -81,7 +72,7 @@ class OaTrainCLI(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method of Lightning's
-        """What Lightning's trainer does here, and which of its arguments are no options."""
+        """The trainer's method, and those of its arguments that are no options."""
         return {self._command: {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}}
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -107,26 +98,15 @@ class OaTrainCLI(LightningCLI):
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the model's name, the task and what comes after the fit."""
+        """Add the model's name, the task, and the settings of the end of a fit."""
         add_model_and_task(parser, ("model", "data"))
-        parser.add_argument(
-            "--experiment",
-            type=str,
-            default="circuit",
-            help="results go to <default_root_dir>/<experiment>/version_<N>",
-        )
-        parser.add_argument(
-            "--checkpoint_every",
-            type=int,
-            default=25,
-            help="optimiser steps between two writes of checkpoints/last.ckpt",
-        )
-        parser.add_argument(
-            "--resumed_from", type=str | None, default=None, help="checkpoint that this run went on from; a record"
-        )
-        parser.add_argument(
-            "--slurm_job", type=str | None, default=None, help="SLURM job that this run belongs to; a record"
-        )
+        for name, kind, default, meaning in (
+            ("experiment", str, "circuit", "results go to <default_root_dir>/<experiment>/version_<N>"),
+            ("checkpoint_every", int, 25, "optimiser steps between two writes of checkpoints/last.ckpt"),
+            ("resumed_from", str | None, None, "checkpoint from which this run was resumed; a record"),
+            ("slurm_job", str | None, None, "SLURM job to which this run belongs; a record"),
+        ):
+            parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
         parser.add_class_arguments(FinishSettings, "finish")
 
     def _parse_ckpt_path(self) -> None:
@@ -134,16 +114,18 @@ class OaTrainCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build the module, the task's datamodule and the trainer."""
-        chosen = self.config[self.subcommand]
+        chosen, fits = self.config[self.subcommand], self.subcommand == "fit"
         check_groups(self._parser(self.subcommand), chosen)
-        check_trainer(chosen)
+        check_trainer(chosen, writes=fits and not chosen.trainer.fast_dev_run)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
-        if chosen.ckpt_path is None and self.subcommand != "fit":
+        for message in ignore_stray_ranks(chosen.trainer):
+            console.print(message, soft_wrap=True)
+        if chosen.ckpt_path is None and not fits:
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
-        if self.subcommand == "fit" and not chosen.trainer.fast_dev_run and is_restarted():
+        if fits and not chosen.trainer.fast_dev_run and is_restarted():
             # A checkpoint that the command line names is where the job began; it has come further since.
             chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
         if chosen.ckpt_path is not None:
@@ -152,11 +134,41 @@ class OaTrainCLI(LightningCLI):
         self.datamodule = TaskData(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Build the trainer around a run folder that is made for it; `fast_dev_run` and evaluation have none."""
-        config = self._get(self.config_init, "trainer")
-        given = self.config[self.subcommand].ckpt_path
-        if given is not None:
-            checkpoint = read_checkpoint(Path(given))
+        """Build the trainer around a run folder that is claimed for it; `fast_dev_run` and evaluation have none."""
+        config, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
+        self._check_against_module(config)
+        plugins = _as_list(config.plugins)
+        self._signals = stop_signals(plugins)
+        plugins = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
+        self.run: RunFolder | None = None
+        if not fits or config.fast_dev_run:
+            options = {
+                "logger": False,
+                "enable_checkpointing": False,
+                "default_root_dir": str(self._experiment_folder()),
+            }
+            return self._trainer(plugins=plugins, **options, **trainer_changes(config), **kwargs)
+        self.run = _claimed_run(self._experiment_folder())
+        if _is_first_process():
+            self.run.save_config(self._recorded())
+            record_in(self.run.path)
+        if _is_first_process() and config.enable_progress_bar is not False:
+            self.model.track = track
+        return self._trainer(
+            logger=self._loggers(config.logger, self.run.path),
+            plugins=plugins,
+            callbacks=[*_as_list(config.callbacks), *self._callbacks(config, self.run.path)],
+            # Under SLURM Lightning resumes from what any job has left in the root: only this run's folder holds none.
+            default_root_dir=str(self.run.path),
+            **trainer_changes(config),
+            **kwargs,
+        )
+
+    def _check_against_module(self, config: Any) -> None:
+        """Check what can be only with the module at hand: the checkpoint, sizes, and intervals."""
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None:
+            checkpoint = read_checkpoint(Path(path))
             self.model.check_checkpoint(checkpoint, self.datamodule)
             told = self.subcommand == "fit" and _is_first_process()
             for change in self.model.changed_settings(checkpoint) if told else ():
@@ -165,57 +177,36 @@ class OaTrainCLI(LightningCLI):
         if isinstance(self.model, CircuitModule) and size is not None:
             self.model.masks.check_size(size)
         check_intervals(config, self.datamodule.batches_per_epoch)
-        plugins = _as_list(config.plugins)
-        self._signals = stop_signals(plugins)
-        plugins = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
-        self.run: Path | None = None
-        if self.subcommand != "fit" or config.fast_dev_run:
-            return self._trainer(
-                logger=False,
-                enable_checkpointing=False,
-                plugins=plugins,
-                default_root_dir=str(self._experiment_folder()),
-                **trainer_changes(config),
-                **kwargs,
-            )
-        self.run = _make_run_folder(self._experiment_folder())
-        if _is_first_process():
-            self._save_config(self.run)
-            record_in(self.run)
-        if _is_first_process() and config.enable_progress_bar is not False:
-            self.model.track = track
-        loggers = config.logger
-        if loggers in (None, True):
-            root, experiment = self.run.parent.parent, self.run.parent.name
-            version = int(self.run.name.removeprefix("version_"))
-            loggers = [kind(root, name=experiment, version=version) for kind in (TensorBoardLogger, CSVLogger)]
-        every = self._get(self.config_init, "checkpoint_every")
-        last = LastCheckpoint(self.run / "checkpoints", every)
-        callbacks: list[Callback] = [
-            BestCheckpoint(self.run / "checkpoints"),
-            last,
-            StopAtSignal(last, self._signals),
-            MaskImages(),
-        ]
+
+    def _loggers(self, loggers: Any, run: Path) -> Any:
+        if loggers not in (None, True):
+            return loggers
+        root, experiment, version = run.parent.parent, run.parent.name, RunFolder(run).version
+        return [kind(root, name=experiment, version=version) for kind in (TensorBoardLogger, CSVLogger)]
+
+    def _callbacks(self, config: Any, run: Path) -> Iterator[Callback]:
+        last = LastCheckpoint(run / "checkpoints", self._get(self.config_init, "checkpoint_every"))
+        yield from (BestCheckpoint(run / "checkpoints"), last, StopAtSignal(last, self._signals), MaskImages())
         if config.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar())
-        return self._trainer(
-            logger=loggers,
-            plugins=plugins,
-            callbacks=[*_as_list(config.callbacks), *callbacks],
-            # Under SLURM Lightning resumes from what any job has left in the root: only this run's folder holds none.
-            default_root_dir=str(self.run),
-            **trainer_changes(config),
-            **kwargs,
-        )
+            yield RichProgressBar()
 
     def _trainer(self, **kwargs: Any) -> Any:
+        with self._unclaimed_after_a_refusal():
+            try:
+                return super().instantiate_trainer(**kwargs)
+            except (ValueError, TypeError, MisconfigurationException) as problem:
+                raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
+
+    @contextmanager
+    def _unclaimed_after_a_refusal(self) -> Iterator[None]:
+        """Remove the run folder when options turn out to be wrong before anything was trained."""
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as problem:
-            if self.run is not None and _is_first_process():  # else it is another process's
-                shutil.rmtree(self.run)
-            raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
+            yield
+        except (OaTrainError, MisconfigurationException, ImportError) as problem:
+            is_mistake = getattr(problem, "exit_status", MISTAKE) == MISTAKE
+            if self.run is not None and _is_first_process() and is_mistake and self.run.last_state() is None:
+                shutil.rmtree(self.run.path, ignore_errors=True)
+            raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run with the folder's name in the environment, where processes that a strategy starts find it."""
@@ -223,86 +214,64 @@ class OaTrainCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             return
         if not _is_first_process():
-            with lost_peers_explained(self._shared_run):
+            with told_how_to_resume(self._shared_run):
                 super()._run_subcommand(subcommand)
             return
-        run, given = self.run, self.config[self.subcommand].ckpt_path
-        resumed_from = None if given is None else Path(given)
-        os.environ[RUN_FOLDER_VARIABLE] = str(run)
+        run, path = self.run, self.config[subcommand].ckpt_path
+        resumed_from = None if path is None else Path(path)
+        os.environ[RUN_FOLDER_VARIABLE] = str(run.path)
         try:
             with (
+                self._unclaimed_after_a_refusal(),
                 requeued(),
-                resumable(run, resumed_from),
-                faults_explained(run, resumed_from, lambda: self._save_config(run)),
+                told_how_to_resume(lambda: run, resumed_from, lambda: run.save_config(self._recorded())),
             ):
                 super()._run_subcommand(subcommand)
         finally:
             del os.environ[RUN_FOLDER_VARIABLE]
 
-    def _shared_run(self) -> Path:
+    def _shared_run(self) -> RunFolder:
         """The run folder as another process has learned it from the first one."""
-        best = next(one for one in self.trainer.checkpoint_callbacks if isinstance(one, BestCheckpoint))
+        best = next(each for each in self.trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint))
         assert best.dirpath is not None
-        return Path(best.dirpath).parent
+        return RunFolder(Path(best.dirpath).parent)
 
     def after_fit(self) -> None:
         """Finish what was trained, with the best checkpoint."""
         first, strategy = self.trainer.is_global_zero, self.trainer.strategy
-        if self.run is None or not (first or isinstance(strategy, ShardedStrategy)):
+        sharded = isinstance(strategy, ShardedStrategy)
+        if self.run is None or not (first or sharded):
             return
-        best = self.run / "checkpoints" / "best.ckpt"
-        # All processes are needed to run a model that is shared out. They compute the same; the first one's files
-        # are kept.
-        shared = isinstance(strategy, ShardedStrategy)
-        with none_left_behind(self.trainer) if shared else nullcontext():
+        # A sharded model needs all processes to run it. They compute the same; the first one's files are kept.
+        with none_left_behind(self.trainer) if sharded else nullcontext():
+            best = self.run.checkpoint("best")
             state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
-            state = strategy.broadcast(state) if shared else state
+            state = strategy.broadcast(state) if sharded else state
             if state is not None:
                 self.model.load_state_dict(state, strict=False)
             # Lightning moves the module back to the CPU when it is done.
             self.model.to(strategy.root_device)
-            with terminable(self._signals), nullcontext(self.run) if first else TemporaryDirectory() as folder:
-                said = self._finished(Path(folder))
+            with terminable(self._signals), nullcontext(self.run.path) if first else TemporaryDirectory() as folder:
+                finished = self._finished(Path(folder))
         if first:
             if state is None:
-                console.print("No validation took place, so the last state was finished and not the best.")
-            for one in (*said, f"results: {self.run}"):
-                console.print(one, soft_wrap=isinstance(one, str))
+                console.print(f"There is no {best}, so the last state was finished and not the best.", soft_wrap=True)
+            if finished is not None:
+                show(finished.findings)
+            console.print(f"run: {self.run.path}", soft_wrap=True)
 
-    def _finished(self, run: Path) -> Sequence[Table | str]:
-        """Finish what was trained, and return what there is to say about it."""
-        if isinstance(self.model, CircuitModule):
-            return self._finish_circuit(self.model, run)
-        if isinstance(self.model, ConstantsModule):
-            return self._finish_constants(self.model, run)
-        return ()
-
-    def _finish_circuit(self, module: CircuitModule, run: Path) -> Sequence[Table | str]:
-        task, settings = self.datamodule.task, self._get(self.config_init, "finish")
-        if module.n_circuits > 1:
-            return (front_table(finish_front(module, task, run, settings, module.track), task.n_test),)
-        finished = finish(module, task, run, settings, module.track)
-        circuit = finished.circuit
-        kept = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}"
-        table = metrics_table(f"{kept} kept, on {task.n_test} held-out prompts", finished.metrics)
-        return table, f"circuit: {listed_names(circuit.names)}"
-
-    def _finish_constants(self, module: ConstantsModule, run: Path) -> Sequence[Table | str]:
-        task = self.datamodule.task
-        finished = finish_constants(module, task, run, module.track)
-        on = f"on {task.n_test} held-out prompts"
-        if module.each_alone:
-            alone = {name: figures["kl"] for name, figures in finished.metrics.items()}
-            return (metrics_table(f"KL divergence in nats with one component ablated, {on}", alone),)
-        circuit = module.circuits["circuit"]
-        kept = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}"
-        return (metrics_table(f"{kept} kept, {on}", finished.metrics["circuit"]),)
-
-    def _save_config(self, run: Path) -> None:
-        """Record the whole configuration; with it the run can be made again."""
-        replace_file(run / CONFIG_FILE, yaml.safe_dump(self._recorded(), sort_keys=False).encode())
+    def _finished(self, run: Path) -> Finished | None:
+        module, task = self.model, self.datamodule.task
+        if isinstance(module, CircuitModule):
+            settings = self._get(self.config_init, "finish")
+            circuits = module.trained_circuits(settings.size)
+            return finish(module.frozen, task, circuits, run, settings, module.track)
+        if isinstance(module, ConstantsModule):
+            return finish_constants(module.frozen, task, module.trained_circuits(), run, module.track)
+        return None
 
     def _recorded(self) -> dict[str, Any]:
+        """The whole configuration; with it the run can be made again."""
         config = self.config[self.subcommand].clone()
         config.resumed_from = config.ckpt_path
         config.slurm_job = slurm_job()
@@ -311,46 +280,35 @@ class OaTrainCLI(LightningCLI):
 
     def _experiment_folder(self) -> Path:
         chosen = self.config[self.subcommand]
-        return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT, chosen.experiment)
+        return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT).expanduser() / chosen.experiment
 
     def _checkpoint_of_this_job(self) -> str | None:
         """Where a job that SLURM has started again goes on; the same in all its processes."""
-        found, said = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
-        for line in said if _is_first_process() else ():
-            console.print(line, soft_wrap=True)
-        return None if found is None else str(found)
+        checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+        for message in messages if _is_first_process() else ():
+            console.print(message, soft_wrap=True)
+        return None if checkpoint is None else str(checkpoint)
 
 
-def fit(argv: Sequence[str]) -> Path | None:
+def fit(words: Sequence[str]) -> Path | None:
     """Train, then finish; returns the run folder (None after `fast_dev_run`)."""
-    return run_lightning("fit", argv)
+    run = _run_lightning("fit", words).run
+    return run.path if isinstance(run, RunFolder) else None
 
 
-def validate(argv: Sequence[str]) -> None:
+def validate(words: Sequence[str]) -> None:
     """Evaluate a checkpoint on the validation prompts."""
-    run_lightning("validate", argv)
+    _run_lightning("validate", _expand_run(words))
 
 
-def test(argv: Sequence[str]) -> None:
+def test(words: Sequence[str]) -> None:
     """Evaluate a checkpoint on the test prompts."""
-    run_lightning("test", argv)
+    _run_lightning("test", _expand_run(words))
 
 
-def run_lightning(command: str, argv: Sequence[str]) -> Path | None:
-    """Run `fit`, `validate` or `test`.
-
-    Args:
-        command: which.
-        argv: its options.
-
-    Returns:
-        The run folder of a fit, None of the others.
-    """
+def _run_lightning(command: str, words: Sequence[str]) -> OaTrainCLI:
     silence_libraries()
-    words = list(argv) if command == "fit" else _expand_run(argv)
-    check_configs(words)
-    words = configs_first(words)
-    cli = OaTrainCLI(
+    return OaTrainCLI(
         command,
         model_class=FrozenModelModule,
         subclass_mode_model=True,
@@ -359,49 +317,56 @@ def run_lightning(command: str, argv: Sequence[str]) -> Path | None:
         auto_configure_optimizers=False,
         parser_kwargs={"allow_abbrev": False, "prog": "oa-train"},
         trainer_defaults={"max_epochs": 20, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
-        args=[command, *words],
+        args=[command, *configs_first(words)],
     )
-    return cli.run
 
 
-def _expand_run(argv: Sequence[str]) -> list[str]:
+def _expand_run(words: Sequence[str]) -> list[str]:
     """Replace `--run DIR --ckpt best` by the configuration and checkpoint of that run."""
-    given, words = take_option(argv, "--run")
-    checkpoint, words = take_option(words, "--ckpt")
-    if given is None:
-        if checkpoint is not None:
+    folder, words = take_option(words, "--run")
+    name, words = take_option(words, "--ckpt")
+    if folder is None:
+        if name is not None:
             raise ConfigurationError("--ckpt names a checkpoint of a run; name the run with --run as well.")
-        return words
-    folder = run_folder(given)
-    refuse_stored_trust(folder, words)
-    checkpoint = checkpoint or "best"
-    if checkpoint not in ("best", "last") and not Path(checkpoint).suffix and not Path(checkpoint).exists():
-        sentence = nearest_names(checkpoint, ("best", "last"))
-        raise ConfigurationError(f"--ckpt is {checkpoint!r}; expected best, last or the path of a file. {sentence}")
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt" if checkpoint in ("best", "last") else Path(checkpoint)
-    return ["--config", str(folder / CONFIG_FILE), "--ckpt_path", str(path), *words]
+        return list(words)
+    run = RunFolder.find(folder, whole=True)
+    config = run.config()
+    refuse_stored_trust(config, run.config_path, words)
+    name = name or "best"
+    is_name = name in ("best", "last")
+    if not is_name and not Path(name).suffix and not Path(name).exists():
+        sentence = nearest_names(name, ("best", "last"))
+        raise ConfigurationError(f"--ckpt is {name!r}; expected best, last or the path of a file. {sentence}")
+    path = run.checkpoint(name) if is_name else Path(name)
+    trainer = config.get("trainer")
+    if isinstance(trainer, dict):
+        config["trainer"] = {key: value for key, value in trainer.items() if key not in _OF_TRAINING}
+    config = {key: value for key, value in config.items() if key not in [f"trainer.{name}" for name in _OF_TRAINING]}
+    return ["--config", yaml.safe_dump(config), "--ckpt_path", str(path), *words]
 
 
-def _check_checkpoint(given: str) -> None:
-    if given in ("best", "last", "hpc", "registry"):
+def _check_checkpoint(path: str) -> None:
+    if path in ("best", "last", "hpc", "registry"):
         raise CheckpointError(
-            f"--ckpt_path is {given!r}, which Lightning would look for in a run that has not begun. Name the file: "
-            f"runs/<experiment>/version_<N>/checkpoints/{given}.ckpt."
+            f"--ckpt_path is {path!r}, which Lightning would look for in a run that has not begun. Name the file: "
+            f"runs/<experiment>/version_<N>/checkpoints/{path}.ckpt."
         )
-    read_checkpoint(Path(given))
+    read_checkpoint(Path(path))
 
 
 def _is_first_process() -> bool:
-    """Whether this is the only process or the first of several, whoever started them (Lightning, torchrun, SLURM)."""
+    """True for the only process or the first of several, however they were started (Lightning, torchrun, SLURM)."""
     return getattr(rank_zero_only, "rank", 0) == 0 and RUN_FOLDER_VARIABLE not in os.environ
 
 
-def _make_run_folder(experiment: Path) -> Path:
-    made = os.environ.get(RUN_FOLDER_VARIABLE)
-    if made is not None:
-        return Path(made)
-    # Another process writes nothing, and learns of the folder when checkpoints are shared out; any name will do.
-    return make_next_folder(experiment, "version") if _is_first_process() else experiment / "version_0"
+def _claimed_run(experiment: Path) -> RunFolder:
+    claimed = os.environ.get(RUN_FOLDER_VARIABLE)
+    if claimed is not None:
+        return RunFolder(Path(claimed))
+    if _is_first_process():
+        return RunFolder.create(experiment.parent, experiment.name)
+    # Another process writes nothing, and learns of the folder when checkpoints are shared out.
+    return RunFolder(experiment / "version_of_the_first_process")
 
 
 def _as_list(value: Any) -> list[Any]:

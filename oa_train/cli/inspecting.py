@@ -9,10 +9,10 @@ from typing import Any, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from oa_train.cli.arguments import ExplainingParser, check_configs
-from oa_train.cli.messages import check_true_precision
 from oa_train.cli.output import console
+from oa_train.cli.parser import ExplainingParser
 from oa_train.cli.quiet import silence_libraries
+from oa_train.cli.trainer import check_true_precision
 from oa_train.diagnostics.memory import StepSettings, Strategy, node_step_memory
 from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
@@ -39,7 +39,6 @@ def inspect_command(argv: Sequence[str]) -> dict[str, Any]:
         RunError: a check has failed.
     """
     silence_libraries()
-    check_configs(argv)
     parser = _parser()
     options = parser.parse_args(list(argv))
     lm: LMSpec = parser.instantiate_classes(options).lm

@@ -1,277 +1,281 @@
-"""Turning what the option parser says into what a user can act on."""
+"""Messages for users in the place of the option parser's: what is wrong with which option, and what would be right."""
 
 import ast
 import inspect
+import pkgutil
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+import types
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, Literal, get_args, get_origin
 
-from oa_train.cli.classes import class_problem, own_classes
-from oa_train.errors import ConfigurationError, OaTrainError, causes, nearest_names
+from jsonargparse import ArgumentParser
+
+from oa_train.cli.precheck import LINKED
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.masks.base import MaskDistribution
 from oa_train.models.families import WITHOUT_DEVICE_MAP
+from oa_train.tasks.task import Task
+from oa_train.training.module import FrozenModelModule
 
-# Arguments that follow options of the whole command line.
-LINKED = {"lm": "lm", "seed": "seed_everything"}
+# Bases of the classes that a configuration can name.
+BASES = (FrozenModelModule, Task, MaskDistribution)
 
 PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 
-# These set the data type of the frozen model, which has to be loaded in it.
-TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
-
-# Where what the parser would accept is not what works.
+# Values that work, where the parser would accept more.
 _EXPECTED = {"seed_everything": "a whole number", "trainer.precision": PRECISIONS}
 
-# Options that were called otherwise before.
+_PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+# New names of renamed options.
 RENAMED = {
     "graph": "level",
     "penalty": "penalty_weight",
     "activation_checkpointing": "recompute",
 }
 
-# Options that the parsers do not know, because they are handled before.
-_EVERYWHERE = ("quiet",)
+# Longer values are cut in messages.
+_MOST_SHOWN = 80
 
 
-def explain(problem: str, options: Sequence[str]) -> ConfigurationError:
-    """Say what is wrong with the options or the configuration, and what would be right.
+def explained(problem: str, parser: ArgumentParser) -> ConfigurationError:
+    """The error for a message of the parser.
 
     Args:
-        problem: message of the parser.
-        options: all options that the command has, or all arguments of a class, without dashes.
+        problem: the message.
+        parser: the parser of a command, or of the arguments of a class, which is its `owner`.
     """
-    rules: tuple[Callable[[str, Sequence[str]], str | None], ...] = (
-        _missing,
-        _without_value,
-        _unknown_options,
-        _unknown_key,
-        _unknown_argument,
-        _linked,
-        _wrong_class,
-        _wrong_group,
-        _wrong_value,
-        _wrong_types,
-    )
-    for rule in rules:
-        message = rule(problem, options)
-        if message:
-            return ConfigurationError(message)
+    for pattern, message in (
+        (r"the following arguments are required: (.*)", _missing),
+        (r"argument (?:-\w/)?(--[\w.]+).*: expected one argument", _without_value),
+        (r"unrecognized arguments: (.*)", _unknown_words),
+        (r"ption '(.+?)'", _unknown_key),
+        (r'Linked "(.+?)" must be given via', _linked),
+        (r'Parser key "([\w.]+)"', _wrong_value),
+    ):
+        match = re.search(pattern, problem)
+        text = message(match[1], problem, parser) if match else None
+        if text:
+            return ConfigurationError(text)
     return ConfigurationError(problem.strip())
 
 
-def check_true_precision(option: str, precision: str, dtype: str) -> None:
-    """Check that a precision that is to hold for the frozen model is the data type in which it is loaded.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
-    wanted = TRUE_PRECISIONS.get(precision, dtype)
-    if dtype != wanted:
-        raise ConfigurationError(
-            f"{option} is {precision}, a frozen model in {wanted}, and lm.dtype is {dtype}; give --lm.dtype {wanted}. "
-            "What is trained is float32 either way."
-        )
+def option_names(parser: ArgumentParser) -> list[str]:
+    """Every option of a parser and of its subcommands, without dashes."""
+    names: dict[str, None] = {}
+    for action in parser._actions:
+        names |= dict.fromkeys(option.removeprefix("--") for option in action.option_strings if len(option) > 2)
+        for subparser in _choices(action).values():
+            names |= dict.fromkeys(option_names(subparser))
+    # Neither appending to a list nor a class's help page is what a misspelt name was meant to be.
+    return [name for name in names if re.fullmatch(r"[\w.]+", name) and not name.endswith((".help", "print_shtab"))]
 
 
-def own_error(problem: BaseException) -> OaTrainError | None:
-    """The error of this package that another error was made from, if there is one.
-
-    The parser catches what constructors raise and wraps it into messages about types.
-    """
-    return next((one for one in causes(problem) if isinstance(one, OaTrainError)), None)
+def group_problem(key: str, value: object, parser: ArgumentParser) -> str:
+    """Message for a single value in the place of a group of options."""
+    inner = [name for name in option_names(parser) if name.startswith(f"{key}.")]
+    return f"{key} is {value!r}; expected a group of options ({', '.join(inner[:3])}, ...) or a file that holds one."
 
 
-def _missing(problem: str, options: Sequence[str]) -> str | None:
-    del options
-    found = re.search(r"the following arguments are required: (.*)", problem)
-    if found is None:
-        return None
-    names = [name.strip().rpartition(".")[2] for name in found[1].split(",")]
-    return f"Missing: {', '.join(f'--{name}' for name in names)}. Give them, or a --config file that holds them."
+def known_classes(base: type[Any]) -> dict[str, type[Any]]:
+    """Imported subclasses that can be instantiated, by the bare names under which the parser knows them."""
+    return {kind.__name__: kind for kind in _below(base) if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
 
 
-def _without_value(problem: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"argument (?:-\w/)?(--[\w.]+).*: expected one argument", problem)
-    if found is None:
-        return None
-    inner = " or an argument of it" if found[1] in ("--model", "--data") and "model" in options else ""
-    return f"{found[1]}{inner} needs a value."
+def _below(base: type[Any]) -> Iterator[type[Any]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _below(kind)
 
 
-def _unknown_options(problem: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"unrecognized arguments: (.*)", problem)
-    if found is None:
-        return None
-    words = [word.split("=")[0] for word in found[1].split() if word.strip("-") and word.startswith("-")]
-    if not words:
-        return f"These words belong to no option: {found[1]}"
-    owner = _owner(options)
-    if owner is not None:
-        return "\n".join(_no_argument(owner, word.lstrip("-"), options) for word in words)
-    return "\n".join(_no_option(word, word.lstrip("-"), [*options, *_EVERYWHERE]) for word in words)
+def _missing(names: str, problem: str, parser: ArgumentParser) -> str:
+    del problem, parser
+    options = ", ".join(f"--{name.strip().rpartition('.')[2]}" for name in names.split(","))
+    return f"Missing: {options}. Give them, or a --config file that holds them."
 
 
-def _unknown_key(problem: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"does not accept option '(.+?)'", problem)
-    return _no_option(f"{found[1]} (in the configuration)", found[1], options) if found else None
+def _without_value(option: str, problem: str, parser: ArgumentParser) -> str:
+    del problem
+    has_arguments = option in ("--model", "--data") and "model" in option_names(parser)
+    return f"{option}{' or an argument of it' if has_arguments else ''} needs a value."
 
 
-def _no_option(shown: str, name: str, options: Sequence[str]) -> str:
+def _unknown_words(words: str, problem: str, parser: ArgumentParser) -> str:
+    del problem
+    options = [word.split("=")[0] for word in words.split() if word.strip("-") and word.startswith("-")]
+    if not options:
+        return f"These words belong to no option: {words}"
+    return "\n".join(_unknown(option.lstrip("-"), option, parser) for option in options)
+
+
+def _unknown_key(name: str, problem: str, parser: ArgumentParser) -> str:
+    is_file = "does not accept" in problem
+    return _unknown(name, f"{name} (in the configuration)" if is_file else name, parser)
+
+
+def _linked(name: str, problem: str, parser: ArgumentParser) -> str:
+    del parser
+    source = problem.partition('given via "')[2].partition('"')[0]
+    return f"{name} follows --{source}; give that instead."
+
+
+def _unknown(name: str, shown: str, parser: ArgumentParser) -> str:
+    """Message for an option, or an argument of a class, that does not exist."""
     if name == "lm.device_map":
         return f"There is no option {shown}. {WITHOUT_DEVICE_MAP}"
-    new = RENAMED.get(name.rpartition(".")[2])
-    if new is not None:
-        return f"There is no option {shown}; it is called {new} now."
-    sentence = nearest_names(name, options)
-    if not sentence.startswith("Did you mean"):
-        prefix = name.rpartition(".")[0]
-        siblings = [option for option in options if prefix and option.startswith(f"{prefix}.")]
-        top = sorted({option.split(".")[0] for option in options})
-        sentence = nearest_names(name, siblings or top)
-    return f"There is no option {shown}. {sentence}"
-
-
-def _unknown_argument(problem: str, options: Sequence[str]) -> str | None:
-    found = re.search(r"Option '(.+?)' is not accepted", problem)
-    if found is None:
-        return None
-    if found[1] == "class_path":
+    if name == "class_path":
         return "A class is given by class_path and init_args and nothing else; its arguments stand under init_args."
-    owner = _owner(options)
-    if owner is not None:
-        return _no_argument(owner, found[1], options)
-    near = nearest_names(found[1], ["class_path", "init_args", *_arguments(options)])
-    return f"There is no argument {found[1]!r} here. {near}"
-
-
-def _no_argument(owner: type, name: str, options: Sequence[str]) -> str:
-    if RENAMED.get(name) in _parameters(owner):
-        return f"{owner.__name__} has no argument {name!r}; it is called {RENAMED[name]!r} now."
-    others = sorted(one.__name__ for one in own_classes() if name in _parameters(one))
+    names, owner = option_names(parser), getattr(parser, "owner", None)
+    prefix, _, last = name.rpartition(".")
+    new = RENAMED.get(last)
+    if owner is None:
+        start = f"There is no option {shown}"
+        if new is not None:
+            return f"{start}; it is called {new} now."
+        siblings = [option for option in names if prefix and option.startswith(f"{prefix}.")]
+        top = sorted({option.split(".")[0] for option in [*names, "quiet"]})
+        near = nearest_names(name, [*names, "quiet"])
+        return f"{start}. {near if near.startswith('Did you mean') else nearest_names(name, siblings or top)}"
+    arguments = [argument for argument in names if "." not in argument and argument not in ("help", *LINKED)]
+    if inspect.isabstract(owner):
+        near = nearest_names(name, ["class_path", "init_args", *arguments])
+        return f"There is no argument {name!r} here. {near}"
+    start = f"{owner.__name__} has no argument {name!r}"
+    if new in arguments:
+        return f"{start}; it is called {new!r} now."
+    others = sorted(other for base in BASES for other, kind in known_classes(base).items() if _takes(kind, name))
     elsewhere = f" ({', '.join(others)} has one.)" if others else ""
-    names = _arguments(options)
-    return f"{owner.__name__} has no argument {name!r}. {nearest_names(name, names)}{elsewhere}"
+    return f"{start}. {nearest_names(name, arguments)}{elsewhere}"
 
 
-def _owner(options: Sequence[str]) -> type | None:
-    """The class whose arguments a parser's options are."""
-    names = set(_arguments(options))
-    for one in own_classes():
-        parameters = _parameters(one)
-        # What has no default can be given by the class that the object is made for.
-        if (
-            names
-            and {name for name, p in parameters.items() if p.default is not p.empty} <= names <= parameters.keys()
-        ):
-            return one
-    return None
+def _takes(kind: type, argument: str) -> bool:
+    return any(argument in inspect.signature(base).parameters for base in kind.__mro__ if "__init__" in vars(base))
 
 
-def _parameters(one: type) -> dict[str, inspect.Parameter]:
-    """Arguments of a class, those included that it hands on to its bases as keywords."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in inspect.getmro(one):
-        if "__init__" not in vars(base):
-            continue
-        parameters = inspect.signature(base).parameters
-        found = {**parameters, **found}
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            break
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in found.items() if p.kind not in variadic and name not in LINKED}
-
-
-def _arguments(options: Sequence[str]) -> list[str]:
-    return [name for name in options if "." not in name and name not in ("help", *LINKED)]
-
-
-def _linked(problem: str, options: Sequence[str]) -> str | None:
-    del options
-    found = re.search(r'Linked "(.+?)" must be given via "(.+?)"', problem)
-    return f"{found[1]} follows --{found[2]}; give that instead." if found else None
-
-
-def _wrong_class(problem: str, options: Sequence[str]) -> str | None:
-    del options
-    key = re.search(r'Parser key "([\w.]+)"', problem)
-    value = _given(problem)
+def _wrong_value(key: str, problem: str, parser: ArgumentParser) -> str | None:
+    keys = re.findall(r'Parser key "([\w.]+)"', problem)
+    key, value = keys[-1], _value(problem)
+    actions = (action for action in (*parser._actions, *_subparser(parser)._actions) if action.dest == key)
+    action = next(actions, None)
+    hint = getattr(action, "_typehint", None)
+    if hint is None:
+        return group_problem(key, value, parser)
+    leaves = list(_leaves(hint))
+    classes = tuple(leaf for leaf in leaves if inspect.isclass(leaf) and leaf not in (*_PLAIN_TYPES, type(None)))
     name = value.get("class_path") if isinstance(value, dict) else value
-    about_classes = re.search(
-        r"given class_path|Import path|Expected a dot import path|Expected an instantiatable|path but .* invalid",
-        problem,
+    if classes:
+        if isinstance(value, dict) and not isinstance(value.get("init_args", {}), dict):
+            return f"{key}.init_args is {value['init_args']!r}; expected named arguments."
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
+            return _class_problem(key, name, classes)
+        return f"{key} is {_shown(value)}; expected the name of a class, or class_path with init_args."
+    owner = getattr(parser, "owner", None)
+    of = f" of {owner.__name__}" if owner is not None else ""
+    return f"{LINKED.get(key, key)}{of} is {_shown(value)}; expected {_expected(key, value, leaves)}"
+
+
+def _subparser(parser: ArgumentParser) -> ArgumentParser:
+    """The parser of the only subcommand; the parser itself if there is none."""
+    parsers = [choice for action in parser._actions for choice in _choices(action).values()]
+    return parsers[0] if parsers else parser
+
+
+def _choices(action: Any) -> dict[str, ArgumentParser]:
+    return action.choices if isinstance(action.choices, dict) else {}
+
+
+def _expected(key: str, value: object, leaves: Sequence[Any]) -> str:
+    if key in _EXPECTED:
+        return f"{_EXPECTED[key]}."
+    choices = [leaf for leaf in leaves if isinstance(leaf, str)]
+    plain = [_PLAIN_TYPES[leaf] for leaf in dict.fromkeys(leaves) if leaf in _PLAIN_TYPES]
+    if "a number" in plain and "a whole number" in plain:
+        plain.remove("a whole number")
+    if choices:
+        plain.append(f"one of {', '.join(choices)}")
+    near = nearest_names(str(value), choices) if choices else ""
+    return f"{' or '.join(plain)}.{f' {near}' if near.startswith('Did you mean') else ''}"
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """Types and literal values of which a type annotation consists."""
+    origin = get_origin(hint)
+    if origin is Literal:
+        yield from get_args(hint)
+    elif origin is None:
+        if not isinstance(hint, list):  # the arguments of a callable
+            yield hint
+    elif origin is not type:
+        for part in get_args(hint):
+            yield from _leaves(part)
+
+
+def _value(problem: str) -> Any:
+    """The value that a message of the parser quotes."""
+    patterns = (
+        r"Given value: (.*)",
+        r"Got value: (.*)",
+        r"Unable to load config ['\"](.*)['\"]",
+        r"path string: (.*)",
     )
-    if key is None or (about_classes is None and "Not a valid subclass" not in problem):
-        return None
-    if isinstance(value, dict) and not isinstance(value.get("init_args", {}), dict):
-        return f"{key[1]}.init_args is {value['init_args']!r}; expected named arguments."
-    if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
-        return class_problem(key[1], name)
-    return f"{key[1]} is {value!r}; expected the name of a class, or class_path with init_args."
-
-
-def _given(problem: str) -> Any:
-    patterns = (r"Given value: (.*)", r"Got value: (.*)", r"import path string: (.*)", r"given class_path '(.*?)'")
-    found = next(filter(None, (re.search(pattern, problem) for pattern in patterns)), None)
-    text = found[1].strip() if found else ""
+    match = next(filter(None, (re.search(pattern, problem) for pattern in patterns)), None)
+    text = match[1].strip() if match else ""
     nested = re.fullmatch(r"NestedArg\(key='class_path', val=(.*)\)", text)
     text = nested[1] if nested else text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
-def _wrong_group(problem: str, options: Sequence[str]) -> str | None:
-    found = re.search(r'Parser key "([\w.]+)":\s*Unable to load config \'?"?(.*?)"?\'?$', problem, re.MULTILINE)
-    return group_problem(found[1], found[2], options) if found else None
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a number of more digits than Python prints
+        text = "a number of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def group_problem(key: str, given: object, options: Sequence[str]) -> str:
-    """Say that a value stands where a group of options is expected."""
-    inner = [name for name in options if name.startswith(f"{key}.")]
-    return f"{key} is {given!r}; expected a group of options ({', '.join(inner[:3])}, ...) or a file that holds one."
+def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
+    """Message for a name that does not lead to a class of a kind: its module, its name or its kind is wrong."""
+    module, _, short = name.rpartition(".")
+    known = {other: kind for base in bases for other, kind in known_classes(base).items()}
+    start = f"{key} is {name!r}, "
+    if module:
+        try:
+            kind = getattr(import_module(module), short)
+        except ModuleNotFoundError as problem:
+            missing = problem.name or module
+            if module == missing or module.startswith(f"{missing}."):
+                return f"{start}but there is no module {missing!r}.{_near_modules(missing)}"
+            return f"{start}but the module {module} cannot be imported: it needs {missing!r}, which is not installed."
+        except AttributeError:
+            members = inspect.getmembers(import_module(module), inspect.isclass)
+            names = [other for other, kind in members if issubclass(kind, bases) and kind not in bases]
+            near = f" {nearest_names(short, names)}" if names else ""
+            return f"{start}but the module {module} has no class {short!r}.{near}"
+        except Exception as problem:  # noqa: BLE001 (importing runs whatever the module holds)
+            return f"{start}but the module {module} cannot be imported: {type(problem).__name__}: {problem}"
+    else:
+        kinds = {kind.__name__: kind for base in (*BASES, *bases) for kind in (base, *_below(base))}
+        if name not in kinds:
+            return f"{start}which is no class known here. {nearest_names(name, known)}"
+        kind = kinds[name]
+    expected = f"expected a kind of {bases[0].__name__}: {', '.join(list(known)[:10])}"
+    if not inspect.isclass(kind):
+        return f"{start}which is a {type(kind).__name__} and no class."
+    if not issubclass(kind, bases):
+        return f"{start}which is no {bases[0].__name__}; {expected}."
+    if kind in bases or inspect.isabstract(kind):
+        return f"{start}which is abstract; {expected}."
+    return f"{start}which cannot be used here; {expected}."
 
 
-def _wrong_value(problem: str, options: Sequence[str]) -> str | None:
-    del options
-    found = re.findall(r'Parser key "([\w.]+)":\s*Expected an? (.+?)\. Got value: (.*)', problem)
-    if not found:
-        return None
-    key, expected, given = found[-1]
-    owner = re.findall(r"class_path '([\w.]+)'", problem)
-    of = f" of {owner[-1].rpartition('.')[2]}" if owner else ""
-    return _expected(f"{LINKED.get(key, key)}{of}", given, [expected])
-
-
-def _wrong_types(problem: str, options: Sequence[str]) -> str | None:
-    """A value that is none of several types; nested ones have been explained before."""
-    del options
-    key = re.search(r'Parser key "([\w.]+)"', problem)
-    reasons = re.findall(r"^\s*- (?!Expected a <class 'NoneType'>)(.+)$", problem, flags=re.MULTILINE)
-    if not key or not reasons:
-        return None
-    types = [re.match(r"Expected an? (.+?)(?:\. Got value.*)?$", reason) for reason in reasons]
-    if all(types):
-        given = re.search(r"Given value: (.*)", problem)
-        return _expected(key[1], given[1] if given else "wrong", [one[1] for one in types if one])
-    return f"{key[1]}: " + "; ".join(reason.rstrip(":") for reason in reasons)
-
-
-def _expected(key: str, given: str, types: Sequence[str]) -> str:
-    given = given.strip()
-    shown = given if given.startswith(("[", "{", "'")) else repr(given)
-    plain = list(dict.fromkeys(_plain_type(one) for one in types))
-    if "a number" in plain:
-        plain = [one for one in plain if one != "a whole number"]
-    choices = [name for one in plain if one.startswith("one of ") for name in one.removeprefix("one of ").split(", ")]
-    sentence = nearest_names(given.strip("'"), choices) if choices else ""
-    near = f" {sentence}" if sentence.startswith("Did you mean") else ""
-    return f"{key} is {shown}; expected {_EXPECTED.get(key) or ' or '.join(plain)}.{near}"
-
-
-def _plain_type(expected: str) -> str:
-    literal = re.fullmatch(r"typing\.Literal\[(.+)\]", expected)
-    if literal:
-        return "one of " + literal[1].replace("'", "")
-    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
-    plain = re.fullmatch(r"<class '(\w+)'>", expected)
-    return names.get(plain[1], plain[1]) if plain else expected
+def _near_modules(missing: str) -> str:
+    parent, _, name = missing.rpartition(".")
+    if not parent:
+        return " It must be installed, or lie in a folder that PYTHONPATH names."
+    package: types.ModuleType = import_module(parent)
+    siblings = [module.name for module in pkgutil.iter_modules(getattr(package, "__path__", []))]
+    return f" {nearest_names(name, siblings)}" if siblings else f" {parent} has no modules inside."

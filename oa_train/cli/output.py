@@ -1,7 +1,8 @@
-"""What commands show on the terminal."""
+"""Terminal output of the commands."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,31 +15,33 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from oa_train.cli.record import said
-from oa_train.metrics.estimates import Estimate
-from oa_train.studies.front import Front
+from oa_train.cli.record import log
+from oa_train.studies.study import Findings, Table
 
-# Columns of what is read in a file and not on a terminal.
+# Columns of output that is read in a file and not on a terminal.
 WIDTH = 160
-# Names that are listed on one line.
-MOST_NAMES = 60
+
+_NUMBER = re.compile(r"[-+]?[\d.]|$")
 
 
 class RecordedConsole(Console):
-    """A console whose words also go into the record of the command, as plain text."""
+    """A console whose output also goes into the log of the command, as plain text. Names are never markup."""
+
+    def __init__(self) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, and record."""
+        """Print, and log."""
         shown = options if self.is_terminal else {"width": WIDTH} | options
         super().print(*objects, **shown)
-        paper = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+        paper = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
         with paper.capture() as captured:
             paper.print(*objects, **options)
         for line in captured.get().rstrip().splitlines():
-            said.info("%s", line)
+            log.info("%s", line)
 
 
 class RateColumn(ProgressColumn):
@@ -61,47 +64,42 @@ progress_console = Console(stderr=True)
 def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
     """Show a progress bar on the error stream while the steps are taken: done, of how many, rate, time remaining."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         RateColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    said.info("%s: %d steps", description, len(steps))
+    log.info("%s: %d steps", description, len(steps))
     with Progress(*columns, console=progress_console) as progress:
         yield from progress.track(steps, description=description)
 
 
-def estimate_cell(value: Estimate) -> str:
-    """A mean with half the width of its 95 % interval."""
-    return f"{value.mean:.3g} ± {value.ci95[1] - value.mean:.1g}"
+def show(findings: Findings) -> None:
+    """Print the tables and lines of a study, and where its results are."""
+    for part in findings.shown:
+        console.print(part if isinstance(part, str) else _table(part), soft_wrap=isinstance(part, str))
+    if findings.folder is not None:
+        console.print(f"results: {findings.folder}", soft_wrap=True)
 
 
-def listed_names(names: Sequence[str]) -> str:
-    """Names as far as they can be read, and how many more there are."""
-    shown = ", ".join(names[:MOST_NAMES])
-    return shown if len(names) <= MOST_NAMES else f"{shown} and {len(names) - MOST_NAMES:,} more"
+def _table(table: Table) -> RichTable:
+    """A table whose columns of numbers are aligned to the right."""
+    width = min(max(map(len, table.title.split("\n"))), WIDTH)
+    shown = RichTable(title=table.title, title_justify="left", padding=(0, 0, 0, 1), min_width=width)
+    columns = dict.fromkeys(name for row in table.rows for name in row)
+    cells = [[_cell(row.get(name)) for name in columns] for row in table.rows]
+    for name, column in zip(columns, zip(*cells, strict=True), strict=True):
+        numbers = all(map(_NUMBER.match, column)) and any(column)
+        shown.add_column(name, justify="right" if numbers else "left", no_wrap=True)
+    for row in cells:
+        shown.add_row(*row)
+    return shown
 
 
-def metrics_table(title: str, metrics: Mapping[str, Estimate]) -> Table:
-    """Figures of one thing, a row each."""
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column("figure")
-    table.add_column("mean ± 95 % interval", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, estimate_cell(value))
-    return table
-
-
-def front_table(front: Front, n_prompts: int) -> Table:
-    """Circuits that were trained side by side, a row each, and their KL divergence under each ablation."""
-    first = front.circuits[0]
-    table = Table(
-        title=f"KL divergence in nats, mean ± 95 % interval, on {n_prompts} held-out prompts", title_justify="left"
-    )
-    table.add_column(f"{first.level.parts}, of {len(first.level)}", justify="right")
-    for kind in front.metrics:
-        table.add_column(kind.replace("_", " "), justify="right")
-    for number, circuit in enumerate(front.circuits):
-        table.add_row(str(len(circuit)), *(estimate_cell(figures[number]["kl"]) for figures in front.metrics.values()))
-    return table
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The record of a command: everything that it says, with time stamps, in `run.log` of its run folder."""
+"""The log of a command: everything that it prints, with time stamps, in `run.log` of its run folder."""
 
 import logging
 import sys
@@ -12,17 +12,15 @@ from typing import TextIO
 
 LOG_FILE = "run.log"
 
-# What this package says itself; its only handler is the record, because the terminal has been written to already.
-said = logging.getLogger("oa_train.said")
+# Messages of this package; its only handler writes the log, because the terminal has been written to already.
+log = logging.getLogger("oa_train.log")
 
-# Libraries whose notices are recorded.
+# Libraries whose notices are logged.
 LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "huggingface_hub", "torch")
-
-_LINE = "%(asctime)s %(levelname)-7s %(message)s"
 
 
 class Record(MemoryHandler):
-    """Keeps what is said until the run folder is known, then writes it there, and every later line at once."""
+    """Keeps messages until the run folder is known, then writes them there, and every later one at once."""
 
     def __init__(self) -> None:
         super().__init__(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
@@ -36,7 +34,7 @@ class Record(MemoryHandler):
                 return
             self.target.close()
         target = _LogFile(path, encoding="utf-8")
-        target.setFormatter(logging.Formatter(_LINE))
+        target.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.setTarget(target)
         self.flushLevel = logging.NOTSET
         self.flush()
@@ -55,7 +53,7 @@ class Record(MemoryHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """Keeps quiet when the disk is full: what it cannot take has been said on the terminal already."""
+    """Drops lines for which the disk has no room: the terminal has shown them already."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
         del record
@@ -67,18 +65,18 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def recording(words: Sequence[str]) -> Iterator[None]:
-    """Record what a command says, Python's warnings and errors of threads included; nothing of it is left behind.
+    """Log what a command prints, Python's warnings and errors of threads included; handlers are removed at the end.
 
     Args:
-        words: the command line, which is the first line of the record.
+        words: the command line, which is the first line of the log.
     """
     record = Record()
-    loggers = [said, *(logging.getLogger(name) for name in LIBRARIES)]
-    said.setLevel(logging.INFO)
-    said.propagate = False
+    loggers = [log, *(logging.getLogger(name) for name in LIBRARIES)]
+    log.setLevel(logging.INFO)
+    log.propagate = False
     for logger in loggers:
         logger.addHandler(record)
-    said.info("oa-train %s", " ".join(words))
+    log.info("oa-train %s", " ".join(words))
     try:
         threading.excepthook = _thread_ended
         with warnings.catch_warnings():
@@ -92,10 +90,11 @@ def recording(words: Sequence[str]) -> Iterator[None]:
 
 
 def record_in(folder: Path) -> None:
-    """Write the record of the command that is running to `run.log` in a folder; without a command nothing happens."""
-    for handler in said.handlers:
+    """Write the log of the running command to `run.log` in a folder; nothing happens outside a command."""
+    for handler in log.handlers:
         if isinstance(handler, Record):
-            handler.write_to(folder)
+            with suppress(OSError):  # a folder that is read only can still be asked about
+                handler.write_to(folder)
 
 
 def _show_warning(
@@ -108,19 +107,18 @@ def _show_warning(
 ) -> None:
     del file, line
     sys.stderr.write(f"oa-train: warning: {message}\n")
-    said.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)
+    log.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)
 
 
-def _thread_ended(given: threading.ExceptHookArgs) -> None:
-    """Record an error that has ended a thread, and warn of it.
+def _thread_ended(ended: threading.ExceptHookArgs) -> None:
+    """Log an error that has ended a thread, and warn of it.
 
-    TensorBoard writes in a thread: that a file cannot be written is raised again where the writer is used next.
+    TensorBoard writes in a thread; that a file cannot be written is raised again where the writer is used next.
     """
-    problem = given.exc_value
+    problem = ended.exc_value
     if problem is None or isinstance(problem, SystemExit):
         return
-    name = "A thread" if given.thread is None else given.thread.name
-    message = f"{name} has ended: {type(problem).__name__}: {problem}"
-    if not isinstance(problem, OSError) and sys.stderr is not None:
+    message = f"{ended.thread.name if ended.thread else 'A thread'} has ended: {type(problem).__name__}: {problem}"
+    if not isinstance(problem, OSError):
         sys.stderr.write(f"oa-train: warning: {message}\n")
-    said.warning("%s", message, exc_info=problem)
+    log.warning("%s", message, exc_info=problem)

@@ -1,20 +1,29 @@
-"""What is asked of Lightning's trainer: checks of its options that Lightning lacks, or makes after the run began."""
+"""Options of Lightning's trainer: checks that Lightning lacks or makes only after the run began, and our defaults."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
-from oa_train.cli.arguments import check_output
-from oa_train.cli.messages import PRECISIONS, TRUE_PRECISIONS, check_true_precision
+from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
+from oa_train.studies.run_folder import output_root
 from oa_train.training.strategies import ShardedStrategy
 
 DEFAULT_ROOT = "runs"
 
-# The strategy that shares out the frozen model; Lightning's of that name would share out what is trained as well.
+# The strategy that shards the frozen model; Lightning's of that name would shard what is trained as well.
 SHARDED = "fsdp"
 
+# Variables from which Lightning takes the number of a process.
+RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+# Precisions that set the data type of the frozen model, which has to be loaded in it.
+TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
 
 # Smallest numbers of the trainer that work; -1 is without limit.
@@ -29,8 +38,16 @@ _LEAST = {
 }
 
 
-def check_trainer(chosen: Any) -> None:
-    """Check what Lightning would not, or only after the run has begun."""
+def check_trainer(chosen: Any, *, writes: bool) -> None:
+    """Check what Lightning would not, or only after the run has begun.
+
+    Args:
+        chosen: the options of a command.
+        writes: a run folder will be made.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot work.
+    """
     config = chosen.trainer
     for name, least in _LEAST.items():
         value = getattr(config, name)
@@ -45,15 +62,23 @@ def check_trainer(chosen: Any) -> None:
             f"experiment is {chosen.experiment!r}; expected a name, which becomes a folder below "
             "trainer.default_root_dir."
         )
-    check_output("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
+    if writes:
+        root = output_root("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
+        output_root("experiment", str(root / chosen.experiment))
 
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
-    """Check that a validation interval in batches fits into an epoch."""
+    """Check that an epoch has batches, and that a validation interval in batches fits into it.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
     every, limit = config.val_check_interval, config.limit_train_batches
     length = batches_per_epoch
     if limit is not None:
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if isinstance(every, int | float) and not every > 0:
+        raise ConfigurationError(f"trainer.val_check_interval is {every}; expected more than 0.")
     if isinstance(every, int) and every > length and config.check_val_every_n_epoch is not None:
         raise ConfigurationError(
             f"trainer.val_check_interval is {every}, but an epoch has {length} batches "
@@ -62,12 +87,22 @@ def check_intervals(config: Any, batches_per_epoch: int) -> None:
         )
 
 
-def trainer_changes(config: Any) -> dict[str, Any]:
-    """Where Lightning's trainer is given something else than what was written.
+def check_true_precision(option: str, precision: str, dtype: str) -> None:
+    """Check that a precision that the frozen model is to have is the data type in which it is loaded.
 
-    Args:
-        config: the trainer's options, checked.
+    Raises:
+        ConfigurationError: it is not.
     """
+    wanted = TRUE_PRECISIONS.get(precision, dtype)
+    if dtype != wanted:
+        raise ConfigurationError(
+            f"{option} is {precision}, a frozen model in {wanted}, and lm.dtype is {dtype}; give --lm.dtype {wanted}. "
+            "What is trained is float32 either way."
+        )
+
+
+def trainer_changes(config: Any) -> dict[str, Any]:
+    """Arguments of Lightning's trainer that differ from the options."""
     changes: dict[str, Any] = {}
     if config.enable_model_summary is None:
         # It lists the frozen model's modules; it is shown when it is asked for.
@@ -78,6 +113,38 @@ def trainer_changes(config: Any) -> dict[str, Any]:
     if config.strategy == SHARDED:
         changes["strategy"] = ShardedStrategy()
     return changes
+
+
+def ignore_stray_ranks(config: Any) -> list[str]:
+    """Remove the number of a process from the environment if nothing has started several.
+
+    A shell inside an allocation sets such variables, and Lightning would take the run for another's helper, which
+    writes nothing of its own.
+
+    Returns:
+        Messages about the variables that were removed.
+
+    Raises:
+        ConfigurationError: several processes are asked for, so that the variables cannot just be ignored.
+    """
+    # Among the user's plugins may be another environment; several tasks of SLURM and torchrun set these rightly.
+    if config.plugins or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ:
+        return []
+    if SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return []
+    stray = [name for name in RANKS if os.environ.get(name, "0") != "0"]
+    if not stray:
+        return []
+    shown = ", ".join(f"{name}={os.environ[name]}" for name in stray)
+    if config.num_nodes > 1 or str(config.devices) not in ("auto", "1"):
+        raise ConfigurationError(
+            f"{shown} in the environment makes this process another's helper, but neither torchrun nor srun has "
+            f"started several. Unset it: unset {' '.join(stray)}"
+        )
+    for name in stray:
+        del os.environ[name]
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    return [f"{shown} in the environment is ignored: nothing has started several processes."]
 
 
 def _check_precision(chosen: Any) -> None:
@@ -100,6 +167,6 @@ def _check_strategy(strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
     if name.startswith(("fsdp_", "deepspeed", "model_parallel", "FSDP", "DeepSpeed", "ModelParallel")):
         raise ConfigurationError(
-            f"trainer.strategy is {name!r}, which would share out masks and constants as well. For models too large "
-            f"for one device there is {SHARDED}, which shares out the frozen model; else ddp."
+            f"trainer.strategy is {name!r}, which would shard masks and constants as well. For models too large "
+            f"for one device there is {SHARDED}, which shards the frozen model; else ddp."
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Figure
 
-from oa_train.artefacts import replace_file
+from oa_train.files import replace_file
 
 # One colour for each ablation in every figure; distinguishable without red and green.
 ABLATION_COLOURS: Mapping[str, str] = {

@@ -27,6 +27,10 @@ class Estimate:
     ci95: tuple[float, float]
     n: int
 
+    def __str__(self) -> str:
+        """The mean and half the width of its interval: "0.0235 ± 0.003"."""
+        return f"{self.mean:.3g} ± {self.ci95[1] - self.mean:.1g}"
+
     def as_json(self) -> dict[str, Any]:
         """The metric object of a results file."""
         return {"mean": self.mean, "stderr": self.stderr, "ci95": list(self.ci95), "n": self.n}

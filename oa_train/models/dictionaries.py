@@ -22,8 +22,8 @@ from typing import Any, Literal, get_args
 import torch
 from safetensors.torch import save as save_safetensors
 
-from oa_train.artefacts import replace_file
 from oa_train.errors import ArtefactError, RunError, nearest_names
+from oa_train.files import replace_file
 from oa_train.models.builtin import builtin_folders
 from oa_train.models.dictionary_layouts import PLAIN_FILE, READERS, read_plain, refuse
 from oa_train.shapes import Float, Tensor

@@ -1,1 +1,7 @@
-"""Questions asked of trained circuits and constants; answers as tables, figures and results.json."""
+"""Studies: questions asked of trained circuits and of models. To add one, write its file and enter it here."""
+
+# By command: the class, imported when it is used, and its line in the overview.
+STUDIES: dict[str, tuple[str, str]] = {
+    "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
+    "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
+}

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import jaccard
-from oa_train.studies.runs import TrainedCircuit
 
 
 def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
     """Overlap of every two circuits: shared components over components in either."""
-    return [[jaccard(one.circuit, other.circuit) for other in runs] for one in runs]
+    return [[jaccard(first.circuit, second.circuit) for second in runs] for first in runs]
 
 
 def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> list[dict[str, Any]]:
@@ -36,8 +36,8 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
 
 
 def _all_but_the_seed(run: TrainedCircuit) -> str:
-    found = ("seed", "edges_before_removal")
-    provenance = {key: value for key, value in run.circuit.provenance.items() if key not in found}
+    varying = ("seed", "edges_before_removal")
+    provenance = {key: value for key, value in run.circuit.provenance.items() if key not in varying}
     task = {key: value for key, value in provenance["task"].items() if key != "seed"}
     return json.dumps(provenance | {"task": task}, sort_keys=True, default=str)
 

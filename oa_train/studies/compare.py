@@ -1,9 +1,10 @@
 """Ablations on the same prompts: of everything outside a circuit, of each component alone, for one run or several."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -12,44 +13,38 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
-from oa_train.artefacts import make_next_folder
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
-from oa_train.figures.style import save_figure
-from oa_train.metrics.estimates import estimate, paired_difference
+from oa_train.figures.style import Figure
+from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
-from oa_train.studies.comparison import Compared, Comparison, RandomCircuits
-from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.studies.runs import TrainedCircuit
-from oa_train.tasks.task import Task
+from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
 
-# Components that are ablated alone unless others are asked for; of more only those that are.
+# Components that are ablated alone by default; of a model with more, only those that are asked for.
 MOST_ALONE = 100
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """What is compared, and how the constants for it are trained.
+    """Settings of `compare`.
 
     Attributes:
-        ablations: kinds of ablation; all that the task has prompts for when not given.
-        components: a shell pattern, or a list of them, of the components that are ablated alone as well; an empty list
-            for none. When not given, all of them if they are at most 100.
-        positions: size of the tables of constants: 1 pools all positions, P tells P of them apart, `every` all
-            positions that prompts have; as many as the runs tell apart when not given.
+        ablations: kinds of ablation; by default all for which the task has prompts.
+        components: a shell pattern, or a list of them, of the components that are also ablated alone; an empty list
+            for none. By default all of them if they are at most 100.
+        positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
+            positions of the prompts; by default as many as the runs distinguish.
         fit: training of the constants of each component alone, and of the random circuits.
         circuit_fit: training of the constants of a run's circuit that has none, or none for this task, for KL
             divergence, or for a table of this size.
-        random_circuits: circuits of each run's size that are drawn at random and given optimal constants; 0 for none.
-            The run's own circuit is given the same training, so that they can be compared.
-        seed: of the random circuits.
+        random_circuits: random circuits of each run's size that are given optimal constants; 0 for none. The run's
+            own circuit is given the same training, so that they can be compared.
     """
 
     ablations: list[AblationKind] | None = None
@@ -58,7 +53,6 @@ class CompareSettings:
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
     circuit_fit: RefitSettings = field(default_factory=RefitSettings)
     random_circuits: int = 20
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.random_circuits < 0:
@@ -67,318 +61,307 @@ class CompareSettings:
             raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
         if self.ablations is not None and not self.ablations:
             raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
-        given = self.ablations or []
-        for kind in given:
+        for kind in self.ablations or []:
             check_kind("ablations", kind)
-        if len(set(given)) < len(given):
-            raise ConfigurationError(f"ablations names one of {', '.join(given)} twice.")
+        if self.ablations is not None and len(set(self.ablations)) < len(self.ablations):
+            raise ConfigurationError(f"ablations names one of {', '.join(self.ablations)} twice.")
 
 
-def compare(
-    model: CausalLM,
-    task: Task,
-    runs: Sequence[TrainedCircuit],
-    folder: str | Path,
-    settings: CompareSettings | None = None,
-    track: Track = silent,
-) -> Compared:
-    """Compare ablations on the same held-out prompts.
+class Compare(Study[CompareSettings]):
+    """Compares ablations on the same held-out prompts.
 
-    Each run's circuit is tested under every ablation, whatever it was trained under. Under optimal ablation it keeps
-    its own constants when they were trained on this task, for KL divergence and for a table of this size, and is given
-    some otherwise.
+    Each circuit is tested under every ablation, whatever it was trained under. Under optimal ablation it keeps its own
+    constants if they were trained on this task, for KL divergence and for a table of this size; otherwise it is given
+    new ones.
 
-    Args:
-        model: frozen causal language model.
-        task: where prompts come from.
-        runs: one trained circuit or several, of this model.
-        folder: run folder; results go to `studies/compare_K`.
-        settings: what is compared, and how.
-        track: progress.
+    Rows: one for each circuit and ablation (`component` is "circuit"), then one for each component and ablation, each
+    with the measures and their paired differences to optimal ablation (`x_minus_optimal`).
 
     Raises:
-        ConfigurationError: there is no run, or two have the same name.
+        ConfigurationError: two circuits have the same name or are over different levels, or a pattern matches nothing.
         TaskError: an ablation was asked for that the task has no prompts for.
     """
-    study = _Study(model, task, runs, settings or CompareSettings(), track)
-    rows = study.rows()
-    random = study.random_circuits()
-    kl = {row.run.name: row.figures["kl"].mean for row in rows if row.run and row.ablation == study.kinds[0]}
-    written = make_next_folder(Path(folder) / "studies", "compare")
-    compared = Compared(rows, random, jaccard_matrix(runs), over_seeds(runs, kl, study.kinds[0]), written)
-    _write(compared, study, Path(folder))
-    _draw(compared, study)
-    return compared
 
+    name = "compare"
+    Settings: ClassVar[type] = CompareSettings
+    asks_of = "several"
 
-class _Study:
-    """What `compare` works on: circuits and components as masks, and the ablations of each."""
-
-    def __init__(
-        self, model: CausalLM, task: Task, runs: Sequence[TrainedCircuit], settings: CompareSettings, track: Track
-    ) -> None:
-        names = [run.name for run in runs]
-        if not names or len(set(names)) < len(names):
-            raise ConfigurationError(f"Expected one run or several with different names, not {names}.")
-        self.level = runs[0].circuit.level
-        if any(run.circuit.level != self.level for run in runs):
-            kinds = ", ".join(f"{run.name} of {len(run.circuit.level)} {run.circuit.level.parts}" for run in runs)
+    def check(self) -> None:
+        """Circuits must share a level, and patterns match something."""
+        super().check()
+        self.level = self.circuits[0].circuit.level
+        if any(run.circuit.level != self.level for run in self.circuits):
+            kinds = ", ".join(
+                f"{run.name} of {len(run.circuit.level)} {run.circuit.level.parts}" for run in self.circuits
+            )
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
-        self.model = model
-        self.task = task
-        self.runs = runs
-        self.settings = settings
-        self.track = track
-        self.batches = list(task.batches("test", task.n_test))
-        self.kinds = self._kinds()
         # Of circuits of edges the components are ablated alone, not every edge.
-        self.nodes = self.level.node_level(model.config)
-        self.alone = self.nodes.select(self._alone_patterns())
-        self.circuit_masks = torch.stack([run.circuit.mask for run in runs])
-        self.alone_masks = torch.ones(len(self.alone), len(self.nodes), dtype=torch.bool)
-        for row, name in enumerate(self.alone):
-            self.alone_masks[row, self.nodes.index(name)] = False
-        self.source = AblationSource(model, task, self.level, self._n_positions(), track)
-        self._ablations: dict[AblationKind, Ablation] = {}
-
-    def _alone_patterns(self) -> list[str]:
+        self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
         if components is None:
-            return ["*"] if len(self.nodes) <= MOST_ALONE else []
-        return [components] if isinstance(components, str) else components
+            components = ["*"] if len(self.nodes) <= MOST_ALONE else []
+        self.alone = self.nodes.select([components] if isinstance(components, str) else components)
 
-    def _kinds(self) -> list[AblationKind]:
+    def run(self) -> Findings:
+        """Evaluate circuits, components and random circuits under each ablation."""
+        circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
+        drawn = self._random_circuits()
+        rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
+        kl = {row["run"]: row["kl"].mean for row in circuit_rows if row["ablation"] == self.kinds[0]}
+        seeds = over_seeds(self.circuits, kl, self.kinds[0])
+        figures: dict[str, Callable[[], Figure | None]] = {
+            "comparison": partial(self._figure, circuit_rows, alone_rows, drawn)
+        }
+        if len(self.circuits) > 1:
+            figures["agreement"] = partial(self._agreement_figure, circuit_rows, overlaps)
+        return Findings(
+            rows,
+            metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
+            facts={
+                "positions": self.source.slots.positions,
+                "runs": [self._described(run) for run in self.circuits],
+                "random_circuits": drawn,
+                "jaccard": overlaps,
+                "seeds": seeds,
+            },
+            shown=[*self._shown(circuit_rows, alone_rows, drawn, overlaps), *map(_seeds_line, seeds)],
+            figures=figures,
+            circuit=first.circuit.counts(),
+            table="comparison",
+        )
+
+    @cached_property
+    def kinds(self) -> list[AblationKind]:
+        """Kinds of ablation that are compared."""
         if self.settings.ablations is not None:
             return self.settings.ablations
         has_counterfactuals = self.batches[0].counterfactual_tokens is not None
         taking = [name for name, kind in KINDS.items() if not kind.restores]
         return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
 
-    def _n_positions(self) -> int:
-        given = self.settings.positions
-        if given == "every":
-            return max(int(batch.lengths.max()) for batch in self.batches)
-        return given or max((run.constants.n_positions for run in self.runs if run.constants is not None), default=1)
+    @cached_property
+    def source(self) -> AblationSource:
+        """Statistics from which ablations are made."""
+        positions = self.settings.positions
+        if positions == "every":
+            positions = max(int(batch.lengths.max()) for batch in self.batches)
+        trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
+        return AblationSource(self.model, self.task, self.level, positions or max(trained, default=1), self.track)
 
-    def rows(self) -> list[Comparison]:
-        """Every circuit and component under every ablation."""
-        of_circuits = {
-            kind: self._behaviour(kind, self.level, self.circuit_masks, self._circuit_constants, "circuits")
-            for kind in self.kinds
-        }
-        rows = [
-            _comparison("circuit", run, kind, of_circuits, index)
-            for index, run in enumerate(self.runs)
-            for kind in self.kinds
+    @cached_property
+    def _prepared(self) -> dict[AblationKind, Ablation]:
+        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds if not KINDS[kind].learned}
+
+    def _circuit_rows(self) -> list[Row]:
+        masks = torch.stack([run.circuit.mask for run in self.circuits])
+        behaviours = self._behaviours(self.level, masks, partial(self._circuit_constants, masks), "circuits")
+        return [
+            {"component": "circuit", "run": run.name, "trained_with": run.ablation} | row
+            for index, run in enumerate(self.circuits)
+            for row in _rows(behaviours, index)
         ]
+
+    def _alone_rows(self) -> list[Row]:
         if not self.alone:
-            return rows
-        of_alone = {
-            kind: self._behaviour(kind, self.nodes, self.alone_masks, self._alone_constants, "components")
-            for kind in self.kinds
-        }
-        return rows + [
-            _comparison(name, None, kind, of_alone, index)
-            for index, name in enumerate(self.alone)
-            for kind in self.kinds
-        ]
+            return []
+        masks = torch.stack([~self.nodes.mask([name]) for name in self.alone])
+        constants = partial(self._fitted, self.nodes, masks, None, self.settings.fit, "components alone")
+        behaviours = self._behaviours(self.nodes, masks, constants, "components")
+        return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
 
-    def _behaviour(
-        self,
-        kind: AblationKind,
-        level: Level,
-        masks: Tensor,
-        constants: Callable[[], Sequence[Constants]],
-        what: str,
-    ) -> Behaviour:
-        ablations = constants() if KINDS[kind].learned else [self._prepared(kind)]
-        shown = self.track(self.batches, f"evaluating {what} under {kind.replace('_', ' ')} ablation")
-        return circuit_behaviour(self.model, shown, level, masks, ablations, self.settings.fit.rows_per_run)
+    def _behaviours(
+        self, level: Level, masks: Tensor, constants: Callable[[], Sequence[Constants]], parts: str
+    ) -> dict[AblationKind, Behaviour]:
+        behaviours = {}
+        for kind in self.kinds:
+            ablations = constants() if KINDS[kind].learned else [self._prepared[kind]]
+            behaviours[kind] = self._behaviour(level, masks, ablations, f"{parts} under {spoken(kind)} ablation")
+        return behaviours
 
-    def _prepared(self, kind: AblationKind) -> Ablation:
-        if kind not in self._ablations:
-            self._ablations[kind] = KINDS[kind].prepare(self.source)
-        return self._ablations[kind]
+    def _behaviour(self, level: Level, masks: Tensor, ablations: Sequence[Ablation], parts: str) -> Behaviour:
+        batches = self.track(self.batches, f"evaluating {parts}")
+        return circuit_behaviour(self.model, batches, level, masks, ablations, self.settings.fit.rows_per_run)
 
-    def _circuit_constants(self) -> list[Constants]:
-        """Each run's own optimal constants where they are for this; else trained, from its own or from the means."""
-        ready = [self._has_constants(run) for run in self.runs]
-        size = self.source.slots.positions
-        starts = [
-            run.constants.of_level(self.level).with_positions(size)
-            if run.constants is not None and KINDS[run.ablation].learned
-            else self.source.mean
-            for run in self.runs
-        ]
-        lacking = [index for index, is_ready in enumerate(ready) if not is_ready]
-        fitted = self._fitted(
-            self.level,
-            self.circuit_masks[lacking],
-            [starts[index] for index in lacking],
-            self.settings.circuit_fit,
-            "fitting constants of circuits",
-        )
+    def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
+        """Optimal constants of each run: its own if they fit the question, else trained from its own or the means."""
+        starts = [self._start(run) for run in self.circuits]
+        lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
+        chosen = [starts[index] for index in lacking]
+        fitted = self._fitted(self.level, masks[lacking], chosen, self.settings.circuit_fit, "circuits")
         trained = dict(zip(lacking, fitted, strict=True))
         return [trained.get(index, start) for index, start in enumerate(starts)]
 
+    def _start(self, run: TrainedCircuit) -> Constants:
+        if run.constants is None or not KINDS[run.ablation].learned:
+            return self.source.mean
+        return run.constants.of_level(self.level).with_positions(self.source.slots.positions)
+
     def _has_constants(self, run: TrainedCircuit) -> bool:
-        """Whether a run's constants were trained for what is measured here."""
+        """True if a run's constants were trained for this task, for KL divergence and for tables of this size."""
         if run.constants is None or not KINDS[run.ablation].learned:
             return False
-        provenance = run.constants.provenance
-        task = {**self.task.describe(), "seed": None}
+        provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}
         return (
             run.constants.n_positions == self.source.slots.positions
             and {**provenance.get("task", task), "seed": None} == task
             and provenance.get("loss", "kl") == "kl"
         )
 
-    def _alone_constants(self) -> list[Constants]:
-        what = "fitting constants of components alone"
-        return self._fitted(self.nodes, self.alone_masks, [self.source.mean], self.settings.fit, what)
-
     def _fitted(
         self,
         level: Level,
         masks: Bool[Tensor, "circuit entry"],
-        starts: Sequence[Constants],
+        starts: Sequence[Constants] | None,
         settings: RefitSettings,
-        description: str,
+        parts: str,
     ) -> list[Constants]:
         if not len(masks):
             return []
-        fitted = fit_constants(
+        source = self.source
+        return fit_constants(
             self.model,
             self.task,
             level,
             masks,
-            starts,
+            [source.mean] if starts is None else starts,
             settings,
-            others=[self.source.mean, self.source.zero],
+            others=[source.mean, source.zero],
             track=self.track,
-            description=description,
-        )
-        return fitted.sets
+            description=f"fitting constants of {parts}",
+        ).sets
 
-    def random_circuits(self) -> dict[int, RandomCircuits]:
-        """Random circuits of each run's size, with optimal constants of their own."""
+    def _random_circuits(self) -> list[dict[str, Any]]:
+        """KL divergence of random circuits of each run's size, with optimal constants of their own."""
         if not self.settings.random_circuits or "optimal" not in self.kinds:
-            return {}
-        of_size = {len(run.circuit): run for run in reversed(self.runs)}
-        return {size: self._random_circuits(run) for size, run in of_size.items()}
+            return []
+        of_size = {len(run.circuit): run for run in reversed(self.circuits)}
+        return [self._random_circuits_like(run) for run in of_size.values()]
 
-    def _random_circuits(self, run: TrainedCircuit) -> RandomCircuits:
-        circuit = run.circuit
-        among = circuit.provenance.get("selected", ["*"])
-        drawn = random_circuits(self.level, len(circuit), self.settings.random_circuits, self.settings.seed, among)
-        masks = torch.stack([circuit.mask, *(each.mask for each in drawn)])
+    def _random_circuits_like(self, run: TrainedCircuit) -> dict[str, Any]:
+        size, n_drawn = len(run.circuit), self.settings.random_circuits
+        drawn = random_circuits(self.level, size, n_drawn, self.task.seed, run.selected)
+        masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
         starts = [self.source.mean] * len(masks)
-        sets = self._fitted(self.level, masks, starts, self.settings.fit, "fitting constants of random circuits")
-        shown = self.track(self.batches, "evaluating random circuits")
-        behaviour = circuit_behaviour(self.model, shown, self.level, masks, sets, self.settings.fit.rows_per_run)
-        run_kl, *kl = behaviour.kl.mean(dim=1).tolist()
-        return RandomCircuits(kl, run_kl)
+        sets = self._fitted(self.level, masks, starts, self.settings.fit, "random circuits")
+        run_kl, *kl = self._behaviour(self.level, masks, sets, "random circuits").kl.mean(dim=1).tolist()
+        as_good = sum(value <= run_kl for value in kl)
+        return {"size": size, "kl": kl, "run_kl": run_kl, "percentile": 100 * as_good / len(kl)}
 
-
-def _comparison(
-    name: str,
-    run: TrainedCircuit | None,
-    kind: AblationKind,
-    found: Mapping[AblationKind, Behaviour],
-    index: int,
-) -> Comparison:
-    mine: dict[str, Tensor] = {measure: getattr(found[kind], measure)[index] for measure in MEASURES}
-    differences = {}
-    if "optimal" in found:
-        differences = {
-            measure: paired_difference(mine[measure], getattr(found["optimal"], measure)[index])
-            for measure in MEASURES
+    def _described(self, run: TrainedCircuit) -> dict[str, Any]:
+        return {
+            "name": run.name,
+            "seed": run.seed,
+            "trained_with": run.ablation,
+            "nodes": list(run.circuit.nodes),
+            **({} if self.level.has_one_stream else {"edges": list(run.circuit.names)}),
+            **{f"n_{key}": value for key, value in run.circuit.counts().items()},
         }
-    return Comparison(
-        component=name,
-        run=run,
-        ablation=kind,
-        figures={measure: estimate(values) for measure, values in mine.items()},
-        difference_to_optimal=differences,
-    )
 
+    def _shown(
+        self,
+        circuit_rows: Sequence[Row],
+        alone_rows: Sequence[Row],
+        drawn: Sequence[Mapping[str, Any]],
+        overlaps: Sequence[Sequence[float]],
+    ) -> Iterator[Table | str]:
+        for run in self.circuits:
+            title = f"{run.name}: {run.size}, trained with {spoken(run.ablation)} ablation\n"
+            title += "KL divergence in nats with everything else ablated, mean ± 95 % interval"
+            yield Table(title, [_circuit_cells(row) for row in circuit_rows if row["run"] == run.name])
+        if alone_rows:
+            yield Table("KL divergence in nats with one component ablated", _alone_cells(alone_rows, len(self.kinds)))
+        for circuits in drawn:
+            yield (
+                f"{len(circuits['kl'])} random circuits of {circuits['size']} {self.level.parts} under optimal "
+                f"constants: median KL {statistics.median(circuits['kl']):.4g}, lowest {min(circuits['kl']):.4g}; the "
+                f"run's circuit after the same training {circuits['run_kl']:.4g}, percentile "
+                f"{circuits['percentile']:.3g}"
+            )
+        if len(self.circuits) > 1:
+            numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]
+            yield Table(
+                "Jaccard overlap of the circuits",
+                [
+                    {"": name} | {str(number): f"{value:.2f}" for number, value in enumerate(row, start=1)}
+                    for name, row in zip(numbered, overlaps, strict=True)
+                ],
+            )
 
-def _write(compared: Compared, study: _Study, folder: Path) -> None:
-    first = study.runs[0].circuit
-    provenance: dict[str, Any] = {"model": study.task.lm.name, "revision": study.task.lm.revision}
-    provenance |= {"family": study.model.config.model_type, "fingerprint": fingerprint(study.model)}
-    provenance |= {"task": study.task.describe(), "seed": study.settings.seed}
-    document = results_document(
-        "compare",
-        folder,
-        provenance,
-        study.task.n_test,
-        metrics={
-            f"circuit_{row.ablation}_kl": row.figures["kl"].as_json()
-            for row in compared.circuits()
-            if row.run is study.runs[0]
-        },
-        rows=[row.as_json() for row in compared.rows],
-        circuit=first.counts(),
-        positions=study.source.slots.positions,
-        runs=[
-            {
-                "name": run.name,
-                "seed": run.seed,
-                "trained_with": run.ablation,
-                "nodes": list(run.circuit.nodes),
-                **({} if study.level.has_one_stream else {"edges": list(run.circuit.names)}),
-                **{f"n_{key}": value for key, value in run.circuit.counts().items()},
-            }
-            for run in study.runs
-        ],
-        random_circuits=[
-            {"size": size, "kl": list(found.kl), "run_kl": found.run_kl, "percentile": found.percentile}
-            for size, found in compared.random_circuits.items()
-        ],
-        fit=asdict(study.settings.fit),
-        circuit_fit=asdict(study.settings.circuit_fit),
-        jaccard=[list(row) for row in compared.jaccard],
-        seeds=[dict(group) for group in compared.seeds],
-    )
-    write_results(compared.folder, document)
-    write_table(compared.folder, "comparison", [row.as_json() for row in compared.rows])
-
-
-def _draw(compared: Compared, study: _Study) -> None:
-    figures = compared.folder / "figures"
-    first, n_runs = study.runs[0], len(study.runs)
-    model = first.circuit.provenance.get("model", "model")
-    kept = f"{len(first.circuit)} of {len(study.level)} {study.level.parts} kept" if n_runs == 1 else f"{n_runs} runs"
-    labels: dict[str, str] = {
-        kind: kind.replace("_", " ") + ("" if KINDS[kind].total else " (not total)") for kind in study.kinds
-    }
-    panels = [
-        Panel(
-            "circuits: everything outside ablated",
-            ["circuit"] if n_runs == 1 else [run.name for run in study.runs],
-            _intervals(compared.circuits()),
-            compared.random_circuits[len(first.circuit)].kl if n_runs == 1 and compared.random_circuits else (),
-        ),
-        Panel("one component ablated", list(study.alone), _intervals(compared.components())),
-    ]
-    figure = comparison_figure(panels, f"{model}, {study.task.name}: {kept}", labels)
-    save_figure(figure, figures / "comparison.png")
-    if n_runs > 1:
-        rows = _intervals(compared.circuits())
-        save_figure(
-            agreement_figure(
-                [f"{run.name}\n({run.ablation.replace('_', ' ')}, {len(run.circuit)})" for run in study.runs],
-                {labels[kind]: [one.mean for one in rows[kind]] for kind in study.kinds},
-                compared.jaccard,
+    def _figure(
+        self, circuit_rows: Sequence[Row], alone_rows: Sequence[Row], drawn: Sequence[Mapping[str, Any]]
+    ) -> Figure:
+        first, several = self.circuits[0], len(self.circuits) > 1
+        kept = f"{len(self.circuits)} runs" if several else f"{first.size} kept"
+        panels = [
+            Panel(
+                "circuits: everything outside ablated",
+                [run.name for run in self.circuits] if several else ["circuit"],
+                _intervals(circuit_rows),
+                drawn[0]["kl"] if drawn and not several else (),
             ),
-            figures / "agreement.png",
+            Panel("one component ablated", list(self.alone), _intervals(alone_rows)),
+        ]
+        return comparison_figure(
+            panels, f"{self.task.lm.name}, {self.task.name}: {kept}", {kind: _label(kind) for kind in self.kinds}
         )
 
+    def _agreement_figure(self, circuit_rows: Sequence[Row], overlaps: Sequence[Sequence[float]]) -> Figure:
+        names = [f"{run.name}\n({spoken(run.ablation)}, {len(run.circuit)})" for run in self.circuits]
+        kl = {_label(kind): [value.mean for value in values] for kind, values in _intervals(circuit_rows).items()}
+        return agreement_figure(names, kl, overlaps)
 
-def _intervals(rows: Sequence[Comparison]) -> dict[str, list[Interval]]:
-    drawn: dict[str, list[Interval]] = {}
+
+def _rows(behaviours: Mapping[AblationKind, Behaviour], index: int) -> Iterator[dict[str, Any]]:
+    optimal = behaviours.get("optimal")
+    for kind, behaviour in behaviours.items():
+        row = {"ablation": kind, "total": KINDS[kind].total, **estimates(behaviour, index)}
+        if optimal is not None:
+            row |= {
+                f"{measure}_minus_optimal": paired_difference(
+                    getattr(behaviour, measure)[index], getattr(optimal, measure)[index]
+                )
+                for measure in MEASURES
+            }
+        yield row
+
+
+def _circuit_cells(row: Row) -> dict[str, Estimate | float | str | None]:
+    return {
+        "ablation": _label(row["ablation"]),
+        "KL": row["kl"],
+        "KL minus\noptimal": None if row["ablation"] == "optimal" else row.get("kl_minus_optimal"),
+        "accuracy": f"{row['accuracy'].mean:.3f}",
+        "logit\ndifference": f"{row['logit_difference'].mean:.2f}",
+    }
+
+
+def _alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
+    """A row for each component, with a column for each ablation."""
+    return [
+        {"ablated": rows[first]["component"]}
+        | {
+            _label(row["ablation"]).replace("counterfactual", "counter-\nfactual").replace(" ", "\n"): row["kl"].mean
+            for row in rows[first : first + n_kinds]
+        }
+        for first in range(0, len(rows), n_kinds)
+    ]
+
+
+def _seeds_line(group: Mapping[str, Any]) -> str:
+    kl, size = group["kl"], group["size"]
+    return (
+        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
+        f"{spoken(group['ablation'])} ablation {kl['mean']:.3g} ± {kl['standard_deviation']:.1g} (deviation), "
+        f"size {size['mean']:.3g} ± {size['standard_deviation']:.1g}, Jaccard {group['jaccard']:.2f}"
+    )
+
+
+def _label(kind: AblationKind) -> str:
+    return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
+
+
+def _intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
+    intervals: dict[str, list[Interval]] = {}
     for row in rows:
-        kl = row.figures["kl"]
-        drawn.setdefault(row.ablation, []).append(Interval(kl.mean, *kl.ci95))
-    return drawn
+        intervals.setdefault(row["ablation"], []).append(interval(row["kl"]))
+    return intervals

@@ -1,78 +1,75 @@
-"""After constants were trained alone: write them down, and evaluate what they replace on held-out prompts."""
+"""The end of a training of constants alone: they are written, and evaluated on held-out prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from oa_train.ablations.constants import Constants
-from oa_train.artefacts import make_next_folder
+import torch
+
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
-from oa_train.figures.style import save_figure
-from oa_train.metrics.estimates import Estimate
+from oa_train.figures.style import Figure
+from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
-from oa_train.studies.finish import summary
-from oa_train.studies.results import results_document, write_results, write_table
+from oa_train.studies.finish import Evaluate, Finished, FinishSettings
+from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval
 from oa_train.tasks.task import Task
-from oa_train.training.constants_module import ConstantsModule
 
 
-@dataclass(frozen=True, eq=False)
-class FinishedConstants:
-    """Trained constants and what they are worth.
-
-    Attributes:
-        constants: the best by validation; of components that were ablated alone, each its own.
-        metrics: for `circuit`, or for each component ablated alone, the measures on the test prompts.
-        folder: study folder with results.
-    """
-
-    constants: Constants
-    metrics: dict[str, dict[str, Estimate]]
-    folder: Path
-
-
-def finish_constants(module: ConstantsModule, task: Task, run: str | Path, track: Track = silent) -> FinishedConstants:
-    """Turn a trained module into artefacts: `constants/`, `circuit/` if there is one, and `studies/fit_K/`.
+def finish_constants(
+    model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], run: str | Path, track: Track = silent
+) -> Finished:
+    """Write `constants/`, `circuit/` if they are of one, and `studies/fit_K/` to a run folder.
 
     Args:
-        module: the trained module.
-        task: the task it was trained on.
+        model: frozen causal language model.
+        task: the task that the constants were trained on.
+        circuits: from `ConstantsModule.trained_circuits`.
         run: run folder.
         track: progress.
     """
-    run, constants = Path(run), module.best_constants()
-    if not module.each_alone:
-        module.circuit().save(run / "circuit")
-    constants.save(run / "constants")
-    batches = track(list(task.batches("test", task.n_test)), "evaluating the constants")
-    behaviour = module.fitted.behaviour(module.frozen, batches, [constants])
-    metrics = {name: summary(behaviour, index) for index, name in enumerate(module.circuits)}
-    folder = make_next_folder(run / "studies", "fit")
-    rows = [_row(name, figures) for name, figures in metrics.items()]
-    alone = module.each_alone
-    document = results_document(
-        "fit",
-        run,
-        module.provenance(),
-        task.n_test,
-        metrics={} if alone else {name: figure.as_json() for name, figure in metrics["circuit"].items()},
-        rows=rows,
-        circuit=None if alone else module.circuits["circuit"].counts(),
-        ablation="optimal",
-    )
-    write_results(folder, document)
-    write_table(folder, "constants", rows)
-    if alone:
-        _draw(metrics, list(module.circuits), f"{module.lm.name}, {task.name}", folder)
-    return FinishedConstants(constants, metrics, folder)
+    first, run = circuits[0], Path(run)
+    is_circuit = first.name == "circuit"
+    if is_circuit:
+        first.save_circuit(run)
+    first.save_constants(run)
+    study = (Evaluate if is_circuit else EvaluateAlone)(model, task, circuits, track=track)
+    return Finished(list(circuits), study.run_in(run))
 
 
-def _row(name: str, figures: dict[str, Estimate]) -> dict[str, Any]:
-    return {"component": name, "ablation": "optimal", **{key: value.as_json() for key, value in figures.items()}}
+class EvaluateAlone(Study[FinishSettings]):
+    """Evaluates components that are each ablated alone, under the constants that they share.
 
+    Rows: one for each component, with the measures.
+    """
 
-def _draw(metrics: dict[str, dict[str, Estimate]], names: Sequence[str], title: str, folder: Path) -> None:
-    intervals = [Interval(figures["kl"].mean, *figures["kl"].ci95) for figures in metrics.values()]
-    figure = comparison_figure([Panel("one component ablated", names, {"optimal": intervals})], title)
-    save_figure(figure, folder / "figures" / "components.png")
+    name = "fit"
+    Settings: ClassVar[type] = FinishSettings
+    asks_of = "several"
+
+    def run(self) -> Findings:
+        """Ablate each component in turn."""
+        level, constants = self.circuits[0].circuit.level, self.circuits[0].constants
+        assert constants is not None
+        masks = torch.stack([trained.circuit.mask for trained in self.circuits])
+        batches = self.track(self.batches, "evaluating the constants")
+        behaviour = circuit_behaviour(self.model, batches, level, masks, [constants], self.settings.refit.rows_per_run)
+        rows: list[Row] = [
+            {"component": trained.name, "ablation": "optimal", **estimates(behaviour, number)}
+            for number, trained in enumerate(self.circuits)
+        ]
+        title = f"KL divergence in nats with one component ablated, on {self.task.n_test} held-out prompts"
+        cells = [{"component": row["component"], "mean ± 95 % interval": row["kl"]} for row in rows]
+        return Findings(
+            rows,
+            facts={"ablation": "optimal"},
+            shown=[Table(title, cells)],
+            figures={"components": partial(self._figure, [interval(row["kl"]) for row in rows])},
+            table="constants",
+        )
+
+    def _figure(self, kl: Sequence[Interval]) -> Figure:
+        panel = Panel("one component ablated", [trained.name for trained in self.circuits], {"optimal": kl})
+        return comparison_figure([panel], f"{self.task.lm.name}, {self.task.name}")

@@ -1,46 +1,56 @@
-"""After a fit: threshold the masks, refit the constants on the discrete circuit, evaluate, write it all down."""
+"""The end of a fit: constants are refitted to the discrete circuits, and everything is evaluated and written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
-from oa_train.ablations.registry import AblationSource
-from oa_train.artefacts import make_next_folder
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.figures.style import save_figure
-from oa_train.metrics.estimates import Estimate, estimate
-from oa_train.metrics.measures import MEASURES
+from oa_train.figures.fronts import front_figure
+from oa_train.figures.style import Figure
+from oa_train.metrics.estimates import Estimate
+from oa_train.metrics.measures import Loss
+from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
-from oa_train.studies.results import results_document, write_results
+from oa_train.studies.run_folder import circuit_folders
+from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
 from oa_train.tasks.task import Task
-from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import circuit_picture, score_picture
 
 RefitStart = Literal["trained", "mean", "both"]
 
-# Of a level with more entries a results file lists the kept ones alone.
+# Results of a larger level list the kept entries only.
 MOST_ROWS = 2000
+
+# Entries of a circuit that are named on the terminal.
+MOST_NAMED = 10
+
+# Several circuits are also evaluated under these, which shows what learning the constants is worth.
+BASELINES: tuple[AblationKind, ...] = ("mean", "zero")
+
+# Settings of a training that set the size of a circuit.
+PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
 
 
 @dataclass(frozen=True)
 class FinishSettings:
-    """What happens when training is over.
+    """Settings of the end of a fit.
 
     Attributes:
-        refit: how the constants are trained once more, on the discrete circuit.
-        refit_start: where that starts: `trained`, the constants that were trained with the masks; `mean`, the means;
-            `both`, each of them, and the better by validation is kept. From the means a refit can end in a worse
-            optimum.
-        size: components or edges of the circuit: those of the highest keep-probability, of edges none that leads
-            nowhere. When not given, all above the module's threshold.
+        refit: training of the constants for the discrete circuit.
+        refit_start: its start: `trained`, the constants that were trained with the masks; `mean`, the means; `both`,
+            each of them, of which the better by validation is kept. From the means a refit can end in a worse optimum.
+        size: entries of the circuit, those of the highest keep-probability, of edges only such as lie on a path from
+            the input to the logits; by default all above the module's threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
@@ -57,127 +67,175 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A circuit with what replaces the rest, and what it is worth.
+    """Finished circuits.
 
     Attributes:
-        circuit: the discrete circuit.
-        constants: its constants, refitted if they are learned; None when the ablation is not one by constants.
-        metrics: figures of the circuit on the test prompts, and of the clean model as `clean_...`.
-        folder: study folder with results and figures.
+        circuits: the circuits with their final constants.
+        findings: their evaluation.
     """
 
-    circuit: Circuit
-    constants: Constants | None
-    metrics: dict[str, Estimate]
-    folder: Path
+    circuits: list[TrainedCircuit]
+    findings: Findings
 
 
 def finish(
-    module: CircuitModule,
+    model: CausalLM,
     task: Task,
+    circuits: Sequence[TrainedCircuit],
     run: str | Path,
     settings: FinishSettings | None = None,
     track: Track = silent,
 ) -> Finished:
-    """Turn a trained module into artefacts: `circuit/`, `constants/` and `studies/fit_K/` in the run folder.
+    """Refit the constants of trained circuits, and write circuits, constants and their evaluation to a run folder.
+
+    One circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation to `studies/fit_K/`.
 
     Args:
-        module: the trained module, with its best checkpoint loaded.
-        task: the task it was trained on.
+        model: frozen causal language model.
+        task: the task that the circuits were trained on.
+        circuits: from `CircuitModule.trained_circuits`.
         run: run folder.
-        settings: refit.
+        settings: of the refit.
         track: progress.
     """
-    settings, run = settings or FinishSettings(), Path(run)
-    circuit = module.circuit(size=settings.size)
-    # Written before the refit starts, so that an interruption loses no more than the refit.
-    circuit.save(run / "circuit")
-    ablation = final_ablations(module, task, [circuit], settings, track)[0]
-    constants = ablation if isinstance(ablation, Constants) else None
-    if constants is not None:
-        constants.save(run / "constants")
-    metrics = _evaluated(module, task, circuit, ablation, settings.refit.rows_per_run, track)
-    folder = make_next_folder(run / "studies", "fit")
-    document = results_document(
-        "fit",
-        run,
-        circuit.provenance,
-        task.n_test,
-        metrics={name: value.as_json() for name, value in metrics.items()},
-        rows=_rows(circuit),
-        circuit=circuit.counts(),
-        ablation=module.ablation,
-        **module.penalties.of_circuit(0),
-    )
-    write_results(folder, document)
-    _draw(circuit, module.masks.threshold, folder, metrics)
-    return Finished(circuit, constants, metrics, folder)
+    settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
+    # The circuits are written before the refit, so that an interruption costs no more than the refit.
+    for trained, folder in zip(circuits, folders, strict=True):
+        trained.save_circuit(folder)
+    refitted = refit(model, task, circuits, settings, track)
+    for trained, folder in zip(refitted, folders, strict=True):
+        trained.save_constants(folder)
+    return Finished(refitted, Evaluate(model, task, refitted, settings, track).run_in(run))
 
 
-def summary(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
-    """Estimates of all measures of one circuit."""
-    return {name: estimate(getattr(behaviour, name)[index]) for name in MEASURES}
-
-
-def _evaluated(
-    module: CircuitModule, task: Task, circuit: Circuit, ablation: Ablation, rows_per_run: int, track: Track
-) -> dict[str, Estimate]:
-    batches = list(task.batches("test", task.n_test))
-    masks = circuit.mask.unsqueeze(0)
-    shown = track(batches, "evaluating the circuit")
-    behaviour = circuit_behaviour(module.frozen, shown, module.level, masks, [ablation], rows_per_run)
-    clean = clean_behaviour(module.frozen, track(batches, "evaluating the clean model"))
-    return summary(behaviour) | {f"clean_{name}": value for name, value in summary(clean).items()}
-
-
-def final_ablations(
-    module: CircuitModule, task: Task, circuits: Sequence[Circuit], settings: FinishSettings, track: Track
-) -> list[Ablation]:
-    """What replaces the rest of each circuit in the end: refitted constants, or what it was trained with.
-
-    Args:
-        module: the trained module.
-        task: the task it was trained on.
-        circuits: all that it has trained.
-        settings: refit; the constants of all circuits are trained side by side.
-        track: progress.
-    """
-    source = AblationSource(module.frozen, task, module.level, module.positions, track)
-    replacements = module.replacements
-    if replacements.constants is None:
-        return [replacements.kind.prepare(source)] * len(circuits)
-    trained = [constants.detach().to("cpu") for constants in replacements.constants.sets()]
-    if not replacements.kind.learned:
-        return _of_circuits(trained, circuits)
-    means = [] if settings.refit_start == "trained" else [source.mean] * len(circuits)
-    starts = means if settings.refit_start == "mean" else [*trained, *means]
-    masks = torch.stack([circuit.mask for circuit in circuits]).repeat(len(starts) // len(circuits), 1)
+def refit(
+    model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], settings: FinishSettings, track: Track = silent
+) -> list[TrainedCircuit]:
+    """Train the constants of discrete circuits, side by side; those of ablations without learning stay as they are."""
+    first = circuits[0]
+    if not KINDS[first.ablation].learned:
+        return list(circuits)
+    level = first.circuit.level
+    starts = [trained.constants for trained in circuits if trained.constants is not None]
+    if settings.refit_start != "trained":
+        means = [AblationSource(model, task, level, first.positions, track).mean] * len(circuits)
+        starts = means if settings.refit_start == "mean" else [*starts, *means]
+    masks = torch.stack([trained.circuit.mask for trained in circuits]).repeat(len(starts) // len(circuits), 1)
+    loss: Loss = first.circuit.provenance["loss"]
     fitted = fit_constants(
-        module.frozen,
+        model,
         task,
-        module.level,
+        level,
         masks,
         starts,
         settings.refit,
-        loss=module.loss,
+        loss=loss,
         track=track,
         description="refitting the constants",
     )
     best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
     chosen = [fitted.sets[start * len(circuits) + number].to("cpu") for number, start in enumerate(best)]
-    return _of_circuits(chosen, circuits)
+    return [
+        replace(t, constants=replace(c, provenance=t.circuit.provenance))
+        for t, c in zip(circuits, chosen, strict=True)
+    ]
 
 
-def _of_circuits(constants: Sequence[Constants], circuits: Sequence[Circuit]) -> list[Ablation]:
-    pairs = zip(constants, circuits, strict=True)
-    return [replace(each, provenance=circuit.provenance) for each, circuit in pairs]
+class Evaluate(Study[FinishSettings]):
+    """Evaluates circuits under their own ablation on the test prompts.
+
+    Rows: of one circuit, its entries with their keep-probabilities; of several, each circuit under its own ablation
+    and under mean and zero ablation.
+    """
+
+    name = "fit"
+    Settings: ClassVar[type] = FinishSettings
+    asks_of = "several"
+
+    def check(self) -> None:
+        """The circuits are those of one training."""
+        super().check()
+        self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
+
+    def run(self) -> Findings:
+        """Evaluate one circuit, or several."""
+        return self._one(self.circuits[0]) if len(self.circuits) == 1 else self._several()
+
+    def _one(self, trained: TrainedCircuit) -> Findings:
+        metrics = estimates(self._behaviour(self.ablation, "the circuit"))
+        clean = estimates(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
+        metrics |= {f"clean_{name}": value for name, value in clean.items()}
+        title = f"{trained.size} kept, on {self.task.n_test} held-out prompts"
+        return Findings(
+            _entry_rows(trained.circuit),
+            metrics,
+            facts={"ablation": self.ablation, **_price(trained)},
+            shown=[
+                Table(title, [{"figure": name, "mean ± 95 % interval": value} for name, value in metrics.items()]),
+                f"circuit: {_named(trained.circuit)}",
+            ],
+            figures=dict(self._pictures(metrics["kl"])),
+            circuit=trained.circuit.counts(),
+            table="entries",
+        )
+
+    def _several(self) -> Findings:
+        kinds = [self.ablation, *(kind for kind in BASELINES if kind != self.ablation)]
+        behaviours = {kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in kinds}
+        rows = [
+            {"number": number, **_price(trained), **trained.circuit.counts(), "ablation": kind}
+            | estimates(behaviour, number)
+            for number, trained in enumerate(self.circuits)
+            for kind, behaviour in behaviours.items()
+        ]
+        kl = {kind: [row["kl"] for row in rows if row["ablation"] == kind] for kind in kinds}
+        cells = [
+            {f"{self.level.parts}, of {len(self.level)}": len(trained.circuit)}
+            | {spoken(kind): values[number] for kind, values in kl.items()}
+            for number, trained in enumerate(self.circuits)
+        ]
+        title = f"KL divergence in nats, mean ± 95 % interval, on {self.task.n_test} held-out prompts"
+        pictures = dict(self._pictures(*kl[self.ablation]))
+        return Findings(
+            rows,
+            metrics={f"{number}_kl": value for number, value in enumerate(kl[self.ablation])},
+            facts={"ablation": self.ablation},
+            shown=[Table(title, cells)],
+            figures={"front": partial(self._front, kl), **pictures},
+            table="front",
+        )
+
+    def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
+        own = [trained.constants for trained in self.circuits if trained.constants is not None]
+        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self._source)]
+        masks = torch.stack([trained.circuit.mask for trained in self.circuits])
+        batches = self.track(self.batches, f"evaluating {evaluated}")
+        return circuit_behaviour(self.model, batches, self.level, masks, ablations, self.settings.refit.rows_per_run)
+
+    @cached_property
+    def _source(self) -> AblationSource:
+        return AblationSource(self.model, self.task, self.level, self.circuits[0].positions, self.track)
+
+    def _pictures(self, *kl: Estimate) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
+        several = len(self.circuits) > 1
+        for number, (trained, value) in enumerate(zip(self.circuits, kl, strict=True)):
+            title = f"{trained.size}, KL {value.mean:.3g} nats"
+            yield f"circuit_{number}" if several else "circuit", partial(circuit_picture, trained.circuit, title)
+        first = self.circuits[0].circuit
+        if first.scores is not None and not several:
+            threshold = self.circuits[0].training.get("threshold", 0.5)
+            yield "keep_probability", partial(score_picture, self.level, first.scores, threshold)
+
+    def _front(self, kl: Mapping[AblationKind, Sequence[Estimate]]) -> Figure:
+        intervals = {kind: [interval(value) for value in values] for kind, values in kl.items()}
+        sizes, title = [len(trained.circuit) for trained in self.circuits], f"{self.task.lm.name}, {self.task.name}"
+        return front_figure(sizes, intervals, len(self.level), self.level.parts, title)
 
 
-def _rows(circuit: Circuit) -> list[dict[str, Any]]:
-    """Every entry with its score; where there may be millions, those that are kept."""
-    level = circuit.level
+def _entry_rows(circuit: Circuit) -> list[Row]:
+    """Every entry with its score; of a level that may have millions, the kept entries."""
+    level, kept = circuit.level, circuit.mask.tolist()
     scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(level)
-    kept = circuit.mask.tolist()
     if len(level) > MOST_ROWS or not level.has_one_stream:
         numbers = circuit.mask.nonzero().flatten().tolist()
         pairs = zip(circuit.names, numbers, strict=True)
@@ -188,11 +246,16 @@ def _rows(circuit: Circuit) -> list[dict[str, Any]]:
     ]
 
 
-def _draw(circuit: Circuit, threshold: float, folder: Path, metrics: dict[str, Estimate]) -> None:
-    title = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}, KL {metrics['kl'].mean:.3g} nats"
-    drawing = circuit_picture(circuit, title)
-    if drawing is not None:
-        save_figure(drawing, folder / "figures" / "circuit.png")
+def _price(trained: TrainedCircuit) -> dict[str, Any]:
+    return {name: trained.training[name] for name in PRICES if trained.training.get(name) is not None}
+
+
+def _named(circuit: Circuit) -> str:
+    """The entries of the highest keep-probability, as many as a line holds, and where the others are."""
+    names = list(circuit.names)
+    if len(names) <= MOST_NAMED:
+        return ", ".join(names)
     if circuit.scores is not None:
-        heat_map = score_picture(circuit.level, circuit.scores, threshold)
-        save_figure(heat_map, folder / "figures" / "keep_probability.png")
+        scores = dict(zip(names, circuit.scores[circuit.mask].tolist(), strict=True))
+        names.sort(key=lambda name: -scores[name])
+    return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED:,} more in results.json"

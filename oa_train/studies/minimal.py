@@ -1,13 +1,13 @@
-"""Whether a circuit is minimal, and whether it is complete.
+"""Is a circuit minimal, and is it complete?
 
-Minimal: each of its parts is needed. Every one of them is taken out in turn.
+Minimal: each of its parts is needed. Every one of them is removed in turn.
 Complete: nothing outside of it can do the task. All of its parts are ablated, and everything else is kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,43 +16,38 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.artefacts import make_next_folder
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import save_figure
+from oa_train.figures.style import Figure
 from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.metrics.measures import MEASURES
-from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.progress import Track, silent
 from oa_train.shapes import Bool, Tensor
-from oa_train.studies.finish import summary
-from oa_train.studies.minimality import Minimality, Removal, verdict
-from oa_train.studies.results import results_document, write_results, write_table
-from oa_train.studies.runs import TrainedCircuit
-from oa_train.tasks.task import Task
+from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
+
+Verdict = Literal["needed", "undecided", "superfluous"]
+
+# Parts that are listed on the terminal; tables/parts.csv has all of them.
+MOST_LISTED = 40
 
 
 @dataclass(frozen=True)
 class MinimalSettings:
-    """What is asked of a circuit, and how constants for it are trained.
+    """Settings of `minimal`.
 
     Attributes:
-        refit: whether the circuit without a part is given constants of its own, and the whole circuit the same
-            training beside it. Otherwise the run's constants stand in, which were not made for the part's absence.
-        tolerance: nats that do not matter: a part is superfluous when the whole 95 % interval of what it is worth lies
-            at or below.
+        refit: train constants for the circuit without each part, and the whole circuit's for as long beside it.
+            Otherwise the run's constants are used, which were not made for the part's absence.
+        tolerance: nats that do not matter: a part is superfluous if the whole 95 % interval of the KL divergence that
+            its removal adds lies at or below.
         random_complements: random circuits of equal size whose parts are ablated as well, for scale; 0 for none.
         fit: training of the constants of circuits without a part, and of complements.
-        seed: of the random circuits.
     """
 
     refit: bool = False
     tolerance: float = 0.001
     random_complements: int = 5
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
-    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("tolerance", "random_complements"):
@@ -60,146 +55,136 @@ class MinimalSettings:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected 0 or more.")
 
 
-def minimal(
-    model: CausalLM,
-    task: Task,
-    run: TrainedCircuit,
-    folder: str | Path,
-    settings: MinimalSettings | None = None,
-    track: Track = silent,
-) -> Minimality:
-    """Ask of each part of a circuit whether it is needed, and of the model what it does without the circuit.
+class Minimal(Study[MinimalSettings]):
+    """Measures the worth of each part of a circuit, and of the model without the circuit.
 
     All of this is done under the ablation that the circuit was trained under. Parts that its training could not leave
-    out are in no question: they stay, in the complement too.
+    out are not removed; they stay in the complement too.
 
-    Args:
-        model: frozen causal language model.
-        task: where prompts come from.
-        run: a trained circuit of this model.
-        folder: run folder; results go to `studies/minimal_K`.
-        settings: what is asked, and how.
-        track: progress.
+    Rows: the circuit without each of its parts, in descending order of worth, with the measures, their paired
+    differences to the whole circuit (`x_minus_circuit`), a verdict, and the number of edges that dangle without it.
 
     Raises:
-        ConfigurationError: the circuit has no parts, a refit was asked for under an ablation that learns nothing, or
-            the run has no constants where its ablation is by constants.
+        ConfigurationError: the circuit has no parts, a refit was asked for under an ablation without learned
+            constants, or the circuit has no constants though its ablation is by constants.
         TaskError: the ablation needs counterfactuals and the task has none.
     """
-    settings = settings or MinimalSettings()
-    study = _Study(model, task, run, settings, track)
-    whole, found = study.without_each_part()
-    removals = sorted(found, key=lambda removal: -removal.increase.mean)
-    complement, *random = study.complements()
-    minimality = Minimality(
-        circuit=run.circuit,
-        ablation=run.ablation,
-        figures=summary(whole),
-        removals=removals,
-        together=study.without_all_of([one.names[0] for one in removals if one.verdict == "superfluous"]),
-        complement=complement,
-        random_complements=random,
-        clean=study.clean(),
-        folder=make_next_folder(Path(folder) / "studies", "minimal"),
-    )
-    _write(minimality, study, Path(folder))
-    _draw(minimality, study)
-    return minimality
 
+    name = "minimal"
+    Settings: ClassVar[type] = MinimalSettings
+    asks_of = "one"
 
-class _Study:
-    """What `minimal` works on: the circuit's parts that are in question, as masks, and what replaces the rest."""
-
-    def __init__(
-        self, model: CausalLM, task: Task, run: TrainedCircuit, settings: MinimalSettings, track: Track
-    ) -> None:
-        self.model = model
-        self.task = task
-        self.run = run
-        self.settings = settings
-        self.track = track
-        self.kind = KINDS[run.ablation]
-        self.level, self.mask = run.circuit.level, run.circuit.mask
-        self.selected: Sequence[str] = run.circuit.provenance.get("selected", ["*"])
-        self._in_question = self.level.selected(self.selected)
-        self._check()
-        self.batches = list(task.batches("test", task.n_test))
-        self.source = AblationSource(model, task, self.level, _positions(run), track)
-
-    def _check(self) -> None:
-        if not (self.mask & self._in_question).any():
+    def check(self) -> None:
+        """There must be parts to remove, and constants if the ablation is by constants."""
+        super().check()
+        self.trained = self.circuits[0]
+        self.kind = KINDS[self.trained.ablation]
+        self.level, self.mask = self.trained.circuit.level, self.trained.circuit.mask
+        self.removable = self.level.selected(self.trained.selected)
+        if not (self.mask & self.removable).any():
             raise ConfigurationError(
-                f"{self.run.name} keeps none of the {self.level.parts} that it could leave out, so there is nothing "
-                f"to ask about."
+                f"{self.trained.name} keeps none of the {self.level.parts} that it could leave out, so there is "
+                "nothing to ask about."
             )
         if self.settings.refit and not self.kind.learned:
             raise ConfigurationError(
-                f"refit is true, but {self.run.name} was trained under {self.kind.name} ablation, which has nothing "
-                "to train. Leave refit out."
+                f"refit is true, but {self.trained.name} was trained under {self.kind.name} ablation, which has "
+                "nothing to train. Leave refit out."
             )
-        if self.kind.constant and self.run.constants is None:
+        if self.kind.constant and self.trained.constants is None:
             raise ConfigurationError(
-                f"{self.run.name} has no constants, and {self.kind.name} ablation is by constants. Train some with "
-                "fit_constants."
+                f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
+                "with fit_constants."
             )
+        self.source = AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
 
-    def without_each_part(self) -> tuple[Behaviour, list[Removal]]:
-        """The whole circuit, and the circuit without each part, in mask order."""
-        numbers = (self.mask & self._in_question).nonzero().flatten()
-        return self._without([[number] for number in numbers.tolist()])
+    def run(self) -> Findings:
+        """Remove each part, then the superfluous ones together; then evaluate the complements."""
+        whole, removals = self._without(
+            [[entry] for entry in (self.mask & self.removable).nonzero().flatten().tolist()]
+        )
+        rows = sorted(removals, key=lambda row: -row["kl_minus_circuit"].mean)
+        superfluous = [row for row in rows if row["verdict"] == "superfluous"]
+        names = [row[self.level.part] for row in superfluous]
+        together = self._together(names) if len(names) > 1 else None
+        apart = sum(row["kl_minus_circuit"].mean for row in superfluous)
+        figures = {"circuit": estimates(whole), "clean": self._clean()}
+        figures["complement"], *random = self._complements()
+        return Findings(
+            rows,
+            metrics={f"{of}_{name}": value for of, measures in figures.items() for name, value in measures.items()},
+            facts={
+                "ablation": self.kind.name,
+                "superfluous": {
+                    "names": names,
+                    "kl_minus_circuit_apart": apart,
+                    **({} if together is None else {"together": together}),
+                },
+                "random_complements": random,
+            },
+            shown=[
+                f"{self.trained.size} under {spoken(self.kind.name)} ablation",
+                self._part_table(rows),
+                *self._verdict_lines(rows, names, together, apart),
+                _complement_table(figures, random),
+            ],
+            figures={"worth": partial(self._figure, rows, figures["circuit"]["kl"].mean)},
+            circuit=self.trained.circuit.counts(),
+            table="parts",
+        )
 
-    def without_all_of(self, names: Sequence[str]) -> Removal | None:
-        """The circuit without several parts at once; None where that is nothing new."""
-        if len(names) < 2:
-            return None
-        _, (removal,) = self._without([[self.level.index(name) for name in names]])
-        return removal
-
-    def _without(self, removed: Sequence[Sequence[int]]) -> tuple[Behaviour, list[Removal]]:
-        """Take out mask entries, several sets of them in turn; first of all nothing."""
+    def _without(self, removed: Sequence[Sequence[int]]) -> tuple[Behaviour, list[dict[str, Any]]]:
+        """Remove sets of entries, one set at a time; the first circuit is the whole one."""
         masks = self.mask.repeat(1 + len(removed), 1)
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
         masks = self.level.prune(masks)
-        found = self._behaviour(masks, self._ablations(masks), "evaluating circuits without a part")
-        return found, [self._removal(found, masks, row, entries) for row, entries in enumerate(removed, start=1)]
+        behaviour = self._behaviour(masks, self._ablations(masks), "evaluating circuits without a part")
+        return behaviour, [self._row(behaviour, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
-    def _removal(self, found: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> Removal:
-        gone = masks[0] & ~masks[row]
-        gone[list(entries)] = False
-        difference = {name: paired_difference(getattr(found, name)[row], getattr(found, name)[0]) for name in MEASURES}
-        return Removal(
-            names=tuple(self.level.names[entry] for entry in entries),
-            dangling=int(gone.sum()),
-            figures=summary(found, row),
-            difference=difference,
-            verdict=verdict(difference["kl"], self.settings.tolerance),
-        )
+    def _row(self, behaviour: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> dict[str, Any]:
+        dangling = masks[0] & ~masks[row]
+        dangling[list(entries)] = False
+        differences = {
+            f"{name}_minus_circuit": paired_difference(getattr(behaviour, name)[row], getattr(behaviour, name)[0])
+            for name in MEASURES
+        }
+        return {
+            self.level.part: self.level.names[entries[0]],
+            "dangling": int(dangling.sum()),
+            "verdict": verdict(differences["kl_minus_circuit"], self.settings.tolerance),
+            **estimates(behaviour, row),
+            **differences,
+        }
 
-    def complements(self) -> list[dict[str, Estimate]]:
-        """The model with the circuit's parts ablated, and those of random circuits, everything else being kept."""
+    def _together(self, names: Sequence[str]) -> dict[str, Any]:
+        """The circuit without several parts at once."""
+        _, (row,) = self._without([[self.level.index(name) for name in names]])
+        return {name: value for name, value in row.items() if name != self.level.part}
+
+    def _complements(self) -> list[dict[str, Estimate]]:
+        """The model with the circuit's parts ablated, or those of random circuits; everything else is kept."""
         drawn = random_circuits(
             self.level,
-            len(self.run.circuit),
+            len(self.trained.circuit),
             self.settings.random_complements,
-            self.settings.seed,
-            self.selected,
+            self.task.seed,
+            self.trained.selected,
         )
-        circuits = torch.stack([self.mask, *(each.mask for each in drawn)])
-        masks = ~(circuits & self._in_question)
-        found = self._behaviour(masks, self._complement_ablations(masks), "evaluating complements")
-        return [summary(found, row) for row in range(len(masks))]
+        circuits = torch.stack([self.mask, *(circuit.mask for circuit in drawn)])
+        masks = ~(circuits & self.removable)
+        behaviour = self._behaviour(masks, self._complement_ablations(masks), "evaluating complements")
+        return [estimates(behaviour, row) for row in range(len(masks))]
 
-    def clean(self) -> dict[str, Estimate]:
-        """The model itself."""
-        return summary(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
+    def _clean(self) -> dict[str, Estimate]:
+        return estimates(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
 
     def _ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        """What replaces the rest of the circuits that parts were taken out of: one for all, or one for each."""
+        """Ablations of the circuits without a part: one for all, or refitted for each."""
         if not self.settings.refit:
             return [self._own()]
-        assert self.run.constants is not None
-        return self._fitted(masks, self.run.constants, [], "fitting constants without a part")
+        assert self.trained.constants is not None
+        return self._fitted(masks, self.trained.constants, [], "fitting constants without a part")
 
     def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
         if not self.kind.learned:
@@ -208,8 +193,8 @@ class _Study:
         return self._fitted(masks, means, [means, self.source.zero], "fitting constants of complements")
 
     def _own(self) -> Ablation:
-        """What the run has replaced by."""
-        return self.run.constants if self.run.constants is not None else self.kind.prepare(self.source)
+        """The circuit's own ablation."""
+        return self.kind.prepare(self.source) if self.trained.constants is None else self.trained.constants
 
     def _fitted(
         self, masks: Bool[Tensor, "circuit entry"], start: Constants, others: Sequence[Constants], description: str
@@ -228,77 +213,79 @@ class _Study:
         return list(fitted.sets)
 
     def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
-        shown = self.track(self.batches, description)
-        return circuit_behaviour(self.model, shown, self.level, masks, ablations, self.settings.fit.rows_per_run)
+        batches = self.track(self.batches, description)
+        return circuit_behaviour(self.model, batches, self.level, masks, ablations, self.settings.fit.rows_per_run)
+
+    def _part_table(self, rows: Sequence[Row]) -> Table:
+        listed = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
+        cells = [
+            {
+                "without": row[self.level.part],
+                "KL minus\ncircuit": row["kl_minus_circuit"],
+                "accuracy": f"{row['accuracy'].mean:.3f}",
+                **({} if self.level.has_one_stream else {"dangling\nedges": row["dangling"]}),
+                "verdict": row["verdict"],
+            }
+            for row in rows[:MOST_LISTED]
+        ]
+        return Table(f"The circuit without one of its {self.level.parts}{listed}", cells)
+
+    def _verdict_lines(
+        self, rows: Sequence[Row], names: Sequence[str], together: Row | None, apart: float
+    ) -> Iterator[str]:
+        verdicts = [row["verdict"] for row in rows]
+        counts = (f"{verdicts.count(kind)} {kind}" for kind in ("needed", "undecided", "superfluous"))
+        yield f"{', '.join(counts)} of {len(rows)} {self.level.parts}"
+        if names:
+            more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+            yield f"superfluous: {', '.join(names[:MOST_LISTED])}{more}"
+        if together is not None:
+            yield (
+                f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats, one by one "
+                f"{apart:.3g} in sum"
+            )
+
+    def _figure(self, rows: Sequence[Row], kl: float) -> Figure:
+        ablation = f"{spoken(self.kind.name)} ablation" + (", refitted" if self.settings.refit else "")
+        return worth_figure(
+            [row[self.level.part] for row in rows],
+            [interval(row["kl_minus_circuit"]) for row in rows],
+            [row["verdict"] for row in rows],
+            self.settings.tolerance,
+            f"{self.task.lm.name}, {self.task.name}: {self.trained.size}, KL {kl:.3g} nats ({ablation})",
+        )
 
 
-def _positions(run: TrainedCircuit) -> int:
-    """Rows of the tables of constants that the run was trained with."""
-    if run.constants is not None:
-        return run.constants.n_positions
-    positions: int = run.circuit.provenance.get("training", {}).get("positions", 1)
-    return positions
+def verdict(increase: Estimate, tolerance: float) -> Verdict:
+    """Judge a part by the KL divergence that its removal adds.
+
+    Args:
+        increase: KL divergence without the part minus that with it, in nats.
+        tolerance: nats that do not matter.
+
+    Returns:
+        `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
+    """
+    low, high = increase.ci95
+    if low > tolerance:
+        return "needed"
+    return "superfluous" if high <= tolerance else "undecided"
 
 
-def _write(minimality: Minimality, study: _Study, folder: Path) -> None:
-    rows = _rows(minimality)
-    document = results_document(
-        "minimal",
-        folder,
-        _provenance(study),
-        study.task.n_test,
-        metrics={
-            **{f"circuit_{name}": value.as_json() for name, value in minimality.figures.items()},
-            **{f"complement_{name}": value.as_json() for name, value in minimality.complement.items()},
-            **{f"clean_{name}": value.as_json() for name, value in minimality.clean.items()},
-        },
-        rows=rows,
-        circuit=minimality.circuit.counts(),
-        ablation=minimality.ablation,
-        superfluous=_superfluous(minimality),
-        random_complements=[
-            {name: value.as_json() for name, value in figures.items()} for figures in minimality.random_complements
-        ],
-        settings=asdict(study.settings),
-    )
-    write_results(minimality.folder, document)
-    write_table(minimality.folder, "parts", rows)
-
-
-def _provenance(study: _Study) -> dict[str, Any]:
-    return {
-        "model": study.task.lm.name,
-        "revision": study.task.lm.revision,
-        "family": study.model.config.model_type,
-        "fingerprint": fingerprint(study.model),
-        "task": study.task.describe(),
-        "seed": study.settings.seed,
+def _complement_table(figures: Mapping[str, Row], random: Sequence[Row]) -> Table:
+    named = {
+        "nothing": figures["clean"],
+        "all but the circuit": figures["circuit"],
+        "the circuit": figures["complement"],
     }
-
-
-def _rows(minimality: Minimality) -> list[dict[str, Any]]:
-    """A row for each part that was taken out, the one that is worth most first."""
-    return [{minimality.circuit.level.part: removal.names[0], **removal.as_json()} for removal in minimality.removals]
-
-
-def _superfluous(minimality: Minimality) -> dict[str, Any]:
-    together = minimality.together
-    return {
-        "names": minimality.of_verdict("superfluous"),
-        "kl_minus_circuit_apart": minimality.apart,
-        **({} if together is None else {"together": together.as_json()}),
-    }
-
-
-def _draw(minimality: Minimality, study: _Study) -> None:
-    circuit, kl = minimality.circuit, minimality.figures["kl"].mean
-    size = f"{len(circuit)} of {len(circuit.level)} {circuit.level.parts}, KL {kl:.3g} nats"
-    ablation = minimality.ablation.replace("_", " ") + " ablation" + (", refitted" if study.settings.refit else "")
-    figure = worth_figure(
-        [removal.names[0] for removal in minimality.removals],
-        [Interval(one.increase.mean, *one.increase.ci95) for one in minimality.removals],
-        [removal.verdict for removal in minimality.removals],
-        study.settings.tolerance,
-        f"{study.task.lm.name}, {study.task.name}: {size} ({ablation})",
-    )
-    save_figure(figure, minimality.folder / "figures" / "worth.png")
+    named |= {f"random circuit {number}": measures for number, measures in enumerate(random, start=1)}
+    cells = [
+        {
+            "ablated": name,
+            "KL": measures["kl"],
+            "accuracy": f"{measures['accuracy'].mean:.3f}",
+            "logit\ndifference": f"{measures['logit_difference'].mean:.2f}",
+        }
+        for name, measures in named.items()
+    ]
+    return Table("The circuit, and the model without it", cells)

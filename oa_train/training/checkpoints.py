@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from oa_train.artefacts import replace_file
 from oa_train.errors import CheckpointError, RunError
+from oa_train.files import replace_file
 
 # Where a checkpoint says what it is of; next to Lightning's own keys.
 IDENTITY_KEY = "oa_train"

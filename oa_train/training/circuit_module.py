@@ -1,6 +1,7 @@
 """Training a circuit: sparse masks and optimal-ablation constants together."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from oa_train.ablations.base import replacements_of_copies
 from oa_train.ablations.evaluation import circuit_logits
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import scored_logits
@@ -323,9 +325,15 @@ class CircuitModule(FrozenModelModule):
                 shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
         return shown
 
-    def circuits(self, size: int | None = None) -> list[Circuit]:
-        """The discrete circuits; see `circuit`."""
-        return [self.circuit(number, size) for number in range(self.n_circuits)]
+    def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
+        """The discrete circuits (see `circuit`) with the constants that were trained beside the masks."""
+        table = self.replacements.constants
+        sets = [None] * self.n_circuits if table is None else [each.detach().to("cpu") for each in table.sets()]
+        circuits = [self.circuit(number, size) for number in range(self.n_circuits)]
+        return [
+            TrainedCircuit(str(number), circuit, constants and replace(constants, provenance=circuit.provenance))
+            for number, (circuit, constants) in enumerate(zip(circuits, sets, strict=True))
+        ]
 
     def circuit(self, number: int = 0, size: int | None = None) -> Circuit:
         """A discrete circuit.

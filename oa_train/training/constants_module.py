@@ -15,6 +15,7 @@ from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import FittedCircuits, cosine_decay
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
 from oa_train.engine.chunks import ROWS_PER_RUN
@@ -292,6 +293,12 @@ class ConstantsModule(FrozenModelModule):
         """Report the mean over circuits."""
         losses = self._mean_losses(0)
         self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean(), sync_dist=True)
+
+    def trained_circuits(self) -> list[TrainedCircuit]:
+        """The circuit, named "circuit", or one for each unit that is ablated alone, with the best constants."""
+        constants = self.best_constants()
+        circuits = self.circuits if self.each_alone else {"circuit": self.circuit()}
+        return [TrainedCircuit(name, circuit, constants) for name, circuit in circuits.items()]
 
     def circuit(self) -> Circuit:
         """The circuit that constants were trained for; whatever it was found under, it is optimally ablated now.

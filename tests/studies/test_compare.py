@@ -10,15 +10,15 @@ import torch
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.published import published_ioi_circuit
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
 from oa_train.studies.agreement import over_seeds
-from oa_train.studies.compare import CompareSettings, compare
+from oa_train.studies.compare import Compare, CompareSettings
 from oa_train.studies.finish import FinishSettings, finish
-from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
@@ -47,7 +47,7 @@ def module(task):
 @pytest.fixture(scope="module")
 def run(module, task, tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment") / "version_0"
-    finish(module, task, folder, FinishSettings(refit=QUICK))
+    finish(module.frozen, task, module.trained_circuits(), folder, FinishSettings(refit=QUICK))
     return folder
 
 
@@ -61,8 +61,14 @@ def compared(module, task, run, trained):
     return compare(module.frozen, task, [trained], run, CompareSettings(fit=QUICK, random_circuits=2))
 
 
-def kl_of(rows, ablation: str) -> float:
-    return next(row for row in rows if row.ablation == ablation).figures["kl"].mean
+def compare(model, task, runs, folder, settings=None):
+    """Compare, and write what comes of it into a run folder."""
+    return Compare(model, task, runs, settings).run_in(folder)
+
+
+def kl_of(findings, ablation: str, **values) -> float:
+    """KL divergence of the first circuit with these values."""
+    return findings.where(component="circuit", ablation=ablation, **values)[0]["kl"].mean
 
 
 def test_there_is_a_row_for_the_circuit_and_each_component_under_each_ablation(compared, module):
@@ -88,30 +94,30 @@ def test_results_name_the_run_and_its_circuit(compared, run):
     assert results["seeds"] == []
     assert results["positions"] == 1
     assert [(drawn["size"], len(drawn["kl"])) for drawn in results["random_circuits"]] == [(7, 2)]
-    assert results["fit"]["steps"] == 60
-    assert results["circuit_fit"]["steps"] == 300
+    assert results["settings"]["fit"]["steps"] == 60
+    assert results["settings"]["circuit_fit"]["steps"] == 300
 
 
 def test_differences_are_paired(compared):
-    by_name = {(row.component, row.ablation): row for row in compared.rows}
+    by_name = {(row["component"], row["ablation"]): row for row in compared.rows}
     for row in compared.rows:
-        optimal = by_name[row.component, "optimal"]
-        difference = row.difference_to_optimal["kl"]
-        assert difference.mean == pytest.approx(row.figures["kl"].mean - optimal.figures["kl"].mean, abs=1e-9)
-        if row.ablation == "optimal":
+        optimal = by_name[row["component"], "optimal"]
+        difference = row["kl_minus_optimal"]
+        assert difference.mean == pytest.approx(row["kl"].mean - optimal["kl"].mean, abs=1e-9)
+        if row["ablation"] == "optimal":
             assert difference.stderr == 0
     mean, optimal = by_name["circuit", "mean"], by_name["circuit", "optimal"]
     # Prompts that are hard under one ablation are hard under the other, so pairing narrows the interval.
-    apart = (mean.figures["kl"].stderr ** 2 + optimal.figures["kl"].stderr ** 2) ** 0.5
-    assert mean.difference_to_optimal["kl"].stderr < apart
+    apart = (mean["kl"].stderr ** 2 + optimal["kl"].stderr ** 2) ** 0.5
+    assert mean["kl_minus_optimal"].stderr < apart
 
 
 def test_optimal_is_at_most_mean_and_zero_for_every_component(compared):
     # The strict law, on the upper bound of the interval, needs more prompts: tests/test_demo.py.
     for row in compared.rows:
-        if row.ablation in ("mean", "zero"):
-            surely_worse = -row.difference_to_optimal["kl"].ci95[1]
-            assert surely_worse <= max(1e-4, 0.03 * row.figures["kl"].mean), (row.component, row.ablation)
+        if row["ablation"] in ("mean", "zero"):
+            surely_worse = -row["kl_minus_optimal"].ci95[1]
+            assert surely_worse <= max(1e-4, 0.03 * row["kl"].mean), (row["component"], row["ablation"])
 
 
 def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(module, run, trained):
@@ -124,21 +130,21 @@ def test_constants_per_position_are_at_most_resample_on_prompts_of_one_length(mo
         circuit_fit=QUICK,
         random_circuits=0,
     )
-    found = compare(module.frozen, task, [trained], run, settings)
-    assert json.loads((found.folder / "results.json").read_text())["positions"] == 16
-    for row in found.rows:
-        excess = -row.difference_to_optimal["kl"].mean
-        assert excess <= max(1e-4, 0.03 * row.figures["kl"].mean), (row.component, row.ablation)
-    assert kl_of(found.circuits(), "optimal") < 0.5 * kl_of(found.circuits(), "resample")
+    findings = compare(module.frozen, task, [trained], run, settings)
+    assert json.loads((findings.folder / "results.json").read_text())["positions"] == 16
+    for row in findings.rows:
+        excess = -row["kl_minus_optimal"].mean
+        assert excess <= max(1e-4, 0.03 * row["kl"].mean), (row["component"], row["ablation"])
+    assert kl_of(findings, "optimal") < 0.5 * kl_of(findings, "resample")
 
 
 def test_random_circuits_are_worse(compared):
-    found = compared.random_circuits[7]
-    assert len(found.kl) == 2
+    (drawn,) = compared.facts["random_circuits"]
+    assert (drawn["size"], len(drawn["kl"])) == (7, 2)
     # After the same training: the run's own constants had more.
-    assert min(found.kl) > 2 * found.run_kl
-    assert found.percentile == 100 * sum(kl <= found.run_kl for kl in found.kl) / len(found.kl)
-    assert found.run_kl >= 0.9 * kl_of(compared.circuits(), "optimal")
+    assert min(drawn["kl"]) > 2 * drawn["run_kl"]
+    assert drawn["percentile"] == 100 * sum(kl <= drawn["run_kl"] for kl in drawn["kl"]) / 2
+    assert drawn["run_kl"] >= 0.9 * kl_of(compared, "optimal")
 
 
 def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
@@ -151,21 +157,21 @@ def test_several_runs_stand_side_by_side(module, task, trained, tmp_path):
         TrainedCircuit("elsewhere/version_0", resampled),
     ]
     settings = CompareSettings(["optimal", "resample"], components=[], circuit_fit=BRIEF, random_circuits=0)
-    found = compare(module.frozen, task, runs, tmp_path, settings)
-    assert [(row.run.name, row.ablation) for row in found.rows] == [
+    findings = compare(module.frozen, task, runs, tmp_path, settings)
+    assert [(row["run"], row["ablation"]) for row in findings.rows] == [
         (run.name, kind) for run in runs for kind in ("optimal", "resample")
     ]
-    assert found.jaccard[0] == [1.0, 6 / 8, 5 / 7]
-    (group,) = found.seeds
+    assert findings.facts["jaccard"][0] == [1.0, 6 / 8, 5 / 7]
+    (group,) = findings.facts["seeds"]
     assert group["runs"] == [trained.name, "experiment/version_1"]
     assert group["seeds"] == [0, 1]
     assert group["ablation"] == group["trained_with"] == "optimal"
     assert group["jaccard"] == 6 / 8
-    first, second = (kl_of([row for row in found.rows if row.run is run], "optimal") for run in runs[:2])
+    first, second = (kl_of(findings, "optimal", run=run.name) for run in runs[:2])
     assert group["kl"]["mean"] == pytest.approx((first + second) / 2)
     assert group["size"] == {"mean": 7.0, "standard_deviation": 0.0, "ci95": [7.0, 7.0], "n": 2}
-    assert (found.folder / "figures" / "agreement.png").stat().st_size > 10_000
-    rows = json.loads((found.folder / "results.json").read_text())["rows"]
+    assert (findings.folder / "figures" / "agreement.png").stat().st_size > 10_000
+    rows = json.loads((findings.folder / "results.json").read_text())["rows"]
     assert [row["trained_with"] for row in rows] == ["optimal"] * 4 + ["resample"] * 2
 
 
@@ -173,8 +179,8 @@ def test_a_circuit_trained_otherwise_is_given_constants_of_its_own(module, task,
     zero = replace(trained.constants.mapped(torch.zeros_like), provenance={"ablation": "zero"})
     circuit = replace(trained.circuit, provenance=dict(trained.circuit.provenance) | {"ablation": "zero"})
     settings = CompareSettings(["optimal", "mean", "zero"], components=[], circuit_fit=QUICK, random_circuits=0)
-    rows = compare(module.frozen, task, [TrainedCircuit("zero", circuit, zero)], tmp_path, settings).rows
-    assert kl_of(rows, "optimal") < 0.5 * min(kl_of(rows, "mean"), kl_of(rows, "zero"))
+    findings = compare(module.frozen, task, [TrainedCircuit("zero", circuit, zero)], tmp_path, settings)
+    assert kl_of(findings, "optimal") < 0.5 * min(kl_of(findings, "mean"), kl_of(findings, "zero"))
 
 
 def test_a_second_comparison_gets_a_folder_of_its_own(module, task, trained, tmp_path):
@@ -189,11 +195,11 @@ def test_a_circuit_written_by_hand_is_compared(module, task, tmp_path):
     settings = CompareSettings(
         ["optimal", "zero"], components=FEW, fit=UNFITTED, circuit_fit=UNFITTED, random_circuits=0
     )
-    found = compare(module.frozen, task, [TrainedCircuit("by hand", circuit, constants)], tmp_path, settings)
-    results = json.loads((found.folder / "results.json").read_text())
+    findings = compare(module.frozen, task, [TrainedCircuit("by hand", circuit, constants)], tmp_path, settings)
+    results = json.loads((findings.folder / "results.json").read_text())
     assert results["model"]["fingerprint"] == module.fingerprint
     assert results["positions"] == 4
-    assert kl_of(found.circuits(), "optimal") == kl_of(found.circuits(), "zero")
+    assert kl_of(findings, "optimal") == kl_of(findings, "zero")
 
 
 @pytest.mark.parametrize("changed", ["task", "loss"])
@@ -203,10 +209,10 @@ def test_constants_for_other_prompts_or_another_loss_are_a_start_and_no_more(mod
     bad = replace(trained.constants.mapped(lambda table: table + 1), provenance=provenance)
     settings = CompareSettings(["optimal", "mean"], components=[], circuit_fit=QUICK, random_circuits=0)
     foreign = compare(module.frozen, task, [replace(trained, constants=bad)], tmp_path, settings)
-    assert kl_of(foreign.rows, "optimal") < kl_of(foreign.rows, "mean")
+    assert kl_of(foreign, "optimal") < kl_of(foreign, "mean")
     own = replace(bad, provenance=trained.constants.provenance)
     kept = compare(module.frozen, task, [replace(trained, constants=own)], tmp_path, settings)
-    assert kl_of(kept.rows, "optimal") > kl_of(foreign.rows, "optimal")
+    assert kl_of(kept, "optimal") > kl_of(foreign, "optimal")
 
 
 def test_runs_that_differ_in_more_than_their_seed_are_no_sample(trained):
@@ -227,8 +233,10 @@ def test_a_task_without_counterfactuals_is_compared_without_them(module, trained
     draw = task.draw
     monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), counterfactual=None))
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
-    found = compare(module.frozen, task, [trained], tmp_path, settings)
-    assert [row.ablation for row in found.rows] == [kind for kind in TAKING if not kind.startswith("counterfactual")]
+    findings = compare(module.frozen, task, [trained], tmp_path, settings)
+    assert [row["ablation"] for row in findings.rows] == [
+        kind for kind in TAKING if not kind.startswith("counterfactual")
+    ]
     with pytest.raises(TaskError, match="no counterfactuals"):
         compare(module.frozen, task, [trained], tmp_path, replace(settings, ablations=["counterfactual"]))
 
@@ -240,10 +248,10 @@ def test_the_published_circuit_is_compared_in_a_model_of_its_shape(tmp_path):
     settings = CompareSettings(
         ["optimal", "mean"], components=[], circuit_fit=replace(QUICK, steps=2), random_circuits=0
     )
-    found = compare(model, task, [TrainedCircuit("published", circuit)], tmp_path, settings)
-    assert json.loads((found.folder / "results.json").read_text())["circuit"]["edges"] == 963
+    findings = compare(model, task, [TrainedCircuit("published", circuit)], tmp_path, settings)
+    assert json.loads((findings.folder / "results.json").read_text())["circuit"]["edges"] == 963
     # Two steps of training cannot do harm beyond what four prompts tell.
-    assert kl_of(found.rows, "optimal") <= 1.1 * kl_of(found.rows, "mean")
+    assert kl_of(findings, "optimal") <= 1.1 * kl_of(findings, "mean")
 
 
 def test_what_cannot_be_compared_is_refused(module, task, trained, tmp_path):

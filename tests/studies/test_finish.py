@@ -13,6 +13,7 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.sites import Site
+from oa_train.progress import silent
 from oa_train.studies import finish as finishing
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.training.circuit_module import CircuitModule
@@ -36,12 +37,18 @@ def trained(task, **changes) -> CircuitModule:
     return module
 
 
+def finished(module, task, run, settings=None, track=silent):
+    """Finish what a module has trained."""
+    settings = settings or FinishSettings()
+    return finish(module.frozen, task, module.trained_circuits(settings.size), run, settings, track)
+
+
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     task = small_ioi(n_means=64)
     module = trained(task)
     run = tmp_path_factory.mktemp("experiment") / "version_0"
-    finish(module, task, run, REFITTED)
+    finished(module, task, run, REFITTED)
     return module, task, run
 
 
@@ -73,17 +80,17 @@ def test_results_are_never_overwritten(finished_run):
     module, task, run = finished_run
     before = (run / "circuit" / "artefact.json").read_bytes()
     with pytest.raises(ArtefactError, match="never overwritten"):
-        finish(module, task, run, QUICK)
+        finished(module, task, run, QUICK)
     assert (run / "circuit" / "artefact.json").read_bytes() == before
 
 
 def test_refit_starts_are_honoured(finished_run, tmp_path):
     module, task, _ = finished_run
-    found = {}
+    kl = {}
     for start in ("trained", "mean", "both"):
         settings = FinishSettings(refit=RefitSettings(steps=0), refit_start=start)
-        found[start] = finish(module, task, tmp_path / start, settings)
-    assert found["both"].metrics["kl"].mean in (found["trained"].metrics["kl"].mean, found["mean"].metrics["kl"].mean)
+        kl[start] = finished(module, task, tmp_path / start, settings).findings.metrics["kl"].mean
+    assert kl["both"] in (kl["trained"], kl["mean"])
 
 
 @pytest.mark.parametrize("ablation", [name for name, kind in KINDS.items() if not kind.restores])
@@ -95,9 +102,10 @@ def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
         told.append(description)
         return steps
 
-    finished = finish(module, task, tmp_path, QUICK, track)
+    end = finished(module, task, tmp_path, QUICK, track)
+    own, metrics = end.circuits[0].constants, end.findings.metrics
     assert ("refitting the constants" in told) == kind.learned
-    assert (tmp_path / "constants").exists() == kind.constant == (finished.constants is not None)
+    assert (tmp_path / "constants").exists() == kind.constant == (own is not None)
     circuit = Circuit.load(tmp_path / "circuit")
     assert circuit.nodes == KEPT
     assert circuit.provenance["ablation"] == ablation
@@ -106,24 +114,24 @@ def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
         constants = Constants.load(tmp_path / "constants")
         assert constants.provenance == circuit.provenance
         head = Site("heads", 2)
-        assert torch.equal(constants.tables[head], finished.constants.tables[head])
+        assert torch.equal(constants.tables[head], own.tables[head])
         before = module.replacements.ablations()[0].tables[head]
         assert torch.equal(constants.tables[head], before) != kind.learned
-    document = json.loads((finished.folder / "results.json").read_text())
+    document = json.loads((end.findings.folder / "results.json").read_text())
     assert document["ablation"] == ablation
     assert set(document["metrics"]) == {*MEASURES, *(f"clean_{name}" for name in MEASURES)}
     assert document["metrics"]["cross_entropy"]["n"] == task.n_test
 
-    replacing = finished.constants or kind.prepare(AblationSource(module.frozen, task, module.level))
+    replacing = own or kind.prepare(AblationSource(module.frozen, task, module.level))
     batches = list(task.batches("test", task.n_test))
     expected = circuit_behaviour(module.frozen, batches, module.level, circuit.mask.unsqueeze(0), [replacing])
     clean = clean_behaviour(module.frozen, batches)
     for name in MEASURES:
-        assert finished.metrics[name].mean == pytest.approx(float(getattr(expected, name).mean()), rel=1e-5, abs=1e-6)
-        whole = finished.metrics[f"clean_{name}"].mean
+        assert metrics[name].mean == pytest.approx(float(getattr(expected, name).mean()), rel=1e-5, abs=1e-6)
+        whole = metrics[f"clean_{name}"].mean
         assert whole == pytest.approx(float(getattr(clean, name).mean()), rel=1e-5, abs=1e-6)
-    assert finished.metrics["clean_kl"].mean == 0
-    assert finished.metrics["kl"].mean > 1e-3
+    assert metrics["clean_kl"].mean == 0
+    assert metrics["kl"].mean > 1e-3
 
 
 @pytest.mark.parametrize("loss", LOSS_SIGNS)
@@ -136,13 +144,14 @@ def test_the_refit_minimises_what_the_fit_minimised(task, tmp_path, loss, monkey
         return fitted(*args, **options)
 
     monkeypatch.setattr(finishing, "fit_constants", recorded)
-    finished = finish(module, task, tmp_path, QUICK)
+    end = finished(module, task, tmp_path, QUICK)
+    (trained_circuit,) = end.circuits
     assert asked == [loss]
-    masks = finished.circuit.mask.unsqueeze(0)
+    masks = trained_circuit.circuit.mask.unsqueeze(0)
     validation = list(task.batches("validation", task.n_validation))
     before, after = (
         float(circuit_behaviour(module.frozen, validation, module.level, masks, [constants]).loss(loss).mean())
-        for constants in (module.replacements.ablations()[0], finished.constants)
+        for constants in (module.replacements.ablations()[0], trained_circuit.constants)
     )
     assert after < before
     assert Circuit.load(tmp_path / "circuit").provenance["loss"] == loss

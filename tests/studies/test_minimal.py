@@ -13,6 +13,7 @@ from oa_train.ablations.context import ablated
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.random import random_circuits
 from oa_train.engine.forward import scored_logits
@@ -23,9 +24,7 @@ from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.models.selection import Nodes
-from oa_train.studies.minimal import MinimalSettings, minimal
-from oa_train.studies.minimality import verdict
-from oa_train.studies.runs import TrainedCircuit
+from oa_train.studies.minimal import Minimal, MinimalSettings, verdict
 from tests.builders import small_ioi
 
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
@@ -74,6 +73,22 @@ def of_edges(model, task, source, tmp_path_factory):
     return run, minimal(model, task, run, tmp_path_factory.mktemp("edges"), UNFITTED)
 
 
+def minimal(model, task, run, folder, settings=None):
+    """Ask, and write the answer into a run folder."""
+    return Minimal(model, task, [run], settings).run_in(folder)
+
+
+def complements(findings):
+    """Measures of the model without the circuit, and without each random one."""
+    own = {"kl": findings.metrics["complement_kl"]}
+    return [own, *findings.facts["random_complements"]]
+
+
+def named(row):
+    """Name of the part that a row is about."""
+    return row.get("component") or row["edge"]
+
+
 def divergence(clean: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     """KL divergence of each prompt, written out."""
     first, second = log_softmax(clean.double(), dim=-1), log_softmax(logits.double(), dim=-1)
@@ -102,86 +117,86 @@ def edge_kl(model, task, names, ablation: Ablation) -> torch.Tensor:
 
 
 def test_each_component_is_worth_what_the_circuit_loses_without_it(model, task, source, of_nodes):
-    _, found = of_nodes
+    _, findings = of_nodes
     whole = node_kl(model, task, KEPT, source.mean)
-    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
-    assert {removal.names for removal in found.removals} == {(name,) for name in KEPT}
-    for removal in found.removals:
-        without = node_kl(model, task, [name for name in KEPT if name not in removal.names], source.mean)
+    assert findings.metrics["circuit_kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
+    assert {named(row) for row in findings.rows} == set(KEPT)
+    for row in findings.rows:
+        without = node_kl(model, task, [name for name in KEPT if name != named(row)], source.mean)
         wanted = paired_difference(without, whole)
-        assert removal.increase.mean == pytest.approx(wanted.mean, abs=1e-5)
-        assert removal.increase.stderr == pytest.approx(wanted.stderr, abs=1e-5)
-        assert removal.figures["kl"].mean == pytest.approx(without.mean().item(), abs=1e-5)
-        assert removal.dangling == 0
-    increases = [removal.increase.mean for removal in found.removals]
+        assert row["kl_minus_circuit"].mean == pytest.approx(wanted.mean, abs=1e-5)
+        assert row["kl_minus_circuit"].stderr == pytest.approx(wanted.stderr, abs=1e-5)
+        assert row["kl"].mean == pytest.approx(without.mean().item(), abs=1e-5)
+        assert row["dangling"] == 0
+    increases = [row["kl_minus_circuit"].mean for row in findings.rows]
     assert increases == sorted(increases, reverse=True)
 
 
 def test_each_edge_takes_with_it_what_then_dangles(model, task, source, of_edges):
-    _, found = of_edges
+    _, findings = of_edges
     alive = EDGES[:4]
     # Nothing reads m1, so its edges are worth nothing; without its only way out the head goes altogether.
     left = {name: [one for one in alive if one != name] for name in EDGES}
     left["a0.h0->logits"] = ["input->logits"]
     whole = edge_kl(model, task, alive, source.mean)
-    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
-    for removal in found.removals:
-        (name,) = removal.names
+    assert findings.metrics["circuit_kl"].mean == pytest.approx(whole.mean().item(), rel=1e-4)
+    for row in findings.rows:
+        name = named(row)
         wanted = paired_difference(edge_kl(model, task, left[name], source.mean), whole)
-        assert removal.increase.mean == pytest.approx(wanted.mean, abs=1e-5)
-        assert removal.increase.stderr == pytest.approx(wanted.stderr, abs=1e-5)
-        assert removal.dangling == (2 if name == "a0.h0->logits" else 0)
+        assert row["kl_minus_circuit"].mean == pytest.approx(wanted.mean, abs=1e-5)
+        assert row["kl_minus_circuit"].stderr == pytest.approx(wanted.stderr, abs=1e-5)
+        assert row["dangling"] == (2 if name == "a0.h0->logits" else 0)
 
 
 def test_what_is_superfluous_is_taken_out_together_as_well(model, task, source, of_edges):
-    _, found = of_edges
-    useless = found.of_verdict("superfluous")
+    _, findings = of_edges
+    superfluous = findings.facts["superfluous"]
+    useless = superfluous["names"]
     assert {"input->m1", "a0.h0->m1"} <= set(useless)
-    assert found.together is not None
-    assert found.together.names == tuple(useless)
+    assert useless == [named(row) for row in findings.where(verdict="superfluous")]
     left = [name for name in EDGES[:4] if name not in useless]
     wanted = edge_kl(model, task, left, source.mean) - edge_kl(model, task, EDGES[:4], source.mean)
-    assert found.together.increase.mean == pytest.approx(wanted.mean().item(), abs=1e-5)
-    each = {removal.names[0]: removal.increase.mean for removal in found.removals}
-    assert found.apart == pytest.approx(sum(each[name] for name in useless))
+    assert superfluous["together"]["kl_minus_circuit"].mean == pytest.approx(wanted.mean().item(), abs=1e-5)
+    each = {named(row): row["kl_minus_circuit"].mean for row in findings.rows}
+    assert superfluous["kl_minus_circuit_apart"] == pytest.approx(sum(each[name] for name in useless))
 
 
 def test_the_complement_keeps_everything_else(model, task, source, of_nodes, of_edges):
-    run, found = of_nodes
+    run, findings = of_nodes
     level = run.circuit.level
     drawn = random_circuits(level, len(KEPT), 3, seed=0)
-    for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
+    for measures, circuit in zip(complements(findings), (run.circuit, *drawn), strict=True):
         others = level.kept(~circuit.mask)
         assert len(others) == len(level) - len(KEPT)
         wanted = node_kl(model, task, others, source.mean).mean().item()
-        assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
-    run, found = of_edges
+        assert measures["kl"].mean == pytest.approx(wanted, rel=1e-4)
+    run, findings = of_edges
     others = run.circuit.level.kept(~run.circuit.mask)
     assert len(others) == 262 - 6
     wanted = edge_kl(model, task, others, source.mean).mean().item()
-    assert found.complement["kl"].mean == pytest.approx(wanted, rel=1e-4)
-    assert found.clean["kl"].mean == 0
-    assert found.clean["accuracy"].mean > 0.95
+    assert findings.metrics["complement_kl"].mean == pytest.approx(wanted, rel=1e-4)
+    assert findings.metrics["clean_kl"].mean == 0
+    assert findings.metrics["clean_accuracy"].mean > 0.95
 
 
 def test_parts_that_could_not_be_left_out_are_in_no_question(model, task, source, tmp_path):
     names = Nodes.of(model.config).select(["*", "!a1", "a1.h[01]"])
     run = by_hand(model, source, names, selected=["a1"])
-    found = minimal(model, task, run, tmp_path, replace(UNFITTED, random_complements=2))
-    assert {removal.names[0] for removal in found.removals} == {"a1.h0", "a1.h1"}
+    findings = minimal(model, task, run, tmp_path, replace(UNFITTED, random_complements=2))
+    assert {named(row) for row in findings.rows} == {"a1.h0", "a1.h1"}
     drawn = random_circuits(run.circuit.level, len(names), 2, 0, among=["a1"])
-    for figures, circuit in zip((found.complement, *found.random_complements), (run.circuit, *drawn), strict=True):
+    for measures, circuit in zip(complements(findings), (run.circuit, *drawn), strict=True):
         others = [name for name in run.circuit.level.names if name not in circuit.names or not name.startswith("a1")]
         assert len(others) == 15 - 2
         wanted = node_kl(model, task, others, source.mean).mean().item()
-        assert figures["kl"].mean == pytest.approx(wanted, rel=1e-4)
+        assert measures["kl"].mean == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("names", [KEPT[:4], EDGES[:4]], ids=["components", "edges"])
 def test_a_refit_gives_every_circuit_constants_of_its_own(model, task, source, tmp_path, names):
     run = by_hand(model, source, names, "optimal")
     settings = MinimalSettings(refit=True, random_complements=0, fit=QUICK)
-    found = minimal(model, task, run, tmp_path, settings)
+    findings = minimal(model, task, run, tmp_path, settings)
     batches = list(task.batches("test", task.n_test))
 
     def fitted_kl(kept, *others) -> torch.Tensor:
@@ -191,15 +206,15 @@ def test_a_refit_gives_every_circuit_constants_of_its_own(model, task, source, t
         return circuit_behaviour(model, batches, run.circuit.level, mask, fitted.sets).kl[0]
 
     whole = fitted_kl(names)
-    assert found.figures["kl"].mean == pytest.approx(whole.mean().item(), rel=1e-3)
-    removal = next(removal for removal in found.removals if removal.names == names[:1])
+    assert findings.metrics["circuit_kl"].mean == pytest.approx(whole.mean().item(), rel=1e-3)
+    row = next(row for row in findings.rows if named(row) == names[0])
     wanted = paired_difference(fitted_kl(names[1:]), whole)
-    assert removal.increase.mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-4)
+    assert row["kl_minus_circuit"].mean == pytest.approx(wanted.mean, rel=1e-3, abs=1e-4)
     unfitted = minimal(model, task, run, tmp_path, replace(settings, refit=False))
-    assert found.figures["kl"].mean < unfitted.figures["kl"].mean
+    assert findings.metrics["circuit_kl"].mean < unfitted.metrics["circuit_kl"].mean
     complement = fitted_kl(names, source.mean, source.zero).mean().item()
-    assert found.complement["kl"].mean == pytest.approx(complement, rel=1e-3)
-    assert unfitted.complement == found.complement
+    assert findings.metrics["complement_kl"].mean == pytest.approx(complement, rel=1e-3)
+    assert unfitted.metrics["complement_kl"] == findings.metrics["complement_kl"]
 
 
 @pytest.mark.parametrize("kind", ["zero", "resample", "noise", "counterfactual"])
@@ -207,30 +222,32 @@ def test_the_run_s_own_ablation_is_used(model, task, source, tmp_path, kind):
     run = by_hand(model, source, ablation=kind)
     ablation = KINDS[kind].prepare(source)
     run = replace(run, constants=ablation if KINDS[kind].constant else None)
-    found = minimal(model, task, run, tmp_path, UNFITTED)
+    findings = minimal(model, task, run, tmp_path, UNFITTED)
     masks = torch.stack([run.circuit.mask, ~run.circuit.mask])
     wanted = circuit_behaviour(model, task.batches("test", task.n_test), run.circuit.level, masks, [ablation])
-    assert found.ablation == kind
-    assert found.figures["kl"].mean == pytest.approx(wanted.kl[0].mean().item(), rel=1e-5)
-    assert found.complement["kl"].mean == pytest.approx(wanted.kl[1].mean().item(), rel=1e-5)
+    assert findings.facts["ablation"] == kind
+    assert findings.metrics["circuit_kl"].mean == pytest.approx(wanted.kl[0].mean().item(), rel=1e-5)
+    assert findings.metrics["complement_kl"].mean == pytest.approx(wanted.kl[1].mean().item(), rel=1e-5)
 
 
 def test_results_table_and_figure(of_nodes, of_edges):
-    for (run, found), what in ((of_nodes, "component"), (of_edges, "edge")):
-        assert found.folder.name == "minimal_0"
-        results = json.loads((found.folder / "results.json").read_text())
+    for (run, findings), what in ((of_nodes, "component"), (of_edges, "edge")):
+        assert findings.folder.name == "minimal_0"
+        results = json.loads((findings.folder / "results.json").read_text())
         assert results["command"] == "minimal"
         assert results["circuit"] == run.circuit.counts()
         assert results["ablation"] == "mean"
-        assert results["metrics"]["complement_kl"] == found.complement["kl"].as_json()
-        assert [row[what] for row in results["rows"]] == [one.names[0] for one in found.removals]
-        assert results["superfluous"]["names"] == found.of_verdict("superfluous")
+        assert results["metrics"]["complement_kl"] == findings.metrics["complement_kl"].as_json()
+        assert [row[what] for row in results["rows"]] == [named(row) for row in findings.rows]
+        assert results["superfluous"]["names"] == findings.facts["superfluous"]["names"]
         assert results["settings"]["tolerance"] == 0.001
-        with (found.folder / "tables" / "parts.csv").open() as file:
+        with (findings.folder / "tables" / "parts.csv").open() as file:
             table = list(csv.DictReader(file))
-        assert [float(row["kl_minus_circuit"]) for row in table] == [one.increase.mean for one in found.removals]
-        assert [row["verdict"] for row in table] == [one.verdict for one in found.removals]
-        assert (found.folder / "figures" / "worth.png").stat().st_size > 10_000
+        assert [float(row["kl_minus_circuit"]) for row in table] == [
+            each["kl_minus_circuit"].mean for each in findings.rows
+        ]
+        assert [row["verdict"] for row in table] == [each["verdict"] for each in findings.rows]
+        assert (findings.folder / "figures" / "worth.png").stat().st_size > 10_000
 
 
 def test_nothing_is_overwritten(model, task, source, tmp_path):

@@ -10,13 +10,13 @@ from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
 from oa_train.models.sites import Site
 from oa_train.studies.constants import finish_constants
-from oa_train.studies.runs import TrainedCircuit
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.constants_module import ConstantsModule
@@ -95,14 +95,14 @@ def test_constants_of_components_alone_stand_in_one_table(tmp_path):
     module = train(2, alone="*")
     constants = module.best_constants()
     assert constants.provenance["ablation"] == "optimal"
-    finished = finish_constants(module, small_ioi(), tmp_path)
-    assert list(finished.metrics) == list(module.level.names)
+    findings = finish_constants(module.frozen, small_ioi(), module.trained_circuits(), tmp_path).findings
+    assert [row["component"] for row in findings.rows] == list(module.level.names)
     loaded = Constants.load(tmp_path / "constants")
     assert loaded.provenance["bos_token_id"] == small_ioi().bos_token_id
     assert all(torch.equal(loaded.tables[site], expected) for site, expected in constants.tables.items())
     assert not (tmp_path / "circuit").exists()
-    assert (finished.folder / "tables" / "constants.csv").is_file()
-    assert (finished.folder / "figures" / "components.png").stat().st_size > 5_000
+    assert (findings.folder / "tables" / "constants.csv").is_file()
+    assert (findings.folder / "figures" / "components.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("options", [{"num_sanity_val_steps": 2}, {"limit_val_batches": 1}])
@@ -153,7 +153,7 @@ def test_a_resume_uses_the_learning_rate_it_is_given(tmp_path):
 
 def test_a_circuit_from_names_and_from_a_file_is_the_same(tmp_path):
     named = train(2, keep=["a0*", "a1*", "m0"])
-    finish_constants(named, small_ioi(), tmp_path / "run")
+    finish_constants(named.frozen, small_ioi(), named.trained_circuits(), tmp_path / "run")
     assert Circuit.load(tmp_path / "run" / "circuit").nodes == named.circuits["circuit"].nodes
     for folder in (tmp_path / "run", tmp_path / "run" / "circuit"):
         loaded = train(2, circuit=str(folder))
@@ -273,7 +273,8 @@ def test_artefacts_of_another_model_are_refused(tmp_path):
 def test_a_circuit_found_under_another_ablation_is_optimally_ablated_from_now_on(tmp_path):
     trained = Circuit.from_patterns(ConstantsModule(alone="m0").level, ["a*", "m0"])
     replace(trained, provenance={"ablation": "resample", "selected": ["m1"]}).save(tmp_path / "found")
-    finish_constants(train(1, circuit=str(tmp_path / "found")), small_ioi(), tmp_path / "run")
+    module = train(1, circuit=str(tmp_path / "found"))
+    finish_constants(module.frozen, small_ioi(), module.trained_circuits(), tmp_path / "run")
     loaded = TrainedCircuit.load(tmp_path / "run")
     assert loaded.ablation == "optimal"
     assert loaded.constants is not None

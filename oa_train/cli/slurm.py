@@ -1,4 +1,4 @@
-"""A fit under SLURM: which job it belongs to, how it is queued again, and what it then goes on from."""
+"""A fit under SLURM: the id of its job, requeueing, and the checkpoint from which a restarted job goes on."""
 
 import os
 import signal
@@ -12,15 +12,15 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-from oa_train.cli.arguments import CONFIG_FILE, read_config
 from oa_train.errors import CheckpointError, ConfigurationError
+from oa_train.studies.run_folder import VERSION, RunFolder, read_config
 from oa_train.training.checkpoints import read_checkpoint
 from oa_train.training.interruption import Stopped
 
-# What SLURM sends ahead of the time limit, where the job asks for it (sbatch --signal=USR1@60).
+# Sent by SLURM ahead of the time limit if the job asks for it (sbatch --signal=USR1@60).
 REQUEUE_SIGNAL = signal.SIGUSR1
 
-# In a recorded configuration, but what became of the run and not how it is made.
+# Keys of a recorded configuration that do not describe the experiment.
 RECORDS = ("resumed_from", "slurm_job")
 
 _SECONDS_TO_ANSWER = 60
@@ -39,13 +39,13 @@ def slurm_job() -> str | None:
 
 
 def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvironment]:
-    """What Lightning would find by itself under SLURM, but without its own requeueing.
+    """The environment that Lightning would detect under SLURM, but without its own requeueing.
 
     That writes a checkpoint from inside a signal handler, to a folder in which every other job would look for it.
 
     Args:
-        plugins: what the user has asked for; an environment among them is left alone.
-        strategy: the same.
+        plugins: the user's; an environment among them is left alone.
+        strategy: the user's.
 
     Raises:
         ConfigurationError: the job's own settings cannot work.
@@ -62,7 +62,7 @@ def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvi
 
 
 def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
-    """What a fit ends at: SIGTERM, and in a SLURM job its requeue signal, unless Lightning was told to do that.
+    """Signals that end a fit: SIGTERM, and in a SLURM job its requeue signal, unless Lightning handles that.
 
     Args:
         plugins: of the trainer.
@@ -74,7 +74,7 @@ def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def requeued() -> Iterator[None]:
-    """Have SLURM start the job again when what runs inside was ended by the requeue signal; the end says so."""
+    """Ask SLURM to start the job again when the requeue signal has ended the work inside; a note says so."""
     try:
         yield
     except Stopped as stop:
@@ -87,7 +87,7 @@ def requeued() -> Iterator[None]:
 
 
 def _requeue(job: str) -> str:
-    """Ask SLURM to start a job again; returns what came of it."""
+    """Ask SLURM to start a job again; returns a sentence about the outcome."""
     command = ["scontrol", "requeue", job]
     by_hand = "The job does not go on by itself."
     try:
@@ -97,32 +97,32 @@ def _requeue(job: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as problem:
         return f"{' '.join(command)} did not work: {problem}. {by_hand}"
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())
-        return f"{' '.join(command)} failed with status {done.returncode}: {said}. {by_hand}"
+        answer = " ".join((done.stderr or done.stdout).split())
+        return f"{' '.join(command)} failed with status {done.returncode}: {answer}. {by_hand}"
     return f"SLURM has requeued job {job}, which will go on by itself."
 
 
 def is_restarted() -> bool:
-    """Whether SLURM has started this job before: it was requeued, preempted, or lost its node."""
+    """True if SLURM has started this job before: it was requeued, preempted, or lost its node."""
     return slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
 
 
 def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Find where the latest run of this job, with this configuration, was cut off.
+    """Find the last checkpoint of the latest run of this job with this configuration.
 
-    Runs whose checkpoint is damaged are passed over, so that one of them does not end every further start of the job.
+    Damaged checkpoints are passed over, so that one of them does not end every further start of the job.
 
     Args:
         folder: holds the runs, `version_<N>`.
         config: configuration of this run, as it would be recorded.
 
     Returns:
-        The checkpoint, None when there is none, and what there is to say about it, a line each.
+        The checkpoint, None if there is none, and messages about it.
     """
     job = slurm_job()
     damaged = []
     for run in _runs(folder):
-        checkpoint = run / "checkpoints" / "last.ckpt"
+        checkpoint = run.checkpoint("last")
         if not checkpoint.is_file() or not _is_run_of(run, job, config):
             continue
         try:
@@ -134,19 +134,16 @@ def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[P
     return None, [*damaged, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
 
 
-def _runs(folder: Path) -> list[Path]:
-    """Run folders, the latest first."""
-    numbered = {run.name.removeprefix("version_"): run for run in folder.glob("version_*")}
-    return [numbered[number] for number in sorted(filter(str.isdecimal, numbered), key=int, reverse=True)]
+def _runs(folder: Path) -> list[RunFolder]:
+    """Runs of an experiment, the latest first."""
+    numbered = {run.name.removeprefix(f"{VERSION}_"): run for run in folder.glob(f"{VERSION}_*")}
+    return [RunFolder(numbered[number]) for number in sorted(filter(str.isdecimal, numbered), key=int, reverse=True)]
 
 
-def _is_run_of(run: Path, job: str | None, config: Mapping[str, Any]) -> bool:
+def _is_run_of(run: RunFolder, job: str | None, config: Mapping[str, Any]) -> bool:
     try:
-        recorded = read_config(run / CONFIG_FILE)
+        recorded = read_config(run.config_path)
     except ConfigurationError:
         return False
-    return recorded.get("slurm_job") == job and _described(recorded) == _described(config)
-
-
-def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in RECORDS}
+    described = [{name: value for name, value in each.items() if name not in RECORDS} for each in (recorded, config)]
+    return recorded.get("slurm_job") == job and described[0] == described[1]

@@ -1,0 +1,88 @@
+"""A circuit together with the constants that were trained for it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oa_train.ablations.constants import Constants
+from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.circuits.circuit import Circuit
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedCircuit:
+    """A circuit and the constants of everything outside it.
+
+    Attributes:
+        name: in tables and figures; experiment and version for the circuit of a run.
+        circuit: the circuit.
+        constants: replacements of the ablated units; None for an ablation that is not by constants.
+    """
+
+    name: str
+    circuit: Circuit
+    constants: Constants | None = None
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "TrainedCircuit":
+        """Read `circuit/` and `constants/` of a run folder, or of one of its circuits (`RUN/front/N`).
+
+        Raises:
+            ArtefactError: the run was not finished, or its files are damaged.
+        """
+        folder = Path(folder)
+        circuit = Circuit.load(folder / "circuit")
+        kind = KINDS[circuit.provenance.get("ablation", "optimal")]
+        return cls(run_name(folder), circuit, Constants.load(folder / "constants") if kind.constant else None)
+
+    def save_circuit(self, folder: Path) -> None:
+        """Write `circuit/` into a folder."""
+        self.circuit.save(folder / "circuit")
+
+    def save_constants(self, folder: Path) -> None:
+        """Write `constants/` into a folder, if there are any."""
+        if self.constants is not None:
+            self.constants.save(folder / "constants")
+
+    @property
+    def ablation(self) -> AblationKind:
+        """Ablation under which the circuit was trained; optimal if nothing says otherwise."""
+        constants = self.constants.provenance if self.constants is not None else {}
+        kind: AblationKind = self.circuit.provenance.get("ablation") or constants.get("ablation") or "optimal"
+        return kind
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the training; None for a circuit written by hand."""
+        seed: int | None = self.circuit.provenance.get("seed")
+        return seed
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the training; empty for a circuit written by hand."""
+        return dict(self.circuit.provenance.get("training", {}))
+
+    @property
+    def positions(self) -> int:
+        """Positions that the constants distinguish."""
+        if self.constants is not None:
+            return self.constants.n_positions
+        positions: int = self.training.get("positions", 1)
+        return positions
+
+    @property
+    def selected(self) -> list[str]:
+        """Patterns of the entries that the training could leave out."""
+        patterns: list[str] = self.circuit.provenance.get("selected", ["*"])
+        return patterns
+
+    @property
+    def size(self) -> str:
+        """Size for titles: "7 of 15 components"."""
+        return f"{len(self.circuit)} of {len(self.circuit.level)} {self.circuit.level.parts}"
+
+
+def run_name(folder: str | Path) -> str:
+    """Name of a run in tables and figures: experiment/version, followed by front/N for one of its circuits."""
+    parts = Path(folder).absolute().parts
+    return "/".join(parts[-4:] if parts[-2:-1] == ("front",) else parts[-2:])

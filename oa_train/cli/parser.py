@@ -1,0 +1,71 @@
+"""Parsers of the commands: the model is named once, and errors name the nearest options."""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+import oa_train.masks.hard_concrete
+import oa_train.masks.uniform
+import oa_train.tasks
+import oa_train.training.circuit_module
+import oa_train.training.constants_module
+import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by their bare names)
+from oa_train.cli.faults import own_error
+from oa_train.cli.messages import explained, group_problem, option_names
+from oa_train.errors import ConfigurationError
+from oa_train.models.loading import LMSpec
+from oa_train.tasks.task import Task
+
+
+class _Explaining(ArgumentParser):
+    """Raises our errors instead of printing its usage; knows the class whose arguments it parses."""
+
+    owner: type | None = None
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
+        """Add the arguments of a class."""
+        if nested_key is None:
+            self.owner = theclass
+        return super().add_class_arguments(theclass, nested_key, *args, **options)
+
+    def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
+        """Raise `ConfigurationError`, or the error that a nested parser or a constructor has raised."""
+        raise (own_error(ex) if ex is not None else None) or explained(message, self) from ex
+
+
+class ExplainingParser(_Explaining):
+    """Parser of a command."""
+
+
+class ExplainingLightningParser(_Explaining, LightningArgumentParser):
+    """Parser of Lightning's commands."""
+
+
+def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
+    """Add the groups `lm` and `data`, and hand the model's name to everything that loads it.
+
+    Args:
+        parser: gets the options.
+        targets: class arguments with `lm` and `seed` of their own; they follow the top-level ones.
+    """
+    parser.add_class_arguments(LMSpec, "lm")
+    parser.add_subclass_arguments(Task, "data", required=True)
+    for target in targets:
+        for field in fields(LMSpec):
+            parser.link_arguments(f"lm.{field.name}", f"{target}.init_args.lm.{field.name}")
+        parser.link_arguments("seed_everything", f"{target}.init_args.seed")
+
+
+def check_groups(parser: ArgumentParser, options: Namespace) -> None:
+    """Check that groups of options hold options; the parser takes `trainer: 5` from a file as it is.
+
+    Raises:
+        ConfigurationError: a single value stands for a group.
+    """
+    for group in dict.fromkeys(name.rpartition(".")[0] for name in option_names(parser) if "." in name):
+        value = options.get(group)
+        if value is not None and not isinstance(value, Namespace):
+            raise ConfigurationError(group_problem(group, value, parser))

@@ -1,0 +1,94 @@
+"""Output streams that never end a computation: text that cannot be written is dropped."""
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import TextIO
+
+# Substitutes where the terminal's encoding lacks a character.
+_PLAIN = {"±": "+-", "…": "...", "━": "-", "•": "*"}
+
+
+def _plain(problem: UnicodeError) -> tuple[str, int]:
+    if not isinstance(problem, UnicodeEncodeError):
+        raise problem
+    characters = problem.object[problem.start : problem.end]
+    return "".join(_PLAIN.get(character, "?") for character in characters), problem.end
+
+
+codecs.register_error("oa_train.plain", _plain)
+
+
+class SafeStream(io.TextIOBase):
+    """Passes text on to a stream; drops it if the stream is closed, full, or nobody reads it.
+
+    Attributes:
+        unread: the reader has closed its end of the pipe.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.unread = False
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="oa_train.plain")
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override] # read-only there as well
+        """Encoding of the stream."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write as far as that is possible."""
+        with self._dropping():
+            if self._stream is not None:
+                self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush as far as that is possible."""
+        with self._dropping():
+            if self._stream is not None:
+                self._stream.flush()
+
+    def isatty(self) -> bool:
+        """True for a terminal."""
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Number of the file."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("fileno")
+        return self._stream.fileno()
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            self.unread = True
+            assert self._stream is not None
+            with suppress(OSError, ValueError):  # so that Python's own flush at the end succeeds
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        except (OSError, ValueError):
+            pass
+
+
+@contextmanager
+def safe_streams(quiet: bool) -> Iterator[tuple[SafeStream, SafeStream]]:
+    """Put safe streams in the place of standard output and error.
+
+    Args:
+        quiet: drop everything that is written to them.
+
+    Yields:
+        Safe streams around the standard output and error, which take text even if quiet.
+    """
+    output, error = SafeStream(sys.stdout), SafeStream(sys.stderr)
+    shown = (SafeStream(None), SafeStream(None)) if quiet else (output, error)
+    with redirect_stdout(shown[0]), redirect_stderr(shown[1]):
+        yield output, error
+    output.flush()
+    error.flush()

@@ -1,0 +1,161 @@
+"""One command for every study: its options follow from its settings."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import Namespace
+
+from oa_train.ablations.context import check_belongs
+from oa_train.ablations.trained import TrainedCircuit
+from oa_train.cli.faults import terminable
+from oa_train.cli.output import show, track
+from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_groups
+from oa_train.cli.precheck import refuse_stored_trust, take_options
+from oa_train.cli.quiet import silence_libraries
+from oa_train.cli.record import record_in
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.models.loading import CausalLM, load_model
+from oa_train.studies.run_folder import RunFolder, check_writable, output_root
+from oa_train.studies.study import Findings, Study, removed_if_empty
+
+# Options that a study takes over from the run that it is about.
+FROM_RUN = ("seed_everything", "lm", "data")
+
+_RUN_HELP = {
+    "none": "folder of a run, whose model, task and seed are used and which gets the results",
+    "one": "folder of a finished run; it gets the results",
+    "several": "folder of a finished run; may be given several times: the first one's model and task are used, "
+    "and its folder gets the results",
+}
+
+
+def own_study(words: list[str]) -> Findings:
+    """Run a study that is named by its class."""
+    if not words or words[0].startswith("-"):
+        raise ConfigurationError("study needs the class of a study first: oa-train study package.module.Class --help")
+    return run_study(words[0], words[1:])
+
+
+def run_study(path: str, words: Sequence[str]) -> Findings:
+    """Ask a study's question and show what comes of it.
+
+    Args:
+        path: import path of the class.
+        words: its options.
+
+    Raises:
+        ConfigurationError: the class is no study, or an option is wrong.
+    """
+    silence_libraries()
+    kind = _study_class(path)
+    parser = _parser(kind)
+    folders, rest = take_options(words, "--run")
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+        parser.exit()
+    if kind.asks_of != "none" and not folders:
+        raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
+    if len(folders) > 1 and kind.asks_of != "several":
+        raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
+    runs = [RunFolder.find(folder) for folder in folders]
+    options = _options(parser, runs, rest)
+    chosen = parser.instantiate_classes(options)
+    if runs:
+        check_writable("--run", folders[0], runs[0].path / "studies")
+    root = output_root("--output", "runs" if runs else chosen.output)
+    circuits = _named_apart([run.trained_circuit() for run in runs], runs) if kind.asks_of != "none" else []
+    study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
+    run = runs[0] if runs else RunFolder.create(root, chosen.experiment)
+    if not runs:
+        run.save_config({name: value for name, value in _plain(parser, options).items() if name != "config"})
+    record_in(run.path)
+    return _carried_out(study, study.claim(run.path))
+
+
+def _carried_out(study: Study[Any], folder: Path) -> Findings:
+    with terminable(), removed_if_empty(folder):
+        findings = study.run()
+    try:
+        findings = study.write(findings, folder)
+    finally:  # a table that could not be written is still shown
+        show(findings)
+    return findings
+
+
+def _study_class(path: str) -> type[Study[Any]]:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise ConfigurationError(f"{path!r} is no import path; expected package.module.Class of a study.")
+    try:
+        members = vars(import_module(module))
+    except ImportError as problem:
+        raise ConfigurationError(f"The module {module} cannot be imported: {problem}") from problem
+    kinds = {key: kind for key, kind in members.items() if isinstance(kind, type) and issubclass(kind, Study)}
+    if name not in kinds:
+        raise ConfigurationError(f"{module} has no study named {name!r}. {nearest_names(name, kinds)}")
+    return kinds[name]
+
+
+def _parser(kind: type[Study[Any]]) -> ExplainingParser:
+    description = (kind.__doc__ or "").partition("\n")[0]
+    parser = ExplainingParser(prog=f"oa-train {kind.name}", description=description, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+    needs_run = kind.asks_of != "none"
+    parser.add_argument(
+        "--run", type=str if needs_run else str | None, required=needs_run, help=_RUN_HELP[kind.asks_of]
+    )
+    if not needs_run:
+        parser.add_argument("--output", type=str, default="runs", help="folder that gets a new run, without --run")
+        parser.add_argument("--experiment", type=str, default=kind.name, help="name of the new run")
+    parser.add_argument("--device", type=str, default="auto", help="device of the model: auto, cpu, cuda, cuda:1")
+    parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
+    add_model_and_task(parser, ("data",))
+    parser.add_class_arguments(kind.Settings, kind.name)
+    return parser
+
+
+def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequence[str]) -> Namespace:
+    """The options of a command line; model, task and seed are the run's unless it says otherwise."""
+    stored: list[str] = []
+    if runs:
+        config = runs[0].config()
+        refuse_stored_trust(config, runs[0].config_path, words)
+        shared = {name: value for name, value in config.items() if name.partition(".")[0] in FROM_RUN}
+        stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
+    options = parser.parse_args([*stored, *words])
+    check_groups(parser, options)
+    return options
+
+
+def _plain(parser: ExplainingParser, options: Namespace) -> dict[str, Any]:
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(options, skip_validation=True))
+    return plain
+
+
+def _named_apart(circuits: Sequence[TrainedCircuit], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
+    """The circuits, by the paths of their runs where experiment and version are the same."""
+    if len({circuit.name for circuit in circuits}) == len(circuits):
+        return list(circuits)
+    return [replace(circuit, name=str(run.path)) for circuit, run in zip(circuits, runs, strict=True)]
+
+
+def _model(chosen: Any, circuits: Sequence[TrainedCircuit]) -> CausalLM:
+    """Load the model on its device, and check that the circuits are of it."""
+    device = chosen.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).split("\n")[0]
+        raise ConfigurationError(f"--device {device!r} cannot be used: {first}") from problem
+    model = load_model(chosen.lm)
+    torch.nn.Module.to(model, device)
+    for trained in circuits:
+        check_belongs(model, trained.circuit, trained.constants)
+    return model

@@ -1,0 +1,78 @@
+"""Files and folders: written whole or not at all, and claimed by one process."""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from oa_train.errors import RunError
+
+
+def make_next_folder(parent: Path, prefix: str) -> Path:
+    """Make `<parent>/<prefix>_<N>` with the first number that is free; two processes never get the same.
+
+    Raises:
+        RunError: the folder cannot be made.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            folder = parent / f"{prefix}_{number}"
+            if not os.path.lexists(folder):
+                with suppress(FileExistsError):  # another process was faster
+                    folder.mkdir()
+                    return folder
+    except OSError as problem:
+        raise RunError(f"No folder can be made in {parent}: {problem}") from problem
+    raise AssertionError("unreachable")
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; the error names the file, which the system does only when it cannot be opened.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as problem:
+        problem.filename = problem.filename or str(path)
+        raise
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part.
+
+    Raises:
+        OSError: it cannot be written; the error names the file, and the old one is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write_synced(temporary, content)
+        temporary.replace(path)
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem  # not the temporary name
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the entries of a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file whole; NaN is refused because it is not JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())

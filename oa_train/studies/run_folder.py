@@ -1,0 +1,255 @@
+"""Run folders: where they are made, what they hold, and the commands that resume them.
+
+<root>/<experiment>/version_<N>/
+    config.yaml  run.log  checkpoints/{best,last}.ckpt
+    circuit/ constants/             of one circuit
+    front/<N>/{circuit,constants}/  of several
+    studies/<name>_<K>/
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from oa_train.errors import ArtefactError, ConfigurationError
+from oa_train.files import make_next_folder, replace_file
+
+if TYPE_CHECKING:
+    from oa_train.ablations.trained import TrainedCircuit
+
+CONFIG_FILE = "config.yaml"
+FRONT = "front"
+VERSION = "version"
+
+_SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder, or `RUN/front/N`, one of the circuits that a run has trained.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, experiment: str) -> "RunFolder":
+        """Claim the next version of an experiment; two processes never get the same.
+
+        Args:
+            root: from `output_root`.
+            experiment: name; it becomes a folder.
+
+        Raises:
+            RunError: the folder cannot be made.
+        """
+        return cls(make_next_folder(root / experiment, VERSION))
+
+    @classmethod
+    def find(cls, text: str, *, whole: bool = False) -> "RunFolder":
+        """The run folder, or the folder of one of its circuits, that a user named.
+
+        Args:
+            text: its path.
+            whole: accept the run only, none of its circuits.
+
+        Raises:
+            ArtefactError: there is none; runs nearby are listed.
+        """
+        folder = cls(Path(text).expanduser())
+        if folder.path.is_dir() and folder.config_path.is_file() and (folder.run == folder.path or not whole):
+            return folder
+        raise ArtefactError(_not_a_run(text, folder.path))
+
+    @property
+    def run(self) -> Path:
+        """The run: RUN of RUN/front/N, else the folder itself."""
+        is_part = self.path.parent.name == FRONT and not (self.path / CONFIG_FILE).exists()
+        return self.path.parent.parent if is_part else self.path
+
+    @property
+    def config_path(self) -> Path:
+        """Configuration of the run."""
+        return self.run / CONFIG_FILE
+
+    @property
+    def version(self) -> int:
+        """Number of the version; 0 for a folder of another name."""
+        number = self.path.name.removeprefix(f"{VERSION}_")
+        return int(number) if number.isdecimal() else 0
+
+    def checkpoint(self, name: str) -> Path:
+        """Path of `best` or `last`."""
+        return self.run / "checkpoints" / f"{name}.ckpt"
+
+    def config(self) -> dict[str, Any]:
+        """Configuration of the run.
+
+        Raises:
+            ConfigurationError: it cannot be read, or names another file.
+        """
+        content = read_config(self.config_path)
+        if "config" in content:
+            raise ConfigurationError(
+                f"{self.config_path} names another configuration file, as no run folder of `oa-train fit` does."
+            )
+        return content
+
+    def save_config(self, config: dict[str, Any]) -> None:
+        """Write the configuration."""
+        replace_file(self.path / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
+
+    def trained_circuit(self) -> "TrainedCircuit":
+        """The circuit of the run.
+
+        Raises:
+            ArtefactError: there is none; the message says why.
+        """
+        from oa_train.ablations.trained import TrainedCircuit  # torch, which help and refusals do without
+
+        try:
+            return TrainedCircuit.load(self.path)
+        except ArtefactError as problem:
+            raise ArtefactError(self._why_no_circuit(problem)) from problem
+
+    def _why_no_circuit(self, problem: ArtefactError) -> str:
+        if not (self.path / "circuit").exists() and (self.path / "constants").is_dir():
+            return (
+                f"{self.path} holds constants of components that were ablated alone, and no circuit.\nGive runs that "
+                "trained a circuit, or constants for one (`circuit` or `keep` of ConstantsModule)."
+            )
+        if not (self.path / "circuit").exists() and (self.path / FRONT).is_dir():
+            numbers = sorted((part.name for part in (self.path / FRONT).iterdir()), key=lambda name: (len(name), name))
+            each = f"{self.path / FRONT}/N, N being {', '.join(numbers)}"
+            return f"{self.path} holds several circuits. Give one of them: {each}."
+        return (
+            f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
+            f"  {self.resume_command(self.last_state())}"
+        )
+
+    def last_state(self) -> Path | None:
+        """The checkpoint of the latest state: `last.ckpt`, or what is left of a folder that was deleted meanwhile."""
+        return next((path for path in map(self.checkpoint, ("last", "best")) if path.is_file()), None)
+
+    def resume_command(self, checkpoint: Path | None = None) -> str:
+        """The command that resumes or finishes the run, for pasting into a shell.
+
+        Args:
+            checkpoint: where to resume; `last.ckpt` by default.
+        """
+        return f"{self.start_command()} --ckpt_path {shlex.quote(str(checkpoint or self.checkpoint('last')))}"
+
+    def start_command(self) -> str:
+        """The command that runs the configuration again from its beginning."""
+        return f"oa-train fit --config {shlex.quote(str(self.config_path))}"
+
+    def how_to_resume(self, resumed_from: Path | None = None) -> list[str]:
+        """How a run that was cut off is resumed, one line each.
+
+        Args:
+            resumed_from: checkpoint from which this run itself was resumed.
+        """
+        if not self.config_path.is_file():
+            return [f"Nothing is left in {self.run}. Start again with the command that started this run."]
+        kept = self.last_state()
+        if resumed_from is not None and (kept is None or kept != self.checkpoint("last")):
+            said = f"No further state had been written. This goes on from {resumed_from} once more:"
+            return [said, f"  {self.resume_command(resumed_from)}"]
+        if kept is not None:
+            said = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
+            return [said, f"  {self.resume_command(kept)}"]
+        return ["No checkpoint had been written yet. This starts again:", f"  {self.start_command()}"]
+
+
+def circuit_folders(run: Path, n_circuits: int) -> list[Path]:
+    """Folders of the circuits of a run: the run itself for one, `front/N` for several."""
+    return [run] if n_circuits == 1 else [run / FRONT / str(number) for number in range(n_circuits)]
+
+
+def output_root(option: str, text: str) -> Path:
+    """Resolve the folder that is to hold runs, and check that folders can be made in it.
+
+    Args:
+        option: its name, for messages.
+        text: as the user gave it; `~` is the home directory.
+
+    Raises:
+        ConfigurationError: it is no local folder, a link that leads nowhere or a file is in the way, or the folder
+            above is not writable.
+    """
+    if _SCHEME.match(text):
+        raise ConfigurationError(f"{option} is {text!r}; runs are written to local folders only. Give a path.")
+    check_writable(option, text, Path(text).expanduser())
+    return Path(text).expanduser()
+
+
+def check_writable(option: str, text: str, folder: Path) -> None:
+    """Check that a folder can be made, and folders in it; see `output_root`."""
+    absolute = folder.absolute()
+    above = next(parent for parent in (absolute, *absolute.parents) if os.path.lexists(parent))
+    if above.is_symlink() and not above.exists():
+        raise ConfigurationError(
+            f"{option} is {text!r}, but {above} is a link to {above.readlink()}, which is missing."
+        )
+    if not above.is_dir():
+        raise ConfigurationError(f"{option} is {text!r}, but {above} is a file, not a folder.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{option} is {text!r}, but the folder {above} is not writable.")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML configuration.
+
+    Raises:
+        ConfigurationError: the file is missing, or is no YAML mapping.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeys)  # noqa: S506 (it makes nothing but plain values)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
+        how = "cannot be read" if isinstance(problem, OSError) else "cannot be read as YAML"
+        raise ConfigurationError(f"The configuration {path} {how}: {' '.join(str(problem).split())}") from problem
+    if content is None:
+        raise ConfigurationError(f"The configuration {path} is empty; expected named options.")
+    if not isinstance(content, dict):
+        raise ConfigurationError(
+            f"The configuration {path} holds a {type(content).__name__}; expected named options (experiment: name)."
+        )
+    return content
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a name that occurs twice in a mapping; YAML itself would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if names.count(key.value) > 1 and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _not_a_run(text: str, folder: Path) -> str:
+    if folder.is_file():
+        return f"--run is {text!r}, which is a file. Give the folder of the run, {str(folder.parent)!r}?"
+    above: Sequence[Path] = [part.parent for part in (folder, folder.parent) if part.name == FRONT]
+    if folder.is_dir() and any((run / CONFIG_FILE).is_file() for run in above):
+        return (
+            f"--run is {text!r}, of a run that has trained several circuits side by side. `test` and `validate` take "
+            "the run itself and report all of them; studies take one of them, <run>/front/<N>."
+        )
+    state = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
+    near = sorted({*folder.glob(f"*/{CONFIG_FILE}"), *folder.parent.glob(f"*/{CONFIG_FILE}")})[:5]
+    hint = f" Runs nearby: {', '.join(str(path.parent) for path in near)}." if near else ""
+    return (
+        f"--run is {text!r}, a folder that {state}.\nExpected the run folder that `oa-train fit` made, "
+        f"runs/<experiment>/version_<N>.{hint}"
+    )

@@ -1,0 +1,276 @@
+"""Studies: questions asked of a model, answered as rows, metrics and figures, and written in one way.
+
+    <run>/studies/<name>_<K>/results.json, tables/<table>.csv, figures/<figure>.png
+
+A study is a class with a name, a settings dataclass and a `run` that returns `Findings`. The command line, the results
+file, the tables and the figures follow from these.
+"""
+
+import csv
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.trained import TrainedCircuit, run_name
+from oa_train.artefacts import versions
+from oa_train.batches import Batch
+from oa_train.errors import ConfigurationError, RunError
+from oa_train.figures.comparison import Interval
+from oa_train.figures.style import Figure, save_figure
+from oa_train.files import make_next_folder, replace_file, write_json
+from oa_train.metrics.estimates import Estimate, estimate
+from oa_train.metrics.measures import MEASURES
+from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.progress import Track, silent
+from oa_train.tasks.task import Task
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS_FILE = "results.json"
+SCHEMA_VERSION = 1
+
+# Column names with plain values or estimates.
+Row = Mapping[str, Any]
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people: rows of texts, numbers and estimates under a title."""
+
+    title: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """Answer of a study.
+
+    Attributes:
+        rows: the study's table, written to `results.json` and `tables/<table>.csv`.
+        metrics: key figures by name.
+        facts: further keys of `results.json`; plain values and estimates.
+        shown: tables and lines for the terminal.
+        figures: by name, functions that draw them, or return None where there is nothing to see; they are called once
+            the results are on disk.
+        circuit: sizes of the circuit in question.
+        table: name of the CSV file.
+        folder: study folder, once written.
+    """
+
+    rows: Sequence[Row]
+    metrics: Mapping[str, Estimate] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    shown: Sequence[Table | str] = ()
+    figures: Mapping[str, Callable[[], Figure | None]] = field(default_factory=dict)
+    circuit: Mapping[str, int] | None = None
+    table: str = "rows"
+    folder: Path | None = None
+
+    def where(self, **values: Any) -> list[Row]:
+        """Rows that have these values: `findings.where(component="circuit", ablation="mean")`."""
+        return [row for row in self.rows if all(row.get(name) == value for name, value in values.items())]
+
+    def flat_rows(self) -> list[dict[str, Any]]:
+        """Rows of plain values; an estimate becomes the columns `x`, `x_stderr`, `x_low` and `x_high`."""
+        return [_flat(row) for row in self.rows]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """The rows as a pandas frame, with the columns of `flat_rows`.
+
+        Raises:
+            ConfigurationError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as problem:
+            raise ConfigurationError("to_frame needs pandas: pip install 'oa_train[pandas]'.") from problem
+        return pd.DataFrame(self.flat_rows())
+
+
+class Study(ABC, Generic[S]):
+    """A question about a model. Subclasses define `name`, `Settings` and `run`, and may extend `check`.
+
+    Args:
+        model: frozen causal language model.
+        task: source of prompts.
+        circuits: circuits of this model that the study is about.
+        settings: an instance of `Settings`; its defaults if omitted.
+        track: progress.
+
+    Raises:
+        ConfigurationError: see `check`.
+
+    Attributes:
+        name: the command's name and the prefix of study folders.
+        Settings: dataclass of the options.
+        asks_of: circuits that the study needs: `none`, `one`, or `several` (at least one).
+    """
+
+    name: ClassVar[str]
+    Settings: ClassVar[type]
+    asks_of: ClassVar[Literal["none", "one", "several"]] = "none"
+
+    def __init__(
+        self,
+        model: CausalLM,
+        task: Task,
+        circuits: Sequence[TrainedCircuit] = (),
+        settings: S | None = None,
+        track: Track = silent,
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.circuits = list(circuits)
+        self.settings: S = settings if settings is not None else self.Settings()
+        self.track = track
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what cannot be asked, before anything is computed.
+
+        Raises:
+            ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
+        """
+        n_circuits, names = len(self.circuits), [circuit.name for circuit in self.circuits]
+        fits = {"none": n_circuits == 0, "one": n_circuits == 1, "several": n_circuits > 0}[self.asks_of]
+        if not fits or len(set(names)) < n_circuits:
+            wanted = {"none": "no circuit", "one": "one circuit", "several": "circuits with different names"}
+            raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
+
+    @abstractmethod
+    def run(self) -> Findings:
+        """Answer the question. Nothing is written."""
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """The test prompts."""
+        return list(self.task.batches("test", self.task.n_test))
+
+    def run_in(self, run: str | Path) -> Findings:
+        """Claim `studies/<name>_<K>` in a run folder, answer the question, and write the findings there.
+
+        Raises:
+            RunError: the folder cannot be made, which is found out before anything is computed, or written to.
+        """
+        folder = self.claim(run)
+        with removed_if_empty(folder):
+            return self.write(self.run(), folder)
+
+    def claim(self, run: str | Path) -> Path:
+        """Make the next free study folder of a run."""
+        return make_next_folder(Path(run) / "studies", self.name)
+
+    def write(self, findings: Findings, folder: Path) -> Findings:
+        """Write results, table and figures, in this order.
+
+        Returns:
+            The findings, which now name the folder.
+
+        Raises:
+            RunError: a file cannot be written.
+        """
+        try:
+            write_json(folder / RESULTS_FILE, self.document(findings, folder.parent.parent))
+            if findings.rows:
+                _write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
+            for name, draw in findings.figures.items():
+                figure = draw()
+                if figure is not None:
+                    save_figure(figure, folder / "figures" / f"{name}.png")
+        except OSError as problem:
+            raise RunError(f"The results in {folder} cannot be written: {problem}") from problem
+        return replace(findings, folder=folder)
+
+    def document(self, findings: Findings, run: Path) -> dict[str, Any]:
+        """Content of `results.json`."""
+        lm = self.task.lm
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.name,
+            "experiment": run_name(run),
+            "seed": self.task.seed,
+            "model": {
+                "family": self.model.config.model_type,
+                "fingerprint": self.fingerprint,
+                "revision": lm.revision,
+                "name": lm.name,
+            },
+            "task": {**self.task.describe(), "n_prompts": self.task.n_test, "split": "test"},
+            "versions": versions(),
+            "metrics": _plain(findings.metrics),
+            "rows": _plain(findings.rows),
+            **({} if findings.circuit is None else {"circuit": dict(findings.circuit)}),
+            **_plain(findings.facts),
+            "settings": _plain(self.settings),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the model's weights."""
+        return fingerprint(self.model)
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove a study folder in which nothing was written when the work inside fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+            folder.parent.rmdir()
+        raise
+
+
+def estimates(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
+    """Estimates of all measures of one circuit."""
+    return {name: estimate(getattr(behaviour, name)[index]) for name in MEASURES}
+
+
+def interval(value: Estimate) -> Interval:
+    """An estimate as figures draw it."""
+    return Interval(value.mean, *value.ci95)
+
+
+def spoken(name: str) -> str:
+    """Name of an ablation or measure in titles and tables."""
+    return name.replace("_", " ")
+
+
+def _plain(value: Any) -> Any:
+    """JSON values of estimates, dataclasses and containers of them."""
+    if isinstance(value, Estimate):
+        return value.as_json()
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Estimate):
+            low, high = value.ci95
+            flat |= {name: value.mean, f"{name}_stderr": value.stderr, f"{name}_low": low, f"{name}_high": high}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, text.getvalue().encode())
