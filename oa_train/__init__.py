@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from oa_train.studies.study import Findings as Findings
     from oa_train.studies.study import Study as Study
     from oa_train.studies.study import Table as Table
+    from oa_train.studies.study import estimates as estimates
     from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
@@ -106,6 +107,7 @@ _HOMES = {
     "circuit_behaviour": "ablations.evaluation",
     "finish": "studies.finish",
     "finish_constants": "studies.constants",
+    "estimates": "studies.study",
     "fit_constants": "ablations.fitting",
     "jaccard": "circuits.circuit",
     "load_dictionary": "models.dictionaries",

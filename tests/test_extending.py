@@ -1,6 +1,7 @@
 """The files that docs/extending.md shows do what the page says, each by itself and on the command line."""
 
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -161,6 +162,28 @@ def test_own_fixed_prompts_are_scored_once_each(imported):
     assert all(texts.values())
     assert task.n_test == len(texts["test"])
     assert main(["fit", *TINY, "--data", "receivers.Receivers", "--experiment", "receivers", *SHORT]) == 0
+
+
+def test_an_own_study_goes_from_its_options_to_results_table_and_figure(imported, capsys):
+    layers = imported("layers")
+    assert main(["study", "layers.Layers", "--config", "layers.yaml", "--device", "cpu"]) == 0
+    assert "One layer under resample ablation" in capsys.readouterr().out
+    written = Path("runs/layers/version_0/studies/layers_0")
+    results = json.loads((written / "results.json").read_text())
+    assert [row["layer"] for row in results["rows"]] == [0, 1, 2]
+    assert results["settings"] == {"ablation": "resample", "positions": 1}
+    assert (written / "figures" / "layers.png").stat().st_size > 5_000
+    findings = layers.Layers(load_model(LMSpec()), small_ioi(n_test=64), settings=layers.LayersSettings()).run()
+    frame = findings.to_frame()
+    assert list(frame["kl"]) == [row["kl"].mean for row in findings.rows]
+    assert {"kl_stderr", "kl_low", "kl_high"} < set(frame.columns)
+    table = (written / "tables" / "layers.csv").read_text().splitlines()
+    assert table[0].split(",") == list(frame.columns)
+    # The run folder that was made can be asked again.
+    assert main(["study", "layers.Layers", "--run", "runs/layers/version_0", "--layers.ablation", "mean"]) == 0
+    assert (written.parent / "layers_1" / "results.json").is_file()
+    assert main(["study", "layers.Layer", "--config", "layers.yaml"]) == 2
+    assert "layers has no study named 'Layer'. Did you mean Layers" in capsys.readouterr().err
 
 
 def test_an_own_family_passes_the_self_check(imported):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from oa_train.cli.interruption import resume_command
+from oa_train.studies.run_folder import RunFolder
 from oa_train.training.checkpoints import read_checkpoint
 from tests.jobs.fits import FIRST, ROOT, SECOND, SECONDS, finished, process_id, start, statuses, torchrun, wait_until
 
@@ -125,7 +125,7 @@ def test_a_full_disk_ends_the_training_and_leaves_the_checkpoint_before(tmp_path
         with suppress(OSError), (kept / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(1024))
-        run.fails("No space left on device", resume_command(FIRST), runs=kept)
+        run.fails("No space left on device", RunFolder(FIRST).resume_command(), runs=kept)
         assert not list(kept.rglob("circuit"))
         (kept / "filler").unlink()
         shutil.copytree(kept, tmp_path / "runs", dirs_exist_ok=True)
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_grow_ends_the_training(fit, most, said):
     run = fit(*LONGER)
     run.reach_a_checkpoint()
     run.limit(resource.RLIMIT_FSIZE, most)
-    run.fails(said, "arge", resume_command(FIRST))
+    run.fails(said, "arge", RunFolder(FIRST).resume_command())
     assert not (run.folder / FIRST / "circuit").exists()
 
 
@@ -157,14 +157,14 @@ def test_metrics_that_cannot_be_written_end_the_training(fit):
     run.reach(lambda: any((run.folder / "metrics").rglob("metrics.csv")))
     run.limit(resource.RLIMIT_FSIZE, 20_000)  # checkpoints stay below it
     # Only the best state has been written so far.
-    run.fails("metrics.csv cannot be", resume_command(FIRST, FIRST / "checkpoints" / "best.ckpt"))
+    run.fails("metrics.csv cannot be", RunFolder(FIRST).resume_command(FIRST / "checkpoints" / "best.ckpt"))
 
 
 def test_a_disk_that_is_full_when_the_results_come_loses_only_them(fit):
     run = fit("--trainer.max_epochs", "1", "--finish.refit.steps", "60")
     run.reach((run.folder / FIRST / "circuit").is_dir)
     run.limit(resource.RLIMIT_FSIZE, 1_500)  # what is said goes to a file as well
-    said = run.fails("constants cannot be written", "File too large", resume_command(FIRST))
+    said = run.fails("constants cannot be written", "File too large", RunFolder(FIRST).resume_command())
     assert "results:" not in said
     assert {path.name for path in (run.folder / FIRST).iterdir() if path.is_dir()} == {"checkpoints", "circuit"}
 
@@ -176,7 +176,7 @@ def test_a_folder_that_may_no_longer_be_written_to_ends_the_training(fit):
     (run.folder / LAST).parent.chmod(0o500)
     if os.geteuid() != 0 and os.access((run.folder / LAST).parent, os.W_OK):
         pytest.skip("this user may write anywhere")
-    said = run.fails("last.ckpt cannot be written: Permission denied", resume_command(FIRST))
+    said = run.fails("last.ckpt cannot be written: Permission denied", RunFolder(FIRST).resume_command())
     (run.folder / LAST).parent.chmod(0o700)
     follow(run.folder, said)
 
@@ -222,7 +222,9 @@ def test_a_folder_that_is_deleted_gets_the_state_once_more_and_ends_the_training
     run = fit(*LONGER, "--checkpoint_every", "100000" if n_processes == 1 else "1", n_processes=n_processes)
     run.reach((run.folder / FIRST / "metrics.csv").exists)
     shutil.rmtree(run.folder / deleted)
-    said = run.fails(f"The folder {FIRST}/checkpoints was deleted while the run wrote to it", resume_command(FIRST))
+    said = run.fails(
+        f"The folder {FIRST}/checkpoints was deleted while the run wrote to it", RunFolder(FIRST).resume_command()
+    )
     (step,) = re.findall(r"The state of step (\d+)", said)
     assert read_checkpoint(run.folder / LAST)["global_step"] == int(step) > 0
     assert (run.folder / FIRST / "config.yaml").is_file()
@@ -260,7 +262,7 @@ def test_a_task_that_fails_in_the_middle_is_named_and_leaves_the_checkpoint(tmp_
     assert done.returncode == 1
     run = Path("runs", "circuit", "version_0")
     assert_is_explained(done.stderr, "ZeroDivisionError: no words left", f"in draw ({tmp_path}/mine.py, line 8)")
-    assert resume_command(run) in done.stderr
+    assert RunFolder(run).resume_command() in done.stderr
     assert_is_tidy(tmp_path / "runs")
     assert (tmp_path / run / "checkpoints" / "last.ckpt").is_file()
 

@@ -63,6 +63,7 @@ class OaTrainCLI(LightningCLI):
 
     def __init__(self, command: str, **options: Any) -> None:
         self._command = command
+        self.run_folder: RunFolder | None = None
         super().__init__(**options)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -140,7 +141,6 @@ class OaTrainCLI(LightningCLI):
         plugins = _as_list(config.plugins)
         self._signals = stop_signals(plugins)
         plugins = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
-        self.run: RunFolder | None = None
         if not fits or config.fast_dev_run:
             options = {
                 "logger": False,
@@ -148,18 +148,18 @@ class OaTrainCLI(LightningCLI):
                 "default_root_dir": str(self._experiment_folder()),
             }
             return self._trainer(plugins=plugins, **options, **trainer_changes(config), **kwargs)
-        self.run = _claimed_run(self._experiment_folder())
+        self.run_folder = _claimed_run(self._experiment_folder())
         if _is_first_process():
-            self.run.save_config(self._recorded())
-            record_in(self.run.path)
+            self.run_folder.save_config(self._recorded())
+            record_in(self.run_folder.path)
         if _is_first_process() and config.enable_progress_bar is not False:
             self.model.track = track
         return self._trainer(
-            logger=self._loggers(config.logger, self.run.path),
+            logger=self._loggers(config.logger, self.run_folder.path),
             plugins=plugins,
-            callbacks=[*_as_list(config.callbacks), *self._callbacks(config, self.run.path)],
+            callbacks=[*_as_list(config.callbacks), *self._callbacks(config, self.run_folder.path)],
             # Under SLURM Lightning resumes from what any job has left in the root: only this run's folder holds none.
-            default_root_dir=str(self.run.path),
+            default_root_dir=str(self.run_folder.path),
             **trainer_changes(config),
             **kwargs,
         )
@@ -204,20 +204,25 @@ class OaTrainCLI(LightningCLI):
             yield
         except (OaTrainError, MisconfigurationException, ImportError) as problem:
             is_mistake = getattr(problem, "exit_status", MISTAKE) == MISTAKE
-            if self.run is not None and _is_first_process() and is_mistake and self.run.last_state() is None:
-                shutil.rmtree(self.run.path, ignore_errors=True)
+            if (
+                self.run_folder is not None
+                and _is_first_process()
+                and is_mistake
+                and self.run_folder.last_state() is None
+            ):
+                shutil.rmtree(self.run_folder.path, ignore_errors=True)
             raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run with the folder's name in the environment, where processes that a strategy starts find it."""
-        if self.run is None:
+        if self.run_folder is None:
             super()._run_subcommand(subcommand)
             return
         if not _is_first_process():
             with told_how_to_resume(self._shared_run):
                 super()._run_subcommand(subcommand)
             return
-        run, path = self.run, self.config[subcommand].ckpt_path
+        run, path = self.run_folder, self.config[subcommand].ckpt_path
         resumed_from = None if path is None else Path(path)
         os.environ[RUN_FOLDER_VARIABLE] = str(run.path)
         try:
@@ -240,25 +245,28 @@ class OaTrainCLI(LightningCLI):
         """Finish what was trained, with the best checkpoint."""
         first, strategy = self.trainer.is_global_zero, self.trainer.strategy
         sharded = isinstance(strategy, ShardedStrategy)
-        if self.run is None or not (first or sharded):
+        if self.run_folder is None or not (first or sharded):
             return
         # A sharded model needs all processes to run it. They compute the same; the first one's files are kept.
         with none_left_behind(self.trainer) if sharded else nullcontext():
-            best = self.run.checkpoint("best")
+            best = self.run_folder.checkpoint("best")
             state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
             state = strategy.broadcast(state) if sharded else state
             if state is not None:
                 self.model.load_state_dict(state, strict=False)
             # Lightning moves the module back to the CPU when it is done.
             self.model.to(strategy.root_device)
-            with terminable(self._signals), nullcontext(self.run.path) if first else TemporaryDirectory() as folder:
+            with (
+                terminable(self._signals),
+                nullcontext(self.run_folder.path) if first else TemporaryDirectory() as folder,
+            ):
                 finished = self._finished(Path(folder))
         if first:
             if state is None:
                 console.print(f"There is no {best}, so the last state was finished and not the best.", soft_wrap=True)
             if finished is not None:
                 show(finished.findings)
-            console.print(f"run: {self.run.path}", soft_wrap=True)
+            console.print(f"run: {self.run_folder.path}", soft_wrap=True)
 
     def _finished(self, run: Path) -> Finished | None:
         module, task = self.model, self.datamodule.task
@@ -280,7 +288,7 @@ class OaTrainCLI(LightningCLI):
 
     def _experiment_folder(self) -> Path:
         chosen = self.config[self.subcommand]
-        return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT).expanduser() / chosen.experiment
+        return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT).expanduser() / str(chosen.experiment)
 
     def _checkpoint_of_this_job(self) -> str | None:
         """Where a job that SLURM has started again goes on; the same in all its processes."""
@@ -292,8 +300,8 @@ class OaTrainCLI(LightningCLI):
 
 def fit(words: Sequence[str]) -> Path | None:
     """Train, then finish; returns the run folder (None after `fast_dev_run`)."""
-    run = _run_lightning("fit", words).run
-    return run.path if isinstance(run, RunFolder) else None
+    cli = _run_lightning("fit", words)
+    return cli.run_folder.path if cli.run_folder is not None else None
 
 
 def validate(words: Sequence[str]) -> None:

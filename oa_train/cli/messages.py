@@ -31,6 +31,7 @@ _PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false",
 # New names of renamed options.
 RENAMED = {
     "graph": "level",
+    "seed": "seed_everything",
     "penalty": "penalty_weight",
     "activation_checkpointing": "recompute",
 }
@@ -138,7 +139,7 @@ def _unknown(name: str, shown: str, parser: ArgumentParser) -> str:
         near = nearest_names(name, [*names, "quiet"])
         return f"{start}. {near if near.startswith('Did you mean') else nearest_names(name, siblings or top)}"
     arguments = [argument for argument in names if "." not in argument and argument not in ("help", *LINKED)]
-    if inspect.isabstract(owner):
+    if owner in BASES:
         near = nearest_names(name, ["class_path", "init_args", *arguments])
         return f"There is no argument {name!r} here. {near}"
     start = f"{owner.__name__} has no argument {name!r}"
@@ -171,8 +172,8 @@ def _wrong_value(key: str, problem: str, parser: ArgumentParser) -> str | None:
             return _class_problem(key, name, classes)
         return f"{key} is {_shown(value)}; expected the name of a class, or class_path with init_args."
     owner = getattr(parser, "owner", None)
-    of = f" of {owner.__name__}" if owner is not None else ""
-    return f"{LINKED.get(key, key)}{of} is {_shown(value)}; expected {_expected(key, value, leaves)}"
+    shown_key = key if owner is None else f"{owner.__name__}.{key}"
+    return f"{LINKED.get(key, shown_key)} is {_shown(value)}; expected {_expected(key, value, leaves)}"
 
 
 def _subparser(parser: ArgumentParser) -> ArgumentParser:

@@ -51,7 +51,7 @@ def check_content(path: Path) -> None:
     """
     content = read_config(path)
     for name in _TEXTS:
-        if name in content and not isinstance(content[name], str):
+        if name in content and not isinstance(content[name], str | list | dict):
             raise ConfigurationError(
                 f"{path}: {name} is {content[name]}, which YAML reads as a {type(content[name]).__name__}; expected a "
                 f'text. Quote it: {name}: "{content[name]}".'

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import TextIO
+from typing import Any
 
 # Substitutes where the terminal's encoding lacks a character.
 _PLAIN = {"±": "+-", "…": "...", "━": "-", "•": "*"}
@@ -29,7 +29,7 @@ class SafeStream(io.TextIOBase):
         unread: the reader has closed its end of the pipe.
     """
 
-    def __init__(self, stream: TextIO | None) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.unread = False
         if isinstance(stream, io.TextIOWrapper):
@@ -61,7 +61,7 @@ class SafeStream(io.TextIOBase):
         """Number of the file."""
         if self._stream is None:
             raise io.UnsupportedOperation("fileno")
-        return self._stream.fileno()
+        return int(self._stream.fileno())
 
     @contextmanager
     def _dropping(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from oa_train.cli.interruption import resume_command
+from oa_train.studies.run_folder import RunFolder
 from oa_train.training.checkpoints import read_checkpoint
 from tests.jobs.fits import (
     FIRST,
@@ -91,7 +91,7 @@ def test_told_to_end_all_processes_end_at_one_step_and_are_resumed_bit_for_bit(t
     assert statuses(tmp_path) == dict.fromkeys(range(n_processes), 143), said
     if way == "one worker of torchrun":
         assert "exitcode  : 143" in said
-    assert said.count(resume_command(FIRST)) == 1
+    assert said.count(RunFolder(FIRST).resume_command()) == 1
     assert 0 < read_checkpoint(tmp_path / LAST)["global_step"] < 60
     finished(start(tmp_path, "--ckpt_path", str(LAST), n_processes=n_processes), tmp_path)
     assert_ended_alike(tmp_path / SECOND, whole_runs(n_processes), LAST)
@@ -131,7 +131,7 @@ def test_a_run_that_is_interrupted_says_how_to_resume(tmp_path, sent, status, sa
     assert said in words
     assert "Traceback" not in words
     assert read_checkpoint(tmp_path / LAST)["global_step"] > 0
-    assert resume_command(FIRST) in words
+    assert RunFolder(FIRST).resume_command() in words
     log = (tmp_path / FIRST / "run.log").read_text()
     assert log.splitlines()[-1].strip().startswith("oa-train fit --config runs/")
 
@@ -152,7 +152,7 @@ def test_an_interrupted_refit_is_finished_by_the_command_that_it_says(tmp_path, 
     run.send_signal(sent)
     assert run.wait(timeout=60) == status
     words = (tmp_path / "said.txt").read_text()
-    command = resume_command(FIRST)
+    command = RunFolder(FIRST).resume_command()
     assert command in words
     assert "Traceback" not in words
     assert (folder / "circuit").is_dir()

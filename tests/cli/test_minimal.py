@@ -62,7 +62,7 @@ def test_a_run_is_asked(run, capsys):
     assert "results: runs/nodes/version_0/studies/minimal_0" in said
     assert "studies/minimal_0" in (run / "run.log").read_text()
     results = json.loads((run / "studies" / "minimal_0" / "results.json").read_text())
-    assert results["settings"] | {"refit": True, "tolerance": 0.5, "seed": 3} == results["settings"]
+    assert results["settings"] | {"refit": True, "tolerance": 0.5} == results["settings"]
     assert results["task"]["seed"] == results["seed"] == 3
 
 
@@ -86,9 +86,9 @@ def test_one_of_several_circuits_is_asked_under_the_configuration_of_their_run(f
     [
         ("--minimal.tolerance -1", "tolerance is -1.0; expected 0 or more."),
         ("--minimal.tolerence 1", "Did you mean minimal.tolerance"),
-        ("--minimal.seed 1", "minimal.seed follows --seed_everything; give that instead."),
-        ("--minimal 3", "minimal is '3'; expected a group of options (minimal."),
-        ("--run elsewhere", "--run is given 2 times"),
+        ("--minimal.seed 1", "There is no option --minimal.seed; it is called seed_everything now."),
+        ("--minimal 3", "minimal is 3; expected a group of options (minimal."),
+        ("--run runs/nodes/version_0", "--run is given 2 times"),
         ("--device nowhere", "--device 'nowhere' cannot be used"),
         ("--lm.trust_remote_code", "--lm.trust_remote_code needs a value."),
     ],

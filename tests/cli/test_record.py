@@ -11,7 +11,7 @@ import pytest
 from oa_train.cli import main as entry
 from oa_train.cli.main import main
 from oa_train.cli.output import console, track
-from oa_train.cli.record import LIBRARIES, record_in, recording, said
+from oa_train.cli.record import LIBRARIES, log, record_in, recording
 from oa_train.errors import RunError
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (INFO|WARNING|ERROR) +\S")
@@ -32,7 +32,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def handlers() -> dict[str, list[logging.Handler]]:
-    return {logger.name: list(logger.handlers) for logger in (said, *map(logging.getLogger, LIBRARIES))}
+    return {logger.name: list(logger.handlers) for logger in (log, *map(logging.getLogger, LIBRARIES))}
 
 
 def commanded(monkeypatch: pytest.MonkeyPatch, command) -> None:

@@ -206,7 +206,7 @@ def test_circuits_side_by_side_are_trained_resumed_and_measured_each(tmp_path):
     resumed = train(tmp_path / "rest", 12, tmp_path / "part" / "last.ckpt", **options)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
-    first, second = whole.circuits()
+    first, second = (trained.circuit for trained in whole.trained_circuits())
     assert len(first) > len(second)
     assert first.provenance["training"]["penalty_weight"] == 0.01
     assert second.provenance["training"]["penalty_weight"] == 0.3
