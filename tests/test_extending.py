@@ -62,7 +62,7 @@ def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Import
 def test_every_file_of_the_page_is_run_here():
     assert FILES.keys() == {
         *("mlp_reads.py", "sign_flip.py", "half_mean.py", "straight_through.py", "straight_through.yaml"),
-        *("repetition.py", "repetition.yaml", "receivers.py", "mistral.py"),
+        *("repetition.py", "repetition.yaml", "receivers.py", "mistral.py", "layers.py", "layers.yaml"),
     }
 
 

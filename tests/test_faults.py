@@ -274,7 +274,7 @@ def test_memory_that_does_not_suffice_names_the_options_that_lower_it(fit):
     (taken,) = re.findall(r"VmSize:\s+(\d+) kB", Path("/proc", str(run.process.pid), "status").read_text())
     run.limit(resource.RLIMIT_AS, int(taken) * 1024 + 500_000_000)
     run.fails(
-        "The memory does not suffice",
+        "Out of memory",
         *("--data.batch_size", "--model.samples_per_prompt", "--model.recompute", "--lm.dtype"),
         "oa-train inspect",
         f"This starts again:\n  oa-train fit --config {FIRST}/config.yaml",

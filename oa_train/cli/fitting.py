@@ -15,9 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from oa_train.cli.faults import terminable, told_how_to_resume
+from oa_train.cli.faults import own_error, terminable, told_how_to_resume
+from oa_train.cli.messages import reasons
 from oa_train.cli.output import console, show, track
-from oa_train.cli.parser import ExplainingLightningParser, add_model_and_task, check_groups
+from oa_train.cli.parser import ExplainingLightningParser, add_model_and_task, check_values
 from oa_train.cli.precheck import configs_first, refuse_stored_trust, take_option
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
@@ -116,7 +117,7 @@ class OaTrainCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build the module, the task's datamodule and the trainer."""
         chosen, fits = self.config[self.subcommand], self.subcommand == "fit"
-        check_groups(self._parser(self.subcommand), chosen)
+        check_values(self._parser(self.subcommand), chosen)
         check_trainer(chosen, writes=fits and not chosen.trainer.fast_dev_run)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
@@ -131,7 +132,14 @@ class OaTrainCLI(LightningCLI):
             chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
         if chosen.ckpt_path is not None:
             _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as problem:  # the parser's, around what a constructor has raised
+            if own_error(problem) is not None:
+                raise
+            raise ConfigurationError(
+                f"An object cannot be built from these options: {reasons(str(problem))}"
+            ) from problem
         self.datamodule = TaskData(self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

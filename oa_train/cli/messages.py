@@ -79,6 +79,32 @@ def group_problem(key: str, value: object, parser: ArgumentParser) -> str:
     return f"{key} is {value!r}; expected a group of options ({', '.join(inner[:3])}, ...) or a file that holds one."
 
 
+def reasons(problem: str) -> str:
+    """The reasons in a message of the parser, without those that only name a type."""
+    lines = [line.strip(" -") for line in problem.splitlines()]
+    skipped = ("Parser key", "Does not validate", "Subtypes", "Errors", "Problem with", "Expected a ", "Given value")
+    return "; ".join(line for line in lines if line and not line.startswith(skipped)) or problem.strip()
+
+
+def null_problems(parser: ArgumentParser, options: Any) -> Iterator[str]:
+    """Messages for arguments of classes that are null though their defaults are not; the parser takes null for any."""
+    for action in parser._actions:
+        value = options.get(action.dest) if hasattr(action, "_typehint") else None
+        for chosen in value if isinstance(value, list) else [value]:
+            if chosen is not None and hasattr(chosen, "class_path") and hasattr(chosen, "init_args"):
+                yield from _null_arguments(chosen.class_path, chosen.init_args)
+
+
+def _null_arguments(path: str, arguments: Any) -> Iterator[str]:
+    module, _, name = path.rpartition(".")
+    kind = getattr(import_module(module), name)
+    for base in (base for base in kind.__mro__ if "__init__" in vars(base)):
+        for argument, parameter in inspect.signature(base.__init__).parameters.items():
+            required = parameter.default is not None and parameter.default is not inspect.Parameter.empty
+            if required and argument in arguments and arguments[argument] is None:
+                yield f"{kind.__name__}.{argument} is null; expected a value, or leave it out."
+
+
 def known_classes(base: type[Any]) -> dict[str, type[Any]]:
     """Imported subclasses that can be instantiated, by the bare names under which the parser knows them."""
     return {kind.__name__: kind for kind in _below(base) if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
@@ -157,6 +183,8 @@ def _takes(kind: type, argument: str) -> bool:
 def _wrong_value(key: str, problem: str, parser: ArgumentParser) -> str | None:
     keys = re.findall(r'Parser key "([\w.]+)"', problem)
     key, value = keys[-1], _value(problem)
+    if value is Ellipsis:
+        return f"{key} or an argument of it: {reasons(problem)}"
     actions = (action for action in (*parser._actions, *_subparser(parser)._actions) if action.dest == key)
     action = next(actions, None)
     hint = getattr(action, "_typehint", None)
@@ -213,7 +241,7 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def _value(problem: str) -> Any:
-    """The value that a message of the parser quotes."""
+    """The value that a message of the parser quotes; `...` if it quotes none."""
     patterns = (
         r"Given value: (.*)",
         r"Got value: (.*)",
@@ -221,7 +249,9 @@ def _value(problem: str) -> Any:
         r"path string: (.*)",
     )
     match = next(filter(None, (re.search(pattern, problem) for pattern in patterns)), None)
-    text = match[1].strip() if match else ""
+    if match is None:
+        return Ellipsis
+    text = match[1].strip()
     nested = re.fullmatch(r"NestedArg\(key='class_path', val=(.*)\)", text)
     text = nested[1] if nested else text
     try:

@@ -14,7 +14,7 @@ import oa_train.training.circuit_module
 import oa_train.training.constants_module
 import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by their bare names)
 from oa_train.cli.faults import own_error
-from oa_train.cli.messages import explained, group_problem, option_names
+from oa_train.cli.messages import explained, group_problem, null_problems, option_names
 from oa_train.errors import ConfigurationError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.task import Task
@@ -59,13 +59,16 @@ def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
         parser.link_arguments("seed_everything", f"{target}.init_args.seed")
 
 
-def check_groups(parser: ArgumentParser, options: Namespace) -> None:
-    """Check that groups of options hold options; the parser takes `trainer: 5` from a file as it is.
+def check_values(parser: ArgumentParser, options: Namespace) -> None:
+    """Check what the parser takes as it is: `trainer: 5` from a file, and null in the place of any value.
 
     Raises:
-        ConfigurationError: a single value stands for a group.
+        ConfigurationError: a single value stands for a group, or null for a value.
     """
     for group in dict.fromkeys(name.rpartition(".")[0] for name in option_names(parser) if "." in name):
         value = options.get(group)
         if value is not None and not isinstance(value, Namespace):
             raise ConfigurationError(group_problem(group, value, parser))
+    problems = list(null_problems(parser, options))
+    if problems:
+        raise ConfigurationError("\n".join(problems))

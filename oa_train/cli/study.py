@@ -14,7 +14,7 @@ from oa_train.ablations.context import check_belongs
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.faults import terminable
 from oa_train.cli.output import show, track
-from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_groups
+from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values
 from oa_train.cli.precheck import refuse_stored_trust, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
@@ -128,7 +128,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
         shared = {name: value for name, value in config.items() if name.partition(".")[0] in FROM_RUN}
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
-    check_groups(parser, options)
+    check_values(parser, options)
     return options
 
 

@@ -214,8 +214,9 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the model's weights."""
-        return fingerprint(self.model)
+        """Digest of the model's weights; that of a circuit of it, because a sharded model has no weights to read."""
+        known = (circuit.circuit.provenance.get("fingerprint") for circuit in self.circuits)
+        return next(filter(None, known), None) or fingerprint(self.model)
 
 
 @contextmanager

@@ -87,9 +87,12 @@ class FrozenModelModule(lightning.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # the overloads of torch
         """All parameters and buffers but those of the frozen model."""
-        state = super().state_dict(*args, **kwargs)
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + FROZEN_PREFIX
-        return {name: value for name, value in state.items() if not name.startswith(prefix)}
+        # In place: a module around this one (an average of weights, say) reads what it has handed over to be filled.
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        return state
 
     def provenance(self) -> dict[str, Any]:
         """Model, task and versions, for the header of an artefact."""
