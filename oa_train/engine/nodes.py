@@ -4,7 +4,7 @@ value = mask * value + (1 - mask) * replacement, for every entry of a selection,
 own modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ def node_taps(
     mask: Float[Tensor, "row entry"],
     values: Values,
     layout: TokenLayout,
-    sites: Collection[Site] | None = None,
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
@@ -42,7 +41,6 @@ def node_taps(
         mask: 1 keeps an entry, 0 ablates it; gradients flow to it from both sides of the mixture.
         values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
         layout: of the tokens that the model is run on.
-        sites: those of the selection that are mixed; all by default.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -50,8 +48,7 @@ def node_taps(
     parts, spans = find_parts(model), _spans(nodes, layout)
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
-        if sites is None or group.site in sites:
-            by_site.setdefault(group.site, []).append(group)
+        by_site.setdefault(group.site, []).append(group)
     taps = []
     for site, groups in by_site.items():
         place = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
