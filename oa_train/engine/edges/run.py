@@ -200,7 +200,7 @@ class _Run:
     def attached(self) -> Iterator[None]:
         """Have the model's modules read and write through the operations, for the length of the context."""
         again = self._residual.mlp_bodies if self._recompute else ()
-        with recomputed(again, ()), replaced_forwards(self._forwards()), tapped(self._taps()):
+        with recomputed(again), replaced_forwards(self._forwards()), tapped(self._taps()):
             yield
 
     def _forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
