@@ -35,12 +35,7 @@ def node_taps(
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Args:
-        model: the model they are for.
-        nodes: the selection.
-        mask: 1 keeps an entry, 0 ablates it; gradients flow to it from both sides of the mixture.
-        values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
-        layout: of the tokens that the model is run on.
+    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -49,12 +44,11 @@ def node_taps(
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
         by_site.setdefault(group.site, []).append(group)
-    taps = []
-    for site, groups in by_site.items():
-        place = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
-        mix = _mixer(nodes, site, groups, mask, values, layout, spans)
-        taps.append(Tap(*place, mix))
-    return taps
+    places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer) for site in by_site}
+    return [
+        Tap(*places[site], _mixer(nodes, site, groups, mask, values, layout, spans))
+        for site, groups in by_site.items()
+    ]
 
 
 def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row position"]]:
@@ -64,8 +58,7 @@ def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row pos
         if bool((spans[first] & spans[second]).any()):
             raise TaskError(
                 f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
-                f"unit "
-                "must not overlap. Select the unit at one of them."
+                "unit must not overlap. Select the unit at one of them."
             )
     return spans
 

@@ -104,10 +104,10 @@ class Nodes(Level):
         positive = [pattern for pattern in patterns if not pattern.startswith("!")]
         spanned = tuple(pattern for pattern in positive if AT in pattern)
         nodes = cls(Dimensions.of(config), tuple(kinds), spanned, tuple(dictionaries))
-        restricted = torch.tensor([of_unit != (None,) for of_unit in nodes._unit_spans])
-        for pattern in positive if spanned else ():
+        for pattern in (pattern for pattern in positive if spanned and AT not in pattern):
+            restricted = torch.tensor([of_unit != (None,) for of_unit in nodes._unit_spans])
             twice = (matching(nodes.unit_names, pattern) & restricted).nonzero().flatten().tolist()
-            if AT not in pattern and twice:
+            if twice:
                 raise ConfigurationError(
                     f"The pattern {pattern!r} selects {nodes.unit_names[twice[0]]} at every token, and another one "
                     "selects it at a span: spans of one unit must not overlap. Leave one of them out."
