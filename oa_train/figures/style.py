@@ -1,12 +1,10 @@
-"""Colours, sizes and marks that all figures share."""
+"""Colours, sizes and texts that all figures share."""
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Figure
 
@@ -27,3 +25,27 @@ OTHER_STYLES = (("#7B4FA3", "<"), ("#56B4E9", ">"), ("#A6761D", "h"), ("#1B1B1B"
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
 DOTS_PER_INCH = 160
+
+
+def ablation_style(name: str) -> tuple[str, str]:
+    """Colour and marker of an ablation, the same in every figure."""
+    return ABLATION_STYLES.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that needs no display and no global state."""
+    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def write(axes: Axes, x: float, y: float, text: str, size: int = FONT_SIZE - 2, **options: Any) -> None:
+    """Write a text centred at a point."""
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, **options)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure whole, as PNG, SVG or PDF, as the file name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
+    replace_file(path, drawn.getvalue())
+    return path
