@@ -105,7 +105,7 @@ class _Calls:
         named = {}
         if name in self._spans:
             rows = self._spans[name].to(inside.device)
-            named = {name: rows.repeat_interleave(len(inside) // len(rows), dim=0)[:, seen:width]}  # beams
+            named[name] = rows.repeat_interleave(len(inside) // len(rows), dim=0)[:, seen:width]  # beams
         inside[:, prompt] = TokenLayout(
             layout.positions[:, prompt], layout.real[:, prompt], layout.protected[:, prompt], named, layout.continued
         ).span(name)
@@ -113,7 +113,7 @@ class _Calls:
 
 
 def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what a method does, with the signature of the one that it replaces."""
+    """A method as a function with the signature of the one that it replaces."""
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
