@@ -55,7 +55,7 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        level: what the masks are over.
+        level: of the masks.
         masks: a circuit in each row; false entries are ablated.
         ablations: what replaces the ablated parts of each circuit, or one ablation for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.

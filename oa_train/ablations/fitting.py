@@ -54,16 +54,7 @@ class RefitSettings:
 
 
 class FittedCircuits(nn.Module):
-    """Fixed circuits with the constants that are trained for them, and the best constants so far.
-
-    Args:
-        level: of the circuits.
-        masks: a circuit in each row.
-        starts: constants where training starts, of each circuit or one for all.
-        loss: what is minimised.
-        rows_per_run: most rows (circuits times prompts) of one model run.
-        recompute: see `masked_logits`.
-    """
+    """Fixed circuits with the constants that are trained for them, and the best so far; see `fit_constants`."""
 
     def __init__(
         self,
@@ -111,16 +102,7 @@ class FittedCircuits(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class CircuitRun:
-    """One run of a model in a training step of constants: some circuits on some prompts.
-
-    Attributes:
-        fitted: all circuits.
-        model: frozen causal language model.
-        batch: prompts.
-        clean: logits of the unablated model on them.
-        circuits: which circuits.
-        share: part of the step's prompts that these are.
-    """
+    """One run of a model in a training step of constants: some of the circuits on a share of the step's prompts."""
 
     fitted: FittedCircuits
     model: CausalLM
@@ -175,7 +157,7 @@ def fit_constants(
     Args:
         model: frozen causal language model.
         task: prompts; steps draw from its `refit` stream, the best is chosen on its `validation` stream.
-        level: of the circuits.
+        level: of the masks.
         masks: a circuit in each row.
         starts: constants where training starts, of each circuit or one for all.
         settings: steps, learning rate and so on; no steps are made for circuits that replace nothing.
@@ -183,7 +165,7 @@ def fit_constants(
         others: constants that are kept instead wherever they do better (zero or mean ablation, say), so that the
             result is never worse on the validation prompts.
         track: progress.
-        description: what the progress bar says.
+        description: text of the progress bar.
 
     Raises:
         NotFiniteError: the loss became NaN or infinite.

@@ -19,10 +19,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 
 class StreamingMeans:
-    """Sums of units' values in each slot, over all tokens shown so far.
-
-    Args:
-        slots: which tokens are summed together.
+    """Sums of units' values in each slot, over all tokens so far.
 
     Attributes:
         sums: by site, [slot, unit, width], float64.

@@ -55,11 +55,11 @@ def as_written(model: CausalLM) -> Iterator[None]:
     as padding has them, becomes NaN, and in the next layer so does every token that it is hidden from. The lowest
     number of float32 hides columns just as well. Other data types have nothing lower and are left alone.
     """
-    lowest, blocks = torch.finfo(torch.float32).min, find_parts(model).blocks
+    lowest = torch.finfo(torch.float32).min
 
     def raised(mask: Tensor) -> Tensor | None:
         return mask.clamp(min=lowest) if mask.is_floating_point() else None
 
-    is_lower = torch.finfo(model.dtype).min < lowest
-    with uncompiled(model), changed_argument(blocks if is_lower else (), "attention_mask", raised):
+    blocks = find_parts(model).blocks if torch.finfo(model.dtype).min < lowest else ()
+    with uncompiled(model), changed_argument(blocks, "attention_mask", raised):
         yield

@@ -27,10 +27,9 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Turn uniform numbers into independent masks that carry gradients to the parameters.
+        """Independent masks that carry gradients to the parameters.
 
-        Args:
-            uniform: independent draws from [0, 1), the only source of chance: the same numbers give the same masks.
+        `uniform` are independent draws from [0, 1), the only source of chance.
         """
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
@@ -76,12 +75,7 @@ def averaged_gradient(
     """The same masks, with gradients scaled to means over the rows that carry them.
 
     A loss averages over all rows, and only some of them carry gradient to an entry: weighting these by
-    rows / rows that carry it turns their sum into their mean.
-
-    Args:
-        mask: samples.
-        counts: rows that carry gradient to each entry, in all that enters one step of the optimiser.
-        n_rows: all rows that enter that step.
+    rows / rows that carry it turns their sum into their mean. Both count all that enters one step of the optimiser.
     """
     weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
     # The bracket is zero: the value stays the mask.

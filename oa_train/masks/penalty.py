@@ -94,7 +94,7 @@ class Penalty(nn.Module):
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """What the best checkpoint minimises, from the loss of the discrete circuit in nats.
+        """Objective that the best checkpoint minimises, from the loss of the discrete circuit in nats.
 
         `kept` are the entries of the distribution that the circuit keeps; `always_kept` further ones are never
         ablated.
@@ -103,9 +103,7 @@ class Penalty(nn.Module):
     def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
 
-        Args:
-            expected: number of kept entries, as the masks are now.
-            size: of the discrete circuit, entries that are never ablated included.
+        `expected` is the number of kept entries now, `size` that of the discrete circuit with entries never ablated.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:

@@ -43,11 +43,7 @@ class Graph(EdgeLayout, Level):
 
     @classmethod
     def of(cls, config: Any) -> "Graph":
-        """The graph of a model with this Hugging Face configuration.
-
-        Raises:
-            ModelError: its family is not in the table.
-        """
+        """The graph of a model with this Hugging Face configuration."""
         sizes = Dimensions.of(config)
         n_kv_heads = getattr(config, "num_key_value_heads", None) or sizes.n_heads
         return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config), sizes.d_head, sizes.d_model)
@@ -234,11 +230,7 @@ class Graph(EdgeLayout, Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Graph":
-        """The graph that `header` describes.
-
-        Raises:
-            KeyError, TypeError: it does not describe one.
-        """
+        """The graph that `header` describes."""
         return _graph(*(header[field.name] for field in fields(cls)))
 
     def describe(self) -> str:

@@ -63,7 +63,7 @@ class Level(ABC):
 
     @property
     def parts(self) -> str:
-        """What entries are called."""
+        """Plural of `part`."""
         return f"{self.part}s"
 
     @abstractmethod
@@ -193,7 +193,7 @@ class Level(ABC):
         """
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the level that it is loaded for, apart from the model."""
+        """Values in which a checkpoint must agree with the level that it is loaded for, apart from the model."""
         return {"level": self.kind}
 
     @abstractmethod

@@ -85,8 +85,8 @@ class ResidualParts:
         post_norms: norms of what attention adds; empty where there are none.
         mlp_inputs: modules that the MLPs' residual stream enters first.
         mlp_bodies: modules with the MLPs' hidden layers, which can be run again; empty where blocks have them.
-        bypassed: modules whose input and output nobody reads where edges are cut, by name: blocks and, inside them,
-            what stands around or between the projections of attention.
+        bypassed: by name, modules whose input and output nobody reads where edges are cut: blocks, and modules around
+            or between the projections of attention.
     """
 
     attention: tuple[AttentionReaders, ...]

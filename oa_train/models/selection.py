@@ -91,11 +91,7 @@ class Nodes(Level):
     ) -> "Nodes":
         """The units of a model.
 
-        Args:
-            config: Hugging Face's configuration of the model.
-            kinds: kinds of site.
-            patterns: shell patterns; of these, those with a span say which units are restricted to it.
-            dictionaries: sparse dictionaries; at most one a layer.
+        `config` is Hugging Face's. Of the patterns those with a span say which units are restricted to it.
 
         Raises:
             ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
@@ -305,12 +301,7 @@ class Nodes(Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Nodes":
-        """The level that `header` describes; its dictionaries are read again.
-
-        Raises:
-            KeyError, TypeError: it does not describe one.
-            ArtefactError: a dictionary is not where it was, or another one stands there.
-        """
+        """The level that `header` describes; raises `ArtefactError` where a dictionary is gone or another one."""
         dictionaries = tuple(map(reload_dictionary, header["dictionaries"]))
         return cls(Dimensions(**header["dimensions"]), tuple(header["sites"]), tuple(header["spanned"]), dictionaries)
 

@@ -79,11 +79,7 @@ class SiteKind:
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Where a layer's tensor passes.
-
-        Raises:
-            ConfigurationError: models of this family have no such place.
-        """
+        """Where a layer's tensor passes; raises `ConfigurationError` where a family has no such place."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
@@ -96,7 +92,7 @@ class SiteKind:
         return [name + self.unit_name.format(unit=unit) for unit in range(n_units)]
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
-        """Whether a shell pattern matches units of this kind in a model of these sizes."""
+        """True where a shell pattern matches units of this kind in a model of these sizes."""
         names = (
             self.unit_names(layer, self.shape_of(layer, dimensions, {})[0]) for layer in self.layers_of(dimensions, {})
         )
@@ -105,13 +101,9 @@ class SiteKind:
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
     ) -> Float[Tensor, "row position unit width"]:
-        """The values of the units in the tensor that passes.
+        """The values of the units in the tensor that passes, with rows and positions in one dimension or in two.
 
-        Args:
-            tensor: as the model has it: units side by side, rows and positions in one dimension or in two.
-            layout: rows, positions, units and width.
-            layer: of the site.
-            dictionaries: of the model.
+        `layout` is rows, positions, units and width.
         """
         return tensor.reshape(layout)
 

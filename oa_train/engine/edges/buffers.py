@@ -1,4 +1,4 @@
-"""What sources have written in one run of a model, and the products of matrices that mix it for readers.
+"""Buffers of what sources write in one run of a model, and the products of matrices that mix it for readers.
 
 What sources write stands in one tensor [entry, row, position, d_model], less their replacements. The baseline, what a
 reader receives whatever the mask, adds up in its first entry: replacements, and biases of attention outputs. So
@@ -26,7 +26,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is the same for every mask in one layer; an entry is the baseline or a source.
+    """Layout of one layer, the same for every mask; an entry is the baseline or a source.
 
     Attributes:
         n_readers: those of attention, the MLP, and after the last layer the logits, in the order of the graph.
@@ -101,7 +101,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run is for.
+    """Purpose of a run.
 
     Attributes:
         mask: gradients to the mask.
@@ -119,17 +119,17 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        """Whether a backward pass will come."""
+        """True where a backward pass will come."""
         return self.mask or self.constants is not None
 
     @property
     def inputs(self) -> bool:
-        """Whether the readers' inputs are kept."""
+        """True where the readers' inputs are kept."""
         return self.gradients and not self.recompute
 
 
 class Buffers:
-    """What has been written in one run of a model, and the inputs that are mixed of it.
+    """Tensors that sources have written in one run of a model, and the inputs that are mixed of them.
 
     Args:
         workspace: of the model.
