@@ -1,1 +1,1 @@
-"""What stands in for an ablated component: zeros, means, learned constants."""
+"""Replacements of ablated units: zeros, means, learned constants, values of other runs."""

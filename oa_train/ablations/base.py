@@ -21,28 +21,15 @@ class Ablation(ABC):
 
     @abstractmethod
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Values for every row of a batch.
-
-        Args:
-            batch: the prompts whose units are replaced.
-            values_of: runs the clean model.
-        """
+        """Values for every row of a batch; `values_of` runs the clean model."""
 
     def to(self, device: torch.device | str) -> "Ablation":
         """The same ablation with its tensors, if it has any, on a device."""
-        del device
         return self
 
 
 def replacements_of_copies(ablations: Sequence[Ablation], batch: Batch, copies: int, values_of: ValuesOf) -> Values:
-    """Lay out replacements for the copies of a batch that `Batch.repeat` makes.
-
-    Args:
-        ablations: one for all copies, or one for each.
-        batch: the prompts, once.
-        copies: how often they are repeated.
-        values_of: runs the clean model.
-    """
+    """Replacements for the copies of a batch that `Batch.repeat` makes, from one ablation for all or one for each."""
     if len(ablations) == 1:
         return ablations[0].replacements(batch, values_of).repeat(copies)
     return side_by_side([ablation.replacements(batch, values_of) for ablation in ablations], len(batch))

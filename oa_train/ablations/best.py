@@ -8,19 +8,15 @@ from oa_train.models.levels import Level
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Tensor
 
-# Units that each circuit replaces, apart for each span that has a slot of its own.
+# Units that each circuit replaces, for each span that has a slot of its own.
 Replaced = dict[Site, Bool[Tensor, "circuit span_or_1 unit"]]
 
 
 class BestConstants(nn.Module):
-    """Keeps, for each circuit, the constants under which its loss was lowest.
+    """Keeps, for each circuit, the constants under which its loss was lowest; its state goes into checkpoints.
 
     There is a set of tables for each circuit, or one for all when no two circuits replace the same unit: then each
-    circuit's constants stand in it side by side. Its state goes into checkpoints.
-
-    Args:
-        replaced: units that each circuit replaces.
-        tables: constants of the right sizes, as many sets as there are circuits, or one.
+    circuit's constants stand in it side by side.
 
     Attributes:
         loss: lowest loss of each circuit; infinite before the first offer.
@@ -28,25 +24,18 @@ class BestConstants(nn.Module):
 
     def __init__(self, replaced: Replaced, tables: TrainableConstants) -> None:
         super().__init__()
-        self._replaced = replaced
-        self._slots = tables.slots
+        self._replaced, self._slots = replaced, tables.slots
         for site, table in tables.by_site().items():
             self.register_buffer(site.key, table.detach().clone())
         n_circuits = len(next(iter(replaced.values())))
-        self.loss: Tensor
-        self.register_buffer("loss", torch.full((n_circuits,), float("inf"), device=tables.device))
+        self.loss = nn.Buffer(torch.full((n_circuits,), torch.inf, device=tables.device))
 
     def _tables(self) -> dict[Site, Tensor]:
         return {Site.of_key(key): table for key, table in self.named_buffers() if key != "loss"}
 
     @torch.no_grad()
     def offer(self, tables: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
-        """Take over what is better; what is not finite never is.
-
-        Args:
-            tables: constants of every circuit.
-            loss: their loss.
-        """
+        """Take over constants of circuits whose loss is lower than before; a loss of NaN never is."""
         offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
             for site, best in self._tables().items():
@@ -68,7 +57,7 @@ class BestConstants(nn.Module):
 
 
 def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Slots) -> Replaced:
-    """Units that each circuit replaces; apart for each span where spans have slots of their own."""
+    """Units that each circuit replaces, for each span that has a slot of its own."""
     replaced = level.replaced(masks)
     if slots.positions == 1:
         return replaced
@@ -76,5 +65,5 @@ def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Sl
 
 
 def can_share_tables(replaced: Replaced) -> bool:
-    """Whether no two circuits replace the same unit, so that one set of tables holds the constants of all."""
+    """True where no two circuits replace the same unit, so that one set of tables holds the constants of all."""
     return all(bool(units.sum(dim=0).le(1).all()) for units in replaced.values())

@@ -26,20 +26,17 @@ Spans = Mapping[str, Bool[Tensor, "row position"]]
 def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
     """Run a model as a circuit: everything that its circuit does not keep is replaced by its constant.
 
-    Everything that calls the model works inside the context, `generate` with its key-value cache included. Tokens that
-    `generate` adds are replaced by entries without a span only. The model is as before afterwards, also when something
-    raises.
+    Everything that calls the model works inside the context, which yields it: `generate` with its key-value cache
+    included. Tokens that `generate` adds are replaced by entries without a span only. The model is as before
+    afterwards, also when something raises.
 
     Args:
         model: frozen causal language model.
-        circuit: what is kept.
-        constants: what replaces the rest. Their provenance names the token that is never ablated where it stands
+        circuit: the entries that are kept.
+        constants: replacements of the others; their provenance names the token that is never ablated where it stands
             first.
         spans: tokens of the spans that the circuit's entries name, in the prompts that the model is called with; not
             needed for `-1`, the last token of each prompt.
-
-    Yields:
-        The same model.
 
     Raises:
         ModelError: the family is not in the table, or the model is compiled as a whole.
@@ -56,7 +53,7 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Span
 
 
 class _Calls:
-    """What a model's calls do inside `ablated`."""
+    """A model's `forward` and `generate` inside `ablated`."""
 
     def __init__(self, model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans) -> None:
         forward: Any = model.forward
@@ -105,7 +102,7 @@ class _Calls:
         named = {}
         if name in self._spans:
             rows = self._spans[name].to(inside.device)
-            named = {name: rows.repeat_interleave(len(inside) // len(rows), dim=0)[:, seen:width]}  # beams
+            named[name] = rows.repeat_interleave(len(inside) // len(rows), dim=0)[:, seen:width]  # beams
         inside[:, prompt] = TokenLayout(
             layout.positions[:, prompt], layout.real[:, prompt], layout.protected[:, prompt], named, layout.continued
         ).span(name)
@@ -113,7 +110,7 @@ class _Calls:
 
 
 def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what a method does, with the signature of the one that it replaces."""
+    """A method as a function with the signature of the one that it replaces."""
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -147,11 +144,7 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, in
 
 
 def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None) -> None:
-    """Check that a circuit, and constants if there are any, were made for a model.
-
-    Raises:
-        ArtefactError: their sizes or fingerprints are another model's.
-    """
+    """Refuse a circuit, or constants, of another model with an `ArtefactError`."""
     own = circuit.level.of_model(model.config)
     if circuit.level != own:
         raise ArtefactError(

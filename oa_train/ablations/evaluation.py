@@ -36,7 +36,7 @@ class Behaviour:
     cross_entropy: Float[Tensor, "circuit prompt"]
 
     def loss(self, name: Loss) -> Float[Tensor, "circuit prompt"]:
-        """What is minimised under the loss of that name (see `metrics.measures.loss_of`)."""
+        """Loss of that name; see `metrics.measures.loss_of`."""
         values: Tensor = getattr(self, name)
         return LOSS_SIGNS[name] * values
 
@@ -55,7 +55,7 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        level: what the masks are over.
+        level: of the masks.
         masks: a circuit in each row; false entries are ablated.
         ablations: what replaces the ablated parts of each circuit, or one ablation for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
@@ -79,22 +79,22 @@ def _gathered(measures: Iterable[dict[str, Tensor]]) -> Behaviour:
     return Behaviour(**{name: torch.cat([piece[name] for piece in pieces], dim=1).cpu() for name in MEASURES})
 
 
+def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> dict[str, Tensor]:
+    rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
+    return {name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES}
+
+
 def _clean_on_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
     logits = scored_logits(model, batch)
-    return {name: measured(name, logits, logits, batch).unsqueeze(0) for name in MEASURES}
+    return _measures(logits, logits, batch)
 
 
 def _on_piece(
-    model: CausalLM,
-    batch: Batch,
-    level: Level,
-    masks: Tensor,
-    ablations: Sequence[Ablation],
-    slices: Sequence[slice],
+    model: CausalLM, batch: Batch, level: Level, masks: Tensor, ablations: Sequence[Ablation], slices: Sequence[slice]
 ) -> dict[str, Tensor]:
     clean = scored_logits(model, batch)
     values_of = partial(read_values, model, level=level)
-    # What replaces the parts of all circuits may cost a run of the model, so it is asked for once.
+    # Replacements of all circuits may cost a run of the model, so that they are asked for once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
     measures = []
     for circuits in slices:
@@ -104,9 +104,8 @@ def _on_piece(
         else:
             values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
         logits = _copies_logits(model, batch, level, masks[circuits], values)
-        rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
-        measures.append({name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES})
-    return {name: torch.cat([measured_once[name] for measured_once in measures]) for name in MEASURES}
+        measures.append(_measures(clean, logits, batch, copies))
+    return {name: torch.cat([of_slice[name] for of_slice in measures]) for name in MEASURES}
 
 
 def circuit_logits(
@@ -117,18 +116,15 @@ def circuit_logits(
     ablations: Sequence[Ablation],
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits of several circuits on the same prompts, in one run of the model.
+    """Logits of several circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
 
     Args:
         model: frozen causal language model.
-        batch: B prompts on the model's device.
+        batch: prompts, on the model's device.
         level: what the masks are over.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
         recompute: see `masked_logits`.
-
-    Returns:
-        S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
     """
     values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
     return _copies_logits(model, batch, level, masks, values, recompute)

@@ -54,16 +54,7 @@ class RefitSettings:
 
 
 class FittedCircuits(nn.Module):
-    """Fixed circuits with the constants that are trained for them, and the best constants so far.
-
-    Args:
-        level: of the circuits.
-        masks: a circuit in each row.
-        starts: constants where training starts, of each circuit or one for all.
-        loss: what is minimised.
-        rows_per_run: most rows (circuits times prompts) of one model run.
-        recompute: see `masked_logits`.
-    """
+    """Fixed circuits with the constants that are trained for them, and the best so far; see `fit_constants`."""
 
     def __init__(
         self,
@@ -76,9 +67,8 @@ class FittedCircuits(nn.Module):
     ) -> None:
         super().__init__()
         self.level, self.loss, self.rows_per_run, self.recompute = level, loss, rows_per_run, recompute
-        self.masks: Tensor
-        self.register_buffer("masks", masks, persistent=False)
-        # Those of a graph have the embedding too, which is no node.
+        self.masks = nn.Buffer(masks, persistent=False)
+        # Constants of a graph have the embedding too, which is no node.
         starts = [start.of_level(level) for start in starts]
         replaced = replaced_slots(level, masks, starts[0].slots)
         shared = len(starts) == 1 and can_share_tables(replaced)
@@ -89,16 +79,16 @@ class FittedCircuits(nn.Module):
 
     @property
     def has_constants(self) -> bool:
-        """Whether any circuit replaces a unit, so that there is something to train."""
+        """True where any circuit replaces a unit, so that there are constants to train."""
         return any(table.requires_grad for table in self.constants.parameters())
 
     def candidate(self, constants: Constants) -> TrainableConstants:
         """The same constants for every circuit, to be compared with the trained ones."""
-        ours = [constants.of_level(self.level)] * len(self.constants)
-        return TrainableConstants(ours).to(self.constants.device).requires_grad_(False)
+        sets = [constants.of_level(self.level)] * len(self.constants)
+        return TrainableConstants(sets).to(self.constants.device).requires_grad_(False)
 
     def behaviour(self, model: CausalLM, batches: Iterable[Batch], sets: Sequence[Constants]) -> Behaviour:
-        """Measures of every circuit under given constants."""
+        """Measures of every circuit under these constants."""
         return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run)
 
     def runs(self, model: CausalLM, batch: Batch) -> Iterator["CircuitRun"]:
@@ -112,16 +102,7 @@ class FittedCircuits(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class CircuitRun:
-    """One run of a model in a training step of constants: some circuits on some prompts.
-
-    Attributes:
-        fitted: all circuits.
-        model: frozen causal language model.
-        batch: prompts.
-        clean: logits of the unablated model on them.
-        circuits: which circuits.
-        share: part of the step's prompts that these are.
-    """
+    """One run of a model in a training step of constants: some of the circuits on a share of the step's prompts."""
 
     fitted: FittedCircuits
     model: CausalLM
@@ -131,17 +112,14 @@ class CircuitRun:
     share: float
 
     def losses(self, *tables: Tensor) -> Float[Tensor, " circuit"]:
-        """What the run adds to each circuit's mean loss over the step's prompts, with gradients to its constants.
+        """Share of the run in each circuit's mean loss over the step's prompts, with gradients to its constants.
 
-        Args:
-            *tables: tensors to take the constants from, in the order of the parameters; the parameters by default.
+        The constants are in `tables`, in the order of the parameters; those are the parameters by default.
         """
         fitted, n_circuits = self.fitted, self.circuits.stop - self.circuits.start
         sites = fitted.constants.by_site()
         by_site = dict(zip(sites, tables or sites.values(), strict=True))
-        numbers = (
-            range(len(fitted.constants)) if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
-        )
+        numbers = [0] if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
         sets = [
             Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
             for number in numbers
@@ -155,12 +133,7 @@ class CircuitRun:
 
 @dataclass(frozen=True, eq=False)
 class FittedConstants:
-    """Constants of each circuit, the best seen by validation.
-
-    Attributes:
-        sets: the constants of each circuit; one set for all if no two ablate the same unit.
-        validation_loss: their loss on the validation prompts, in nats.
-    """
+    """The best constants of each circuit, or one set if no two ablate the same unit, and their loss in nats."""
 
     sets: list[Constants]
     validation_loss: Float[Tensor, " circuit"]
@@ -184,7 +157,7 @@ def fit_constants(
     Args:
         model: frozen causal language model.
         task: prompts; steps draw from its `refit` stream, the best is chosen on its `validation` stream.
-        level: of the circuits.
+        level: of the masks.
         masks: a circuit in each row.
         starts: constants where training starts, of each circuit or one for all.
         settings: steps, learning rate and so on; no steps are made for circuits that replace nothing.
@@ -192,7 +165,7 @@ def fit_constants(
         others: constants that are kept instead wherever they do better (zero or mean ablation, say), so that the
             result is never worse on the validation prompts.
         track: progress.
-        description: what the progress bar says.
+        description: text of the progress bar.
 
     Raises:
         NotFiniteError: the loss became NaN or infinite.
@@ -231,10 +204,5 @@ def fit_constants(
 
 
 def cosine_decay(step: int, n_steps: float) -> float:
-    """Share of a learning rate that falls to zero along a cosine.
-
-    Args:
-        step: number of the step.
-        n_steps: steps until zero.
-    """
+    """Share of a learning rate that falls along a cosine from 1 to zero in `n_steps`."""
     return 0.5 * (1 + math.cos(math.pi * min(step / n_steps, 1.0)))

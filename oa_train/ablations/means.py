@@ -19,10 +19,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 
 class StreamingMeans:
-    """Sums of units' values in each slot, over all tokens shown so far.
-
-    Args:
-        slots: which tokens are summed together.
+    """Sums of units' values in each slot, over all tokens so far.
 
     Attributes:
         sums: by site, [slot, unit, width], float64.
@@ -41,13 +38,9 @@ class StreamingMeans:
         counted: Bool[Tensor, "batch position"],
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        """Add the values of a batch.
+        """Add the values of a batch, as float64 and after a function of them was taken.
 
-        Args:
-            values: of every unit, row and column.
-            batch: the prompts.
-            counted: tokens that take part: real, not protected, at or before the last scored position.
-            of: applied to the values in float64 before they are summed.
+        `counted` tokens take part: real, not protected, at or before the last scored position.
         """
         added = StreamingMeans(self.slots)
         added.sums = {
@@ -78,23 +71,14 @@ class StreamingMeans:
         } or self.sums
 
     def means(self) -> Constants:
-        """Means as constants; a position without tokens has the mean of the nearest one before it.
-
-        The first position is left zero when a beginning-of-sequence token always stands there.
-
-        Raises:
-            ValueError: nothing was added.
-        """
+        """Means as constants; a position without tokens has the mean of the nearest one before it, or 0."""
         return self._constants(self._means())
 
     def spread(self, squares: "StreamingMeans") -> Constants:
-        """Standard deviations as constants.
+        """Standard deviations as constants, given the sums of the squares of the same values.
 
-        The difference of large numbers that they are made of is taken in float64, so that a mean which is a thousand
-        times as large does no harm.
-
-        Args:
-            squares: sums of the squares of the same values.
+        They are differences of large numbers, taken in float64, so that a mean which is a thousand times as large does
+        no harm.
         """
         means, of_squares = self._means(), squares._means()
         return self._constants(
@@ -132,17 +116,9 @@ def value_sums(
     slots: Slots,
     of: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> StreamingMeans:
-    """Sum the values of a level's units over prompts.
+    """Sums of a function of the units' values over unprotected real tokens of prompts, on any device.
 
-    Args:
-        model: frozen causal language model.
-        batches: prompts, on any device.
-        level: whose sites are read.
-        slots: which tokens are summed together.
-        of: applied to the values first, in float64; `torch.square` sums their squares.
-
-    Returns:
-        Sums over unprotected real tokens up to the last scored position; later tokens cannot influence the prediction.
+    Tokens after the last scored position are left out: they cannot influence the prediction.
     """
     sums = StreamingMeans(slots)
     for batch in batches:

@@ -11,17 +11,9 @@ from oa_train.models.sites import Site
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 
-# Names of the random streams of kinds whose sites have units of one shape in every layer. A kind that is missing here
-# has a stream for each site.
-_STREAMS = {
-    "embedding": "inputs",
-    "heads": "heads",
-    "mlp": "mlps",
-    "tokens": "tokens",
-    "residual": "residual",
-    "attention": "attention",
-    "neurons": "neurons",
-}
+# Random streams of kinds whose sites have units of one shape in every layer; other kinds have a stream for each site.
+_STREAMS = {kind: kind for kind in ("heads", "tokens", "residual", "attention", "neurons")}
+_STREAMS |= {"embedding": "inputs", "mlp": "mlps"}
 
 
 class NoiseAblation(Ablation):
@@ -37,9 +29,7 @@ class NoiseAblation(Ablation):
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:
-        self._mean = mean
-        self._spread = spread
-        self._seed = seed
+        self._mean, self._spread, self._seed = mean, spread, seed
 
     def to(self, device: torch.device | str) -> "NoiseAblation":
         """Copy mean and standard deviation to a device."""
@@ -47,7 +37,6 @@ class NoiseAblation(Ablation):
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
         """Draw noise for every row and column; no model is run."""
-        del values_of
         means, spreads = self._mean.replacements(batch), self._spread.replacements(batch)
         drawn = self._draws(batch)
         spans, width = self._mean.slots.spans, batch.tokens.shape[1]
@@ -62,10 +51,9 @@ class NoiseAblation(Ablation):
         return Values(tensors, {span: number * width + columns for number, span in enumerate(spans)})
 
     def _draws(self, batch: Batch) -> dict[Site, Float[Tensor, "row position unit width"]]:
-        """Standard normal numbers.
+        """Standard normal numbers, drawn for a row's real tokens and laid out from the first, so padding moves none.
 
-        They are drawn for a row's real tokens and laid out from the first of them, so padding does not move them.
-        Sites of one kind are drawn together.
+        Sites that share a stream are drawn together.
         """
         together: dict[str, list[Site]] = {}
         for site in self._mean.tables:

@@ -27,11 +27,10 @@ class OtherPromptAblation(Ablation):
     """
 
     def __init__(self, other_prompts: OtherPrompts, spans: Sequence[str | None] = (None,)) -> None:
-        self._other_prompts = other_prompts
-        self._spans = tuple(spans)
+        self._other_prompts, self._spans = other_prompts, tuple(spans)
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Run the clean model on the other prompts."""
+        """Values of the clean model on the other prompts; raises `TaskError` where spans are not equally long."""
         others = self._other_prompts(batch)
         values = values_of(others)
         if self._spans == (None,):
@@ -40,11 +39,7 @@ class OtherPromptAblation(Ablation):
 
 
 def _same_place(batch: Batch, others: Batch, span: str | None) -> Int[Tensor, "row position"]:
-    """Column of the other prompt's token that stands as far into the span as each token of this one's.
-
-    Raises:
-        TaskError: the spans of two prompts are not equally long.
-    """
+    """Column of the other prompt's token that stands as far into the span as each token of this one's."""
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).clone()
     if span is None:
         return columns
@@ -53,8 +48,8 @@ def _same_place(batch: Batch, others: Batch, span: str | None) -> Int[Tensor, "r
         row = int((own.sum(dim=1) != other.sum(dim=1)).nonzero()[0])
         raise TaskError(
             f"The span {span!r} has {int(own[row].sum())} tokens in prompt {row} of a batch and "
-            f"{int(other[row].sum())} "
-            "in the prompt whose values are to replace it there. Use spans of equal length, or another ablation."
+            f"{int(other[row].sum())} in the prompt whose values are to replace it there. Use spans of equal length, "
+            "or another ablation."
         )
     columns[own] = columns[other]
     return columns

@@ -13,7 +13,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, Slots
 from oa_train.ablations.means import StreamingMeans, value_sums
 from oa_train.ablations.noise import NoiseAblation
-from oa_train.ablations.prompts import OtherPromptAblation
+from oa_train.ablations.prompts import OtherPromptAblation, OtherPrompts
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.levels import Level
@@ -30,20 +30,12 @@ AblationKind = str
 class AblationSource:
     """Statistics of a model on a task's `means` prompts that ablations are made from, gathered when they are needed.
 
-    Args:
-        model: frozen causal language model.
-        task: where prompts come from.
-        level: whose units are replaced.
-        positions: that constants tell apart; 1 pools them.
-        track: progress.
+    `positions` are those that constants tell apart; 1 pools them.
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
-        self.model = model
-        self.task = task
-        self.level = level
+        self.model, self.task, self.level, self._track = model, task, level, track
         self.slots = Slots(positions, level.spans)
-        self._track = track
 
     @cached_property
     def mean(self) -> Constants:
@@ -76,13 +68,7 @@ class AblationSource:
         description: str,
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> StreamingMeans:
-        """Sums over the prompts of the stream `means`.
-
-        Args:
-            prompts: changes each batch before it is run.
-            description: what the progress bar says.
-            of: applied to the values, in float64, before they are summed.
-        """
+        """Sums of a function of the values over the stream `means`, each batch of which `prompts` may change first."""
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in self._track(batches, description))
         return value_sums(self.model, shown, self.level, self.slots, of)
@@ -95,11 +81,11 @@ class Kind:
     Attributes:
         name: in configurations and results.
         prepare: makes the ablation, or what its training starts from, for a model and a task.
-        constant: whether it replaces by the same values on every prompt, so that they can be stored.
-        learned: whether its constants are trained from there on.
-        total: whether what it passes on carries nothing about the prompt.
-        paired: whether it needs the counterfactuals of a task's prompts.
-        restores: whether it puts the model's own value back, so that alone it changes nothing.
+        constant: replaces by the same values on every prompt, so that they can be stored.
+        learned: its constants are trained from there on.
+        total: its replacements carry nothing about the prompt.
+        paired: needs the counterfactuals of a task's prompts.
+        restores: puts the model's own value back, so that alone it changes nothing.
     """
 
     name: AblationKind
@@ -117,16 +103,8 @@ def _resample(source: AblationSource) -> Ablation:
     return OtherPromptAblation(donors, spans)
 
 
-def _counterfactual(source: AblationSource) -> Ablation:
-    return OtherPromptAblation(Batch.counterfactual, source.level.spans)
-
-
-def _noise(source: AblationSource) -> Ablation:
-    return NoiseAblation(source.mean, source.spread, source.task.seed)
-
-
-def _clean(source: AblationSource) -> Ablation:
-    return OtherPromptAblation(lambda batch: batch, source.level.spans)
+def _other_prompt(other_prompts: OtherPrompts) -> Callable[[AblationSource], Ablation]:
+    return lambda source: OtherPromptAblation(other_prompts, source.level.spans)
 
 
 KINDS: dict[AblationKind, Kind] = {
@@ -136,26 +114,21 @@ KINDS: dict[AblationKind, Kind] = {
         Kind("mean", lambda source: source.mean),
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False),
-        Kind("noise", _noise, constant=False),
+        Kind("noise", lambda source: NoiseAblation(source.mean, source.spread, source.task.seed), constant=False),
         Kind("counterfactual_mean", lambda source: source.counterfactual_mean, paired=True),
-        Kind("counterfactual", _counterfactual, constant=False, total=False, paired=True),
-        Kind("clean", _clean, constant=False, total=False, restores=True),
+        Kind("counterfactual", _other_prompt(Batch.counterfactual), constant=False, total=False, paired=True),
+        Kind("clean", _other_prompt(lambda batch: batch), constant=False, total=False, restores=True),
     )
 }
 
 
 def check_kind(option: str, name: str) -> Kind:
-    """Look an ablation up that takes something away.
-
-    Raises:
-        ConfigurationError: there is none of that name, or it restores what the model computes.
-    """
+    """The ablation of a name; raises `ConfigurationError` where there is none, or it restores the model's values."""
     taking = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
     if name in KINDS and name not in taking:
         raise ConfigurationError(
             f"{option} is {name!r}, which puts the model's own values back and so takes nothing away. It serves to "
-            f"restore "
-            f"units where others are ablated. Expected one of {', '.join(taking)}."
+            f"restore units where others are ablated. Expected one of {', '.join(taking)}."
         )
     if name not in taking:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, taking)}")

@@ -23,15 +23,9 @@ def chunks(
     rows_per_run: int = ROWS_PER_RUN,
     gradients: bool = False,
 ) -> Iterator[tuple[Batch, list[slice]]]:
-    """Pieces of a batch, each with the runs of circuits that are made on it.
+    """Pieces of a batch, each with the slices of the circuits of a level that are run on it together.
 
-    Args:
-        model: that runs.
-        level: of the circuits.
-        batch: prompts.
-        n_circuits: circuits that are run on each of them.
-        rows_per_run: most rows (circuits times prompts) of a run.
-        gradients: whether a backward pass follows each run.
+    A run has at most `rows_per_run` rows, circuits times prompts; `gradients` says whether a backward pass follows.
     """
     row_bytes = ENGINES[type(level)].row_bytes(model, batch, gradients)
     within_memory = max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize

@@ -1,7 +1,7 @@
 """Running the frozen model on a batch, as Hugging Face wrote it."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,14 +10,14 @@ from oa_train.batches import Batch
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
-from oa_train.shapes import Float, Int, Tensor
+from oa_train.shapes import Float, Tensor
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """Arguments of the model's forward for a batch.
 
     Positions count from each row's first real token, so that padding on the left and on the right agree. Without
-    padding neither mask nor positions are given, which lets the attention back end take its fastest path.
+    padding there are neither mask nor positions, which lets the attention back end take its fastest path.
     """
     inputs: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
     if batch.padded:
@@ -30,24 +30,16 @@ def scored_logits(
     batch: Batch,
     taps: Iterable[Tap] = (),
     recompute: bool = False,
-    scored: Int[Tensor, "row scored"] | None = None,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Next-token logits at each row's scored positions.
+    """Next-token logits at each row's scored positions, with functions attached for this run.
 
     Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
-
-    Args:
-        model: frozen causal language model.
-        batch: prompts.
-        taps: functions attached for this run.
-        recompute: keep only the inputs of each block for the backward pass, which then runs the block again: less
-            memory, more time, the same result.
-        scored: columns of the scored positions, where taps add rows to those of the batch.
+    With `recompute` only the inputs of each block are kept for the backward pass, which then runs the block again:
+    less memory, more time, the same result.
     """
-    columns = batch.scored if scored is None else scored
-    rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
+    rows = torch.arange(len(batch), device=batch.scored.device).unsqueeze(1)
     parts = find_parts(model)
-    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
+    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, batch.scored])]
     attached = recomputed(parts.blocks, every) if recompute else tapped(every)
     with as_written(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
@@ -56,24 +48,18 @@ def scored_logits(
 
 @contextmanager
 def as_written(model: CausalLM) -> Iterator[None]:
-    """Have a model run the code that Hugging Face wrote, in which attached functions act and padding stays finite."""
-    with uncompiled(model), masks_within_single_precision(model):
-        yield
-
-
-def masks_within_single_precision(model: CausalLM) -> AbstractContextManager[None]:
-    """Keep a float64 model's padding finite, for the length of the context.
+    """Have a model run the code that Hugging Face wrote, in which attached functions act and padding stays finite.
 
     Hugging Face's eager attention hides columns by adding the lowest number of the model's data type, and then takes
     the softmax in float32. The lowest number of float64 is minus infinity there: a row in which everything is hidden,
-    as padding has them, becomes not a number, and in the next layer so does every token that it is hidden from. The
-    lowest number of float32 hides columns just as well. Other data types have nothing lower and are left alone.
+    as padding has them, becomes NaN, and in the next layer so does every token that it is hidden from. The lowest
+    number of float32 hides columns just as well. Other data types have nothing lower and are left alone.
     """
     lowest = torch.finfo(torch.float32).min
-    if torch.finfo(model.dtype).min >= lowest:
-        return nullcontext()
 
     def raised(mask: Tensor) -> Tensor | None:
         return mask.clamp(min=lowest) if mask.is_floating_point() else None
 
-    return changed_argument(find_parts(model).blocks, "attention_mask", raised)
+    blocks = find_parts(model).blocks if torch.finfo(model.dtype).min < lowest else ()
+    with uncompiled(model), changed_argument(blocks, "attention_mask", raised):
+        yield

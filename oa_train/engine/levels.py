@@ -77,13 +77,5 @@ def masked_logits(
 def masked_call(
     model: CausalLM, level: Level, mask: Float[Tensor, "row entry"], values: Values, layout: TokenLayout
 ) -> AbstractContextManager[None]:
-    """Mask one call of a model, inside the context.
-
-    Args:
-        model: that is called with the rows and positions of `layout`.
-        level: what the mask is over.
-        mask: see `masked_logits`.
-        values: see `masked_logits`.
-        layout: of the tokens that the model is called with.
-    """
+    """Mask one call of a model, inside the context, with tokens of this layout; see `masked_logits`."""
     return ENGINES[type(level)].called(model, level, mask, values, layout)

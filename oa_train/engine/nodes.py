@@ -4,7 +4,7 @@ value = mask * value + (1 - mask) * replacement, for every entry of a selection,
 own modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,17 +32,10 @@ def node_taps(
     mask: Float[Tensor, "row entry"],
     values: Values,
     layout: TokenLayout,
-    sites: Collection[Site] | None = None,
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Args:
-        model: the model they are for.
-        nodes: the selection.
-        mask: 1 keeps an entry, 0 ablates it; gradients flow to it from both sides of the mixture.
-        values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
-        layout: of the tokens that the model is run on.
-        sites: those of the selection that are mixed; all by default.
+    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -50,14 +43,12 @@ def node_taps(
     parts, spans = find_parts(model), _spans(nodes, layout)
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
-        if sites is None or group.site in sites:
-            by_site.setdefault(group.site, []).append(group)
-    taps = []
-    for site, groups in by_site.items():
-        place = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
-        mix = _mixer(nodes, site, groups, mask, values, layout, spans)
-        taps.append(Tap(*place, mix))
-    return taps
+        by_site.setdefault(group.site, []).append(group)
+    places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer) for site in by_site}
+    return [
+        Tap(*places[site], _mixer(nodes, site, groups, mask, values, layout, spans))
+        for site, groups in by_site.items()
+    ]
 
 
 def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row position"]]:
@@ -67,8 +58,7 @@ def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row pos
         if bool((spans[first] & spans[second]).any()):
             raise TaskError(
                 f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
-                f"unit "
-                "must not overlap. Select the unit at one of them."
+                "unit must not overlap. Select the unit at one of them."
             )
     return spans
 

@@ -1,6 +1,6 @@
 """Reading the values that the units of a model have on a batch of prompts."""
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,19 +17,13 @@ from oa_train.shapes import Tensor
 
 @torch.no_grad()
 def read_values(model: CausalLM, batch: Batch, level: Level) -> Values:
-    """Run the clean model and return the value of every unit of a level's sites in every row and column."""
+    """Values of every unit of a level's sites in every row and column of a clean run."""
     parts, tensors = find_parts(model), dict[Site, Tensor]()
 
-    def reader(site: Site, shape: tuple[int, int]) -> Callable[[Tensor], None]:
-        def read(tensor: Tensor) -> None:
-            layout = (*batch.tokens.shape, *shape)
-            tensors[site] = SITE_KINDS[site.kind].read(tensor, layout, site.layer, level.by_layer)
+    def read(site: Site, tensor: Tensor) -> None:
+        layout = (*batch.tokens.shape, *level.sites[site])
+        tensors[site] = SITE_KINDS[site.kind].read(tensor, layout, site.layer, level.by_layer)
 
-        return read
-
-    taps = [
-        Tap(*SITE_KINDS[site.kind].place_of(site.layer, parts, level.by_layer), reader(site, shape))
-        for site, shape in level.sites.items()
-    ]
-    scored_logits(model, batch, taps)
+    places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, level.by_layer) for site in level.sites}
+    scored_logits(model, batch, [Tap(*place, partial(read, site)) for site, place in places.items()])
     return Values(tensors)

@@ -40,9 +40,7 @@ class Values(Mapping[Site, Tensor]):
     def at(self, site: Site, span: str | None = None) -> Float[Tensor, "row_or_1 position_or_1 unit width"]:
         """The values of a site laid out for the tokens of a batch, with gradients to them.
 
-        Args:
-            site: where.
-            span: to which the units are restricted, if they are; outside of it the values are any.
+        Those of units that are restricted to a span hold inside it only.
         """
         values, slot = self.tensors[site], self.slots.get(span)
         if slot is None or values.shape[1] == 1:
@@ -64,41 +62,24 @@ class Values(Mapping[Site, Tensor]):
         slots = {span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()}
         return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
 
-    def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
-        """The values of some rows; what stands for all rows stays as it is."""
-
-        def chosen(tensor: Tensor) -> Tensor:
-            return tensor if len(tensor) == 1 else tensor[numbers]
-
-        slots = {span: slot if isinstance(slot, int) else chosen(slot) for span, slot in self.slots.items()}
-        return Values({site: chosen(tensor) for site, tensor in self.items()}, slots)
-
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
         """The same with a function applied to the values of each site."""
         return Values({site: function(tensor) for site, tensor in self.items()}, self.slots)
 
 
 def side_by_side(sets: Sequence[Values], n_rows: int) -> Values:
-    """Values for copies of a batch, each copy with its own.
-
-    Args:
-        sets: values of each copy, of the same sites.
-        n_rows: rows of the batch that is copied.
-    """
+    """Values for the copies of a batch of `n_rows` rows, each copy with its own, of the same sites."""
     first = sets[0]
     if all(_is_one_slot(values) and values.slots == first.slots for values in sets):
-        # Tables of pooled constants stay as small as they are.
-        slots = first.slots
+        slots = first.slots  # tables of pooled constants stay as small as they are
         laid_out = [values.tensors for values in sets]
     else:
         spans = list(dict.fromkeys(span for values in sets for span in values.slots or (None,)))
         width = max(values.at(site, span).shape[1] for values in sets for site in first for span in spans)
         columns = torch.arange(width, device=next(iter(first.values())).device).expand(len(sets) * n_rows, -1)
-        slots = {span: number * width + columns for number, span in enumerate(spans)}
-        if len(spans) == 1:
-            slots = {}
+        slots = {span: number * width + columns for number, span in enumerate(spans)} if len(spans) > 1 else {}
         laid_out = [
-            {site: torch.cat([_wide(values.at(site, span), width) for span in spans], dim=1) for site in first}
+            {site: torch.cat([values.at(site, span).expand(-1, width, -1, -1) for span in spans], 1) for site in first}
             for values in sets
         ]
     return Values(
@@ -110,7 +91,3 @@ def _is_one_slot(values: Values) -> bool:
     return all(isinstance(slot, int) for slot in values.slots.values()) and (
         bool(values.slots) or all(tensor.shape[1] == 1 for tensor in values.values())
     )
-
-
-def _wide(values: Tensor, width: int) -> Tensor:
-    return values.expand(-1, width, -1, -1)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, new_figure
+from oa_train.figures.style import FONT_SIZE, new_figure, write
 
 # Divergences below this are drawn in one colour.
 SMALLEST_KL = 1e-4
@@ -23,34 +23,27 @@ def agreement_figure(
         kl: divergence of each circuit in nats, by ablation.
         jaccard: [circuit, circuit] overlaps between 0 and 1.
     """
-    height = 1.4 + 0.5 * len(names)
-    figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, height))
+    figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, 1.4 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])
+    numbers, ticks = [str(number) for number in range(1, len(names) + 1)], range(len(names))
     divergences = np.array(list(kl.values())).T
     smallest = max(float(divergences.min()) / 2, SMALLEST_KL)
     _table(left, divergences, LogNorm(smallest, max(float(divergences.max()), 10 * smallest)), "Oranges", "{:.2g}")
     left.set_xticks(range(len(kl)), [name.replace(" ", "\n", 1) for name in kl], fontsize=FONT_SIZE - 2)
-    numbered = [f"{number}  {name}" for number, name in enumerate(names, start=1)]
-    left.set_yticks(range(len(names)), numbered, fontsize=FONT_SIZE - 2)
+    numbered = [f"{number}  {name}" for number, name in zip(numbers, names, strict=True)]
+    left.set_yticks(ticks, numbered, fontsize=FONT_SIZE - 2)
     left.set_title("KL divergence (nats), tested under", fontsize=FONT_SIZE)
     _table(right, np.array(jaccard), Normalize(0, 1), "Blues", "{:.2f}")
-    right.set_xticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=FONT_SIZE - 2)
-    right.set_yticks(range(len(names)), [str(number + 1) for number in range(len(names))], fontsize=FONT_SIZE - 2)
+    right.set_xticks(ticks, numbers, fontsize=FONT_SIZE - 2)
+    right.set_yticks(ticks, numbers, fontsize=FONT_SIZE - 2)
     right.set_title("Jaccard overlap", fontsize=FONT_SIZE)
     return figure
 
 
 def _table(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str) -> None:
-    axes.imshow(np.maximum(values, norm.vmin or 0), norm=norm, cmap=colours, aspect="auto")
+    shown = np.maximum(values, norm.vmin or 0)
+    axes.imshow(shown, norm=norm, cmap=colours, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        dark = float(norm(max(value, norm.vmin or 0))) > 0.6
-        axes.text(
-            column,
-            row,
-            form.format(value),
-            ha="center",
-            va="center",
-            color="white" if dark else "black",
-            fontsize=FONT_SIZE - 2,
-        )
+        dark = float(norm(shown[row, column])) > 0.6
+        write(axes, column, row, form.format(value), color="white" if dark else "black")
     axes.tick_params(length=0)

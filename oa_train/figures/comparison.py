@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,7 +10,7 @@ from matplotlib.figure import Figure
 
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
-# Divergences are drawn on a logarithmic axis; what lies below is drawn at its edge.
+# Divergences are drawn on a logarithmic axis; smaller ones stand at its edge.
 SMALLEST_KL = 1e-5
 
 # More rows than this cannot be told apart on a page; those that matter most are shown.
@@ -30,13 +31,20 @@ class Interval:
 Rows = Mapping[str, Sequence[Interval]]
 
 
+def error_bars(intervals: Sequence[Interval], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Means, and the lengths of their bars [below or above, interval], with everything below `smallest` at it."""
+    ends = np.array([(interval.mean, interval.low, interval.high) for interval in intervals])
+    means, low, high = np.maximum(ends, smallest).T
+    return means, np.maximum([means - low, high - means], 0)
+
+
 @dataclass(frozen=True)
 class Panel:
     """One part of the figure.
 
     Attributes:
-        title: what stands above it.
-        names: its rows.
+        title: above the panel.
+        names: of its rows.
         rows: intervals of each ablation, in the order of `names`.
         random_kl: divergences of random circuits, drawn below the first row.
     """
@@ -65,8 +73,8 @@ def comparison_figure(panels: Sequence[Panel], title: str, labels: Mapping[str, 
 
     Args:
         panels: drawn from top to bottom over one axis; those without rows are left out.
-        title: what stands above.
-        labels: what the legend calls each ablation; its name when not given.
+        title: of the figure.
+        labels: of the ablations in the legend; their names by default.
     """
     shown = [panel.shortened() for panel in panels if panel.names]
     n_kinds = max(len(panel.rows) for panel in shown)
@@ -76,22 +84,17 @@ def comparison_figure(panels: Sequence[Panel], title: str, labels: Mapping[str, 
     for axes, panel in zip(drawn, shown, strict=True):
         _draw(axes, panel, labels or {kind: kind for kind in panel.rows})
     drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    _legend(figure, drawn[0])
+    handles = dict(zip(*reversed(drawn[0].get_legend_handles_labels()), strict=True))
+    names = sorted(handles, key=lambda name: name == RANDOM_CIRCUITS)  # these last
+    place: dict[str, Any] = {
+        "loc": "outside right upper",
+        "fontsize": FONT_SIZE - 1,
+        "frameon": False,
+        "title": "ablation",
+    }
+    figure.legend([handles[name] for name in names], names, **place)
     figure.suptitle(title, fontsize=FONT_SIZE + 1)
     return figure
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: names[i] == RANDOM_CIRCUITS)
-    figure.legend(
-        [handles[i] for i in order],
-        [names[i] for i in order],
-        loc="outside right upper",
-        fontsize=FONT_SIZE - 1,
-        frameon=False,
-        title="ablation",
-    )
 
 
 def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
@@ -99,23 +102,12 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
     spacing = 0.8 / max(1, len(rows))
     for number, (kind, intervals) in enumerate(rows.items()):
         heights = np.arange(len(names)) + min(0.22, spacing) * (number - (len(rows) - 1) / 2)
-        means, low, high = (
-            np.array([max(getattr(interval, end), SMALLEST_KL) for interval in intervals])
-            for end in ("mean", "low", "high")
-        )
+        means, lengths = error_bars(intervals, SMALLEST_KL)
         colour, marker = ablation_style(kind)
-        axes.errorbar(
-            means,
-            heights,
-            xerr=[np.maximum(means - low, 0), np.maximum(high - means, 0)],
-            fmt=marker,
-            markersize=4,
-            color=colour,
-            # What is no total ablation is hollow.
-            markerfacecolor="white" if "not total" in labels[kind] else None,
-            label=labels[kind],
-            elinewidth=1.0,
-        )
+        # Ablations that are not total are hollow.
+        style: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if "not total" in labels[kind] else None}
+        style |= {"fmt": marker, "markersize": 4, "elinewidth": 1.0}
+        axes.errorbar(means, heights, xerr=lengths, label=labels[kind], **style)
     if panel.random_kl:
         shown = np.maximum(panel.random_kl, SMALLEST_KL)
         axes.plot(shown, np.full(len(shown), 0.44), "|", color="#999999", label=RANDOM_CIRCUITS)

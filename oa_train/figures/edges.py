@@ -1,22 +1,23 @@
 """Circuits of edges drawn as a graph."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
-from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure
+from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
 
-# What an edge is read as. Distinguishable without red and green.
+# Legend and colour of edges by how they are read; distinguishable without red and green.
 READ_AS: Mapping[str, tuple[str, str]] = {
-    "q": ("query", "#D55E00"),
-    "k": ("key", "#009E73"),
-    "v": ("value", "#0072B2"),
-    "": ("MLP or logits", "#777777"),
+    "q": ("read as query", "#D55E00"),
+    "k": ("read as key", "#009E73"),
+    "v": ("read as value", "#0072B2"),
+    "": ("read by MLP or logits", "#777777"),
 }
-# Edges between the same two nodes would lie on each other; by what they are read as they bend differently.
+# Edges between the same two nodes would lie on each other; by how they are read they bend differently.
 BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 
 
@@ -29,7 +30,7 @@ def edge_drawing(
         n_layers: layers of the model.
         n_heads: heads of a layer.
         edges: node that writes, node that reads, and as what (`q`, `k`, `v` or nothing).
-        title: what stands above.
+        title: of the figure.
         logits: name of the node on top.
     """
     figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6))
@@ -39,16 +40,15 @@ def edge_drawing(
     for layer in range(n_layers):
         places |= {f"a{layer}.h{head}": (float(head), 2.0 * layer) for head in range(n_heads)}
         places[f"m{layer}"] = (n_heads - 0.1, 2.0 * layer + 0.9)
-    used = {node for source, reader, _ in edges for node in (source, reader)}
     for source, reader, kind in edges:
         _arrow(axes, places[source], places[reader], kind)
+    used = {node for source, reader, _ in edges for node in (source, reader)}
     for name, place in places.items():
-        _node(axes, place, name, name in used)
-    kinds = [READ_AS[kind] for kind in READ_AS if any(kind == one[2] for one in edges)]
-    lines = [
-        Line2D([], [], color=colour, label=f"read as {name}" if name != READ_AS[""][0] else f"read by {name}")
-        for name, colour in kinds
-    ]
+        face, edge, text = (KEPT, KEPT, "white") if name in used else ("white", ABLATED, "#999999")
+        box: dict[str, Any] = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
+        write(axes, *place, name, color=text, bbox=box, zorder=2)
+    kinds = {kind for _, _, kind in edges}
+    lines = [Line2D([], [], color=colour, label=label) for kind, (label, colour) in READ_AS.items() if kind in kinds]
     if lines:
         axes.legend(handles=lines, fontsize=FONT_SIZE - 2, loc="upper left", frameon=False)
     axes.set_xlim(-1.0, n_heads + 0.7)
@@ -60,36 +60,6 @@ def edge_drawing(
 
 def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], kind: str) -> None:
     bend = BENDS[kind] if start[0] <= end[0] else -BENDS[kind]
-    axes.add_patch(
-        FancyArrowPatch(
-            start,
-            end,
-            connectionstyle=f"arc3,rad={bend}",
-            arrowstyle="-|>",
-            mutation_scale=8,
-            shrinkA=9,
-            shrinkB=11,
-            linewidth=1.0,
-            color=READ_AS[kind][1],
-            alpha=0.75,
-            zorder=1,
-        )
-    )
-
-
-def _node(axes: Axes, place: tuple[float, float], name: str, used: bool) -> None:
-    box = {
-        "boxstyle": "round,pad=0.25",
-        "facecolor": KEPT if used else "white",
-        "edgecolor": KEPT if used else ABLATED,
-    }
-    axes.text(
-        *place,
-        name,
-        ha="center",
-        va="center",
-        fontsize=FONT_SIZE - 2,
-        color="white" if used else "#999999",
-        bbox=box,
-        zorder=2,
-    )
+    lines: dict[str, Any] = {"color": READ_AS[kind][1], "linewidth": 1.0, "alpha": 0.75, "zorder": 1}
+    shape: dict[str, Any] = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 8}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=9, shrinkB=11, **shape, **lines))

@@ -1,10 +1,11 @@
-"""The front of circuits: what is lost against how much is kept."""
+"""The Pareto front of circuits: divergence against size."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import SMALLEST_KL, Interval
+from oa_train.figures.comparison import SMALLEST_KL, Interval, error_bars
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 
@@ -17,28 +18,17 @@ def front_figure(
         sizes: kept parts of each circuit.
         kl: by ablation, the divergence of each circuit from the clean model in nats.
         n_parts: parts of the model.
-        what: what the parts are called.
-        title: what stands above.
+        what: name of the parts.
+        title: of the figure.
     """
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     for ablation, intervals in kl.items():
         colour, marker = ablation_style(ablation)
-        means = [max(intervals[number].mean, SMALLEST_KL) for number in order]
-        low = [mean - max(intervals[number].low, SMALLEST_KL) for mean, number in zip(means, order, strict=True)]
-        high = [intervals[number].high - mean for mean, number in zip(means, order, strict=True)]
-        axes.errorbar(
-            [sizes[number] for number in order],
-            means,
-            yerr=[[max(below, 0.0) for below in low], [max(above, 0.0) for above in high]],
-            color=colour,
-            marker=marker,
-            markersize=4,
-            linewidth=1.0,
-            capsize=2,
-            label=ablation.replace("_", " "),
-        )
+        means, lengths = error_bars([intervals[number] for number in order], SMALLEST_KL)
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.0, "capsize": 2}
+        axes.errorbar([sizes[number] for number in order], means, lengths, label=ablation.replace("_", " "), **style)
     axes.set_yscale("log")
     axes.set_xlabel(f"{what} kept, of {n_parts}", fontsize=FONT_SIZE)
     axes.set_ylabel("KL divergence (nats)", fontsize=FONT_SIZE)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.style import FONT_SIZE, new_figure
+from oa_train.figures.style import FONT_SIZE, new_figure, write
 
 # Beyond this many cells numbers in them cannot be read.
 MOST_LABELLED = 200
@@ -23,10 +23,10 @@ def score_map(
     """Keep-probabilities as a table; blank where there is no entry, framed where one exceeds the threshold.
 
     Args:
-        table: [row, column] values between 0 and 1; not a number where there is no entry.
+        table: [row, column] values between 0 and 1; NaN where there is no entry.
         rows: names of the rows.
         columns: names of the columns.
-        axes_names: what rows and columns are.
+        axes_names: labels of the axes, that of the rows first.
         threshold: entries above it are in the circuit.
     """
     labelled = table.size <= MOST_LABELLED
@@ -61,7 +61,7 @@ def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:
         if np.isnan(value):
             continue
         colour = "white" if value > 0.6 else "black"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=FONT_SIZE - 2)
+        write(axes, column, row, f"{value:.2f}", color=colour)
         if value > threshold:
             place = (column - 0.5, row - 0.5)
             axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.2))

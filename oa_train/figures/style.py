@@ -1,34 +1,27 @@
-"""Colours and sizes that all figures share."""
+"""Colours, sizes and texts that all figures share."""
 
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Figure
 
 from oa_train.files import replace_file
 
-# One colour for each ablation in every figure; distinguishable without red and green.
-ABLATION_COLOURS: Mapping[str, str] = {
-    "optimal": "#0072B2",
-    "mean": "#E69F00",
-    "zero": "#555555",
-    "resample": "#009E73",
-    "noise": "#CC79A7",
-    "counterfactual_mean": "#8C6D31",
-    "counterfactual": "#D55E00",
+# Colour and marker of each ablation in every figure; distinguishable without red and green.
+ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
+    "optimal": ("#0072B2", "o"),
+    "mean": ("#E69F00", "s"),
+    "zero": ("#555555", "x"),
+    "resample": ("#009E73", "^"),
+    "noise": ("#CC79A7", "v"),
+    "counterfactual_mean": ("#8C6D31", "P"),
+    "counterfactual": ("#D55E00", "D"),
 }
-ABLATION_MARKERS: Mapping[str, str] = {
-    "optimal": "o",
-    "mean": "s",
-    "zero": "x",
-    "resample": "^",
-    "noise": "v",
-    "counterfactual_mean": "P",
-    "counterfactual": "D",
-}
-# For ablations that have no colour of their own.
-OTHER_COLOURS, OTHER_MARKERS = ("#7B4FA3", "#56B4E9", "#A6761D", "#1B1B1B"), ("<", ">", "h", "*")
+# For ablations that have no style of their own.
+OTHER_STYLES = (("#7B4FA3", "<"), ("#56B4E9", ">"), ("#A6761D", "h"), ("#1B1B1B", "*"))
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
 DOTS_PER_INCH = 160
@@ -36,13 +29,17 @@ DOTS_PER_INCH = 160
 
 def ablation_style(name: str) -> tuple[str, str]:
     """Colour and marker of an ablation, the same in every figure."""
-    number = sum(name.encode()) % len(OTHER_COLOURS)
-    return ABLATION_COLOURS.get(name, OTHER_COLOURS[number]), ABLATION_MARKERS.get(name, OTHER_MARKERS[number])
+    return ABLATION_STYLES.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
 
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that needs no display and no global state."""
     return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def write(axes: Axes, x: float, y: float, text: str, size: int = FONT_SIZE - 2, **options: Any) -> None:
+    """Write a text centred at a point."""
+    axes.text(x, y, text, ha="center", va="center", fontsize=size, **options)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -1,11 +1,13 @@
-"""What each part of a circuit is worth: how far the circuit is from the model without it."""
+"""Worth of each part of a circuit: the rise in KL divergence without it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import MOST_ROWS, Interval
+from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
@@ -24,7 +26,7 @@ def worth_figure(
         worth: of each part, in nats; may be negative.
         verdicts: of each part, a key of `COLOURS`.
         tolerance: nats that do not matter, drawn as a line.
-        title: what stands above.
+        title: of the figure.
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows
@@ -36,7 +38,7 @@ def worth_figure(
         rows.set_title(f"the {n_rows} that are worth most", fontsize=FONT_SIZE, loc="left")
         _draw(axes, worth, verdicts, tolerance)
         axes.set_title(f"all {len(names)}, by rank", fontsize=FONT_SIZE, loc="left")
-    # What is worth most stands on top, so this corner is free; the last axes have all verdicts.
+    # The most valuable parts stand on top, so this corner is free; the last axes have all verdicts.
     (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
     figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
     figure.suptitle(title, fontsize=FONT_SIZE + 1)
@@ -45,19 +47,16 @@ def worth_figure(
 
 def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float) -> None:
     for verdict, colour in COLOURS.items():
-        ranked = [(rank, one) for rank, one in enumerate(worth, start=1) if verdicts[rank - 1] == verdict]
-        if not ranked:
-            continue
-        axes.errorbar(
-            [one.mean for _, one in ranked],
-            [rank for rank, _ in ranked],
-            xerr=[[one.mean - one.low for _, one in ranked], [one.high - one.mean for _, one in ranked]],
-            fmt="o",
-            markersize=4 if len(worth) <= 2 * MOST_ROWS else 2,
-            color=colour,
-            elinewidth=1.0,
-            label=f"{verdict} ({len(ranked)})",
-        )
+        ranks = [rank for rank in range(len(worth)) if verdicts[rank] == verdict]
+        if ranks:
+            means, lengths = error_bars([worth[rank] for rank in ranks])
+            style: dict[str, Any] = {
+                "fmt": "o",
+                "markersize": 4 if len(worth) <= 2 * MOST_ROWS else 2,
+                "elinewidth": 1.0,
+            }
+            label = f"{verdict} ({len(ranks)})"
+            axes.errorbar(means, np.add(ranks, 1), xerr=lengths, color=colour, label=label, **style)
     axes.set_xscale("symlog", linthresh=max(tolerance, LINEAR_BELOW))
     axes.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     axes.axvline(tolerance, color="#555555", linewidth=0.8, linestyle=":", zorder=0, label=f"tolerance {tolerance:g}")

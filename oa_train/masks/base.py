@@ -1,4 +1,4 @@
-"""What every distribution over masks offers.
+"""Distributions over masks, and the average of gradients over the rows that carry them.
 
 A mask entry is 1 where the component (or edge) is kept and 0 where it is ablated; between the two the value and its
 replacement are mixed. A distribution knows how many entries there are and nothing of what they stand for.
@@ -27,27 +27,22 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Turn uniform numbers into independent masks that carry gradients to the parameters.
+        """Independent masks that carry gradients to the parameters.
 
-        Args:
-            uniform: independent draws from [0, 1), the only source of chance: the same numbers give the same masks.
+        `uniform` are independent draws from [0, 1), the only source of chance.
         """
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
-        """Which samples an entry's gradient is to be averaged over; None where it is a plain sum over rows.
+        """Samples that an entry's gradient is averaged over; None where it is a plain sum over rows.
 
-        Args:
-            mask: samples, after whatever was removed from them.
+        `mask` holds samples, after entries without effect were set to 0.
         """
-        del mask
         return None
 
     def draw(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
         """Draw masks whose gradients are averaged over these rows alone.
 
-        Args:
-            n_rows: number of masks.
-            generator: the only source of randomness; on the device of the parameters.
+        The generator, on the device of the parameters, is the only source of randomness.
         """
         logits = self.logits
         mask = self.sample(
@@ -62,7 +57,7 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """How likely each entry is kept, with gradients: what penalties are laid on and the threshold cuts."""
+        """Probability that each entry is kept, with gradients; penalties and the threshold are on it."""
 
     def expected_size(self) -> Float[Tensor, ""]:
         """Expected number of kept entries, with gradients."""
@@ -77,15 +72,10 @@ class MaskDistribution(nn.Module):
 def averaged_gradient(
     mask: Float[Tensor, "row entry"], counts: Int[Tensor, " entry"], n_rows: int
 ) -> Float[Tensor, "row entry"]:
-    """The same masks, an entry's gradient being scaled so that it is a mean over the rows that carry it.
+    """The same masks, with gradients scaled to means over the rows that carry them.
 
     A loss averages over all rows, and only some of them carry gradient to an entry: weighting these by
-    rows / rows that carry it turns their sum into their mean.
-
-    Args:
-        mask: samples.
-        counts: rows that carry gradient to each entry, in all that enters one step of the optimiser.
-        n_rows: all rows that enter that step.
+    rows / rows that carry it turns their sum into their mean. Both count all that enters one step of the optimiser.
     """
     weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
     # The bracket is zero: the value stays the mask.
@@ -93,11 +83,7 @@ def averaged_gradient(
 
 
 def check_threshold(level: float) -> float:
-    """Check that a threshold is a probability strictly between 0 and 1.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """The threshold itself; raises `ConfigurationError` unless it is strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
         raise ConfigurationError(
             f"threshold is {level}; expected a keep-probability between 0 and 1 (both excluded), for instance 0.5."

@@ -36,14 +36,10 @@ class NodeRegulariser(nn.Module):
     empties nodes (Li & Janson 2024).
 
     Args:
-        weight: what this is multiplied with, as a part of the weight of an edge.
-        entries: entries of the distribution that enter or leave a node; one that does both to different nodes, or
-            serves several, stands here several times.
+        weight: of this, as a part of the weight of an edge; at least 0.
+        entries: entries of the distribution that enter or leave a node, once for each such node.
         nodes: the node of each of them.
-        n_nodes: how many nodes there are.
-
-    Raises:
-        ConfigurationError: the weight is negative or not finite.
+        n_nodes: number of nodes.
     """
 
     def __init__(
@@ -53,14 +49,12 @@ class NodeRegulariser(nn.Module):
         if not (math.isfinite(weight) and weight >= 0):
             raise ConfigurationError(f"node_penalty is {weight}; expected a part of the penalty, at least 0.")
         self.weight = weight
-        self.entries: Tensor
-        self.nodes: Tensor
-        self.register_buffer("entries", entries, persistent=False)
-        self.register_buffer("nodes", nodes, persistent=False)
+        self.entries = nn.Buffer(entries, persistent=False)
+        self.nodes = nn.Buffer(nodes, persistent=False)
         self.n_nodes = n_nodes
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
-        """What is added to the expected size, with gradients to the keep-probabilities."""
+        """Addition to the expected size, with gradients to the keep-probabilities."""
         edges = probabilities.new_zeros(*probabilities.shape[:-1], self.n_nodes)
         edges = edges.index_add(-1, self.nodes, probabilities[..., self.entries])
         most = self.n_nodes / 2
@@ -71,13 +65,10 @@ class Penalty(nn.Module):
     """The expected number of kept entries times a penalty weight.
 
     Args:
-        weight: penalty weight of one kept entry in nats, at the start of training; one for all circuits, or one for
-            each.
+        weight: penalty weight of one kept entry in nats, at the start of training and at least 0; for all circuits, or
+            a list with one for each.
         regulariser: adds to the number.
         relative: how much each entry counts; 1 for all of them by default.
-
-    Raises:
-        ConfigurationError: the weight is negative or not finite.
     """
 
     def __init__(
@@ -92,32 +83,27 @@ class Penalty(nn.Module):
                 f"penalty_weight is {weight}; expected a price in nats for each kept entry, at least 0."
             )
         self.regulariser = regulariser
-        self.relative: Tensor | None
-        self.register_buffer("relative", relative, persistent=False)
+        self.relative = None if relative is None else nn.Buffer(relative, persistent=False)
 
     @property
     @abstractmethod
     def weight(self) -> Float[Tensor, "*circuits"]:
-        """What a kept entry costs now, in nats; never negative."""
+        """Price of a kept entry now, in nats; never negative."""
 
     @abstractmethod
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """What the best checkpoint minimises.
+        """Objective that the best checkpoint minimises, from the loss of the discrete circuit in nats.
 
-        Args:
-            loss: loss of the discrete circuit in nats, the KL divergence for instance.
-            kept: entries of the distribution that it keeps.
-            always_kept: entries beside them that are never ablated.
+        `kept` are the entries of the distribution that the circuit keeps; `always_kept` further ones are never
+        ablated.
         """
 
     def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
 
-        Args:
-            expected: number of kept entries, as the masks are now.
-            size: of the discrete circuit, entries that are never ablated included.
+        `expected` is the number of kept entries now, `size` that of the discrete circuit with entries never ablated.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
@@ -139,8 +125,7 @@ class SizePenalty(Penalty):
         relative: Float[Tensor, " entry"] | None = None,
     ) -> None:
         super().__init__(weight, regulariser, relative)
-        self._weight: Tensor
-        self.register_buffer("_weight", torch.tensor(weight, dtype=torch.float32), persistent=False)
+        self._weight = nn.Buffer(torch.tensor(weight, dtype=torch.float32), persistent=False)
 
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
@@ -168,17 +153,15 @@ class TargetSize(Penalty):
     entries and many and a loss of any scale, and the weight is always positive.
 
     Args:
-        target: how many entries are to be kept, those that are never ablated included; one for all circuits, or one
-            for each.
+        target: entries to keep, those that are never ablated included; for all circuits, or a list with one for each.
         n_entries: number of entries of the distribution.
-        weight: of one kept entry at the start, in nats; more than 0, because it moves by factors. One for
-            all circuits, or one for each.
+        weight: of one kept entry at the start, in nats; more than 0, because it moves by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
         rate: how fast the weight moves: the change of its logarithm in one step at a size e times the goal. The
             learning rate of the masks suits, so that weights move no faster than the logits that answer them.
         always_kept: entries that belong to no distribution because they are never ablated.
-        regulariser: adds to the number of kept entries.
-        relative: how much each entry counts in the penalty; 1 for all of them by default.
+        regulariser: see `Penalty`.
+        relative: see `Penalty`.
 
     Attributes:
         log_weight: buffer; log of the weight without its last factor.
@@ -205,30 +188,22 @@ class TargetSize(Penalty):
         if 0 in _as_list(weight):
             raise ConfigurationError(
                 "penalty_weight is 0; with target_size it is the price in nats from which the search starts, in "
-                "factors: "
-                "expected more than 0, for instance 0.05."
+                "factors: expected more than 0, for instance 0.05."
             )
         if not all(always_kept < value <= always_kept + n_entries for value in _as_list(target)):
             raise ConfigurationError(
                 f"target_size is {target}; expected more than {always_kept} and at most {always_kept + n_entries}. It "
-                f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} "
-                "that are always kept because `components` does not select them."
+                f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} that are "
+                "always kept because `components` does not select them."
             )
         if warmup < 1:
             raise ConfigurationError(f"target_warmup is {warmup}; expected at least 1 optimiser step.")
         starts, targets = torch.broadcast_tensors(torch.tensor(weight).float(), torch.tensor(target).float())
-        self.target: Tensor
-        self.register_buffer("target", targets.clone(), persistent=False)
-        self.n_entries = n_entries
-        self.warmup = warmup
-        self.rate = rate
-        self.always_kept = always_kept
-        self.log_weight: Tensor
-        self.register_buffer("log_weight", starts.log())
-        self.excess: Tensor
-        self.register_buffer("excess", torch.zeros_like(starts))
-        self.steps: Tensor
-        self.register_buffer("steps", torch.tensor(0))
+        self.target = nn.Buffer(targets.clone(), persistent=False)
+        self.n_entries, self.warmup, self.rate, self.always_kept = n_entries, warmup, rate, always_kept
+        self.log_weight = nn.Buffer(starts.log())
+        self.excess = nn.Buffer(torch.zeros_like(starts))
+        self.steps = nn.Buffer(torch.tensor(0))
 
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
@@ -238,10 +213,10 @@ class TargetSize(Penalty):
     @torch.no_grad()
     def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Raise the weight while the masks are larger than the goal, lower it while they are smaller."""
-        self.steps += 1
+        self.steps.add_(1)
         done = (self.steps / self.warmup).clamp(max=1.0)
         goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
-        self.log_weight += self.rate * _log_ratio(size - self.always_kept, goal)
+        self.log_weight.add_(self.rate * _log_ratio(size - self.always_kept, goal))
         self.excess.copy_(_log_ratio(expected, goal))
 
     def objective(

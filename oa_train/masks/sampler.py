@@ -14,9 +14,7 @@ from oa_train.shapes import Float, Int, Tensor
 class StepRows:
     """The rows that enter one step of the optimiser, over accumulated batches and processes.
 
-    Attributes:
-        counts: rows that carry gradient to each mask entry.
-        n_rows: all rows.
+    `counts` are the rows that carry gradient to each mask entry, `n_rows` are all rows.
     """
 
     counts: Int[Tensor, " entry"]
@@ -24,16 +22,14 @@ class StepRows:
 
 
 class MaskSampler:
-    """Draws masks that follow from the seed and a prompt's number.
-
-    So they do not depend on how prompts are shared out to batches and processes.
+    """Draws masks that follow from the seed and a prompt's number, however prompts are shared out to processes.
 
     Args:
         masks: their distribution.
         seed: of the random numbers.
         samples_per_prompt: S masks are drawn for each prompt.
-        effective: sets to 0 those entries of drawn masks that have no effect beside the others. Rows in which an
-            entry was set to 0 do not count for its gradient.
+        effective: sets entries of drawn masks to 0 that have no effect beside the others; their rows do not count for
+            the gradient of these entries.
     """
 
     def __init__(
@@ -43,23 +39,15 @@ class MaskSampler:
         samples_per_prompt: int,
         effective: Callable[[Tensor], Tensor] = lambda drawn: drawn,
     ) -> None:
-        self._masks = masks
-        self._seed = seed
-        self._samples_per_prompt = samples_per_prompt
+        self._masks, self._seed, self._samples_per_prompt = masks, seed, samples_per_prompt
         self._effective = effective
 
     def draw(self, numbers: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
-        """Draw masks, with gradients to the distribution.
+        """Draw S * B masks for B prompts, laid out as `batch.repeat(S)`, with gradients to the distribution.
 
-        Args:
-            numbers: of B prompts.
-            step: rows that gradients are averaged over; those drawn here when not given.
-
-        Returns:
-            S * B rows, laid out as `batch.repeat(S)` lays out the prompts.
+        Gradients are averaged over the rows of `step`, by default over those drawn here.
         """
-        drawn = self._effective(self._masks.sample(self._uniform(numbers)))
-        inside = self._masks.carries_gradient(drawn)
+        drawn, inside = self._drawn(numbers)
         if inside is None:
             return drawn
         rows = step or StepRows(inside.sum(dim=0), len(drawn))
@@ -75,20 +63,24 @@ class MaskSampler:
             batches: numbers of the prompts of each batch of this process in the step. Their masks can be drawn ahead,
                 because the parameters stay as they are until the step.
             over_processes: sums a tensor over processes.
-            n_processes: how many processes there are, with as many prompts each.
+            n_processes: processes with as many prompts each.
 
         Returns:
             None for a distribution whose gradients are not averaged.
         """
         counts, n_rows = torch.zeros_like(self._masks.logits, dtype=torch.long), 0
         for numbers in batches:
-            drawn = self._effective(self._masks.sample(self._uniform(numbers)))
-            inside = self._masks.carries_gradient(drawn)
+            _, inside = self._drawn(numbers)
             if inside is None:
                 return None
             counts += inside.sum(dim=0)
             n_rows += len(inside)
         return StepRows(over_processes(counts), n_rows * n_processes)
+
+    def _drawn(self, numbers: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor | None]:
+        """Effective masks, and the samples that carry gradient."""
+        drawn = self._effective(self._masks.sample(self._uniform(numbers)))
+        return drawn, self._masks.carries_gradient(drawn)
 
     def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
         shape, device = (self._samples_per_prompt, len(self._masks.logits)), self._masks.logits.device

@@ -13,14 +13,7 @@ from oa_train.shapes import Float, Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts.
-
-    Attributes:
-        mean: average.
-        stderr: standard error of the average.
-        ci95: 95 % interval of the average, from Student's t distribution.
-        n: number of prompts.
-    """
+    """A mean over `n` prompts, its standard error, and its 95 % interval from Student's t distribution."""
 
     mean: float
     stderr: float
@@ -37,11 +30,7 @@ class Estimate:
 
 
 def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
-    """Estimate the mean of a figure from its values on independent prompts.
-
-    Args:
-        values: at least two values.
-    """
+    """Mean of a figure from its values on at least two independent prompts."""
     array = values.double().numpy()
     mean, stderr = float(np.mean(array)), float(stats.sem(array))
     margin = stderr * float(stats.t.ppf(0.975, len(array) - 1))
@@ -51,7 +40,7 @@ def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
 
 
 def paired_difference(first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"]) -> Estimate:
-    """Estimate the mean of `first - second` over the same prompts.
+    """Mean of `first - second` over the same prompts.
 
     Prompts differ in difficulty far more than ablations do on one prompt, so the interval of the difference is much
     narrower than those of the two means suggest.

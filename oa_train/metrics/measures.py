@@ -9,7 +9,7 @@ from oa_train.metrics.behaviour import cross_entropy, is_correct, logit_differen
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.shapes import Float, Tensor
 
-# From clean logits, ablated logits and the batch that they belong to, a value at each scored position.
+# From clean logits, ablated logits and their batch to a value at each scored position.
 _Measure = Callable[[Tensor, Tensor, Batch], Tensor]
 
 MEASURES: dict[str, _Measure] = {
@@ -31,16 +31,9 @@ def measured(
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """A measure of every prompt, averaged over its scored positions.
+    """A measure (a key of `MEASURES`) of every prompt, averaged over its scored positions.
 
-    Args:
-        name: a key of `MEASURES`.
-        clean: logits of the clean model.
-        logits: logits of the ablated model.
-        batch: the prompts.
-
-    Returns:
-        Nats, or 0 and 1 for accuracy; float32, or float64 where that is given.
+    In nats, or between 0 and 1 for accuracy; float32, or float64 where the ablated model's `logits` are.
     """
     # Half precision is too coarse for differences of logits.
     precise = logits if logits.dtype.itemsize == 8 else logits.float()
@@ -48,11 +41,7 @@ def measured(
 
 
 def check_loss(option: str, name: str) -> None:
-    """Refuse a loss that there is not.
-
-    Raises:
-        ConfigurationError: it is none of `Loss`.
-    """
+    """Refuse an unknown loss with a `ConfigurationError` that names the option."""
     if name not in LOSS_SIGNS:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, LOSS_SIGNS)}")
 
@@ -63,13 +52,9 @@ def loss_of(
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """What is minimised, of every prompt: a measure, with its sign turned where more of it is better.
+    """Loss of every prompt: a measure, with its sign turned where more of it is better.
 
-    Args:
-        name: `kl`, the divergence from the clean model; `cross_entropy`, of the task's answers; `logit_difference`,
-            of answers against distractors, which has no bound: a circuit that is surer than the model is better.
-        clean: logits of the clean model.
-        logits: logits of the ablated model.
-        batch: the prompts.
+    `kl` is the divergence from the clean model and `cross_entropy` that of the task's answers. `logit_difference`, of
+    answers against distractors, has no bound: a circuit that is surer than the model is better.
     """
     return LOSS_SIGNS[name] * measured(name, clean, logits, batch)

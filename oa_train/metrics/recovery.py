@@ -1,4 +1,4 @@
-"""How well a circuit, or the scores of its parts, agree with the circuit that is known to be true."""
+"""Agreement of a circuit, or of the scores of its parts, with the circuit that is known to be true."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,14 +15,14 @@ from oa_train.shapes import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Recovery:
-    """Agreement of what was found with what is true; each figure is at most 1, and the best is 1.
+    """Agreement of a circuit with the true one; the best of each figure is 1.
 
     Attributes:
-        precision: share of what was found that is true; 0 when nothing was found.
-        recall: share of what is true that was found.
+        precision: share of the circuit that is true; 0 for an empty one.
+        recall: share of the true circuit that is in it.
         f1: harmonic mean of the two.
-        auroc: chance that a true part has a higher score than one that is not; ties count half. None without scores.
-        average_precision: precision averaged over the recalls that thresholds on the scores give. None without scores.
+        auroc: chance that a true part has a higher score than another; ties count half. None without scores.
+        average_precision: area under precision over recall, for thresholds on the scores. None without scores.
     """
 
     precision: float
@@ -37,22 +37,18 @@ class Recovery:
 
 
 def recovery(
-    found: Bool[Tensor, " entry"], true: Bool[Tensor, " entry"], scores: Float[Tensor, " entry"] | None = None
+    circuit: Bool[Tensor, " entry"], true: Bool[Tensor, " entry"], scores: Float[Tensor, " entry"] | None = None
 ) -> Recovery:
     """Compare a circuit with the true one.
 
-    Args:
-        found: entries of a mask that were found.
-        true: entries that are true; at least one is, and one is not.
-        scores: of all entries, higher for those that are rather kept; any range.
+    Scores are of all entries, higher for those that are rather kept, in any range.
 
     Raises:
         ValueError: all entries are true, or none is.
     """
     if bool(true.all()) or not bool(true.any()):
         raise ValueError("A circuit of all parts or of none leaves nothing to find.")
-    target = true.long()
-    chosen = found.long()
+    target, chosen = true.long(), circuit.long()
     # Ranks stand in for the scores, which torchmetrics would squash if they left the range from 0 to 1.
     ranks = None if scores is None else _ranks(scores)
     return Recovery(

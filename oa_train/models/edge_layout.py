@@ -1,8 +1,7 @@
-"""The order of a decoder's edges: which part writes to the residual stream what which part reads.
+"""The order of a decoder's edges: which source every reader reads.
 
-Sources stand in the order in which they write, readers in the order in which they read. A reader therefore always
-reads a run of sources from the first one on, and edges, reader by reader, need no search: GPT-2 XL has 2.2 million of
-them.
+Sources stand in the order in which they write, readers in the order in which they read. A reader therefore reads a run
+of sources from the first one on, and edges, reader by reader, need no search: GPT-2 XL has 2.2 million of them.
 """
 
 from dataclasses import dataclass
@@ -32,34 +31,32 @@ class EdgeLayout:
     n_kv_heads: int
     parallel: bool = False
 
-    @cached_property
-    def n_read(self) -> Int[Tensor, " reader"]:
-        """How many sources each reader reads: these are the first ones."""
-        before_layer = 1 + torch.arange(self.n_layers) * (self.n_heads + 1)
-        by_attention = before_layer.unsqueeze(1).expand(-1, self.n_heads + 2 * self.n_kv_heads)
-        by_mlp = before_layer + (0 if self.parallel else self.n_heads)
-        by_layer = torch.cat([by_attention, by_mlp.unsqueeze(1)], dim=1)
-        return torch.cat([by_layer.flatten(), torch.tensor([self.n_sources])])
-
-    @cached_property
-    def edge_readers(self) -> Int[Tensor, " edge"]:
-        """Reader of every edge, in ascending order; the one order of edges everywhere."""
-        return torch.arange(self.n_readers).repeat_interleave(self.n_read)
-
-    @cached_property
-    def edge_sources(self) -> Int[Tensor, " edge"]:
-        """Source of every edge, ascending within each reader."""
-        return torch.arange(self.n_edges) - self.first_edge[self.edge_readers]
+    def sources_before(self, layer: int) -> int:
+        """Number of sources that are written before a layer: the first ones."""
+        return 1 + layer * (self.n_heads + 1)
 
     @property
     def n_sources(self) -> int:
         """Number of sources."""
-        return 1 + self.n_layers * (self.n_heads + 1)
+        return self.sources_before(self.n_layers)
+
+    @property
+    def n_attention_readers(self) -> int:
+        """Queries, keys and values of one layer."""
+        return self.n_heads + 2 * self.n_kv_heads
 
     @property
     def n_readers(self) -> int:
         """Number of readers."""
-        return self.n_layers * (self.n_heads + 2 * self.n_kv_heads + 1) + 1
+        return self.n_layers * (self.n_attention_readers + 1) + 1
+
+    @cached_property
+    def n_read(self) -> Int[Tensor, " reader"]:
+        """Number of sources that each reader reads: the first ones."""
+        before = (1 + torch.arange(self.n_layers) * (self.n_heads + 1)).unsqueeze(1)
+        by_attention = before.expand(-1, self.n_attention_readers)
+        by_mlp = before + (0 if self.parallel else self.n_heads)
+        return torch.cat([torch.cat([by_attention, by_mlp], dim=1).flatten(), torch.tensor([self.n_sources])])
 
     @cached_property
     def n_edges(self) -> int:
@@ -70,3 +67,13 @@ class EdgeLayout:
     def first_edge(self) -> Int[Tensor, " reader"]:
         """Number of each reader's first edge."""
         return self.n_read.cumsum(dim=0) - self.n_read
+
+    @cached_property
+    def edge_readers(self) -> Int[Tensor, " edge"]:
+        """Reader of every edge, ascending; the one order of edges everywhere."""
+        return torch.arange(self.n_readers).repeat_interleave(self.n_read)
+
+    @cached_property
+    def edge_sources(self) -> Int[Tensor, " edge"]:
+        """Source of every edge, ascending within each reader."""
+        return torch.arange(self.n_edges) - self.first_edge[self.edge_readers]

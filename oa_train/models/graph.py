@@ -1,19 +1,21 @@
 """The graph of a decoder's edges: the level of edges, and their names."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from functools import cache, cached_property
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
 from oa_train.models.edge_layout import EdgeLayout
 from oa_train.models.families import Dimensions, is_parallel
-from oa_train.models.levels import Level, ScoreMap, check_size, matching
+from oa_train.models.levels import Level, ScoreMap
 from oa_train.models.pruning import within_budget, without_dangling
 from oa_train.models.selection import Nodes
-from oa_train.models.sites import Site
+from oa_train.models.sites import Site, matching
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 ARROW = "->"
@@ -41,11 +43,7 @@ class Graph(EdgeLayout, Level):
 
     @classmethod
     def of(cls, config: Any) -> "Graph":
-        """The graph of a model with this Hugging Face configuration.
-
-        Raises:
-            ModelError: its family is not in the table.
-        """
+        """The graph of a model with this Hugging Face configuration."""
         sizes = Dimensions.of(config)
         n_kv_heads = getattr(config, "num_key_value_heads", None) or sizes.n_heads
         return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config), sizes.d_head, sizes.d_model)
@@ -53,21 +51,18 @@ class Graph(EdgeLayout, Level):
     @cached_property
     def sources(self) -> tuple[str, ...]:
         """Names in the order of writing; source `i + 1` is entry `i` of a mask over heads and MLPs."""
-        layers = range(self.n_layers)
-        heads = [[f"a{layer}.h{head}" for head in range(self.n_heads)] for layer in layers]
-        return ("input", *(name for layer in layers for name in (*heads[layer], f"m{layer}")))
+        heads = range(self.n_heads)
+        layers = ((*(f"a{layer}.h{head}" for head in heads), f"m{layer}") for layer in range(self.n_layers))
+        return ("input", *itertools.chain(*layers))
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
         """Names in the order of reading: for each layer all queries, all keys, all values, the MLP; then `logits`."""
-        queries = [f"h{head}<q>" for head in range(self.n_heads)]
-        kv_letter = "h" if self.n_kv_heads == self.n_heads else "k"
-        keys_and_values = [f"{kv_letter}{group}<{kind}>" for kind in "kv" for group in range(self.n_kv_heads)]
-        names: list[str] = []
-        for layer in range(self.n_layers):
-            names += [f"a{layer}.{name}" for name in (*queries, *keys_and_values)]
-            names.append(f"m{layer}")
-        return (*names, "logits")
+        letter = "h" if self.n_kv_heads == self.n_heads else "k"
+        of_attention = [f"h{head}<q>" for head in range(self.n_heads)]
+        of_attention += [f"{letter}{group}<{kind}>" for kind in "kv" for group in range(self.n_kv_heads)]
+        layers = ((*(f"a{layer}.{name}" for name in of_attention), f"m{layer}") for layer in range(self.n_layers))
+        return (*itertools.chain(*layers), "logits")
 
     @cached_property
     def sites(self) -> Mapping[Site, tuple[int, int]]:
@@ -89,16 +84,22 @@ class Graph(EdgeLayout, Level):
         source, arrow, reader = name.partition(ARROW)
         if not arrow:
             raise UnknownNameError(f"There is no edge named {name!r}; an edge is called source{ARROW}reader.")
-        if reader not in self._reader_indices:
-            raise unknown_name("reader", reader, self.readers)
-        number = self._reader_indices[reader]
-        if source not in self._source_indices:
-            raise unknown_name("source", source, self.sources)
-        if self._source_indices[source] >= self.n_read[number]:
-            raise unknown_name(
-                "edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[: self.n_read[number]])
-            )
-        return int(self.first_edge[number]) + self._source_indices[source]
+        for kind, end, indices in (("reader", reader, self._reader_indices), ("source", source, self._source_indices)):
+            if end not in indices:
+                raise unknown_name(kind, end, indices)
+        number, place = self._source_indices[source], self._reader_indices[reader]
+        n_read = int(self.n_read[place])
+        if number >= n_read:
+            raise unknown_name("edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[:n_read]))
+        return int(self.first_edge[place]) + number
+
+    @cached_property
+    def _source_indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.sources)}
+
+    @cached_property
+    def _reader_indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.readers)}
 
     def kept(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
         """Names of the edges that a mask keeps, in mask order."""
@@ -122,8 +123,7 @@ class Graph(EdgeLayout, Level):
         if "@" in pattern:
             raise ConfigurationError(
                 f"The pattern {pattern!r} names a span. Spans are for circuits of nodes (level: nodes); an edge is "
-                f"kept "
-                "or cut at every token."
+                "kept or cut at every token."
             )
         from_source, _, to_reader = pattern.partition(ARROW)
         sources, readers = matching(self.sources, from_source), matching(self.readers, to_reader or "*")
@@ -139,13 +139,7 @@ class Graph(EdgeLayout, Level):
         """A new mask of those edges that lie on a path from the input to the logits, in each row by itself."""
         return without_dangling(self, kept)
 
-    def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """The circuit without dangling edges of a given size that the largest scores make; see `within_budget`.
-
-        Raises:
-            ConfigurationError: there are fewer edges than that.
-        """
-        check_size(scores, size)
+    def _largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
         return within_budget(self, scores, size)
 
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
@@ -157,9 +151,8 @@ class Graph(EdgeLayout, Level):
 
     def nodes(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
         """Names of the components that edges lead out of, in the order of the sources."""
-        used = torch.zeros(self.n_sources, dtype=torch.bool)
-        used[self.edge_sources[mask.cpu()]] = True
-        return tuple(name for name, is_used in zip(self.sources[1:], used[1:].tolist(), strict=True) if is_used)
+        used = self.edge_sources[mask.cpu()].unique().tolist()
+        return tuple(self.sources[number] for number in used if number)
 
     def node_level(self, config: Any) -> Level:
         """The heads and MLPs of the model."""
@@ -177,29 +170,22 @@ class Graph(EdgeLayout, Level):
         of_source = [kinds.index(site.kind) for site, (n_units, _) in self.sites.items() for _ in range(n_units)]
         return kinds, torch.tensor(of_source)[self.edge_sources]
 
-    def node_edges(self, names: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Edges between nodes: what writes, what reads, and as what: `q`, `k`, `v` or nothing.
+    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
+        """Edges between nodes: source, reader, and `q`, `k`, `v` or nothing.
 
-        Of heads that share a key or value those are given that write something in the circuit.
-
-        Args:
-            names: edges of a circuit.
+        Of heads that share a key or value those stand here that write something in the circuit.
         """
-        alive = {name.partition(ARROW)[0] for name in names}
+        edges = [name.split(ARROW) for name in self.kept(mask)]
+        alive = {source for source, _ in edges}
         per_group = self.n_heads // self.n_kv_heads
         arrows = []
-        for name in names:
-            source, _, reader = name.partition(ARROW)
+        for source, reader in edges:
             node, _, kind = reader.removesuffix(">").partition("<")
             layer, _, group = node.partition(".k")
             members = range(int(group) * per_group, (int(group) + 1) * per_group) if group else ()
             heads = [head for head in (f"{layer}.h{member}" for member in members) if head in alive]
-            arrows += [(source, head, kind) for head in heads or [node]] if not group or heads else []
+            arrows += [(source, head, kind) for head in (heads if group else [node])]
         return arrows
-
-    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """The edges of a circuit; see `node_edges`."""
-        return self.node_edges(self.kept(mask))
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -213,30 +199,26 @@ class Graph(EdgeLayout, Level):
         return ScoreMap(table, self.readers, self.sources, "reader", "source")
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
-        """Edges that leave or enter a head, the head of each, and the number of heads."""
-        return *self.edges_at_heads, self.n_layers * self.n_heads
-
-    @cached_property
-    def edges_at_heads(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
-        """Edges that leave or enter a head, and the number of that head.
+        """Edges that leave or enter a head, the number of that head, and the number of heads.
 
         An edge between two heads stands here twice, and one into a key or value that several heads share once for
         each of them.
         """
+        return *self._edges_at_heads, self.n_layers * self.n_heads
+
+    @cached_property
+    def _edges_at_heads(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         heads = torch.arange(self.n_layers * self.n_heads).view(self.n_layers, self.n_heads)
-        per_group = self.n_heads // self.n_kv_heads
+        no_heads, per_group = torch.full_like(heads, -1), self.n_heads // self.n_kv_heads
         of_source = torch.full((self.n_sources,), -1)
         of_source[1:].view(self.n_layers, -1)[:, :-1] = heads
-        pairs = [(self.edge_sources, of_source)]
-        for member in range(per_group):  # the how many-th head of its group; queries have one head only
-            by_group = heads.view(self.n_layers, self.n_kv_heads, per_group)[..., member]
-            queries = heads if member == 0 else torch.full_like(heads, -1)
-            mlps = torch.full((self.n_layers, 1), -1)
-            of_reader = torch.cat([queries, by_group, by_group, mlps], dim=1).flatten()
-            pairs.append((self.edge_readers, torch.cat([of_reader, of_reader.new_tensor([-1])])))
-        by_edge = [heads_of[ends] for ends, heads_of in pairs]
-        edges = torch.cat([(found >= 0).nonzero().flatten() for found in by_edge])
-        return edges, torch.cat([found[found >= 0] for found in by_edge])
+        of_ends = [of_source[self.edge_sources]]
+        for member, of_groups in enumerate(heads.unflatten(1, (-1, per_group)).unbind(2)):
+            queries = no_heads if member else heads  # which no other head shares
+            of_reader = torch.cat([queries, of_groups, of_groups, no_heads[:, :1]], dim=1).flatten()
+            of_ends.append(F.pad(of_reader, (0, 1), value=-1)[self.edge_readers])
+        edges = torch.cat([(of_end >= 0).nonzero().flatten() for of_end in of_ends])
+        return edges, torch.cat([of_end[of_end >= 0] for of_end in of_ends])
 
     def of_model(self, config: Any) -> "Graph":
         """The graph of a model with this Hugging Face configuration."""
@@ -248,29 +230,14 @@ class Graph(EdgeLayout, Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Graph":
-        """The graph that `header` describes.
-
-        Raises:
-            KeyError, TypeError: it does not describe one.
-        """
-        names = ("n_layers", "n_heads", "n_kv_heads", "parallel", "d_head", "d_model")
-        return _graph(*(header[name] for name in names))
+        """The graph that `header` describes."""
+        return _graph(*(header[field.name] for field in fields(cls)))
 
     def describe(self) -> str:
         """Sizes of the model, in words."""
         parallel = ", attention and MLP in parallel" if self.parallel else ""
         return f"{self.n_layers} layers of {self.n_heads} heads and {self.n_kv_heads} key-value heads{parallel}"
 
-    @cached_property
-    def _source_indices(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.sources)}
 
-    @cached_property
-    def _reader_indices(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.readers)}
-
-
-@cache
-def _graph(*sizes: Any) -> Graph:
-    """One object for all who ask, because its arrays of edges are long."""
-    return Graph(*sizes)
+# One object for all who ask, because its arrays of edges are long.
+_graph = cache(Graph)

@@ -6,12 +6,12 @@ A mask is one number an entry of a level, and never travels without it.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ConfigurationError, unknown_name
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Int, Tensor
@@ -19,15 +19,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
-    """A number for each entry of a level, laid out as a table for a heat map.
-
-    Attributes:
-        table: the numbers; not a number where there is no entry.
-        rows: names of the rows.
-        columns: names of the columns.
-        row_axis: what the rows are.
-        column_axis: what the columns are.
-    """
+    """A number for each entry of a level, laid out as a table for a heat map; NaN where there is no entry."""
 
     table: Float[Tensor, "line column"]
     rows: tuple[str, ...]
@@ -57,7 +49,7 @@ class Level(ABC):
     @property
     @abstractmethod
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites whose values can be replaced, each with the number and the width of its units."""
+        """Sites whose values can be replaced in forward order, each with the number and the width of its units."""
 
     @property
     def spans(self) -> tuple[str | None, ...]:
@@ -71,19 +63,25 @@ class Level(ABC):
 
     @property
     def parts(self) -> str:
-        """What entries are called."""
+        """Plural of `part`."""
         return f"{self.part}s"
 
     @abstractmethod
     def __len__(self) -> int: ...
 
-    @abstractmethod
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
     def index(self, name: str) -> int:
         """Mask entry of a name.
 
         Raises:
             UnknownNameError: the level has no entry of that name.
         """
+        if name not in self._indices:
+            raise unknown_name(self.part, name, self.names)
+        return self._indices[name]
 
     def mask(self, names: Sequence[str]) -> Bool[Tensor, " entry"]:
         """A mask that keeps the named entries and no others."""
@@ -91,9 +89,9 @@ class Level(ABC):
         mask[[self.index(name) for name in names]] = True
         return mask
 
-    @abstractmethod
     def kept(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
         """Names of the entries that a mask keeps, in mask order."""
+        return tuple(self.names[number] for number in mask.nonzero().flatten().tolist())
 
     @abstractmethod
     def matched(self, pattern: str) -> Bool[Tensor, " entry"]:
@@ -119,21 +117,29 @@ class Level(ABC):
         """Names that shell patterns select, in mask order; see `selected`."""
         return self.kept(self.selected(patterns))
 
-    @abstractmethod
     def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """A new mask without entries that have no effect beside the others, in each row by itself."""
+        """The mask without entries that have no effect beside the others, in each row by itself."""
+        return kept
 
-    @abstractmethod
     def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """The circuit of a given size that the largest scores make.
+        """The circuit of a given size that the largest scores make; of edges see `within_budget`.
 
         Raises:
             ConfigurationError: there are fewer entries than that.
         """
+        if not 0 <= size <= len(self):
+            raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(self)}.")
+        return self._largest(scores, size)
+
+    def _largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
+        """Of equal scores the first in mask order."""
+        mask = torch.zeros(len(scores), dtype=torch.bool)
+        mask[scores.argsort(descending=True, stable=True)[:size]] = True
+        return mask
 
     @abstractmethod
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Units whose value each circuit ever replaces; slots are those of `spans`, or one for all."""
+        """Units whose value each circuit replaces anywhere; a slot for each of `spans`."""
 
     @abstractmethod
     def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
@@ -150,7 +156,7 @@ class Level(ABC):
     @property
     @abstractmethod
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and which of them each entry belongs to; penalties may differ by it."""
+        """Kinds of site, and the number of each entry's kind among them; penalties may differ by it."""
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
         """Pairs of an entry and a node that it touches, and the number of nodes; None where entries are nodes."""
@@ -160,9 +166,9 @@ class Level(ABC):
     def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
         """Numbers of all entries as a table."""
 
-    @abstractmethod
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """Connections that a drawing of a circuit shows: source, reader and how it is read; None for boxes alone."""
+        """Edges between nodes in a drawing: source, reader, and `q`, `k`, `v` or nothing; None for boxes alone."""
+        return None
 
     @property
     @abstractmethod
@@ -175,11 +181,7 @@ class Level(ABC):
 
     @abstractmethod
     def header(self) -> dict[str, Any]:
-        """Plain values that `level_of_header` makes this level of again."""
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the level that it is loaded for, apart from the model."""
-        return {"level": self.kind}
+        """Plain values that `from_header` makes this level of again."""
 
     @classmethod
     @abstractmethod
@@ -190,36 +192,10 @@ class Level(ABC):
             KeyError, TypeError: it does not describe one.
         """
 
+    def identity(self) -> dict[str, Any]:
+        """Values in which a checkpoint must agree with the level that it is loaded for, apart from the model."""
+        return {"level": self.kind}
+
     @abstractmethod
     def describe(self) -> str:
         """Sizes of the model that the level is of, in words."""
-
-
-def matching(names: Sequence[str], pattern: str) -> Bool[Tensor, " name"]:
-    """Names that a shell pattern matches; where it matches none, units of what it names (`a3` for `a3.h0`, ...)."""
-    exactly = torch.tensor([fnmatchcase(name, pattern) for name in names], dtype=torch.bool)
-    if exactly.any():
-        return exactly
-    return torch.tensor([fnmatchcase(name, f"{pattern}.*") for name in names], dtype=torch.bool)
-
-
-def top_entries(scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-    """The entries of the largest scores, so many of them; of equal scores the first in mask order.
-
-    Raises:
-        ConfigurationError: there are fewer entries than that.
-    """
-    check_size(scores, size)
-    mask = torch.zeros(len(scores), dtype=torch.bool)
-    mask[scores.argsort(descending=True, stable=True)[:size]] = True
-    return mask
-
-
-def check_size(scores: Float[Tensor, " entry"], size: int) -> None:
-    """Check that a circuit can have so many entries.
-
-    Raises:
-        ConfigurationError: the level has fewer.
-    """
-    if not 0 <= size <= len(scores):
-        raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(scores)}.")

@@ -39,15 +39,11 @@ class AttentionReaders:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Readers of each of the three kinds."""
+        """Numbers of queries, keys and values."""
         return self.n_heads, self.n_kv_heads, self.n_kv_heads
 
     def by_reader(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Views of what is laid out as the modules' outputs are, for queries, keys and values: [reader, d_head, ...].
-
-        Args:
-            tensors: [width, ...], one for each module.
-        """
+        """Views [reader, d_head, ...] for queries, keys and values of one tensor [width, ...] for each module."""
         if len(self.modules) == 3:
             queries, keys, values = (
                 tensor.unflatten(0, (count, -1)) for tensor, count in zip(tensors, self.counts, strict=True)
@@ -70,7 +66,7 @@ class AttentionReaders:
     def weights_times(
         self, gain: Float[Tensor, " d_model"], out: Float[Tensor, " n_weights"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights with each dimension of the input multiplied by a gain; they stand in `out`."""
+        """The weights, written into `out`, with each dimension of the input multiplied by a gain."""
         weights = [weight_and_bias(module)[0] for module in self.modules]
         scaled = []
         for weight, part in zip(weights, out.split([weight.numel() for weight in weights]), strict=True):
@@ -89,8 +85,8 @@ class ResidualParts:
         post_norms: norms of what attention adds; empty where there are none.
         mlp_inputs: modules that the MLPs' residual stream enters first.
         mlp_bodies: modules with the MLPs' hidden layers, which can be run again; empty where blocks have them.
-        bypassed: modules whose input and output nobody reads where edges are cut, by name: blocks and, inside them,
-            what stands around or between the projections of attention.
+        bypassed: by name, modules whose input and output nobody reads where edges are cut: blocks, and modules around
+            or between the projections of attention.
     """
 
     attention: tuple[AttentionReaders, ...]
@@ -101,7 +97,7 @@ class ResidualParts:
 
 
 def find_residual_parts(model: CausalLM) -> ResidualParts:
-    """Find what reads and writes the residual stream of a model; it is looked up once a model.
+    """The modules that read and write the residual stream of a model, looked up once a model.
 
     Raises:
         ModelError: `find_parts` raises it, or a projection of attention is not a plain linear map.
@@ -197,14 +193,9 @@ def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_h
 
 @dataclass(frozen=True, eq=False)
 class NormWeights:
-    """What one norm computes: (x - mean of x) / sqrt(mean square + epsilon) * gain + bias.
+    """A norm as (x - mean of x) / sqrt(mean square + epsilon) * gain + bias.
 
-    An RMS norm takes no mean off and has no bias.
-
-    Attributes:
-        epsilon: what is added to the mean square.
-        gain: what each dimension is multiplied with; None stands for ones.
-        bias: what is added to each dimension; None stands for zeros.
+    An RMS norm takes no mean off and has no bias. A gain of None stands for ones, a bias of None for zeros.
     """
 
     epsilon: float
@@ -213,7 +204,7 @@ class NormWeights:
 
     @classmethod
     def of(cls, norm: Any) -> "NormWeights":
-        """Read them off one of Hugging Face's norms."""
+        """Weights of one of Hugging Face's norms."""
         if is_layer_norm(norm):
             # OLMo's has no parameters, and its epsilon stands in its code.
             return cls(getattr(norm, "eps", 1e-5), getattr(norm, "weight", None), getattr(norm, "bias", None))
@@ -231,7 +222,7 @@ class NormWeights:
 
 
 def is_layer_norm(norm: nn.Module) -> bool:
-    """Whether a norm takes off the mean."""
+    """Tell norms that take the mean off from RMS norms."""
     return hasattr(norm, "normalized_shape") and not isinstance(norm, nn.RMSNorm)
 
 

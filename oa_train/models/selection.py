@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 
-from oa_train.errors import ConfigurationError, nearest_names, unknown_name
+from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.dictionaries import Dictionary, reload_dictionary
 from oa_train.models.families import Dimensions
-from oa_train.models.levels import Level, ScoreMap, matching, top_entries
+from oa_train.models.levels import Level, ScoreMap
 from oa_train.models.sites import (
     DEFAULT_SITES,
     SITE_KINDS,
     Site,
     check_dictionaries,
     check_site_kinds,
+    matching,
     site_of_name,
 )
 from oa_train.shapes import Bool, Float, Int, Tensor
@@ -33,13 +34,11 @@ AT = "@"
 
 @dataclass(frozen=True)
 class Group:
-    """Entries of one site and one span; they stand side by side in a mask.
+    """Entries of one site and one span (None for all tokens), side by side in a mask.
 
     Attributes:
-        site: of the units.
-        span: to which they are restricted; None for all tokens.
         entries: where they stand in a mask.
-        units: their numbers, in mask order; None for all units of the site.
+        units: numbers of their units, in mask order; None for all units of the site.
     """
 
     site: Site
@@ -92,11 +91,7 @@ class Nodes(Level):
     ) -> "Nodes":
         """The units of a model.
 
-        Args:
-            config: Hugging Face's configuration of the model.
-            kinds: kinds of site.
-            patterns: shell patterns; of these, those with a span say which units are restricted to it.
-            dictionaries: sparse dictionaries; at most one a layer.
+        `config` is Hugging Face's. Of the patterns those with a span say which units are restricted to it.
 
         Raises:
             ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
@@ -105,26 +100,15 @@ class Nodes(Level):
         positive = [pattern for pattern in patterns if not pattern.startswith("!")]
         spanned = tuple(pattern for pattern in positive if AT in pattern)
         nodes = cls(Dimensions.of(config), tuple(kinds), spanned, tuple(dictionaries))
-        nodes.check_not_twice([pattern for pattern in positive if AT not in pattern])
-        return nodes
-
-    def check_not_twice(self, patterns: Sequence[str]) -> None:
-        """Check that patterns without a span match no unit that others restrict to one.
-
-        Raises:
-            ConfigurationError: they do; the unit would have overlapping entries.
-        """
-        if not self.spanned:
-            return
-        restricted = torch.tensor([of_unit != (None,) for of_unit in self._unit_spans])
-        for pattern in patterns:
-            twice = (matching(self.unit_names, pattern) & restricted).nonzero().flatten().tolist()
+        for pattern in (pattern for pattern in positive if spanned and AT not in pattern):
+            restricted = torch.tensor([of_unit != (None,) for of_unit in nodes._unit_spans])
+            twice = (matching(nodes.unit_names, pattern) & restricted).nonzero().flatten().tolist()
             if twice:
                 raise ConfigurationError(
-                    f"The pattern {pattern!r} selects {self.unit_names[twice[0]]} at every token, and another one "
-                    f"selects "
-                    "it at a span: spans of one unit must not overlap. Leave one of them out."
+                    f"The pattern {pattern!r} selects {nodes.unit_names[twice[0]]} at every token, and another one "
+                    "selects it at a span: spans of one unit must not overlap. Leave one of them out."
                 )
+        return nodes
 
     @cached_property
     def by_layer(self) -> dict[int, Dictionary]:
@@ -133,16 +117,14 @@ class Nodes(Level):
 
     @cached_property
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites in the order of a forward pass, each with the number and the width of its units."""
-        placed = [
-            (kind.rank(layer, self.by_layer), Site(name, layer))
-            for name, kind in ((name, SITE_KINDS[name]) for name in self.kinds)
-            for layer in kind.layers_of(self.dimensions, self.by_layer)
+        """Sites in forward order, each with the number and the width of its units."""
+        sites = [
+            Site(name, layer)
+            for name in self.kinds
+            for layer in SITE_KINDS[name].layers_of(self.dimensions, self.by_layer)
         ]
-        return {
-            site: SITE_KINDS[site.kind].shape_of(site.layer, self.dimensions, self.by_layer)
-            for _, site in sorted(placed)
-        }
+        sites.sort(key=lambda site: SITE_KINDS[site.kind].rank(site.layer, self.by_layer))
+        return {site: SITE_KINDS[site.kind].shape_of(site.layer, self.dimensions, self.by_layer) for site in sites}
 
     @cached_property
     def unit_names(self) -> tuple[str, ...]:
@@ -152,6 +134,12 @@ class Nodes(Level):
             for site, (n_units, _) in self.sites.items()
             for name in SITE_KINDS[site.kind].unit_names(site.layer, n_units)
         )
+
+    @cached_property
+    def _first_units(self) -> dict[Site, int]:
+        """Place in `unit_names` of each site's first unit."""
+        firsts = itertools.accumulate((n_units for n_units, _ in self.sites.values()), initial=0)
+        return dict(zip(self.sites, firsts, strict=False))
 
     @cached_property
     def _unit_spans(self) -> list[tuple[str | None, ...]]:
@@ -168,10 +156,10 @@ class Nodes(Level):
     def groups(self) -> tuple[Group, ...]:
         """All entries, by site and span."""
         groups: list[Group] = []
-        first_unit, first_entry = 0, 0
+        first_entry = 0
         for site, (n_units, _) in self.sites.items():
+            first_unit = self._first_units[site]
             of_units = self._unit_spans[first_unit : first_unit + n_units]
-            first_unit += n_units
             for span in dict.fromkeys(span for of_unit in of_units for span in of_unit):
                 units = tuple(number for number, of_unit in enumerate(of_units) if span in of_unit)
                 entries = slice(first_entry, first_entry + len(units))
@@ -179,17 +167,14 @@ class Nodes(Level):
                 first_entry = entries.stop
         return tuple(groups)
 
+    def _units(self, group: Group) -> Sequence[int]:
+        """Numbers of a group's units within their site."""
+        return range(self.sites[group.site][0]) if group.units is None else group.units
+
     @cached_property
     def _entry_units(self) -> Int[Tensor, " entry"]:
         """Place in `unit_names` of each entry's unit."""
-        firsts, first = {}, 0
-        for site, (n_units, _) in self.sites.items():
-            firsts[site], first = first, first + n_units
-        units = [
-            torch.arange(self.sites[group.site][0]) if group.units is None else torch.tensor(group.units)
-            for group in self.groups
-        ]
-        return torch.cat([firsts[group.site] + numbers for group, numbers in zip(self.groups, units, strict=True)])
+        return torch.cat([self._first_units[group.site] + torch.tensor(self._units(group)) for group in self.groups])
 
     @cached_property
     def _entry_spans(self) -> list[str | None]:
@@ -214,26 +199,8 @@ class Nodes(Level):
             self.unit_names[unit] if span is None else f"{self.unit_names[unit]}{AT}{span}" for unit, span in pairs
         )
 
-    @cached_property
-    def _indices(self) -> dict[str, int]:
-        return {name: index for index, name in enumerate(self.names)}
-
     def __len__(self) -> int:
         return self.groups[-1].entries.stop if self.groups else 0
-
-    def index(self, name: str) -> int:
-        """Mask entry of a unit, or of a unit at a span.
-
-        Raises:
-            UnknownNameError: the selection has none of that name.
-        """
-        if name not in self._indices:
-            raise unknown_name(self.part, name, self.names)
-        return self._indices[name]
-
-    def kept(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
-        """Names of the entries that a mask keeps, in mask order."""
-        return tuple(self.names[number] for number in mask.nonzero().flatten().tolist())
 
     def matched(self, pattern: str) -> Bool[Tensor, " entry"]:
         """Entries that a shell pattern matches: `a*.h*`, `m[0-3]`, `a3` for all heads of layer 3, `m*@S2`, `m3.n1?`.
@@ -257,27 +224,11 @@ class Nodes(Level):
         return matched
 
     def _other_kind(self, unit: str) -> str:
-        """Says which other kind of site has units that match."""
+        """Hint at another kind of site with units that match."""
         for name in dict.fromkeys((*DEFAULT_SITES, *SITE_KINDS)):
-            if name not in self.kinds and name != "features":
-                kind = SITE_KINDS[name]
-                for layer in kind.layers_of(self.dimensions, {}):
-                    units, _ = kind.shape_of(layer, self.dimensions, {})
-                    if matching(kind.unit_names(layer, units), unit).any():
-                        return f"\nIt would match units of the kind {name!r}, which sites does not name."
+            if name not in self.kinds and SITE_KINDS[name].may_name(unit, self.dimensions):
+                return f"\nIt would match units of the kind {name!r}, which sites does not name."
         return ""
-
-    def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """The mask as it is: units do not depend on each other."""
-        return kept
-
-    def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """The entries of the largest scores.
-
-        Raises:
-            ConfigurationError: there are fewer entries than that.
-        """
-        return top_entries(scores, size)
 
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
         """Units that each circuit ablates somewhere, apart for each of `spans`."""
@@ -286,9 +237,7 @@ class Nodes(Level):
             for site, (n_units, _) in self.sites.items()
         }
         for group in self.groups:
-            slot = replaced[group.site][:, self.spans.index(group.span)]
-            units = slice(None) if group.units is None else list(group.units)
-            slot[:, units] = ~masks[:, group.entries]
+            replaced[group.site][:, self.spans.index(group.span), self._units(group)] = ~masks[:, group.entries]
         return replaced
 
     def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
@@ -297,7 +246,6 @@ class Nodes(Level):
 
     def node_level(self, config: Any) -> "Nodes":
         """This level."""
-        del config
         return self
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
@@ -306,7 +254,7 @@ class Nodes(Level):
 
     @cached_property
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and which of them each entry belongs to."""
+        """Kinds of site, and the number of each entry's kind among them."""
         kinds = torch.zeros(len(self), dtype=torch.long)
         for group in self.groups:
             kinds[group.entries] = self.kinds.index(group.site.kind)
@@ -323,16 +271,10 @@ class Nodes(Level):
         lines = list(dict.fromkeys((group.site.layer, group.span) for group in self.groups))
         table = torch.full((len(lines), len(columns)), torch.nan)
         for group in self.groups:
-            units = range(self.sites[group.site][0]) if group.units is None else group.units
-            at = [firsts[group.site.kind] + unit for unit in units]
+            at = [firsts[group.site.kind] + unit for unit in self._units(group)]
             table[lines.index((group.site.layer, group.span)), at] = scores[group.entries].float().cpu()
         names = tuple(f"{layer}" if span is None else f"{layer} {AT}{span}" for layer, span in lines)
         return ScoreMap(table, names, tuple(columns), "layer", "unit")
-
-    def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """None: units are boxes."""
-        del mask
-        return None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -359,19 +301,9 @@ class Nodes(Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Nodes":
-        """The level that `header` describes; its dictionaries are read again.
-
-        Raises:
-            KeyError, TypeError: it does not describe one.
-            ArtefactError: a dictionary is not where it was, or another one stands there.
-        """
-        dictionaries = map(reload_dictionary, header["dictionaries"])
-        return cls(
-            Dimensions(**header["dimensions"]),
-            tuple(header["sites"]),
-            tuple(header["spanned"]),
-            tuple(dictionaries),
-        )
+        """The level that `header` describes; raises `ArtefactError` where a dictionary is gone or another one."""
+        dictionaries = tuple(map(reload_dictionary, header["dictionaries"]))
+        return cls(Dimensions(**header["dimensions"]), tuple(header["sites"]), tuple(header["spanned"]), dictionaries)
 
     def identity(self) -> dict[str, Any]:
         """The kinds, the spans, and the dictionaries by their content, wherever they were read."""

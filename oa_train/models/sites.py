@@ -7,14 +7,16 @@ before, its path to `models.families`).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
+import torch
 from torch import nn
 
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.families import Dimensions, Parts
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 
 # A module, and which side of it the tensor passes.
 Place = tuple[nn.Module, Literal["input", "output"]]
@@ -41,11 +43,7 @@ class Site:
 
     @classmethod
     def of_key(cls, key: str) -> "Site":
-        """The site of a key.
-
-        Raises:
-            ArtefactError: it is no key of a site.
-        """
+        """The site of a key; raises `ArtefactError` where it is none."""
         kind, _, layer = key.rpartition("_")
         if kind not in SITE_KINDS or not layer.isdecimal():
             raise ArtefactError(f"{key!r} names no site; expected a kind and a layer, such as heads_3.")
@@ -74,26 +72,18 @@ class SiteKind:
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         """Layers of a model that have such a site."""
-        del dictionaries
         return self.layers(dimensions)
 
     def shape_of(self, layer: int, dimensions: Dimensions, dictionaries: Dictionaries) -> tuple[int, int]:
         """Number and width of the units of a layer's site."""
-        del layer, dictionaries
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Where a layer's tensor passes.
-
-        Raises:
-            ConfigurationError: models of this family have no such place.
-        """
-        del dictionaries
+        """Where a layer's tensor passes; raises `ConfigurationError` where a family has no such place."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
         """Sorts sites in the order of a forward pass."""
-        del dictionaries
         return layer, list(SITE_KINDS).index(self.name), 0
 
     def unit_names(self, layer: int, n_units: int) -> list[str]:
@@ -101,18 +91,20 @@ class SiteKind:
         name = self.site_name.format(layer=layer)
         return [name + self.unit_name.format(unit=unit) for unit in range(n_units)]
 
+    def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
+        """True where a shell pattern matches units of this kind in a model of these sizes."""
+        names = (
+            self.unit_names(layer, self.shape_of(layer, dimensions, {})[0]) for layer in self.layers_of(dimensions, {})
+        )
+        return any(bool(matching(of_layer, pattern).any()) for of_layer in names)
+
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
     ) -> Float[Tensor, "row position unit width"]:
-        """The values of the units in the tensor that passes.
+        """The values of the units in the tensor that passes, with rows and positions in one dimension or in two.
 
-        Args:
-            tensor: as the model has it: units side by side, rows and positions in one dimension or in two.
-            layout: rows, positions, units and width.
-            layer: of the site.
-            dictionaries: of the model.
+        `layout` is rows, positions, units and width.
         """
-        del layer, dictionaries
         return tensor.reshape(layout)
 
     def write(
@@ -123,16 +115,7 @@ class SiteKind:
         layer: int,
         dictionaries: Dictionaries,
     ) -> Tensor:
-        """The tensor that goes on when the units have other values.
-
-        Args:
-            tensor: that passed.
-            before: values of its units.
-            after: their new values.
-            layer: of the site.
-            dictionaries: of the model.
-        """
-        del before, layer, dictionaries
+        """The tensor that goes on in place of `tensor` when its units change from `before` to `after`."""
         return after.reshape(tensor.shape)
 
 
@@ -143,11 +126,9 @@ class _Features(SiteKind):
     """
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
-        del dimensions
         return sorted(dictionaries)
 
     def shape_of(self, layer: int, dimensions: Dimensions, dictionaries: Dictionaries) -> tuple[int, int]:
-        del dimensions
         return dictionaries[layer].n_features, 1
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
@@ -157,6 +138,11 @@ class _Features(SiteKind):
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
         kind = _kind_of_name(dictionaries[layer].site)
         return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
+
+    def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
+        # How many features a dictionary has is not known here, nor where it stands.
+        layers = [self.site_name.format(layer=layer) for layer in range(dimensions.n_layers + 1)]
+        return bool(matching(layers, pattern.partition(".")[0]).any())
 
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
@@ -172,8 +158,7 @@ def _neurons(parts: Parts, layer: int) -> Place:
     if not parts.down_projections:
         raise ConfigurationError(
             f"Models of the family {parts.family.model_type!r} have no sites of the kind 'neurons': their MLPs have "
-            f"no "
-            "single down projection that the neurons enter. Ablate whole MLPs (sites: [mlp])."
+            "no single down projection that the neurons enter. Ablate whole MLPs (sites: [mlp])."
         )
     return parts.down_projections[layer], "input"
 
@@ -187,7 +172,6 @@ def _every_layer(dimensions: Dimensions) -> range:
 
 
 def _before_the_first(dimensions: Dimensions) -> range:
-    del dimensions
     return range(1)
 
 
@@ -228,8 +212,7 @@ def _kind_of_name(name: str) -> str:
     if kind is None or not name[1:].isdecimal():
         raise ConfigurationError(
             f"A dictionary cannot stand on {name!r}; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
-            f"(an "
-            "attention layer's output)."
+            "(an attention layer's output)."
         )
     return kind
 
@@ -249,11 +232,7 @@ def site_of_name(name: str, dimensions: Dimensions) -> Site:
 
 
 def check_dictionaries(names: Sequence[str], n_dictionaries: int) -> None:
-    """Check that there are dictionaries where features are selected, and only there.
-
-    Raises:
-        ConfigurationError: they are missing, or would have no effect.
-    """
+    """Refuse features without dictionaries, and dictionaries without features."""
     if "features" in names and not n_dictionaries:
         raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
     if n_dictionaries and "features" not in names:
@@ -264,13 +243,18 @@ def check_dictionaries(names: Sequence[str], n_dictionaries: int) -> None:
 
 
 def check_site_kinds(option: str, names: Sequence[str]) -> None:
-    """Check that kinds of site exist and are named once.
-
-    Raises:
-        ConfigurationError: they are not.
-    """
+    """Refuse kinds of site that do not exist or are named twice."""
     for name in names:
         if name not in SITE_KINDS:
             raise ConfigurationError(f"{option} names {name!r}. {nearest_names(name, SITE_KINDS)}")
     if not names or len(set(names)) < len(names):
         raise ConfigurationError(f"{option} is {list(names)}; expected kinds of site, each once.")
+
+
+def matching(names: Sequence[str], pattern: str) -> Bool[Tensor, " name"]:
+    """Names that a shell pattern matches; where it matches none, units of what it names (`a3` for `a3.h0`, ...)."""
+    for wanted in (pattern, f"{pattern}.*"):
+        matched = torch.tensor([fnmatchcase(name, wanted) for name in names], dtype=torch.bool)
+        if matched.any():
+            break
+    return matched

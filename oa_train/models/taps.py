@@ -1,7 +1,7 @@
 """The one place where functions are attached to a model's modules, and taken off again.
 
-Interventions supply the functions. Whatever happens inside the context, an exception included, the model leaves it
-as it entered.
+Interventions supply the functions. Whatever happens inside a context, an exception included, the model leaves it as it
+entered.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,21 +13,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Takes the tensor that passes; returns the one that goes on, or None to leave it as it is.
+# From the tensor that passes to the one that goes on, or to None to leave it as it is.
 TensorFunction = Callable[[Tensor], Tensor | None]
-# Takes the arguments of a call; returns those that it is made with.
-CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A function at a module's first input or at its output.
+    """A function at a module's first positional argument (`input`), or at the tensor that it returns (`output`).
 
-    Attributes:
-        module: where the function acts.
-        side: `input` acts on the first positional argument, `output` on the returned tensor, or on the first
-            element of a returned tuple.
-        function: reads the tensor, and may return another one in its place.
+    Of a returned tuple it is the first element.
     """
 
     module: nn.Module
@@ -73,10 +67,7 @@ def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Have every module run the code that it was compiled from, for the length of the context.
-
-    Compiled code ignores functions that are attached after it was made.
-    """
+    """Have every module run the code that it was compiled from, which alone heeds functions attached later."""
     with ExitStack() as stack:
         for module in model.modules():
             if module._compiled_call_impl is not None:
@@ -84,12 +75,12 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
                 module._compiled_call_impl = None
             original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
             if original is not None:
-                stack.enter_context(replaced_forwards([(module, original)]))
+                stack.enter_context(replaced_attributes(module, forward=original))
         yield
 
 
 @contextmanager
-def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap]) -> Iterator[None]:
+def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap] = ()) -> Iterator[None]:
     """Attach functions, and keep of each block's run only its inputs; the backward pass runs the block again.
 
     A function inside a block is attached whenever the block runs, so that the second run, which comes after the
@@ -114,33 +105,15 @@ def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., A
         with tapped(taps):
             return forward(*args, **kwargs)
 
-    def forward_again(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
-    return forward_again
-
-
-@contextmanager
-def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator[None]:
-    """Let functions change all arguments of modules' calls, for the length of the context.
-
-    They act before functions that are attached later.
-    """
-    with ExitStack() as stack:
-        for module, change in changes:
-            hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True
-            )
-            stack.callback(hook.remove)
-        yield
+    return checkpointed
 
 
 @contextmanager
 def changed_argument(modules: Iterable[nn.Module], name: str, function: TensorFunction) -> Iterator[None]:
-    """Let `function` change the tensor of that name among the arguments of every call, for the length of the context.
-
-    Calls that are given no such tensor stay as they are.
-    """
+    """Let a function change the tensor argument of that name in every call that has one, inside the context."""
     with ExitStack() as stack:
         for module in modules:
             hook = _argument_hook(module, name, function)
@@ -153,8 +126,8 @@ def _argument_hook(module: nn.Module, name: str, function: TensorFunction) -> Ca
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = parameters.bind(*args, **kwargs)
-        given = call.arguments.get(name)
-        changed = function(given) if isinstance(given, Tensor) else None
+        argument = call.arguments.get(name)
+        changed = function(argument) if isinstance(argument, Tensor) else None
         if changed is None:
             return None
         call.arguments[name] = changed
@@ -173,9 +146,9 @@ def _input_hook(function: TensorFunction) -> Callable[..., Any]:
 
 def _output_hook(function: TensorFunction) -> Callable[..., Any]:
     def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            changed = function(output[0])
-            return None if changed is None else (changed, *output[1:])
-        return function(output)
+        if not isinstance(output, tuple):
+            return function(output)
+        changed = function(output[0])
+        return None if changed is None else (changed, *output[1:])
 
     return hook

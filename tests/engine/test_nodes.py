@@ -10,7 +10,9 @@ from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
+from oa_train.metrics.measures import loss_of
 from oa_train.models.families import find_parts
+from oa_train.models.graph import Graph
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap
@@ -139,6 +141,22 @@ def test_blocks_that_run_again_in_the_backward_pass_change_no_digit(shared_arche
     for kept, again in zip(*results, strict=True):
         assert torch.equal(kept, again)
     assert traces(shared_archetype) == before
+
+
+@pytest.mark.parametrize("level_of", [Nodes.of, Graph.of])
+@pytest.mark.parametrize("loss", ["kl", "cross_entropy", "logit_difference"])
+def test_losses_and_gradients_stay_finite_where_the_model_rules_tokens_out(loss, level_of):
+    model, batch = tiny_model("phi"), random_batch([5, 4])
+    model.lm_head.bias.data[-3:] = -torch.inf  # as of a vocabulary that was padded
+    answers = torch.tensor([[[1]], [[2]]])
+    batch, level = replace(batch, answers=answers, distractors=answers + 2), level_of(model.config)
+    mask, constants = random_mask(2, len(level)).requires_grad_(), random_constants(level, requires_grad=True)
+    logits = masked_logits(model, batch, level, mask, constants.replacements(batch))
+    losses = loss_of(loss, scored_logits(model, batch), logits, batch)
+    gradients = torch.autograd.grad(losses.sum(), [mask, *constants.tables.values()])
+    assert logits.isneginf().any()
+    assert gradients[0].any()
+    assert all(tensor.isfinite().all() for tensor in (losses, *gradients))
 
 
 def test_blocks_that_run_again_keep_less_memory():

@@ -19,7 +19,7 @@ from oa_train.figures.comparison import (
     comparison_figure,
 )
 from oa_train.figures.maps import score_map
-from oa_train.figures.style import ABLATION_COLOURS, ABLATION_MARKERS, KEPT, ablation_style, save_figure
+from oa_train.figures.style import ABLATION_STYLES, KEPT, ablation_style, save_figure
 from oa_train.figures.worth import COLOURS, worth_figure
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -167,8 +167,7 @@ def test_points_stand_at_their_means_in_their_colours():
             np.testing.assert_allclose(np.round(points.get_ydata()), range(len(wanted)))
             ends = [(segment[0, 0], segment[1, 0]) for segment in bars.get_segments()]
             np.testing.assert_allclose(ends, [(interval.low, interval.high) for interval in wanted])
-            assert points.get_color() == ABLATION_COLOURS[kind]
-            assert points.get_marker() == ABLATION_MARKERS[kind]
+            assert (points.get_color(), points.get_marker()) == ABLATION_STYLES[kind]
     # The first component stands on top.
     assert lower.get_ylim()[0] > lower.get_ylim()[1]
 
@@ -176,15 +175,14 @@ def test_points_stand_at_their_means_in_their_colours():
 def test_every_ablation_has_a_colour_and_a_marker_of_its_own():
     # What restores units is compared with nothing.
     taking = {name for name, kind in KINDS.items() if not kind.restores}
-    assert taking == set(ABLATION_COLOURS) == set(ABLATION_MARKERS)
-    assert len(set(ABLATION_COLOURS.values())) == len(set(ABLATION_MARKERS.values())) == len(ABLATION_COLOURS)
+    assert taking == set(ABLATION_STYLES)
+    assert all(len(set(values)) == len(taking) for values in zip(*ABLATION_STYLES.values(), strict=True))
 
 
 def test_an_ablation_without_a_colour_of_its_own_gets_one_that_lasts():
-    for name in ABLATION_COLOURS:
-        assert ablation_style(name) == (ABLATION_COLOURS[name], ABLATION_MARKERS[name])
+    assert all(ablation_style(name) == style for name, style in ABLATION_STYLES.items())
     assert ablation_style("my own") == ablation_style("my own")
-    assert not set(ablation_style("my own")) & {*ABLATION_COLOURS.values(), *ABLATION_MARKERS.values()}
+    assert not set(ablation_style("my own")) & {value for style in ABLATION_STYLES.values() for value in style}
     own = intervals(2, 0.1)
     (axes,) = comparison_figure([Panel("circuits", ["first", "second"], {"my own": own})], "").axes
     assert axes.containers[0].lines[0].get_color() == ablation_style("my own")[0]
@@ -195,7 +193,7 @@ def test_what_is_no_total_ablation_is_hollow():
     labels = {"optimal": "optimal", "counterfactual": "counterfactual (not total)"}
     (axes,) = comparison_figure([Panel("circuits", ["circuit"], rows)], "", labels).axes
     faces = [to_hex(container.lines[0].get_markerfacecolor()) for container in axes.containers]
-    assert faces == [ABLATION_COLOURS["optimal"].lower(), "#ffffff"]
+    assert faces == [ABLATION_STYLES["optimal"][0].lower(), "#ffffff"]
 
 
 def test_divergences_of_zero_and_below_are_drawn_at_the_edge(tmp_path):

@@ -135,7 +135,7 @@ def test_edges_at_heads_are_those_whose_names_say_so(n_kv_heads, parallel):
             size = 1 if part[0] == "h" else 4 // n_kv_heads
             by_name += [(number, f"{layer}.h{int(part[1:]) * size + i}") for i in range(size)]
     heads = [name for name in graph.sources if name.startswith("a")]
-    edges, numbers = graph.edges_at_heads
+    edges, numbers, _ = graph.entries_at_nodes()
     found = [(edge, heads[head]) for edge, head in zip(edges.tolist(), numbers.tolist(), strict=True)]
     assert sorted(found) == sorted(by_name)
 
@@ -143,7 +143,7 @@ def test_edges_at_heads_are_those_whose_names_say_so(n_kv_heads, parallel):
 def test_edges_between_nodes_name_the_heads_that_share_a_key():
     graph = Graph(2, 4, 2)
     names = ("input->a0.h0<q>", "input->a0.k0<k>", "input->a0.k1<v>", "a0.h0->m0", "a0.h1->logits", "m0->logits")
-    assert graph.node_edges(names) == [
+    assert graph.arrows(graph.mask(names)) == [
         ("input", "a0.h0", "q"),
         ("input", "a0.h0", "k"),
         ("input", "a0.h1", "k"),

@@ -8,7 +8,6 @@ from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
-from oa_train.models.levels import top_entries
 from oa_train.models.pruning import within_budget, without_dangling
 from oa_train.models.selection import Nodes
 
@@ -93,13 +92,15 @@ def test_a_budget_is_used_up_and_nothing_dangles(name, seed):
             assert int(by_search(graph, more).sum()) - int(circuit.sum()) in (0, *range(short + 1, 99))
         assert 0 <= short < 10
         # The highest edges alone, as many as fit, are among them.
-        taken = max(n for n in range(graph.n_edges + 1) if by_search(graph, top_entries(scores, n)).sum() <= budget)
-        assert not (by_search(graph, top_entries(scores, taken)) & ~circuit).any()
+        rank = scores.argsort(descending=True).argsort()
+        taken = max(n for n in range(graph.n_edges + 1) if by_search(graph, rank < n).sum() <= budget)
+        assert not (by_search(graph, rank < taken) & ~circuit).any()
 
 
 def test_of_equal_scores_the_first_are_taken():
-    assert top_entries(torch.tensor([0.5, 0.7, 0.5, 0.7]), 3).tolist() == [True, True, False, True]
-    assert not top_entries(torch.zeros(3), 0).any()
+    scores = torch.tensor([0.5, 0.7, 0.5, 0.7]).repeat(4)[: len(NODES)]
+    assert NODES.kept(NODES.largest(scores, 8)) == tuple(NODES.names[n] for n in (0, 1, 3, 5, 7, 9, 11, 13))
+    assert not NODES.largest(scores, 0).any()
 
 
 def test_more_entries_than_there_are_cannot_be_taken():

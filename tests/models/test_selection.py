@@ -179,6 +179,7 @@ def test_a_pattern_without_match_is_refused(pattern):
         (("mlp",), "a1.h1", "heads"),
         (("heads",), "m*", "mlp"),
         (("heads",), "!m1", "mlp"),
+        *((("heads", "mlp"), pattern, "features") for pattern in ("f2.*", "f0", "f*.1?", "!f1.3@-1")),
     ],
 )
 def test_a_pattern_of_a_kind_that_is_lacking_names_that_kind(kinds, pattern, kind):

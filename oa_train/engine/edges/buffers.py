@@ -1,4 +1,4 @@
-"""What sources have written in one run of a model, and the products of matrices that mix it for readers.
+"""Buffers of what sources write in one run of a model, and the products of matrices that mix it for readers.
 
 What sources write stands in one tensor [entry, row, position, d_model], less their replacements. The baseline, what a
 reader receives whatever the mask, adds up in its first entry: replacements, and biases of attention outputs. So
@@ -26,13 +26,10 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is the same for every mask in one layer.
-
-    Its readers are those of attention, the MLP, and after the last layer the logits, in the order of the graph. An
-    entry is the baseline or a source.
+    """Layout of one layer, the same for every mask; an entry is the baseline or a source.
 
     Attributes:
-        n_readers: in all.
+        n_readers: those of attention, the MLP, and after the last layer the logits, in the order of the graph.
         attention: which of them are attention's.
         before: entries that are written before attention reads.
         n_entries: that are written before the layer's end.
@@ -55,18 +52,18 @@ def plans(graph: Graph, device: torch.device) -> tuple[Plan, ...]:
 
 
 def _plan(graph: Graph, layer: int, device: torch.device) -> Plan:
-    n_readers = graph.n_heads + 2 * graph.n_kv_heads + 1
-    first, end = layer * n_readers, (layer + 1) * n_readers + (layer + 1 == graph.n_layers)
-    n_entries = written_before(graph, layer + 1)
+    of_attention, n_entries = graph.n_attention_readers, written_before(graph, layer + 1)
+    first = layer * (of_attention + 1)
+    end = first + of_attention + 1 + (layer + 1 == graph.n_layers)
     edges = slice(int(graph.first_edge[first]), int(graph.first_edge[end - 1] + graph.n_read[end - 1]))
     places = (graph.edge_readers[edges] - first) * n_entries + 1 + graph.edge_sources[edges]
     before = written_before(graph, layer)
-    return Plan(end - first, slice(0, n_readers - 1), before, n_entries, edges, places.to(device))
+    return Plan(end - first, slice(0, of_attention), before, n_entries, edges, places.to(device))
 
 
 def written_before(graph: Graph, layer: int) -> int:
-    """How many entries are written before a layer; they are the first ones."""
-    return 2 + layer * (graph.n_heads + 1)
+    """Number of entries that are written before a layer: the first ones."""
+    return 1 + graph.sources_before(layer)
 
 
 class Layer:
@@ -80,10 +77,7 @@ class Layer:
     """
 
     def __init__(
-        self,
-        plan: Plan,
-        mask: Float[Tensor, "row edge"],
-        inputs: Float[Tensor, "reader row position d_model"],
+        self, plan: Plan, mask: Float[Tensor, "row edge"], inputs: Float[Tensor, "reader row position d_model"]
     ) -> None:
         self.plan, self.inputs = plan, inputs
         self.keep: Float[Tensor, "row reader entry"] = self._laid_out(mask[:, plan.edges].to(inputs.dtype))
@@ -96,26 +90,25 @@ class Layer:
         return table.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
 
     def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
-        """How much of the gradient to its source's replacement comes through each edge."""
+        """Share of the gradient to its source's replacement that comes through each edge."""
         keep = self.keep.flatten(1).index_select(1, self.plan.places).to(dtype)
         return self._laid_out(torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0))
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
-        """To the layer's edges."""
+        """Gradient to the layer's edges."""
         return self.to_keep.flatten(1).index_select(1, self.plan.places)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run is for.
+    """Purpose of a run.
 
     Attributes:
-        mask: whether there are gradients to the mask.
-        recompute: whether readers' inputs are mixed again in the backward pass.
-        constants: numbers of rows and of positions over which gradients to replacements are kept apart; None where
-            there are none.
-        centred: whether nobody sees the mean over dimensions of what is written, so that it is taken off.
-        scaled: whether the baseline carries gradients, through the scale of a norm after attention.
+        mask: gradients to the mask.
+        recompute: mix readers' inputs again in the backward pass.
+        constants: rows and positions for which gradients to replacements are kept apart; None for no such gradients.
+        centred: take the mean over dimensions off what is written, because all that read it ignore that mean.
+        scaled: the baseline carries gradients, through the scale of a norm after attention.
     """
 
     mask: bool
@@ -126,17 +119,17 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        """Whether a backward pass will come."""
+        """True where a backward pass will come."""
         return self.mask or self.constants is not None
 
     @property
     def inputs(self) -> bool:
-        """Whether the readers' inputs are kept."""
+        """True where the readers' inputs are kept."""
         return self.gradients and not self.recompute
 
 
 class Buffers:
-    """What has been written in one run of a model, and the inputs that are mixed of it.
+    """Tensors that sources have written in one run of a model, and the inputs that are mixed of them.
 
     Args:
         workspace: of the model.
@@ -144,16 +137,15 @@ class Buffers:
         mask: of each row.
         protected: tokens at which every reader reads the model's own residual stream.
         dtype: of everything here.
-        needs: what the run is for.
+        needs: of the run.
 
     Attributes:
-        layers: of the model.
+        layers: masks and inputs of each layer.
         inputs: of the readers of all layers that are kept.
         written: the baseline, as it was when attention last read; then what sources have written.
         baseline: what a reader receives whatever the mask, so far.
         baseline_before: the same when each layer's attention read.
-        gradient: in the backward pass: to the baseline from those who have read it since, if it carries gradients;
-            then to what sources have written.
+        gradient: in the backward pass, to the baseline (where it carries gradients) and to what sources have written.
     """
 
     def __init__(
@@ -194,7 +186,7 @@ class Buffers:
         return tensor.to(self.written.dtype)
 
     def centre(self, written: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """Take the mean off in place, where nobody sees it; this is its own transpose."""
+        """Take the mean off in place, where readers ignore it; this is its own transpose."""
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
     def add_to_baseline(self, added: Float[Tensor, "row_or_1 position_or_1 d_model"]) -> None:
@@ -221,11 +213,7 @@ class Buffers:
         inputs[:, rows, positions] = self.centre(self.cast(stream[rows, positions]))
 
     def begin_backward(self) -> None:
-        """Make room for gradients.
-
-        Raises:
-            RuntimeError: this is the second backward pass.
-        """
+        """Make room for gradients; raises `RuntimeError` in a second backward pass."""
         if self._spent:
             raise RuntimeError(
                 "A second backward pass through one run of edges: the first has overwritten what the readers read. "
@@ -242,27 +230,23 @@ class Buffers:
             self._to_constants = self.written.new_zeros(shape, dtype=dtype)
 
     def release_protected(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
-        """The other side of `restore_protected`, and of adding the baseline, in gradients to inputs."""
+        """Transpose of `restore_protected` and of adding the baseline, in gradients to inputs."""
         rows, positions = self._protected
         gradients[:, rows, positions] = 0
         if self.needs.scaled:
             self.gradient[0] += gradients.sum(dim=0)
 
     def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """The other side of `mix`; gradients to the readers' inputs stand in the inputs' place.
+        """Transpose of `mix`: gradients to inputs, which stand in the inputs' place, go on to the entries.
 
-        Args:
-            layer: of the readers.
-            readers: in the layer.
-            entries: sources that they read.
-            first: no other gradients have come to these sources before.
+        They are the first that come to these entries, or are added.
         """
         of_layer = self.layers[layer]
         keep, gradients = of_layer.keep[:, readers, entries], _by_row(of_layer.inputs[readers])
         _by_row(self.gradient[entries]).baddbmm_(keep.transpose(1, 2), gradients, beta=0 if first else 1)
 
     def unmix_before(self, layer: int) -> None:
-        """The other side of `mix_before`, when the gradients to the inputs of all readers of a layer have arrived."""
+        """Transpose of `mix_before`, when the gradients to the inputs of all readers of a layer have arrived."""
         of_layer = self.layers[layer]
         plan = of_layer.plan
         # The last layer is the first whose gradients arrive.
@@ -273,18 +257,15 @@ class Buffers:
             _add_to_constants(self._to_constants[: plan.n_entries], of_layer)
 
     def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
-        """To what was written, when all who have read it are done."""
+        """Gradient to what was written, when all its readers are done."""
         return self.centre(self.gradient[sources])
 
     def gradient_of_constants(
         self, sources: slice, shape: torch.Size, scale: Tensor | None = None
     ) -> Float[Tensor, "source row_or_1 position_or_1 d_model"]:
-        """To replacements, in the space of the residual stream, at the end of the backward pass.
+        """Gradient to replacements of this shape [row, position], in the space of the residual stream.
 
-        Args:
-            sources: whose they are.
-            shape: rows and positions of the replacements.
-            scale: what they were multiplied with at each token.
+        `scale` is what they were multiplied with at each token.
         """
         total = self.centre(self._to_constants[sources])
         if scale is not None:
@@ -292,7 +273,7 @@ class Buffers:
         return total.sum_to_size(len(total), *shape, total.shape[-1])
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"] | None:
-        """To all edges, at the end of the backward pass."""
+        """Gradient to all edges, at the end of the backward pass."""
         return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
     def free(self) -> None:

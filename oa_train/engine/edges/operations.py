@@ -34,21 +34,20 @@ class Operation(ABC):
 
     @abstractmethod
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """From gradients to what `_forward` returned to gradients to its arguments."""
+        """From gradients of what `_forward` returned to gradients of its arguments."""
 
 
 class Chain:
     """Runs operations one after another, so that autograd runs their other sides in reverse order.
 
-    Args:
-        token: any number, not a leaf that needs gradients.
+    `token` is any number, not a leaf that needs gradients.
     """
 
     def __init__(self, token: Tensor) -> None:
         self._token = token
 
     def run(self, operation: Operation, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """What the next operation makes of tensors."""
+        """Results of the next operation."""
         self._token, *results = _Linked.apply(operation, self._token, *tensors)
         return tuple(results)
 
@@ -69,13 +68,7 @@ class _Linked(torch.autograd.Function):
 
 
 class Write(Operation):
-    """The units of a site write.
-
-    Args:
-        buffers: of the run.
-        entries: of the sources.
-        constants: their replacements.
-    """
+    """The units of a site write to some entries; `constants` are their replacements."""
 
     def __init__(
         self, buffers: Buffers, entries: slice, constants: Float[Tensor, "row_or_1 position_or_1 unit width"]
@@ -85,7 +78,7 @@ class Write(Operation):
 
     @abstractmethod
     def _gradient_of_constants(self) -> Float[Tensor, "row_or_1 position_or_1 unit width"]:
-        """To the replacements, at the end of the backward pass."""
+        """Gradient of the replacements, at the end of the backward pass."""
 
 
 class WriteMLP(Write):
@@ -102,7 +95,7 @@ class WriteMLP(Write):
         return ()
 
     def _backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
-        # A copy, because whoever looks at it later is not to find another step's.
+        # A copy: the buffer will hold another step's gradient.
         return (self.buffers.gradient_of(self._entries)[0].clone(),)
 
     def _gradient_of_constants(self) -> Float[Tensor, "row_or_1 position_or_1 1 d_model"]:
@@ -112,12 +105,8 @@ class WriteMLP(Write):
 class WriteEmbedding(WriteMLP):
     """The embedding writes, as an MLP before the first layer would.
 
-    It is the first operation, which mask and replacements enter, and the last one in a backward pass.
-
-    Args:
-        buffers: of the run.
-        constants: replacement of the embedding.
-        writes: all others of the run, in the order of the replacements, when the backward pass comes.
+    It is the first operation, which mask and replacements enter, and the last one in a backward pass; by then `writes`
+    holds all others of the run, in the order of the replacements.
     """
 
     def __init__(self, buffers: Buffers, constants: Tensor, writes: Sequence[Write]) -> None:
@@ -133,14 +122,7 @@ class WriteEmbedding(WriteMLP):
 
 
 class WriteHeads(Write):
-    """The heads of a layer write.
-
-    Args:
-        buffers: of the run.
-        layer: of the block.
-        constants: replacements of the heads.
-        projection: of the attention output.
-    """
+    """The heads of a layer write, through the attention output `projection`."""
 
     def __init__(self, buffers: Buffers, layer: int, constants: Tensor, projection: nn.Module) -> None:
         before = written_before(buffers.graph, layer)
@@ -188,14 +170,7 @@ class WriteHeads(Write):
 
 
 class ReadAttention(Operation):
-    """Queries, keys and values of a layer read, and are projected.
-
-    Args:
-        buffers: of the run.
-        layer: of the block.
-        stream: the model's own residual stream.
-        readers: of the layer.
-    """
+    """Queries, keys and values of a layer read, and are projected; `stream` is the model's own residual stream."""
 
     def __init__(self, buffers: Buffers, layer: int, stream: Tensor, readers: AttentionReaders) -> None:
         super().__init__(buffers)
@@ -234,16 +209,16 @@ class ReadAttention(Operation):
 
     @contextmanager
     def _weights(self) -> Iterator[tuple[Tensor, ...]]:
-        """Of queries, keys and values, [reader, d_head, d_model], times the gain of the norm."""
+        """Weights of queries, keys and values, [reader, d_head, d_model], times the gain of the norm."""
         if self._norm is None or self._norm.gain is None:
             yield tuple(self.buffers.cast(weight) for weight in self._readers.weights())
         else:
-            # Computed anew each time: whoever holds the weights may share them out between processes, or change them.
+            # Computed anew each time, because weights may be sharded, or change.
             with self.buffers.lend("weights", self._readers.n_weights) as room:
                 yield self._readers.weights_times(self._norm.gain, room)
 
     def _bias(self, module: nn.Module) -> Float[Tensor, "row position width"]:
-        """What a projection adds, and makes of the norm's bias."""
+        """Bias of a projection, plus its image of the norm's bias."""
         weight, bias = weight_and_bias(module)
         if self._norm is not None and self._norm.bias is not None:
             bias = F.linear(self._norm.bias, weight, bias)
@@ -283,10 +258,7 @@ class ReadAttention(Operation):
 class ReadMLP(Operation):
     """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs.
 
-    Args:
-        buffers: of the run.
-        layer: of the MLP.
-        stream: the model's own residual stream.
+    `stream` is the model's own residual stream.
     """
 
     _first = False  # in the backward pass, to bring gradients to the entries

@@ -47,16 +47,9 @@ def run_edges(
     values: Values,
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits at the scored positions with every edge mixed with its source's replacement.
+    """Logits at the scored positions with every edge mixed with its source's replacement; see `masked_logits`.
 
-    Args:
-        model: frozen causal language model.
-        batch: one prompt for each row of the mask.
-        graph: of the model.
-        mask: 1 keeps an edge, 0 cuts it; gradients flow to it.
-        values: the replacements; they receive gradients through edges whose mask is below `ABLATED_BELOW` only.
-        recompute: keep neither readers' inputs nor the MLPs' hidden layers for the backward pass, which then mixes and
-            runs them again: less memory, more time, the same result.
+    With `recompute` neither readers' inputs nor the MLPs' hidden layers are kept for the backward pass.
 
     Raises:
         ConfigurationError: functions of somebody else are attached to a module that edges go around.
@@ -74,13 +67,6 @@ def edges_called(
 ) -> Iterator[None]:
     """Have one call of a model, inside the context, read mixtures of what is written and its replacements.
 
-    Args:
-        model: that is called with the rows and positions of `layout`.
-        graph: of the model.
-        mask: see `run_edges`.
-        values: see `run_edges`.
-        layout: of the tokens that the model is called with.
-
     Raises:
         ConfigurationError: see `run_edges`; also from the call itself, where it asks for hidden states.
         ModelError: see `run_edges`.
@@ -92,27 +78,22 @@ def edges_called(
 
 
 def edge_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
-    """What one row of a run takes for all that is written to the residual stream and read from it.
+    """Memory of one row of a run for all that is written to the residual stream and read from it.
 
-    Args:
-        model: that runs.
-        batch: prompts as wide as those of the run.
-        gradients: whether a backward pass follows, for which everything is kept and has a gradient.
+    For a backward pass everything is kept and has a gradient.
     """
     graph = Graph.of(model.config)
-    readers_of_layer = graph.n_heads + 2 * graph.n_kv_heads + 1
-    streams = 2 * graph.n_sources + graph.n_readers if gradients else graph.n_sources + readers_of_layer
+    streams = graph.n_sources + graph.n_attention_readers + 1
+    if gradients:
+        streams = 2 * graph.n_sources + graph.n_readers
     return streams * batch.tokens.shape[1] * graph.d_model * model.dtype.itemsize
 
 
 def _without_hidden_states(body: Any) -> Callable[..., Any]:
-    """The forward of the module that runs the blocks one after another, which refuses to return hidden states.
-
-    It is this module that collects them, on request or where the configuration says so.
-    """
+    """Forward of the module that runs the blocks and collects hidden states, refusing to collect them."""
     forward = body.forward
 
-    @wraps(forward, updated=())  # not what torch.compile notes down in it
+    @wraps(forward, updated=())  # leaves out torch.compile's attributes
     def checked(*args: Any, **kwargs: Any) -> Any:
         requested = kwargs.get("output_hidden_states")
         if body.config.output_hidden_states if requested is None else requested:
@@ -127,7 +108,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
-    """Refuse functions that somebody else has attached where they would act on what nobody reads."""
+    """Refuse foreign functions where they would act on a tensor that nobody reads."""
     attached: dict[str, list[Any]] = {
         name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
@@ -152,7 +133,7 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
 
 
 def _other_forwards(module: nn.Module) -> list[Any]:
-    """What shadows the forward of a module's class, unless it is the same compiled."""
+    """Function that shadows the forward of a module's class, unless it is the same compiled."""
     forward = vars(module).get("forward")
     return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
@@ -160,14 +141,7 @@ def _other_forwards(module: nn.Module) -> list[Any]:
 class _Run:
     """Connects the modules of a model to the operations that stand in for its residual stream.
 
-    Args:
-        model: that runs.
-        graph: of the model.
-        mask: see `run_edges`.
-        values: see `run_edges`.
-        protected: tokens at which every reader reads the model's own residual stream.
-        scored: the one token of each row whose logits are looked at; None if others are, too.
-        recompute: see `run_edges`.
+    `scored` is the one token of each row whose logits are looked at; None if there are others.
     """
 
     def __init__(
@@ -200,11 +174,11 @@ class _Run:
     def attached(self) -> Iterator[None]:
         """Have the model's modules read and write through the operations, for the length of the context."""
         again = self._residual.mlp_bodies if self._recompute else ()
-        with recomputed(again, ()), replaced_forwards(self._forwards()), tapped(self._taps()):
+        with recomputed(again), replaced_forwards(self._forwards()), tapped(self._taps()):
             yield
 
     def _forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """The projections of attention, and what they do instead."""
+        """The projections of attention, and their substitutes."""
         for readers, output in zip(self._residual.attention, self._parts.attention_outputs, strict=True):
             for index, module in enumerate(readers.modules):
                 yield module, partial(self._projection, index)

@@ -19,10 +19,7 @@ BYTES_APART = 13 * 64
 
 
 class Workspace:
-    """At most one tensor of each name; whoever takes it has it to itself until it is given back.
-
-    What is never given back, because of an exception, is simply missing.
-    """
+    """At most one tensor of each name; whoever takes it has it alone until it is given back, or it is gone."""
 
     def __init__(self) -> None:
         self._free: dict[str, Tensor] = {}
@@ -39,7 +36,7 @@ class Workspace:
         return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
 
     def give(self, name: str, tensor: Tensor) -> None:
-        """Keep what was taken for the next who takes it."""
+        """Keep a tensor for the next who takes it."""
         if tensor.device.type == "cpu":
             with torch.inference_mode(False):
                 self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
