@@ -3,13 +3,36 @@
 import pickle
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
 from oa_train.errors import CheckpointError, RunError
 from oa_train.training.checkpoints import WholeFileCheckpointIO, check_identity, read_checkpoint
 
-CONTENT = {"oa_train": {"identity": {}}, "state_dict": {"a": torch.arange(5.0)}, "global_step": 3}
+PROGRESS = {"total": {"ready": 3}, "current": {"ready": 3}}
+CONTENT = {
+    "oa_train": {"identity": {}, "settings": {}},
+    "state_dict": {"a": torch.arange(5.0)},
+    "pytorch-lightning_version": lightning.__version__,
+    "epoch": 0,
+    "global_step": 3,
+    "loops": {
+        "fit_loop": {
+            "epoch_progress": PROGRESS,
+            "epoch_loop.batch_progress": PROGRESS,
+            "epoch_loop.scheduler_progress": PROGRESS,
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": PROGRESS, "zero_grad": PROGRESS}
+            },
+            "epoch_loop.manual_optimization.optim_step_progress": PROGRESS,
+            "epoch_loop.val_loop.batch_progress": PROGRESS,
+        }
+    },
+    "callbacks": {},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+}
 
 
 @pytest.fixture
