@@ -76,7 +76,7 @@ def mismatch(value: object, schema: Schema, name: str) -> str | None:
                 return f"{name} has {_brief(key)}, which is unknown"
         inner = ((item, schemas.get(key, schema.get(str)), f"{name}.{key}") for key, item in value.items())
         return next(filter(None, starmap(mismatch, inner)), None)
-    if isinstance(schema, list) and isinstance(value, list):
+    if isinstance(schema, list) and isinstance(value, list | tuple):
         inner = ((item, schema[0], f"an entry of {name}") for item in value)
         return next(filter(None, starmap(mismatch, inner)), None)
     if isinstance(schema, tuple):

@@ -232,6 +232,10 @@ CHECKPOINTS: list[tuple[str, tuple[Any, ...], Any]] = [
     ("epoch is 0.5", ("epoch",), 0.5),
     ("total.ready is -5", ("loops", "fit_loop", "epoch_loop.batch_progress", "total", "ready"), -5),
     ("lacks epoch_progress", ("loops", "fit_loop", "epoch_progress"), ...),
+    ("lacks completed", ("loops", "fit_loop", "epoch_loop.batch_progress", "total", "completed"), ...),
+    ("lacks is_last_batch", ("loops", "fit_loop", "epoch_loop.batch_progress", "is_last_batch"), ...),
+    ("given is None", ("loops", "fit_loop", "state_dict", "combined_loader", 0, "given"), None),
+    ("amsgrad is -1", ("optimizer_states", 0, "param_groups", 0, "amsgrad"), -1),
     ("lacks optimizer_states", ("optimizer_states",), ...),
     (
         "state_dict.masks.distribution.logits is list; expected Tensor",

@@ -12,16 +12,27 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from packaging.version import Version
 
-from oa_train.artefacts import COUNT, FREE, Schema, mismatch, replace_file
+from oa_train.artefacts import COUNT, FREE, SIZE, Schema, mismatch, replace_file
 from oa_train.errors import CheckpointError, RunError
 
 # Where a checkpoint says what it is of; next to Lightning's own keys.
 IDENTITY_KEY = "oa_train"
 _VERSION_KEY = "pytorch-lightning_version"
 
-_COUNTS: Schema = {str: COUNT}
-_PROGRESS: Schema = {"total": _COUNTS, "current": _COUNTS, "is_last_batch?": bool}
-_OPTIMIZER: Schema = {"optimizer": {"step": _PROGRESS, "zero_grad": _PROGRESS}}
+_COUNTS: Schema = {"ready": COUNT, "completed": COUNT, str: COUNT}
+_PROGRESS: Schema = {"total": _COUNTS, "current": _COUNTS}
+_BATCHES: Schema = _PROGRESS | {"is_last_batch": bool}
+_NUMBER: Schema = (float, COUNT)
+_GROUP: Schema = {
+    "params": [COUNT],
+    "lr": _NUMBER,
+    "betas?": [_NUMBER],
+    **dict.fromkeys(("eps?", "weight_decay?"), _NUMBER),
+    **dict.fromkeys(("amsgrad?", "maximize?", "capturable?", "differentiable?"), bool),
+    **dict.fromkeys(("foreach?", "fused?"), (bool, None)),
+    str: object,
+}
+_LOADER: Schema = {"given": COUNT, "given_in_epoch": COUNT, "world_size": SIZE, str: object}
 _CHECKPOINT: Schema = {
     IDENTITY_KEY: {"identity": FREE, "settings": FREE, str: object},
     "state_dict": {str: torch.Tensor},
@@ -30,18 +41,22 @@ _CHECKPOINT: Schema = {
     "global_step": COUNT,
     "loops": {
         "fit_loop": {
+            "state_dict": {"combined_loader?": [_LOADER], str: object},
             "epoch_progress": _PROGRESS,
-            "epoch_loop.batch_progress": _PROGRESS,
+            "epoch_loop.state_dict": {"_batches_that_stepped": COUNT, str: object},
+            "epoch_loop.batch_progress": _BATCHES,
             "epoch_loop.scheduler_progress": _PROGRESS,
-            "epoch_loop.automatic_optimization.optim_progress": _OPTIMIZER,
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": _PROGRESS, "zero_grad": _PROGRESS}
+            },
             "epoch_loop.manual_optimization.optim_step_progress": _PROGRESS,
-            "epoch_loop.val_loop.batch_progress": _PROGRESS,
+            "epoch_loop.val_loop.batch_progress": _BATCHES,
             str: object,
         },
         str: FREE,
     },
     "callbacks": {str: FREE},
-    "optimizer_states": [{"state": dict, "param_groups": [{"params": [COUNT], str: object}], str: object}],
+    "optimizer_states": [{"state": dict, "param_groups": [_GROUP], str: object}],
     "lr_schedulers": [FREE],
     str: object,
 }
