@@ -36,11 +36,7 @@ _HEADERS: dict[str, Schema] = {
 
 
 def convert(old: Path, new: Path) -> Path:
-    """Write a circuit or constants of the first layout anew; the old folder stays as it is.
-
-    Args:
-        old: folder of a circuit or of constants.
-        new: folder that is made.
+    """Write a circuit or constants of the first layout to a new folder; the old one stays as it is.
 
     Raises:
         ArtefactError: the old folder is not of that layout, or the new one exists.

@@ -89,8 +89,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            RunError: the file cannot be written, and an earlier one of that name is left as it was; or it was
-                written to a folder that had been deleted meanwhile.
+            RunError: the file cannot be written (an earlier one is untouched), or its folder had been deleted.
         """
         del storage_options
         target = Path(path)
