@@ -4,22 +4,25 @@
         artefact.json        kind, schema version, header, provenance, checksums of header and tensors
         tensors.safetensors
 
-A folder is written whole or not at all (temporary name, sync, rename), is never overwritten, and is checked against
-its checksum when it is read. Reading runs no code.
+A folder is written whole or not at all (temporary name, sync, rename) and never overwritten. Reading runs no code and
+checks everything: checksums, and that every value is of the type, size and shape with which it is written.
 """
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -32,12 +35,114 @@ from oa_train.shapes import Tensor
 ARTEFACT_VERSION = 2
 HEADER_FILE = "artefact.json"
 TENSOR_FILE = "tensors.safetensors"
+MOST_JSON_BYTES = 1 << 28  # the names of ten million kept neurons
 _RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
+
+# What a value read from a file has to be: a type; a range of whole numbers; a list of one schema; a tuple of
+# alternatives; or a dict of keys, where "key?" may be missing and `str` stands for all keys that are not named.
+Schema = Any
+COUNT = range(1 << 53)
+SIZE = range(1, 1 << 31)
+FREE: Schema = {str: object}
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+PROVENANCE: Schema = {
+    "model?": str,
+    "revision?": (str, None),
+    "family?": str,
+    "fingerprint?": str,
+    "task?": FREE,
+    "bos_token_id?": (range(1 << 31), None),
+    "seed?": int,
+    "ablation?": str,
+    "loss?": str,
+    "selected?": [str],
+    "training?": {"positions?": SIZE, str: object},
+    "edges_before_removal?": COUNT,
+    str: object,
+}
+
+
+def mismatch(value: object, schema: Schema, name: str) -> str | None:
+    """The first place where a value read from a file is not what its schema says, in words; None if there is none."""
+    inner: Iterable[tuple[object, Schema, str]]
+    if isinstance(schema, dict) and isinstance(value, dict):
+        schemas = {key.rstrip("?"): inner for key, inner in schema.items() if key is not str}
+        for key in schema:
+            if key is not str and not key.endswith("?") and key not in value:
+                return f"{name} lacks {key}"
+        for key in value:
+            if not isinstance(key, str) or (key not in schemas and str not in schema):
+                return f"{name} has {_brief(key)}, which is unknown"
+        inner = ((item, schemas.get(key, schema.get(str)), f"{name}.{key}") for key, item in value.items())
+        return next(filter(None, starmap(mismatch, inner)), None)
+    if isinstance(schema, list) and isinstance(value, list | tuple):
+        inner = ((item, schema[0], f"an entry of {name}") for item in value)
+        return next(filter(None, starmap(mismatch, inner)), None)
+    if isinstance(schema, tuple):
+        problems = [mismatch(value, choice, name) for choice in schema]
+        return None if None in problems else problems[0]
+    if isinstance(schema, range) and type(value) is int and value in schema:
+        return None
+    if schema is object or value is schema or (isinstance(schema, type) and type(value) is schema):
+        return None
+    kinds: dict[type, str] = {dict: "an object", list: "a list", range: f"a whole number in {schema}"}
+    expected = kinds.get(type(schema)) or str(getattr(schema, "__name__", "null"))
+    return f"{name} is {_brief(value)}; expected {expected}"
+
+
+def _brief(value: object) -> str:
+    return type(value).__name__ if isinstance(value, dict | list | Tensor) else repr(value)[:60]
+
+
+def check_tensor(
+    where: object, name: str, tensor: Tensor | None, shape: Sequence[int | None], *dtypes: torch.dtype
+) -> None:
+    """Check a tensor read from a file; None in its shape stands for any size.
+
+    Raises:
+        ArtefactError: it is missing, of another shape or dtype, or not finite.
+    """
+    if tensor is None:
+        raise ArtefactError(f"{where} is damaged: it has no tensor {name!r}.")
+    fits = len(tensor.shape) == len(shape) and all(e in (None, n) for n, e in zip(tensor.shape, shape, strict=True))
+    if not fits or tensor.dtype not in dtypes:
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ArtefactError(
+            f"{where} contradicts itself: {name} is {tensor.dtype} of shape {list(tensor.shape)}; expected "
+            f"{' or '.join(map(str, dtypes))} of shape [{sizes}]."
+        )
+    if not tensor.isfinite().all():
+        raise ArtefactError(f"{where} is damaged: {name} holds NaN or infinite numbers.")
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too long, not JSON, nested too deep, or has NaN or a number beyond those of float64.
+    """
+    if path.stat().st_size > most_bytes:
+        raise ValueError(f"it is too long; expected at most {most_bytes} bytes")
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_number, parse_float=_finite)
+    except RecursionError as problem:
+        raise ValueError("it is nested too deep") from problem
+
+
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"{text[:60]} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _refuse_number(text)
 
 
 @dataclass(frozen=True, eq=False)
 class Artefact:
-    """What a result folder holds.
+    """Content of a result folder.
 
     Attributes:
         header: plain data that describes the result.
@@ -50,25 +155,22 @@ class Artefact:
 
 def versions() -> dict[str, str]:
     """Versions of python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in _RECORDED_PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:  # a source tree that was never installed
             continue
-    return found
+    return known
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    """Tensors as a safetensors file; copies, because safetensors refuses tensors that share memory."""
+    return save_safetensors({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, metadata)
 
 
 def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
-    """Write a result folder.
-
-    Args:
-        folder: where; its parent is made.
-        kind: what the folder holds ("circuit", "constants").
-        artefact: the content.
-
-    Returns:
-        The folder.
+    """Write a result folder of a kind ("circuit", "constants"), make its parents, and return it.
 
     Raises:
         ArtefactError: the folder exists already.
@@ -77,8 +179,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
     folder = Path(folder)
     if folder.exists():
         raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
-    # Copies, because safetensors refuses tensors that share memory.
-    blob = save_safetensors({name: t.detach().cpu().clone().contiguous() for name, t in artefact.tensors.items()})
+    blob = tensor_bytes(artefact.tensors)
     document = {
         "kind": kind,
         "schema_version": ARTEFACT_VERSION,
@@ -105,29 +206,37 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
     return folder
 
 
-def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION) -> Artefact:
-    """Read a result folder.
+def check_header(folder: object, kind: str, header: object, schema: Schema) -> None:
+    """Check the header of a result folder.
 
-    Args:
-        folder: where.
-        kind: what it must hold.
-        layout: version of the layout in which it must be.
+    Raises:
+        ArtefactError: it is not what its schema says.
+    """
+    problem = mismatch(header, schema, "its header")
+    if problem is not None:
+        article = "" if kind.endswith("s") else "a "
+        raise ArtefactError(f"{folder} is not {article}{kind} of this version: {problem}.")
+
+
+def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION) -> Artefact:
+    """Read a result folder of a kind, in a version of the layout; its header is checked by `check_header`.
 
     Raises:
         ArtefactError: the folder is missing, damaged, of another kind, or from a newer version.
     """
     folder = Path(folder)
-    document = _read_header(folder, kind, layout)
+    document = _read_document(folder, kind, layout)
+    header, path = document["header"], folder / HEADER_FILE
     try:
-        if _header_checksum(document["header"]) != document["header_sha256"]:
-            raise ArtefactError(
-                f"{folder / HEADER_FILE} is damaged or was edited: its header's checksum is not the one beside it."
-            )
+        if _header_checksum(header) != document.get("header_sha256"):
+            raise ArtefactError(f"{path} is damaged or was edited: its header's checksum is not the one beside it.")
         blob = (folder / TENSOR_FILE).read_bytes()
-        if hashlib.sha256(blob).hexdigest() != document["tensors_sha256"]:
-            raise ArtefactError(f"{folder / TENSOR_FILE} is damaged: its checksum is not the one in {HEADER_FILE}.")
-        return Artefact(document["header"], load_safetensors(blob))
-    except (OSError, KeyError, SafetensorError) as problem:
+        if hashlib.sha256(blob).hexdigest() != document.get("tensors_sha256"):
+            raise ArtefactError(
+                f"{folder / TENSOR_FILE} is damaged: its checksum (tensors_sha256) is not the one in {HEADER_FILE}."
+            )
+        return Artefact(header, load_safetensors(blob))
+    except (OSError, SafetensorError, RecursionError) as problem:
         raise ArtefactError(f"{folder} is damaged: {type(problem).__name__}: {problem}") from problem
 
 
@@ -135,27 +244,38 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(header, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _read_header(folder: Path, kind: str, layout: int) -> dict[str, Any]:
+def read_document(folder: Path, kind: str) -> dict[str, Any]:
+    """The header file of a result folder, of which only kind and layout are not checked.
+
+    Raises:
+        ArtefactError: it is missing or not a JSON object with a header.
+    """
     path = folder / HEADER_FILE
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path)
     except OSError as problem:
         raise ArtefactError(f"There is no {kind} at {folder}: {HEADER_FILE} cannot be read ({problem}).") from problem
     except ValueError as problem:
         raise ArtefactError(f"{path} is damaged: it is not JSON ({problem}).") from problem
-    if not isinstance(document, dict) or document.get("kind") != kind:
-        given = document.get("kind") if isinstance(document, dict) else type(document).__name__
-        raise ArtefactError(f"{folder} holds {given!r}; expected {kind!r}.")
+    if not isinstance(document, dict):
+        raise ArtefactError(f"{folder} holds {type(document).__name__!r}; expected {kind!r}.")
+    return document
+
+
+def _read_document(folder: Path, kind: str, layout: int) -> dict[str, Any]:
+    document = read_document(folder, kind)
+    if document.get("kind") != kind:
+        raise ArtefactError(f"{folder} holds {_brief(document.get('kind'))}; expected {kind!r}.")
     if not isinstance(document.get("header"), dict):
-        raise ArtefactError(f"{path} is damaged: its header is not a JSON object, so this is not a {kind}.")
+        raise ArtefactError(f"{folder / HEADER_FILE} is damaged: its header is not a JSON object.")
     version = document.get("schema_version")
-    if layout == ARTEFACT_VERSION and isinstance(version, int) and 0 < version < ARTEFACT_VERSION:
+    if layout == ARTEFACT_VERSION and type(version) is int and 0 < version < ARTEFACT_VERSION:
         raise ArtefactError(
             f"{folder} was written by an earlier version of oa_train (layout {version}; this version reads "
             f"{ARTEFACT_VERSION}). Convert it:\n  oa-train convert {folder} NEW_FOLDER"
         )
     if version != layout:
         raise ArtefactError(
-            f"{folder} has schema version {version}; expected {layout}. Was it written by a newer oa_train?"
+            f"{folder} has schema version {_brief(version)}; expected {layout}. Was it written by a newer oa_train?"
         )
     return document

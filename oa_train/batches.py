@@ -14,14 +14,14 @@ TensorFunction = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Which tokens of a padded batch are real, which may be ablated, and where its spans are.
+    """Positions of a padded batch's tokens, and which are real, protected, and in each span.
 
     Attributes:
         positions: position of each token counted from its row's first real token; 0 at padding before it.
         real: True at real tokens, False at padding.
         protected: True at tokens that are never ablated.
         spans: tokens of each named span.
-        continued: whether tokens stand before these, as in a call with a key-value cache; spans may then be empty.
+        continued: True when tokens come before these, as with a key-value cache; spans may then be empty.
     """
 
     positions: Int[Tensor, "row position"]
@@ -52,8 +52,7 @@ class TokenLayout:
             state = "holds protected tokens only" if bool(inside[row].any()) else "is empty"
             raise TaskError(
                 f"The span {name!r} {state} in prompt {row} of a batch, so nothing could be ablated there. A "
-                f"beginning-of-"
-                "sequence token is never ablated. Choose another span, or leave such prompts out."
+                "beginning-of-sequence token is never ablated. Choose another span, or leave such prompts out."
             )
         return inside
 
@@ -72,8 +71,7 @@ class Batch:
         distractors: ids of the wrong tokens that answers are compared with, padded with -1.
         counterfactual_tokens: the same prompts with other content, token for token parallel to `tokens`.
         example_ids: number of each prompt within its stream.
-        padded: whether any row has padding; kept beside the mask so that no device synchronisation is
-            needed to learn it.
+        padded: True when a row has padding; kept beside the mask to spare a device synchronisation.
         protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. Attention
             heads rest on it and its activations are outliers, so that replacing them would measure something else.
         spans: tokens of each named span, of every prompt.
@@ -106,7 +104,7 @@ class Batch:
 
     @property
     def layout(self) -> TokenLayout:
-        """Which tokens are real, which are protected, and where the spans are."""
+        """Layout of the tokens."""
         return TokenLayout(self.positions, self.attention_mask, self.protected, self.spans)
 
     def average(self, values: Float[Tensor, "batch scored"]) -> Float[Tensor, " batch"]:
@@ -129,11 +127,7 @@ class Batch:
         return replace(moved, example_ids=self.example_ids)
 
     def repeat(self, times: int) -> "Batch":
-        """Tile the batch: row `s * len(self) + b` is prompt `b` again.
-
-        Args:
-            times: number of copies; 1 returns the batch itself.
-        """
+        """Tile the batch: row `s * len(self) + b` is prompt `b` again; once is the batch itself."""
         if times == 1:
             return self
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
@@ -169,13 +163,7 @@ def unanswered(
     attention_mask: Bool[Tensor, "batch position"],
     protected: Bool[Tensor, "batch position"] | None = None,
 ) -> Batch:
-    """A batch of prompts without answers, each scored at its last real token.
-
-    Args:
-        tokens: token ids; padded on the left or on the right.
-        attention_mask: True at real tokens; every row has one.
-        protected: True at tokens that are never ablated; none by default.
-    """
+    """A batch of prompts without answers, padded on either side and each scored at its last real token."""
     n_rows, width = tokens.shape
     columns = torch.arange(width, device=tokens.device)
     none = torch.full((n_rows, 1, 1), -1, device=tokens.device)

@@ -167,7 +167,7 @@ def without(key: str) -> Callable[[dict], object]:
         (lambda d: [d], "holds 'list'; expected 'test'"),
         (lambda d: d | {"schema_version": 3}, "schema version 3; expected 2. Was it written by a newer oa_train?"),
         (lambda d: d | {"schema_version": 0}, "schema version 0; expected 2"),
-        (lambda d: d | {"schema_version": "1"}, "schema version 1; expected 2"),
+        (lambda d: d | {"schema_version": "1"}, "schema version '1'; expected 2"),
         (without("schema_version"), "schema version None"),
         (without("tensors_sha256"), "tensors_sha256"),
         (without("header"), "header"),

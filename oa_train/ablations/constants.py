@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from oa_train.ablations.base import Ablation, ValuesOf
-from oa_train.artefacts import Artefact, load_artefact, save_artefact
+from oa_train.artefacts import (
+    FLOATS,
+    PROVENANCE,
+    SIZE,
+    Artefact,
+    Schema,
+    check_header,
+    check_tensor,
+    load_artefact,
+    save_artefact,
+)
 from oa_train.batches import Batch
 from oa_train.engine.values import SlotOf, Values
 from oa_train.errors import ArtefactError, ConfigurationError
@@ -22,6 +32,7 @@ from oa_train.models.sites import Site
 from oa_train.shapes import Float, Int, Tensor
 
 Tables = Mapping[Site, Float[Tensor, "slot unit width"]]
+_HEADER: Schema = {"positions": SIZE, "spans": [(str, None)], "provenance": PROVENANCE}
 
 
 @dataclass(frozen=True)
@@ -154,15 +165,15 @@ class Constants(Ablation):
             ArtefactError: the folder is missing, damaged, of an older version, or holds something else.
         """
         artefact = load_artefact(folder, "constants")
-        try:
-            slots = Slots(artefact.header["positions"], tuple(artefact.header["spans"]))
-            tables = {Site.of_key(key): table for key, table in artefact.tensors.items()}
-            constants = cls(tables, slots, artefact.header["provenance"])
-        except (KeyError, TypeError) as problem:
-            raise ArtefactError(f"{folder} does not hold constants: {problem} is missing.") from problem
+        header = artefact.header
+        check_header(folder, "constants", header, _HEADER)
+        slots = Slots(header["positions"], tuple(header["spans"]))
+        tables = {Site.of_key(key): table for key, table in artefact.tensors.items()}
         if not tables or any(table.dim() != 3 or len(table) != len(slots) for table in tables.values()):
             raise ArtefactError(f"{folder} contradicts itself: its tables are not of {len(slots)} slots.")
-        return constants
+        for key, table in artefact.tensors.items():
+            check_tensor(folder, key, table, [None] * 3, *FLOATS)
+        return cls(tables, slots, header["provenance"])
 
     def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> Values:
         """The constants laid out for the tokens of a batch, with gradients to them; no model is run."""

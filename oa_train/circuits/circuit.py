@@ -7,15 +7,41 @@ from typing import Any
 
 import torch
 
-from oa_train.artefacts import Artefact, load_artefact, save_artefact
-from oa_train.errors import ArtefactError, OaTrainError
+from oa_train.artefacts import (
+    FLOATS,
+    PROVENANCE,
+    SIZE,
+    Artefact,
+    Schema,
+    check_header,
+    check_tensor,
+    load_artefact,
+    save_artefact,
+)
+from oa_train.errors import ArtefactError, OaTrainError, UnknownNameError, nearest_names
+from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.selection import Nodes
+from oa_train.models.sites import SITE_KINDS
 from oa_train.shapes import Bool, Float, Tensor
 
-# What circuits are made of, by name.
+# What circuits are made of, by name, and the headers of their files.
 LEVELS: dict[str, type[Level]] = {level.kind: level for level in (Nodes, Graph)}
+_FIELDS: Schema = {"level": str, "names": [str], "provenance": PROVENANCE}
+_HEADERS: dict[str, Schema] = {
+    Nodes.kind: _FIELDS
+    | {
+        "dimensions": dict.fromkeys(("n_layers", "n_heads", "d_head", "d_model", "d_mlp"), SIZE),
+        "sites": [str],
+        "spanned": [str],
+        "dictionaries": [{"path": str, "site": str, "centres_input": bool, "fingerprint": str}],
+    },
+    Graph.kind: _FIELDS
+    | dict.fromkeys(("n_layers", "n_heads", "n_kv_heads"), SIZE)
+    | dict.fromkeys(("d_head", "d_model"), range(SIZE.stop))
+    | {"parallel": bool},
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,27 @@ class Circuit:
         """The circuit of all entries that a mask keeps."""
         return cls(level, level.kept(mask), scores, provenance or {})
 
+    @classmethod
+    def from_file(cls, folder: str | Path, level: Level, names: Sequence[str], content: Artefact) -> "Circuit":
+        """The circuit that a folder's content describes, of any layout.
+
+        Raises:
+            ArtefactError: names, mask and scores contradict each other or the level.
+        """
+        tensors = content.tensors
+        if unknown := tensors.keys() - {"mask", "scores"}:
+            raise ArtefactError(f"{folder} is damaged: it has a tensor {min(unknown)!r}; expected mask and scores.")
+        check_tensor(folder, "mask", tensors.get("mask"), [len(level)], torch.bool)
+        if "scores" in tensors:
+            check_tensor(folder, "scores", tensors["scores"], [len(level)], *FLOATS)
+        try:
+            circuit = cls(level, tuple(names), tensors.get("scores"), content.header["provenance"])
+        except UnknownNameError as problem:
+            raise ArtefactError(f"{folder} is not a circuit: {problem}") from problem
+        if not torch.equal(circuit.mask, tensors["mask"]):
+            raise ArtefactError(f"{folder} contradicts itself: names and mask name different {level.parts}.")
+        return circuit
+
     @property
     def mask(self) -> Bool[Tensor, " entry"]:
         """True for kept entries."""
@@ -85,19 +132,27 @@ class Circuit:
             ArtefactError: the folder is missing, damaged, of an older version, or holds something else.
         """
         artefact = load_artefact(folder, "circuit")
+        header, kind = artefact.header, str(artefact.header.get("level"))
+        if kind not in LEVELS:
+            raise ArtefactError(f"{folder} is a circuit of the level {kind[:60]!r}. {nearest_names(kind, LEVELS)}")
+        check_header(folder, "circuit", header, _HEADERS[kind])
+        mask = artefact.tensors.get("mask")
+        n_entries = 0 if mask is None else mask.numel()
         try:
-            header, mask = artefact.header, artefact.tensors["mask"]
-            level = LEVELS[header["level"]].from_header(header)
-            circuit = cls(level, tuple(header["names"]), artefact.tensors.get("scores"), header["provenance"])
-        except ArtefactError:
-            raise
-        except (KeyError, TypeError, OaTrainError) as problem:
-            raise ArtefactError(f"{folder} is not a circuit: {problem}") from problem
-        if circuit.scores is not None and circuit.scores.shape != mask.shape:
-            raise ArtefactError(f"{folder} contradicts itself: it has {len(mask)} {level.parts} and other scores.")
-        if not torch.equal(circuit.mask, mask):
-            raise ArtefactError(f"{folder} contradicts itself: names and mask name different {level.parts}.")
-        return circuit
+            if _fewest_entries(header) > n_entries:  # before names are made for them
+                raise ArtefactError(f"it contradicts itself: a mask of {n_entries} entries is too short for its sizes")
+            level = LEVELS[kind].from_header(header)
+        except (KeyError, OaTrainError) as problem:
+            raise ArtefactError(f"The circuit {folder} cannot be used: {problem}") from problem
+        return cls.from_file(folder, level, header["names"], artefact)
+
+
+def _fewest_entries(header: Mapping[str, Any]) -> int:
+    """Entries that a level of these sizes has at least: its units, or an edge for each of its readers."""
+    if header["level"] == Graph.kind:
+        return int(header["n_layers"] * (header["n_heads"] + 2 * header["n_kv_heads"] + 1))
+    sizes, kinds = Dimensions(**header["dimensions"]), (SITE_KINDS[name] for name in header["sites"])
+    return sum(len(kind.layers(sizes)) * kind.shape(sizes)[0] for kind in kinds)
 
 
 def jaccard(first: Circuit, second: Circuit) -> float:

@@ -38,11 +38,8 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
     for Indirect Object Identification in GPT-2 Small"; they are read as edges the way Li & Janson 2024, "Optimal
     ablation for interpretability", do. MLPs are no part of the question there: all of them are in the circuit.
 
-    Every edge lies on a way from the input to the logits. There are no constants that belong to it; `fit_constants`
-    trains some, and so does `compare`.
-
-    Args:
-        graph: of the model.
+    Every edge lies on a path from the input to the logits. No constants belong to it; `fit_constants` and `compare`
+    train some.
 
     Raises:
         ConfigurationError: it is not a graph of 12 layers with 12 heads of their own keys and values.
@@ -51,8 +48,7 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
         raise ConfigurationError(
             f"The published circuit is of GPT-2 small: 12 layers of 12 heads, each with its own key and value, "
             f"attention before the MLP. This graph has {graph.n_layers} layers of {graph.n_heads} heads, "
-            f"{graph.n_kv_heads} keys and values"
-            f"{' and MLPs in parallel' if graph.parallel else ''}."
+            f"{graph.n_kv_heads} keys and values{' and MLPs in parallel' if graph.parallel else ''}."
         )
     pairs = [(frozenset(sources), frozenset(readers)) for sources, readers in _rules(graph)]
     ends = ((name, *name.split(ARROW)) for name in graph.names)

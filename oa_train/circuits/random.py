@@ -18,9 +18,8 @@ def random_circuits(
 ) -> list[Circuit]:
     """Draw circuits of equal size.
 
-    Entries are taken in a random order. Of edges, those are taken until the edges among them that lie on a path from
-    the input to the logits are as many as there should be (see `within_budget`); an order that leads to fewer is drawn
-    again.
+    Entries are taken in a random order; edges until enough of them lie on a path from the input to the logits (see
+    `within_budget`), and an order that leads to fewer is drawn again.
 
     Args:
         level: what the circuits are made of.

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import save as save_safetensors
 
+from oa_train.artefacts import FLOATS, tensor_bytes
 from oa_train.errors import ArtefactError, RunError, nearest_names
 from oa_train.files import replace_file
 from oa_train.models.builtin import builtin_folders
@@ -34,7 +34,6 @@ SITE_FORMS = "r3 (what enters block 3), m3 (what MLP 3 adds) or a3 (what attenti
 _SITE = re.compile(r"[rma](0|[1-9][0-9]{0,5})")
 _TENSORS = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold")
 _SETTINGS = ("site", "activation", "k", "subtracts_decoder_bias", "centres_input")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,7 @@ class Dictionary:
             of layer 3 add.
         w_enc: encoder weights.
         b_enc: encoder biases.
-        w_dec: what a unit of each feature adds at the site.
+        w_dec: direction that each feature adds at the site.
         b_dec: decoder bias.
         activation: from pre-activations to the code. `jumprelu` keeps those above 0 and above the threshold; `topk`
             the k largest, where positive; `groupmax` the largest of each of k equal groups, where positive.
@@ -164,7 +163,7 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class DictionarySpec:
-    """Which sparse dictionary to read; named in a configuration.
+    """A sparse dictionary as a configuration names it.
 
     Attributes:
         path: its folder, its weights, or the name of a built-in one (`tiny_r2`).
@@ -182,10 +181,7 @@ class DictionarySpec:
 
 
 def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
-    """Read a dictionary again that a file's header names.
-
-    Args:
-        header: path, site, `centres_input` and fingerprint.
+    """Read a dictionary again of which a file's header has path, site, `centres_input` and fingerprint.
 
     Raises:
         ArtefactError: it is not where it was, or another one stands there.
@@ -200,11 +196,7 @@ def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
 
 
 def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
-    """Check that arguments of `Dictionary` fit together.
-
-    Args:
-        where: what to call it in a message.
-        values: the arguments by name; those that are missing have their defaults.
+    """Check that arguments of `Dictionary`, by name, fit together; `where` is what messages call it.
 
     Raises:
         ArtefactError: they do not, or a number is not finite.
@@ -230,7 +222,7 @@ def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
                 f"has {name} of shape {list(tensor.shape)} with w_enc of shape {shape}",
                 "Expected w_enc [d_model, feature], w_dec [feature, d_model], b_dec [d_model] and others [feature].",
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in FLOATS:
             refuse(where, f"has {name} in {tensor.dtype}", "Expected floating-point numbers of 16 to 64 bits.")
         if not tensor.isfinite().all():
             refuse(where, f"has NaN or infinite numbers in {name}", "Download or export it again.")
@@ -292,26 +284,17 @@ def _weights_file(path: Path) -> Path:
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
-    """Write a dictionary in the plain layout.
-
-    Args:
-        dictionary: what to write.
-        folder: a new folder; its parents are made.
-
-    Returns:
-        The folder.
+    """Write a dictionary in the plain layout to a new folder, make its parents, and return it.
 
     Raises:
         ArtefactError: the folder exists already.
         RunError: it cannot be written; no part of it is left behind.
     """
     folder = Path(folder)
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in dictionary._tensors().items()}
     settings = {name: v if isinstance(v, str) else json.dumps(v) for name, v in dictionary._settings().items()}
     try:
         folder.mkdir(parents=True)
-        replace_file(folder / PLAIN_FILE, save_safetensors(tensors, settings))
+        replace_file(folder / PLAIN_FILE, tensor_bytes(dictionary._tensors(), settings))
     except FileExistsError as problem:
         raise ArtefactError(
             f"{folder} exists already and dictionaries are never overwritten; name another folder."

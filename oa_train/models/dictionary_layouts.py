@@ -125,6 +125,10 @@ def read_sae_lens(weights: Path) -> dict[str, Any]:
             refuse(where, f"has a {name} other than 1", "Expected none: fold it into W_dec and save again.")
     w_enc, w_dec, b_enc, threshold = tensors["W_enc"], tensors["W_dec"], tensors.get("b_enc"), tensors.get("threshold")
     _check_size(where, w_enc.shape, (config.get("d_in"), config.get("d_sae")))
+    for name, tensor in tensors.items():  # before they are combined; `Dictionary` checks the rest
+        expected = w_enc.shape[::-1] if name == "W_dec" else w_enc.shape[1:]
+        if name in ("W_dec", "b_mag", "b_gate", "r_mag") and tensor.shape != expected:
+            refuse(where, f"has {name} of shape {list(tensor.shape)}", f"Expected {list(expected)}.")
     if architecture == "gated":
         # Gate and magnitude share their weights, so the gate is a threshold on the magnitude:
         # x W + b_gate > 0 where exp(r_mag) x W + b_mag > b_mag - exp(r_mag) b_gate.
@@ -192,9 +196,8 @@ def read_plain(weights: Path) -> dict[str, Any]:
         **tensors,
     }
     if "k" in settings:
-        values["k"] = _whole_number(
-            str(weights), "k", int(settings["k"]) if settings["k"].isdecimal() else settings["k"]
-        )
+        k = settings["k"]
+        values["k"] = _whole_number(str(weights), "k", int(k) if k.isdecimal() and len(k) < 10 else k[:60])
     for name in ("subtracts_decoder_bias", "centres_input"):
         _check_setting(str(weights), name, settings.get(name, "false"), ("true", "false"))
         values[name] = settings.get(name) == "true"

@@ -1,45 +1,73 @@
 """Training checkpoints: written whole, read without running code, refused when they belong to something else."""
 
 import io
-import pickle
-import struct
 import warnings
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from packaging.version import Version
 
+from oa_train.artefacts import COUNT, FREE, SIZE, Schema, mismatch
 from oa_train.errors import CheckpointError, RunError
 from oa_train.files import replace_file
 
 # Where a checkpoint says what it is of; next to Lightning's own keys.
 IDENTITY_KEY = "oa_train"
+_VERSION_KEY = "pytorch-lightning_version"
 
-
-# What reading a damaged file can end in.
-_DAMAGE = (
-    RuntimeError,
-    EOFError,
-    ValueError,
-    KeyError,
-    OSError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
+_COUNTS: Schema = {"ready": COUNT, "completed": COUNT, str: COUNT}
+_PROGRESS: Schema = {"total": _COUNTS, "current": _COUNTS}
+_BATCHES: Schema = _PROGRESS | {"is_last_batch": bool}
+_NUMBER: Schema = (float, COUNT)
+_GROUP: Schema = {
+    "params": [COUNT],
+    "lr": _NUMBER,
+    "betas?": [_NUMBER],
+    **dict.fromkeys(("eps?", "weight_decay?"), _NUMBER),
+    **dict.fromkeys(("amsgrad?", "maximize?", "capturable?", "differentiable?"), bool),
+    **dict.fromkeys(("foreach?", "fused?"), (bool, None)),
+    str: object,
+}
+_LOADER: Schema = {"given": COUNT, "given_in_epoch": COUNT, "world_size": SIZE, str: object}
+_CHECKPOINT: Schema = {
+    IDENTITY_KEY: {"identity": FREE, "settings": FREE, str: object},
+    "state_dict": {str: torch.Tensor},
+    _VERSION_KEY: str,
+    "epoch": COUNT,
+    "global_step": COUNT,
+    "loops": {
+        "fit_loop": {
+            "state_dict": {"combined_loader?": [_LOADER], str: object},
+            "epoch_progress": _PROGRESS,
+            "epoch_loop.state_dict": {"_batches_that_stepped": COUNT, str: object},
+            "epoch_loop.batch_progress": _BATCHES,
+            "epoch_loop.scheduler_progress": _PROGRESS,
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": _PROGRESS, "zero_grad": _PROGRESS}
+            },
+            "epoch_loop.manual_optimization.optim_step_progress": _PROGRESS,
+            "epoch_loop.val_loop.batch_progress": _BATCHES,
+            str: object,
+        },
+        str: FREE,
+    },
+    "callbacks": {str: FREE},
+    "optimizer_states": [{"state": dict, "param_groups": [_GROUP], str: object}],
+    "lr_schedulers": [FREE],
+    str: object,
+}
 
 
 class WholeFileCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, waits for the disk and renames it.
 
-    A process that is killed while writing leaves the previous checkpoint as it was. A folder that was deleted since
-    something was written to it is made again, so that the state is safe; then the run is ended, because what else the
-    folder held is lost, and it cannot be told what more is about to be deleted.
+    A process that is killed while writing leaves the checkpoint before as it was. A folder that was deleted since the
+    last write is made again, so that the state is safe; then the run ends, because what else the folder held is lost.
     """
 
     def __init__(self) -> None:
@@ -62,8 +90,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            RunError: the file cannot be written, and an earlier one of that name is left as it was; or it was
-                written to a folder that had been deleted meanwhile.
+            RunError: the file cannot be written (an earlier one is untouched), or its folder had been deleted.
         """
         del storage_options
         target = Path(path)
@@ -99,44 +126,99 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or no checkpoint of this package.
     """
     if not path.is_file():
-        what = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
-        raise CheckpointError(f"{what}. {_others(path)}".rstrip())
+        state = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
+        raise CheckpointError(f"{state}. {_others(path)}".rstrip())
     try:
-        _check_sums(path)
+        _check_zip(path)
         with warnings.catch_warnings():
             # Torch warns about what it finds in files that are no checkpoints, and then refuses them.
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except _DAMAGE as problem:
+        problem = _mistake(checkpoint)
+    except Exception as error:  # a damaged file makes torch raise errors of almost any kind
         raise CheckpointError(
             f"{path} is truncated, damaged, or no checkpoint at all.\nExpected a file that `oa-train fit` wrote "
             f"(checkpoints/best.ckpt or checkpoints/last.ckpt of a run). {_others(path)}".rstrip()
-        ) from problem
-    if not isinstance(checkpoint, dict) or IDENTITY_KEY not in checkpoint or "state_dict" not in checkpoint:
+        ) from error
+    if problem is not None:
         raise CheckpointError(
-            f"{path} is no checkpoint of oa_train; expected checkpoints/best.ckpt or checkpoints/last.ckpt of a run."
+            f"{path} is no checkpoint of oa_train: {problem}.\nExpected checkpoints/best.ckpt or "
+            "checkpoints/last.ckpt of a run."
         )
-    return checkpoint
+    content: dict[str, Any] = checkpoint
+    return content
 
 
-def _check_sums(path: Path) -> None:
+def _check_zip(path: Path) -> None:
     """Compare every part of a checkpoint with its checksum, which torch writes and does not read.
 
     Raises:
-        BadZipFile: a part is damaged, or the file is none that torch wrote.
+        BadZipFile: a part is damaged or compressed, which might ask for any amount of memory.
     """
     with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        compressed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+        if compressed or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise zipfile.BadZipFile("torch does not compress what it saves")
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"{damaged} is damaged")
 
 
-def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint is of with what is to be resumed.
+def _mistake(checkpoint: Any) -> str | None:
+    """The first way in which content is not that of a checkpoint, in words."""
+    problem = mismatch(checkpoint, _CHECKPOINT, "its content")
+    if problem is not None:
+        return problem
+    written, own = checkpoint[_VERSION_KEY], lightning.__version__
+    if Version(written).major != Version(own).major:  # Lightning would rewrite it
+        return f"it was written with Lightning {written[:60]!r}, and this is {own}"
+    for leaf in _leaves(checkpoint):
+        if isinstance(leaf, torch.Tensor) and not _is_backed(leaf):
+            return f"it has a tensor of shape {list(leaf.shape)} without numbers"
+    shapes = {(), *(tuple(tensor.shape) for tensor in checkpoint["state_dict"].values())}
+    if not all(_is_whole(list(optimizer["state"].values()), shapes) for optimizer in checkpoint["optimizer_states"]):
+        return "the state of its optimiser is not that of what is trained"
+    if any(isinstance(leaf, torch.Tensor) for leaf in _leaves(checkpoint[IDENTITY_KEY])):
+        return f"{IDENTITY_KEY} holds tensors; expected plain values"
+    for leaf in _leaves([checkpoint["state_dict"], checkpoint["optimizer_states"]]):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.isnan().any():
+            return "what is trained, or its optimiser's state, holds NaN"
+    return None
 
-    Args:
-        given: identity stored in the checkpoint.
-        expected: identity of the module and its task.
+
+def _is_whole(states: Sequence[Any], shapes: Collection[tuple[int, ...]]) -> bool:
+    """Whether states of parameters, if they are Adam's, all have the same tensors, of shapes that are trained."""
+    if not all(isinstance(state, dict) for state in states):
+        return False
+    if not any("exp_avg" in state for state in states):
+        return True
+    tensors = all(isinstance(t, torch.Tensor) and tuple(t.shape) in shapes for state in states for t in state.values())
+    steps = [state.get("step") for state in states]
+    return tensors and all(state.keys() == states[0].keys() for state in states) and all(step >= 0 for step in steps)
+
+
+def _is_backed(tensor: torch.Tensor) -> bool:
+    """Whether each number of a tensor is stored; an expanded one can be larger than any memory."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _leaves(content: Any) -> Iterator[Any]:
+    """What containers hold in the end; each container is opened once, however often and deep it is nested."""
+    remaining, opened = [content], set[int]()
+    while remaining:
+        item = remaining.pop()
+        if not isinstance(item, dict | list | tuple):
+            yield item
+        elif id(item) not in opened:
+            opened.add(id(item))
+            remaining += item.values() if isinstance(item, dict) else item
+
+
+def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare the identity stored in a checkpoint with that of the module and its task.
 
     Raises:
         CheckpointError: they differ; every difference is listed.

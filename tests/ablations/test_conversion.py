@@ -165,11 +165,16 @@ def test_todays_layout_needs_no_conversion(model, capsys):
 
 
 def test_what_is_no_such_folder_is_refused(model, capsys):
-    assert "There is no circuit at nowhere" in complaint(capsys, "nowhere", "new")
+    assert "There is no circuit and no constants at nowhere" in complaint(capsys, "nowhere", "new")
     Path("empty").mkdir()
-    assert "There is no circuit at empty" in complaint(capsys, "empty", "new")
+    assert "There is no circuit and no constants at empty" in complaint(capsys, "empty", "new")
     first_layout("other", "lens", {}, {"mask": torch.zeros(1)})
     assert "other holds 'lens'; expected 'circuit'" in complaint(capsys, "other", "new")
+    Path("run/circuit").mkdir(parents=True)
+    Path("run/circuit/artefact.json").write_text("{}")
+    assert "run is the folder of a run. Convert the folders in it, each by itself: run/circuit." in complaint(
+        capsys, "run", "new"
+    )
     first_layout("newer", "circuit", {}, {"mask": torch.zeros(1)}, version=7)
     assert "newer has schema version 7" in complaint(capsys, "newer", "new")
     damaged = old_constants(model, 1, None)
@@ -177,5 +182,7 @@ def test_what_is_no_such_folder_is_refused(model, capsys):
     assert "is damaged" in complaint(capsys, str(damaged), "new")
     header = {"nodes": list(NODES), "n_layers": 3, "n_heads": 4, "provenance": {}}
     first_layout("nameless", "circuit", header, {"mask": torch.zeros(15).bool()})
-    assert "nameless is no circuit of the first layout: 'model' is missing" in complaint(capsys, "nameless", "new")
+    said = complaint(capsys, "nameless", "new")
+    assert "nameless does not say which model it is of, whose sizes today's layout needs" in said
+    assert "Circuit(Nodes.of(model.config), names).save(" in said
     assert not Path("new").exists()

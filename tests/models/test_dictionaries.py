@@ -322,6 +322,12 @@ def test_sae_lens_tensors_that_do_not_fit_the_architecture_are_refused(tmp_path)
     both = {"threshold": draw(N_FEATURES), "log_threshold": draw(N_FEATURES)}
     with pytest.raises(ArtefactError, match="has both 'threshold' and"):
         load_dictionary(sae_lens(tmp_path / "both", both, architecture="jumprelu"))
+    gated = {name: draw(N_FEATURES) for name in ("b_gate", "b_mag", "r_mag")}
+    for name, shape in (("r_mag", (3,)), ("W_dec", (D_MODEL, N_FEATURES))):
+        with pytest.raises(ArtefactError, match=f"has {name} of shape"):
+            load_dictionary(
+                sae_lens(tmp_path / name, gated | {name: draw(*shape)}, without=("b_enc",), architecture="gated")
+            )
     with pytest.raises(ArtefactError, match=r"encoder of shape \[8, 5\]"):
         load_dictionary(sae_lens(tmp_path / "turned", {"W_enc": draw(N_FEATURES, D_MODEL)}))
 
@@ -437,6 +443,7 @@ def test_numbers_are_read_in_their_widest_precision_and_float32_at_least(tmp_pat
     ("metadata", "tensors", "message"),
     [
         ({"site": "r1", "k": "two"}, {}, "has k 'two'"),
+        ({"site": "r1", "k": "9" * 5000}, {}, "has k '999"),
         ({"site": "r1", "activation": "top-k", "k": "2"}, {}, "Did you mean topk"),
         ({"site": "r1", "centres_input": "maybe"}, {}, "centres_input 'maybe'"),
         ({"site": "block 1"}, {}, "'block 1', which is not a site"),

@@ -3,13 +3,40 @@
 import pickle
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 
 from oa_train.errors import CheckpointError, RunError
 from oa_train.training.checkpoints import WholeFileCheckpointIO, check_identity, read_checkpoint
 
-CONTENT = {"oa_train": {"identity": {}}, "state_dict": {"a": torch.arange(5.0)}, "global_step": 3}
+COUNTS = {"ready": 3, "completed": 3}
+PROGRESS = {"total": COUNTS, "current": COUNTS}
+BATCHES = PROGRESS | {"is_last_batch": False}
+CONTENT = {
+    "oa_train": {"identity": {}, "settings": {}},
+    "state_dict": {"a": torch.arange(5.0)},
+    "pytorch-lightning_version": lightning.__version__,
+    "epoch": 0,
+    "global_step": 3,
+    "loops": {
+        "fit_loop": {
+            "state_dict": {},
+            "epoch_progress": PROGRESS,
+            "epoch_loop.state_dict": {"_batches_that_stepped": 3},
+            "epoch_loop.batch_progress": BATCHES,
+            "epoch_loop.scheduler_progress": PROGRESS,
+            "epoch_loop.automatic_optimization.optim_progress": {
+                "optimizer": {"step": PROGRESS, "zero_grad": PROGRESS}
+            },
+            "epoch_loop.manual_optimization.optim_step_progress": PROGRESS,
+            "epoch_loop.val_loop.batch_progress": BATCHES,
+        }
+    },
+    "callbacks": {},
+    "optimizer_states": [],
+    "lr_schedulers": [],
+}
 
 
 @pytest.fixture
