@@ -1,4 +1,4 @@
-"""Checks whether the family table fits a model: the model itself is run on random tokens.
+"""Checks that the family table fits a model, by running the model itself on random tokens.
 
 A wrong entry seldom stops the model: it reads and replaces other values than it should. Every check states something
 that only holds where the entry is right.
@@ -6,8 +6,8 @@ that only holds where the entry is right.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, get_args
 
 import torch
 
@@ -20,12 +20,13 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family, find_parts, is_parallel
-from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.loading import CausalLM, LMSpec, check_finite, fingerprint
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap, tapped
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.tasks.encoding import PaddingSide, PromptEncoder
 
 # Largest difference, as a part of the largest value, that rounding may make. Many families norm in float32 whatever
 # their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
@@ -39,12 +40,12 @@ TABLE = 3
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """Result of a check.
 
     Attributes:
         name: what should hold.
-        figure: the largest difference as a part of the largest value, or a number of exceptions; not a number where
-            the check could not be carried out.
+        figure: the largest difference as a part of the largest value, or a number of exceptions; NaN where the check
+            could not be carried out.
         tolerance: the figure's limit.
         problem: why the check could not be carried out, or nothing.
     """
@@ -60,29 +61,36 @@ class Check:
         return self.figure <= self.tolerance
 
 
-def self_check(model: CausalLM, seed: int = 0) -> tuple[Check, ...]:
+def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tuple[Check, ...]:
     """Check that the interventions fit a model.
 
     Args:
         model: frozen causal language model; the checks are sharpest in float64.
         seed: of tokens, masks and constants.
+        lm: where the model came from, to check that its tokenizer fits it.
 
     Returns:
         The checks in the order in which they were made. One that stops with an error has failed; the others still
         take place.
 
     Raises:
-        ModelError: the family is not in the table, or the model is not built as its entry says.
+        ModelError: the family is not in the table, the model is not built as its entry says, or its weights are not
+            finite.
     """
     find_parts(model)
+    check_finite(model)
     trial = _Trial(model, seed)
     before = _state(model, trial)
-    rounding = TOLERANCES[model.dtype]
-    checks = [_carried_out(name, rounding, check, trial) for name, check in COMPARISONS.items()]
+    checks = [_carried_out(name, TOLERANCES[model.dtype], check, trial) for name, check in COMPARISONS.items()]
     checks += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
     after = _state(model, trial)
     changed = sum(before[what] != after[what] for what in before)
-    return (*checks, Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+    checks.append(Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+    if lm is not None:
+        checks.append(
+            _carried_out("the tokenizer fits the embedding", 0, lambda _: PromptEncoder.of(lm) is None, trial)
+        )
+    return tuple(checks)
 
 
 def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float], trial: "_Trial") -> Check:
@@ -95,12 +103,7 @@ def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float]
 
 
 class _Trial:
-    """One model with all that the checks draw for it, in its data type and on its device.
-
-    Args:
-        model: the model.
-        seed: of all draws.
-    """
+    """A model with all that the checks draw for it, in its data type and on its device."""
 
     def __init__(self, model: CausalLM, seed: int) -> None:
         self.model = model
@@ -137,12 +140,7 @@ class _Trial:
             lambda table: torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
         )
 
-    def batch(
-        self,
-        rows: Sequence[Tensor] | Tensor,
-        side: Literal["left", "right"] = "right",
-        width: int | None = None,
-    ) -> Batch:
+    def batch(self, rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: int | None = None) -> Batch:
         """Rows of tokens, padded; a BOS in front is protected."""
         padded = _batch(rows, side, width)
         return replace(padded, protected=leading_tokens(padded.tokens, padded.positions, self.bos_token_id))
@@ -197,14 +195,14 @@ def _all_ablated(trial: _Trial) -> float:
 
 @torch.no_grad()
 def _ablated_blocks(trial: _Trial) -> float:
-    """What a block adds less its MLP's constant is the same for all tokens, and for other such constants."""
+    """Difference over tokens, and between constants of MLPs, of what a block adds less its MLP's constant."""
     batch = trial.batch(trial.tokens(2))
     constants, unprotected = trial.constants(), replace(batch, protected=torch.zeros_like(batch.protected))
     mlps = [Site("mlp", layer) for layer in range(trial.dimensions.n_layers)]
     zeros = {site: torch.zeros_like(table) if site in mlps else table for site, table in constants.tables.items()}
     rest = []
-    for each in (constants, replace(constants, tables=zeros)):
-        values = each.replacements(batch)
+    for table in (constants, replace(constants, tables=zeros)):
+        values = table.replacements(batch)
         taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, unprotected.layout)
         rest.append(trial.added(batch, taps) - torch.stack([values[site][0] for site in mlps]))
     return _difference(torch.stack(rest), rest[1][:, :1, :1].expand_as(torch.stack(rest)))
@@ -213,6 +211,8 @@ def _ablated_blocks(trial: _Trial) -> float:
 @torch.no_grad()
 def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
     """Difference over tokens of what a layer's part writes when all that enters it is replaced by constants."""
+    if inside == "neurons" and not trial.parts.down_projections:
+        return 0.0
     batch = trial.batch(trial.tokens(2))
     batch = replace(batch, protected=torch.zeros_like(batch.protected))
     nodes, read = Nodes.of(trial.model.config, [inside]), Nodes.of(trial.model.config, [whole])
@@ -223,25 +223,15 @@ def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
     return _difference(written, written[:, :1, :1].expand_as(written))
 
 
-def _neurons_are_all_of_the_mlp(trial: _Trial) -> float:
-    return _written_alone(trial, "neurons", "mlp") if trial.parts.down_projections else 0.0
-
-
-def _heads_are_all_of_attention(trial: _Trial) -> float:
-    return _written_alone(trial, "heads", "attention")
-
-
 @torch.no_grad()
 def _padding(trial: _Trial) -> float:
     tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
-    batches = [
-        trial.batch(tokens),
-        trial.batch(tokens, "left", N_TOKENS + 3),
-        trial.batch(tokens, "right", N_TOKENS + 3),
-    ]
-    masked = [trial.logits(batch, mask, constants) for batch in batches]
-    clean = [scored_logits(trial.model, batch) for batch in batches]
-    return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])
+    padded = [trial.batch(tokens, side, N_TOKENS + 3) for side in get_args(PaddingSide)]
+    differences = []
+    for run in (lambda batch: trial.logits(batch, mask, constants), partial(scored_logits, trial.model)):
+        plain = run(trial.batch(tokens))
+        differences += [_difference(run(batch), plain) for batch in padded]
+    return _largest(differences)
 
 
 @torch.no_grad()
@@ -250,18 +240,10 @@ def _all_edges_kept(trial: _Trial) -> float:
     return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
 
 
-def _misplaced_readers(trial: _Trial) -> float:
-    return misplaced_readers(trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype])
-
-
-def _values_against_reference(trial: _Trial) -> float:
-    fast, slow = trial.fast_and_slow
-    return _difference(fast[0], slow[0])
-
-
-def _gradients_against_reference(trial: _Trial) -> float:
-    fast, slow = trial.fast_and_slow
-    return _largest(_difference(given, expected) for given, expected in zip(fast[1:], slow[1:], strict=True))
+def _against_reference(trial: _Trial, part: slice) -> float:
+    return _largest(
+        _difference(*pair) for pair in zip(*(results[part] for results in trial.fast_and_slow), strict=True)
+    )
 
 
 @torch.no_grad()
@@ -281,9 +263,8 @@ def _wrong_parallel(trial: _Trial) -> float:
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
     parallel = is_parallel(trial.model.config)
-    return sum(
-        torch.equal(before[row], after[row]) != parallel for row, (before, after) in enumerate(zip(*runs, strict=True))
-    )
+    pairs = enumerate(zip(*runs, strict=True))
+    return sum(torch.equal(before[row], after[row]) != parallel for row, (before, after) in pairs)
 
 
 @torch.no_grad()
@@ -306,23 +287,27 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "all ablated: only the last token and its position count": _all_ablated,
     "all ablated: blocks add their constants and nothing else": _ablated_blocks,
     "padding left, right and none agree": _padding,
-    "the logits are the slow reference's": _values_against_reference,
-    "the gradients are the slow reference's": _gradients_against_reference,
+    "the logits are the slow reference's": partial(_against_reference, part=slice(1)),
+    "the gradients are the slow reference's": partial(_against_reference, part=slice(1, None)),
     "every edge kept: the logits are the model's own": _all_edges_kept,
-    "heads at constants: attention adds the same at every token": _heads_are_all_of_attention,
-    "neurons at constants: the MLP adds the same at every token": _neurons_are_all_of_the_mlp,
+    "heads at constants: attention adds the same at every token": partial(
+        _written_alone, inside="heads", whole="attention"
+    ),
+    "neurons at constants: the MLP adds the same at every token": partial(
+        _written_alone, inside="neurons", whole="mlp"
+    ),
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {
     "every MLP reads what `parallel` says": _wrong_parallel,
     "every block adds what `post_norms` says": _wrong_post_norms,
-    "every query, key and value reads what its name says": _misplaced_readers,
+    "every query, key and value reads what its name says": lambda trial: misplaced_readers(
+        trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype]
+    ),
 }
 
 
-def _batch(
-    rows: Sequence[Tensor] | Tensor, side: Literal["left", "right"] = "right", width: int | None = None
-) -> Batch:
+def _batch(rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: int | None = None) -> Batch:
     width = width or max(map(len, rows))
     tokens = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
     real = torch.zeros_like(tokens, dtype=torch.bool)
@@ -332,14 +317,14 @@ def _batch(
     return unanswered(tokens, real)
 
 
-def _difference(given: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
-    """The largest difference as a part of the largest expected value; not a number where one of them is not."""
+def _difference(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """The largest difference as a part of the largest expected value; NaN where a value is."""
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    return float((given - expected).abs().max() / largest)
+    return float((actual - expected).abs().max() / largest)
 
 
 def _largest(figures: Iterable[float]) -> float:
-    return float(torch.tensor(list(figures)).max())  # unlike python's, it does not lose what is not a number
+    return float(torch.tensor(list(figures)).max())  # unlike Python's, it keeps NaN
 
 
 def _state(model: CausalLM, trial: _Trial) -> dict[str, Any]:

@@ -128,10 +128,10 @@ class PromptEncoder:
         lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
         width = int(lengths.max())
         if self.n_positions is not None and width > self.n_positions:
+            opening = self.tokenizer.decode(max(map(list, rows), key=len)[:20])
             raise TaskError(
                 f"A prompt has {width} tokens, but the model has {self.n_positions} positions and cannot run it: "
-                f"{self.tokenizer.decode(max(map(list, rows), key=len)[:20])!r}...\nChoose shorter prompts, or a model with more "
-                "positions."
+                f"{opening!r}...\nChoose shorter prompts, or a model with more positions."
             )
         columns = torch.arange(width)
         mask = columns < lengths if side == "right" else columns >= width - lengths

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma3Config, GPT2Config, PreTrainedTokenizerFast
+from transformers import Gemma3Config, GPT2Config, GPTJConfig, GPTNeoConfig, OPTConfig, PreTrainedTokenizerFast
 
 from oa_train.errors import ModelError, TaskError
 from oa_train.models.loading import LMSpec
@@ -233,3 +233,26 @@ def test_the_size_of_the_embedding_is_that_of_the_text_model(
     nested = Gemma3Config(text_config={"vocab_size": 1300})
     monkeypatch.setattr("oa_train.tasks.encoding.load_config", lambda spec: nested)
     assert PromptEncoder.of(bytes_lm).vocabulary_size == 1300
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=200, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"tokenizer has \d+ tokens, but the model's embedding has 200 rows"):
+        PromptEncoder.of(LMSpec(str(tmp_path)))
+
+
+@pytest.mark.parametrize("config", [GPT2Config, GPTNeoConfig, GPTJConfig, OPTConfig])
+def test_prompts_longer_than_the_table_of_positions_are_refused(tmp_path: Path, config: type[GPT2Config]) -> None:
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    config(max_position_embeddings=7).save_pretrained(tmp_path)
+    encoder = PromptEncoder.of(LMSpec(str(tmp_path)))
+    rows = encoder.encode(["Then Anna and", "Then Anna and Paul met at", "Then Anna and Paul met at the"])
+    assert [len(row) for row in rows] == [4, 7, 8]
+    encoder.pad(rows[:2], "left")
+    with pytest.raises(TaskError, match=r"A prompt has 8 tokens, but the model has 7 positions .* Anna and Paul met"):
+        encoder.pad(rows, "left")
+
+
+def test_models_with_rotary_embeddings_have_no_longest_prompt(digits_lm: LMSpec) -> None:
+    assert PromptEncoder.of(digits_lm).n_positions is None
