@@ -61,6 +61,7 @@ class Check:
         return self.figure <= self.tolerance
 
 
+@torch.no_grad()
 def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tuple[Check, ...]:
     """Check that the interventions fit a model.
 
@@ -158,34 +159,29 @@ class _Trial:
         for run in (masked_logits, reference_node_logits):
             constants, mask = self.constants(TABLE), self.mask(2)
             leaves = [leaf.requires_grad_() for leaf in (mask, *constants.tables.values())]
-            logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
-            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-            # The slow one does not touch constants of units that no row ablates; their gradient is zero.
-            gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
+            with torch.enable_grad():
+                logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
+                weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+                # The slow one does not touch constants of units that no row ablates; their gradient is zero.
+                gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
             results.append((logits.detach(), *gradients))
         return results
 
-    @torch.no_grad()
     def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
-        """What each block adds to the residual stream."""
-        blocks = find_parts(self.model).blocks
-        read: list[Tensor] = []
-        written: list[Tensor] = []
-        ends = [
-            tap for block in blocks for tap in (Tap(block, "input", read.append), Tap(block, "output", written.append))
-        ]
-        scored_logits(self.model, batch, [*taps, *ends])
+        """Vectors that each block adds to the residual stream."""
+        read, written = list[Tensor](), list[Tensor]()
+        before = [Tap(block, "input", read.append) for block in self.parts.blocks]
+        after = [Tap(block, "output", written.append) for block in self.parts.blocks]
+        scored_logits(self.model, batch, [*taps, *before, *after])
         return torch.stack(written) - torch.stack(read)
 
 
-@torch.no_grad()
 def _all_kept(trial: _Trial) -> float:
     batch = trial.batch(trial.tokens(2))
     plain: Tensor = trial.model(input_ids=batch.tokens, use_cache=False).logits
     return _difference(trial.logits(batch, trial.ones(2), trial.constants()), plain[:, -1:])
 
 
-@torch.no_grad()
 def _all_ablated(trial: _Trial) -> float:
     tokens = trial.tokens(2)
     tokens[1, -1] = tokens[0, -1]
@@ -193,29 +189,25 @@ def _all_ablated(trial: _Trial) -> float:
     return _difference(logits[1], logits[0])
 
 
-@torch.no_grad()
 def _ablated_blocks(trial: _Trial) -> float:
     """Difference over tokens, and between constants of MLPs, of what a block adds less its MLP's constant."""
-    batch = trial.batch(trial.tokens(2))
-    constants, unprotected = trial.constants(), replace(batch, protected=torch.zeros_like(batch.protected))
+    batch, constants = _batch(trial.tokens(2)), trial.constants()
     mlps = [Site("mlp", layer) for layer in range(trial.dimensions.n_layers)]
     zeros = {site: torch.zeros_like(table) if site in mlps else table for site, table in constants.tables.items()}
     rest = []
     for table in (constants, replace(constants, tables=zeros)):
         values = table.replacements(batch)
-        taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, unprotected.layout)
+        taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, batch.layout)
         rest.append(trial.added(batch, taps) - torch.stack([values[site][0] for site in mlps]))
     return _difference(torch.stack(rest), rest[1][:, :1, :1].expand_as(torch.stack(rest)))
 
 
-@torch.no_grad()
-def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
-    """Difference over tokens of what a layer's part writes when all that enters it is replaced by constants."""
-    if inside == "neurons" and not trial.parts.down_projections:
+def _written_alone(trial: _Trial, kinds: tuple[str, str]) -> float:
+    """Difference over tokens at the sites of the second kind when all of the first, which enter it, are constants."""
+    if "neurons" in kinds and not trial.parts.down_projections:
         return 0.0
-    batch = trial.batch(trial.tokens(2))
-    batch = replace(batch, protected=torch.zeros_like(batch.protected))
-    nodes, read = Nodes.of(trial.model.config, [inside]), Nodes.of(trial.model.config, [whole])
+    batch = _batch(trial.tokens(2))
+    nodes, read = (Nodes.of(trial.model.config, [kind]) for kind in kinds)
     mask = torch.zeros(2, len(nodes), dtype=trial.model.dtype, device=trial.model.device)
     values = trial.constants(nodes=nodes).replacements(batch)
     with tapped(node_taps(trial.model, nodes, mask, values, batch.layout)):
@@ -223,7 +215,6 @@ def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
     return _difference(written, written[:, :1, :1].expand_as(written))
 
 
-@torch.no_grad()
 def _padding(trial: _Trial) -> float:
     tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
     padded = [trial.batch(tokens, side, N_TOKENS + 3) for side in get_args(PaddingSide)]
@@ -234,32 +225,27 @@ def _padding(trial: _Trial) -> float:
     return _largest(differences)
 
 
-@torch.no_grad()
 def _all_edges_kept(trial: _Trial) -> float:
     batch = trial.batch(trial.tokens(2))
     return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
 
 
 def _against_reference(trial: _Trial, part: slice) -> float:
-    return _largest(
-        _difference(*pair) for pair in zip(*(results[part] for results in trial.fast_and_slow), strict=True)
-    )
+    fast, slow = (results[part] for results in trial.fast_and_slow)
+    return _largest(_difference(*pair) for pair in zip(fast, slow, strict=True))
 
 
-@torch.no_grad()
 def _wrong_parallel(trial: _Trial) -> float:
     """Layers whose MLP changes with the heads of its own layer in a parallel model, or does not in another."""
     n_layers = trial.dimensions.n_layers
-    batch = trial.batch(trial.tokens(1).expand(n_layers, -1))
-    kept = trial.ones(n_layers)
+    batch, kept = _batch(trial.tokens(1).expand(n_layers, -1)), trial.ones(n_layers)
     ablated = kept.unflatten(1, (n_layers, -1)).clone()
     layers = torch.arange(n_layers)
     ablated[layers, layers, :-1] = 0
     runs: list[list[Tensor]] = []
     for mask in (kept, ablated.flatten(1)):
         outputs: list[Tensor] = []
-        layout = replace(batch, protected=torch.zeros_like(batch.protected)).layout
-        taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), layout)
+        taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), batch.layout)
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
     parallel = is_parallel(trial.model.config)
@@ -267,7 +253,6 @@ def _wrong_parallel(trial: _Trial) -> float:
     return sum(torch.equal(before[row], after[row]) != parallel for row, (before, after) in pairs)
 
 
-@torch.no_grad()
 def _wrong_post_norms(trial: _Trial) -> float:
     """Layers that add something else than attention and MLP write in a model without post-norms, or the reverse."""
     writes: list[Tensor] = []
@@ -291,11 +276,9 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "the gradients are the slow reference's": partial(_against_reference, part=slice(1, None)),
     "every edge kept: the logits are the model's own": _all_edges_kept,
     "heads at constants: attention adds the same at every token": partial(
-        _written_alone, inside="heads", whole="attention"
+        _written_alone, kinds=("heads", "attention")
     ),
-    "neurons at constants: the MLP adds the same at every token": partial(
-        _written_alone, inside="neurons", whole="mlp"
-    ),
+    "neurons at constants: the MLP adds the same at every token": partial(_written_alone, kinds=("neurons", "mlp")),
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {
@@ -330,8 +313,7 @@ def _largest(figures: Iterable[float]) -> float:
 def _state(model: CausalLM, trial: _Trial) -> dict[str, Any]:
     """All that an intervention could leave behind. Versions count in-place changes, so that no copy is needed."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
+    logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
     return {
         "hooks": [list(getattr(module, kind)) for module in model.modules() for kind in kinds],
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
