@@ -46,7 +46,6 @@ class Family:
         attention_post_norm: path to that norm of attention.
         joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
             changes the others' queries.
-        position_table: whether positions are rows of a table, so that longer prompts cannot be run.
         requires: an attribute that the configuration must set, where other models of the family norm the residual
             stream itself, so that what a part writes does not stay in it.
     """
@@ -66,7 +65,6 @@ class Family:
     post_norms: bool = False
     attention_post_norm: str = ""
     joint_norms: bool = False
-    position_table: bool = False
     requires: str = ""
 
 
@@ -80,7 +78,6 @@ GPT2 = Family(
     projections=("attn.c_attn",),
     mlp_input="ln_2",
     down_projection="mlp.c_proj",
-    position_table=True,
 )
 LLAMA = Family(
     "llama",
@@ -153,7 +150,6 @@ FAMILIES = {
             mlp="fc2",
             mlp_body="",
             requires="do_layer_norm_before",
-            position_table=True,
             final_norm="model.decoder.final_layer_norm",
             attention_norm="self_attn_layer_norm",
             mlp_input="final_layer_norm",

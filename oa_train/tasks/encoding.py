@@ -9,7 +9,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from oa_train.batches import leading_tokens
 from oa_train.errors import ModelError, TaskError
-from oa_train.models.families import check_family
 from oa_train.models.loading import LMSpec, load_config, loading, locate
 from oa_train.shapes import Bool, Int, Tensor
 
@@ -93,8 +92,9 @@ class PromptEncoder:
             ModelError: the tokenizer or the configuration cannot be loaded, or the two do not fit together.
         """
         tokenizer, config = load_tokenizer(spec), load_config(spec).get_text_config()
-        table = check_family(config.model_type).position_table
-        n_positions = config.max_position_embeddings if table else None
+        # Models that rotate by the position compute it; all others look it up in a table.
+        rotary = getattr(config, "rope_parameters", None)
+        n_positions = None if rotary else getattr(config, "max_position_embeddings", None)
         return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
