@@ -1,9 +1,8 @@
-"""The slow, obvious oracle that edge interventions are tested against.
+"""The slow, obvious oracle that the engine for edges is tested against.
 
-It shares nothing with them but the table of families and the order of edges; with the oracle of node interventions it
-shares how the model is run. The input of every reader is summed up source by source, under the names of edges; the
-model's own norm and the whole of its own projection are applied to it, and the reader's part is picked from the
-result.
+It shares nothing with it but the table of families and the order of edges; with the oracle for nodes it shares how the
+model is run. The input of every reader is summed source by source, by the names of edges; the model's own norm and its
+whole projection are applied to it, and the reader's part is picked from the result.
 """
 
 from collections.abc import Callable
@@ -26,8 +25,7 @@ def reference_edge_logits(
     model: CausalLM, batch: Batch, graph: Graph, mask: Float[Tensor, "row edge"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Do what `engine.edges.run.run_edges` does, in loops."""
-    run = _Loops(model, batch, graph, mask, values)
-    return run_with_hooks(model, batch, run.attach())
+    return run_with_hooks(model, batch, _Loops(model, batch, graph, mask, values).attach())
 
 
 class _Loops:
@@ -37,10 +35,9 @@ class _Loops:
         self.family: Family = check_family(model.config.model_type)
         self.sizes = Dimensions.of(model.config)
         self.blocks: Any = model.get_submodule(self.family.blocks)
-        pairs = zip(self.graph.edge_sources.tolist(), self.graph.edge_readers.tolist(), strict=True)
-        self.masks: dict[str, dict[str, Tensor]] = {name: {} for name in self.graph.readers}
-        for number, (source, reader) in enumerate(pairs):
-            self.masks[self.graph.readers[reader]][self.graph.sources[source]] = mask[:, number]
+        self.masks: dict[str, dict[str, Tensor]] = {name: {} for name in graph.readers}
+        for keep, source, reader in zip(mask.T, graph.edge_sources, graph.edge_readers, strict=True):
+            self.masks[graph.readers[reader]][graph.sources[source]] = keep
         # By source: [row, position, d_model].
         self.written: dict[str, Tensor] = {}
         self.replacements: dict[str, Tensor] = {}
@@ -73,7 +70,7 @@ class _Loops:
         return hook
 
     def reader_input(self, reader: str, layer: int, stream: Tensor) -> Tensor:
-        """Sum of all that a reader reads, and the model's own stream where nothing is ablated."""
+        """Sum of all that a reader reads, and the model's own stream at protected tokens."""
         total = torch.zeros_like(self.written["input"])
         for source, keep in self.masks[reader].items():
             rows = keep.view(-1, 1, 1)
@@ -109,7 +106,7 @@ class _Loops:
         return read
 
     def part(self, reader: str, layer: int, index: int, n_modules: int) -> slice | None:
-        """Where in a projection's output a reader stands; None when it is not in it."""
+        """Place of a reader in a projection's output; None when it is not in it."""
         if not reader.startswith(f"a{layer}."):
             return None
         kind, number = "qkv".index(reader[-2]), int(reader.partition(".")[2][1:-3])

@@ -1,4 +1,4 @@
-"""Counting the bytes of tensors that live."""
+"""Counting the bytes of live tensors."""
 
 import weakref
 from typing import Any
@@ -11,11 +11,11 @@ from oa_train.shapes import Tensor
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside the context and still live, each storage once.
+    """Counts the bytes of live tensors that were made inside the context, each storage once.
 
     Attributes:
-        now: bytes that live.
-        peak: most bytes that ever lived at one time.
+        now: bytes alive.
+        peak: most bytes alive at one time.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,8 @@ class LiveBytes(TorchDispatchMode):
         if getattr(function, "namespace", "") == "fsdp":
             # Weights that were gathered from other processes are dropped by emptying their storages, which is no
             # operation; the next gathering is one.
-            self._measure_again()
+            for key, storage in list(self._storages.items()):
+                self._set(key, storage.nbytes())
         before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
         for tensor in filter(_is_tensor, tree_leaves(made)):
             storage = tensor.untyped_storage()
@@ -40,10 +41,6 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self._drop, storage._cdata)
                 self._set(storage._cdata, storage.nbytes())
         return made
-
-    def _measure_again(self) -> None:
-        for key, storage in list(self._storages.items()):
-            self._set(key, storage.nbytes())
 
     def _set(self, key: int, size: int) -> None:
         self.now += size - self._sizes.get(key, 0)

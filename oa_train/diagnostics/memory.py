@@ -1,13 +1,12 @@
-"""Memory of a training step of a node circuit, found without weights.
+"""Memory of a training step of a node circuit, measured without weights.
 
-The step is carried out on tensors that have shapes and no content, and the bytes of those that live at one time are
-counted. So the figure is that of Hugging Face's own code, whatever the family keeps for its backward pass, and no
-formula has to follow it.
+The step is carried out on tensors that have shapes and no content, and the bytes of those alive at one time are
+counted: the figure is that of Hugging Face's own code, whatever the family keeps for its backward pass.
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -33,7 +32,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a training step is made of, as far as memory goes.
+    """Settings of a training step that its memory depends on.
 
     Attributes:
         batch_size: prompts in a batch of one process.
@@ -56,10 +55,10 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that live at the peak of a training step; the parts sum to it.
+    """Bytes alive at the peak of a training step, in parts that sum to it.
 
-    What a device takes beside tensors is not in it: the libraries themselves, work space of matrix products, and
-    what an allocator rounds up.
+    A device needs more beside tensors: for the libraries themselves, the work space of matrix products, and what an
+    allocator rounds up.
 
     Attributes:
         weights: the frozen model's parameters and buffers, or the process's share of them.
@@ -69,7 +68,7 @@ class StepMemory:
         replacements: masks, and constants that differ by position, laid out for every row and position.
         activations: what the masked run keeps for the backward pass.
         logits: logits of the clean and the masked run, and what their divergence keeps.
-        passing: made and dropped on the way, at the worst moment.
+        passing: temporaries at the worst moment.
     """
 
     weights: int
@@ -82,15 +81,15 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """All parts."""
+        """Sum of all parts."""
         return sum(asdict(self).values())
 
 
 def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
-    """Find what a training step of a circuit with pooled constants takes, in each process.
+    """Memory of a training step of a circuit with pooled constants, in each process.
 
     Args:
-        model: a model on the meta device, as `empty_model` makes it; it stays as it is.
+        model: a model on the meta device, as `empty_model` makes it; it is not changed.
         settings: the step.
 
     Raises:
@@ -101,9 +100,9 @@ def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
     tokens = torch.zeros(settings.batch_size, settings.n_tokens, dtype=torch.long)
     batch = unanswered(tokens, torch.ones_like(tokens, dtype=torch.bool))
     shared = settings.strategy == "fsdp"
-    others = _processes_without_others(settings.n_processes) if shared else nullcontext()
-    # Nobody can ask tensors on the meta device for a value, as some models' code does; fakes of the CPU may be asked.
-    with others as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+    processes = _fake_processes(settings.n_processes) if shared else nullcontext()
+    # Some models' code asks tensors for a value, which those on the meta device do not have and fakes of the CPU do.
+    with processes as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         standing = shapes.to_empty(device="cpu")
         standing.tie_weights()
         if mesh is not None:
@@ -113,12 +112,12 @@ def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
 
 
 @contextmanager
-def _processes_without_others(n_processes: int) -> Iterator[DeviceMesh]:
-    """Be the first of several processes of which the others do not exist: what they would send has a size only."""
+def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
+    """A mesh of which only this process exists: what the others would send has a size and no content."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end "fake"
 
     if distributed.is_initialized():
-        raise RunError("The memory of processes that share a model is found by one process that is on its own.")
+        raise RunError("The memory of processes that share a model is measured by one process that is on its own.")
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
     try:
         yield init_device_mesh("cpu", (n_processes,))
@@ -132,7 +131,8 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
     nodes = Nodes.of(model.config)
     mask, constants, optimiser = _trained(nodes, in_buckets=settings.strategy == "ddp")
     trained = live.now
-    with _precision(settings):
+    # Both half precisions are of one size.
+    with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
         with torch.no_grad():
             clean = scored_logits(model, batch)
         after_clean = live.now
@@ -157,17 +157,10 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
     )
 
 
-def _precision(settings: StepSettings) -> AbstractContextManager[object]:
-    # Both half precisions are of one size.
-    return torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext()
-
-
 def _trained(nodes: Nodes, in_buckets: bool) -> tuple[Tensor, TrainableConstants, list[Tensor]]:
     """A mask and constants with their gradients, and Adam's moments.
 
-    Args:
-        nodes: of the model.
-        in_buckets: whether gradients stand a second time in the buckets in which DDP sends them.
+    With `in_buckets` gradients stand a second time in the buckets in which DDP sends them.
     """
     mask = torch.ones(len(nodes), requires_grad=True)
     constants = TrainableConstants([Constants.zeros(nodes)])

@@ -26,34 +26,36 @@ def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row 
 
 @torch.no_grad()
 def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
-    """Count readers of attention that change other values of heads than they may.
+    """Count readers of attention that change values of heads that they must not.
 
-    A reader is given another input at one position. Of a query this can change its own head there and nowhere else; of
-    a key or value the heads that share it, there and later. A value that is given the same input everywhere makes its
-    heads the same everywhere, whatever they attend to.
+    A reader gets another input at one position. That of a query can change its own head there and nowhere else; that
+    of a key or value the heads that share it, there and later. A value with the same input everywhere makes its heads
+    the same everywhere, whatever they attend to.
 
     Args:
         model: frozen causal language model.
         batch: a prompt without padding; its first token is left alone.
         tolerance: difference, as a part of the largest value, that counts as none.
     """
-    graph, place = Graph.of(model.config), batch.tokens.shape[1] // 2
+    graph, width = Graph.of(model.config), batch.tokens.shape[1]
+    place, n_readers = width // 2, graph.n_heads + 2 * graph.n_kv_heads
     post_norm = bool(check_family(model.config.model_type).attention_post_norm)
+    values, rows = read_values(model, batch, graph), batch.repeat(n_readers)
+    before = torch.arange(width)
+    before[place] = place - 1
+    at_place = values.mapped(lambda tensor: tensor[:, before])
+    everywhere = values.mapped(lambda tensor: tensor[:, torch.zeros_like(before)])
+    may_move = _may_move(model, graph, place, width)
     wrong = 0
     for layer in range(graph.n_layers):
-        readers = layer * (graph.n_heads + 2 * graph.n_kv_heads + 1) + torch.arange(
-            graph.n_heads + 2 * graph.n_kv_heads
-        )
+        # After the readers of attention every layer has its MLP's.
+        readers = layer * (n_readers + 1) + torch.arange(n_readers)
         mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
-        clean = _heads(
-            model, batch.repeat(len(readers)), torch.ones_like(mask), read_values(model, batch, graph), layer
-        )
-        moved_there = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, place), layer)
-        the_same = _heads(model, batch.repeat(len(readers)), mask, _moved(model, batch, None), layer)
-        largest = clean.abs().max()
-        moved = ((moved_there - clean).abs().amax(dim=-1) > tolerance * largest).cpu()
-        may_move = _may_move(model, graph, place, batch.tokens.shape[1])
-        varies = ((the_same - the_same[:, :1]).abs().amax(dim=(1, 3)) > tolerance * largest).cpu()
+        clean = _heads(model, rows, torch.ones_like(mask), values, layer)
+        smallest = tolerance * clean.abs().max()
+        moved = ((_heads(model, rows, mask, at_place, layer) - clean).abs().amax(dim=-1) > smallest).cpu()
+        constant = _heads(model, rows, mask, everywhere, layer)
+        varies = ((constant - constant[:, :1]).abs().amax(dim=(1, 3)) > smallest).cpu()
         varies &= may_move.any(dim=1)
         # With a norm after attention the same replacement is written with each token's own scale.
         varies[: None if post_norm and layer else -graph.n_kv_heads] = False
@@ -72,26 +74,12 @@ def _heads(
     return read[0].reshape(*batch.tokens.shape, sizes.n_heads, sizes.d_head)
 
 
-def _moved(model: CausalLM, batch: Batch, place: int | None) -> Values:
-    """The model's own values, but at one position those of the position before; or everywhere those of the first."""
-    values = read_values(model, batch, Graph.of(model.config))
-    width = batch.tokens.shape[1]
-    positions = torch.arange(width) if place is not None else torch.zeros(width, dtype=torch.long)
-    if place is not None:
-        positions[place] = place - 1
-    return values.mapped(lambda tensor: tensor[:, positions])
-
-
 def _may_move(model: CausalLM, graph: Graph, place: int, width: int) -> Bool[Tensor, "reader position head"]:
     """Which values of heads can move when each reader of a layer has another input at one position."""
-    heads = torch.arange(graph.n_heads)
+    heads, positions = torch.arange(graph.n_heads), torch.arange(width).view(1, -1, 1)
     own = heads.unsqueeze(1) == heads
     shared = torch.arange(graph.n_kv_heads).unsqueeze(1) == heads // (graph.n_heads // graph.n_kv_heads)
-    positions = torch.arange(width).view(1, -1, 1)
-    if check_family(model.config.model_type).joint_norms:
-        own, of_keys = torch.ones_like(own), torch.ones_like(shared)
-    else:
-        of_keys = shared
-    queries = own.unsqueeze(1) & (positions == place)
-    keys, values = (heads_of.unsqueeze(1) & (positions >= place) for heads_of in (of_keys, shared))
+    joint = check_family(model.config.model_type).joint_norms
+    queries = (own | joint).unsqueeze(1) & (positions == place)
+    keys, values = (of_heads.unsqueeze(1) & (positions >= place) for of_heads in (shared | joint, shared))
     return torch.cat([queries, keys, values])

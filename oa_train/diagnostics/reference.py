@@ -1,8 +1,8 @@
 """The slow, obvious oracle that the engine for nodes is tested against.
 
-The two share the table of families and the names of entries, and how padding is kept finite. Everything else is done
-here again: one row, one position and one unit at a time, with hooks of its own, the mixture written out as in the
-paper, and logits at all positions from which the scored ones are picked at the end.
+The two share the table of families, the names of entries, and how padding is kept finite. All else is done again here:
+one row, one position and one unit at a time, with its own hooks, the mixture written out as in the paper, and logits
+at all positions, from which the scored ones are picked at the end.
 """
 
 from collections.abc import Callable, Iterable
@@ -70,12 +70,9 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
     tokens = {span: batch.layout.span(span) for span in nodes.spans if span is not None}
 
     def change(tensor: Tensor) -> Tensor:
-        by_token = tensor.reshape(*batch.tokens.shape, -1)
-        rows = []
-        for row in range(len(batch)):
-            columns = [mixed(row, column, by_token[row, column]) for column in range(by_token.shape[1])]
-            rows.append(torch.stack(columns))
-        return torch.stack(rows).view(tensor.shape)
+        rows = enumerate(tensor.reshape(*batch.tokens.shape, -1))
+        changed = [torch.stack([mixed(row, *cell) for cell in enumerate(vectors)]) for row, vectors in rows]
+        return torch.stack(changed).view(tensor.shape)
 
     def mixed(row: int, column: int, vector: Tensor) -> Tensor:
         if site.kind == "features":
@@ -95,8 +92,9 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
             name = names[unit] if span is None else f"{names[unit]}@{span}"
             if name not in entries or not (span is None or tokens[span][row, column]):
                 continue
-            replacement = _pick(values, site, span, row, column)[unit]
-            return _mix(mask[row, entries[name]], value, replacement)
+            keep, replacement = mask[row, entries[name]], _pick(values, site, span, row, column)[unit]
+            # Of partly kept units the replacement gets no gradient.
+            return keep * value + (1 - keep) * (replacement if keep < 0.001 else replacement.detach())
         return value
 
     return change
@@ -118,12 +116,6 @@ def run_with_hooks(model: CausalLM, batch: Batch, handles: Iterable[Any]) -> Flo
     return torch.stack(
         [torch.stack([logits[row, int(column)] for column in batch.scored[row]]) for row in range(len(batch))]
     )
-
-
-def _mix(keep: Tensor, value: Tensor, replacement: Tensor) -> Tensor:
-    if keep < 0.001:
-        return keep * value + (1 - keep) * replacement
-    return keep * value + (1 - keep) * replacement.detach()
 
 
 def _pick(values: Values, site: Site, span: str | None, row: int, column: int) -> Float[Tensor, "unit width"]:

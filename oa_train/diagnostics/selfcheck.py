@@ -1,4 +1,4 @@
-"""Checks whether the family table fits a model: the model itself is run on random tokens.
+"""Checks that the family table fits a model, by running the model itself on random tokens.
 
 A wrong entry seldom stops the model: it reads and replaces other values than it should. Every check states something
 that only holds where the entry is right.
@@ -6,8 +6,8 @@ that only holds where the entry is right.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, get_args
 
 import torch
 
@@ -20,12 +20,13 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family, find_parts, is_parallel
-from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.loading import CausalLM, LMSpec, check_finite, fingerprint
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap, tapped
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.tasks.encoding import PaddingSide, PromptEncoder
 
 # Largest difference, as a part of the largest value, that rounding may make. Many families norm in float32 whatever
 # their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
@@ -39,12 +40,12 @@ TABLE = 3
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found.
+    """Result of a check.
 
     Attributes:
         name: what should hold.
-        figure: the largest difference as a part of the largest value, or a number of exceptions; not a number where
-            the check could not be carried out.
+        figure: the largest difference as a part of the largest value, or a number of exceptions; NaN where the check
+            could not be carried out.
         tolerance: the figure's limit.
         problem: why the check could not be carried out, or nothing.
     """
@@ -60,29 +61,37 @@ class Check:
         return self.figure <= self.tolerance
 
 
-def self_check(model: CausalLM, seed: int = 0) -> tuple[Check, ...]:
+@torch.no_grad()
+def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tuple[Check, ...]:
     """Check that the interventions fit a model.
 
     Args:
         model: frozen causal language model; the checks are sharpest in float64.
         seed: of tokens, masks and constants.
+        lm: where the model came from, to check that its tokenizer fits it.
 
     Returns:
         The checks in the order in which they were made. One that stops with an error has failed; the others still
         take place.
 
     Raises:
-        ModelError: the family is not in the table, or the model is not built as its entry says.
+        ModelError: the family is not in the table, the model is not built as its entry says, or its weights are not
+            finite.
     """
     find_parts(model)
+    check_finite(model)
     trial = _Trial(model, seed)
     before = _state(model, trial)
-    rounding = TOLERANCES[model.dtype]
-    checks = [_carried_out(name, rounding, check, trial) for name, check in COMPARISONS.items()]
+    checks = [_carried_out(name, TOLERANCES[model.dtype], check, trial) for name, check in COMPARISONS.items()]
     checks += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
     after = _state(model, trial)
     changed = sum(before[what] != after[what] for what in before)
-    return (*checks, Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+    checks.append(Check("the model is as before: hooks, modules, weights, logits", changed, 0))
+    if lm is not None:
+        checks.append(
+            _carried_out("the tokenizer fits the embedding", 0, lambda _: PromptEncoder.of(lm) is None, trial)
+        )
+    return tuple(checks)
 
 
 def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float], trial: "_Trial") -> Check:
@@ -95,12 +104,7 @@ def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float]
 
 
 class _Trial:
-    """One model with all that the checks draw for it, in its data type and on its device.
-
-    Args:
-        model: the model.
-        seed: of all draws.
-    """
+    """A model with all that the checks draw for it, in its data type and on its device."""
 
     def __init__(self, model: CausalLM, seed: int) -> None:
         self.model = model
@@ -137,12 +141,7 @@ class _Trial:
             lambda table: torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
         )
 
-    def batch(
-        self,
-        rows: Sequence[Tensor] | Tensor,
-        side: Literal["left", "right"] = "right",
-        width: int | None = None,
-    ) -> Batch:
+    def batch(self, rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: int | None = None) -> Batch:
         """Rows of tokens, padded; a BOS in front is protected."""
         padded = _batch(rows, side, width)
         return replace(padded, protected=leading_tokens(padded.tokens, padded.positions, self.bos_token_id))
@@ -160,34 +159,29 @@ class _Trial:
         for run in (masked_logits, reference_node_logits):
             constants, mask = self.constants(TABLE), self.mask(2)
             leaves = [leaf.requires_grad_() for leaf in (mask, *constants.tables.values())]
-            logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
-            weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-            # The slow one does not touch constants of units that no row ablates; their gradient is zero.
-            gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
+            with torch.enable_grad():
+                logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
+                weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
+                # The slow one does not touch constants of units that no row ablates; their gradient is zero.
+                gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
             results.append((logits.detach(), *gradients))
         return results
 
-    @torch.no_grad()
     def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
-        """What each block adds to the residual stream."""
-        blocks = find_parts(self.model).blocks
-        read: list[Tensor] = []
-        written: list[Tensor] = []
-        ends = [
-            tap for block in blocks for tap in (Tap(block, "input", read.append), Tap(block, "output", written.append))
-        ]
-        scored_logits(self.model, batch, [*taps, *ends])
+        """Vectors that each block adds to the residual stream."""
+        read, written = list[Tensor](), list[Tensor]()
+        before = [Tap(block, "input", read.append) for block in self.parts.blocks]
+        after = [Tap(block, "output", written.append) for block in self.parts.blocks]
+        scored_logits(self.model, batch, [*taps, *before, *after])
         return torch.stack(written) - torch.stack(read)
 
 
-@torch.no_grad()
 def _all_kept(trial: _Trial) -> float:
     batch = trial.batch(trial.tokens(2))
     plain: Tensor = trial.model(input_ids=batch.tokens, use_cache=False).logits
     return _difference(trial.logits(batch, trial.ones(2), trial.constants()), plain[:, -1:])
 
 
-@torch.no_grad()
 def _all_ablated(trial: _Trial) -> float:
     tokens = trial.tokens(2)
     tokens[1, -1] = tokens[0, -1]
@@ -195,27 +189,25 @@ def _all_ablated(trial: _Trial) -> float:
     return _difference(logits[1], logits[0])
 
 
-@torch.no_grad()
 def _ablated_blocks(trial: _Trial) -> float:
-    """What a block adds less its MLP's constant is the same for all tokens, and for other such constants."""
-    batch = trial.batch(trial.tokens(2))
-    constants, unprotected = trial.constants(), replace(batch, protected=torch.zeros_like(batch.protected))
+    """Difference over tokens, and between constants of MLPs, of what a block adds less its MLP's constant."""
+    batch, constants = _batch(trial.tokens(2)), trial.constants()
     mlps = [Site("mlp", layer) for layer in range(trial.dimensions.n_layers)]
     zeros = {site: torch.zeros_like(table) if site in mlps else table for site, table in constants.tables.items()}
     rest = []
-    for each in (constants, replace(constants, tables=zeros)):
-        values = each.replacements(batch)
-        taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, unprotected.layout)
+    for table in (constants, replace(constants, tables=zeros)):
+        values = table.replacements(batch)
+        taps = node_taps(trial.model, trial.nodes, 0 * trial.ones(2), values, batch.layout)
         rest.append(trial.added(batch, taps) - torch.stack([values[site][0] for site in mlps]))
     return _difference(torch.stack(rest), rest[1][:, :1, :1].expand_as(torch.stack(rest)))
 
 
-@torch.no_grad()
-def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
-    """Difference over tokens of what a layer's part writes when all that enters it is replaced by constants."""
-    batch = trial.batch(trial.tokens(2))
-    batch = replace(batch, protected=torch.zeros_like(batch.protected))
-    nodes, read = Nodes.of(trial.model.config, [inside]), Nodes.of(trial.model.config, [whole])
+def _written_alone(trial: _Trial, kinds: tuple[str, str]) -> float:
+    """Difference over tokens at the sites of the second kind when all of the first, which enter it, are constants."""
+    if "neurons" in kinds and not trial.parts.down_projections:
+        return 0.0
+    batch = _batch(trial.tokens(2))
+    nodes, read = (Nodes.of(trial.model.config, [kind]) for kind in kinds)
     mask = torch.zeros(2, len(nodes), dtype=trial.model.dtype, device=trial.model.device)
     values = trial.constants(nodes=nodes).replacements(batch)
     with tapped(node_taps(trial.model, nodes, mask, values, batch.layout)):
@@ -223,70 +215,44 @@ def _written_alone(trial: _Trial, inside: str, whole: str) -> float:
     return _difference(written, written[:, :1, :1].expand_as(written))
 
 
-def _neurons_are_all_of_the_mlp(trial: _Trial) -> float:
-    return _written_alone(trial, "neurons", "mlp") if trial.parts.down_projections else 0.0
-
-
-def _heads_are_all_of_attention(trial: _Trial) -> float:
-    return _written_alone(trial, "heads", "attention")
-
-
-@torch.no_grad()
 def _padding(trial: _Trial) -> float:
     tokens, mask, constants = trial.tokens(1), trial.mask(1), trial.constants(TABLE)
-    batches = [
-        trial.batch(tokens),
-        trial.batch(tokens, "left", N_TOKENS + 3),
-        trial.batch(tokens, "right", N_TOKENS + 3),
-    ]
-    masked = [trial.logits(batch, mask, constants) for batch in batches]
-    clean = [scored_logits(trial.model, batch) for batch in batches]
-    return _largest(_difference(given, found[0]) for found in (masked, clean) for given in found[1:])
+    padded = [trial.batch(tokens, side, N_TOKENS + 3) for side in get_args(PaddingSide)]
+    differences = []
+    for run in (lambda batch: trial.logits(batch, mask, constants), partial(scored_logits, trial.model)):
+        plain = run(trial.batch(tokens))
+        differences += [_difference(run(batch), plain) for batch in padded]
+    return _largest(differences)
 
 
-@torch.no_grad()
 def _all_edges_kept(trial: _Trial) -> float:
     batch = trial.batch(trial.tokens(2))
     return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
 
 
-def _misplaced_readers(trial: _Trial) -> float:
-    return misplaced_readers(trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype])
+def _against_reference(trial: _Trial, part: slice) -> float:
+    fast, slow = (results[part] for results in trial.fast_and_slow)
+    return _largest(_difference(*pair) for pair in zip(fast, slow, strict=True))
 
 
-def _values_against_reference(trial: _Trial) -> float:
-    fast, slow = trial.fast_and_slow
-    return _difference(fast[0], slow[0])
-
-
-def _gradients_against_reference(trial: _Trial) -> float:
-    fast, slow = trial.fast_and_slow
-    return _largest(_difference(given, expected) for given, expected in zip(fast[1:], slow[1:], strict=True))
-
-
-@torch.no_grad()
 def _wrong_parallel(trial: _Trial) -> float:
     """Layers whose MLP changes with the heads of its own layer in a parallel model, or does not in another."""
     n_layers = trial.dimensions.n_layers
-    batch = trial.batch(trial.tokens(1).expand(n_layers, -1))
-    kept = trial.ones(n_layers)
+    batch, kept = _batch(trial.tokens(1).expand(n_layers, -1)), trial.ones(n_layers)
     ablated = kept.unflatten(1, (n_layers, -1)).clone()
     layers = torch.arange(n_layers)
     ablated[layers, layers, :-1] = 0
     runs: list[list[Tensor]] = []
     for mask in (kept, ablated.flatten(1)):
         outputs: list[Tensor] = []
-        layout = replace(batch, protected=torch.zeros_like(batch.protected)).layout
-        taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), layout)
+        taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), batch.layout)
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
     parallel = is_parallel(trial.model.config)
-    return sum(
-        torch.equal(before[row], after[row]) != parallel for row, (before, after) in enumerate(zip(*runs, strict=True))
-    )
+    pairs = enumerate(zip(*runs, strict=True))
+    return sum(torch.equal(before[row], after[row]) != parallel for row, (before, after) in pairs)
 
 
-@torch.no_grad()
 def _wrong_post_norms(trial: _Trial) -> float:
     """Layers that add something else than attention and MLP write in a model without post-norms, or the reverse."""
     writes: list[Tensor] = []
@@ -306,23 +272,25 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "all ablated: only the last token and its position count": _all_ablated,
     "all ablated: blocks add their constants and nothing else": _ablated_blocks,
     "padding left, right and none agree": _padding,
-    "the logits are the slow reference's": _values_against_reference,
-    "the gradients are the slow reference's": _gradients_against_reference,
+    "the logits are the slow reference's": partial(_against_reference, part=slice(1)),
+    "the gradients are the slow reference's": partial(_against_reference, part=slice(1, None)),
     "every edge kept: the logits are the model's own": _all_edges_kept,
-    "heads at constants: attention adds the same at every token": _heads_are_all_of_attention,
-    "neurons at constants: the MLP adds the same at every token": _neurons_are_all_of_the_mlp,
+    "heads at constants: attention adds the same at every token": partial(
+        _written_alone, kinds=("heads", "attention")
+    ),
+    "neurons at constants: the MLP adds the same at every token": partial(_written_alone, kinds=("neurons", "mlp")),
 }
 # What should hold, and the function that counts exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {
     "every MLP reads what `parallel` says": _wrong_parallel,
     "every block adds what `post_norms` says": _wrong_post_norms,
-    "every query, key and value reads what its name says": _misplaced_readers,
+    "every query, key and value reads what its name says": lambda trial: misplaced_readers(
+        trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype]
+    ),
 }
 
 
-def _batch(
-    rows: Sequence[Tensor] | Tensor, side: Literal["left", "right"] = "right", width: int | None = None
-) -> Batch:
+def _batch(rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: int | None = None) -> Batch:
     width = width or max(map(len, rows))
     tokens = torch.zeros(len(rows), width, dtype=torch.long, device=rows[0].device)
     real = torch.zeros_like(tokens, dtype=torch.bool)
@@ -332,21 +300,20 @@ def _batch(
     return unanswered(tokens, real)
 
 
-def _difference(given: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
-    """The largest difference as a part of the largest expected value; not a number where one of them is not."""
+def _difference(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """The largest difference as a part of the largest expected value; NaN where a value is."""
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-    return float((given - expected).abs().max() / largest)
+    return float((actual - expected).abs().max() / largest)
 
 
 def _largest(figures: Iterable[float]) -> float:
-    return float(torch.tensor(list(figures)).max())  # unlike python's, it does not lose what is not a number
+    return float(torch.tensor(list(figures)).max())  # unlike Python's, it keeps NaN
 
 
 def _state(model: CausalLM, trial: _Trial) -> dict[str, Any]:
     """All that an intervention could leave behind. Versions count in-place changes, so that no copy is needed."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
+    logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
     return {
         "hooks": [list(getattr(module, kind)) for module in model.modules() for kind in kinds],
         "modules": [(name, id(module), module.training) for name, module in model.named_modules()],

@@ -22,29 +22,28 @@ WITHOUT_DEVICE_MAP = (
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a Hugging Face causal language model live.
+    """Where the parts of a Hugging Face causal language model live; paths start at a block unless they say otherwise.
 
     Attributes:
         model_type: `config.model_type` of the family.
         blocks: path from the causal language model to its list of decoder blocks.
-        attention_output: path from a block to the projection that adds all heads to the residual stream; its
-            input is the heads' values side by side.
-        mlp: path from a block to the module whose output the block adds to the residual stream.
+        attention_output: path to the projection that adds all heads to the residual stream; its input is the heads'
+            values side by side.
+        mlp: path to the module whose output the block adds to the residual stream.
         final_norm: path from the causal language model to the norm before the unembedding.
-        attention_norm: path from a block to the norm through which attention reads the residual stream; empty where
-            there is none.
-        projections: paths from a block to the projections to queries, keys and values, or to the one that makes all
-            three: all queries first, then all keys, then all values.
-        mlp_input: path from a block to the module that the MLP's share of the residual stream enters first, its norm.
-        down_projection: path from a block to the projection that the MLP's neurons enter; empty where there is no
-            single one, as in mixtures of experts.
-        mlp_body: path from a block to the module with the MLP's hidden layer, which is recomputed where memory is
-            short; empty where the block itself has it.
+        attention_norm: path to the norm through which attention reads the residual stream; empty without one.
+        projections: paths to the projections to queries, keys and values, or to the one that makes all three: all
+            queries first, then all keys, then all values.
+        mlp_input: path to the module that the MLP's share of the residual stream enters first, its norm.
+        down_projection: path to the projection that the MLP's neurons enter; empty where there is no single one, as
+            in mixtures of experts.
+        mlp_body: path to the module with the MLP's hidden layer, which is recomputed where memory is short; empty
+            where the block itself has it.
         interleaved: whether the one projection makes each head's query, key and value side by side.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer; or the name of the configuration's attribute that says so.
-        post_norms: whether what attention and MLP write is normed before it is added to the residual stream.
-        attention_post_norm: path from a block to that norm of attention.
+        post_norms: whether the outputs of attention and MLP are normed before they are added to the residual stream.
+        attention_post_norm: path to that norm of attention.
         joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
             changes the others' queries.
         requires: an attribute that the configuration must set, where other models of the family norm the residual
@@ -179,7 +178,7 @@ def check_family(model_type: str) -> Family:
 
 
 def check_config(config: Any) -> Family:
-    """Look the family of a model up.
+    """Look the family of a configuration up.
 
     Raises:
         ModelError: the table has no such family, or the model is of a kind that its entry is not for.
@@ -206,7 +205,7 @@ def is_parallel(config: Any) -> bool:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """Sizes of a model, read from its configuration.
+    """Sizes of a model.
 
     Attributes:
         n_layers: decoder blocks.
@@ -234,18 +233,18 @@ class Dimensions:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The modules of one model at which units are read and replaced.
+    """The modules of one model at which units are read and replaced; tuples have one for each layer.
 
     Attributes:
         family: entry of the table.
         dimensions: sizes of the model.
         token_embedding: turns token ids into vectors.
         blocks: decoder blocks.
-        attention_outputs: output projection of each layer's attention; the heads enter it side by side.
-        attentions: module of each layer whose output attention adds to the residual stream: the output projection, or
-            the norm after it.
-        down_projections: projection of each layer that the MLP's neurons enter; empty where there is no single one.
-        mlps: module of each layer whose output the MLP adds to the residual stream.
+        attention_outputs: output projections of attention; the heads enter them side by side.
+        attentions: modules whose output attention adds to the residual stream: the output projection, or the norm
+            after it.
+        down_projections: projections that the MLP's neurons enter; no entries where there is no single one.
+        mlps: modules whose output the MLP adds to the residual stream.
         final_norm: norm before the unembedding.
         unembedding: the last linear map, from the residual stream to logits.
     """
@@ -262,26 +261,15 @@ class Parts:
     unembedding: nn.Module
 
 
-def _check_one_device(model: Any) -> None:
-    """Refuse a model that `from_pretrained(device_map=...)` has spread over devices."""
-    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
-    if len(devices) > 1:
-        raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
-
-
 class Lookup:
     """Modules of a model by path, and where each stood, so that a module that was swapped since is noticed."""
 
     def __init__(self) -> None:
-        # Parents by weak references, because one of them is the model, which is not to live for the sake of a cache.
+        # Parents by weak references: one of them is the model, which a cache must not keep alive.
         self._children: list[tuple[weakref.ref[nn.Module], str, nn.Module, type[nn.Module]]] = []
 
     def get(self, module: nn.Module, path: str) -> nn.Module:
-        """The module that a path leads to.
-
-        Raises:
-            AttributeError: it leads nowhere.
-        """
+        """The module that a path leads to; raises AttributeError if it leads nowhere."""
         for name in path.split("."):
             child = module.get_submodule(name)
             self._children.append((weakref.ref(module), name, child, type(child)))
@@ -289,7 +277,7 @@ class Lookup:
         return module
 
     def find(self, model: nn.Module, module: nn.Module) -> nn.Module:
-        """The module itself, looked up by the path at which it stands in a model."""
+        """The module itself, looked up by its path in a model."""
         return self.get(model, next(path for path, part in model.named_modules() if part is module))
 
     def holds(self) -> bool:
@@ -305,11 +293,11 @@ _lookups: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Lookup]]]" 
 
 
 def looked_up(model: Any, find: Callable[[Any, Lookup], _T]) -> _T:
-    """What a function finds in a model, looked up once a model and again when a module on the way was swapped.
+    """The result of a function on a model, cached until a module on the way is swapped.
 
     Args:
         model: a `PreTrainedModel`.
-        find: gets every module from the lookup that it is given, and keeps nothing but modules.
+        find: gets every module from the lookup that it is passed, and keeps nothing but modules.
 
     Raises:
         ModelError: the model is not built as its entry in the family table says.
@@ -331,75 +319,68 @@ def looked_up(model: Any, find: Callable[[Any, Lookup], _T]) -> _T:
 def find_parts(model: Any) -> Parts:
     """Find the parts of a Hugging Face causal language model; they are looked up once a model.
 
-    Args:
-        model: a `PreTrainedModel` of a family in the table.
-
     Raises:
         ModelError: the family is not in the table, the model is not built as its entry says, it is compiled as a
             whole, or it is spread over several devices.
     """
-    _check_not_wrapped(model)
-    _check_one_device(model)
-    return looked_up(model, _find_parts)
-
-
-def _check_not_wrapped(model: Any) -> None:
     if hasattr(model, "_orig_mod"):
         raise ModelError(
             "This is torch.compile(model), which runs code that was compiled without the interventions.\nGive the "
             "model itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): "
             "interventions then run the code that it was compiled from."
         )
+    # What `from_pretrained(device_map=...)` leaves.
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
+    return looked_up(model, _find_parts)
 
 
 def _find_parts(model: Any, lookup: Lookup) -> Parts:
-    family = check_config(model.config)
-    dimensions = Dimensions.of(model.config)
+    family, sizes = check_config(model.config), Dimensions.of(model.config)
 
     def of_blocks(path: str) -> tuple[nn.Module, ...]:
         return tuple(lookup.get(block, path) for block in blocks)
 
     listed: Any = lookup.get(model, family.blocks)
-    blocks = tuple(lookup.get(listed, str(number)) for number in range(len(listed)))
+    blocks = tuple(lookup.get(listed, str(layer)) for layer in range(len(listed)))
+    if len(blocks) != sizes.n_layers:
+        raise ModelError(f"The configuration names {sizes.n_layers} layers, the model has {len(blocks)}.")
     attention_outputs = of_blocks(family.attention_output)
-    parts = Parts(
+    down_projections = of_blocks(family.down_projection) if family.down_projection else ()
+    for kind, modules, width, units in (
+        (
+            "attention output",
+            attention_outputs,
+            sizes.n_heads * sizes.d_head,
+            f"{sizes.n_heads} heads of width {sizes.d_head}",
+        ),
+        ("down", down_projections, sizes.d_mlp, f"{sizes.d_mlp} neurons"),
+    ):
+        if any(linear_shape(module) != (width, sizes.d_model) for module in modules):
+            raise ModelError(
+                f"The {kind} projections of this {family.model_type} model do not map {units} to {sizes.d_model} "
+                "dimensions."
+            )
+    return Parts(
         family=family,
-        dimensions=dimensions,
+        dimensions=sizes,
         token_embedding=lookup.find(model, model.get_input_embeddings()),
         blocks=blocks,
         attention_outputs=attention_outputs,
         attentions=of_blocks(family.attention_post_norm) if family.attention_post_norm else attention_outputs,
-        down_projections=of_blocks(family.down_projection) if family.down_projection else (),
+        down_projections=down_projections,
         mlps=of_blocks(family.mlp),
         final_norm=lookup.get(model, family.final_norm),
         unembedding=lookup.find(model, model.get_output_embeddings()),
     )
-    _check_sizes(parts)
-    return parts
-
-
-def _check_sizes(parts: Parts) -> None:
-    sizes, model_type = parts.dimensions, parts.family.model_type
-    if len(parts.blocks) != sizes.n_layers:
-        raise ModelError(f"The configuration names {sizes.n_layers} layers, the model has {len(parts.blocks)}.")
-    width = sizes.n_heads * sizes.d_head
-    if any(linear_shape(projection) != (width, sizes.d_model) for projection in parts.attention_outputs):
-        raise ModelError(
-            f"The attention output projections of this {model_type} model do not map {sizes.n_heads} heads of width "
-            f"{sizes.d_head} to {sizes.d_model} dimensions."
-        )
-    if any(linear_shape(projection) != (sizes.d_mlp, sizes.d_model) for projection in parts.down_projections):
-        raise ModelError(
-            f"The down projections of this {model_type} model do not map {sizes.d_mlp} neurons to {sizes.d_model} "
-            "dimensions."
-        )
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
     """Widths of a linear map's input and output, wrapped, quantised or not; None where the module is none."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight stands the other way round
+    if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight is transposed
         return module.nx, module.nf
     base = getattr(module, "base_layer", None)  # of an adapter
     return None if base is None else linear_shape(base)

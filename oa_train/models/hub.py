@@ -4,7 +4,7 @@ import os
 import ssl
 import warnings
 from functools import cache
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from huggingface_hub import constants
@@ -22,26 +22,21 @@ def hub_answers() -> bool:
     """
     if constants.HF_HUB_OFFLINE:
         return False
-    answered = _answers(os.environ.get("HF_ENDPOINT", constants.ENDPOINT))
-    if not answered:
-        warnings.warn(
-            f"{constants.ENDPOINT} does not answer within {PATIENCE:g} s, so only models that were downloaded before "
-            "can be loaded.",
-            stacklevel=2,
-        )
-    return answered
-
-
-def _answers(endpoint: str) -> bool:
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     if not endpoint.startswith(("http://", "https://")):
         return True  # left for the Hub's own client to judge
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE).close()  # noqa: S310 (the scheme was looked at)
     except HTTPError:
         return True  # an answer, whatever it is
-    except URLError as problem:
+    except OSError as problem:
         # The Hub's own client brings certificates of its own.
-        return isinstance(problem.reason, ssl.SSLError)
-    except OSError:
+        if isinstance(getattr(problem, "reason", None), ssl.SSLError):
+            return True
+        warnings.warn(
+            f"{constants.ENDPOINT} does not answer within {PATIENCE:g} s, so only models that were downloaded before "
+            "can be loaded.",
+            stacklevel=2,
+        )
         return False
     return True

@@ -1,25 +1,29 @@
 """From a name to a frozen Hugging Face model.
 
-The model stays the plain `PreTrainedModel` that transformers made. What its parts are called stands in
-`models.families`; functions that replace parts of a run stand in `models.taps`.
+The model stays the plain `PreTrainedModel` that transformers made: `models.families` says what its parts are called,
+and `models.taps` replaces parts of a run.
 """
 
 import hashlib
+import json
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from oa_train.errors import ConfigurationError, ModelError, nearest_names
+from oa_train.errors import ConfigurationError, ModelError, OaTrainError, nearest_names
 from oa_train.models.builtin import builtin_folders
 from oa_train.models.families import check_config, check_family
 from oa_train.models.hub import hub_answers
 
-# What every function that runs a model takes: the plain class of transformers, under a name that other modules can
-# import without importing transformers themselves.
+# The class of every model here, by a name that other modules can import without importing transformers.
 CausalLM = PreTrainedModel
 
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -29,6 +33,18 @@ BosRule = Literal["auto", "none"]
 # apart, few enough that a model of tens of gigabytes is fingerprinted in a second.
 FINGERPRINT_VALUES = 1024
 
+# Buffers that older versions of transformers saved with the weights, and that models now compute themselves.
+_COMPUTED_BUFFERS = re.compile(
+    r"\.(inv_freq|(attn|attention)\.bias|masked_bias|embed_positions|position_ids|(cos|sin)_cached|version)$"
+)
+_CHECKED_DTYPES = tuple(getattr(torch, name) for name in get_args(DType))
+_LFS_POINTER = b"version https://git-lfs"
+_ADAPTER = (
+    "{} holds a LoRA or other adapter of peft, which is no model by itself and would be ignored beside full weights.\n"
+    "Merge it first: `peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER"
+    ")`, the tokenizer to FOLDER too; then give FOLDER as lm.name."
+)
+
 
 @dataclass(frozen=True)
 class LMSpec:
@@ -37,7 +53,7 @@ class LMSpec:
     Attributes:
         name: a built-in model (`tiny`), a local directory in Hugging Face format, or a Hub id.
         revision: branch, tag or commit of a Hub model.
-        dtype: data type of the frozen weights; what is trained is float32 whatever stands here.
+        dtype: data type of the frozen weights; trained tensors are float32 whatever it is.
         attn_implementation: attention back end of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
             its own choice when empty.
         bos: `auto` puts the tokenizer's bos token (else its eos token) in front of every prompt and never
@@ -63,8 +79,8 @@ class LMSpec:
             raise ConfigurationError(f"lm.bos is {self.bos!r}; expected auto or none.")
 
 
-# The model that everything uses when none is named. Arguments default to it and not to None, because the command line
-# can hand the fields of `lm` on to a default that is a specification, but not to one that is nothing.
+# The default of arguments is this and not None: the command line can hand the fields of `lm` on to a default that is
+# a specification, but not to None.
 BUILT_IN = LMSpec()
 
 
@@ -77,56 +93,51 @@ def locate(spec: LMSpec) -> dict[str, Any]:
     """Arguments by which every `from_pretrained` of transformers finds what `spec` names.
 
     Raises:
-        ModelError: the name is a directory without a model.
+        ModelError: the name is a directory without a model, or with an adapter.
     """
     shared = {"local_files_only": spec.local_files_only, "trust_remote_code": spec.trust_remote_code}
-    builtin = builtin_models().get(spec.name)
-    if builtin is not None:
-        return {"pretrained_model_name_or_path": str(builtin), **shared}
-    folder = Path(spec.name).expanduser()
+    folder = builtin_models().get(spec.name, Path(spec.name).expanduser())
     looks_like_path = spec.name.startswith((".", "~", os.sep)) or spec.name.count("/") > 1
-    if folder.is_dir() or looks_like_path:
-        if not (folder / "config.json").is_file():
-            state = "has no config.json" if folder.is_dir() else "does not exist"
-            raise ModelError(
-                f"lm.name is {spec.name!r}, a directory that {state}.\nExpected a directory that "
-                "`save_pretrained` of transformers wrote, with config.json, weights and tokenizer files."
-            )
-        return {"pretrained_model_name_or_path": str(folder), **shared}
-    shared["local_files_only"] = spec.local_files_only or not hub_answers()
-    return {"pretrained_model_name_or_path": spec.name, "revision": spec.revision or "main", **shared}
+    if not (folder.is_dir() or looks_like_path):
+        shared["local_files_only"] = spec.local_files_only or not hub_answers()
+        return {"pretrained_model_name_or_path": spec.name, "revision": spec.revision or "main", **shared}
+    if next(folder.glob("adapter_*"), None):
+        raise ModelError(_ADAPTER.format(f"The directory {spec.name!r}"))
+    if not (folder / "config.json").is_file():
+        state = "has no config.json" if folder.is_dir() else "does not exist"
+        raise ModelError(
+            f"lm.name is {spec.name!r}, a directory that {state}.\nExpected a directory that "
+            "`save_pretrained` of transformers wrote, with config.json, weights and tokenizer files."
+        )
+    return {"pretrained_model_name_or_path": str(folder), **shared}
 
 
 def load_config(spec: LMSpec) -> PretrainedConfig:
     """Read the model's configuration without its weights.
 
     Raises:
-        ModelError: there is no such model, it cannot be reached, or its family is not in the table.
+        ModelError: there is no such model, it cannot be reached, it is an adapter, or its family is not in the table.
     """
     where = locate(spec)
-    try:
+    with loading("model", spec):
+        if "revision" in where and find_adapter_config_file(
+            spec.name, revision=where["revision"], local_files_only=where["local_files_only"]
+        ):
+            raise ModelError(_ADAPTER.format(f"The Hub's {spec.name!r}"))
         config: PretrainedConfig = AutoConfig.from_pretrained(**where)
-    except (OSError, ValueError, KeyError) as problem:
-        raise _not_loaded(spec, problem) from problem
     check_config(config)
     return config
 
 
 def load_model(spec: LMSpec) -> CausalLM:
-    """Load a model in evaluation mode with frozen weights.
-
-    Args:
-        spec: which model.
-
-    Returns:
-        The model as transformers made it, on the CPU.
+    """Load a model in evaluation mode with frozen weights, as transformers made it, on the CPU.
 
     Raises:
-        ModelError: there is no such model, it cannot be reached, its weights are damaged or incomplete, or its
-            family is not in the table.
+        ModelError: there is no such model, it cannot be reached, its family is not in the table, or its weights are
+            damaged, not finite, or not those that its configuration asks for.
     """
     config, where = load_config(spec), locate(spec)
-    try:
+    with loading("model", spec):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             **where,
             config=config,
@@ -134,46 +145,42 @@ def load_model(spec: LMSpec) -> CausalLM:
             attn_implementation=spec.attn_implementation,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as problem:
-        raise _not_loaded(spec, problem) from problem
-    except Exception as problem:  # safetensors raises its own class, which is a bare Exception
-        if type(problem).__module__.startswith("safetensors"):
-            raise _not_loaded(spec, problem) from problem
-        raise
     model, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    missing = sorted(report["missing_keys"])
+    unused = sorted(name for name in report["unexpected_keys"] if not _COMPUTED_BUFFERS.search(f".{name}"))
+    if missing:
         raise ModelError(
-            f"The weights of {spec.name!r} lack {len(missing)} tensors that its configuration asks for "
-            f"({', '.join(missing[:3])}, ...); transformers would fill them with random numbers."
+            f"The weights of {spec.name!r} lack {_listed(missing)} that its configuration asks for; transformers "
+            "would fill them with random numbers."
         )
+    if unused:
+        raise ModelError(
+            f"The weights of {spec.name!r} hold {_listed(unused)} that a causal language model of its configuration "
+            "does not have: config.json names too few layers, say, or the model has another head.\nCorrect "
+            f"config.json. To do without them, save the rest with AutoModelForCausalLM.from_pretrained({spec.name!r})"
+            ".save_pretrained(FOLDER), the tokenizer too, and give FOLDER as lm.name."
+        )
+    check_finite(model)
     return freeze(model)
 
 
 def empty_model(spec: LMSpec) -> CausalLM:
-    """Build a model without its weights, on torch's meta device, where tensors have shapes and no content.
+    """Build a model without its weights, on torch's meta device, in evaluation mode and frozen.
 
-    Args:
-        spec: which model; only its configuration is read. Of the attention back ends only `eager` makes a
-            difference: the others need not be installed.
-
-    Returns:
-        The model in evaluation mode, frozen.
+    Only the configuration is read. Of the attention back ends only `eager` makes a difference: the others need not be
+    installed.
 
     Raises:
         ModelError: there is no such configuration, it cannot be reached, or its family is not in the table.
     """
     config = load_config(spec)
-    try:
-        with torch.device("meta"):
-            model: CausalLM = AutoModelForCausalLM.from_config(
-                config,
-                dtype=getattr(torch, spec.dtype),
-                attn_implementation="eager" if spec.attn_implementation == "eager" else None,
-                trust_remote_code=spec.trust_remote_code,
-            )
-    except (OSError, ValueError, KeyError, ImportError) as problem:
-        raise _not_loaded(spec, problem) from problem
+    with loading("model", spec), torch.device("meta"):
+        model: CausalLM = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation="eager" if spec.attn_implementation == "eager" else None,
+            trust_remote_code=spec.trust_remote_code,
+        )
     return freeze(model)
 
 
@@ -200,14 +207,33 @@ def freeze(model: CausalLM) -> CausalLM:
     return model
 
 
+@torch.no_grad()
+def check_finite(model: CausalLM) -> None:
+    """Check that no weight is NaN or infinite; sharded weights and those on the meta device are skipped.
+
+    Raises:
+        ModelError: some are; the message names their parameters.
+    """
+    wrong = []
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.dtype in _CHECKED_DTYPES:
+            # One pass without a copy; NaN comes out of it as well.
+            extremes = torch.stack(parameter.aminmax()) if parameter.numel() else parameter
+            if not extremes.isfinite().all():
+                wrong.append(name)
+    if wrong:
+        raise ModelError(
+            f"The model's weights hold NaN or infinity, in {_listed(wrong)}: its training has diverged, the file is "
+            f"damaged, or numbers are too large for {str(model.dtype).removeprefix('torch.')}. Choose another "
+            "checkpoint of the model, or another lm.dtype."
+        )
+
+
 def fingerprint(model: CausalLM) -> str:
-    """Identify a model by its weights.
+    """Sixteen hexadecimal digits that identify a model by its weights.
 
     Names, shapes and evenly spaced values of all parameters are hashed. Values are rounded to bfloat16 first, so
     that the same weights loaded as float32 and as bfloat16 agree.
-
-    Returns:
-        Sixteen hexadecimal digits.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in sorted(model.named_parameters()):
@@ -219,16 +245,56 @@ def fingerprint(model: CausalLM) -> str:
     return digest.hexdigest()[:16]
 
 
-def _not_loaded(spec: LMSpec, problem: Exception) -> ModelError:
-    builtin = builtin_models()
-    first = str(problem).strip().split("\n")[0]
-    return ModelError(
-        f"The model {spec.name!r} cannot be loaded: {first}\n"
-        f"Expected a built-in name ({', '.join(sorted(builtin)) or 'none found'}), a local directory, or the id "
-        f"of a model on the Hub that this machine can reach. {_suggestion(spec.name, builtin)}".rstrip()
-    )
+@contextmanager
+def loading(what: str, spec: LMSpec) -> Iterator[None]:
+    """Turn any error of transformers, while it loads the `what` ("model", "tokenizer of"), into a ModelError.
+
+    Damaged files and wrong values in them break its code anywhere, with errors of any class.
+    """
+    try:
+        yield
+    except (OaTrainError, MemoryError):
+        raise
+    except Exception as problem:
+        builtin = builtin_models()
+        near = nearest_names(spec.name, builtin) if spec.name not in builtin else ""
+        raise ModelError(
+            f"The {what} {spec.name!r} cannot be loaded: {_reason(problem)}\n"
+            f"{_damage(builtin.get(spec.name, Path(spec.name).expanduser()))}"
+            f"Expected a built-in name ({', '.join(sorted(builtin)) or 'none found'}), a local directory with "
+            "configuration, weights and tokenizer files, all whole, or the id of a model on the Hub that this machine "
+            f"can reach. {near if near.startswith('Did you mean') else ''}".rstrip()
+        ) from problem
 
 
-def _suggestion(name: str, builtin: dict[str, Path]) -> str:
-    sentence = nearest_names(name, builtin) if builtin and name not in builtin else ""
-    return sentence if sentence.startswith("Did you mean") else ""
+def _reason(problem: Exception) -> str:
+    """The first sentence of an error, with its class where that says more than the words."""
+    first, _, rest = str(problem).strip().partition("\n")
+    if first.endswith(":"):  # the second line of a wrong value in config.json says what is wrong with it
+        first = f"{first} {rest.partition(chr(10))[0].strip()}"
+    first = re.split(r"(?<=\w\w\.) ", first)[0]
+    bare = isinstance(problem, LookupError | AttributeError | TypeError | ArithmeticError)
+    return first if first and not bare else f"{type(problem).__name__}: {first}"
+
+
+def _damage(folder: Path) -> str:
+    """A line about each file of a folder that is plainly not what its name says."""
+    lines = ""
+    for file in sorted(filter(Path.is_file, folder.glob("*.*"))):
+        with file.open("rb") as stream:
+            pointer = stream.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if pointer:
+            lines += f"{file.name} is a pointer of Git LFS instead of the file; run `git lfs pull` in its folder.\n"
+        elif file.suffix == ".json":
+            try:
+                content = json.loads(file.read_bytes())
+                if file.name.endswith(".index.json"):
+                    content["weight_map"].values()
+            except (ValueError, LookupError, TypeError, AttributeError) as problem:
+                lines += f"{file.name} is damaged: {_reason(problem)}.\n"
+    return lines
+
+
+def _listed(names: list[str]) -> str:
+    plural, more = "s" * (len(names) > 1), ", ..." * (len(names) > 3)
+    return f"{len(names)} tensor{plural} ({', '.join(names[:3])}{more})"

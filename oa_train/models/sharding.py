@@ -8,18 +8,14 @@ from oa_train.models.loading import CausalLM
 
 
 def shard(model: CausalLM, mesh: DeviceMesh) -> None:
-    """Share a frozen model's weights out among processes, block by block; once done it stays so.
+    """Share a frozen model's weights out among the processes of a mesh, block by block; once done it stays so.
 
-    From then on all processes have to run the model together, as often as each other.
-
-    Args:
-        model: the same in every process; its weights are moved to the mesh's device as they are shared out.
-        mesh: the processes.
+    The weights, which are the same in every process, move to the mesh's device as they are shared out. From then on
+    all processes have to run the model together, as often as each other.
     """
     if isinstance(model, FSDPModule):
         return
-    for block in find_parts(model).blocks:
-        fully_shard(block, mesh=mesh)
-    # Embedding, final norm and unembedding; as the root of all it also lets one block's weights travel while another
-    # runs.
-    fully_shard(model, mesh=mesh)
+    # The rest (embedding, final norm, unembedding) comes last, as the root: it also lets one block's weights travel
+    # while another runs.
+    for module in (*find_parts(model).blocks, model):
+        fully_shard(module, mesh=mesh)

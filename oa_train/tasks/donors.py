@@ -16,10 +16,9 @@ FURTHER_PROMPTS = 20_000
 
 
 class Donors:
-    """Gives every prompt a partner: a prompt with as many tokens, from the stream `means`, drawn at random.
+    """Draws a partner for every prompt: one with as many tokens from the stream `means`, which shares no text with it.
 
-    Streams share no text, so a prompt of any other stream is never its own partner, whatever batch it comes in. The
-    partner follows from the seed and the prompt's number alone.
+    The partner follows from the seed and the prompt's number alone, whatever batch the prompt comes in.
 
     Args:
         task: source of the donors.

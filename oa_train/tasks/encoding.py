@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from oa_train.batches import leading_tokens
 from oa_train.errors import ModelError, TaskError
-from oa_train.models.loading import LMSpec, builtin_models, load_config, locate
+from oa_train.models.loading import LMSpec, load_config, loading, locate
 from oa_train.shapes import Bool, Int, Tensor
 
 PaddingSide = Literal["left", "right"]
@@ -23,33 +23,22 @@ Span = tuple[int, int] | str
 CONTEXT = "Then"
 
 
-def load_tokenizer(spec: LMSpec) -> PreTrainedTokenizerBase:
+def load_tokenizer(spec: LMSpec) -> Tokenizer:
     """Load the tokenizer that belongs to a model.
 
     Raises:
         ModelError: there is no such tokenizer, it cannot be reached, or its files are damaged.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**locate(spec))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError) as problem:
-        raise _not_loaded(spec, problem) from problem
-    except Exception as problem:  # the tokenizers library reports a damaged file as a bare Exception
-        if type(problem) is Exception:
-            raise _not_loaded(spec, problem) from problem
-        raise
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # transformers makes an empty tokenizer for some families when their files are missing.
-        raise _not_loaded(spec, "it has no words, so its files are missing or empty.")
+    with loading("tokenizer of", spec):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**locate(spec))
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            # transformers makes an empty tokenizer for some families when their files are missing.
+            raise ValueError("it has no words, so its files are missing or empty.")
     return tokenizer
 
 
-def bos_token_id(spec: LMSpec, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Id of the token that stands in front of every prompt, or None when there is none.
-
-    Args:
-        spec: the model; its `bos` is the rule.
-        tokenizer: the model's tokenizer.
-    """
+def bos_token_id(spec: LMSpec, tokenizer: Tokenizer) -> int | None:
+    """Id of the token in front of every prompt by the rule `spec.bos`; None for no such token."""
     if spec.bos == "none":
         return None
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -63,23 +52,33 @@ class PromptEncoder:
         tokenizer: the model's tokenizer.
         bos: id of the token in front of every prompt; None for none.
         vocabulary_size: rows of the model's embedding.
+        n_positions: rows of the model's table of positions; None for a model that has none (rotary embeddings).
 
     Attributes:
         padding: id that fills padded columns. Any id of the embedding will do, because those columns are masked.
 
     Raises:
-        ModelError: the BOS token has no row in the embedding.
+        ModelError: the tokenizer, or the BOS token, has ids without a row in the embedding. Other tokens that were
+            added to the tokenizer alone are refused where a prompt uses them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bos: int | None, vocabulary_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, bos: int | None, vocabulary_size: int, n_positions: int | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.bos = bos
         self.vocabulary_size = vocabulary_size
+        self.n_positions = n_positions
         if bos is not None and bos >= vocabulary_size:
             raise ModelError(
                 f"The beginning-of-sequence token {tokenizer.convert_ids_to_tokens(bos)!r} has the id {bos}, but the "
                 f"model's embedding has {vocabulary_size} rows. The tokenizer belongs to another model, or got tokens "
                 "that the embedding was not resized for. Use the model's own tokenizer, or lm.bos: none."
+            )
+        if tokenizer.vocab_size > vocabulary_size:
+            raise ModelError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has {vocabulary_size} "
+                "rows: the tokenizer belongs to another model. Use the model's own tokenizer files."
             )
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.padding = next(int(token) for token in candidates if token is not None and token < vocabulary_size)
@@ -92,8 +91,11 @@ class PromptEncoder:
         Raises:
             ModelError: the tokenizer or the configuration cannot be loaded, or the two do not fit together.
         """
-        tokenizer = load_tokenizer(spec)
-        return cls(tokenizer, bos_token_id(spec, tokenizer), load_config(spec).get_text_config().vocab_size)
+        tokenizer, config = load_tokenizer(spec), load_config(spec).get_text_config()
+        # Models that rotate by the position compute it; all others look it up in a table.
+        rotary = getattr(config, "rope_parameters", None)
+        n_positions = None if rotary else getattr(config, "max_position_embeddings", None)
+        return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without the tokenizer's own special tokens, each with the BOS in front unless it has one.
@@ -103,8 +105,8 @@ class PromptEncoder:
         """
         rows = [self._opening(ids) + ids for ids in self._plain(texts)]
         for text, row in zip(texts, rows, strict=True):
-            if row and max(row) >= self.vocabulary_size:
-                token = max(row)
+            token = max(row, default=0)
+            if token >= self.vocabulary_size:
                 raise TaskError(
                     f"The token {self.tokenizer.convert_ids_to_tokens(token)!r} of the prompt {text!r} has the id "
                     f"{token}, but the model's vocabulary has {self.vocabulary_size} tokens: it was added to the "
@@ -115,17 +117,22 @@ class PromptEncoder:
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
     ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-        """Put rows of different length into one tensor.
-
-        Args:
-            rows: token ids of each prompt.
-            side: where shorter rows are filled up.
+        """Put the token ids of prompts of different length into one tensor, filled up on one side.
 
         Returns:
             Token ids, and a mask that is True at real tokens.
+
+        Raises:
+            TaskError: a prompt has more tokens than the model has positions.
         """
         lengths = torch.tensor([len(row) for row in rows]).unsqueeze(1)
         width = int(lengths.max())
+        if self.n_positions is not None and width > self.n_positions:
+            opening = self.tokenizer.decode(max(map(list, rows), key=len)[:20])
+            raise TaskError(
+                f"A prompt has {width} tokens, but the model has {self.n_positions} positions and cannot run it: "
+                f"{opening!r}...\nChoose shorter prompts, or a model with more positions."
+            )
         columns = torch.arange(width)
         mask = columns < lengths if side == "right" else columns >= width - lengths
         tokens = torch.full(mask.shape, self.padding)
@@ -139,11 +146,11 @@ class PromptEncoder:
         return leading_tokens(tokens, (mask.long().cumsum(dim=1) - 1).clamp(min=0), self.bos) & mask
 
     def span_flags(self, texts: Sequence[str], spans: Sequence[Mapping[str, Span]]) -> list[dict[str, list[bool]]]:
-        """Find the tokens of named parts of texts: those that share with one a character that is not white space.
+        """Find the tokens of named spans: those that share with the span a character that is not white space.
 
         Args:
             texts: the prompts.
-            spans: the named parts of each.
+            spans: the spans of each.
 
         Returns:
             For each text and each of its spans, a flag for every token of `encode`.
@@ -171,8 +178,7 @@ class PromptEncoder:
         self, text: str, name: str, span: Span, ids: list[int], offsets: Sequence[tuple[int, int]]
     ) -> list[bool]:
         start, end = _characters(text, name, span)
-        opening = self._opening(ids)
-        flags = [False] * len(opening)
+        flags = [False] * len(self._opening(ids))
         flags += [bool(text[max(start, first) : min(end, last)].strip()) for first, last in offsets]
         if not any(flags[self.bos is not None :]):
             state = "the beginning-of-sequence token, which is never ablated" if any(flags) else "part of no token"
@@ -185,7 +191,7 @@ class PromptEncoder:
     def continuation(self, text: str, piece: str) -> int | None:
         """Id of the one token by which `piece` continues `text`.
 
-        Only the last word of `text` can change how `piece` is written, so the answer is looked up by that word.
+        Only the last word of `text` can change how `piece` is written, so the answer is cached by that word.
 
         Args:
             text: what stands before.
@@ -197,19 +203,17 @@ class PromptEncoder:
         last_word = text.rsplit(maxsplit=1)[-1] if text.strip() else ""
         key = (last_word, piece)
         if key not in self._continuations:
-            self._continuations[key] = self._probe(f"{CONTEXT} {last_word}".rstrip(), piece)
+            context = f"{CONTEXT} {last_word}".rstrip()
+            before, after = self._plain([context, context + piece])
+            follows = after[:-1] == before and len(after) == len(before) + 1 and after[-1] < self.vocabulary_size
+            # A token for unknown words, declared as such or not, does not give the word back.
+            known = follows and str(self.tokenizer.decode(after[-1:])).strip() == piece.strip()
+            self._continuations[key] = after[-1] if known else None
         return self._continuations[key]
 
     def is_single_token(self, word: str) -> bool:
         """Whether a word is one token after a space in the middle of a sentence."""
         return self.continuation("", f" {word}") is not None
-
-    def _probe(self, context: str, piece: str) -> int | None:
-        before, after = self._plain([context, context + piece])
-        if after[:-1] != before or len(after) != len(before) + 1 or after[-1] >= self.vocabulary_size:
-            return None
-        # A token for unknown words, declared as such or not, does not give the word back.
-        return after[-1] if str(self.tokenizer.decode(after[-1:])).strip() == piece.strip() else None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
@@ -237,13 +241,3 @@ def _characters(text: str, name: str, span: Span) -> tuple[int, int]:
             "the first character and the one after the last."
         )
     return start, end
-
-
-def _not_loaded(spec: LMSpec, problem: Exception | str) -> ModelError:
-    first = str(problem).strip().split("\n")[0]
-    return ModelError(
-        f"The tokenizer of {spec.name!r} cannot be loaded: {first}\n"
-        f"Expected a built-in model ({', '.join(sorted(builtin_models())) or 'none found'}), a local directory "
-        "with the model's tokenizer files beside its weights, or the id of a model on the Hub that this machine "
-        "can reach."
-    )

@@ -20,9 +20,7 @@ RARE_LENGTHS = 20
 
 
 class GrammarTask(Task):
-    """Task whose prompts are drawn at random, each from a generator of its own.
-
-    A prompt depends on the seed, its stream and its number and on nothing that was drawn before it.
+    """Task whose prompts are drawn at random, each from a generator of its own: seed, stream and number decide.
 
     Args:
         n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
@@ -35,11 +33,7 @@ class GrammarTask(Task):
 
     @abstractmethod
     def draw(self, random: random.Random) -> Prompt:
-        """Draw a prompt of any stream.
-
-        Args:
-            random: the only source of randomness that may be used.
-        """
+        """Draw a prompt of any stream; `random` is the only source of randomness that may be used."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides which prompts there are, as plain values for the header of an artefact."""
@@ -73,11 +67,7 @@ class GrammarTask(Task):
 
 
 def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Fill the slots of a template.
-
-    Returns:
-        The text, and the first and the past-the-end character of each word, where it occurs first.
-    """
+    """Fill the slots of a template: the text, and the first and past-the-end character of each word's first place."""
     text = ""
     places: dict[str, tuple[int, int]] = {}
     for literal, slot, _, _ in Formatter().parse(template):

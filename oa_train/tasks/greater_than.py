@@ -4,7 +4,6 @@ import random
 from typing import Any
 
 from oa_train.seeds import derive_seed
-from oa_train.tasks.encoding import PromptEncoder
 from oa_train.tasks.grammar import GrammarTask, end_span, fill
 from oa_train.tasks.task import Prompt
 from oa_train.tasks.vocabulary import require_enough, single_token_words
@@ -23,8 +22,8 @@ MINIMUM_YEARS = 20
 class GreaterThan(GrammarTask):
     """The end of a period, which must lie after its start.
 
-    Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the
-    second year of the same century. Spans: `noun`, `year` (the two digits of the start after its century), `end` (the
+    Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the second
+    year of the same century. Spans: `noun`, `year` (the two digits of the start after its century), `end` (the
     last token).
 
     Args:
@@ -41,7 +40,11 @@ class GreaterThan(GrammarTask):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.nouns = single_token_words(self.encoder, self.name, "nouns", MINIMUM_NOUNS)
-        self.years = {century: _whole_years(self.encoder, century) for century in CENTURIES}
+        # A year is one token after its century, which keeps the tokens that it has alone.
+        self.years = {
+            century: tuple(year for year in YEARS if self.encoder.continuation(f"year {century}", year) is not None)
+            for century in CENTURIES
+        }
         self.starts = [
             (century, year)
             for century, years in self.years.items()
@@ -75,8 +78,3 @@ class GreaterThan(GrammarTask):
         """Everything that decides which prompts there are, as plain values for the header of an artefact."""
         words = (*self.nouns, *(century + year for century, year in self.starts))
         return {**super().describe(), "words": f"{derive_seed(*words):016x}"}
-
-
-def _whole_years(encoder: PromptEncoder, century: str) -> tuple[str, ...]:
-    """Years that are one token after their century, which keeps the tokens that it has alone."""
-    return tuple(year for year in YEARS if encoder.continuation(f"year {century}", year) is not None)

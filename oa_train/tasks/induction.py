@@ -7,7 +7,7 @@ from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
 from oa_train.tasks.grammar import GrammarTask, end_span, word_span
 from oa_train.tasks.task import Prompt, Question
-from oa_train.tasks.vocabulary import single_token_words
+from oa_train.tasks.vocabulary import read_words, single_token_words
 
 # Some text must stand before the first word: tokenizers write the very first word of a prompt differently.
 OPENING = "Words:"
@@ -33,24 +33,24 @@ class Induction(GrammarTask):
 
     name = "induction"
 
-    def __init__(
-        self,
-        *,
-        length: int = 8,
-        repeated: int = 1,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, length: int = 8, repeated: int = 1, **options: Any) -> None:
         if length < 3:
             raise ConfigurationError(f"length is {length}; expected at least 3 words: a pair and one other.")
         if not 1 <= repeated <= length - 2:
             raise ConfigurationError(
                 f"repeated is {repeated}; expected 1 to {length - 2} words, so that one follows them and one is left."
             )
+        # More words than the row holds, for the counterfactual.
+        minimum, n_words = length + repeated, len(read_words("induction"))
+        if minimum > n_words:
+            raise ConfigurationError(
+                f"length and repeated are {length} and {repeated}; expected a sum of at most {n_words}, the words "
+                "that the task knows."
+            )
         super().__init__(**options)
         self.length = length
         self.repeated = repeated
-        # More words than the row holds, for the counterfactual.
-        self.words = single_token_words(self.encoder, self.name, "induction", minimum=length + repeated)
+        self.words = single_token_words(self.encoder, self.name, "induction", minimum)
 
     def draw(self, random: random.Random) -> Prompt:
         """Draw the words and which of them come back."""

@@ -59,9 +59,8 @@ class Scene:
 
 
 class IOI(GrammarTask):
-    """Indirect object identification.
+    """Indirect object identification: of two people one is named again and gives something to the other.
 
-    Two people are introduced, one of them is named again and gives something to whom? The other one.
     The counterfactual names three other people in the same sentence. Spans: `IO` (the indirect object), `S1` and `S2`
     (first and second mention of the subject), `end` (the last token).
 
@@ -80,13 +79,7 @@ class IOI(GrammarTask):
 
     name = "ioi"
 
-    def __init__(
-        self,
-        *,
-        order: Order = "mixed",
-        distractor_names: float = 0.5,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, order: Order = "mixed", distractor_names: float = 0.5, **options: Any) -> None:
         if not 0 <= distractor_names <= 1:
             raise ConfigurationError(f"distractor_names is {distractor_names}; expected a probability from 0 to 1.")
         check_choice("order", order, get_args(Order))

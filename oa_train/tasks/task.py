@@ -39,12 +39,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt(Question):
-    """A text that ends with a question, and may hold earlier ones.
+    """A text that ends with a question, the last one, and may hold earlier ones.
 
     Attributes:
         text: the prompt, up to and including the token that predicts the last answer.
-        answers: texts of which each is a right continuation by one token (" Anna", "32").
-        distractors: wrong continuations of one token that the answers are compared with.
+        answers: right continuations of the whole text.
+        distractors: wrong ones.
         counterfactual: the prompt with other content, as many tokens long; None when the task has none.
         earlier: questions that the text answers itself as it goes on, from left to right.
         spans: named parts of the text: the first character of each and the one after its last, or a substring that
@@ -82,7 +82,7 @@ class Task(ABC):
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
-        ModelError: the tokenizer cannot be loaded, or its BOS is not in the model's vocabulary.
+        ModelError: the tokenizer cannot be loaded, or does not fit the model's embedding.
         TaskError: the tokenizer splits the words that the task needs.
     """
 
@@ -120,7 +120,7 @@ class Task(ABC):
 
     @abstractmethod
     def prompt(self, stream: Stream, index: int) -> Prompt:
-        """Prompt number `index` of a stream, whatever was asked for before.
+        """Prompt number `index` of a stream, which depends on no prompt made before.
 
         Streams should share no text: `stream_of` says to which one a text belongs.
 
@@ -144,44 +144,33 @@ class Task(ABC):
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of the token that stands in front of every prompt; None when there is none."""
+        """Id of the token in front of every prompt; None for no such token."""
         return self.encoder.bos
 
     def batch(self, stream: Stream, index: int, size: int | None = None) -> Batch:
-        """Prompts `index * size` to `(index + 1) * size - 1` of a stream.
-
-        Args:
-            stream: which stream.
-            index: number of the batch.
-            size: prompts in the batch; `batch_size` when not given.
+        """Prompts `index * size` to `(index + 1) * size - 1` of a stream; `size` is `batch_size` by default.
 
         Raises:
-            TaskError: a prompt does not fit the tokenizer.
+            TaskError: as of `batch_of`.
         """
         size = self.batch_size if size is None else positive("size", size)
         return self.batch_of(stream, range(index * size, (index + 1) * size))
 
     def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `n_prompts` prompts of a stream; the last batch may be smaller.
+        """The first `n_prompts` prompts of a stream, `size` (by default `evaluation_batch_size`) or fewer in a batch.
 
-        Args:
-            stream: which stream.
-            n_prompts: how many in all.
-            size: prompts in a batch; `evaluation_batch_size` when not given.
+        Raises:
+            TaskError: as of `batch_of`.
         """
         size = self.evaluation_batch_size if size is None else positive("size", size)
         for start in range(0, n_prompts, size):
             yield self.batch_of(stream, range(start, min(start + size, n_prompts)))
 
     def batch_of(self, stream: Stream, numbers: range) -> Batch:
-        """The prompts of a stream with these numbers, as a batch.
-
-        Args:
-            stream: which stream.
-            numbers: at least one.
+        """The prompts of a stream with these numbers, at least one, as a batch.
 
         Raises:
-            TaskError: a prompt does not fit the tokenizer, or its spans are wrong or not those of the other prompts.
+            TaskError: a prompt does not fit tokenizer or model, or its spans are wrong or not those of other prompts.
         """
         prompts = [self.prompt(stream, number) for number in numbers]
         rows = self.encoder.encode([prompt.text for prompt in prompts])
@@ -212,8 +201,8 @@ class Task(ABC):
             self._span_names = tuple(prompts[0].spans)
         names = self._span_names
         for prompt in prompts:
-            if set(prompt.spans) != set(names):
-                lacking = sorted(set(names) - set(prompt.spans))
+            if prompt.spans.keys() != set(names):
+                lacking = sorted(set(names) - prompt.spans.keys())
                 problem = f"lacks the spans {', '.join(lacking)}" if lacking else "names further spans"
                 raise TaskError(
                     f"The prompt {prompt.text!r} {problem}: it names {', '.join(prompt.spans) or 'none'}, and other "
@@ -252,14 +241,16 @@ class Task(ABC):
 
     def _tokens(self, question: Question, pieces: Sequence[str], most: int) -> list[int]:
         """The token of each piece, filled up with -1."""
-        tokens = [self.encoder.continuation(question.text, piece) for piece in pieces]
-        for piece, token in zip(pieces, tokens, strict=True):
+        tokens = []
+        for piece in pieces:
+            token = self.encoder.continuation(question.text, piece)
             if token is None:
                 raise TaskError(
                     f"{piece!r} after {question.text!r} is not one token of this tokenizer. The task {self.name} "
                     "scores one token, so leave this word out or choose a model whose tokenizer holds it."
                 )
-        return [token for token in tokens if token is not None] + [-1] * (most - len(tokens))
+            tokens.append(token)
+        return tokens + [-1] * (most - len(tokens))
 
     def _counterfactuals(
         self, prompts: Sequence[Prompt], rows: Sequence[list[int]]
@@ -279,21 +270,13 @@ class Task(ABC):
 
 
 def positive(name: str, value: int, least: int = 1) -> int:
-    """Return `value` if it is at least `least`.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Return `value` if it is at least `least`, else raise a ConfigurationError."""
     if value < least:
         raise ConfigurationError(f"{name} is {value}; expected a number of at least {least}.")
     return value
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Check that a value is one of `choices`.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Raise a ConfigurationError unless a value is one of `choices`."""
     if value not in choices:
         raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")

@@ -20,27 +20,17 @@ def read_data(name: str) -> Any:
 
 
 def read_words(name: str) -> tuple[str, ...]:
-    """Read a list of words.
-
-    Args:
-        name: the list: names, places, objects, nouns or induction.
-    """
+    """Read a list of words: names, places, objects, nouns or induction."""
     return tuple(read_data(name))
 
 
 def single_token_words(encoder: PromptEncoder, task: str, name: str, minimum: int) -> tuple[str, ...]:
-    """Leave out the words of a list that are several tokens.
+    """The words of a list that are single tokens, at least `minimum` of them, for the task of this name.
 
     Prompts that differ in one word then have the same number of tokens, whatever the word.
 
-    Args:
-        encoder: encodes with the model's tokenizer.
-        task: name of the task that asks, for the message.
-        name: the list.
-        minimum: the task cannot do with fewer words.
-
     Raises:
-        TaskError: fewer than `minimum` words are left.
+        TaskError: there are fewer.
     """
     words = read_words(name)
     kept = tuple(word for word in words if encoder.is_single_token(word))
@@ -52,14 +42,14 @@ def require_enough(kept: Sequence[str], words: Sequence[str], *, task: str, what
     """Refuse a tokenizer that knows too few words of a list.
 
     Args:
-        kept: what is left.
-        words: what there was.
-        task: name of the task that asks.
-        what: what the words are and what is true of those kept.
-        minimum: the task cannot do with fewer.
+        kept: words that the tokenizer knows, of all `words`.
+        words: the list.
+        task: name of the task, for the message.
+        what: what the words are and what is true of those kept, for the message.
+        minimum: fewest words that the task needs.
 
     Raises:
-        TaskError: fewer than `minimum` are left.
+        TaskError: fewer are kept.
     """
     if len(kept) < minimum:
         raise TaskError(

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the dictionary is trained.
+    """Training of the dictionary.
 
     Attributes:
         n_features: entries of the code.

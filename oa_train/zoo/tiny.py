@@ -80,7 +80,7 @@ class SceneIOI(IOI):
     Args:
         lm: the model whose tokenizer encodes the prompts.
         accept: whether a scene may be used.
-        templates: the sentences to draw from; all when not given.
+        templates: the sentences to draw from; all by default.
         unrelated: share of prompts with three unrelated people; the answer is one of the first two, at random.
         seed: other seeds give other prompts.
     """
@@ -125,12 +125,12 @@ class RowInduction(Induction):
 
 
 def pair_held_out(scene: Scene) -> bool:
-    """Whether these two people never meet in training, in either role; a tenth of all pairs."""
+    """True for two people who never meet in training, in either role; a tenth of all pairs."""
     return derive_seed("pair", *sorted((scene.indirect_object, scene.subject))) % 10 == 0
 
 
 def template_held_out(scene: Scene) -> bool:
-    """Whether this sentence never enters training."""
+    """True for a sentence that never enters training."""
     return scene.template in HELD_OUT_TEMPLATES
 
 
@@ -157,7 +157,7 @@ def _grammar_texts() -> Iterator[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadModel:
-    """Make the model with random weights; the global generator is left as it was."""
+    """Make the model with random weights; the global generator is not touched."""
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=48,
@@ -183,7 +183,7 @@ def train(model: GPT2LMHeadModel, lm: LMSpec, recipe: Recipe, seed: int = 0) -> 
     Args:
         model: changed in place.
         lm: a folder with the model's tokenizer.
-        recipe: how.
+        recipe: of the training.
         seed: seed of the prompts.
 
     Returns:
@@ -240,9 +240,9 @@ def _loss(
     Without the second half the model spends its first thousand steps on words that nobody can foresee.
     """
     logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
-    each = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    answer = each[torch.arange(len(each)), mask.sum(dim=1) - 2]
-    return 0.5 * each[mask[:, 1:]].mean() + 0.5 * answer.mean()
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    answer = losses[torch.arange(len(losses)), mask.sum(dim=1) - 2]
+    return 0.5 * losses[mask[:, 1:]].mean() + 0.5 * answer.mean()
 
 
 def _optimizer(model: GPT2LMHeadModel, recipe: Recipe) -> torch.optim.Optimizer:
@@ -275,15 +275,12 @@ def accuracy(model: GPT2LMHeadModel, task: Task, n_prompts: int = 2000) -> float
 
 
 def held_out_figures(model: GPT2LMHeadModel, lm: LMSpec, n_prompts: int = 2000) -> dict[str, float]:
-    """How well the model does on prompts that it was not trained on.
+    """Accuracy on each kind of prompt that the model was not trained on.
 
     Args:
         model: the trained model.
         lm: a folder with its tokenizer.
         n_prompts: test prompts of each kind.
-
-    Returns:
-        The accuracy for each kind of prompt.
     """
     tasks: dict[str, Task] = {
         "indirect object, pairs of names that were held out": SceneIOI(lm, pair_held_out),
@@ -310,7 +307,7 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
     Args:
         output: the folder; files in it are replaced.
         seed: seed of weights and prompts.
-        recipe: how to train; the recipe of the built-in model when not given.
+        recipe: of the training; by default that of the built-in model.
         n_prompts: test prompts of each kind.
 
     Returns:

@@ -1,9 +1,9 @@
 """The edges that a known model needs under a kind of ablation: computed, and not believed.
 
-A hand-written list of edges says how a model was meant. What can be spared depends on what stands in for an edge that
-is cut: another prompt of the same length tells a position as well as the right one does, zeros take constants away
-that the model relies on, and trained constants bring them back. So for every kind the smallest sets of edges are
-looked for that keep the model's predictions.
+A hand-written list of edges says how a model was meant to work. Which edges can be cut depends on their replacements:
+another prompt of the same length tells a position as well as the prompt itself, zeros take constants away that the
+model relies on, and trained constants bring them back. So for every kind a search finds the smallest sets of edges
+that keep the model's predictions.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ Measure = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TruthSettings:
-    """How the edges that are needed are found.
+    """Settings of the search for the edges that are needed.
 
     Attributes:
         tolerance: KL divergence from the model in nats up to which a set of edges is enough.
@@ -73,9 +73,8 @@ class Truth:
         graph: of the model.
         sets: the sets, each with its edges in mask order; all have the same size.
         kl: divergence of each from the model, in nats.
-        without: for each set what is left of it diverges by when one of its edges is taken away, in nats. All are
-            above the tolerance.
-        meant_kl: divergence of the edges that the search was given.
+        without: divergence of each set without one of its edges, in nats, by edge. All are above the tolerance.
+        meant_kl: divergence of the edges by which the model was meant to work.
     """
 
     kind: AblationKind
@@ -88,25 +87,25 @@ class Truth:
     @property
     def necessary(self) -> tuple[str, ...]:
         """Edges that are in every set."""
-        return tuple(edge for edge in self.sets[0] if all(edge in others for others in self.sets[1:]))
+        return tuple(edge for edge in self.sets[0] if all(edge in edges for edges in self.sets[1:]))
 
     @property
     def margin(self) -> float:
-        """The least by which a set diverges that lacks one edge, in nats."""
+        """Smallest divergence of a set without one of its edges, in nats."""
         return min(min(costs.values()) for costs in self.without)
 
-    def recovery(self, found: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"] | None = None) -> Recovery:
+    def recovery(self, circuit: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"] | None = None) -> Recovery:
         """Compare a circuit with the set that it agrees with best.
 
         Args:
-            found: edges of the circuit.
+            circuit: its edges.
             scores: of all edges.
         """
-        compared = [recovery(found, self.graph.mask(edges), scores) for edges in self.sets]
-        return max(compared, key=lambda one: (one.f1, one.auroc or 0.0))
+        recoveries = [recovery(circuit, self.graph.mask(edges), scores) for edges in self.sets]
+        return max(recoveries, key=lambda result: (result.f1, result.auroc or 0.0))
 
     def as_json(self) -> dict[str, Any]:
-        """What was found, as plain data."""
+        """The sets and their divergences, as plain data."""
         return {
             "kind": self.kind,
             "sets": [list(edges) for edges in self.sets],
@@ -142,9 +141,8 @@ def find_truth(
     settings = settings or TruthSettings()
     graph = Graph.of(model.config)
     measure = _Measure(model, task, kind, settings, track)
-    given = graph.mask(meant)
-    meant_kl = float(measure(given.unsqueeze(0)))
-    starts = given.unsqueeze(0)
+    starts = graph.mask(meant).unsqueeze(0)
+    meant_kl = float(measure(starts))
     if meant_kl > settings.tolerance:
         starts = torch.stack([_reduced(graph, measure, settings, order) for order in range(settings.n_orders)])
     return _smallest(graph, measure, _minimal(graph, measure, starts, settings.tolerance), kind, meant_kl)
@@ -156,7 +154,7 @@ class _Measure:
     Args:
         model: frozen.
         task: that it solves.
-        kind: what stands in for edges that are cut.
+        kind: of the ablation.
         settings: prompts and training.
         track: progress.
     """
@@ -169,12 +167,12 @@ class _Measure:
         self._batches = list(task.batches("test", settings.n_prompts))
 
     def __call__(self, masks: Bool[Tensor, "circuit edge"]) -> Float[Tensor, " circuit"]:
-        found = self._under([self._kind.prepare(self._source)], masks)
+        kl = self._under([self._kind.prepare(self._source)], masks)
         # Constants need no training where those that training would start from are enough.
-        wanting = found > self._settings.tolerance
+        wanting = kl > self._settings.tolerance
         if self._kind.learned and wanting.any():
-            found[wanting] = self._under(self._fitted(masks[wanting]), masks[wanting])
-        return found
+            kl[wanting] = self._under(self._fitted(masks[wanting]), masks[wanting])
+        return kl
 
     def _under(self, ablations: Sequence[Ablation], masks: Tensor) -> Tensor:
         return circuit_behaviour(self._model, self._batches, self._graph, masks, ablations).kl.mean(dim=1)
@@ -194,8 +192,8 @@ class _Measure:
             )
             for start in self._starts()
         ]
-        best = torch.stack([one.validation_loss for one in fits]).argmin(dim=0).tolist()
-        return [fits[fit].sets[circuit] for circuit, fit in enumerate(best)]
+        best = torch.stack([fit.validation_loss for fit in fits]).argmin(dim=0).tolist()
+        return [fits[start].sets[circuit] for circuit, start in enumerate(best)]
 
     def _starts(self) -> list[Constants]:
         mean, spread = self._source.mean, self._source.spread
@@ -246,27 +244,27 @@ def _minimal(
     graph: Graph, measure: Measure, starts: Bool[Tensor, "circuit edge"], tolerance: float
 ) -> list[tuple[Tensor, dict[str, float]]]:
     """Sets below the starts of which no edge can go, and what the loss of each edge costs them."""
-    level, found = starts.unique(dim=0), []
+    level, minimal = starts.unique(dim=0), []
     while len(level):
-        children = [graph.prune(_each_without(one)) for one in level]
+        children = [graph.prune(_each_without(edges)) for edges in level]
         distinct, which = torch.cat(children).unique(dim=0, return_inverse=True)
         kl = measure(distinct)
-        costs = kl[which].split([len(one) for one in children])
-        found += [
-            (one, dict(zip(graph.kept(one), cost.tolist(), strict=True)))
-            for one, cost in zip(level, costs, strict=True)
+        costs = kl[which].split([len(masks) for masks in children])
+        minimal += [
+            (edges, dict(zip(graph.kept(edges), cost.tolist(), strict=True)))
+            for edges, cost in zip(level, costs, strict=True)
             if (cost > tolerance).all()
         ]
         enough = kl <= tolerance
         level = distinct[enough][kl[enough].argsort()[:MOST_SETS]]
-    return found
+    return minimal
 
 
 def _smallest(
-    graph: Graph, measure: Measure, found: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
+    graph: Graph, measure: Measure, minimal: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
 ) -> Truth:
-    size = min(len(costs) for _, costs in found)
-    unique = {tuple(costs): (mask, costs) for mask, costs in found if len(costs) == size}
+    size = min(len(costs) for _, costs in minimal)
+    unique = {tuple(costs): (mask, costs) for mask, costs in minimal if len(costs) == size}
     kl = measure(torch.stack([mask for mask, _ in unique.values()]))
     return Truth(
         kind=kind,

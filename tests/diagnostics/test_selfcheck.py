@@ -11,7 +11,8 @@ from oa_train.diagnostics import selfcheck
 from oa_train.diagnostics.selfcheck import COMPARISONS, COUNTS, self_check
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES
-from oa_train.models.loading import freeze
+from oa_train.models.loading import LMSpec, freeze
+from oa_train.tasks.encoding import load_tokenizer
 from tests.builders import BOS, TINY_CONFIGS, VOCABULARY, tiny_model
 
 UNTOUCHED = "the model is as before: hooks, modules, weights, logits"
@@ -134,3 +135,21 @@ def test_a_changed_model_is_noticed(monkeypatch, change):
     monkeypatch.setattr(selfcheck, "COMPARISONS", {})
     monkeypatch.setattr(selfcheck, "COUNTS", {"tampering": tamper})
     assert failures(model) == [UNTOUCHED]
+
+
+def test_weights_that_are_not_finite_are_named_before_the_table_is_blamed():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight[2, 3] = torch.nan
+    with pytest.raises(ModelError, match=r"NaN or infinity, in 1 tensor \(model\.layers\.1\.mlp\.up_proj\.weight\)"):
+        self_check(model)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(None, True), (200, False)])
+def test_the_tokenizer_is_checked_against_the_embedding(monkeypatch, tmp_path, rows, fits):
+    for checks in ("COMPARISONS", "COUNTS"):
+        monkeypatch.setattr(selfcheck, checks, {})
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    AutoConfig.for_model("gpt2", vocab_size=rows or 1000).save_pretrained(tmp_path)
+    *_, check = self_check(tiny_model("gpt2"), lm=LMSpec(str(tmp_path)))
+    assert (check.name, check.passed) == ("the tokenizer fits the embedding", fits)
+    assert fits or "ModelError: The tokenizer has" in check.problem

@@ -1,6 +1,7 @@
 """Loading real folders: what comes back, and what is said when it cannot."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from oa_train.errors import ConfigurationError, ModelError
 from oa_train.models.loading import (
     LMSpec,
     builtin_models,
+    check_finite,
     empty_model,
     fingerprint,
     freeze,
@@ -51,6 +53,12 @@ def refused(spec: LMSpec) -> str:
         load_model(spec)
     assert caught.value.exit_status == 2
     return str(caught.value)
+
+
+def edit(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -188,10 +196,8 @@ def test_missing_weights_are_refused(damaged):
 
 
 def test_weights_that_lack_a_tensor_are_refused(damaged):
-    tensors = load_file(damaged / WEIGHTS)
-    gone = next(name for name in sorted(tensors) if ".1." in name)
-    del tensors[gone]
-    save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
+    gone = next(name for name in sorted(load_file(damaged / WEIGHTS)) if ".1." in name)
+    edit(damaged, lambda tensors: tensors.pop(gone))
     message = refused(LMSpec(str(damaged)))
     assert "lack 1 tensor" in message
     assert gone.rsplit(".", 1)[0] in message
@@ -203,6 +209,106 @@ def test_weights_of_another_shape_are_refused(damaged):
     tensors[name] = tensors[name][:-1].contiguous()
     save_file(tensors, damaged / WEIGHTS, metadata={"format": "pt"})
     assert str(damaged) in refused(LMSpec(str(damaged)))
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 518832\n"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        (WEIGHTS, LFS_POINTER, r"\nmodel\.safetensors is a pointer of Git LFS .* `git lfs pull`"),
+        ("pytorch_model.bin", LFS_POINTER, r"\npytorch_model\.bin is a pointer of Git LFS"),
+        ("pytorch_model.bin", "no weights", r"cannot be loaded: Weights only load failed\."),
+        ("config.json", LFS_POINTER, r"\nconfig\.json is a pointer of Git LFS"),
+        (INDEX, "{", r"\nmodel\.safetensors\.index\.json is damaged: Expecting property name"),
+        (INDEX, "{}", r"\nmodel\.safetensors\.index\.json is damaged: KeyError: 'weight_map'"),
+        (INDEX, "[]", r"\nmodel\.safetensors\.index\.json is damaged: TypeError"),
+        (INDEX, '{"weight_map": 3}', r"\nmodel\.safetensors\.index\.json is damaged: AttributeError"),
+        (INDEX, '{"metadata": {}, "weight_map": {"lm_head.weight": "model-1.safetensors"}}', r"model-1\.safetensors"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say_are_named(damaged, file, content, words):
+    if file != "config.json":
+        (damaged / WEIGHTS).unlink()
+    (damaged / file).write_text(content)
+    assert re.search(words, refused(LMSpec(str(damaged))))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_hidden_layers": "two"}, "Field '(n_layer|num_hidden_layers)' expected int, got str"),
+        ({"num_attention_heads": 0}, "cannot be loaded: ZeroDivisionError"),
+        ({"dtype": "float31"}, "cannot be loaded: AttributeError: .* 'float31'"),
+    ],
+)
+def test_wrong_values_in_the_configuration_are_refused(damaged, wrong, words):
+    config = json.loads((damaged / "config.json").read_text())
+    names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"} if "n_layer" in config else {}
+    config |= {names.get(name, name): value for name, value in wrong.items()}
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert re.search(words, refused(LMSpec(str(damaged))))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_is_never_ignored(damaged, whole):
+    (damaged / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (damaged / "config.json").unlink()
+        (damaged / WEIGHTS).unlink()
+    assert re.search(r"holds a LoRA or other adapter(.|\n)*merge_and_unload\(\)", refused(LMSpec(str(damaged))))
+
+
+def test_an_adapter_on_the_hub_is_never_ignored(saved, tmp_path, monkeypatch):
+    # The folder in which the Hub's client keeps what it has downloaded.
+    snapshot = tmp_path / "models--somebody--adapter" / "snapshots" / "0"
+    shutil.copytree(saved, snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0")
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    spec = LMSpec("somebody/adapter", local_files_only=True)
+    load_config(spec)
+    (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    assert "The Hub's 'somebody/adapter' holds a LoRA or other adapter" in refused(spec)
+
+
+def test_weights_without_a_place_in_the_model_are_refused(damaged):
+    edit(damaged, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 32)}))
+    assert re.search(r"hold 1 tensor \(score\.weight\) that (.|\n)*save_pretrained", refused(LMSpec(str(damaged))))
+
+
+def test_weights_of_further_layers_are_refused(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config["n_layer" if "n_layer" in config else "num_hidden_layers"] -= 1
+    (damaged / "config.json").write_text(json.dumps(config | {"layer_types": None}))
+    assert re.search(r"hold \d+ tensors \(\S+\.2\.\S+, .*, \.\.\.\) .* too few layers", refused(LMSpec(str(damaged))))
+
+
+def test_buffers_that_older_versions_saved_are_no_mistake(damaged):
+    names = ("h.0.attn.bias", "h.0.attn.masked_bias", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    edit(damaged, lambda tensors: tensors.update({name: torch.zeros(1) for name in names}))
+    load_model(LMSpec(str(damaged)))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_are_not_finite_are_named(damaged, value, dtype):
+    edit(damaged, lambda tensors: tensors[sorted(tensors)[3]].view(-1)[-1:].fill_(float(value)))
+    name = sorted(load_file(damaged / WEIGHTS))[3]
+    message = refused(LMSpec(str(damaged), dtype=dtype))
+    assert re.search(rf"weights hold NaN or infinity, in 1 tensor \({name}\)", message)
+
+
+def test_weights_that_the_data_type_cannot_hold_are_named(damaged):
+    edit(damaged, lambda tensors: tensors[sorted(tensors)[0]].view(-1)[-1:].fill_(1e6))
+    load_model(LMSpec(str(damaged), dtype="bfloat16"))
+    assert "too large for float16. Choose" in refused(LMSpec(str(damaged), dtype="float16"))
+
+
+def test_weights_without_content_are_not_looked_at(saved):
+    check_finite(empty_model(LMSpec(str(saved))))
 
 
 def test_an_unknown_name_suggests_what_is_near(monkeypatch):

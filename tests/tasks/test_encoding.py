@@ -1,16 +1,18 @@
 import dataclasses
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma3Config, GPT2Config, PreTrainedTokenizerFast
+from transformers import AutoConfig, Gemma3Config, GPT2Config, PreTrainedTokenizerFast
 
 from oa_train.errors import ModelError, TaskError
+from oa_train.models.families import FAMILIES
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.encoding import PromptEncoder, bos_token_id, load_tokenizer
-from tests.builders import RARE
+from tests.builders import RARE, tiny_model
 
 SENTENCE = "Then Anna and Paul met at the park."
 
@@ -233,3 +235,36 @@ def test_the_size_of_the_embedding_is_that_of_the_text_model(
     nested = Gemma3Config(text_config={"vocab_size": 1300})
     monkeypatch.setattr("oa_train.tasks.encoding.load_config", lambda spec: nested)
     assert PromptEncoder.of(bytes_lm).vocabulary_size == 1300
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    GPT2Config(vocab_size=200, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"tokenizer has \d+ tokens, but the model's embedding has 200 rows"):
+        PromptEncoder.of(LMSpec(str(tmp_path)))
+
+
+TABLES = {"gpt2", "gpt_neo", "gptj", "opt"}
+
+
+@pytest.mark.parametrize("family", sorted(TABLES))
+def test_prompts_longer_than_the_table_of_positions_are_refused(tmp_path: Path, family: str) -> None:
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    AutoConfig.for_model(family, max_position_embeddings=7).save_pretrained(tmp_path)
+    encoder = PromptEncoder.of(LMSpec(str(tmp_path)))
+    rows = encoder.encode(["Then Anna and", "Then Anna and Paul met at", "Then Anna and Paul met at the"])
+    assert [len(row) for row in rows] == [4, 7, 8]
+    encoder.pad(rows[:2], "left")
+    with pytest.raises(TaskError, match=r"A prompt has 8 tokens, but the model has 7 positions .* Anna and Paul"):
+        encoder.pad(rows, "left")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_run_prompts_of_any_length_refuse_none(tmp_path: Path, family: str) -> None:
+    model = tiny_model(family, torch.float32)
+    load_tokenizer(LMSpec()).save_pretrained(tmp_path)
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    assert (PromptEncoder.of(LMSpec(str(tmp_path))).n_positions is None) == (family not in TABLES)
+    longer = torch.ones(1, model.config.max_position_embeddings + 1, dtype=torch.long)
+    with pytest.raises((IndexError, RuntimeError)) if family in TABLES else nullcontext():
+        model(input_ids=longer)

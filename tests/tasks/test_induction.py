@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from oa_train.errors import ConfigurationError, TaskError
+from oa_train.errors import ConfigurationError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import Induction
 from tests.builders import RARE
@@ -105,7 +105,9 @@ def test_split_words_are_never_drawn(bytes_lm: LMSpec) -> None:
 def test_rows_that_are_too_short_or_too_long_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="length is 2; expected at least 3"):
         Induction(length=2)
-    with pytest.raises(TaskError, match=r"49 of the 49 words of its list 'induction' .*at least 61"):
+    with pytest.raises(
+        ConfigurationError, match=r"are 60 and 1; expected a sum of at most 49, the words that the task"
+    ):
         Induction(length=60)
     for repeated in (0, 7):
         with pytest.raises(ConfigurationError, match=f"repeated is {repeated}; expected 1 to 6 words"):

@@ -1,4 +1,4 @@
-"""What every hand-written model has in common: its words, its task, its record."""
+"""Base of every hand-written model: its words, its task, its record."""
 
 import random
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class KnownModel:
         model: frozen, float32.
         edges: the edges that solve the task, as `source->reader`; which of them are needed under a kind of ablation is
             computed (see `zoo.truth`).
-        roles: what each part of the model does, for people.
+        roles: the function of each part of the model, in words.
     """
 
     task: type[KnownTask]

@@ -116,7 +116,7 @@ def _add_junk_head(wiring: Wiring, layer: int, head: int) -> None:
     """Let a head attend at random and write to `rest`; a key and value that others have written stay as they are."""
     weights, rest = wiring.weights, wiring.spaces["rest"]
     maps = [weights.query(layer, head).weight]
-    if wiring.group(layer, head) not in {wiring.group(*other) for other in wiring.written_heads}:
+    if wiring.group(layer, head) not in {wiring.group(*written) for written in wiring.written_heads}:
         maps += [weights.key(layer, head).weight, weights.value(layer, head).weight]
     for weight in maps:
         weight.copy_(JUNK * torch.randn(weight.shape, generator=wiring.generator))

@@ -98,8 +98,8 @@ class HandWrittenWeights:
     def _reader(self, layer: int, kind: int, number: int) -> Affine:
         readers = self._readers[layer]
         maps = [_affine(module) for module in readers.modules]
-        weights = readers.by_reader([each.weight for each in maps])
-        biases = readers.by_reader([each.bias for each in maps])
+        weights = readers.by_reader([projection.weight for projection in maps])
+        biases = readers.by_reader([projection.bias for projection in maps])
         return Affine(weights[kind][number], biases[kind][number])
 
     def output(self, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:

@@ -24,7 +24,7 @@ CONFIDENCE = 12.0
 def subspaces(width: int, **sizes: int) -> dict[str, slice]:
     """Cut the dimensions of a residual stream into named subspaces, one after the other.
 
-    Those of distractors (see `parts`) come after the given ones, and what is left is `rest`.
+    Those of distractors (see `parts`) come after those in `sizes`, and what is left is `rest`.
 
     Raises:
         ValueError: the subspaces do not fit into the residual stream.
@@ -101,7 +101,7 @@ class Wiring:
         self.tell(layer, head, source, self.basis(into)[: self.size(source)])
 
     def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
-        """Let a head write a vector for each dimension of a subspace of the tokens that it attends to."""
+        """Let a head write a vector, a row of `written`, for each dimension of a subspace of tokens it attends to."""
         carried = self._values.setdefault(self.group(layer, head), {})
         if source not in carried:
             start = max((rows.stop for rows in carried.values()), default=0)
