@@ -10,7 +10,7 @@ from oa_train.batches import Batch
 from oa_train.models.families import find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Float, Int, Tensor
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
@@ -30,16 +30,19 @@ def scored_logits(
     batch: Batch,
     taps: Iterable[Tap] = (),
     recompute: bool = False,
+    scored: Int[Tensor, "row scored"] | None = None,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions, with functions attached for this run.
 
     Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
     With `recompute` only the inputs of each block are kept for the backward pass, which then runs the block again:
     less memory, more time, the same result.
+    `scored` names the columns of the scored positions, where taps add rows to those of the batch.
     """
-    rows = torch.arange(len(batch), device=batch.scored.device).unsqueeze(1)
+    columns = batch.scored if scored is None else scored
+    rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
     parts = find_parts(model)
-    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, batch.scored])]
+    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
     attached = recomputed(parts.blocks, every) if recompute else tapped(every)
     with as_written(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits

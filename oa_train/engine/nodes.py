@@ -4,7 +4,7 @@ value = mask * value + (1 - mask) * replacement, for every entry of a selection,
 own modules. `diagnostics.reference` does the same slowly and obviously.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -32,10 +32,12 @@ def node_taps(
     mask: Float[Tensor, "row entry"],
     values: Values,
     layout: TokenLayout,
+    sites: Collection[Site] | None = None,
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on.
+    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on. Of the
+    sites all are mixed, or those of `sites`.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -43,7 +45,8 @@ def node_taps(
     parts, spans = find_parts(model), _spans(nodes, layout)
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
-        by_site.setdefault(group.site, []).append(group)
+        if sites is None or group.site in sites:
+            by_site.setdefault(group.site, []).append(group)
     places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer) for site in by_site}
     return [
         Tap(*places[site], _mixer(nodes, site, groups, mask, values, layout, spans))

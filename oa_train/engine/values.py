@@ -62,6 +62,15 @@ class Values(Mapping[Site, Tensor]):
         slots = {span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()}
         return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
 
+    def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
+        """The values of some rows; what stands for all rows stays as it is."""
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if len(tensor) == 1 else tensor[numbers]
+
+        slots = {span: slot if isinstance(slot, int) else chosen(slot) for span, slot in self.slots.items()}
+        return Values({site: chosen(tensor) for site, tensor in self.items()}, slots)
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
         """The same with a function applied to the values of each site."""
         return Values({site: function(tensor) for site, tensor in self.items()}, self.slots)

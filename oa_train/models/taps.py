@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 # From the tensor that passes to the one that goes on, or to None to leave it as it is.
 TensorFunction = Callable[[Tensor], Tensor | None]
+# Takes the arguments of a call; returns those that it is made with.
+CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,21 @@ def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., A
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return checkpointed
+
+
+@contextmanager
+def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator[None]:
+    """Let functions change all arguments of modules' calls, for the length of the context.
+
+    They act before functions that are attached later.
+    """
+    with ExitStack() as stack:
+        for module, change in changes:
+            hook = module.register_forward_pre_hook(
+                lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        yield
 
 
 @contextmanager

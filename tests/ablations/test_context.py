@@ -13,6 +13,7 @@ from oa_train.batches import Batch
 from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.levels import masked_logits
+from oa_train.engine.prefix import prefix_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ArtefactError, ConfigurationError, ModelError, TaskError
 from oa_train.models.families import find_parts
@@ -405,6 +406,9 @@ def assert_compiled_is_ablated_all_the_same(compile_in_place, backend: str, tole
         )
         assert (expected - clean).abs().max() > 1e-2
     level = Nodes.of(model.config)
+    mask, values = ~level.selected(["a1.h0"]).unsqueeze(0), random_constants(level).mapped(torch.Tensor.float)
+    shared = [prefix_logits(each, batch, level, mask, values.replacements(batch)).ablated for each in (model, plain)]
+    assert torch.equal(*shared)
     for site, value in read_values(model, batch, level).items():
         assert torch.equal(value, read_values(plain, batch, level)[site])
     assert_close(model(batch.tokens).logits, clean, **near)

@@ -1,0 +1,133 @@
+"""Runs of several circuits that share what they have in common: the clean prefix before their first ablated layer.
+
+The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of
+the clean ones, and attention masks, rotary tables and whatever else has a row for each prompt grow along. So a circuit
+that ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from oa_train.batches import Batch
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.nodes import node_taps
+from oa_train.engine.values import Values
+from oa_train.models.families import find_parts
+from oa_train.models.loading import CausalLM
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.models.taps import Tap, changed_calls
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLogits:
+    """Logits of circuits that shared a prefix.
+
+    Attributes:
+        clean: of the unablated model.
+        ablated: of every circuit.
+    """
+
+    clean: Float[Tensor, "batch scored vocabulary"]
+    ablated: Float[Tensor, "circuit batch scored vocabulary"]
+
+
+def prefix_logits(
+    model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"], values: Values
+) -> PrefixLogits:
+    """Do what `masked_logits` does for several circuits on the same prompts, without running a prefix twice.
+
+    Args:
+        model: frozen causal language model.
+        batch: B prompts on the model's device.
+        nodes: what the masks are over.
+        masks: a circuit in each of S rows; false entries are ablated.
+        values: the replacements, for all rows or for S * B rows as `batch.repeat(S)` lays them out; gradients flow to
+            them.
+    """
+    growth = _Growth(model, batch, nodes, masks)
+    rows = batch.repeat(1 + len(masks))
+    taps: list[Tap] = []
+    for stage in range(growth.n_stages):
+        present = growth.rows[: growth.counts[stage]]
+        sites = [site for site in nodes.sites if growth.stage_of(site) == stage]
+        if sites:
+            some = rows.rows(slice(0, len(present)))
+            mask = growth.masks[: len(present)]
+            taps += node_taps(model, nodes, mask, values.rows(growth.value_rows[: len(present)]), some.layout, sites)
+    with growth.growing(model):
+        start = batch.repeat(growth.counts[0] // len(batch))
+        logits = scored_logits(model, start, taps, scored=rows.scored)
+    by_circuit = logits.unflatten(0, (1 + len(masks), len(batch)))
+    return PrefixLogits(by_circuit[0], by_circuit[1:][growth.order.argsort()])
+
+
+class _Growth:
+    """Which rows a run has at each stage.
+
+    Stage 0 is the token embedding, stage l + 1 begins with what enters block l, and the last one with what enters the
+    final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
+    """
+
+    def __init__(self, model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> None:
+        self._n_prompts, device = len(batch), batch.tokens.device
+        self._by_layer = nodes.by_layer
+        self.n_stages = nodes.dimensions.n_layers + 2
+        stages = self._first_stages(nodes, masks)
+        self.order: Int[Tensor, " circuit"] = stages.argsort(stable=True)
+        joined = torch.stack([(stages <= stage).sum() for stage in range(self.n_stages)])
+        self.counts: list[int] = ((1 + joined) * self._n_prompts).tolist()
+        self.rows: Int[Tensor, " row"] = torch.arange((1 + len(masks)) * self._n_prompts, device=device)
+        kept = torch.ones(self._n_prompts, len(nodes), device=device)
+        ordered = masks[self.order.to(masks.device)].to(device, torch.float32)
+        self.masks = torch.cat([kept, ordered.repeat_interleave(self._n_prompts, dim=0)])
+        prompts = torch.arange(self._n_prompts, device=device)
+        of_circuits = self.order.to(device).unsqueeze(1) * self._n_prompts + prompts
+        # Clean rows are replaced by nothing, so those of any circuit will do.
+        self.value_rows = torch.cat([prompts, of_circuits.flatten()])
+
+    def stage_of(self, site: Site) -> int:
+        """The stage in which a site is passed."""
+        if site.kind == "tokens":
+            return 0
+        return 1 + SITE_KINDS[site.kind].rank(site.layer, self._by_layer)[0]
+
+    def _first_stages(self, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
+        """The stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
+        first = torch.full((len(masks),), self.n_stages - 1)
+        for group in reversed(nodes.groups):
+            ablates = (~masks[:, group.entries]).any(dim=1).cpu()
+            first[ablates] = self.stage_of(group.site)
+        return first
+
+    @contextmanager
+    def growing(self, model: CausalLM) -> Iterator[None]:
+        """Have rows join during one run of the model, inside the context."""
+        parts = find_parts(model)
+        changes = [(block, self._joining(stage)) for stage, block in enumerate(parts.blocks, start=1)]
+        with changed_calls([*changes, (parts.final_norm, self._joining(self.n_stages - 1))]):
+            yield
+
+    def _joining(self, stage: int) -> Any:
+        before, n_rows = self.counts[stage - 1], self.counts[stage]
+
+        def join(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden, *others = args
+            copies = (n_rows - before) // self._n_prompts
+            grown = torch.cat([hidden, *[hidden[: self._n_prompts]] * copies]) if copies else hidden
+            prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
+
+            def by_row(value: Any) -> Any:
+                # The model hands every block what it has made for the rows that it began with.
+                per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
+                return value[prompts] if per_row else value
+
+            return (grown, *tree_map(by_row, tuple(others))), tree_map(by_row, kwargs)
+
+        return join

@@ -1,0 +1,95 @@
+"""Circuits that share their clean prefix against circuits that are run whole."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.prefix import prefix_logits
+from oa_train.models.families import find_parts
+from oa_train.models.selection import Nodes
+from oa_train.models.taps import Tap, tapped
+from tests.builders import random_batch, random_constants, random_values, traces, with_spans
+from tests.engine.selections import SPANNED, every_kind, selection
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def circuits(level: Nodes, *ablated: tuple[str, ...]) -> torch.Tensor:
+    return torch.stack([~level.selected(patterns) for patterns in ablated])
+
+
+def each_whole(model, batch, level: Nodes, masks: torch.Tensor, values) -> torch.Tensor:
+    """Logits of all circuits by rows that are run from the first block to the last."""
+    rows = masks.double().repeat_interleave(len(batch), dim=0)
+    return masked_logits(model, batch.repeat(len(masks)), level, rows, values).view(len(masks), len(batch), 1, -1)
+
+
+def assert_prefix(model, batch, level: Nodes, masks: torch.Tensor, values, leaves: list[torch.Tensor]) -> None:
+    shared, whole = prefix_logits(model, batch, level, masks, values), each_whole(model, batch, level, masks, values)
+    assert_close(shared.clean, scored_logits(model, batch), **EXACT)
+    assert_close(shared.ablated, whole, **EXACT)
+    weights = torch.linspace(-1, 1, whole.numel(), dtype=torch.float64).view_as(whole)
+    gradients = [
+        torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
+        for logits in (shared.ablated, whole)
+    ]
+    assert any((gradient != 0).any() for gradient in gradients[0])
+    for of_shared, of_whole in zip(*gradients, strict=True):
+        assert_close(of_shared, of_whole, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_circuits_of_different_layers_are_each_alone_in_value_and_gradient(any_model, side):
+    batch, level = random_batch([7, 5], side), Nodes.of(any_model.config, ["embedding", "residual", "heads", "mlp"])
+    masks = circuits(level, ("m2",), ("a0.h1", "m2"), ("r3",), (), ("a1", "m1"), ("input",), ("m0", "a2.h3"))
+    values = random_values(level, 2 * len(masks), 7)
+    assert_prefix(any_model, batch, level, masks, values, list(values.values()))
+
+
+@pytest.mark.parametrize("lengths", [[6], [5, 7], [4, 4, 4]])
+def test_units_of_every_kind_and_spans_may_be_ablated(archetype, lengths):
+    batch = with_spans(random_batch(lengths, "left"), s=(2, 2))
+    level, generator = selection(archetype, SPANNED), torch.Generator().manual_seed(3)
+    masks = torch.rand(4, len(level), generator=generator) > 0.1
+    by_unit = circuits(level, ("tokens@s",), ("f2.*",), ("a2.h1@-1",), ("m1@s",), ("m0.n7", "a1"))
+    masks = torch.cat([masks, by_unit])
+    constants = random_constants(level, requires_grad=True)
+    assert_prefix(archetype, batch, level, masks, constants.replacements(batch), list(constants.tables.values()))
+
+
+def test_the_blocks_see_fewer_rows(archetype):
+    batch, level = random_batch([6, 4]), Nodes.of(archetype.config)
+    masks = circuits(level, *[(name,) for name in level.names])
+    values = random_constants(level).replacements(batch)
+
+    def rows_seen(run) -> int:
+        seen: list[int] = []
+        taps = [
+            Tap(block, "output", lambda hidden: seen.append(len(hidden))) for block in find_parts(archetype).blocks
+        ]
+        with tapped(taps):
+            run()
+        return sum(seen)
+
+    shared = rows_seen(lambda: prefix_logits(archetype, batch, level, masks, values))
+    whole = rows_seen(lambda: each_whole(archetype, batch, level, masks, values))
+    # Five circuits join in each layer, beside the clean rows; whole they go through all three layers.
+    assert shared == 2 * (6 + 11 + 16)
+    assert whole == 2 * 3 * 15
+
+
+def test_the_model_is_untouched_afterwards_and_after_an_exception(archetype):
+    batch, level = random_batch([6, 4]), every_kind(archetype)
+    masks, values = circuits(level, ("m0.n3",), ("a2",)), random_constants(level).replacements(batch)
+    before, clean = traces(archetype), scored_logits(archetype, batch)
+    prefix_logits(archetype, batch, level, masks, values)
+
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"), tapped([Tap(find_parts(archetype).mlps[2], "output", fail)]):
+        prefix_logits(archetype, batch, level, masks, values)
+    assert traces(archetype) == before
+    assert torch.equal(scored_logits(archetype, batch), clean)
