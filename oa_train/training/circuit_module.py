@@ -223,6 +223,7 @@ class CircuitModule(FrozenModelModule):
 
     def on_train_start(self) -> None:
         """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
+        super().on_train_start()
         rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
@@ -303,7 +304,7 @@ class CircuitModule(FrozenModelModule):
         """One step; see `masked_loss`."""
         lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
         measure, means, paid = f"train/{self.loss}", self.over_processes(lost), penalty.detach()
-        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss")
+        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss", batch)
         figures = {
             measure: LOSS_SIGNS[self.loss] * means,
             "train/penalty": paid,

@@ -182,6 +182,8 @@ class ConstantsModule(FrozenModelModule):
 
     def on_train_start(self) -> None:
         """Use this module's learning rate, also where a checkpoint has just brought that of the run before."""
+        super().on_train_start()
+        self._stop_when_stale()
         (config,) = self.trainer.lr_scheduler_configs
         config.scheduler.base_lrs = [self.learning_rate]
         done = config.scheduler.last_epoch
@@ -235,7 +237,7 @@ class ConstantsModule(FrozenModelModule):
         """One step of all circuits."""
         losses = self.losses(batch)
         means = self.over_processes(losses)
-        self.check_finite({"train/loss": means}, "Losses")
+        self.check_finite({"train/loss": means}, "Losses", batch)
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
         # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
         return losses.sum() * self.share_of_step(batch_idx)
@@ -285,6 +287,9 @@ class ConstantsModule(FrozenModelModule):
         fallen = self.fitted.best.loss < self.progress - least
         self.progress[fallen] = self.fitted.best.loss[fallen]
         self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1
+        self._stop_when_stale()
+
+    def _stop_when_stale(self) -> None:
         if self.patience is not None and int(self.stale) >= self.patience:
             self.trainer.should_stop = True
 
