@@ -1,6 +1,6 @@
-"""Training a circuit: sparse masks and optimal-ablation constants together."""
+"""Training of circuits: sparse masks and optimal-ablation constants together."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,7 @@ from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
-from oa_train.models.dictionaries import Dictionary, DictionarySpec
+from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
@@ -29,7 +29,7 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks
-from oa_train.training.module import FrozenModelModule
+from oa_train.training.module import FrozenModelModule, as_list, check_positive
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight
 from oa_train.training.replacements import Replacements
 from oa_train.training.strategies import ShardedStrategy
@@ -41,14 +41,13 @@ class CircuitModule(FrozenModelModule):
     """Finds the units of a model, or the edges between its components, that do a task, and constants for all others.
 
     Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a unit with mask m passes on m times its value plus (1 - m) times its replacement; where the mask is of
-    an edge, to the one reader that the edge leads to. The loss is the KL divergence of the clean prediction from the
-    masked one, plus the penalty on the number of kept units or edges.
+    drawn anew: a unit with mask m passes on m times its value plus (1 - m) times its replacement, an edge passes that
+    on to its one reader. The loss is the KL divergence of the clean prediction from the masked one, plus the penalty
+    on the number of kept units or edges.
 
-    Several circuits, each with a penalty weight or a target size of its own, are trained side by side: a step shows
-    the same prompts to all, as copies in one batch, and each has masks and constants of its own. They do not touch
-    each other, so this equals training them one after another, but for a clipping of the gradient's norm, which is
-    that of all.
+    Several circuits, each with a penalty weight or a target size of its own, are trained side by side on the same
+    prompts, with masks and constants of their own. That equals training them one after another, but for a clipping of
+    the gradient's norm, which is that of all.
 
     Args:
         lm: the frozen model; the built-in one by default.
@@ -120,11 +119,11 @@ class CircuitModule(FrozenModelModule):
         check_kind("ablation", ablation)
         _check_level(level, node_penalty, sites)
         check_loss("loss", loss)
-        _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
-        _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
+        check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
+        check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
         check_threshold(threshold)
         penalties = PenaltySettings(penalty_weight, node_penalty, target_size, target_warmup)
-        patterns = [components] if isinstance(components, str) else components
+        patterns = as_list(components)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(lm, seed)
@@ -134,8 +133,9 @@ class CircuitModule(FrozenModelModule):
         self.recompute = recompute
         self.penalties = penalties
         self.n_circuits = penalties.n_circuits
+        config = self.frozen.config
         self.masks = CircuitMasks(
-            self._level(level, sites, patterns, loaded),
+            Graph.of(config) if level == Graph.kind else Nodes.of(config, sites, patterns, loaded),
             patterns,
             masks,
             n_circuits=self.n_circuits,
@@ -144,18 +144,14 @@ class CircuitModule(FrozenModelModule):
             samples_per_prompt=samples_per_prompt,
         )
         self.penalty = penalties.make(self.masks, mask_learning_rate)
-        self.replacements = Replacements(ablation, self.level, positions, self.n_circuits)
+        self.replacements = Replacements(ablation, self.level, positions, self.n_circuits, self.masks.selection)
         self._counted: tuple[tuple[int, int], StepRows | None] | None = None
-        self.evaluated = torch.nn.ModuleDict({name: CircuitMeans(self.n_circuits) for name in MEASURES})
-
-    def _level(self, kind: str, sites: list[str], patterns: list[str], dictionaries: list[Dictionary]) -> Level:
-        if kind == Graph.kind:
-            return Graph.of(self.frozen.config)
-        return Nodes.of(self.frozen.config, sites, patterns, dictionaries)
+        self._evaluated = CircuitMeans(len(MEASURES), self.n_circuits)
+        self._discrete: Tensor
 
     @property
     def level(self) -> Level:
-        """What the circuits are made of."""
+        """Units or edges that the circuits are made of."""
         return self.masks.level
 
     @property
@@ -165,11 +161,11 @@ class CircuitModule(FrozenModelModule):
 
     @property
     def positions(self) -> int:
-        """Positions that constants tell apart."""
+        """Positions with a constant of their own."""
         return self.replacements.positions
 
     def describe(self) -> dict[str, Any]:
-        """Level, components, mask distribution, kind of penalty and ablation."""
+        """Level, components, mask distribution, kind of penalty, ablation and loss."""
         return {
             **self.masks.describe(),
             "penalty_kind": type(self.penalty).__name__,
@@ -196,16 +192,18 @@ class CircuitModule(FrozenModelModule):
         """Adam with a group for the masks and one for the constants."""
         # Mask gradients are sparse in time (an entry has one only when a sample falls into its window), hence the
         # longer memory for their second moment.
-        masks = {
-            "name": "masks",
-            "params": list(self.masks.parameters()),
-            "lr": self.mask_learning_rate,
-            "betas": (0.9, 0.995),
-        }
-        trained = [parameter for parameter in self.replacements.parameters() if parameter.requires_grad]
-        if not trained:
-            return torch.optim.Adam([masks])
-        return torch.optim.Adam([masks, {"name": "constants", "params": trained, "lr": self.constants_learning_rate}])
+        groups: list[dict[str, Any]] = [
+            {"name": "masks", "params": list(self.masks.parameters()), "betas": (0.9, 0.995)},
+            {"name": "constants", "params": [p for p in self.replacements.parameters() if p.requires_grad]},
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        self._set_learning_rates(optimizer)
+        return optimizer
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
 
     def configure_model(self) -> None:
         """Share the model out where the strategy is to do so.
@@ -224,10 +222,7 @@ class CircuitModule(FrozenModelModule):
     def on_train_start(self) -> None:
         """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
         super().on_train_start()
-        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]]
+        self._set_learning_rates(self.trainer.optimizers[0])
 
     def on_fit_start(self) -> None:
         """Prepare the ablation; constants start at the means, unless a checkpoint brought them."""
@@ -239,20 +234,14 @@ class CircuitModule(FrozenModelModule):
             )
         self.prepare_ablation()
 
-    def on_validation_start(self) -> None:
-        """Prepare the ablation, unless a fit has."""
-        self.prepare_ablation()
-
-    def on_test_start(self) -> None:
-        """Prepare the ablation."""
-        self.prepare_ablation()
-
     def prepare_ablation(self) -> None:
         """Gather what the ablation needs from the task's `means` prompts, unless a checkpoint brought it."""
         task = self.data.task
         if not self.replacements.is_prepared_for(task):
             self.replacements.prepare(AblationSource(self.frozen, task, self.level, self.positions, self.track))
             self.share_from_first_process(self.replacements.parameters())
+
+    on_validation_start = on_test_start = prepare_ablation
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the weight of the next step."""
@@ -277,7 +266,7 @@ class CircuitModule(FrozenModelModule):
 
     @torch.no_grad()
     def clean_logits(self, batch: Batch) -> Float[Tensor, "batch scored vocabulary"]:
-        """Predictions of the unablated model."""
+        """Logits of the unablated model."""
         return scored_logits(self.frozen, batch)
 
     def masked_loss(
@@ -287,14 +276,14 @@ class CircuitModule(FrozenModelModule):
 
         Args:
             batch: prompts.
-            clean: predictions of the unablated model for them.
-            step: rows that mask gradients are averaged over; those of this batch when not given.
+            clean: the unablated model's logits for them.
+            step: rows that mask gradients are averaged over; by default those of this batch.
         """
         samples = self.masks.samples_per_prompt
         copies = self.n_circuits * samples
         rows, mask = batch.repeat(copies), self.masks.sample(batch.example_ids, step)
         ablations = self.replacements.ablations()
-        of_copies = ablations if len(ablations) == 1 else [each for each in ablations for _ in range(samples)]
+        of_copies = ablations if len(ablations) == 1 else [ablation for ablation in ablations for _ in range(samples)]
         values = replacements_of_copies(of_copies, batch, copies, partial(read_values, self.frozen, level=self.level))
         logits = masked_logits(self.frozen, rows, self.level, mask, values, self.recompute)
         lost = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
@@ -317,22 +306,21 @@ class CircuitModule(FrozenModelModule):
         return (lost + penalty).sum() * self.share_of_step(batch_idx)
 
     def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Figures of all circuits: their means and, of several circuits, those of each as `name/number`."""
+        """Means of figures over circuits and, of several circuits, the figures of each as `name/number`."""
         shown = {name: values.float().mean() for name, values in figures.items()}
-        if self.n_circuits > 1:
-            for name, values in figures.items():
-                shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
+        for name, values in figures.items() if self.n_circuits > 1 else ():
+            shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
         return shown
 
     def circuits(self, size: int | None = None) -> list[Circuit]:
-        """The discrete circuits; see `circuit`."""
+        """All discrete circuits; see `circuit`."""
         return [self.circuit(number, size) for number in range(self.n_circuits)]
 
     def circuit(self, number: int = 0, size: int | None = None) -> Circuit:
         """A discrete circuit.
 
         Args:
-            number: which; the first is the only one unless several were asked for.
+            number: place in the lists of penalty weights or target sizes.
             size: entries of the circuit, those of the highest keep-probability; all above the threshold by default.
 
         Raises:
@@ -358,33 +346,19 @@ class CircuitModule(FrozenModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuits."""
-        self._evaluate(batch)
+        clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
+        # Kept, because a callback that averages weights takes them back before the validation's end.
+        self._discrete = self.masks.discrete()
+        logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
+        values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])
+        self._evaluated.update(values.mean(dim=2), len(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the thresholded circuits."""
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: Batch) -> None:
-        clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
-        masks, ablations = self.masks.discrete(), self.replacements.ablations()
-        logits = circuit_logits(self.frozen, batch, self.level, masks, ablations)
-        repeated = clean.repeat(self.n_circuits, 1, 1)
-        for name, average in self._averages():
-            values = measured(name, repeated, logits, rows).view(self.n_circuits, -1)
-            average.update(values.mean(dim=1), len(batch))
-
-    def _averages(self) -> Iterator[tuple[str, CircuitMeans]]:
-        for name, average in self.evaluated.items():
-            assert isinstance(average, CircuitMeans)
-            yield name, average
+    test_step = validation_step
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
         """Log the measures and sizes of all circuits, and return them."""
-        figures: dict[str, Tensor] = {"size": self.masks.discrete().sum(dim=1)}
-        for name, average in self._averages():
-            # torchmetrics turns a tensor of one element into a number.
-            figures[name] = average.compute().reshape(self.n_circuits)
-            average.reset()
+        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.compute(), strict=True))}
+        self._evaluated.reset()
         shown = self._each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
         for name, value in shown.items():
             self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)
@@ -393,7 +367,7 @@ class CircuitModule(FrozenModelModule):
     def on_validation_epoch_end(self) -> None:
         """Log the measures, the sizes, and what the best checkpoint minimises."""
         figures = self._log_evaluation("val")
-        loss, kept = LOSS_SIGNS[self.loss] * figures[self.loss], self.masks.priced(self.masks.discrete())
+        loss, kept = LOSS_SIGNS[self.loss] * figures[self.loss], self.masks.priced(self._discrete)
         objective = self.penalty.objective(loss, kept, self.masks.n_fixed)
         self.log("val/objective", objective.mean(), sync_dist=True)
 
@@ -413,12 +387,5 @@ def _check_level(level: str, node_penalty: float, sites: list[str]) -> None:
     if level == "edges" and set(sites) != set(DEFAULT_SITES):
         raise ConfigurationError(
             f"sites is {sites}, and level is edges: edges lead from the embedding, heads and MLPs. Other sites are "
-            f"for "
-            "circuits of nodes (level: nodes)."
+            "for circuits of nodes (level: nodes)."
         )
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigurationError(f"{name} is {value}; expected more than 0.")

@@ -4,11 +4,17 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -44,7 +50,10 @@ class FrozenModelModule(lightning.LightningModule):
         lm: the specification of the frozen model.
         frozen: the model.
         track: shows the progress of passes over prompts that are no steps of the trainer; silent unless it is set.
+        keeps_best: whether the state itself holds the best that was trained, so that averages make no sense.
     """
+
+    keeps_best: ClassVar[bool] = False
 
     def __init__(self, lm: LMSpec, seed: int) -> None:
         super().__init__()
@@ -69,19 +78,22 @@ class FrozenModelModule(lightning.LightningModule):
         """Refuse options of the trainer that cannot work.
 
         Raises:
-            ConfigurationError: validations would be 0 batches or epochs apart, or a callback averages buffers.
+            ConfigurationError: validations would be 0 batches or epochs apart, or a callback cannot average this.
         """
         del stage
         for name in ("val_check_interval", "check_val_every_n_epoch"):
             if getattr(self.trainer, name) == 0:
-                raise ConfigurationError(
-                    f"trainer.{name} is 0; expected more. trainer.limit_val_batches 0 turns validation off."
-                )
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging) and callback._use_buffers:
-                raise ConfigurationError(
-                    f"{type(callback).__name__} would average counters and flags as well; set its use_buffers to false."
-                )
+                raise ConfigurationError(f"trainer.{name} is 0; expected more (limit_val_batches 0: no validation).")
+        for callback in self._callbacks(WeightAveraging, StochasticWeightAveraging):
+            name, own = type(callback).__name__, type(self).__name__
+            if self.keeps_best:
+                raise ConfigurationError(f"{own} keeps what is best by validation, not averages; leave {name} out.")
+            if getattr(callback, "_use_buffers", False):
+                raise ConfigurationError(f"{name} would average counters and flags too; set its use_buffers to false.")
+
+    def _callbacks(self, *kinds: type[Callback]) -> list[Any]:
+        trainer: Any = self.trainer
+        return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
 
     def configure_model(self) -> None:
         """Share the frozen model out among the processes, where the strategy is to do so.
@@ -107,7 +119,7 @@ class FrozenModelModule(lightning.LightningModule):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # the overloads of torch
         """All parameters and buffers but those of the frozen model."""
-        state = super().state_dict(*args, **kwargs)
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + FROZEN_PREFIX
         # In place: a module around this one, such as an average, collects its state in the same dictionary.
         for name in [name for name in state if name.startswith(prefix)]:
@@ -152,10 +164,8 @@ class FrozenModelModule(lightning.LightningModule):
 
     def _accumulated_in(self, epoch: int) -> int:
         """Batches that are accumulated for an optimiser step of an epoch."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                return callback.get_accumulate_grad_batches(epoch)
-        return self.trainer.accumulate_grad_batches
+        schedulers = self._callbacks(GradientAccumulationScheduler)
+        return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else self.trainer.accumulate_grad_batches
 
     def planned_steps(self) -> float:
         """Optimiser steps of the whole training, at least 1; infinite when nothing ends it.
@@ -244,12 +254,9 @@ class FrozenModelModule(lightning.LightningModule):
         parameters = self.named_trainables()
         for name, gradient in restored.get("gradients", {}).items():
             parameters[name].grad = gradient.to(self.device)
-        if restored and any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
-            rank_zero_warn(
-                "StochasticWeightAveraging begins anew in a resumed run, which so ends differently than without the "
-                "interruption; WeightAveraging and EMAWeightAveraging do not."
-            )
-        if restored and any(stop.wait_count >= stop.patience for stop in trainer.early_stopping_callbacks):
+        if restored and self._callbacks(StochasticWeightAveraging):
+            rank_zero_warn("A resume with StochasticWeightAveraging is not exact; with EMAWeightAveraging it is.")
+        if restored and any(stopping.wait_count >= stopping.patience for stopping in self._callbacks(EarlyStopping)):
             trainer.should_stop = True
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
@@ -321,3 +328,19 @@ def _expect_no_frozen_weights(module: nn.Module, keys: Any) -> None:
     """Have a state without the frozen model count as complete, also inside another module."""
     del module
     keys.missing_keys[:] = [name for name in keys.missing_keys if FROZEN_PREFIX not in name]
+
+
+def as_list(patterns: str | list[str]) -> list[str]:
+    """Patterns as a list, also where there is only one."""
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def check_positive(**values: float) -> None:
+    """Check that options are more than 0.
+
+    Raises:
+        ConfigurationError: an option is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigurationError(f"{name} is {value}; expected more than 0.")
