@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,8 @@ class ConstantsModule(FrozenModelModule):
         else:
             patterns = as_list(keep if keep is not None else alone or [])
             nodes = Nodes.of(self.frozen.config, sites, patterns, loaded)
-            self.circuits = _kept(nodes, patterns) if keep is not None else _each_alone(nodes, patterns)
+            kept = {"circuit": Circuit.from_patterns(nodes, patterns)} if keep is not None else None
+            self.circuits = kept or _each_alone(nodes, patterns)
         self.level: Level = next(iter(self.circuits.values())).level
         masks = torch.stack([fixed.mask for fixed in self.circuits.values()])
         zeros = [Constants.zeros(self.level, positions)]
@@ -163,7 +164,7 @@ class ConstantsModule(FrozenModelModule):
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
         return {
-            "lm": self.lm_settings(),
+            "lm": asdict(self.lm),
             "seed": self.seed,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
@@ -189,10 +190,8 @@ class ConstantsModule(FrozenModelModule):
         self._stop_when_stale()
         (config,) = self.trainer.lr_scheduler_configs
         config.scheduler.base_lrs = [self.learning_rate]
-        done = config.scheduler.last_epoch
-        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * cosine_decay(
-            done, self.planned_steps()
-        )
+        rate = self.learning_rate * cosine_decay(config.scheduler.last_epoch, self.planned_steps())
+        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
 
     def on_fit_start(self) -> None:
         """Load the start, unless a checkpoint brought constants; start, means and zeros are the first to beat."""
@@ -306,10 +305,6 @@ class ConstantsModule(FrozenModelModule):
         known = bool(torch.isfinite(self.fitted.best.loss).all())
         (constants,) = self.fitted.best.sets() if known else self.fitted.constants.sets()
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
-
-
-def _kept(nodes: Nodes, patterns: list[str]) -> dict[str, Circuit]:
-    return {"circuit": Circuit.from_patterns(nodes, patterns)}
 
 
 def _each_alone(nodes: Nodes, patterns: list[str]) -> dict[str, Circuit]:

@@ -1,4 +1,4 @@
-"""One Lightning datamodule for any task, resumable at any batch."""
+"""Lightning datamodule of any task, resumable at any batch."""
 
 import itertools
 import math

@@ -3,7 +3,6 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import lightning
@@ -233,9 +232,9 @@ class FrozenModelModule(lightning.LightningModule):
         Raises:
             CheckpointError: it is not, or a training would go on from it in epochs of another length.
         """
-        attached = self._trainer is not None and isinstance(getattr(self.trainer, "datamodule", None), TaskData)
-        self.check_checkpoint(checkpoint, self.data.task if attached else None)
-        if not attached or self.trainer.state.fn != TrainerFn.FITTING:
+        data = getattr(self._trainer, "datamodule", None)
+        self.check_checkpoint(checkpoint, data.task if isinstance(data, TaskData) else None)
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._to_restore = checkpoint[IDENTITY_KEY]
         length, now = self._to_restore.get("epoch_length"), self.data.epoch_length
@@ -282,13 +281,11 @@ class FrozenModelModule(lightning.LightningModule):
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
         """Settings in which this module differs from the one that wrote a checkpoint, a line each."""
-        stored = checkpoint[IDENTITY_KEY]["settings"]
-        return [
-            f"{name}: {stored.get(name)} -> {now}" for name, now in self.settings().items() if stored.get(name) != now
-        ]
+        stored, settings = checkpoint[IDENTITY_KEY]["settings"], self.settings()
+        return [f"{name}: {stored.get(name)} -> {now}" for name, now in settings.items() if stored.get(name) != now]
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
+        """Description that a checkpoint must share with the run that it is loaded into; the task is compared apart."""
         return {"module": type(self).__name__, "model": {"fingerprint": self.fingerprint}, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
@@ -306,22 +303,20 @@ class FrozenModelModule(lightning.LightningModule):
         Raises:
             NotFiniteError: names the tensors that are not finite.
         """
-        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        bad = ", ".join(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
         if not bad:
             return
         with torch.no_grad():
             sound = batch is None or bool(scored_logits(self.frozen, batch).isfinite().all())
-        cause = (
-            "Lower the learning rates, clip gradients (--trainer.gradient_clip_val 1.0) or train in float32."
-            if sound
-            else "The logits of the frozen model itself are not finite on these prompts: its weights hold NaN or "
-            f"infinity, or it overflows in its data type (lm.dtype {self.lm.dtype!r}; float32 has the widest range)."
+        if sound:
+            raise NotFiniteError(
+                f"{what} are no longer finite: {bad}.\nLower the learning rates, clip gradients "
+                "(--trainer.gradient_clip_val 1.0) or train in float32."
+            )
+        raise NotFiniteError(
+            f"{what} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these prompts: "
+            f"its weights hold NaN or infinity, or it overflows in its data type (lm.dtype {self.lm.dtype})."
         )
-        raise NotFiniteError(f"{what} are {'no longer' if sound else 'not'} finite: {', '.join(bad)}.\n{cause}")
-
-    def lm_settings(self) -> dict[str, Any]:
-        """The specification of the frozen model as plain values."""
-        return asdict(self.lm)
 
 
 def _expect_no_frozen_weights(module: nn.Module, keys: Any) -> None:

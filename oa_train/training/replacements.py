@@ -31,7 +31,7 @@ class Replacements(nn.Module):
         self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
     ) -> None:
         super().__init__()
-        self.kind, self.level, self.positions = check_kind("ablation", kind), level, positions
+        self.kind = check_kind("ablation", kind)
         self.constants: TrainableConstants | None = None
         if self.kind.constant:
             replaced = level.replaced(~selection.unsqueeze(0)) if self.kind.learned else {}
