@@ -90,7 +90,7 @@ class NotFiniteError(OaTrainError, ArithmeticError):
     """A loss, gradient or trained tensor is NaN or infinite.
 
     What to do: lower the learning rates, clip gradients (`--trainer.gradient_clip_val 1.0`) or train in float32, and
-    resume from the last checkpoint, which is still good.
+    resume from the last checkpoint; where the message says that the frozen model itself is at fault, mend the model.
     """
 
     exit_status = FAULT
@@ -107,46 +107,40 @@ class RunError(OaTrainError, RuntimeError):
 
 
 def causes(problem: BaseException) -> Iterator[BaseException]:
-    """An error, the one that it was made from or met with, and so on; each once.
+    """An error, the error that it was made from or met with, and so on; each once.
 
-    An error that a thread keeps, and that is raised anew at every use, is met with itself: the way back is a circle.
+    An error that a thread keeps and raises anew is met with itself: then the chain is a circle.
     """
-    seen: list[BaseException] = []
-    one: BaseException | None = problem
-    while one is not None and not any(one is earlier for earlier in seen):
-        yield one
-        seen.append(one)
-        one = one.__cause__ or one.__context__
+    seen: set[int] = set()
+    error: BaseException | None = problem
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
 
 
-def nearest_names(given: str, valid: Iterable[str], most: int = 3) -> str:
-    """Say which valid names come near `given`.
+def nearest_names(name: str, valid: Iterable[str], most: int = 3) -> str:
+    """Sentence about the valid names that are most like a name.
 
     Args:
-        given: the name that is not valid.
+        name: the name that is not valid.
         valid: all valid names.
         most: how many near names to list.
 
     Returns:
-        A sentence: "Did you mean a, b?" when something is near, else "Valid names: ..." (the first twenty).
+        "Did you mean a, b?" when something is near, else "Valid names: ..." (the first twenty).
     """
     names = list(dict.fromkeys(valid))
-    near = difflib.get_close_matches(given, names, n=most, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=most, cutoff=0.6)
     if not near:
         # The same in another case, or the beginning of a name, is near as well.
-        near = [name for name in names if given and name.lower().startswith(given.lower())][:most]
+        near = [known for known in names if name and known.lower().startswith(name.lower())][:most]
     if near:
         return f"Did you mean {', '.join(near)}?"
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return f"Valid names: {shown}."
 
 
-def unknown_name(what: str, given: str, valid: Iterable[str]) -> UnknownNameError:
-    """Make the error for a name that is not known.
-
-    Args:
-        what: what the name names ("component", "task").
-        given: the name that was given.
-        valid: all valid names.
-    """
-    return UnknownNameError(f"There is no {what} named {given!r}. {nearest_names(given, valid)}")
+def unknown_name(what: str, name: str, valid: Iterable[str]) -> UnknownNameError:
+    """Error for a name, of a component or task, say, that is not one of the valid ones."""
+    return UnknownNameError(f"There is no {what} named {name!r}. {nearest_names(name, valid)}")

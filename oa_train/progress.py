@@ -1,4 +1,4 @@
-"""How long loops tell that they are getting on, without knowing who listens."""
+"""Progress of long loops, shown by whoever listens."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,6 +8,5 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
 def silent(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """Tell nobody."""
-    del description
+    """Show nothing."""
     return steps

@@ -1,8 +1,7 @@
-"""Stateless randomness: every draw comes from a generator that is made for it and thrown away.
+"""Stateless randomness: every draw comes from a generator of its own, whose seed is a hash of what the draw is for.
 
-A seed is a hash of what the draw is for (seed, stream, rank, step, ...). No draw depends on how many
-were made before, so a resumed run needs the step and nothing else, and nothing here reads or moves the global
-generators of python, numpy or torch.
+No draw depends on earlier ones, so a resumed run needs the step and nothing else. The global generators of python,
+numpy and torch are neither read nor moved.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ from typing import Any
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.circuits.circuit import Circuit
+from oa_train.errors import ArtefactError, nearest_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,10 @@ class TrainedCircuit:
         """
         folder = Path(folder)
         circuit = Circuit.load(folder / "circuit")
-        kind = KINDS[circuit.provenance.get("ablation", "optimal")]
+        name = circuit.provenance.get("ablation", "optimal")
+        if name not in KINDS:
+            raise ArtefactError(f"{folder} was trained under the ablation {name!r}. {nearest_names(name, KINDS)}")
+        kind = KINDS[name]
         return cls(run_name(folder), circuit, Constants.load(folder / "constants") if kind.constant else None)
 
     def save_circuit(self, folder: Path) -> None:

@@ -7,26 +7,28 @@ from oa_train.shapes import Float, Tensor
 
 
 class CircuitMeans(Metric):
-    """Mean of a figure of each circuit over all prompts, on all processes.
+    """Means of figures of each circuit over all prompts, on all processes.
 
     Args:
-        n_circuits: how many.
+        n_figures: how many there are at most.
+        n_circuits: how many there are.
     """
 
     total: Tensor
     count: Tensor
 
-    def __init__(self, n_circuits: int) -> None:
+    def __init__(self, n_figures: int, n_circuits: int) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros(n_circuits), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(n_figures, n_circuits), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, means: Float[Tensor, " circuit"], n_prompts: int) -> None:
-        """Add the means over some prompts."""
+    def update(self, means: Float[Tensor, "figure circuit"], n_prompts: int) -> None:
+        """Add the means over some prompts, of the first figures or of all."""
+        sums = torch.nn.functional.pad(means * n_prompts, (0, 0, 0, len(self.total) - len(means)))
         # Not in place: after a validation of its own Lightning leaves tensors that may not be written.
-        self.total = self.total + means * n_prompts
+        self.total = self.total + sums
         self.count = self.count + n_prompts
 
-    def compute(self) -> Float[Tensor, " circuit"]:
+    def compute(self) -> Float[Tensor, "figure circuit"]:
         """The means over all prompts so far."""
         return self.total / self.count

@@ -7,18 +7,23 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from oa_train.errors import ConfigurationError
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import score_picture
 
+# Under other values of these the objectives of two runs cannot be compared.
+_OBJECTIVE = ("penalty", "target_size", "threshold")
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/best.ckpt`, the state with the lowest `val/objective`, across resumes.
 
-    A resumed run writes to a folder of its own. Lightning would forget the best checkpoint of the run before; here it
-    is copied over, so that the best of the whole training is kept, as without the interruption.
+    A resumed run writes to a folder of its own. The best checkpoint of the run before is copied there, so that the
+    best of the whole training is kept, as without the interruption.
 
     Args:
         folder: where `best.ckpt` is kept.
@@ -40,20 +45,23 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Note where the run that is resumed keeps its best checkpoint."""
-        changed = pl_module.changed_settings(checkpoint)
-        # Under another penalty, target size or threshold the objectives of the two runs cannot be compared.
-        comparable = not any(change.startswith(("penalty", "target_size", "threshold")) for change in changed)
-        self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if comparable else None
+        changed = any(change.startswith(_OBJECTIVE) for change in pl_module.changed_settings(checkpoint))
+        resumes = trainer.state.fn == TrainerFn.FITTING and not changed
+        self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if resumes else None
         self._resumed_step = checkpoint["global_step"]
         self._is_global_zero = trainer.is_global_zero
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the best checkpoint of the run that is resumed, unless it lies after the step of the resume."""
-        if self._earlier is None or self.dirpath is None or not self._earlier.is_file():
+        if self._earlier is None or self.dirpath is None:
+            return
+        if not self._earlier.is_file():
+            if state_dict["best_model_path"]:
+                rank_zero_warn(f"There is no {self._earlier}, so the best is chosen among later validations alone.")
             return
         earlier = read_checkpoint(self._earlier)
-        # The run before may have found a better one between its last checkpoint and its end. That one is found
-        # again, if nothing was changed; if something was, it is not this run's.
+        # A better one that the run before found after this checkpoint is found again, if nothing was changed; if
+        # something was, it is not this run's.
         if earlier["global_step"] > self._resumed_step or self.state_key not in earlier["callbacks"]:
             return
         copied = Path(self.dirpath) / "best.ckpt"
@@ -79,7 +87,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: optimiser steps between two writes.
 
     Raises:
-        ConfigurationError: it is not at least 1.
+        ConfigurationError: `every_n_steps` is not at least 1.
     """
 
     def __init__(self, folder: Path, every_n_steps: int = 25) -> None:
@@ -94,7 +102,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count from the step that is resumed, and have it noticed when the folder is deleted from now on."""
-        del pl_module
         self._step = trainer.global_step
         writer = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(writer, WholeFileCheckpointIO):
@@ -104,9 +111,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Write when it is time, and when `max_steps` or `max_epochs` is reached.
 
-        What is written here can be gone on from for longer; what is written after the training, when Lightning counts
-        the epoch as ended, with a batch left out. Where a validation follows, it is written after that, or a resume
-        would leave it out. While gradients are accumulated nothing is written, because no checkpoint holds them.
+        A checkpoint from here can be trained on from for longer; after the training Lightning counts the epoch as
+        ended, with a batch left out. Where a validation follows, it is written after that, or a resume would leave the
+        validation out. While gradients are accumulated nothing is written: those of several processes are stored as
+        their mean, which rounds.
         """
         step = trainer.global_step
         stepped, self._step = step != self._step, step
@@ -117,14 +125,17 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write what was due before the validation."""
-        del pl_module
         if self._due and not trainer.sanity_checking:
             self.save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write the final state."""
-        del pl_module
         self.save(trainer)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write the state of a training that was complete when it was resumed, so that it was not begun."""
+        if trainer.ckpt_path is not None and self._saved_at < 0:
+            self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
         """Write the state, unless this step's is written; all processes have to take part."""

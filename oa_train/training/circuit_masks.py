@@ -1,16 +1,22 @@
-"""The masks of circuits that are trained side by side: which entries they are drawn for, and what a draw means."""
+"""Masks of circuits that are trained side by side: drawn for the selected entries, 1 for all others."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.masks.base import MaskDistribution
 from oa_train.masks.sampler import MaskSampler, StepRows
+from oa_train.models.dictionaries import Dictionary
+from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
 from oa_train.shapes import Bool, Float, Int, Tensor
+
+LevelKind = Literal["nodes", "edges"]
 
 # Entries of a selection that a checkpoint lists by name; of more it lists the patterns.
 MOST_LISTED = 2000
@@ -30,6 +36,8 @@ class CircuitMasks(nn.Module):
 
     Attributes:
         selection: true for entries that are selected.
+        n_selected: how many they are.
+        n_fixed: how many entries are always kept.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or all patterns together select nothing.
@@ -50,24 +58,19 @@ class CircuitMasks(nn.Module):
         self.level, self.n_circuits, self.threshold = level, n_circuits, threshold
         self.samples_per_prompt = samples_per_prompt
         self._patterns = list(patterns)
-        everything = self._patterns == ["*"]
-        selection = torch.ones(len(level), dtype=torch.bool) if everything else level.selected(patterns)
+        selection = torch.ones(len(level)).bool() if self._patterns == ["*"] else level.selected(patterns)
         if not selection.any():
             raise ConfigurationError(f"components is {self._patterns}, which selects nothing that could be trained.")
         self.selection: Tensor
         self.register_buffer("selection", selection, persistent=False)
         self.n_selected = int(selection.sum())
+        self.n_fixed = len(level) - self.n_selected
         self.distribution = distribution(n_circuits * self.n_selected)
         self._sampler = MaskSampler(self.distribution, seed, samples_per_prompt, self._effective)
 
     @property
-    def n_fixed(self) -> int:
-        """How many entries are always kept."""
-        return len(self.level) - self.n_selected
-
-    @property
     def selected(self) -> list[str]:
-        """What is selected: names, or patterns where there are many names."""
+        """Names of the selected entries, or the patterns where the names are many."""
         if self.level.entries_at_nodes() is None and self.n_selected <= MOST_LISTED:
             return list(self.level.kept(self.selection))
         return self._patterns
@@ -82,16 +85,16 @@ class CircuitMasks(nn.Module):
         }
 
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
-        """Draw masks over all entries for every circuit and prompt; entries that are not selected are kept.
+        """Draw masks over all entries for every circuit and prompt.
 
         A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
 
         Args:
             example_ids: numbers of B prompts.
-            step: rows that gradients are averaged over; those of these prompts when not given.
+            step: rows that gradients are averaged over; by default those of these prompts.
 
         Returns:
-            C * S * B rows, laid out as `Batch.repeat(C * S)` lays out the prompts, all rows of a circuit together.
+            C * S * B rows in the order of `Batch.repeat(C * S)`, all rows of a circuit together.
         """
         drawn = self._sampler.draw(example_ids, step)
         by_circuit = drawn.view(len(drawn), -1, self.n_selected).transpose(0, 1)
@@ -107,9 +110,9 @@ class CircuitMasks(nn.Module):
         """Drawn masks with 0 for entries that have no effect beside the others; each circuit of each row by itself."""
         if self.level.entries_at_nodes() is None:
             return drawn
-        each = drawn.reshape(-1, self.n_selected)
-        lasting = self.level.prune(self._spread(each > 0))
-        return (each * lasting[:, self.selection]).view(drawn.shape)
+        of_circuits = drawn.reshape(-1, self.n_selected)
+        lasting = self.level.prune(self._spread(of_circuits > 0))
+        return (of_circuits * lasting[:, self.selection]).view(drawn.shape)
 
     def _spread(self, drawn: Tensor) -> Tensor:
         """Masks [row, entry] over all entries, from masks over the selected ones, of the same type."""
@@ -137,7 +140,7 @@ class CircuitMasks(nn.Module):
         return self.level.prune(self.above_threshold())
 
     def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit selected"]:
-        """Of masks over all entries those over the selected ones, which penalties are laid on."""
+        """The columns of masks that have a price: those of the selected entries."""
         return masks[:, self.selection]
 
     def check_size(self, size: int) -> None:
@@ -149,21 +152,39 @@ class CircuitMasks(nn.Module):
         if not max(1, self.n_fixed) <= size <= len(self.level):
             raise ConfigurationError(
                 f"A circuit of {size} parts was asked for; this model has {len(self.level)}, of which {self.n_fixed} "
-                f"are "
-                "always kept because `components` does not select them."
+                "are always kept because `components` does not select them."
             )
 
     def largest(self, number: int, size: int) -> Bool[Tensor, " entry"]:
-        """The circuit of a given size that the highest keep-probabilities make.
-
-        Args:
-            number: of the circuit.
-            size: how many entries it keeps.
-
-        Raises:
-            ConfigurationError: see `check_size`.
-        """
+        """The entries of a circuit with the highest keep-probabilities, `size` of them; see `check_size`."""
         self.check_size(size)
         # Entries that are not selected come first, whatever else has saturated.
         scores = self.keep_probability()[number].cpu() + ~self.selection.cpu()
         return self.level.largest(scores, size)
+
+
+def level_of(
+    kind: LevelKind, config: Any, sites: list[str], patterns: list[str], dictionaries: list[Dictionary]
+) -> Level:
+    """The level that a configuration names, for a model with this Hugging Face configuration."""
+    return Graph.of(config) if kind == Graph.kind else Nodes.of(config, sites, patterns, dictionaries)
+
+
+def check_level(level: str, node_penalty: float, sites: list[str]) -> None:
+    """Check that a level exists, and that a node penalty and sites go with it.
+
+    Raises:
+        ConfigurationError: they do not.
+    """
+    if level not in get_args(LevelKind):
+        raise ConfigurationError(f"level is {level!r}. {nearest_names(level, get_args(LevelKind))}")
+    if level == "nodes" and node_penalty:
+        raise ConfigurationError(
+            f"node_penalty is {node_penalty}, which is for edges: set level to edges, or leave it."
+        )
+    check_site_kinds("sites", sites)
+    if level == "edges" and set(sites) != set(DEFAULT_SITES):
+        raise ConfigurationError(
+            f"sites is {sites}, and level is edges: edges lead from the embedding, heads and MLPs. Other sites are "
+            "for circuits of nodes (level: nodes)."
+        )

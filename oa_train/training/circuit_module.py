@@ -1,9 +1,9 @@
-"""Training a circuit: sparse masks and optimal-ablation constants together."""
+"""Training of circuits: sparse masks and optimal-ablation constants together."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,68 +17,60 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
-from oa_train.models.dictionaries import Dictionary, DictionarySpec
-from oa_train.models.graph import Graph
+from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
-from oa_train.models.selection import Nodes
-from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_kinds
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.circuit_masks import CircuitMasks
-from oa_train.training.module import FrozenModelModule
+from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
+from oa_train.training.module import FrozenModelModule, as_list, check_positive
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight
 from oa_train.training.replacements import Replacements
 from oa_train.training.strategies import ShardedStrategy
-
-LevelKind = Literal["nodes", "edges"]
 
 
 class CircuitModule(FrozenModelModule):
     """Finds the units of a model, or the edges between its components, that do a task, and constants for all others.
 
     Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a unit with mask m passes on m times its value plus (1 - m) times its replacement; where the mask is of
-    an edge, to the one reader that the edge leads to. The loss is the KL divergence of the clean prediction from the
-    masked one, plus the penalty on the number of kept units or edges.
+    drawn anew: a unit with mask m passes on m times its value plus (1 - m) times its replacement, an edge passes that
+    on to its one reader. The loss is the KL divergence of the clean prediction from the masked one, plus the penalty
+    on the number of kept units or edges.
 
-    Several circuits, each with a penalty weight or a target size of its own, are trained side by side: a step shows
-    the same prompts to all, as copies in one batch, and each has masks and constants of its own. They do not touch
-    each other, so this equals training them one after another, but for a clipping of the gradient's norm, which is
-    that of all.
+    Several circuits, with penalty weights or target sizes, masks and constants of their own, are trained side by side
+    on the same prompts. Only a clipping of the gradient's norm, which is that of all, lets one affect another.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: seeds the mask samples.
-        level: what the circuit is made of: `nodes`, units of the chosen sites; or `edges` from what writes to the
-            residual stream to what reads it: queries, keys and values of heads, MLPs, and the logits.
+        level: `nodes`, units of the chosen sites, or `edges` from what writes to the residual stream to what reads
+            it: queries, keys and values of heads, MLPs, and the logits.
         sites: kinds of site whose units the nodes are: `heads`, `mlp`, `attention`, `neurons`, `residual`,
             `embedding`, `tokens`, `features`.
         dictionaries: sparse dictionaries, whose features are the units of the kind `features`.
-        ablation: what replaces an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample`
+        ablation: replacement of an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample`
             (its value on another prompt of equal length), `noise` (Gaussian, with its mean and standard deviation),
             `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
         loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
             answers against distractors, which is made large.
         positions: size of the constants' tables; 1 gives each unit one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
-        components: a shell pattern, or a list of them, of the units that may be ablated (`a*.h*`, `m*`, `!m0`), also
-            at a span alone (`m*@S2`, `r2@-1`); the others are always kept. Of edges, a pattern of those that may be
-            cut (`a*.h*->logits`, `input->*<v>`); one without an arrow is for all edges from a component. The others
-            are kept, those excepted that then lead nowhere.
+        components: shell patterns of the units that may be ablated (`a*.h*`, `m*`, `!m0`), also at a span alone
+            (`m*@S2`, `r2@-1`), or of the edges that may be cut (`a*.h*->logits`, `input->*<v>`; without an arrow all
+            edges from a component). All others are kept, but for edges that then lead nowhere.
         masks: distribution of the masks.
-        penalty_weight: price of a kept unit or edge in nats; with a target size the weight at the start. A list of
-            weights trains a circuit for each of them, side by side; a mapping has a weight for each kind of site.
+        penalty_weight: price of a kept unit or edge in nats; with a target size the weight at the start. A list
+            trains a circuit for each weight, side by side; a mapping has a weight for each kind of site.
         node_penalty: with edges, what the edges of a head cost more while it has few, as a part of the penalty weight;
             above 0 it empties heads.
-        target_size: how many units or edges the circuit is to have, those that are always kept included; the penalty
-            weight is then moved until it has them. None keeps the weight fixed. A list of sizes trains a circuit for
-            each of them.
+        target_size: units or edges that the circuit is to have, those that are always kept included; the penalty
+            weight is moved until it has them. None keeps the weight fixed, a list trains a circuit for each size.
         target_warmup: optimiser steps in which the goal falls from all units or edges to the target size; less than
             half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
@@ -90,9 +82,8 @@ class CircuitModule(FrozenModelModule):
             more time, the same result.
 
     Raises:
-        ConfigurationError: an argument has a value that cannot work.
-        ArtefactError: a dictionary cannot be read.
-        ModelError: the model cannot be loaded.
+        ConfigurationError, ArtefactError, ModelError: an argument cannot work, or names a dictionary or model that
+            cannot be read.
     """
 
     def __init__(
@@ -120,13 +111,13 @@ class CircuitModule(FrozenModelModule):
     ) -> None:
         # Cheap checks come before the model is loaded.
         check_kind("ablation", ablation)
-        _check_level(level, node_penalty, sites)
+        check_level(level, node_penalty, sites)
         check_loss("loss", loss)
-        _check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
-        _check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
+        check_positive(positions=positions, samples_per_prompt=samples_per_prompt)
+        check_positive(mask_learning_rate=mask_learning_rate, constants_learning_rate=constants_learning_rate)
         check_threshold(threshold)
         penalties = PenaltySettings(penalty_weight, node_penalty, target_size, target_warmup)
-        patterns = [components] if isinstance(components, str) else components
+        patterns = as_list(components)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(lm, seed)
@@ -137,7 +128,7 @@ class CircuitModule(FrozenModelModule):
         self.penalties = penalties
         self.n_circuits = penalties.n_circuits
         self.masks = CircuitMasks(
-            self._level(level, sites, patterns, loaded),
+            level_of(level, self.frozen.config, sites, patterns, loaded),
             patterns,
             masks,
             n_circuits=self.n_circuits,
@@ -145,33 +136,16 @@ class CircuitModule(FrozenModelModule):
             seed=seed,
             samples_per_prompt=samples_per_prompt,
         )
+        self.level: Level = self.masks.level
+        self.ablation, self.positions = ablation, positions
         self.penalty = penalties.make(self.masks, mask_learning_rate)
-        self.replacements = Replacements(ablation, self.level, positions, self.n_circuits)
+        self.replacements = Replacements(ablation, self.level, positions, self.n_circuits, self.masks.selection)
         self._counted: tuple[tuple[int, int], StepRows | None] | None = None
-        self.evaluated = torch.nn.ModuleDict({name: CircuitMeans(self.n_circuits) for name in MEASURES})
-
-    def _level(self, kind: str, sites: list[str], patterns: list[str], dictionaries: list[Dictionary]) -> Level:
-        if kind == Graph.kind:
-            return Graph.of(self.frozen.config)
-        return Nodes.of(self.frozen.config, sites, patterns, dictionaries)
-
-    @property
-    def level(self) -> Level:
-        """What the circuits are made of."""
-        return self.masks.level
-
-    @property
-    def ablation(self) -> AblationKind:
-        """Name of the ablation."""
-        return self.replacements.kind.name
-
-    @property
-    def positions(self) -> int:
-        """Positions that constants tell apart."""
-        return self.replacements.positions
+        self._evaluated = CircuitMeans(len(MEASURES), self.n_circuits)
+        self._discrete: Tensor
 
     def describe(self) -> dict[str, Any]:
-        """Level, components, mask distribution, kind of penalty and ablation."""
+        """Level, components, mask distribution, kind of penalty, ablation and loss."""
         return {
             **self.masks.describe(),
             "penalty_kind": type(self.penalty).__name__,
@@ -183,7 +157,7 @@ class CircuitModule(FrozenModelModule):
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
         return {
-            "lm": self.lm_settings(),
+            "lm": asdict(self.lm),
             "seed": self.seed,
             **self.penalties.settings(),
             "samples_per_prompt": self.masks.samples_per_prompt,
@@ -198,23 +172,21 @@ class CircuitModule(FrozenModelModule):
         """Adam with a group for the masks and one for the constants."""
         # Mask gradients are sparse in time (an entry has one only when a sample falls into its window), hence the
         # longer memory for their second moment.
-        masks = {
-            "name": "masks",
-            "params": list(self.masks.parameters()),
-            "lr": self.mask_learning_rate,
-            "betas": (0.9, 0.995),
-        }
-        trained = [parameter for parameter in self.replacements.parameters() if parameter.requires_grad]
-        if not trained:
-            return torch.optim.Adam([masks])
-        return torch.optim.Adam([masks, {"name": "constants", "params": trained, "lr": self.constants_learning_rate}])
+        groups: list[dict[str, Any]] = [
+            {"name": "masks", "params": list(self.masks.parameters()), "betas": (0.9, 0.995)},
+            {"name": "constants", "params": [p for p in self.replacements.parameters() if p.requires_grad]},
+        ]
+        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
+        self._set_learning_rates(optimizer)
+        return optimizer
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
+        for group in optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
 
     def configure_model(self) -> None:
-        """Share the model out where the strategy is to do so.
-
-        Raises:
-            ConfigurationError: strategy or precision would change what is trained, or do not go with edges.
-        """
+        """Share the model out; under that strategy edges are refused as well (`FrozenModelModule.configure_model`)."""
         if not self.level.has_one_stream and isinstance(self.trainer.strategy, ShardedStrategy):
             raise ConfigurationError(
                 "The strategy fsdp shares the weights of a block out again when the block has run, and gradients of "
@@ -225,10 +197,8 @@ class CircuitModule(FrozenModelModule):
 
     def on_train_start(self) -> None:
         """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
-        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rates[group["name"]]
+        super().on_train_start()
+        self._set_learning_rates(self.trainer.optimizers[0])
 
     def on_fit_start(self) -> None:
         """Prepare the ablation; constants start at the means, unless a checkpoint brought them."""
@@ -240,20 +210,14 @@ class CircuitModule(FrozenModelModule):
             )
         self.prepare_ablation()
 
-    def on_validation_start(self) -> None:
-        """Prepare the ablation, unless a fit has."""
-        self.prepare_ablation()
-
-    def on_test_start(self) -> None:
-        """Prepare the ablation."""
-        self.prepare_ablation()
-
     def prepare_ablation(self) -> None:
         """Gather what the ablation needs from the task's `means` prompts, unless a checkpoint brought it."""
-        task = self.data.task
-        if not self.replacements.is_prepared_for(task):
-            self.replacements.prepare(AblationSource(self.frozen, task, self.level, self.positions, self.track))
+        source = AblationSource(self.frozen, self.data.task, self.level, self.positions, self.track)
+        if not self.replacements.is_prepared_for(source.task):
+            self.replacements.prepare(source)
             self.share_from_first_process(self.replacements.parameters())
+
+    on_validation_start = on_test_start = prepare_ablation
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the weight of the next step."""
@@ -265,20 +229,19 @@ class CircuitModule(FrozenModelModule):
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
-        trainer = self.trainer
-        together, n_processes = self.batches_of_step(batch_idx), trainer.world_size
+        together, n_processes = self.batches_of_step(batch_idx), self.trainer.world_size
         if len(together) == 1 and n_processes == 1:
             return None
         key = (self.current_epoch, together.start)
         if self._counted is None or self._counted[0] != key:
-            numbers = [batch.example_ids + (i - batch_idx) * n_processes * len(batch) for i in together]
-            summed = partial(trainer.strategy.reduce, reduce_op="sum")
-            self._counted = key, self.masks.rows_of_step(numbers, summed, n_processes)
+            ids = [batch.example_ids + (number - batch_idx) * n_processes * len(batch) for number in together]
+            summed = partial(self.trainer.strategy.reduce, reduce_op="sum")
+            self._counted = key, self.masks.rows_of_step(ids, summed, n_processes)
         return self._counted[1]
 
     @torch.no_grad()
     def clean_logits(self, batch: Batch) -> Float[Tensor, "batch scored vocabulary"]:
-        """Predictions of the unablated model."""
+        """Logits of the unablated model."""
         return scored_logits(self.frozen, batch)
 
     def masked_loss(
@@ -288,24 +251,24 @@ class CircuitModule(FrozenModelModule):
 
         Args:
             batch: prompts.
-            clean: predictions of the unablated model for them.
-            step: rows that mask gradients are averaged over; those of this batch when not given.
+            clean: the unablated model's logits for them.
+            step: rows that mask gradients are averaged over; by default those of this batch.
         """
         samples = self.masks.samples_per_prompt
         copies = self.n_circuits * samples
         rows, mask = batch.repeat(copies), self.masks.sample(batch.example_ids, step)
         ablations = self.replacements.ablations()
-        of_copies = ablations if len(ablations) == 1 else [each for each in ablations for _ in range(samples)]
+        of_copies = ablations if len(ablations) == 1 else [ablation for ablation in ablations for _ in range(samples)]
         values = replacements_of_copies(of_copies, batch, copies, partial(read_values, self.frozen, level=self.level))
         logits = masked_logits(self.frozen, rows, self.level, mask, values, self.recompute)
         lost = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
         return lost.view(self.n_circuits, -1).mean(dim=1), self.penalty(self.masks.probabilities())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step; see `masked_loss`."""
+        """Sum of the circuits' losses and penalties; see `masked_loss`."""
         lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
         measure, means, paid = f"train/{self.loss}", self.over_processes(lost), penalty.detach()
-        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss")
+        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss", batch)
         figures = {
             measure: LOSS_SIGNS[self.loss] * means,
             "train/penalty": paid,
@@ -314,15 +277,14 @@ class CircuitModule(FrozenModelModule):
         }
         self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
         self.log_dict(self._each_and_mean(figures), batch_size=len(batch))
-        # A sum over circuits: each circuit's gradient is that of its own loss, however many run beside it.
+        # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
         return (lost + penalty).sum() * self.share_of_step(batch_idx)
 
     def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Figures of all circuits: their means and, of several circuits, those of each as `name/number`."""
+        """Means of figures over circuits and, of several circuits, the figures of each as `name/number`."""
         shown = {name: values.float().mean() for name, values in figures.items()}
-        if self.n_circuits > 1:
-            for name, values in figures.items():
-                shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
+        for name, values in figures.items() if self.n_circuits > 1 else ():
+            shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
         return shown
 
     def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
@@ -339,7 +301,7 @@ class CircuitModule(FrozenModelModule):
         """A discrete circuit.
 
         Args:
-            number: which; the first is the only one unless several were asked for.
+            number: place in the lists of penalty weights or target sizes.
             size: entries of the circuit, those of the highest keep-probability; all above the threshold by default.
 
         Raises:
@@ -365,33 +327,19 @@ class CircuitModule(FrozenModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuits."""
-        self._evaluate(batch)
+        clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
+        # Kept, because a callback that averages weights takes them back before the validation's end.
+        self._discrete = self.masks.discrete()
+        logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
+        values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])
+        self._evaluated.update(values.mean(dim=2), len(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the thresholded circuits."""
-        self._evaluate(batch)
-
-    def _evaluate(self, batch: Batch) -> None:
-        clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
-        masks, ablations = self.masks.discrete(), self.replacements.ablations()
-        logits = circuit_logits(self.frozen, batch, self.level, masks, ablations)
-        repeated = clean.repeat(self.n_circuits, 1, 1)
-        for name, average in self._averages():
-            values = measured(name, repeated, logits, rows).view(self.n_circuits, -1)
-            average.update(values.mean(dim=1), len(batch))
-
-    def _averages(self) -> Iterator[tuple[str, CircuitMeans]]:
-        for name, average in self.evaluated.items():
-            assert isinstance(average, CircuitMeans)
-            yield name, average
+    test_step = validation_step
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
-        """Log the measures and sizes of all circuits, and return them."""
-        figures: dict[str, Tensor] = {"size": self.masks.discrete().sum(dim=1)}
-        for name, average in self._averages():
-            # torchmetrics turns a tensor of one element into a number.
-            figures[name] = average.compute().reshape(self.n_circuits)
-            average.reset()
+        """Log the measures and sizes of all circuits; returns them."""
+        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.compute(), strict=True))}
+        self._evaluated.reset()
         shown = self._each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
         for name, value in shown.items():
             self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)
@@ -400,32 +348,10 @@ class CircuitModule(FrozenModelModule):
     def on_validation_epoch_end(self) -> None:
         """Log the measures, the sizes, and what the best checkpoint minimises."""
         figures = self._log_evaluation("val")
-        loss, kept = LOSS_SIGNS[self.loss] * figures[self.loss], self.masks.priced(self.masks.discrete())
+        loss, kept = LOSS_SIGNS[self.loss] * figures[self.loss], self.masks.priced(self._discrete)
         objective = self.penalty.objective(loss, kept, self.masks.n_fixed)
         self.log("val/objective", objective.mean(), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the measures and the sizes."""
         self._log_evaluation("test")
-
-
-def _check_level(level: str, node_penalty: float, sites: list[str]) -> None:
-    if level not in get_args(LevelKind):
-        raise ConfigurationError(f"level is {level!r}. {nearest_names(level, get_args(LevelKind))}")
-    if level == "nodes" and node_penalty:
-        raise ConfigurationError(
-            f"node_penalty is {node_penalty}, which is for edges: set level to edges, or leave it."
-        )
-    check_site_kinds("sites", sites)
-    if level == "edges" and set(sites) != set(DEFAULT_SITES):
-        raise ConfigurationError(
-            f"sites is {sites}, and level is edges: edges lead from the embedding, heads and MLPs. Other sites are "
-            f"for "
-            "circuits of nodes (level: nodes)."
-        )
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigurationError(f"{name} is {value}; expected more than 0.")

@@ -1,8 +1,8 @@
-"""Training constants alone: for a given circuit, or for every component ablated alone, in one job."""
+"""Training of constants alone: for a fixed circuit, or for units that are each ablated alone, in one job."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,23 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.module import FrozenModelModule
+from oa_train.training.module import FrozenModelModule, as_list, check_positive
 
 # Share of its loss by which one circuit at least must improve for a validation to count as progress.
 LEAST_PROGRESS = 0.01
+
+# Constants that the first validation compares with the trained ones.
+MOST_CANDIDATES = 3
 
 # Ablated entries of a circuit that a checkpoint lists by name.
 MOST_LISTED = 100
 
 
 class ConstantsModule(FrozenModelModule):
-    """Finds the constants that replace units best, the circuit being given.
+    """Finds the constants that replace units best in a fixed circuit.
 
-    Units that are ablated alone are trained side by side: a step shows the same prompts to all, and each row of
-    the batch reads and moves the constants of its own component only, so this equals one job for each.
+    Units that are ablated alone are trained side by side on the same prompts; each row of a batch reads and moves the
+    constants of its own unit only, so this equals a job for each.
 
     Exactly one of `circuit`, `keep` and `alone` says what is ablated.
 
@@ -72,6 +75,8 @@ class ConstantsModule(FrozenModelModule):
         ArtefactError: a folder holds nothing that fits.
     """
 
+    keeps_best = True
+
     def __init__(
         self,
         *,
@@ -97,11 +102,13 @@ class ConstantsModule(FrozenModelModule):
                 f"Give exactly one of circuit (a folder), keep (components) and alone (components); given: "
                 f"{', '.join(chosen) or 'none'}."
             )
+        if circuit is not None and (dictionaries or set(sites) != set(DEFAULT_SITES)):
+            raise ConfigurationError(
+                f"circuit is {circuit!r}, whose own sites and dictionaries are used; leave sites and dictionaries out."
+            )
         check_loss("loss", loss)
-        numbers = {"positions": positions, "learning_rate": learning_rate, "rows_per_run": rows_per_run}
-        for name, value in numbers.items() | ({"patience": patience}.items() if patience is not None else set()):
-            if not value > 0:
-                raise ConfigurationError(f"{name} is {value}; expected more than 0.")
+        check_positive(positions=positions, learning_rate=learning_rate, rows_per_run=rows_per_run)
+        check_positive(patience=1 if patience is None else patience)
         starts_from = Constants.load(_inside(start, "constants")) if Path(start).is_dir() else _start_kind(start)
         check_site_kinds("sites", sites)
         check_dictionaries(sites, len(dictionaries or []))
@@ -114,16 +121,18 @@ class ConstantsModule(FrozenModelModule):
         self.recompute = recompute
         self.start = start
         self._starts_from = starts_from
-        patterns = [pattern for some in (keep, alone) if some is not None for pattern in _as_list(some)]
-        self.circuits = (
-            {"circuit": self._loaded_circuit(circuit)}
-            if circuit is not None
-            else _chosen_circuits(Nodes.of(self.frozen.config, sites, patterns, loaded), keep, alone)
-        )
+        if circuit is not None:
+            self.circuits = {"circuit": Circuit.load(_inside(circuit, "circuit"))}
+            check_belongs(self.frozen, self.circuits["circuit"], None)
+        else:
+            patterns = as_list(keep if keep is not None else alone or [])
+            nodes = Nodes.of(self.frozen.config, sites, patterns, loaded)
+            kept = {"circuit": Circuit.from_patterns(nodes, patterns)} if keep is not None else None
+            self.circuits = kept or _each_alone(nodes, patterns)
         self.level: Level = next(iter(self.circuits.values())).level
-        masks = torch.stack([chosen.mask for chosen in self.circuits.values()])
-        start_tables = [Constants.zeros(self.level, positions)]
-        self.fitted = FittedCircuits(self.level, masks, start_tables, loss, rows_per_run, recompute)
+        masks = torch.stack([fixed.mask for fixed in self.circuits.values()])
+        zeros = [Constants.zeros(self.level, positions)]
+        self.fitted = FittedCircuits(self.level, masks, zeros, loss, rows_per_run, recompute)
         if not self.fitted.has_constants:
             raise ConfigurationError(
                 f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything: there are no constants to train."
@@ -134,22 +143,17 @@ class ConstantsModule(FrozenModelModule):
         self.register_buffer("progress", torch.full((len(self.circuits),), float("inf")))
         self.stale: Tensor
         self.register_buffer("stale", torch.tensor(0))
+        # Other constants than the trained ones, which the first validation compares: the start, means and zeros.
         self._candidates: list[TrainableConstants] = []
-        self.validation_losses = torch.nn.ModuleList()
-        self._measure(1)
-
-    def _loaded_circuit(self, folder: str) -> Circuit:
-        loaded = Circuit.load(_inside(folder, "circuit"))
-        check_belongs(self.frozen, loaded, None)
-        return loaded
+        self._losses = CircuitMeans(1 + MOST_CANDIDATES, len(self.circuits))
 
     @property
     def each_alone(self) -> bool:
-        """Whether each circuit lacks one unit."""
+        """Whether every circuit lacks one unit."""
         return "circuit" not in self.circuits
 
     def describe(self) -> dict[str, Any]:
-        """What is ablated, and for which loss constants are sought."""
+        """Ablated units, start, positions and loss."""
         return {
             "level": self.level.identity(),
             "ablated": {name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()},
@@ -161,7 +165,7 @@ class ConstantsModule(FrozenModelModule):
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
         return {
-            "lm": self.lm_settings(),
+            "lm": asdict(self.lm),
             "seed": self.seed,
             "learning_rate": self.learning_rate,
             "patience": self.patience,
@@ -183,15 +187,15 @@ class ConstantsModule(FrozenModelModule):
 
     def on_train_start(self) -> None:
         """Use this module's learning rate, also where a checkpoint has just brought that of the run before."""
+        super().on_train_start()
+        self._stop_when_stale()
         (config,) = self.trainer.lr_scheduler_configs
         config.scheduler.base_lrs = [self.learning_rate]
-        done = config.scheduler.last_epoch
-        self.trainer.optimizers[0].param_groups[0]["lr"] = self.learning_rate * cosine_decay(
-            done, self.planned_steps()
-        )
+        rate = self.learning_rate * cosine_decay(config.scheduler.last_epoch, self.planned_steps())
+        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
 
     def on_fit_start(self) -> None:
-        """Start where it was asked to, unless a checkpoint brought constants; mean and zero are the first to beat."""
+        """Load the start, unless a checkpoint brought constants; start, means and zeros are the first to beat."""
         if self.patience is not None and self.trainer.limit_val_batches == 0:
             raise ConfigurationError("patience counts validations, and trainer.limit_val_batches is 0.")
         started = bool(self.constants_started)
@@ -206,12 +210,6 @@ class ConstantsModule(FrozenModelModule):
         # The means are the usual start, and need not be evaluated twice.
         candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
         self._candidates = [self.fitted.candidate(constants) for constants in candidates]
-        self._measure(1 + len(candidates))
-
-    def _measure(self, n_tables: int) -> None:
-        """Make room for the losses of so many tables, of which the trained one is the first."""
-        made = [CircuitMeans(len(self.circuits)).to(self.device) for _ in range(n_tables)]
-        self.validation_losses = torch.nn.ModuleList(made)
 
     def _starting_constants(self, source: AblationSource) -> Constants:
         if isinstance(self._starts_from, Constants):
@@ -227,7 +225,7 @@ class ConstantsModule(FrozenModelModule):
         runs = list(self.fitted.runs(self.frozen, batch))
         total = torch.zeros(len(self.circuits), device=self.device)
         for run in runs:
-            # Of several runs each is made again in the backward pass: only one run's activations live at a time.
+            # Several runs are made again in the backward pass, so that only one run's activations live at a time.
             lost = run.losses() if len(runs) == 1 else checkpoint(run.losses, *tables, use_reentrant=False)
             total = total.index_add(0, torch.arange(*run.circuits.indices(len(total)), device=self.device), lost)
         return total
@@ -236,13 +234,13 @@ class ConstantsModule(FrozenModelModule):
         """One step of all circuits."""
         losses = self.losses(batch)
         means = self.over_processes(losses)
-        self.check_finite({"train/loss": means}, "Losses")
+        self.check_finite({"train/loss": means}, "Losses", batch)
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
-        # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
+        # A sum, so that a circuit's gradient is that of its own mean, however many run beside it.
         return losses.sum() * self.share_of_step(batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the constants as they are now, and once of those where the training may have started."""
+        """Losses of the constants as they are now, and at the first validation of the candidates."""
         self._evaluate(batch, [self.fitted.constants.sets(), *(candidate.sets() for candidate in self._candidates)])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -252,47 +250,42 @@ class ConstantsModule(FrozenModelModule):
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
         # As many circuits at once in every process, whose batches may differ by a prompt: where the model is shared
         # out, all processes run it together.
-        at_once = max(1, self.fitted.rows_per_run // self.data.task.evaluation_batch_size)
-        for metric, sets in zip(self.validation_losses, tables, strict=False):
-            assert isinstance(metric, CircuitMeans)
-            behaviour = circuit_behaviour(
-                self.frozen, [batch], self.level, self.fitted.masks, sets, at_once * len(batch)
-            )
-            metric.update(behaviour.loss(self.loss).mean(dim=1).to(self.device), len(batch))
+        rows = len(batch) * max(1, self.fitted.rows_per_run // self.data.task.evaluation_batch_size)
+        losses = [
+            circuit_behaviour(self.frozen, [batch], self.level, self.fitted.masks, sets, rows).loss(self.loss)
+            for sets in tables
+        ]
+        self._losses.update(torch.stack(losses).mean(dim=2).to(self.device), len(batch))
 
-    def _mean_losses(self, index: int) -> Float[Tensor, " circuit"]:
-        metric = self.validation_losses[index]
-        assert isinstance(metric, CircuitMeans)
-        # torchmetrics turns a tensor of one element into a number.
-        losses: Tensor = metric.compute().reshape(len(self.circuits))
-        metric.reset()
+    def _mean_losses(self) -> Float[Tensor, "table circuit"]:
+        losses: Tensor = self._losses.compute()
+        self._losses.reset()
         return losses
 
     def on_validation_epoch_end(self) -> None:
         """Keep what is best for each circuit; the best checkpoint minimises the mean of the best losses."""
-        losses = [self._mean_losses(index) for index in range(1 + len(self._candidates))]
+        losses = self._mean_losses()
         if self.trainer.sanity_checking:  # of a few prompts, with which later figures cannot be compared
             return
-        for candidate, of_candidate in zip(self._candidates, losses[1:], strict=True):
-            self.fitted.best.offer(candidate, of_candidate)
+        for candidate, loss in zip(self._candidates, losses[1:], strict=False):
+            self.fitted.best.offer(candidate, loss)
         self._candidates = []
         self.fitted.best.offer(self.fitted.constants, losses[0])
         self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses[0].mean(), prog_bar=True, sync_dist=True)
         self.log("val/objective", self.fitted.best.loss.mean(), sync_dist=True)
-        self._stop_when_flat()
-
-    def _stop_when_flat(self) -> None:
         least = torch.where(self.progress.isfinite(), LEAST_PROGRESS * self.progress.abs(), 0.0)
         fallen = self.fitted.best.loss < self.progress - least
         self.progress[fallen] = self.fitted.best.loss[fallen]
         self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1
+        self._stop_when_stale()
+
+    def _stop_when_stale(self) -> None:
         if self.patience is not None and int(self.stale) >= self.patience:
             self.trainer.should_stop = True
 
     def on_test_epoch_end(self) -> None:
         """Report the mean over circuits."""
-        losses = self._mean_losses(0)
-        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * losses.mean(), sync_dist=True)
+        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * self._mean_losses()[0].mean(), sync_dist=True)
 
     def trained_circuits(self) -> list[TrainedCircuit]:
         """The circuit, named "circuit", or one for each unit that is ablated alone, with the best constants."""
@@ -301,7 +294,7 @@ class ConstantsModule(FrozenModelModule):
         return [TrainedCircuit(name, circuit, constants) for name, circuit in circuits.items()]
 
     def circuit(self) -> Circuit:
-        """The circuit that constants were trained for; whatever it was found under, it is optimally ablated now.
+        """The circuit that constants were trained for; whatever it was found under, its ablation is optimal now.
 
         Raises:
             ConfigurationError: units were ablated alone.
@@ -315,24 +308,21 @@ class ConstantsModule(FrozenModelModule):
         return self.provenance() | {"ablation": "optimal", "loss": self.loss}
 
     def best_constants(self) -> Constants:
-        """The best constants by validation: of the circuit, or of each unit its own from where it was alone."""
-        # Without any validation the last constants are all there is to know.
+        """The best constants by validation, the last ones without any; those of units alone stand side by side."""
         known = bool(torch.isfinite(self.fitted.best.loss).all())
         (constants,) = self.fitted.best.sets() if known else self.fitted.constants.sets()
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
 
 
-def _chosen_circuits(nodes: Nodes, keep: str | list[str] | None, alone: str | list[str] | None) -> dict[str, Circuit]:
-    if keep is not None:
-        return {"circuit": Circuit.from_patterns(nodes, _as_list(keep))}
-    ablated = nodes.select(_as_list(alone or []))
+def _each_alone(nodes: Nodes, patterns: list[str]) -> dict[str, Circuit]:
+    ablated = nodes.select(patterns)
     if not ablated:
-        raise ConfigurationError(f"alone is {alone!r}, which selects no component; * selects all.")
+        raise ConfigurationError(f"alone is {patterns}, which selects no component; * selects all.")
     return {name: Circuit.from_mask(nodes, ~nodes.mask([name])) for name in ablated}
 
 
 def _digest(names: Sequence[str]) -> str:
-    """Names, where they are few; else a short name for all of them."""
+    """Names where they are few, else their number and a hash."""
     listed = " ".join(names)
     return listed if len(names) <= MOST_LISTED else f"{len(names)} entries, {derive_seed(listed):016x}"
 
@@ -348,10 +338,6 @@ def _start_kind(name: str) -> Kind:
 
 
 def _inside(folder: str, artefact: str) -> Path:
-    """The folder of an artefact, which may be given by the run that it is in."""
+    """Folder of an artefact, named by itself or by the run that it is in."""
     path = Path(folder)
     return path / artefact if (path / artefact).is_dir() else path
-
-
-def _as_list(patterns: str | list[str]) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else patterns

@@ -1,4 +1,4 @@
-"""One Lightning datamodule for any task, resumable at any batch."""
+"""Lightning datamodule of any task, resumable at any batch."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ class PromptLoader:
     """Training batches by number: every epoch goes on where the one before ended.
 
     Lightning stores `state_dict` in its checkpoints, so a resumed run goes on at the very next batch, also in the
-    middle of an epoch. Prompts are made from their numbers; nothing else is remembered.
+    middle of an epoch. Prompts are made from their numbers.
 
     Args:
         task: what is trained on.
@@ -30,8 +30,8 @@ class PromptLoader:
         self._epoch_length = task.batches_per_epoch if epoch_length is None else epoch_length
         self._rank = rank
         self._world_size = world_size
-        self._given = 0
-        self._given_in_epoch = 0
+        self._batches = 0
+        self._batches_in_epoch = 0
         self._resumed = False
 
     def __len__(self) -> int:
@@ -39,23 +39,23 @@ class PromptLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         if not self._resumed:
-            self._given_in_epoch = 0
+            self._batches_in_epoch = 0
         self._resumed = False
-        while self._given_in_epoch < len(self):
-            number = self._given * self._world_size + self._rank
-            self._given += 1
-            self._given_in_epoch += 1
+        while self._batches_in_epoch < len(self):
+            number = self._batches * self._world_size + self._rank
+            self._batches += 1
+            self._batches_in_epoch += 1
             yield self._task.batch("train", number)
 
     def state_dict(self) -> dict[str, int]:
-        """How many batches each process was given, in all and in this epoch, and how many processes there are."""
-        return {"given": self._given, "given_in_epoch": self._given_in_epoch, "world_size": self._world_size}
+        """Batches that each process has had, in all and in this epoch, and the number of processes."""
+        return {"given": self._batches, "given_in_epoch": self._batches_in_epoch, "world_size": self._world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that `state` counts, those of all its processes."""
-        self._given = math.ceil(state["given"] * state.get("world_size", self._world_size) / self._world_size)
+        self._batches = math.ceil(state["given"] * state.get("world_size", self._world_size) / self._world_size)
         # A checkpoint at the end of an epoch is resumed with a fresh one.
-        self._given_in_epoch = state["given_in_epoch"] % len(self)
+        self._batches_in_epoch = state["given_in_epoch"] % len(self)
         self._resumed = True
 
 
@@ -88,8 +88,7 @@ class TaskData(lightning.LightningDataModule):
         self.task = task
 
     def train_dataloader(self) -> PromptLoader:
-        """Batches of the train stream, without end; an epoch is the task's `batches_per_epoch`."""
-        # The loader's own epochs end where the trainer's do, so that a resume knows where in an epoch it is.
+        """Batches of the train stream; the loader's epochs end where the trainer's do, as a resume relies on."""
         return PromptLoader(self.task, *self._rank_and_world_size(), self.epoch_length)
 
     @property

@@ -1,4 +1,4 @@
-"""A training that is told to end does so at a whole step, in all its processes, and leaves a checkpoint of it."""
+"""Ending a training in order: at a whole step, in all of its processes, with a checkpoint of that step."""
 
 import signal
 import subprocess
@@ -19,8 +19,8 @@ from oa_train.training.callbacks import LastCheckpoint, validation_follows
 # How long the first process waits for those that it has started, once all have agreed to end.
 SECONDS_TO_END = 30.0
 
-# How long it waits when it fails by itself. Another one that has failed as well says so meanwhile; one that waits for
-# this one's share would do so for ever.
+# The same when it fails by itself. A process that has failed as well says so meanwhile; one that waits for the first
+# one's share would wait for ever.
 SECONDS_AFTER_A_FAULT = 2.0
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -44,16 +44,15 @@ class Stopped(SystemExit):
 class StopAtSignal(Checkpoint):
     """Ends a training in order when one of its processes gets a signal.
 
-    A handler only notes the signal. At the end of the next batch that completed an optimiser step (accumulated
-    gradients are in no checkpoint), or after the validation that follows it, all processes learn whether any has been
-    told to end. Then all write `last.ckpt` together and raise `Stopped`, which makes the exit status 143, and a resume
-    goes on bit for bit. Before the training begins there is nothing to write: a single process ends at once, several
-    end when all are ready to begin.
+    A handler only notes the signal. At the end of the next batch that completed an optimiser step, or after the
+    validation that follows it, all processes learn whether any has noted one. Then all write `last.ckpt` together and
+    raise `Stopped`; a resume goes on bit for bit. Before the training begins there is nothing to write: a single
+    process ends at once, several end when all are ready to begin.
 
-    Lightning's own handling of these signals is out of force meanwhile: it would talk to the other processes from
-    inside the handler, whatever they are doing, and write nothing. The handlers from before are back when the training
-    has ended, however it did. Only processes that something else has started side by side stay deaf to the signals
-    once they have agreed to end: torchrun and srun send SIGTERM to all as soon as they have seen one end.
+    Lightning's own handlers of these signals are out of force meanwhile: they would talk to the other processes in the
+    middle of anything, and write nothing. The handlers from before are back when the training has ended, however it
+    did. Only processes that something else has started side by side stay deaf once they have agreed to end: torchrun
+    and srun send SIGTERM to all as soon as they have seen one end.
 
     Being a checkpoint callback it is run after all others. List it last.
 
@@ -80,7 +79,6 @@ class StopAtSignal(Checkpoint):
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Begin to listen, before the module prepares anything."""
-        del pl_module
         if stage != "fit" or threading.current_thread() is not threading.main_thread():
             return
         self._forget()
@@ -90,7 +88,6 @@ class StopAtSignal(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """End here if the signal came during the preparation."""
-        del pl_module
         self._at_once = False
         self._step = trainer.global_step
         self._end_if_agreed(trainer, save=False)
@@ -103,22 +100,19 @@ class StopAtSignal(Checkpoint):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """End here, unless gradients are being accumulated."""
-        del pl_module
         if self._whole_step and not trainer.sanity_checking:
             self._end_if_agreed(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """End here, before anything is made of what was trained."""
-        del pl_module
         self._end_if_agreed(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Put the handlers from before back; a signal that nobody has looked at since the last step is not lost.
+        """Put the handlers from before back.
 
         Raises:
-            Stopped: there is one. The other processes have nothing left to do.
+            Stopped: a signal came after the last step. The other processes have nothing left to do.
         """
-        del pl_module, stage
         late = self._noted
         self._leave(trainer)
         if late and trainer.is_global_zero:
@@ -129,9 +123,8 @@ class StopAtSignal(Checkpoint):
     ) -> None:
         """Put the handlers from before back, and leave none of the other processes behind.
 
-        One of several that were started side by side stays deaf: it still has to say why it ends.
+        A process that was started side by side stays deaf: it still has to say why it ends.
         """
-        del pl_module
         if not isinstance(exception, KeyboardInterrupt):  # Lightning sees to that
             children = _take_children(trainer)
             self._deaf = self._deaf or (trainer.world_size > 1 and not children)
@@ -139,7 +132,6 @@ class StopAtSignal(Checkpoint):
         self._leave(trainer)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
         self._noted = max(self._noted, 1 + self._signals.index(signal.Signals(number)))
         if self._at_once:
             self._at_once = False
@@ -147,8 +139,7 @@ class StopAtSignal(Checkpoint):
 
     def _listen(self) -> None:
         for number in self._signals:
-            found = signal.signal(number, self._note)
-            self._before.setdefault(number, found)
+            self._before.setdefault(number, signal.signal(number, self._note))
 
     def _displace_lightning(self, trainer: lightning.Trainer) -> None:
         """Have Lightning, when it comes to set its handlers, leave these signals alone; at its teardown as well."""
@@ -172,7 +163,10 @@ class StopAtSignal(Checkpoint):
         self._forget()
 
     def _end_if_agreed(self, trainer: lightning.Trainer, *, save: bool = True) -> None:
-        noted = self._agreed(trainer)
+        noted = self._noted
+        if trainer.world_size > 1:  # the same in all processes, because they ask at the same point
+            here = torch.tensor(noted, device=trainer.strategy.root_device)
+            noted = int(trainer.strategy.reduce(here, reduce_op="max"))
         if not noted:
             return
         children = _take_children(trainer)
@@ -182,19 +176,12 @@ class StopAtSignal(Checkpoint):
         self._deaf = trainer.world_size > 1 and not children
         raise Stopped(self._signals[noted - 1])
 
-    def _agreed(self, trainer: lightning.Trainer) -> int:
-        """What the processes have noted; the same in all, because they ask at the same point."""
-        if trainer.world_size == 1:
-            return self._noted
-        noted = torch.tensor(self._noted, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(noted, reduce_op="max"))
-
 
 @contextmanager
 def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
     """Have the first process outlive those that it has started, while they work together outside of the training.
 
-    Lightning would kill it as soon as one of them fails, before it could say how to go on; and would leave them behind
+    Lightning would kill it as soon as one of them fails, before it could say how to go on, and would leave them behind
     when it fails itself.
     """
     children = _take_children(trainer)
@@ -209,8 +196,8 @@ def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
 def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
     """Take charge of the processes that Lightning has started from this one; none in all other processes.
 
-    A thread of Lightning's looks at its list of them every few seconds, and kills this process when one has ended with
-    another status than 0. They are about to do so on purpose. The thread shares the list and ends when it is empty.
+    A thread of Lightning's kills this process when one of them has ended with another status than 0, which they are
+    about to do on purpose. The thread shares the list and ends when it is empty.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

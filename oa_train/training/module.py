@@ -1,17 +1,27 @@
-"""What all Lightning modules of this package share: a frozen model that no checkpoint holds."""
+"""The frozen model that every Lightning module of this package is built around, and the checkpoints without it."""
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from oa_train.artefacts import versions
+from oa_train.batches import Batch
+from oa_train.engine.forward import scored_logits
 from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
 from oa_train.models.sharding import shard
@@ -28,8 +38,8 @@ class FrozenModelModule(lightning.LightningModule):
     """A Lightning module around a frozen language model.
 
     The model is a submodule, so that Lightning moves it to the device, but it stays in evaluation mode, has no
-    gradients and is left out of `state_dict`. A checkpoint instead names its fingerprint, and is refused by a module
-    of another model, component set, mask distribution or task.
+    gradients and is left out of `state_dict` and `parameters`. A checkpoint names its fingerprint instead, and is
+    refused by a module of another model, component set, mask distribution or task.
 
     Args:
         lm: the frozen model; the built-in one by default.
@@ -39,7 +49,10 @@ class FrozenModelModule(lightning.LightningModule):
         lm: the specification of the frozen model.
         frozen: the model.
         track: shows the progress of passes over prompts that are no steps of the trainer; silent unless it is set.
+        keeps_best: whether the state itself holds the best that was trained, so that averages make no sense.
     """
+
+    keeps_best: ClassVar[bool] = False
 
     def __init__(self, lm: LMSpec, seed: int) -> None:
         super().__init__()
@@ -48,20 +61,38 @@ class FrozenModelModule(lightning.LightningModule):
         self.track: Track = silent
         self.frozen: CausalLM = load_model(self.lm)
         self.fingerprint = fingerprint(self.frozen)
-        # The state dict lacks the frozen weights on purpose; `on_load_checkpoint` checks that nothing else is amiss.
-        self.strict_loading = False
-        # Every process has loaded the same weights. DDP would send them around at the start, and their buffers before
-        # every step.
-        frozen = (*self.frozen.named_parameters(), *self.frozen.named_buffers())
-        self._ddp_params_and_buffers_to_ignore = [f"{FROZEN_PREFIX}{name}" for name, _ in frozen]
+        self.register_load_state_dict_post_hook(_expect_no_frozen_weights)
+        # State of the training that Lightning's checkpoints leave out, until the training begins.
+        self._to_restore: Mapping[str, Any] = {}
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What this module trains, as plain values; a checkpoint with another description is refused."""
+        """What is trained, as plain values; a checkpoint with another description is refused."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Arguments that build this module again, as plain values."""
+
+    def setup(self, stage: str) -> None:
+        """Refuse options of the trainer that cannot work.
+
+        Raises:
+            ConfigurationError: validations would be 0 batches or epochs apart, or a callback cannot average this.
+        """
+        del stage
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if getattr(self.trainer, name) == 0:
+                raise ConfigurationError(f"trainer.{name} is 0; expected more (limit_val_batches 0: no validation).")
+        for callback in self._callbacks(WeightAveraging, StochasticWeightAveraging):
+            name, own = type(callback).__name__, type(self).__name__
+            if self.keeps_best:
+                raise ConfigurationError(f"{own} keeps what is best by validation, not averages; leave {name} out.")
+            if getattr(callback, "_use_buffers", False):
+                raise ConfigurationError(f"{name} would average counters and flags too; set its use_buffers to false.")
+
+    def _callbacks(self, *kinds: type[Callback]) -> list[Any]:
+        trainer: Any = self.trainer
+        return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
 
     def configure_model(self) -> None:
         """Share the frozen model out among the processes, where the strategy is to do so.
@@ -89,10 +120,19 @@ class FrozenModelModule(lightning.LightningModule):
         """All parameters and buffers but those of the frozen model."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + FROZEN_PREFIX
-        # In place: a module around this one (an average of weights, say) reads what it has handed over to be filled.
+        # In place: a module around this one, such as an average, collects its state in the same dictionary.
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
         return state
+
+    def named_modules(self, memo: set[nn.Module] | None = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """All submodules but the frozen model's, so that `parameters` and `buffers` lack its weights as well.
+
+        Callbacks that average weights would round them, and DDP would send them to processes that have them.
+        """
+        memo = set() if memo is None else memo
+        memo.add(self.frozen)
+        yield from super().named_modules(memo, *args, **kwargs)
 
     def provenance(self) -> dict[str, Any]:
         """Model, task and versions, for the header of an artefact."""
@@ -121,15 +161,21 @@ class FrozenModelModule(lightning.LightningModule):
             )
         return data
 
+    def _accumulated_in(self, epoch: int) -> int:
+        """Batches that are accumulated for an optimiser step of an epoch."""
+        schedulers = self._callbacks(GradientAccumulationScheduler)
+        return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else self.trainer.accumulate_grad_batches
+
     def planned_steps(self) -> float:
-        """Optimiser steps of the whole training; infinite when nothing ends it.
+        """Optimiser steps of the whole training, at least 1; infinite when nothing ends it.
 
         Lightning's own estimate would make the dataloader before a checkpoint is restored, which then begins anew.
         """
-        trainer = self.trainer
-        in_epoch = math.ceil(self.data.epoch_length / trainer.accumulate_grad_batches)
-        by_epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * in_epoch
-        return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
+        trainer, by_epochs = self.trainer, math.inf
+        if trainer.max_epochs not in (None, -1):
+            in_epochs = [self._accumulated_in(epoch) for epoch in range(trainer.max_epochs)]
+            by_epochs = sum(math.ceil(self.data.epoch_length / accumulated) for accumulated in in_epochs)
+        return max(1, by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps))
 
     def batches_of_step(self, batch_idx: int) -> range:
         """Numbers, in the epoch, of the batches that are accumulated for the same optimiser step as this one."""
@@ -138,7 +184,7 @@ class FrozenModelModule(lightning.LightningModule):
         return range(first, min(first + accumulated, self.data.epoch_length))
 
     def share_of_step(self, batch_idx: int) -> float:
-        """What a batch's loss is multiplied with, so that its step has the mean over the batches that there are.
+        """Factor of a batch's loss that makes its step the mean over the batches of that step.
 
         Lightning divides by `accumulate_grad_batches`, also where an epoch ends with fewer.
         """
@@ -152,7 +198,7 @@ class FrozenModelModule(lightning.LightningModule):
                 torch.distributed.broadcast(tensor.detach(), src=0)
 
     def over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over all processes, without gradients; a figure of a step is that of all its prompts.
+        """Mean of a tensor over all processes, without gradients.
 
         What is not finite in one process is so in all, which then stop at the same step.
         """
@@ -161,24 +207,62 @@ class FrozenModelModule(lightning.LightningModule):
         return reduced
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the checkpoint is of; refuse to write one that is not finite."""
+        """Add what the checkpoint is of, and the state that Lightning leaves out.
+
+        Raises:
+            NotFiniteError: a trained tensor is not finite; no checkpoint is written.
+        """
         self.check_finite(self.named_trainables(), "The trained tensors")
+        trainer, gradients = self.trainer, {}
+        if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
+            trained = self.named_trainables().items()
+            gradients = {name: self.over_processes(p.grad) for name, p in trained if p.grad is not None}
         checkpoint[IDENTITY_KEY] = {
             "identity": self._identity() | {"task": self.data.task.describe()},
             "settings": self.settings(),
             "versions": versions(),
+            "epoch_length": self.data.epoch_length,
+            "figures": {name: figure.detach().clone() for name, figure in trainer.callback_metrics.items()},
+            "gradients": gradients,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model, these components and this task, and is complete."""
-        attached = self._trainer is not None and isinstance(getattr(self.trainer, "datamodule", None), TaskData)
-        self.check_checkpoint(checkpoint, self.data.task if attached else None)
+        """Check that the checkpoint is of this model, these components and this task, and is complete.
+
+        Raises:
+            CheckpointError: it is not, or a training would go on from it in epochs of another length.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        self.check_checkpoint(checkpoint, data.task if isinstance(data, TaskData) else None)
+        if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._to_restore = checkpoint[IDENTITY_KEY]
+        length, now = self._to_restore.get("epoch_length"), self.data.epoch_length
+        if length not in (None, now):
+            raise CheckpointError(
+                f"The checkpoint was written in epochs of {length} batches; this configuration has epochs of {now}.\n"
+                "Resume with the same data.batches_per_epoch and trainer.limit_train_batches, or train anew."
+            )
+
+    def on_train_start(self) -> None:
+        """Go on as if the training had not been cut off, also where Lightning's checkpoints do not suffice."""
+        trainer, restored, self._to_restore = self.trainer, self._to_restore, {}
+        trainer.accumulate_grad_batches = self._accumulated_in(trainer.current_epoch)
+        for name, figure in restored.get("figures", {}).items():  # callbacks may ask for them before a validation
+            trainer.callback_metrics[name] = figure.to(self.device)
+        parameters = self.named_trainables()
+        for name, gradient in restored.get("gradients", {}).items():
+            parameters[name].grad = gradient.to(self.device)
+        if restored and self._callbacks(StochasticWeightAveraging):
+            rank_zero_warn("A resume with StochasticWeightAveraging is not exact; with EMAWeightAveraging it is.")
+        if restored and any(stopping.wait_count >= stopping.patience for stopping in self._callbacks(EarlyStopping)):
+            trainer.should_stop = True
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
         """Check that a checkpoint can be loaded into this module.
 
         Args:
-            checkpoint: what was read.
+            checkpoint: as it was read.
             task: the task that it must be of; None leaves that open.
 
         Raises:
@@ -187,44 +271,71 @@ class FrozenModelModule(lightning.LightningModule):
         stored = checkpoint.get(IDENTITY_KEY)
         if not isinstance(stored, dict) or not {"identity", "settings"} <= stored.keys():
             raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
-        expected_identity = self._identity() | ({"task": task.describe()} if task is not None else {})
-        check_identity(stored["identity"], expected_identity)
-        given, expected = set(checkpoint["state_dict"]), set(self.state_dict())
-        if given != expected:
+        check_identity(stored["identity"], self._identity() | ({"task": task.describe()} if task is not None else {}))
+        names, expected = set(checkpoint["state_dict"]), set(self.state_dict())
+        if names != expected:
             raise CheckpointError(
-                f"The checkpoint is incomplete or of another version: missing {sorted(expected - given)}, "
-                f"unexpected {sorted(given - expected)}."
+                f"The checkpoint is incomplete or of another version: missing {sorted(expected - names)}, "
+                f"unexpected {sorted(names - expected)}."
             )
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
         """Settings in which this module differs from the one that wrote a checkpoint, a line each."""
-        stored = checkpoint[IDENTITY_KEY]["settings"]
-        return [
-            f"{name}: {stored.get(name)} -> {now}" for name, now in self.settings().items() if stored.get(name) != now
-        ]
+        stored, settings = checkpoint[IDENTITY_KEY]["settings"], self.settings()
+        return [f"{name}: {stored.get(name)} -> {now}" for name, now in settings.items() if stored.get(name) != now]
 
     def _identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that it is loaded into, the task apart."""
+        """Description that a checkpoint must share with the run that it is loaded into; the task is compared apart."""
         return {"module": type(self).__name__, "model": {"fingerprint": self.fingerprint}, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    @staticmethod
-    def check_finite(tensors: Mapping[str, torch.Tensor], what: str) -> None:
+    def check_finite(self, tensors: Mapping[str, torch.Tensor], what: str, batch: Batch | None = None) -> None:
         """Stop when a tensor holds NaN or infinity.
+
+        Args:
+            tensors: by name.
+            what: what they are, in the plural.
+            batch: prompts that they were computed on; if the frozen model fails on them, the message says so.
 
         Raises:
             NotFiniteError: names the tensors that are not finite.
         """
-        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-        if bad:
+        bad = ", ".join(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+        if not bad:
+            return
+        with torch.no_grad():
+            sound = batch is None or bool(scored_logits(self.frozen, batch).isfinite().all())
+        if sound:
             raise NotFiniteError(
-                f"{what} are no longer finite: {', '.join(bad)}.\nThe last good checkpoint is untouched. Lower the "
-                "learning rates, clip gradients (--trainer.gradient_clip_val 1.0) or train in float32."
+                f"{what} are no longer finite: {bad}.\nLower the learning rates, clip gradients "
+                "(--trainer.gradient_clip_val 1.0) or train in float32."
             )
+        raise NotFiniteError(
+            f"{what} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these prompts: "
+            f"its weights hold NaN or infinity, or it overflows in its data type (lm.dtype {self.lm.dtype})."
+        )
 
-    def lm_settings(self) -> dict[str, Any]:
-        """The specification of the frozen model as plain values."""
-        return asdict(self.lm)
+
+def _expect_no_frozen_weights(module: nn.Module, keys: Any) -> None:
+    """Have a state without the frozen model count as complete, also inside another module."""
+    del module
+    keys.missing_keys[:] = [name for name in keys.missing_keys if FROZEN_PREFIX not in name]
+
+
+def as_list(patterns: str | list[str]) -> list[str]:
+    """Patterns as a list, also where there is only one."""
+    return [patterns] if isinstance(patterns, str) else patterns
+
+
+def check_positive(**values: float) -> None:
+    """Check that options are more than 0.
+
+    Raises:
+        ConfigurationError: an option is not.
+    """
+    for name, value in values.items():
+        if not value > 0:
+            raise ConfigurationError(f"{name} is {value}; expected more than 0.")

@@ -1,4 +1,4 @@
-"""Penalties as a configuration asks for them, for circuits that are trained side by side."""
+"""Penalties as a configuration names them, for circuits that are trained side by side."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,31 +37,26 @@ class PenaltySettings:
         if len(lengths) > 1 or 0 in lengths:
             raise ConfigurationError(
                 f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or "
-                f"lists "
-                "of one length, an entry for each circuit."
+                "lists of one length, an entry for each circuit."
             )
         if self.target_size is not None and not self.target_warmup > 0:
             raise ConfigurationError(f"target_warmup is {self.target_warmup}; expected more than 0.")
-        if isinstance(self.penalty_weight, dict) and not any(self.penalty_weight.values()):
+        weight = self.penalty_weight
+        if isinstance(weight, dict) and not any(weight.values()):
             raise ConfigurationError("penalty_weight has no kind of site with a weight above 0.")
-        SizePenalty(
-            list(self.penalty_weight.values()) if isinstance(self.penalty_weight, dict) else self.penalty_weight
-        )
+        SizePenalty(list(weight.values()) if isinstance(weight, dict) else weight)  # checks the numbers
 
     @property
     def n_circuits(self) -> int:
-        """How many circuits are asked for."""
+        """Number of circuits."""
         lists = (value for value in (self.penalty_weight, self.target_size) if isinstance(value, list))
         return next((len(value) for value in lists), 1)
 
     def of_circuit(self, number: int) -> dict[str, Any]:
         """Penalty weight, and target size if there is one, of one circuit."""
         values = {"penalty_weight": self.penalty_weight, "target_size": self.target_size}
-        return {
-            name: value[number] if isinstance(value, list) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        asked = {name: value for name, value in values.items() if value is not None}
+        return {name: value[number] if isinstance(value, list) else value for name, value in asked.items()}
 
     def settings(self) -> dict[str, Any]:
         """As plain values."""
@@ -72,11 +67,11 @@ class PenaltySettings:
 
         Args:
             masks: of the circuits.
-            rate: how fast a penalty weight moves that leads to a size.
+            rate: speed of a penalty weight that leads to a target size.
 
         Raises:
-            ConfigurationError: weights by kind do not name the kinds of site that are selected; or a node penalty is
-                laid on a level whose entries are nodes.
+            ConfigurationError: weights by kind do not name the kinds of site that are selected, or entries are nodes
+                and there is a node penalty.
         """
         weight, relative = self.penalty_weight, None
         if isinstance(weight, dict):

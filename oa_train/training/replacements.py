@@ -1,4 +1,4 @@
-"""The ablation that a training uses: constants that are trained or stored, or another one that is prepared anew."""
+"""The ablation under which circuits are trained: constants that are trained or stored, or another ablation."""
 
 import torch
 from torch import nn
@@ -8,38 +8,42 @@ from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
-from oa_train.shapes import Tensor
+from oa_train.shapes import Bool, Tensor
 from oa_train.tasks.task import Task
 
 
 class Replacements(nn.Module):
-    """What replaces ablated entries, for several circuits; prepared with a task's prompts before it is used.
+    """Replacements of ablated entries, for several circuits; prepared with a task's prompts before they are used.
 
     Args:
         kind: of the ablation.
         level: what the circuits are made of.
-        positions: that constants tell apart.
+        positions: positions with a constant of their own.
         n_circuits: how many circuits have constants of their own.
+        selection: entries that may be ablated; only the constants of sites with such an entry are trained.
 
     Attributes:
         constants: of every circuit, where the ablation is by constants.
         prepared: whether the constants have their start; stored in checkpoints.
     """
 
-    def __init__(self, kind: AblationKind, level: Level, positions: int, n_circuits: int) -> None:
+    def __init__(
+        self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
+    ) -> None:
         super().__init__()
-        self.kind, self.level, self.positions = check_kind("ablation", kind), level, positions
+        self.kind = check_kind("ablation", kind)
         self.constants: TrainableConstants | None = None
         if self.kind.constant:
-            self.constants = TrainableConstants([Constants.zeros(level, positions)] * n_circuits)
-            self.constants.requires_grad_(self.kind.learned)
+            replaced = level.replaced(~selection.unsqueeze(0)) if self.kind.learned else {}
+            trained = [site for site, units in replaced.items() if bool(units.any())]
+            self.constants = TrainableConstants([Constants.zeros(level, positions)] * n_circuits, trained)
         self._other: Ablation | None = None
         self._task: Task | None = None
         self.prepared: Tensor
         self.register_buffer("prepared", torch.tensor(kind == "zero"))
 
     def is_prepared_for(self, task: Task) -> bool:
-        """Whether nothing is left to gather: a checkpoint, or an earlier call, has brought it."""
+        """Whether a checkpoint or an earlier call has brought everything."""
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:

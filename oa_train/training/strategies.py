@@ -1,4 +1,4 @@
-"""The training strategy for models that are too large for one device: the frozen model is shared out."""
+"""The strategy for models that are too large for one device: the frozen model is shared out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,12 +41,12 @@ class ShardedStrategy(ModelParallelStrategy):
     lightning_restore_optimizer = ParallelStrategy.lightning_restore_optimizer
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
-        given = {} if timeout is None else {"timeout": timeout}
+        options: dict[str, Any] = {} if timeout is None else {"timeout": timeout}
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
-            **given,  # type: ignore[arg-type]
+            **options,
         )
         self._averages = True
 

@@ -129,6 +129,15 @@ def test_components_that_are_not_selected_are_always_kept():
     assert module.masks.discrete()[0][untouched].all()
 
 
+def test_constants_are_trained_where_something_may_be_ablated():
+    module = CircuitModule(components=["a0*", "m1"])
+    trained = {
+        "masks.distribution.logits",
+        *(f"replacements.constants.tables.{site}" for site in ("heads_0", "mlp_1")),
+    }
+    assert set(module.named_trainables()) == trained
+
+
 def test_masks_depend_on_the_seed_and_the_prompt_s_number_alone():
     module, task = CircuitModule(samples_per_prompt=3), few()
     whole = module.masks.sample(task.batch("train", 0, 8).example_ids)
@@ -262,6 +271,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkp
     checkpoint = read_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 3
     assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+
+
+def test_a_frozen_model_that_is_not_finite_is_named_as_the_cause():
+    module = CircuitModule(ablation="zero")
+    module.frozen.get_output_embeddings().weight.data[3, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="The logits of the frozen model itself are not finite") as caught:
+        quiet_trainer(max_steps=1).fit(module, TaskData(small_ioi()))
+    assert "learning rates" not in str(caught.value)
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written(tmp_path):

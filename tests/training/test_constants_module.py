@@ -13,6 +13,7 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
+from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
 from oa_train.models.sites import Site
@@ -253,6 +254,8 @@ def test_every_start_and_loss_is_honoured():
         ({"alone": "*", "patience": 0}, "patience is 0"),
         ({"alone": "*", "learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"alone": "*", "rows_per_run": 0}, "rows_per_run is 0"),
+        ({"circuit": "here", "sites": ["neurons"]}, "circuit is 'here', whose own sites and dictionaries are used"),
+        ({"circuit": "here", "dictionaries": [DictionarySpec("there")]}, "leave sites and dictionaries out"),
     ],
 )
 def test_what_cannot_work_is_refused(changes, words):

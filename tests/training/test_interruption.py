@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
+from oa_train.errors import CheckpointError, ConfigurationError
 from oa_train.models.loading import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
@@ -68,25 +76,29 @@ class At(Callback):
 
 
 def train(
-    folder: Path, *callbacks: Callback, resume: Path | None = None, kind: str = "circuit", **options: Any
+    folder: Path,
+    *callbacks: Callback,
+    resume: Path | None = None,
+    kind: str = "circuit",
+    batches: int = BATCHES,
+    **options: Any,
 ) -> CircuitModule | ConstantsModule:
     module, last = MODULES[kind](), LastCheckpoint(folder, every_n_steps=1)
     trainer = quiet_trainer(
-        max_epochs=EPOCHS,
+        **{"max_epochs": EPOCHS} | options,
         enable_checkpointing=True,
         callbacks=[*callbacks, BestCheckpoint(folder), last, StopAtSignal(last)],
         plugins=[WholeFileCheckpointIO()],
-        **options,
     )
-    data = TaskData(small_ioi(batches_per_epoch=BATCHES, n_validation=8))
+    data = TaskData(small_ioi(batches_per_epoch=batches, n_validation=8))
     trainer.fit(module, data, ckpt_path=None if resume is None else str(resume))
     return module
 
 
-def stopped(folder: Path, at: At, **options: Any) -> int:
+def stopped(folder: Path, at: At, *callbacks: Callback, **options: Any) -> int:
     """Train until a signal ends it, and return how many batches had begun."""
     with pytest.raises(Stopped) as stop:
-        train(folder, at, **options)
+        train(folder, at, *callbacks, **options)
     assert (stop.value.code, stop.value.signal) == (143, signal.SIGTERM)
     return at.begun
 
@@ -144,6 +156,113 @@ def test_a_finished_training_is_gone_on_from_bit_for_bit(tmp_path):
     train(tmp_path / "whole")
     train(tmp_path / "resumed", resume=tmp_path / "part" / "last.ckpt")
     assert_same(tmp_path / "resumed" / "last.ckpt", tmp_path / "whole" / "last.ckpt")
+
+
+# Callbacks with a state that Lightning puts back only in part, and in which batch the signal comes.
+CALLBACKS: dict[str, tuple[Callable[[], Callback], int]] = {
+    "early stopping at the end of an epoch": (lambda: EarlyStopping("val/objective"), 4),
+    "accumulation by epoch": (lambda: GradientAccumulationScheduler({0: 3, 1: 2}), 2),
+    "averages": (lambda: WeightAveraging(use_buffers=False), 4),
+    "moving averages": (lambda: EMAWeightAveraging(decay=0.5, use_buffers=False), 6),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(WeightAveraging callback with a model that overrides|reduce the number of)")
+@pytest.mark.filterwarnings("ignore:.*overriding `LightningModule.optimizer_")
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_resume_is_exact_beside_callbacks_of_lightning(tmp_path, name):
+    made, batch = CALLBACKS[name]
+    train(tmp_path / "whole", made())
+    stopped(tmp_path / "first", At("on_train_batch_start", batch), made())
+    train(tmp_path / "second", made(), resume=tmp_path / "first" / "last.ckpt")
+    assert_same(tmp_path / "second" / "last.ckpt", tmp_path / "whole" / "last.ckpt")
+    assert_same(tmp_path / "second" / "best.ckpt", tmp_path / "whole" / "best.ckpt")
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_the_best_checkpoint_is_resumed_bit_for_bit_among_accumulated_batches(tmp_path, kind):
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "val_check_interval": 4, "batches": 8, "kind": kind}
+    train(tmp_path / "whole", **options)
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "part", At("on_train_batch_start", 5, fail), **options)
+    assert read_checkpoint(tmp_path / "part" / "best.ckpt")["global_step"] == 1
+    train(tmp_path / "resumed", resume=tmp_path / "part" / "best.ckpt", **options)
+    assert_same(tmp_path / "resumed" / "last.ckpt", tmp_path / "whole" / "last.ckpt")
+
+
+def test_an_early_stop_holds_across_a_resume(tmp_path):
+    def stopping() -> Callback:
+        return EarlyStopping("val/objective", patience=1, min_delta=100.0)
+
+    train(tmp_path / "first", stopping(), val_check_interval=2)
+    train(tmp_path / "second", stopping(), val_check_interval=2, resume=tmp_path / "first" / "last.ckpt")
+    assert read_checkpoint(tmp_path / "second" / "last.ckpt")["global_step"] == 4
+
+
+def test_a_resume_of_a_complete_training_has_the_last_checkpoint_too(tmp_path):
+    train(tmp_path / "first", max_steps=3)
+    train(tmp_path / "second", max_steps=3, resume=tmp_path / "first" / "last.ckpt")
+    train(tmp_path / "third", resume=tmp_path / "second" / "last.ckpt")
+    train(tmp_path / "whole")
+    assert_same(tmp_path / "third" / "last.ckpt", tmp_path / "whole" / "last.ckpt")
+
+
+def test_a_resume_in_epochs_of_another_length_is_refused(tmp_path):
+    train(tmp_path / "first", max_steps=4)
+    with pytest.raises(CheckpointError, match="in epochs of 4 batches; this configuration has epochs of 3"):
+        train(tmp_path / "second", resume=tmp_path / "first" / "last.ckpt", batches=3)
+
+
+def test_a_best_checkpoint_that_is_gone_is_missed_aloud(tmp_path):
+    train(tmp_path / "first", max_epochs=1)
+    (tmp_path / "first" / "best.ckpt").unlink()
+    with pytest.warns(UserWarning, match=r"There is no .*best\.ckpt, so the best is chosen among later validations"):
+        train(tmp_path / "second", resume=tmp_path / "first" / "last.ckpt")
+
+
+def test_a_resume_that_is_not_exact_says_so(tmp_path):
+    def averaging() -> Callback:
+        return StochasticWeightAveraging(0.01, swa_epoch_start=1)
+
+    train(tmp_path / "first", averaging(), max_epochs=1)
+    with pytest.warns(UserWarning, match="with StochasticWeightAveraging is not exact"):
+        train(tmp_path / "second", averaging(), resume=tmp_path / "first" / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*(WeightAveraging callback|callbacks used to create the checkpoint)")
+def test_a_run_with_averages_is_tested_by_them_and_leaves_the_frozen_model_alone(tmp_path):
+    module = train(tmp_path, EMAWeightAveraging(decay=0.9, use_buffers=False))
+    stored = read_checkpoint(tmp_path / "last.ckpt")
+    assert not torch.equal(
+        stored["state_dict"]["masks.distribution.logits"], stored["current_model_state"]["masks.distribution.logits"]
+    )
+    fresh = MODULES["circuit"]()
+    assert all(map(torch.equal, module.frozen.parameters(), fresh.frozen.parameters()))
+    for callbacks in ([EMAWeightAveraging(use_buffers=False)], []):
+        trainer = quiet_trainer(callbacks=callbacks)
+        trainer.test(fresh, TaskData(small_ioi()), ckpt_path=str(tmp_path / "last.ckpt"), verbose=False)
+        assert torch.equal(fresh.masks.distribution.logits, stored["state_dict"]["masks.distribution.logits"])
+
+
+UNFIT: dict[str, tuple[str, dict[str, Any], str]] = {
+    "interval": ("circuit", {"val_check_interval": 0}, "val_check_interval is 0; expected more"),
+    "epochs": ("constants", {"check_val_every_n_epoch": 0}, "check_val_every_n_epoch is 0; expected more"),
+    "buffers": ("circuit", {"callbacks": [WeightAveraging()]}, "set its use_buffers to false"),
+    "averages": ("constants", {"callbacks": [WeightAveraging(use_buffers=False)]}, "leave WeightAveraging out"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("name", UNFIT)
+def test_options_of_the_trainer_that_cannot_work_are_refused(name):
+    kind, options, said = UNFIT[name]
+    with pytest.raises(ConfigurationError, match=said):
+        quiet_trainer(max_epochs=1, **options).fit(MODULES[kind](), TaskData(small_ioi()))
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 0}, {"limit_train_batches": 0}])
+def test_a_training_of_no_steps_trains_nothing(tmp_path, options):
+    assert train(tmp_path, kind="constants", **options).stale == 0
 
 
 def test_a_resumed_run_writes_nothing_before_it_has_completed_a_step(tmp_path):
