@@ -316,6 +316,7 @@ SAVING = """
 import os, sys
 import torch
 from oa_train.training.checkpoints import WholeFileCheckpointIO
+from tests.training.test_checkpoints import CONTENT
 
 torch.set_num_threads(1)
 for _ in sys.stdin:
@@ -324,7 +325,7 @@ for _ in sys.stdin:
         step = 0
         while True:
             step += 1
-            content = {"oa_train": {}, "state_dict": {"a": torch.full((500_000,), step)}, "global_step": step}
+            content = CONTENT | {"state_dict": {"a": torch.full((500_000,), step)}, "global_step": step}
             WholeFileCheckpointIO().save_checkpoint(content, "last.ckpt")
     print(child, flush=True)
     os.waitpid(child, 0)

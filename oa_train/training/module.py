@@ -3,6 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -27,7 +28,7 @@ from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
 from oa_train.models.sharding import shard
 from oa_train.progress import Track, silent
 from oa_train.tasks.task import Task
-from oa_train.training.checkpoints import IDENTITY_KEY, check_identity
+from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, read_checkpoint
 from oa_train.training.data import TaskData
 from oa_train.training.strategies import ShardedStrategy, check_strategy
 
@@ -272,12 +273,29 @@ class FrozenModelModule(lightning.LightningModule):
         if not isinstance(stored, dict) or not {"identity", "settings"} <= stored.keys():
             raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
         check_identity(stored["identity"], self._identity() | ({"task": task.describe()} if task is not None else {}))
-        names, expected = set(checkpoint["state_dict"]), set(self.state_dict())
+        own = self.state_dict()
+        names, expected = set(checkpoint["state_dict"]), set(own)
         if names != expected:
             raise CheckpointError(
                 f"The checkpoint is incomplete or of another version: missing {sorted(expected - names)}, "
                 f"unexpected {sorted(names - expected)}."
             )
+        for name, tensor in own.items():
+            shape = checkpoint["state_dict"][name].shape
+            if shape != tensor.shape:
+                raise CheckpointError(
+                    f"The checkpoint is damaged: {name} has the shape {list(shape)}; expected {list(tensor.shape)}."
+                )
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's method, after the file was checked as every checkpoint is.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or of something else.
+        """
+        read_checkpoint(Path(checkpoint_path))
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
         """Settings in which this module differs from the one that wrote a checkpoint, a line each."""
