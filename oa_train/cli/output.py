@@ -83,6 +83,11 @@ def show(findings: Findings) -> None:
         console.print(f"results: {findings.folder}", soft_wrap=True)
 
 
+def print_table(table: Table) -> None:
+    """Print a table."""
+    console.print(_table(table))
+
+
 def _table(table: Table) -> RichTable:
     """A table whose columns of numbers are aligned to the right."""
     width = min(max(map(len, table.title.split("\n"))), WIDTH)
