@@ -144,7 +144,7 @@ class _Loops:
         return hook
 
     def after_norm(self, block: nn.Module, part: Tensor, total: Tensor) -> Tensor:
-        """What a part of a sum becomes in an RMS norm of the sum."""
+        """Share of a part of a sum in the RMS norm of the sum."""
         if not self.family.attention_post_norm:
             return part
         norm: Any = block.get_submodule(self.family.attention_post_norm)

@@ -75,7 +75,7 @@ def _heads(
 
 
 def _may_move(model: CausalLM, graph: Graph, place: int, width: int) -> Bool[Tensor, "reader position head"]:
-    """Which values of heads can move when each reader of a layer has another input at one position."""
+    """True at values of heads that can move when each reader of a layer has another input at one position."""
     heads, positions = torch.arange(graph.n_heads), torch.arange(width).view(1, -1, 1)
     own = heads.unsqueeze(1) == heads
     shared = torch.arange(graph.n_kv_heads).unsqueeze(1) == heads // (graph.n_heads // graph.n_kv_heads)

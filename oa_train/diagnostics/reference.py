@@ -42,7 +42,7 @@ def _on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]:
-    """Where a site is, and whether it is the module's input."""
+    """Module of a site, and whether the site is its input."""
     family = check_family(model.config.model_type)
     blocks: Any = model.get_submodule(family.blocks)
     if site.kind == "features":

@@ -48,7 +48,7 @@ _ADAPTER = (
 
 @dataclass(frozen=True)
 class LMSpec:
-    """Which frozen language model to use; named once in a configuration.
+    """Frozen language model by name; given once in a configuration.
 
     Attributes:
         name: a built-in model (`tiny`), a local directory in Hugging Face format, or a Hub id.

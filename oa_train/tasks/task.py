@@ -1,4 +1,4 @@
-"""What a task is: a source of prompts in streams, and the batches made of them."""
+"""Tasks: sources of prompts in streams, and the batches made of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
