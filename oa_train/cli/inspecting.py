@@ -55,7 +55,7 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
     checks: tuple[Check, ...] = ()
     if options.check:
         lm = _sharpest(lm, facts["frozen"]["parameters"])
-        checks = self_check(load_model(lm))
+        checks = self_check(load_model(lm), lm=lm)
         facts |= {"checked_in": lm.dtype, "checks": [_check_facts(check) for check in checks]}
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -119,10 +119,10 @@ def _parser() -> ExplainingParser:
 
 def _check_row(check: Check) -> dict[str, Any]:
     return {
-        "what should hold": check.name,
+        "result": "passed" if check.passed else "failed",
         "figure": check.problem or f"{check.figure:.2g}",
         "at most": f"{check.tolerance:g}",
-        "": "passed" if check.passed else "FAILED",
+        "what should hold": check.name,
     }
 
 

@@ -96,7 +96,8 @@ def _table(table: Table) -> RichTable:
     cells = [[_cell(row.get(name)) for name in columns] for row in table.rows]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
         numbers = all(map(_NUMBER.match, column)) and any(column)
-        shown.add_column(name, justify="right" if numbers else "left", no_wrap=True)
+        is_first = not shown.columns
+        shown.add_column(name, justify="right" if numbers else "left", no_wrap=numbers or is_first)
     for row in cells:
         shown.add_row(*row)
     return shown
