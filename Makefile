@@ -37,7 +37,7 @@ format: $(STAMP)  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix
 
 docs: $(STAMP)  ## write the pages of the manual that come from the code
-	$(BIN)/python -m oa_train.cli.documentation docs
+	$(BIN)/python docs/errors_page.py docs
 
 bench: $(STAMP)  ## timings, side by side
 	$(BIN)/python -m benchmarks.nodes

@@ -1,7 +1,6 @@
-"""Writes the pages of the manual that the code itself knows best: `python -m oa_train.cli.documentation docs`.
+"""Writes docs/errors.md from the docstrings of oa_train/errors.py: `python docs/errors_page.py docs`.
 
-`make docs` runs it, and a test compares the committed pages with what it writes. It stands beside the command line
-because that is what it describes.
+`make docs` runs it, and a test compares the committed page with its output.
 """
 
 import inspect
