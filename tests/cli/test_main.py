@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from oa_train.cli.fitting import OaTrainCLI
+from oa_train.cli.lightning_cli import OaTrainCLI
 from oa_train.cli.main import main
 from oa_train.training.checkpoints import read_checkpoint
 from tests.jobs.fits import ROOT, SMALL
