@@ -248,7 +248,7 @@ CHECKPOINTS: list[tuple[str, tuple[Any, ...], Any]] = [
     ("state of its optimiser", ("optimizer_states", 0, "state", 0, "step"), torch.tensor(-1.0)),
     ("state of its optimiser", ("optimizer_states", 0, "state", 0, "exp_avg"), torch.zeros(3, 3)),
     ("state of its optimiser", ("optimizer_states", 0, "state", 0, "exp_avg"), ...),
-    ("oa_train holds tensors", ("oa_train", "identity", "masks"), torch.zeros(2)),
+    ("oa_train describes the run by tensors", ("oa_train", "identity", "masks"), torch.zeros(2)),
 ]
 
 

@@ -35,7 +35,14 @@ _GROUP: Schema = {
 }
 _LOADER: Schema = {"given": COUNT, "given_in_epoch": COUNT, "world_size": SIZE, str: object}
 _CHECKPOINT: Schema = {
-    IDENTITY_KEY: {"identity": FREE, "settings": FREE, str: object},
+    IDENTITY_KEY: {
+        "identity": FREE,
+        "settings": FREE,
+        "epoch_length?": COUNT,
+        "figures?": {str: torch.Tensor},
+        "gradients?": {str: torch.Tensor},
+        str: object,
+    },
     "state_dict": {str: torch.Tensor},
     _VERSION_KEY: str,
     "epoch": COUNT,
@@ -179,9 +186,12 @@ def _mistake(checkpoint: Any) -> str | None:
     shapes = {(), *(tuple(tensor.shape) for tensor in checkpoint["state_dict"].values())}
     if not all(_is_whole(list(optimizer["state"].values()), shapes) for optimizer in checkpoint["optimizer_states"]):
         return "the state of its optimiser is not that of what is trained"
-    if any(isinstance(leaf, torch.Tensor) for leaf in _leaves(checkpoint[IDENTITY_KEY])):
-        return f"{IDENTITY_KEY} holds tensors; expected plain values"
-    for leaf in _leaves([checkpoint["state_dict"], checkpoint["optimizer_states"]]):
+    own_record = checkpoint[IDENTITY_KEY]
+    if any(isinstance(leaf, torch.Tensor) for leaf in _leaves([own_record["identity"], own_record["settings"]])):
+        return f"{IDENTITY_KEY} describes the run by tensors; expected plain values"
+    if any(tuple(gradient.shape) not in shapes for gradient in own_record.get("gradients", {}).values()):
+        return "its gradients are not of what is trained"
+    for leaf in _leaves([checkpoint["state_dict"], checkpoint["optimizer_states"], own_record.get("gradients")]):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.isnan().any():
             return "what is trained, or its optimiser's state, holds NaN"
     return None

@@ -280,11 +280,12 @@ class FrozenModelModule(lightning.LightningModule):
                 f"The checkpoint is incomplete or of another version: missing {sorted(expected - names)}, "
                 f"unexpected {sorted(names - expected)}."
             )
-        for name, tensor in own.items():
-            shape = checkpoint["state_dict"][name].shape
-            if shape != tensor.shape:
+        tensors = [*checkpoint["state_dict"].items(), *stored.get("gradients", {}).items()]
+        for name, tensor in tensors:
+            if name not in own or tensor.shape != own[name].shape:
+                expected_shape = list(own[name].shape) if name in own else "no such tensor"
                 raise CheckpointError(
-                    f"The checkpoint is damaged: {name} has the shape {list(shape)}; expected {list(tensor.shape)}."
+                    f"The checkpoint is damaged: {name} has the shape {list(tensor.shape)}; expected {expected_shape}."
                 )
 
     @classmethod
