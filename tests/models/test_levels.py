@@ -64,6 +64,6 @@ def test_questions_are_told_from_others(code, is_question):
 def test_nobody_asks_for_a_level():
     asked = {str(path.relative_to(PACKAGE)): questions(path.read_text()) for path in sources()}
     assert {path: found for path, found in asked.items() if found} == {}
-    constructor = ast.parse((PACKAGE / "training" / "circuit_module.py").read_text())
+    constructor = ast.parse((PACKAGE / "training" / "circuit_masks.py").read_text())
     made = [ast.unparse(node) for node in ast.walk(constructor) if isinstance(node, ast.Compare)]
     assert [text for text in made if "Graph.kind" in text] == ["kind == Graph.kind"]
