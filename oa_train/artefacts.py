@@ -1,4 +1,4 @@
-"""Result folders: a JSON header, tensors as safetensors, and where they come from.
+"""Result folders: a JSON header with provenance, and tensors as safetensors.
 
     circuit/
         artefact.json        kind, schema version, header, provenance, checksums of header and tensors
@@ -31,14 +31,14 @@ from oa_train.errors import ArtefactError, RunError
 from oa_train.files import sync_folder, write_synced
 from oa_train.shapes import Tensor
 
-# Version of circuits and constants. Version 1 named the components of heads and MLPs alone.
+# Version of circuits and constants. Version 1 had heads and MLPs only.
 ARTEFACT_VERSION = 2
 HEADER_FILE = "artefact.json"
 TENSOR_FILE = "tensors.safetensors"
 MOST_JSON_BYTES = 1 << 28  # the names of ten million kept neurons
 _RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
 
-# What a value read from a file has to be: a type; a range of whole numbers; a list of one schema; a tuple of
+# Schema of a value read from a file: a type; a range of integers; a list of one schema; a tuple of
 # alternatives; or a dict of keys, where "key?" may be missing and `str` stands for all keys that are not named.
 Schema = Any
 COUNT = range(1 << 53)
@@ -64,7 +64,7 @@ PROVENANCE: Schema = {
 
 
 def mismatch(value: object, schema: Schema, name: str) -> str | None:
-    """The first place where a value read from a file is not what its schema says, in words; None if there is none."""
+    """The first mismatch of a value read from a file with its schema, in words; None if it matches."""
     inner: Iterable[tuple[object, Schema, str]]
     if isinstance(schema, dict) and isinstance(value, dict):
         schemas = {key.rstrip("?"): inner for key, inner in schema.items() if key is not str}
@@ -86,7 +86,7 @@ def mismatch(value: object, schema: Schema, name: str) -> str | None:
         return None
     if schema is object or value is schema or (isinstance(schema, type) and type(value) is schema):
         return None
-    kinds: dict[type, str] = {dict: "an object", list: "a list", range: f"a whole number in {schema}"}
+    kinds: dict[type, str] = {dict: "an object", list: "a list", range: f"an integer in {schema}"}
     expected = kinds.get(type(schema)) or str(getattr(schema, "__name__", "null"))
     return f"{name} is {_brief(value)}; expected {expected}"
 
@@ -121,7 +121,7 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too long, not JSON, nested too deep, or has NaN or a number beyond those of float64.
+        ValueError: it is too long, not JSON, nested too deep, or has NaN or a number out of float64's range.
     """
     if path.stat().st_size > most_bytes:
         raise ValueError(f"it is too long; expected at most {most_bytes} bytes")
@@ -132,7 +132,7 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
 
 
 def _refuse_number(text: str) -> NoReturn:
-    raise ValueError(f"{text[:60]} is no number of JSON")
+    raise ValueError(f"{text[:60]} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -245,7 +245,7 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
 
 
 def read_document(folder: Path, kind: str) -> dict[str, Any]:
-    """The header file of a result folder, of which only kind and layout are not checked.
+    """The parsed header file of a result folder; its kind and layout are not checked.
 
     Raises:
         ArtefactError: it is missing or not a JSON object with a header.

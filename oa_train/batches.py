@@ -1,4 +1,4 @@
-"""Batches of prompts: what tasks make, and the engine and the metrics read."""
+"""Batches of prompts, which tasks make and the engine and the metrics read."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -66,14 +66,14 @@ class Batch:
         attention_mask: True at real tokens, False at padding.
         scored: columns of the positions whose next-token predictions are scored, from left to right. A prompt with
             fewer than others repeats its last one.
-        weights: part of each scored position in the prompt's average; they sum to 1, and repetitions have 0.
+        weights: weight of each scored position in the prompt's average; they sum to 1, and repetitions have 0.
         answers: ids of the tokens that are correct there, padded with -1.
         distractors: ids of the wrong tokens that answers are compared with, padded with -1.
-        counterfactual_tokens: the same prompts with other content, token for token parallel to `tokens`.
+        counterfactual_tokens: the same prompts with other content, aligned with `tokens` token by token.
         example_ids: number of each prompt within its stream.
         padded: True when a row has padding; kept beside the mask to spare a device synchronisation.
-        protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. Attention
-            heads rest on it and its activations are outliers, so that replacing them would measure something else.
+        protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. It is an
+            attention sink with outlier activations, so replacing them would measure something else.
         spans: tokens of each named span, of every prompt.
     """
 
@@ -122,12 +122,12 @@ class Batch:
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Copy every tensor to `device` but the prompts' numbers, by which generators are seeded on the CPU."""
+        """Copy every tensor to `device` but `example_ids`, which seed generators on the CPU."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, example_ids=self.example_ids)
 
     def repeat(self, times: int) -> "Batch":
-        """Tile the batch: row `s * len(self) + b` is prompt `b` again; once is the batch itself."""
+        """Tile the batch: row `s * len(self) + b` is prompt `b`; `times` 1 returns the batch itself."""
         if times == 1:
             return self
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
@@ -137,7 +137,7 @@ class Batch:
         return self._map(lambda tensor: tensor[chosen])
 
     def pieces(self, most: int) -> "Iterator[Batch]":
-        """The batch in pieces of at most so many rows; itself where it is small enough."""
+        """The batch in pieces of at most `most` rows."""
         if len(self) <= most:
             yield self
             return
@@ -184,7 +184,7 @@ def unanswered(
 def leading_tokens(
     tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
 ) -> Bool[Tensor, "row position"]:
-    """True where a row's first real token is this one (the beginning-of-sequence token, say); nowhere for None.
+    """True at a row's first real token if it is `token_id` (the beginning-of-sequence token, say); nowhere for None.
 
     Padding to the left of it has position 0 too, and is True as well if it has the same id.
     """

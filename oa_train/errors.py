@@ -1,8 +1,8 @@
 """Every error that `oa_train` raises on purpose.
 
 A message says in its first line what is wrong, then what was expected and what to do about it. `exit_status` is what
-the command line returns: 2 for a mistake that the user can mend before anything runs, 1 for a fault while running.
-Each class is also the built-in error that it is, so that callers who do not know this module can still catch it.
+the command line returns: 2 for a mistake that the user can fix before anything runs, 1 for a fault while running.
+Each class also derives from a built-in exception, so that callers who do not know this module can still catch it.
 
 The docstrings are the manual: `make docs` writes docs/errors.md from them.
 """
@@ -16,9 +16,9 @@ EXIT_STATUSES: dict[int, str] = {
     DONE: "done",
     FAULT: "a fault while running: not finite, disk full, out of memory, another process gone, an error of a library",
     MISTAKE: "a mistake in options, configuration, model, task or files; nothing is left behind",
-    INTERRUPTED: "interrupted with Ctrl-C; the message holds the command that goes on from there",
-    UNREAD: "whoever read the output has ended, as in `oa-train inspect | head -1`; nothing is said",
-    TERMINATED: "ended by SIGTERM, or in a SLURM job by SIGUSR1; the message holds the command that goes on",
+    INTERRUPTED: "interrupted with Ctrl-C; the message holds the command that resumes the run",
+    UNREAD: "the reader of the output has exited, as in `oa-train inspect | head -1`; there is no message",
+    TERMINATED: "ended by SIGTERM, or in a SLURM job by SIGUSR1; the message holds the command that resumes the run",
 }
 
 
@@ -43,12 +43,12 @@ class ConfigurationError(OaTrainError, ValueError):
     """An option or argument is missing, unknown, or has a value that cannot work.
 
     What to do: change what the first line names. `oa-train COMMAND --help` lists the options of a command,
-    `--print_config` shows the configuration that comes of a file and options together.
+    `--print_config` shows the configuration that results from a file and options together.
     """
 
 
 class UnknownNameError(OaTrainError, KeyError):
-    """A name is not one of the known ones.
+    """A name is unknown.
 
     What to do: take one of the names that the message lists, the nearest ones first.
     """
@@ -90,7 +90,7 @@ class NotFiniteError(OaTrainError, ArithmeticError):
     """A loss, gradient or trained tensor is NaN or infinite.
 
     What to do: lower the learning rates, clip gradients (`--trainer.gradient_clip_val 1.0`) or train in float32, and
-    resume from the last checkpoint; where the message says that the frozen model itself is at fault, mend the model.
+    resume from the last checkpoint; where the message says that the frozen model itself is at fault, fix the model.
     """
 
     exit_status = FAULT
@@ -107,9 +107,9 @@ class RunError(OaTrainError, RuntimeError):
 
 
 def causes(problem: BaseException) -> Iterator[BaseException]:
-    """An error, the error that it was made from or met with, and so on; each once.
+    """An error and the chain of its causes and contexts, each once.
 
-    An error that a thread keeps and raises anew is met with itself: then the chain is a circle.
+    An error that a thread stores and raises again can be its own context: then the chain is a cycle.
     """
     seen: set[int] = set()
     error: BaseException | None = problem
@@ -120,7 +120,7 @@ def causes(problem: BaseException) -> Iterator[BaseException]:
 
 
 def nearest_names(name: str, valid: Iterable[str], most: int = 3) -> str:
-    """Sentence about the valid names that are most like a name.
+    """Sentence that suggests the valid names closest to a name.
 
     Args:
         name: the name that is not valid.
@@ -141,6 +141,6 @@ def nearest_names(name: str, valid: Iterable[str], most: int = 3) -> str:
     return f"Valid names: {shown}."
 
 
-def unknown_name(what: str, name: str, valid: Iterable[str]) -> UnknownNameError:
-    """Error for a name, of a component or task, say, that is not one of the valid ones."""
-    return UnknownNameError(f"There is no {what} named {name!r}. {nearest_names(name, valid)}")
+def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UnknownNameError:
+    """Error for a name that is not valid; `kind` says of what, as in "component"."""
+    return UnknownNameError(f"There is no {kind} named {name!r}. {nearest_names(name, valid)}")

@@ -1,4 +1,4 @@
-"""Ablations: what supplies the values that replace those of ablated units."""
+"""Ablations: sources of the values that replace those of ablated units."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

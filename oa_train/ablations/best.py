@@ -1,4 +1,4 @@
-"""The best constants of each of several circuits so far."""
+"""The best constants so far, for each of several circuits."""
 
 import torch
 from torch import nn
@@ -15,8 +15,8 @@ Replaced = dict[Site, Bool[Tensor, "circuit span_or_1 unit"]]
 class BestConstants(nn.Module):
     """Keeps, for each circuit, the constants under which its loss was lowest; its state goes into checkpoints.
 
-    There is a set of tables for each circuit, or one for all when no two circuits replace the same unit: then each
-    circuit's constants stand in it side by side.
+    There is a set of tables for each circuit, or one for all when no two circuits replace the same unit: it then
+    holds the constants of all circuits.
 
     Attributes:
         loss: lowest loss of each circuit; infinite before the first offer.
@@ -35,7 +35,7 @@ class BestConstants(nn.Module):
 
     @torch.no_grad()
     def offer(self, tables: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
-        """Take over constants of circuits whose loss is lower than before; a loss of NaN never is."""
+        """Keep the constants of circuits whose loss is their lowest so far; NaN never is."""
         offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
             for site, best in self._tables().items():

@@ -77,23 +77,23 @@ class Constants(Ablation):
 
     @classmethod
     def zeros(cls, level: Level, positions: int = 1) -> "Constants":
-        """Zero ablation: every value is zero; the output bias of an MLP goes with its value."""
+        """Zero ablation: every value is zero, for an MLP including its output bias."""
         slots = Slots(positions, level.spans)
         return cls({site: torch.zeros(len(slots), *shape) for site, shape in level.sites.items()}, slots)
 
     @property
     def n_positions(self) -> int:
-        """Positions that are told apart; 1 when the constants are pooled."""
+        """Number of positions that are distinguished; 1 when the constants are pooled."""
         return self.slots.positions
 
     def with_positions(self, positions: int) -> "Constants":
-        """The same constants in larger tables, whose further positions get what the last one has.
+        """The same constants in larger tables, whose further positions copy the last one.
 
         Args:
-            positions: that are told apart.
+            positions: number of positions that are distinguished.
 
         Raises:
-            ConfigurationError: they are fewer than these.
+            ConfigurationError: there are fewer than in these tables.
         """
         if positions == self.n_positions:
             return self

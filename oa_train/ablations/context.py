@@ -1,4 +1,4 @@
-"""A model that runs as its circuit, for the length of a context."""
+"""A context in which a model runs as a circuit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,9 +26,9 @@ Spans = Mapping[str, Bool[Tensor, "row position"]]
 def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
     """Run a model as a circuit: everything that its circuit does not keep is replaced by its constant.
 
-    Everything that calls the model works inside the context, which yields it: `generate` with its key-value cache
-    included. Tokens that `generate` adds are replaced by entries without a span only. The model is as before
-    afterwards, also when something raises.
+    Everything that calls the model works inside the context, including `generate` with its key-value cache. At tokens
+    that `generate` adds, only entries without a span are replaced. The model is restored afterwards, even after an
+    exception.
 
     Args:
         model: frozen causal language model.
@@ -94,7 +94,7 @@ class _Calls:
         return TokenLayout(positions, real, protected, spans, continued=True)
 
     def _span(self, name: str, layout: TokenLayout, seen: int, width: int) -> Bool[Tensor, "row position"]:
-        """Tokens of a span among those of this call; of the prompt, none of those that were generated."""
+        """Tokens of this call that belong to a span of the prompt; generated tokens never do."""
         inside = torch.zeros_like(layout.real)
         if seen >= width:
             return inside
@@ -110,7 +110,7 @@ class _Calls:
 
 
 def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method as a function with the signature of the one that it replaces."""
+    """Wrap a method as a function with the signature of the original."""
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Circuits and constants of the first layout, which knew heads and MLPs alone, turned into today's."""
+"""Conversion of circuits and constants from layout 1, which had heads and MLPs only, to the current one."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ _HEADERS: dict[str, Schema] = {
 
 
 def convert(old: Path, new: Path) -> Path:
-    """Write a circuit or constants of the first layout to a new folder; the old one stays as it is.
+    """Convert a circuit or constants of layout 1 into a new folder; the old one is left unchanged.
 
     Raises:
         ArtefactError: the old folder is not of that layout, or the new one exists.
@@ -49,14 +49,14 @@ def convert(old: Path, new: Path) -> Path:
         )
     document = read_document(old, "circuit and no constants")
     if document.get("schema_version") == ARTEFACT_VERSION:
-        raise ArtefactError(f"{old} is of today's layout already ({ARTEFACT_VERSION}); use it as it is.")
+        raise ArtefactError(f"{old} is of the current layout already ({ARTEFACT_VERSION}); it needs no conversion.")
     kind = "constants" if document.get("kind") == "constants" else "circuit"
     artefact = load_artefact(old, kind, OLD_VERSION)
     header = artefact.header
     check_header(old, kind, header, _HEADERS["edges" if "edges" in header else "nodes" if kind == "circuit" else kind])
     if "model" not in header["provenance"]:
         raise ArtefactError(
-            f"{old} does not say which model it is of, whose sizes today's layout needs.\nMake it again from its "
+            f"{old} does not name its model, whose sizes the current layout needs.\nMake it again from its "
             "names: Circuit(Nodes.of(model.config), names).save(NEW_FOLDER), or Graph.of for edges."
         )
     config = load_config(LMSpec(header["provenance"]["model"], header["provenance"].get("revision")))

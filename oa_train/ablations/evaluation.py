@@ -1,4 +1,4 @@
-"""Behaviour of a frozen model that runs as each of several circuits."""
+"""Behaviour of a frozen model as each of several circuits."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ def _on_piece(
 ) -> dict[str, Tensor]:
     clean = scored_logits(model, batch)
     values_of = partial(read_values, model, level=level)
-    # Replacements of all circuits may cost a run of the model, so that they are asked for once.
+    # Replacements may cost a run of the model, so those that all circuits share are computed once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
     measures = []
     for circuits in slices:

@@ -1,8 +1,8 @@
-"""Training the constants of fixed circuits, any number of them side by side.
+"""Training the constants of fixed circuits, any number of them in parallel.
 
-Each circuit has constants of its own and each step shows all circuits the same prompts, as copies in one batch. The
-circuits do not touch each other, so this equals training them one after another. Circuits that ablate nothing in
-common, each component alone for instance, share one set of tables.
+Each circuit has its own constants, and each step runs all circuits on the same prompts, as copies in one batch. The
+circuits are independent, so this equals training them one after another. Circuits that ablate nothing in common, each
+component alone for instance, share one set of tables.
 """
 
 import math
@@ -34,7 +34,7 @@ class RefitSettings:
     Attributes:
         steps: steps of Adam; 0 keeps the best of the starts.
         batch_size: prompts of a step, shared by all circuits.
-        learning_rate: of Adam at the start; it falls to zero along a cosine.
+        learning_rate: Adam's initial learning rate, with cosine decay to zero.
         evaluate_every: steps between two evaluations on the validation prompts; the best constants are kept.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
@@ -68,7 +68,7 @@ class FittedCircuits(nn.Module):
         super().__init__()
         self.level, self.loss, self.rows_per_run, self.recompute = level, loss, rows_per_run, recompute
         self.masks = nn.Buffer(masks, persistent=False)
-        # Constants of a graph have the embedding too, which is no node.
+        # Constants of a graph include the embedding, which is not a node.
         starts = [start.of_level(level) for start in starts]
         replaced = replaced_slots(level, masks, starts[0].slots)
         shared = len(starts) == 1 and can_share_tables(replaced)
@@ -112,9 +112,9 @@ class CircuitRun:
     share: float
 
     def losses(self, *tables: Tensor) -> Float[Tensor, " circuit"]:
-        """Share of the run in each circuit's mean loss over the step's prompts, with gradients to its constants.
+        """The run's contribution to each circuit's mean loss over the step's prompts, with gradients to its constants.
 
-        The constants are in `tables`, in the order of the parameters; those are the parameters by default.
+        `tables` are the constants in the order of the parameters, which are the default.
         """
         fitted, n_circuits = self.fitted, self.circuits.stop - self.circuits.start
         sites = fitted.constants.by_site()
@@ -204,5 +204,5 @@ def fit_constants(
 
 
 def cosine_decay(step: int, n_steps: float) -> float:
-    """Share of a learning rate that falls along a cosine from 1 to zero in `n_steps`."""
+    """Factor of cosine decay from 1 to 0 in `n_steps`."""
     return 0.5 * (1 + math.cos(math.pi * min(step / n_steps, 1.0)))

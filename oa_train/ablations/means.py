@@ -1,4 +1,4 @@
-"""Streaming means of units' values: exact over batches, halves and processes.
+"""Streaming means of units' values, exact however the data are split.
 
 Sums are kept in float64 together with counts, so merging is addition and no order of batches matters beyond the last
 bits of float64.
@@ -38,7 +38,7 @@ class StreamingMeans:
         counted: Bool[Tensor, "batch position"],
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        """Add the values of a batch, as float64 and after a function of them was taken.
+        """Add a function `of` the values of a batch, computed in float64.
 
         `counted` tokens take part: real, not protected, at or before the last scored position.
         """
@@ -55,7 +55,7 @@ class StreamingMeans:
     def _tokens_of_slots(
         self, batch: Batch, counted: Bool[Tensor, "batch position"]
     ) -> Iterable[tuple[Bool[Tensor, "batch position"], Int[Tensor, " token"]]]:
-        """Tokens that are summed, and the slot of each; a token of several spans comes several times."""
+        """Tokens that are summed, and the slot of each; a token of several spans occurs once for each."""
         if self.slots.positions > 1:
             yield counted, batch.positions[counted].clamp(max=self.slots.positions - 1)
             return
@@ -77,8 +77,8 @@ class StreamingMeans:
     def spread(self, squares: "StreamingMeans") -> Constants:
         """Standard deviations as constants, given the sums of the squares of the same values.
 
-        They are differences of large numbers, taken in float64, so that a mean which is a thousand times as large does
-        no harm.
+        They are differences of large numbers, which float64 keeps accurate even if the mean is a thousand times as
+        large.
         """
         means, of_squares = self._means(), squares._means()
         return self._constants(

@@ -17,7 +17,7 @@ _STREAMS |= {"embedding": "inputs", "mlp": "mlps"}
 
 
 class NoiseAblation(Ablation):
-    """Replaces each unit by a draw from the normal distribution that has its mean and its standard deviation.
+    """Replaces each unit by Gaussian noise with the unit's mean and standard deviation.
 
     Dimensions are drawn independently of each other, and positions too, so that the noise carries nothing of the
     prompt: a total ablation. Each prompt's draw is seeded by its number.

@@ -10,7 +10,7 @@ from oa_train.engine.values import Values
 from oa_train.errors import TaskError
 from oa_train.shapes import Int, Tensor
 
-# Another prompt for each prompt of a batch, token for token parallel to it.
+# Another prompt for each prompt of a batch, aligned with it token by token.
 OtherPrompts = Callable[[Batch], Batch]
 
 
@@ -19,10 +19,10 @@ class OtherPromptAblation(Ablation):
 
     With prompts drawn at random this is resample ablation; with the counterfactual of each prompt it is counterfactual
     ablation, which is not total: what the two prompts share stays. With the prompt itself it restores the clean value,
-    where units before have been replaced. At a span the value is that of the other prompt's same span.
+    where earlier units have been replaced. At a span the value is that of the other prompt's same span.
 
     Args:
-        other_prompts: the other prompt of each prompt; the same whenever it is asked.
+        other_prompts: the other prompt of each prompt; deterministic.
         spans: spans to which units are restricted.
     """
 
@@ -39,7 +39,7 @@ class OtherPromptAblation(Ablation):
 
 
 def _same_place(batch: Batch, others: Batch, span: str | None) -> Int[Tensor, "row position"]:
-    """Column of the other prompt's token that stands as far into the span as each token of this one's."""
+    """For each token of a span, the column of the token at the same offset in the other prompt's span."""
     columns = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens).clone()
     if span is None:
         return columns

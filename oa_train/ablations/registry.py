@@ -23,14 +23,14 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
 
-# A key of `KINDS`; no closed set, so that an ablation of one's own can be entered there.
+# A key of `KINDS`; not a Literal, so that user-defined ablations can be registered there.
 AblationKind = str
 
 
 class AblationSource:
     """Statistics of a model on a task's `means` prompts that ablations are made from, gathered when they are needed.
 
-    `positions` are those that constants tell apart; 1 pools them.
+    `positions` is the number that constants distinguish; 1 pools them.
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
@@ -123,7 +123,7 @@ KINDS: dict[AblationKind, Kind] = {
 
 
 def check_kind(option: str, name: str) -> Kind:
-    """The ablation of a name; raises `ConfigurationError` where there is none, or it restores the model's values."""
+    """Look up an ablation; raises `ConfigurationError` if it is unknown or restores the model's values."""
     taking = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
     if name in KINDS and name not in taking:
         raise ConfigurationError(

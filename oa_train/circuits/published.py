@@ -1,4 +1,4 @@
-"""Circuits that others have found and published, as names."""
+"""Circuits from the literature, as names."""
 
 from collections.abc import Iterator, Sequence
 

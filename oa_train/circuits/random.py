@@ -1,4 +1,4 @@
-"""Circuits to compare with: random ones of a given size."""
+"""Random circuits of a given size, to compare with."""
 
 from collections.abc import Sequence
 
@@ -30,12 +30,12 @@ def random_circuits(
             lead nowhere.
 
     Raises:
-        ConfigurationError: there are fewer parts than that.
+        ConfigurationError: there are fewer parts than that, or more are always kept.
     """
     drawn = level.selected(among).nonzero().flatten()
     always_kept = torch.ones(1, len(level), dtype=torch.bool)
     always_kept[0, drawn] = False
-    # Of edges that are always kept some may dangle, and be gone.
+    # Some edges that are always kept may dangle, and are removed.
     fewest = int(level.prune(always_kept).sum())
     if not fewest <= size <= len(level):
         raise ConfigurationError(f"A circuit of {size} of {len(level)} parts of the model cannot be drawn.")

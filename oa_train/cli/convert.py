@@ -1,4 +1,4 @@
-"""`oa-train convert`: a folder with a circuit or constants of the first layout, written anew in today's."""
+"""`oa-train convert`: converts a circuit or constants from layout 1 to the current one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ def convert_command(argv: Sequence[str]) -> Path:
     """Convert a folder, and say where the new one is."""
     parser = ExplainingParser(
         prog="oa-train convert",
-        description="Write a circuit or constants of the first layout anew; the old folder stays as it is.",
+        description="Convert a circuit or constants of layout 1 to the current one; the old folder is left unchanged.",
         allow_abbrev=False,
     )
     parser.add_argument("old", type=str, help="folder of a circuit or of constants")

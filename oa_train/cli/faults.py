@@ -1,4 +1,4 @@
-"""Errors that are not our own: what they mean, which exit status they have, and how a run goes on after them."""
+"""Errors from outside this package: their messages, their exit statuses, and how to resume after them."""
 
 import errno
 import re
@@ -67,7 +67,7 @@ def explain(problem: Exception) -> tuple[int, str]:
 
 
 def own_error(problem: BaseException) -> OaTrainError | None:
-    """The error of this package from which another was made; the parser wraps what constructors raise."""
+    """The error of this package among the causes of another; the parser wraps what constructors raise."""
     return next((cause for cause in causes(problem) if isinstance(cause, OaTrainError)), None)
 
 
@@ -75,13 +75,13 @@ def own_error(problem: BaseException) -> OaTrainError | None:
 def told_how_to_resume(
     run: Callable[[], RunFolder], resumed_from: Path | None = None, save_config: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Note on a fault or an interruption how the run goes on; end a run whose folder was deleted as a fault.
+    """Add to a fault or an interruption how to resume; the deletion of the run folder is a fault.
 
     Args:
-        run: finds the run folder, which other processes than the first may learn only during the run.
+        run: returns the run folder, which processes other than the first may learn only during the run.
         resumed_from: checkpoint from which this run itself was resumed.
-        save_config: writes the configuration, for a folder that was deleted and made again; None in other processes
-            than the first, which leave it to the first to speak of faults that all of them meet.
+        save_config: writes the configuration, for a folder that was deleted and made again; None in processes other
+            than the first, which reports the faults that all of them meet.
 
     Raises:
         RunError: the folder was deleted, and nothing else has noticed.
@@ -90,7 +90,7 @@ def told_how_to_resume(
         yield
         if save_config is not None and not run().config_path.is_file():
             raise RunError(
-                f"The folder {run().path} was deleted while the run wrote to it; what is left is not whole."
+                f"The folder {run().path} was deleted while the run wrote to it; what is left is incomplete."
             )
     except BaseException as problem:
         if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
@@ -111,7 +111,7 @@ def _goes_on(problem: BaseException, is_first: bool) -> bool:
 
 @contextmanager
 def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
-    """End the work inside in order at a signal, as at Ctrl-C; by itself Python just dies of SIGTERM."""
+    """Raise an exception at a signal inside the context, as Python does at Ctrl-C but not at SIGTERM."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

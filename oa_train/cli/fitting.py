@@ -12,7 +12,7 @@ from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.module import FrozenModelModule
 
-# Options of a training that an evaluation of its run leaves out: what they do is done while training.
+# Options of a training that an evaluation of its run leaves out: they matter while training only.
 _OF_TRAINING = ("callbacks", "logger", "enable_checkpointing")
 
 

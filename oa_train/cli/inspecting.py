@@ -33,7 +33,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "precision": (Precision, "32-true", "of the trainer"),
     "strategy": (Strategy, "auto", "of the trainer"),
     "devices": (int, 1, "processes of the trainer, on all nodes together"),
-    "recompute": (bool, False, "blocks are run again in the backward pass"),
+    "recompute": (bool, False, "activation checkpointing of blocks"),
 }
 
 
@@ -91,7 +91,7 @@ def _step(lm: LMSpec, options: Any) -> StepSettings:
 
 
 def _sharpest(lm: LMSpec, n_parameters: int) -> LMSpec:
-    """The same model in float64 where that is feasible, else as it is."""
+    """The same model in float64 where that is feasible, else unchanged."""
     feasible = 8 * n_parameters <= FLOAT64_BYTES and lm.attn_implementation in FLOAT64_ATTENTION
     return replace(lm, dtype="float64") if feasible else lm
 
@@ -173,11 +173,11 @@ def _memory_rows(facts: dict[str, Any]) -> Rows:
     yield "  replacements", _size(memory["replacements"]), "masks laid out for all rows and positions"
     yield "  activations", _size(memory["activations"]), "kept for the backward pass"
     yield "  logits", _size(memory["logits"]), "of both runs, with their divergence"
-    yield "  passing", _size(memory["passing"]), "made and dropped on the way"
+    yield "  passing", _size(memory["passing"]), "temporaries at the peak"
 
 
 def _manner(step: dict[str, Any]) -> str:
-    """How the step is carried out, where it is not the usual way."""
+    """Settings of the step that are not the default, in words."""
     parts = [
         f", {step['precision']}" if step["autocast"] else "",
         ", with recomputation" if step["recompute"] else "",

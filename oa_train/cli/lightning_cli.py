@@ -52,7 +52,7 @@ class OaTrainCLI(LightningCLI):
     """LightningCLI whose `model` is one of our modules and whose `data` is a task.
 
     Args:
-        command: the one subcommand that is set up; the parsers of the others would only take time.
+        command: the only subcommand that is set up, because parsers of the others would take time.
         **options: of LightningCLI.
     """
 
@@ -84,7 +84,7 @@ class OaTrainCLI(LightningCLI):
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
         if isinstance(seed, bool) or not 0 <= seed < 2**32:
-            raise ConfigurationError(f"seed_everything is {seed}; expected a whole number from 0 to {2**32 - 1}.")
+            raise ConfigurationError(f"seed_everything is {seed}; expected an integer from 0 to {2**32 - 1}.")
         super()._set_seed()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -106,7 +106,7 @@ class OaTrainCLI(LightningCLI):
         parser.add_class_arguments(FinishSettings, "finish")
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: Lightning would let the checkpoint's values overrule it."""
+        """Do nothing: Lightning would let the checkpoint's values override the configuration."""
 
     def instantiate_classes(self) -> None:
         """Build the module, the task's datamodule and the trainer."""
@@ -122,7 +122,7 @@ class OaTrainCLI(LightningCLI):
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
         if fits and not chosen.trainer.fast_dev_run and is_restarted():
-            # A checkpoint that the command line names is where the job began; it has come further since.
+            # The command line's checkpoint is where the job began; its own is further on.
             chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
         if chosen.ckpt_path is not None:
             _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
@@ -160,20 +160,20 @@ class OaTrainCLI(LightningCLI):
             logger=self._loggers(config.logger, self.run_folder.path),
             plugins=plugins,
             callbacks=[*_as_list(config.callbacks), *self._callbacks(config, self.run_folder.path)],
-            # Under SLURM Lightning resumes from what any job has left in the root: only this run's folder holds none.
+            # Under SLURM Lightning resumes from any job's checkpoint in the root; only this run's folder holds none.
             default_root_dir=str(self.run_folder.path),
             **trainer_changes(config),
             **kwargs,
         )
 
     def _check_against_module(self, config: Any) -> None:
-        """Check what can be only with the module at hand: the checkpoint, sizes, and intervals."""
+        """Check what needs the module: the checkpoint, sizes, and intervals."""
         path = self.config[self.subcommand].ckpt_path
         if path is not None:
             checkpoint = read_checkpoint(Path(path))
             self.model.check_checkpoint(checkpoint, self.datamodule)
-            told = self.subcommand == "fit" and _is_first_process()
-            for change in self.model.changed_settings(checkpoint) if told else ():
+            reports = self.subcommand == "fit" and _is_first_process()
+            for change in self.model.changed_settings(checkpoint) if reports else ():
                 console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
         size = self._get(self.config_init, "finish").size
         if isinstance(self.model, CircuitModule) and size is not None:
@@ -239,7 +239,8 @@ class OaTrainCLI(LightningCLI):
 
     def _shared_run(self) -> RunFolder:
         """The run folder as another process has learned it from the first one."""
-        best = next(each for each in self.trainer.checkpoint_callbacks if isinstance(each, BestCheckpoint))
+        callbacks = self.trainer.checkpoint_callbacks
+        best = next(callback for callback in callbacks if isinstance(callback, BestCheckpoint))
         assert best.dirpath is not None
         return RunFolder(Path(best.dirpath).parent)
 
@@ -265,7 +266,7 @@ class OaTrainCLI(LightningCLI):
                 finished = self._finished(Path(folder))
         if first:
             if state is None:
-                console.print(f"There is no {best}, so the last state was finished and not the best.", soft_wrap=True)
+                console.print(f"There is no {best}, so the last state was finished, not the best.", soft_wrap=True)
             if finished is not None:
                 show(finished.findings)
             console.print(f"run: {self.run_folder.path}", soft_wrap=True)
@@ -281,7 +282,7 @@ class OaTrainCLI(LightningCLI):
         return None
 
     def _recorded(self) -> dict[str, Any]:
-        """The whole configuration; with it the run can be made again."""
+        """The whole configuration, which reproduces the run."""
         config = self.config[self.subcommand].clone()
         config.resumed_from = config.ckpt_path
         config.slurm_job = slurm_job()
@@ -293,7 +294,7 @@ class OaTrainCLI(LightningCLI):
         return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT).expanduser() / str(chosen.experiment)
 
     def _checkpoint_of_this_job(self) -> str | None:
-        """Where a job that SLURM has started again goes on; the same in all its processes."""
+        """Checkpoint from which a restarted SLURM job resumes; the same in all its processes."""
         checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
         for message in messages if _is_first_process() else ():
             console.print(message, soft_wrap=True)
@@ -320,7 +321,7 @@ def _claimed_run(experiment: Path) -> RunFolder:
         return RunFolder(Path(claimed))
     if _is_first_process():
         return RunFolder.create(experiment.parent, experiment.name)
-    # Another process writes nothing, and learns of the folder when checkpoints are shared out.
+    # Another process writes nothing, and learns the folder when the checkpoint callback broadcasts it.
     return RunFolder(experiment / "version_of_the_first_process")
 
 

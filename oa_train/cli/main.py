@@ -30,7 +30,7 @@ from oa_train.studies import STUDIES
 
 # By name: the function, imported when it is used, and the line in the overview.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("oa_train.cli.demo.demo", "the whole way on the built-in model, in a few minutes"),
+    "demo": ("oa_train.cli.demo.demo", "train, finish and compare on the built-in model, in minutes"),
     "fit": ("oa_train.cli.fitting.fit", "train masks and constants; --ckpt_path resumes"),
     "validate": ("oa_train.cli.fitting.validate", "evaluate a run on its validation prompts"),
     "test": ("oa_train.cli.fitting.test", "evaluate a run on held-out prompts"),
@@ -42,7 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 QUIET = ("-q", "--quiet")
 
-# Options that ask for output and nothing else, so that --quiet does not concern them.
+# Options that ask for output and nothing else, to which --quiet does not apply.
 _ASKING = ("-h", "--help", "--version", "--print_config", "--json")
 
 

@@ -1,4 +1,4 @@
-"""Messages for users in the place of the option parser's: what is wrong with which option, and what would be right."""
+"""Messages for users instead of the option parser's: which option is wrong, and what was expected."""
 
 import ast
 import inspect
@@ -24,9 +24,9 @@ BASES = (FrozenModelModule, Task, MaskDistribution)
 PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 
 # Values that work, where the parser would accept more.
-_EXPECTED = {"seed_everything": "a whole number", "trainer.precision": PRECISIONS}
+_EXPECTED = {"seed_everything": "an integer", "trainer.precision": PRECISIONS}
 
-_PLAIN_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_PLAIN_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 # New names of renamed options.
 RENAMED = {
@@ -69,7 +69,7 @@ def option_names(parser: ArgumentParser) -> list[str]:
         names |= dict.fromkeys(option.removeprefix("--") for option in action.option_strings if len(option) > 2)
         for subparser in _choices(action).values():
             names |= dict.fromkeys(option_names(subparser))
-    # Neither appending to a list nor a class's help page is what a misspelt name was meant to be.
+    # A misspelt name is never meant to append to a list, or to be a class's help page.
     return [name for name in names if re.fullmatch(r"[\w.]+", name) and not name.endswith((".help", "print_shtab"))]
 
 
@@ -219,8 +219,8 @@ def _expected(key: str, value: object, leaves: Sequence[Any]) -> str:
         return f"{_EXPECTED[key]}."
     choices = [leaf for leaf in leaves if isinstance(leaf, str)]
     plain = [_PLAIN_TYPES[leaf] for leaf in dict.fromkeys(leaves) if leaf in _PLAIN_TYPES]
-    if "a number" in plain and "a whole number" in plain:
-        plain.remove("a whole number")
+    if "a number" in plain and "an integer" in plain:
+        plain.remove("an integer")
     if choices:
         plain.append(f"one of {', '.join(choices)}")
     near = nearest_names(str(value), choices) if choices else ""
@@ -269,7 +269,7 @@ def _shown(value: object) -> str:
 
 
 def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
-    """Message for a name that does not lead to a class of a kind: its module, its name or its kind is wrong."""
+    """Message for a name that is no usable class: its module, its name or its base class is wrong."""
     module, _, short = name.rpartition(".")
     known = {other: kind for base in bases for other, kind in known_classes(base).items()}
     start = f"{key} is {name!r}, "

@@ -62,7 +62,7 @@ progress_console = Console(stderr=True)
 
 
 def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """Show a progress bar on the error stream while the steps are taken: done, of how many, rate, time remaining."""
+    """Iterate over steps with a progress bar on stderr: done, total, rate, time remaining."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

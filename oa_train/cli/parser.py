@@ -60,7 +60,7 @@ def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
 
 
 def check_values(parser: ArgumentParser, options: Namespace) -> None:
-    """Check what the parser takes as it is: `trainer: 5` from a file, and null in the place of any value.
+    """Check what the parser accepts unchecked: `trainer: 5` from a file, and null instead of any value.
 
     Raises:
         ConfigurationError: a single value stands for a group, or null for a value.

@@ -11,7 +11,7 @@ from oa_train.studies.run_folder import RunFolder, read_config
 # Arguments of a module or task that follow an option at the top.
 LINKED = {"lm": "lm", "seed": "seed_everything"}
 
-# Options that are a text, which YAML may take for something else, and groups of options.
+# Options that are strings, which YAML may parse as another type, and groups of options.
 _TEXTS = ("experiment",)
 _GROUPS = ("lm", "data", "model", "trainer", "finish")
 _CLASSES = ("data", "model")
@@ -44,17 +44,17 @@ def check_files(command: str, words: Sequence[str]) -> None:
 
 
 def check_content(path: Path) -> None:
-    """Check the values of a configuration file that the parser would take as they are.
+    """Check the values of a configuration file that the parser would accept unchecked.
 
     Raises:
-        ConfigurationError: the file cannot be read, or a value cannot be meant.
+        ConfigurationError: the file cannot be read, or a value cannot be right.
     """
     content = read_config(path)
     for name in _TEXTS:
         if name in content and not isinstance(content[name], str | list | dict):
             raise ConfigurationError(
-                f"{path}: {name} is {content[name]}, which YAML reads as a {type(content[name]).__name__}; expected a "
-                f'text. Quote it: {name}: "{content[name]}".'
+                f"{path}: {name} is {content[name]}, which YAML reads as a {type(content[name]).__name__}; "
+                f'expected a string. Quote it: {name}: "{content[name]}".'
             )
     for name in _GROUPS:
         if name in content and content[name] is None:

@@ -1,4 +1,4 @@
-"""Silencing what other libraries say that a user of a command can do nothing about; one entry and one reason each.
+"""Silencing messages of libraries that a user can do nothing about; every entry has its reason.
 
 Warnings are silenced for good. Notices are kept off the terminal only: they are in the record of the run.
 """

@@ -20,7 +20,7 @@ LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers
 
 
 class Record(MemoryHandler):
-    """Keeps messages until the run folder is known, then writes them there, and every later one at once."""
+    """Buffers messages until the run folder is known, then writes them there, and later ones at once."""
 
     def __init__(self) -> None:
         super().__init__(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
@@ -40,7 +40,7 @@ class Record(MemoryHandler):
         self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take a record once, although a library's loggers may hand it on to each other."""
+        """Emit a record once, although a library's loggers may propagate it to each other."""
         if record is not self._latest:
             self._latest = record
             super().emit(record)
@@ -113,7 +113,7 @@ def _show_warning(
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     """Log an error that has ended a thread, and warn of it.
 
-    TensorBoard writes in a thread; that a file cannot be written is raised again where the writer is used next.
+    TensorBoard writes in a thread; its error is raised again where the writer is used next.
     """
     problem = ended.exc_value
     if problem is None or isinstance(problem, SystemExit):

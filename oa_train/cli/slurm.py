@@ -41,7 +41,7 @@ def slurm_job() -> str | None:
 def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvironment]:
     """The environment that Lightning would detect under SLURM, but without its own requeueing.
 
-    That writes a checkpoint from inside a signal handler, to a folder in which every other job would look for it.
+    Its requeueing writes a checkpoint inside a signal handler, to a folder in which every other job would look.
 
     Args:
         plugins: the user's; an environment among them is left alone.

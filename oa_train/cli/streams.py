@@ -41,14 +41,14 @@ class SafeStream(io.TextIOBase):
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write as far as that is possible."""
+        """Write, or drop the text if that fails."""
         with self._dropping():
             if self._stream is not None:
                 self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush as far as that is possible."""
+        """Flush, if that is possible."""
         with self._dropping():
             if self._stream is not None:
                 self._stream.flush()
@@ -58,7 +58,7 @@ class SafeStream(io.TextIOBase):
         return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
     def fileno(self) -> int:
-        """Number of the file."""
+        """File descriptor."""
         if self._stream is None:
             raise io.UnsupportedOperation("fileno")
         return int(self._stream.fileno())

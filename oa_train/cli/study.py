@@ -42,7 +42,7 @@ def own_study(words: list[str]) -> Findings:
 
 
 def run_study(path: str, words: Sequence[str]) -> Findings:
-    """Ask a study's question and show what comes of it.
+    """Run a study and show its findings.
 
     Args:
         path: import path of the class.
@@ -138,7 +138,7 @@ def _plain(parser: ExplainingParser, options: Namespace) -> dict[str, Any]:
 
 
 def _named_apart(circuits: Sequence[TrainedCircuit], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
-    """The circuits, by the paths of their runs where experiment and version are the same."""
+    """The circuits, named by the paths of their runs where their names are not unique."""
     if len({circuit.name for circuit in circuits}) == len(circuits):
         return list(circuits)
     return [replace(circuit, name=str(run.path)) for circuit, run in zip(circuits, runs, strict=True)]

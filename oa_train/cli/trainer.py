@@ -19,7 +19,7 @@ DEFAULT_ROOT = "runs"
 # The strategy that shards the frozen model; Lightning's of that name would shard what is trained as well.
 SHARDED = "fsdp"
 
-# Variables from which Lightning takes the number of a process.
+# Variables from which Lightning takes the rank of a process.
 RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 # Precisions that set the data type of the frozen model, which has to be loaded in it.
@@ -88,7 +88,7 @@ def check_intervals(config: Any, batches_per_epoch: int) -> None:
 
 
 def check_true_precision(option: str, precision: str, dtype: str) -> None:
-    """Check that a precision that the frozen model is to have is the data type in which it is loaded.
+    """Check that a "true" precision is the dtype in which the frozen model is loaded.
 
     Raises:
         ConfigurationError: it is not.
@@ -116,10 +116,10 @@ def trainer_changes(config: Any) -> dict[str, Any]:
 
 
 def ignore_stray_ranks(config: Any) -> list[str]:
-    """Remove the number of a process from the environment if nothing has started several.
+    """Remove the rank from the environment if no launcher has started several processes.
 
-    A shell inside an allocation sets such variables, and Lightning would take the run for another's helper, which
-    writes nothing of its own.
+    A shell inside an allocation sets such variables, and Lightning would take the run for a process of another rank
+    than 0, which writes nothing.
 
     Returns:
         Messages about the variables that were removed.

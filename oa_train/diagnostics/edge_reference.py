@@ -24,7 +24,7 @@ from oa_train.shapes import Float, Tensor
 def reference_edge_logits(
     model: CausalLM, batch: Batch, graph: Graph, mask: Float[Tensor, "row edge"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Do what `engine.edges.run.run_edges` does, in loops."""
+    """Reference implementation of `engine.edges.run.run_edges`, in loops."""
     return run_with_hooks(model, batch, _Loops(model, batch, graph, mask, values).attach())
 
 
@@ -144,7 +144,7 @@ class _Loops:
         return hook
 
     def after_norm(self, block: nn.Module, part: Tensor, total: Tensor) -> Tensor:
-        """Share of a part of a sum in the RMS norm of the sum."""
+        """Contribution of a summand to the RMS norm of a sum."""
         if not self.family.attention_post_norm:
             return part
         norm: Any = block.get_submodule(self.family.attention_post_norm)

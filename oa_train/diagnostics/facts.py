@@ -1,4 +1,4 @@
-"""Facts of a model that its configuration alone tells: parts, edges, trained parameters, memory of a step."""
+"""Facts about a model from its configuration alone: parts, edges, trained parameters, memory of a step."""
 
 import math
 from dataclasses import asdict
@@ -15,7 +15,7 @@ DEFAULT_TOKENS = 32
 
 
 def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
-    """Gather what can be known of a model without its weights.
+    """Gather the facts about a model that need no weights.
 
     Args:
         lm: the model; its configuration is read.

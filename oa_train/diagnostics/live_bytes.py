@@ -28,8 +28,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         if getattr(function, "namespace", "") == "fsdp":
-            # Weights that were gathered from other processes are dropped by emptying their storages, which is no
-            # operation; the next gathering is one.
+            # FSDP frees gathered weights by resizing their storages, which is not dispatched; the next all-gather is.
             for key, storage in list(self._storages.items()):
                 self._set(key, storage.nbytes())
         before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}

@@ -1,7 +1,7 @@
 """Memory of a training step of a node circuit, measured without weights.
 
-The step is carried out on tensors that have shapes and no content, and the bytes of those alive at one time are
-counted: the figure is that of Hugging Face's own code, whatever the family keeps for its backward pass.
+The step is run on fake tensors, and the bytes of those alive at one time are counted: the result is that of Hugging
+Face's own code, whatever the family keeps for its backward pass.
 """
 
 import copy
@@ -39,9 +39,9 @@ class StepSettings:
         n_tokens: tokens of every prompt.
         samples_per_prompt: mask samples drawn for each prompt.
         autocast: whether the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
-        recompute: whether blocks are run again in the backward pass.
+        recompute: whether blocks use activation checkpointing.
         strategy: `auto` for one process, `ddp`, or `fsdp`, in which processes share the model's weights.
-        n_processes: how many there are.
+        n_processes: number of processes.
     """
 
     batch_size: int
@@ -57,13 +57,13 @@ class StepSettings:
 class StepMemory:
     """Bytes alive at the peak of a training step, in parts that sum to it.
 
-    A device needs more beside tensors: for the libraries themselves, the work space of matrix products, and what an
-    allocator rounds up.
+    A device needs more than tensors: the libraries themselves, workspaces of matrix products, and the allocator's
+    overhead.
 
     Attributes:
         weights: the frozen model's parameters and buffers, or the process's share of them.
-        gathered: weights from other processes that stay when a run of a shared model has ended: those outside of the
-            blocks, which are gathered one by one and dropped again.
+        gathered: weights from other processes that stay when a run of a sharded model has ended: those outside of the
+            blocks, since blocks are gathered one by one and freed again.
         trained: masks and pooled constants, their gradients and Adam's two moments.
         replacements: masks, and constants that differ by position, laid out for every row and position.
         activations: what the masked run keeps for the backward pass.
@@ -93,7 +93,7 @@ def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
         settings: the step.
 
     Raises:
-        RunError: a step of processes that share the model is asked for while processes are connected.
+        RunError: a step under `fsdp` is asked for while a process group is initialised.
     """
     shapes: Any = copy.deepcopy(model)
     shapes.config.pad_token_id = None  # else transformers looks for it among the tokens, to warn
@@ -101,19 +101,19 @@ def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
     batch = unanswered(tokens, torch.ones_like(tokens, dtype=torch.bool))
     shared = settings.strategy == "fsdp"
     processes = _fake_processes(settings.n_processes) if shared else nullcontext()
-    # Some models' code asks tensors for a value, which those on the meta device do not have and fakes of the CPU do.
+    # Some models' code reads a tensor's value, which meta tensors do not have and fake CPU tensors do.
     with processes as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         standing = shapes.to_empty(device="cpu")
         standing.tie_weights()
         if mesh is not None:
             shard(standing, mesh)
-        live.peak = live.now  # weights that are tied, or now shared out, stood twice until now
+        live.peak = live.now  # tied or now sharded weights existed twice until now
         return _step(standing, batch, settings, live)
 
 
 @contextmanager
 def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
-    """A mesh of which only this process exists: what the others would send has a size and no content."""
+    """A mesh in which only this process exists: messages of the others have a size but no content."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end "fake"
 
     if distributed.is_initialized():
@@ -126,7 +126,7 @@ def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
 
 
 def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes) -> StepMemory:
-    """Do what `training.circuit_module` does in a step, and note after each part how much lives."""
+    """A step as in `training.circuit_module`, with the live bytes measured after each part."""
     weights, copies = live.now, settings.samples_per_prompt
     nodes = Nodes.of(model.config)
     mask, constants, optimiser = _trained(nodes, in_buckets=settings.strategy == "ddp")
@@ -160,7 +160,7 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
 def _trained(nodes: Nodes, in_buckets: bool) -> tuple[Tensor, TrainableConstants, list[Tensor]]:
     """A mask and constants with their gradients, and Adam's moments.
 
-    With `in_buckets` gradients stand a second time in the buckets in which DDP sends them.
+    With `in_buckets` gradients are counted twice, once for DDP's buckets.
     """
     mask = torch.ones(len(nodes), requires_grad=True)
     constants = TrainableConstants([Constants.zeros(nodes)])

@@ -1,6 +1,7 @@
 """Checks of where a model's queries, keys and values stand, for the self-check.
 
-That all edges kept give the model itself says little of this: wrong projections with equal inputs give equal outputs.
+That keeping all edges gives the model itself says little about this: with equal inputs, readers that are mixed up give
+the same outputs.
 """
 
 import torch
@@ -35,7 +36,7 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
     Args:
         model: frozen causal language model.
         batch: a prompt without padding; its first token is left alone.
-        tolerance: difference, as a part of the largest value, that counts as none.
+        tolerance: relative difference, to the largest value, that counts as none.
     """
     graph, width = Graph.of(model.config), batch.tokens.shape[1]
     place, n_readers = width // 2, graph.n_heads + 2 * graph.n_kv_heads

@@ -24,7 +24,7 @@ from oa_train.shapes import Float, Tensor
 def reference_node_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, mask: Float[Tensor, "row entry"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Do what `masked_logits` does for nodes, in loops."""
+    """Reference implementation of `masked_logits` for nodes, in loops."""
     handles = []
     for site in nodes.sites:
         module, is_input = _module(model, nodes, site)
@@ -93,7 +93,7 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
             if name not in entries or not (span is None or tokens[span][row, column]):
                 continue
             keep, replacement = mask[row, entries[name]], _pick(values, site, span, row, column)[unit]
-            # Of partly kept units the replacement gets no gradient.
+            # Replacements of partly kept units get no gradient.
             return keep * value + (1 - keep) * (replacement if keep < 0.001 else replacement.detach())
         return value
 
@@ -101,7 +101,7 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
 
 
 def run_with_hooks(model: CausalLM, batch: Batch, handles: Iterable[Any]) -> Float[Tensor, "row scored vocabulary"]:
-    """Run a model whose hooks are attached, take them off, and pick the logits at the scored positions one by one."""
+    """Run a model whose hooks are attached, remove them, and pick the logits at the scored positions one by one."""
     try:
         with as_written(model):
             logits = model(

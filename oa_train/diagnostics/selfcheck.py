@@ -1,6 +1,6 @@
 """Checks that the family table fits a model, by running the model itself on random tokens.
 
-A wrong entry seldom stops the model: it reads and replaces other values than it should. Every check states something
+A wrong entry seldom raises an error: it reads and replaces the wrong values. Every check states something
 that only holds where the entry is right.
 """
 
@@ -44,7 +44,7 @@ class Check:
 
     Attributes:
         name: what should hold.
-        figure: the largest difference as a part of the largest value, or a number of exceptions; NaN where the check
+        figure: the largest difference relative to the largest value, or a number of exceptions; NaN where the check
             could not be carried out.
         tolerance: the figure's limit.
         problem: why the check could not be carried out, or nothing.
@@ -57,7 +57,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the figure is within its limit."""
+        """True if the figure is within its limit."""
         return self.figure <= self.tolerance
 
 
@@ -71,8 +71,8 @@ def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tupl
         lm: where the model came from, to check that its tokenizer fits it.
 
     Returns:
-        The checks in the order in which they were made. One that stops with an error has failed; the others still
-        take place.
+        The checks in the order in which they were made. One that raises an error has failed; the others still
+        run.
 
     Raises:
         ModelError: the family is not in the table, the model is not built as its entry says, or its weights are not
@@ -85,7 +85,7 @@ def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tupl
     checks = [_carried_out(name, TOLERANCES[model.dtype], check, trial) for name, check in COMPARISONS.items()]
     checks += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
     after = _state(model, trial)
-    changed = sum(before[what] != after[what] for what in before)
+    changed = sum(before[key] != after[key] for key in before)
     checks.append(Check("the model is as before: hooks, modules, weights, logits", changed, 0))
     if lm is not None:
         checks.append(
@@ -126,7 +126,7 @@ class _Trial:
         return tokens.to(self.model.device)
 
     def mask(self, n_rows: int) -> Float[Tensor, "row component"]:
-        """Random entries, of which about a quarter each is exactly 0 and exactly 1."""
+        """Random masks; about a quarter of the entries are exactly 0 and another quarter exactly 1."""
         entries = torch.rand(self.ones(n_rows).shape, generator=torch_generator(self.seed, "check masks"))
         return (2 * entries - 0.5).clamp(0, 1).to(self.model.device, self.model.dtype)
 
@@ -301,7 +301,7 @@ def _batch(rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: 
 
 
 def _difference(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
-    """The largest difference as a part of the largest expected value; NaN where a value is."""
+    """The largest difference relative to the largest expected value; NaN if a value is."""
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((actual - expected).abs().max() / largest)
 

@@ -1,4 +1,4 @@
-"""The one place that cuts a run of several circuits on several prompts into pieces that fit into memory."""
+"""Chunking of runs of several circuits on several prompts into pieces that fit into memory."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from oa_train.models.loading import CausalLM
 # Rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
 ROWS_PER_RUN = 512
 
-# Of what a level keeps beside the model's own activations, in one run that may as well be several.
+# Most memory of one run beside the model's own activations; larger runs are split.
 RUN_BYTES = 2**29
 
 

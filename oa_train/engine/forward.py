@@ -35,8 +35,7 @@ def scored_logits(
     """Next-token logits at each row's scored positions, with functions attached for this run.
 
     Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
-    With `recompute` only the inputs of each block are kept for the backward pass, which then runs the block again:
-    less memory, more time, the same result.
+    `recompute` is activation checkpointing of each block: less memory, more time, the same result.
     `scored` names the columns of the scored positions, where taps add rows to those of the batch.
     """
     columns = batch.scored if scored is None else scored
@@ -51,12 +50,12 @@ def scored_logits(
 
 @contextmanager
 def as_written(model: CausalLM) -> Iterator[None]:
-    """Have a model run the code that Hugging Face wrote, in which attached functions act and padding stays finite.
+    """Run a model's uncompiled code, in which attached functions act, with attention masks that stay finite.
 
-    Hugging Face's eager attention hides columns by adding the lowest number of the model's data type, and then takes
-    the softmax in float32. The lowest number of float64 is minus infinity there: a row in which everything is hidden,
-    as padding has them, becomes NaN, and in the next layer so does every token that it is hidden from. The lowest
-    number of float32 hides columns just as well. Other data types have nothing lower and are left alone.
+    Hugging Face's eager attention masks columns by adding the lowest number of the model's dtype, and then takes the
+    softmax in float32, where the lowest number of float64 is minus infinity: a fully masked row, as padding has,
+    becomes NaN, and in the next layer so does every token that masks it. The lowest number of float32 masks columns
+    just as well. Other dtypes have nothing lower and are left alone.
     """
     lowest = torch.finfo(torch.float32).min
 

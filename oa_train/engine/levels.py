@@ -1,4 +1,4 @@
-"""Running a model under the masks of a level, whichever it is."""
+"""Running a model under masks of any level."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,10 +20,10 @@ from oa_train.shapes import Float, Tensor
 
 @dataclass(frozen=True)
 class Engine:
-    """How a level is run.
+    """Functions that run a level.
 
     Attributes:
-        run: logits of a batch under masks, one a row.
+        run: logits of a batch under masks, one per row.
         called: masks one call of the model for the length of a context.
         row_bytes: memory of a row beside what the model itself keeps, for a batch and with or without a backward pass.
     """

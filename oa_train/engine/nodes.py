@@ -36,8 +36,8 @@ def node_taps(
 ) -> list[Tap]:
     """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on. Of the
-    sites all are mixed, or those of `sites`.
+    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on. `sites` are
+    mixed, by default all.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -94,10 +94,10 @@ def _mixer(
 
 
 class _Mixture(torch.autograd.Function):
-    """mask * value + (1 - mask) * replacement; the replacement's gradient comes from where it stands alone.
+    """mask * value + (1 - mask) * replacement; the replacement's gradient comes from ablated units only.
 
-    Written out because autograd would keep the replacement spread over all rows and positions, and in half precision a
-    copy of that as well, for every layer.
+    Written by hand because autograd would keep the replacement expanded to all rows and positions, and in half
+    precision a copy of that as well, for every layer.
     """
 
     @staticmethod

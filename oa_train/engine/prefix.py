@@ -41,7 +41,7 @@ class PrefixLogits:
 def prefix_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"], values: Values
 ) -> PrefixLogits:
-    """Do what `masked_logits` does for several circuits on the same prompts, without running a prefix twice.
+    """Like `masked_logits` for several circuits on the same prompts, but runs no prefix twice.
 
     Args:
         model: frozen causal language model.
@@ -69,7 +69,7 @@ def prefix_logits(
 
 
 class _Growth:
-    """Which rows a run has at each stage.
+    """Rows of a run at each stage.
 
     Stage 0 is the token embedding, stage l + 1 begins with what enters block l, and the last one with what enters the
     final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
@@ -108,7 +108,7 @@ class _Growth:
 
     @contextmanager
     def growing(self, model: CausalLM) -> Iterator[None]:
-        """Have rows join during one run of the model, inside the context."""
+        """Let rows join during one run of the model inside the context."""
         parts = find_parts(model)
         changes = [(block, self._joining(stage)) for stage, block in enumerate(parts.blocks, start=1)]
         with changed_calls([*changes, (parts.final_norm, self._joining(self.n_stages - 1))]):
@@ -124,7 +124,7 @@ class _Growth:
             prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
 
             def by_row(value: Any) -> Any:
-                # The model hands every block what it has made for the rows that it began with.
+                # The model passes every block what it has made for its initial rows.
                 per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
                 return value[prompts] if per_row else value
 

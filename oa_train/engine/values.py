@@ -52,7 +52,7 @@ class Values(Mapping[Site, Tensor]):
         return laid_out
 
     def repeat(self, times: int) -> "Values":
-        """The values of `Batch.repeat`: row `s * B + b` is row `b` again; what stands for all rows stays as it is."""
+        """The values of `Batch.repeat`: row `s * B + b` is row `b`; values that stand for all rows are unchanged."""
         if times == 1:
             return self
 
@@ -63,7 +63,7 @@ class Values(Mapping[Site, Tensor]):
         return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
-        """The values of some rows; what stands for all rows stays as it is."""
+        """The values of some rows; values that stand for all rows are unchanged."""
 
         def chosen(tensor: Tensor) -> Tensor:
             return tensor if len(tensor) == 1 else tensor[numbers]

@@ -10,7 +10,7 @@ from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
 
 
 def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: str) -> Figure:
-    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of so many layers and heads a layer."""
+    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer."""
     figure = new_figure(max(4.0, 0.55 * (n_heads + 3)), max(2.6, 0.6 * (n_layers + 2)))
     axes = figure.subplots()
     for layer in range(n_layers):

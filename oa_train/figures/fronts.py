@@ -10,7 +10,7 @@ from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 
 def front_figure(
-    sizes: Sequence[int], kl: Mapping[str, Sequence[Interval]], n_parts: int, what: str, title: str
+    sizes: Sequence[int], kl: Mapping[str, Sequence[Interval]], n_parts: int, parts: str, title: str
 ) -> Figure:
     """KL divergence of circuits against their sizes, with 95 % intervals; a line for each ablation of the rest.
 
@@ -18,7 +18,7 @@ def front_figure(
         sizes: kept parts of each circuit.
         kl: by ablation, the divergence of each circuit from the clean model in nats.
         n_parts: parts of the model.
-        what: name of the parts.
+        parts: plural name of a part.
         title: of the figure.
     """
     figure = new_figure(5.2, 3.6)
@@ -30,7 +30,7 @@ def front_figure(
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1.0, "capsize": 2}
         axes.errorbar([sizes[number] for number in order], means, lengths, label=ablation.replace("_", " "), **style)
     axes.set_yscale("log")
-    axes.set_xlabel(f"{what} kept, of {n_parts}", fontsize=FONT_SIZE)
+    axes.set_xlabel(f"{parts} kept, of {n_parts}", fontsize=FONT_SIZE)
     axes.set_ylabel("KL divergence (nats)", fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from oa_train.figures.style import FONT_SIZE, new_figure, write
 
-# Beyond this many cells numbers in them cannot be read.
+# With more cells than this, numbers in them are illegible.
 MOST_LABELLED = 200
 # Beyond this many rows or columns their names cannot be read.
 MOST_NAMED = 60

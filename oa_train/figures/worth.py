@@ -22,7 +22,7 @@ def worth_figure(
     """Rise in KL divergence when a part is taken out, with 95 % intervals.
 
     Args:
-        names: the parts, the one that is worth most first; the first ones have a row each.
+        names: the parts in descending order of worth; the first ones have a row each.
         worth: of each part, in nats; may be negative.
         verdicts: of each part, a key of `COLOURS`.
         tolerance: nats that do not matter, drawn as a line.

@@ -18,7 +18,7 @@ class MaskDistribution(nn.Module):
     """A trainable distribution over masks of independent entries.
 
     Attributes:
-        logits: one parameter an entry; the larger, the likelier that the entry is kept.
+        logits: one parameter per entry; the larger, the likelier that the entry is kept.
     """
 
     def __init__(self, n_entries: int, initial_logit: float) -> None:
@@ -29,7 +29,7 @@ class MaskDistribution(nn.Module):
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
         """Independent masks that carry gradients to the parameters.
 
-        `uniform` are independent draws from [0, 1), the only source of chance.
+        `uniform` are independent draws from [0, 1), the only source of randomness.
         """
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
@@ -78,12 +78,12 @@ def averaged_gradient(
     rows / rows that carry it turns their sum into their mean. Both count all that enters one step of the optimiser.
     """
     weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
-    # The bracket is zero: the value stays the mask.
+    # The difference is zero, so the value is unchanged.
     return mask.detach() + weight * (mask - mask.detach())
 
 
 def check_threshold(level: float) -> float:
-    """The threshold itself; raises `ConfigurationError` unless it is strictly between 0 and 1."""
+    """Return the threshold; raises `ConfigurationError` unless it is strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
         raise ConfigurationError(
             f"threshold is {level}; expected a keep-probability between 0 and 1 (both excluded), for instance 0.5."

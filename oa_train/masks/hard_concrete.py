@@ -1,4 +1,4 @@
-"""Hard concrete masks: a stretched sigmoid of logistic noise, cut off at 0 and 1.
+"""Hard concrete masks: a stretched sigmoid of logistic noise, clamped to [0, 1].
 
 Louizos, Welling & Kingma, Learning sparse neural networks through L0 regularization (ICLR 2018). The samples are
 differentiable in the parameters wherever they lie strictly between 0 and 1, and are exactly 0 and exactly 1 with
@@ -18,10 +18,10 @@ from oa_train.shapes import Float, Tensor
 
 HardConcreteForm = Literal["standard", "published"]
 
-# What the published form adds to the uniform number before its logarithm is taken.
+# Added to the uniform number before the logarithm in the published form.
 PUBLISHED_SHIFT = 1e-3
 
-# A learned temperature comes no nearer to 0, where samples would have no gradient and the quotient no value.
+# Lower bound of a learned temperature: at 0 samples would have no gradient and the quotient no value.
 LOWEST_TEMPERATURE = 1e-3
 
 
@@ -42,7 +42,7 @@ class HardConcrete(MaskDistribution):
         initial_logit: start of every logit; with the other defaults 2 keeps entries with probability 0.97.
         temperature: the lower, the more samples are exactly 0 or 1; positive. Where it is learned, its start.
         learned_temperature: train a temperature for each entry. It is 0.001 plus the softplus of a parameter; the
-            published code has a rectifier in the place of the softplus, which has no gradient at the floor.
+            published code has a ReLU instead of the softplus, without a gradient at the floor.
         form: `standard` or `published`, see above.
         lower: lower end of the stretch, below 0.
         upper: upper end of the stretch, above 1.
@@ -97,7 +97,7 @@ class HardConcrete(MaskDistribution):
         }
 
     def temperatures(self) -> Float[Tensor, " entry"] | float:
-        """The temperature of every entry where it is learned, with gradients; else the one of all."""
+        """The temperature of every entry where it is learned, with gradients; else the one that all share."""
         if self.raw_temperatures is None:
             return self.temperature
         return LOWEST_TEMPERATURE + F.softplus(self.raw_temperatures)
@@ -118,7 +118,7 @@ class HardConcrete(MaskDistribution):
         return F.hardtanh(soft * scale + offset, 0.0, 1.0)
 
     def _stretch(self) -> tuple[float, float]:
-        """Slope and offset of the line on which the stretched value lies."""
+        """Slope and offset of the stretch."""
         scale = self.upper - self.lower
         return scale, self.lower * scale if self.form == "published" else self.lower
 

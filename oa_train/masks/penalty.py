@@ -13,30 +13,30 @@ from torch import nn
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-# The weight carries this power of expected size / goal. The reaction is at once, before an entry is gone, which keeps
-# the weight from overshooting while entries are on their way.
+# Proportional term: the weight has this power of expected size / goal as a factor. It reacts before entries are
+# gone, which keeps the weight from overshooting.
 PROPORTIONAL_POWER = 4.0
 
-# The controller sees no size as more than e times the goal, or less than the e-th part of it.
+# The controller clamps size / goal to between 1 / e and e.
 LARGEST_ERROR = 1.0
 
 # Relative distance from the target within which a size counts as reached; the nearest whole size always does.
 TOLERANCE = 0.05
 
-# Nats. No loss counts for more, nor for less than its negative, so that every circuit of the right size ranks before
-# all of a wrong one.
+# Nats. Losses are clamped to plus or minus this, so that every circuit of the right size ranks before any of a wrong
+# one.
 LARGEST_LOSS = 1000.0
 
 
 class NodeRegulariser(nn.Module):
-    """Counts edges once more at every node, and the further ones of a node for less and less.
+    """Counts the edges at every node, with diminishing weight as a node has more of them.
 
     With E the expected number of kept edges that enter or leave a node, and M nodes in all, a node adds
-    (M / 2) * tanh(2 E / M). So the last edges of a node that has few cost more than another edge of a busy one, which
-    empties nodes (Li & Janson 2024).
+    (M / 2) * tanh(2 E / M). So the edges of a node that has few cost more than those of a busy one, which empties
+    nodes (Li & Janson 2024).
 
     Args:
-        weight: of this, as a part of the weight of an edge; at least 0.
+        weight: of this term, as a fraction of the weight of an edge; at least 0.
         entries: entries of the distribution that enter or leave a node, once for each such node.
         nodes: the node of each of them.
         n_nodes: number of nodes.
@@ -222,7 +222,7 @@ class TargetSize(Penalty):
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """The loss, at the target size or within 5 % of it; elsewhere more than any such, the farther the more."""
+        """The loss within 5 % of the target size; elsewhere more than any such loss, growing with the distance."""
         distance = (kept.sum(dim=-1) + always_kept - self.target).abs()
         # A target may lie between two whole sizes; the nearest one is always near enough.
         reached = distance <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)

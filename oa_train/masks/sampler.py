@@ -22,14 +22,14 @@ class StepRows:
 
 
 class MaskSampler:
-    """Draws masks that follow from the seed and a prompt's number, however prompts are shared out to processes.
+    """Draws masks that depend on the seed and a prompt's number, not on how prompts are split among processes.
 
     Args:
         masks: their distribution.
         seed: of the random numbers.
         samples_per_prompt: S masks are drawn for each prompt.
-        effective: sets entries of drawn masks to 0 that have no effect beside the others; their rows do not count for
-            the gradient of these entries.
+        effective: zeroes entries of drawn masks that the others leave without effect; such rows do not count for the
+            gradient of these entries.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class MaskSampler:
             batches: numbers of the prompts of each batch of this process in the step. Their masks can be drawn ahead,
                 because the parameters stay as they are until the step.
             over_processes: sums a tensor over processes.
-            n_processes: processes with as many prompts each.
+            n_processes: number of processes, with equally many prompts each.
 
         Returns:
             None for a distribution whose gradients are not averaged.

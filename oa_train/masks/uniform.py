@@ -72,7 +72,7 @@ class UniformGradientSampling(MaskDistribution):
         window = (self.window_scale * fixed * (1 - fixed)).clamp(min=NARROWEST_WINDOW)
         mask = (0.5 + (fixed - uniform) / window).clamp(0.0, 1.0)
         weight = 1 / window if self.count_normalization == "expected" else 1.0
-        # The bracket is zero: the value stays the mask, the gradient is the weight at entries inside the window.
+        # The difference is zero: the value stays the mask, the gradient is the weight at entries inside the window.
         return mask + weight * _inside(mask) * (theta - fixed)
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:

@@ -1,12 +1,12 @@
 """Sparse dictionaries (sparse autoencoders): an encoder, a decoder and the site that they read.
 
-Three layouts are read, each told by the name of its weights:
+Three layouts are read, recognised by the name of the weights file:
 
     sae_weights.safetensors + cfg.json   SAELens; the hook name in cfg.json is the site
     sae.safetensors + cfg.json           sparsify; the folder's name (`layers.3.mlp`) is the site
     dictionary.safetensors               plain, what `save_dictionary` writes; any other .safetensors file likewise
 
-How each is translated stands in `models.dictionary_layouts`.
+`models.dictionary_layouts` translates them.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ class Dictionary:
         return self._copies[where]
 
     def encode(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch feature"]:
-        """The code of x, in the dtype of x but in float32 at least, under autocast too."""
+        """The code of x, in at least float32, even under autocast."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(dtype)
@@ -144,7 +144,7 @@ class Dictionary:
         return torch.zeros_like(code).scatter(-1, largest.indices, largest.values)
 
     def decode_change(self, change: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch d_model"]:
-        """What a change of the code adds at the site, in the dtype of the change but in float32 at least."""
+        """What a change of the code adds at the site, in at least float32."""
         dtype = torch.promote_types(change.dtype, torch.float32)
         with torch.autocast(change.device.type, enabled=False):
             return change.to(dtype) @ self.w_dec.to(dtype)
@@ -181,10 +181,10 @@ class DictionarySpec:
 
 
 def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
-    """Read a dictionary again of which a file's header has path, site, `centres_input` and fingerprint.
+    """Reload the dictionary whose path, site, `centres_input` and fingerprint a file's header has.
 
     Raises:
-        ArtefactError: it is not where it was, or another one stands there.
+        ArtefactError: it is missing, or another one is in its place.
     """
     dictionary = load_dictionary(header["path"], header["site"], header["centres_input"])
     if dictionary.fingerprint != header["fingerprint"]:
@@ -196,7 +196,7 @@ def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
 
 
 def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
-    """Check that arguments of `Dictionary`, by name, fit together; `where` is what messages call it.
+    """Check that arguments of `Dictionary` are consistent; messages call it `where`.
 
     Raises:
         ArtefactError: they do not, or a number is not finite.
@@ -260,7 +260,7 @@ def load_dictionary(
     if centres_input is not None:
         values["centres_input"] = centres_input
     values |= {"site": site, "path": str(weights)}
-    check_dictionary(str(path), values)  # before annotations are, which say less to a user
+    check_dictionary(str(path), values)  # before type annotations are checked, whose errors say less
     return Dictionary(**values)
 
 

@@ -1,11 +1,11 @@
 """Files of sparse dictionaries: what SAELens, sparsify and the plain layout store, as arguments of `Dictionary`.
 
 A gated encoder, decoder norms that rescale a top-k code, and a log threshold are folded into the weights, which
-changes the result by rounding only. Whatever else would change the code or what it adds is refused by its name. Only
+changes the result by rounding only. Any other option that changes the code or what it adds is refused by name. Only
 JSON and safetensors are read, so reading runs no code.
 
-A module's name (`layers.3.mlp`) is the place of what that module returns. In families with post-norms (Gemma 2, 3,
-OLMo 2) that is not yet what the layer adds to the residual stream, which is what site `m3` is.
+A module's name (`layers.3.mlp`) stands for that module's output. In families with post-norms (Gemma 2, 3, OLMo 2)
+that is not yet what the layer adds to the residual stream, which is what site `m3` is.
 """
 
 import functools
@@ -290,5 +290,5 @@ def _check_size(where: str, shape: Collection[int], stated: Collection[object]) 
 
 def _whole_number(where: str, name: str, value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
-        refuse(where, f"has {name} {value!r}", "Expected a whole number.")
+        refuse(where, f"has {name} {value!r}", "Expected an integer.")
     return value

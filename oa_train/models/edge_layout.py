@@ -1,7 +1,7 @@
 """The order of a decoder's edges: which source every reader reads.
 
-Sources stand in the order in which they write, readers in the order in which they read. A reader therefore reads a run
-of sources from the first one on, and edges, reader by reader, need no search: GPT-2 XL has 2.2 million of them.
+Sources are in the order in which they write, readers in the order in which they read. A reader therefore reads a
+prefix of the sources, and edges, ordered by reader, need no search: GPT-2 XL has 2.2 million of them.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class EdgeLayout:
     parallel: bool = False
 
     def sources_before(self, layer: int) -> int:
-        """Number of sources that are written before a layer: the first ones."""
+        """Number of sources that write before a layer, a prefix of all."""
         return 1 + layer * (self.n_heads + 1)
 
     @property
@@ -52,7 +52,7 @@ class EdgeLayout:
 
     @cached_property
     def n_read(self) -> Int[Tensor, " reader"]:
-        """Number of sources that each reader reads: the first ones."""
+        """Number of sources that each reader reads, a prefix of all."""
         before = (1 + torch.arange(self.n_layers) * (self.n_heads + 1)).unsqueeze(1)
         by_attention = before.expand(-1, self.n_attention_readers)
         by_mlp = before + (0 if self.parallel else self.n_heads)
@@ -70,7 +70,7 @@ class EdgeLayout:
 
     @cached_property
     def edge_readers(self) -> Int[Tensor, " edge"]:
-        """Reader of every edge, ascending; the one order of edges everywhere."""
+        """Reader of every edge, ascending; this defines the order of edges."""
         return torch.arange(self.n_readers).repeat_interleave(self.n_read)
 
     @cached_property

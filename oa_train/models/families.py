@@ -14,39 +14,39 @@ from torch import nn
 from oa_train.errors import ModelError, nearest_names
 
 WITHOUT_DEVICE_MAP = (
-    "Masks and constants stand on one device and are mixed into every layer, so all layers have to be there too. Load "
-    "the model onto one device, in bfloat16 if it is large (lm.dtype); one that is larger still is shared out among "
-    "devices by --trainer.strategy fsdp."
+    "Masks and constants are on one device and are mixed into every layer, so all layers have to be there too. Load "
+    "the model onto one device, in bfloat16 if it is large (lm.dtype); --trainer.strategy fsdp shards one that is "
+    "larger still."
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of a Hugging Face causal language model live; paths start at a block unless they say otherwise.
+    """Paths to the parts of a Hugging Face causal language model, from a block unless stated otherwise.
 
     Attributes:
         model_type: `config.model_type` of the family.
         blocks: path from the causal language model to its list of decoder blocks.
-        attention_output: path to the projection that adds all heads to the residual stream; its input is the heads'
-            values side by side.
+        attention_output: path to the projection that adds all heads to the residual stream; its input is the
+            concatenation of the heads' values.
         mlp: path to the module whose output the block adds to the residual stream.
         final_norm: path from the causal language model to the norm before the unembedding.
         attention_norm: path to the norm through which attention reads the residual stream; empty without one.
-        projections: paths to the projections to queries, keys and values, or to the one that makes all three: all
-            queries first, then all keys, then all values.
-        mlp_input: path to the module that the MLP's share of the residual stream enters first, its norm.
+        projections: paths to the query, key and value projections, or to a fused one: all queries first, then all
+            keys, then all values.
+        mlp_input: path to the module through which the MLP reads the residual stream, its norm.
         down_projection: path to the projection that the MLP's neurons enter; empty where there is no single one, as
             in mixtures of experts.
-        mlp_body: path to the module with the MLP's hidden layer, which is recomputed where memory is short; empty
-            where the block itself has it.
-        interleaved: whether the one projection makes each head's query, key and value side by side.
+        mlp_body: path to the module with the MLP's hidden layer, which `recompute` runs again; empty where the block
+            itself has it.
+        interleaved: whether a fused projection interleaves each head's query, key and value.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer; or the name of the configuration's attribute that says so.
         post_norms: whether the outputs of attention and MLP are normed before they are added to the residual stream.
         attention_post_norm: path to that norm of attention.
         joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
             changes the others' queries.
-        requires: an attribute that the configuration must set, where other models of the family norm the residual
+        requires: an attribute that the configuration must set; without it, models of the family norm the residual
             stream itself, so that what a part writes does not stay in it.
     """
 
@@ -164,7 +164,7 @@ FAMILIES = {
 
 
 def check_family(model_type: str) -> Family:
-    """Look a family up.
+    """Look up a family.
 
     Raises:
         ModelError: the table has no such family; the message lists those that it has.
@@ -178,10 +178,10 @@ def check_family(model_type: str) -> Family:
 
 
 def check_config(config: Any) -> Family:
-    """Look the family of a configuration up.
+    """Look up the family of a configuration.
 
     Raises:
-        ModelError: the table has no such family, or the model is of a kind that its entry is not for.
+        ModelError: the table has no such family, or its entry does not cover this model.
     """
     family = check_family(config.model_type)
     if family.requires and not getattr(config, family.requires):
@@ -194,7 +194,7 @@ def check_config(config: Any) -> Family:
 
 
 def is_parallel(config: Any) -> bool:
-    """Whether attention and MLP of a block read the same residual stream in a model of this configuration.
+    """True if attention and MLP of a block read the same residual stream in a model of this configuration.
 
     Raises:
         ModelError: the family is not in the table.
@@ -240,7 +240,7 @@ class Parts:
         dimensions: sizes of the model.
         token_embedding: turns token ids into vectors.
         blocks: decoder blocks.
-        attention_outputs: output projections of attention; the heads enter them side by side.
+        attention_outputs: output projections of attention; their input is the concatenated heads.
         attentions: modules whose output attention adds to the residual stream: the output projection, or the norm
             after it.
         down_projections: projections that the MLP's neurons enter; no entries where there is no single one.
@@ -262,7 +262,7 @@ class Parts:
 
 
 class Lookup:
-    """Modules of a model by path, and where each stood, so that a module that was swapped since is noticed."""
+    """Looks up modules of a model by path, and remembers where, so that a later swap is noticed."""
 
     def __init__(self) -> None:
         # Parents by weak references: one of them is the model, which a cache must not keep alive.
@@ -281,7 +281,7 @@ class Lookup:
         return self.get(model, next(path for path, part in model.named_modules() if part is module))
 
     def holds(self) -> bool:
-        """Whether every module is where it was, and of the class that it was."""
+        """True if no module was swapped or has changed its class."""
         return all(
             getattr(parent(), "_modules", {}).get(name) is child and type(child) is kind
             for parent, name, child, kind in self._children
@@ -317,7 +317,7 @@ def looked_up(model: Any, find: Callable[[Any, Lookup], _T]) -> _T:
 
 
 def find_parts(model: Any) -> Parts:
-    """Find the parts of a Hugging Face causal language model; they are looked up once a model.
+    """Find the parts of a Hugging Face causal language model; they are looked up once per model.
 
     Raises:
         ModelError: the family is not in the table, the model is not built as its entry says, it is compiled as a
@@ -377,7 +377,7 @@ def _find_parts(model: Any, lookup: Lookup) -> Parts:
 
 
 def linear_shape(module: Any) -> tuple[int, int] | None:
-    """Widths of a linear map's input and output, wrapped, quantised or not; None where the module is none."""
+    """Input and output widths of a linear map, even if wrapped or quantised; None for other modules."""
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
     if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight is transposed

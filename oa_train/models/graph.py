@@ -136,7 +136,7 @@ class Graph(EdgeLayout, Level):
         return matched
 
     def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """A new mask of those edges that lie on a path from the input to the logits, in each row by itself."""
+        """A new mask without dangling edges, separately in each row."""
         return without_dangling(self, kept)
 
     def _largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
@@ -159,7 +159,7 @@ class Graph(EdgeLayout, Level):
         return Nodes.of(config)
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """How many edges are kept and of how many, and the nodes that they lead out of."""
+        """Numbers of kept edges and of all, and of the nodes that they lead out of."""
         nodes = {"nodes": len(self.nodes(mask)), "nodes_total": self.n_sources - 1}
         return nodes | {"edges": int(mask.sum()), "edges_total": self.n_edges}
 
@@ -173,7 +173,7 @@ class Graph(EdgeLayout, Level):
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
         """Edges between nodes: source, reader, and `q`, `k`, `v` or nothing.
 
-        Of heads that share a key or value those stand here that write something in the circuit.
+        Of heads that share a key or value, only those that write something in the circuit are listed.
         """
         edges = [name.split(ARROW) for name in self.kept(mask)]
         alive = {source for source, _ in edges}
@@ -201,8 +201,8 @@ class Graph(EdgeLayout, Level):
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
         """Edges that leave or enter a head, the number of that head, and the number of heads.
 
-        An edge between two heads stands here twice, and one into a key or value that several heads share once for
-        each of them.
+        An edge between two heads occurs twice, and one into a key or value that several heads share once for each of
+        them.
         """
         return *self._edges_at_heads, self.n_layers * self.n_heads
 
@@ -225,7 +225,7 @@ class Graph(EdgeLayout, Level):
         return self.of(config)
 
     def header(self) -> dict[str, Any]:
-        """Plain values that `from_header` makes this graph of again."""
+        """Plain values from which `from_header` rebuilds this graph."""
         return {"level": self.kind, **asdict(self)}
 
     @classmethod
@@ -239,5 +239,5 @@ class Graph(EdgeLayout, Level):
         return f"{self.n_layers} layers of {self.n_heads} heads and {self.n_kv_heads} key-value heads{parallel}"
 
 
-# One object for all who ask, because its arrays of edges are long.
+# Cached, because its arrays of edges are long.
 _graph = cache(Graph)

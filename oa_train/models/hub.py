@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached, asked once."""
+"""A check that the Hugging Face Hub can be reached, made once."""
 
 import os
 import ssl
@@ -15,10 +15,10 @@ PATIENCE = 5.0
 
 @cache
 def hub_answers() -> bool:
-    """Ask the Hub for a sign of life, and warn when there is none.
+    """True if the Hub answers; warns if it does not.
 
-    Without the network transformers tries every file of a model six times over half a minute, also of one that was
-    downloaded before. One question tells at once that only downloaded files are of use.
+    Offline, transformers tries every file of a model six times over half a minute, even if it was downloaded before.
+    One request shows at once that only downloaded files can be used.
     """
     if constants.HF_HUB_OFFLINE:
         return False

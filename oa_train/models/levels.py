@@ -1,6 +1,6 @@
 """Levels: what a circuit is made of, either units of sites (`Nodes`) or edges between components (`Graph`).
 
-A mask is one number an entry of a level, and never travels without it.
+A mask has one number per entry of a level, and is never passed on without it.
 """
 
 from abc import ABC, abstractmethod
@@ -49,7 +49,7 @@ class Level(ABC):
     @property
     @abstractmethod
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites whose values can be replaced in forward order, each with the number and the width of its units."""
+        """Sites whose values can be replaced, in forward order, each with the number and the width of its units."""
 
     @property
     def spans(self) -> tuple[str | None, ...]:
@@ -102,7 +102,7 @@ class Level(ABC):
         """
 
     def selected(self, patterns: Sequence[str]) -> Bool[Tensor, " entry"]:
-        """Entries that shell patterns select; a leading `!` takes out what the patterns before it put in.
+        """Entries that shell patterns select; a leading `!` deselects what earlier patterns selected.
 
         Raises:
             ConfigurationError: a pattern matches nothing.
@@ -118,11 +118,11 @@ class Level(ABC):
         return self.kept(self.selected(patterns))
 
     def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """The mask without entries that have no effect beside the others, in each row by itself."""
+        """The mask without entries that the others leave without effect, separately in each row."""
         return kept
 
     def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """The circuit of a given size that the largest scores make; of edges see `within_budget`.
+        """The circuit of a given size with the largest scores; for edges see `within_budget`.
 
         Raises:
             ConfigurationError: there are fewer entries than that.
@@ -132,7 +132,7 @@ class Level(ABC):
         return self._largest(scores, size)
 
     def _largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """Of equal scores the first in mask order."""
+        """Ties go to the first in mask order."""
         mask = torch.zeros(len(scores), dtype=torch.bool)
         mask[scores.argsort(descending=True, stable=True)[:size]] = True
         return mask
@@ -181,7 +181,7 @@ class Level(ABC):
 
     @abstractmethod
     def header(self) -> dict[str, Any]:
-        """Plain values that `from_header` makes this level of again."""
+        """Plain values from which `from_header` rebuilds this level."""
 
     @classmethod
     @abstractmethod

@@ -1,4 +1,4 @@
-"""From a name to a frozen Hugging Face model.
+"""Loading frozen Hugging Face models by name.
 
 The model stays the plain `PreTrainedModel` that transformers made: `models.families` says what its parts are called,
 and `models.taps` replaces parts of a run.
@@ -41,8 +41,8 @@ _CHECKED_DTYPES = tuple(getattr(torch, name) for name in get_args(DType))
 _LFS_POINTER = b"version https://git-lfs"
 _ADAPTER = (
     "{} holds a LoRA or other adapter of peft, which is no model by itself and would be ignored beside full weights.\n"
-    "Merge it first: `peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(FOLDER"
-    ")`, the tokenizer to FOLDER too; then give FOLDER as lm.name."
+    "Merge it first: `peft.AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload()"
+    ".save_pretrained(FOLDER)`, the tokenizer to FOLDER too; then give FOLDER as lm.name."
 )
 
 
@@ -55,10 +55,10 @@ class LMSpec:
         revision: branch, tag or commit of a Hub model.
         dtype: data type of the frozen weights; trained tensors are float32 whatever it is.
         attn_implementation: attention back end of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
-            its own choice when empty.
+            chosen by transformers by default.
         bos: `auto` puts the tokenizer's bos token (else its eos token) in front of every prompt and never
             ablates that position; `none` adds nothing and protects nothing.
-        local_files_only: never reach for the Hub; the environment variable HF_HUB_OFFLINE=1 does the same.
+        local_files_only: never contact the Hub; the environment variable HF_HUB_OFFLINE=1 does the same.
         trust_remote_code: let transformers run model code that comes with the weights.
     """
 
@@ -185,7 +185,7 @@ def empty_model(spec: LMSpec) -> CausalLM:
 
 
 def model_of_config(family: str, **settings: Any) -> CausalLM:
-    """Make a model with random weights in float32; the global generator is left as it was.
+    """Make a model with random weights in float32, without changing the global random state.
 
     Args:
         family: `model_type` of the family.
@@ -202,7 +202,7 @@ def model_of_config(family: str, **settings: Any) -> CausalLM:
 
 
 def freeze(model: CausalLM) -> CausalLM:
-    """Put a model into evaluation mode and take its weights out of every gradient."""
+    """Put a model into evaluation mode and turn off the gradients of its weights."""
     model.eval().requires_grad_(False)
     return model
 
@@ -246,8 +246,8 @@ def fingerprint(model: CausalLM) -> str:
 
 
 @contextmanager
-def loading(what: str, spec: LMSpec) -> Iterator[None]:
-    """Turn any error of transformers, while it loads the `what` ("model", "tokenizer of"), into a ModelError.
+def loading(kind: str, spec: LMSpec) -> Iterator[None]:
+    """Turn any error that transformers raises into a ModelError; `kind` is "model" or "tokenizer of".
 
     Damaged files and wrong values in them break its code anywhere, with errors of any class.
     """
@@ -259,7 +259,7 @@ def loading(what: str, spec: LMSpec) -> Iterator[None]:
         builtin = builtin_models()
         near = nearest_names(spec.name, builtin) if spec.name not in builtin else ""
         raise ModelError(
-            f"The {what} {spec.name!r} cannot be loaded: {_reason(problem)}\n"
+            f"The {kind} {spec.name!r} cannot be loaded: {_reason(problem)}\n"
             f"{_damage(builtin.get(spec.name, Path(spec.name).expanduser()))}"
             f"Expected a built-in name ({', '.join(sorted(builtin)) or 'none found'}), a local directory with "
             "configuration, weights and tokenizer files, all whole, or the id of a model on the Hub that this machine "

@@ -1,8 +1,8 @@
 """Dangling edges: only edges on a path from the input to the logits count.
 
-An edge into a source that nobody reads changes nothing. A source that reads nothing of the prompt tells nothing of it:
-under constants it is a constant itself, though another one than its replacement, so that constants are to be refitted
-after its edges are gone.
+An edge into a source that no reader reads changes nothing. A source that reads nothing of the prompt carries no
+information about it: under constants it is itself constant, but not equal to its replacement, so constants should be
+refitted after its edges are removed.
 """
 
 from bisect import bisect_right
@@ -60,7 +60,7 @@ def _stages(graph: EdgeLayout) -> list[_Stage]:
 
 
 def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Of the edges [row, reader, source] of every stage those from whose reader the logits can be reached."""
+    """Edges [row, reader, source] of every stage whose reader leads to the logits."""
     leading, is_read = [read[-1]], read[-1].any(dim=1)
     for part, stage in zip(read[-2::-1], stages[-2::-1], strict=True):
         leading.append(part & stage.readers_of(is_read[:, stage.own]).unsqueeze(2))
@@ -69,7 +69,7 @@ def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
 
 
 def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Of these edges those whose source can be reached from the input."""
+    """Those of the edges whose source can be reached from the input."""
     reached = torch.zeros(len(read[0]), graph.n_sources, dtype=torch.bool, device=read[0].device)
     reached[:, 0] = True
     coming = []
@@ -81,12 +81,11 @@ def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage])
 
 
 def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
-    """The circuit of a given size that the highest scores make, none of whose edges dangles.
+    """The circuit of a given size with the highest scores and no dangling edges.
 
-    Edges are taken in the order of their scores for as long as those among them that lie on a path from the input to
-    the logits are no more than the budget. What is then left of it goes to the highest edges between nodes that are
-    in the circuit already. It may end with fewer edges, where it holds all edges between its nodes and a further node
-    would bring more than is left.
+    Edges are taken in the order of their scores while those that do not dangle fit the budget. The rest of the budget
+    goes to the highest edges between nodes that are already in the circuit. The circuit may end up smaller, if it has
+    all edges between its nodes and a further node would add more than is left.
     """
     order = scores.argsort(descending=True, stable=True)
 
@@ -95,7 +94,7 @@ def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int
         mask[0, order[:taken]] = True
         return without_dangling(graph, mask)[0]
 
-    # The more edges are taken the more remain, so bisection finds where they become too many.
+    # The circuit grows monotonically with the edges taken, so bisection finds where it becomes too large.
     most = bisect_right(range(len(scores) + 1), budget, key=lambda taken: int(circuit(taken).sum())) - 1
     chosen = circuit(most)
     while (joining := _joins(graph, chosen)).any() and (left := budget - int(chosen.sum())):

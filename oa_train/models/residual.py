@@ -24,9 +24,9 @@ class AttentionReaders:
     """The queries, keys and values of one layer: `n_heads` queries, then `n_kv_heads` keys, then as many values.
 
     Attributes:
-        norm: through which they read the residual stream; None where there is none.
-        modules: the model's projections; one for each of the three, or one for all.
-        interleaved: whether one projection for all makes each head's three side by side.
+        norm: the norm through which they read the residual stream, if any.
+        modules: the model's projections; one for each of the three, or a fused one.
+        interleaved: whether a fused projection interleaves each head's three.
         n_heads: queries.
         n_kv_heads: keys, and values.
     """
@@ -60,7 +60,7 @@ class AttentionReaders:
 
     @property
     def n_weights(self) -> int:
-        """Numbers in the weights of all modules."""
+        """Number of elements in the weights of all modules."""
         return sum(weight_and_bias(module)[0].numel() for module in self.modules)
 
     def weights_times(
@@ -70,7 +70,7 @@ class AttentionReaders:
         weights = [weight_and_bias(module)[0] for module in self.modules]
         scaled = []
         for weight, part in zip(weights, out.split([weight.numel() for weight in weights]), strict=True):
-            # Laid out as the module's own, or one would be read along rows and the other written along columns.
+            # In the module's own memory layout, so that both are traversed in the same order.
             same = part.view(weight.shape) if weight.is_contiguous() else part.view(weight.T.shape).T
             scaled.append(torch.mul(weight, gain, out=same))
         return self.by_reader(scaled)
@@ -85,7 +85,7 @@ class ResidualParts:
         post_norms: norms of what attention adds; empty where there are none.
         mlp_inputs: modules that the MLPs' residual stream enters first.
         mlp_bodies: modules with the MLPs' hidden layers, which can be run again; empty where blocks have them.
-        bypassed: by name, modules whose input and output nobody reads where edges are cut: blocks, and modules around
+        bypassed: modules by name whose input and output are unused where edges are cut: blocks, and modules around
             or between the projections of attention.
     """
 
@@ -97,7 +97,7 @@ class ResidualParts:
 
 
 def find_residual_parts(model: CausalLM) -> ResidualParts:
-    """The modules that read and write the residual stream of a model, looked up once a model.
+    """The modules that read and write the residual stream of a model, looked up once per model.
 
     Raises:
         ModelError: `find_parts` raises it, or a projection of attention is not a plain linear map.
@@ -140,7 +140,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _check_plain(module: Any, path: str, layer: int) -> None:
-    """Refuse what computes anything else than `weight @ input + bias`: adapters, quantised and other layers."""
+    """Refuse what computes anything other than `weight @ input + bias`: adapters, quantised and other layers."""
     packed = _is_quantised(module)
     if (type(module) is nn.Linear or _is_conv1d(module)) and not packed:
         return
@@ -171,7 +171,7 @@ def _is_quantised(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if any(kind.__module__.partition(".")[0] in ("bitsandbytes", "torchao") for kind in (type(module), type(weight))):
         return True
-    # Packed weights are whole numbers, stand under another name (qweight), or have only 8 bits to a number.
+    # Packed weights are integers, have another name (qweight), or have only 8 bits per element.
     return not hasattr(module, "base_layer") and not (
         isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     )
@@ -181,7 +181,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Float[Tensor, "out into"], Float
     """A view of the weight of a linear map, and its bias, if it has one."""
     weight: Any = module.weight
     bias: Any = module.bias
-    # GPT-2's Conv1D has its weight the other way round.
+    # GPT-2's Conv1D stores its weight transposed.
     return weight.T if _is_conv1d(module) else weight, bias
 
 
@@ -195,7 +195,7 @@ def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_h
 class NormWeights:
     """A norm as (x - mean of x) / sqrt(mean square + epsilon) * gain + bias.
 
-    An RMS norm takes no mean off and has no bias. A gain of None stands for ones, a bias of None for zeros.
+    An RMS norm subtracts no mean and has no bias. A gain of None stands for ones, a bias of None for zeros.
     """
 
     epsilon: float
@@ -209,12 +209,12 @@ class NormWeights:
             # OLMo's has no parameters, and its epsilon stands in its code.
             return cls(getattr(norm, "eps", 1e-5), getattr(norm, "weight", None), getattr(norm, "bias", None))
         epsilon = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
-        # Families differ in how they store the gain, and agree in what they make of ones.
+        # Families store the gain in different ways; the norm of ones shows it.
         ones = torch.ones_like(norm.weight, dtype=torch.promote_types(norm.weight.dtype, torch.float32))
         return cls(epsilon, norm.forward(ones) * (1 + epsilon) ** 0.5, None)
 
     def factor(self, inputs: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token 1"]:
-        """1 / sqrt(mean square + epsilon) of inputs whose mean is off, in single precision at least."""
+        """1 / sqrt(mean square + epsilon) of inputs without a mean, in at least float32."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         length = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=dtype)
         factor: Tensor = (length.square() / inputs.shape[-1] + self.epsilon).rsqrt()
@@ -222,7 +222,7 @@ class NormWeights:
 
 
 def is_layer_norm(norm: nn.Module) -> bool:
-    """Tell norms that take the mean off from RMS norms."""
+    """True for norms that subtract the mean, False for RMS norms."""
     return hasattr(norm, "normalized_shape") and not isinstance(norm, nn.RMSNorm)
 
 

@@ -1,8 +1,8 @@
 """Selections of units as mask entries: the level of nodes.
 
 A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward
-pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and the MLP
-stays as it is at all others.
+pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2; at all others
+the MLP is kept.
 """
 
 import itertools
@@ -56,7 +56,7 @@ class Nodes(Level):
         kinds: kinds of site, keys of `SITE_KINDS`.
         spanned: shell patterns with a span (`m*@S2`): units that one of them matches have an entry for each such span
             and none elsewhere.
-        dictionaries: sparse dictionaries whose features are units; at most one a layer.
+        dictionaries: sparse dictionaries whose features are units; at most one per layer.
     """
 
     kind = "nodes"
@@ -91,7 +91,7 @@ class Nodes(Level):
     ) -> "Nodes":
         """The units of a model.
 
-        `config` is Hugging Face's. Of the patterns those with a span say which units are restricted to it.
+        `config` is Hugging Face's. Patterns with a span restrict the units that they match to it.
 
         Raises:
             ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
@@ -231,7 +231,7 @@ class Nodes(Level):
         return ""
 
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Units that each circuit ablates somewhere, apart for each of `spans`."""
+        """Units that each circuit ablates, separately for each of `spans`."""
         replaced = {
             site: torch.zeros(len(masks), len(self.spans), n_units, dtype=torch.bool, device=masks.device)
             for site, (n_units, _) in self.sites.items()
@@ -249,7 +249,7 @@ class Nodes(Level):
         return self
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """How many entries are kept, and of how many."""
+        """Numbers of kept entries and of all."""
         return {"nodes": int(mask.sum()), "nodes_total": len(self)}
 
     @cached_property
@@ -287,7 +287,7 @@ class Nodes(Level):
         return replace(self, dimensions=Dimensions.of(config))
 
     def header(self) -> dict[str, Any]:
-        """Plain values that `from_header` makes this level of again; dictionaries are named by their files."""
+        """Plain values from which `from_header` rebuilds this level; dictionaries are named by their files."""
         return {
             "level": self.kind,
             "dimensions": asdict(self.dimensions),
@@ -301,7 +301,7 @@ class Nodes(Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Nodes":
-        """The level that `header` describes; raises `ArtefactError` where a dictionary is gone or another one."""
+        """The level that `header` describes; raises `ArtefactError` where a dictionary is missing or was replaced."""
         dictionaries = tuple(map(reload_dictionary, header["dictionaries"]))
         return cls(Dimensions(**header["dimensions"]), tuple(header["sites"]), tuple(header["spanned"]), dictionaries)
 

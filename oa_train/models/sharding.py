@@ -1,4 +1,4 @@
-"""A frozen model's weights shared out among processes (FSDP2)."""
+"""Sharding of a frozen model's weights across processes (FSDP2)."""
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -8,14 +8,14 @@ from oa_train.models.loading import CausalLM
 
 
 def shard(model: CausalLM, mesh: DeviceMesh) -> None:
-    """Share a frozen model's weights out among the processes of a mesh, block by block; once done it stays so.
+    """Shard a frozen model's weights across the processes of a mesh, block by block, unless already done.
 
-    The weights, which are the same in every process, move to the mesh's device as they are shared out. From then on
-    all processes have to run the model together, as often as each other.
+    The weights, which are the same in every process, move to the mesh's device as they are sharded. From then on all
+    processes have to run the model together, equally often.
     """
     if isinstance(model, FSDPModule):
         return
-    # The rest (embedding, final norm, unembedding) comes last, as the root: it also lets one block's weights travel
+    # The rest (embedding, final norm, unembedding) comes last, as the root, which also prefetches one block's weights
     # while another runs.
     for module in (*find_parts(model).blocks, model):
         fully_shard(module, mesh=mesh)

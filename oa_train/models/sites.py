@@ -30,7 +30,7 @@ class Site:
 
     Attributes:
         kind: a key of `SITE_KINDS`.
-        layer: of the block, from 0; the number of layers for what enters the final norm.
+        layer: index of the block, from 0; the number of layers for what enters the final norm.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Site:
 
     @classmethod
     def of_key(cls, key: str) -> "Site":
-        """The site of a key; raises `ArtefactError` where it is none."""
+        """The site of a key; raises `ArtefactError` if the key is not valid."""
         kind, _, layer = key.rpartition("_")
         if kind not in SITE_KINDS or not layer.isdecimal():
             raise ArtefactError(f"{key!r} names no site; expected a kind and a layer, such as heads_3.")
@@ -57,7 +57,7 @@ class SiteKind:
     Attributes:
         name: in configurations (`sites: [heads, mlp]`).
         site_name: what the site of a layer is called, with `{layer}` in it; alone also the name of its one unit.
-        unit_name: what is added to that for each of several units, with `{unit}` in it.
+        unit_name: suffix of that for each of several units, with `{unit}` in it.
         layers: layers that have such a site.
         shape: number and width of its units.
         place: where its tensor passes in a layer.
@@ -122,7 +122,7 @@ class SiteKind:
 class _Features(SiteKind):
     """Entries of the code that a sparse dictionary makes of another site's tensor.
 
-    The change of the code is decoded and added, so that what the dictionary cannot express stays as it is.
+    The change of the code is decoded and added, so that the reconstruction error is left unchanged.
     """
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
@@ -203,7 +203,7 @@ SITE_KINDS: dict[str, SiteKind] = {
 
 DEFAULT_SITES = ("heads", "mlp")
 
-# What dictionaries can stand on, by the first letter of the site's name.
+# Kinds of site that dictionaries can read, by the first letter of the site's name.
 _DICTIONARY_SITES = {"r": "residual", "m": "mlp", "a": "attention"}
 
 

@@ -1,7 +1,6 @@
-"""The one place where functions are attached to a model's modules, and taken off again.
+"""Attaching functions to a model's modules, and removing them; this happens nowhere else.
 
-Interventions supply the functions. Whatever happens inside a context, an exception included, the model leaves it as it
-entered.
+Interventions supply the functions. The model is restored at the end of a context, even after an exception.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# From the tensor that passes to the one that goes on, or to None to leave it as it is.
+# From a tensor to the one that takes its place, or to None to leave it unchanged.
 TensorFunction = Callable[[Tensor], Tensor | None]
 # Takes the arguments of a call; returns those that it is made with.
 CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -23,7 +22,7 @@ CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...]
 class Tap:
     """A function at a module's first positional argument (`input`), or at the tensor that it returns (`output`).
 
-    Of a returned tuple it is the first element.
+    If the module returns a tuple, it is the first element.
     """
 
     module: nn.Module
@@ -46,7 +45,7 @@ def tapped(taps: Iterable[Tap]) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Have modules do something else when they are called, for the length of the context; their taps still act."""
+    """Replace the forward methods of modules inside the context; their taps still act."""
     with ExitStack() as stack:
         for module, forward in forwards:
             stack.enter_context(replaced_attributes(module, forward=forward))
@@ -69,7 +68,7 @@ def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Have every module run the code that it was compiled from, which alone heeds functions attached later."""
+    """Run every module uncompiled inside the context: compiled code ignores functions attached later."""
     with ExitStack() as stack:
         for module in model.modules():
             if module._compiled_call_impl is not None:
@@ -83,10 +82,10 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap] = ()) -> Iterator[None]:
-    """Attach functions, and keep of each block's run only its inputs; the backward pass runs the block again.
+    """Attach functions, with activation checkpointing of each block.
 
-    A function inside a block is attached whenever the block runs, so that the second run, which comes after the
-    context has ended, is the same as the first.
+    A function inside a block is attached whenever the block runs, so that its recomputation, after the context has
+    ended, is the same as its first run.
 
     Args:
         blocks: modules, none inside another; random numbers must not enter their results.
@@ -115,7 +114,7 @@ def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., A
 
 @contextmanager
 def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator[None]:
-    """Let functions change all arguments of modules' calls, for the length of the context.
+    """Let functions change the arguments of modules' calls inside the context.
 
     They act before functions that are attached later.
     """

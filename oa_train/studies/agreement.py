@@ -1,4 +1,4 @@
-"""How much several circuits agree: their overlap, and how figures vary over seeds."""
+"""Agreement of several circuits: their overlap, and the spread of metrics over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
     """Mean and spread over runs that differ in nothing but their seed.
 
     Args:
-        runs: the runs. Those that were trained alike, on one task, with different seeds belong together.
+        runs: the runs; those that differ in nothing but their seed form a group.
         kl: KL divergence of each run's circuit in nats, by its name.
         ablation: under which that was measured.
 

@@ -26,7 +26,7 @@ from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
 
-# Components that are ablated alone by default; of a model with more, only those that are asked for.
+# With at most this many components all are ablated alone by default, else only those asked for.
 MOST_ALONE = 100
 
 
@@ -79,7 +79,7 @@ class Compare(Study[CompareSettings]):
 
     Raises:
         ConfigurationError: two circuits have the same name or are over different levels, or a pattern matches nothing.
-        TaskError: an ablation was asked for that the task has no prompts for.
+        TaskError: the task has no prompts for an ablation that was asked for.
     """
 
     name = "compare"

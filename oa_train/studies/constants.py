@@ -1,4 +1,4 @@
-"""The end of a training of constants alone: they are written, and evaluated on held-out prompts."""
+"""The end of a constants-only training: the constants are written, and evaluated on held-out prompts."""
 
 from collections.abc import Sequence
 from functools import partial

@@ -47,10 +47,10 @@ class FinishSettings:
 
     Attributes:
         refit: training of the constants for the discrete circuit.
-        refit_start: its start: `trained`, the constants that were trained with the masks; `mean`, the means; `both`,
-            each of them, of which the better by validation is kept. From the means a refit can end in a worse optimum.
-        size: entries of the circuit, those of the highest keep-probability, of edges only such as lie on a path from
-            the input to the logits; by default all above the module's threshold.
+        refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, keeping
+            the better by validation. From the means a refit can end in a worse optimum.
+        size: entries of the circuit, those of the highest keep-probability, without dangling edges; by default all
+            above the module's threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
@@ -111,7 +111,7 @@ def finish(
 def refit(
     model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], settings: FinishSettings, track: Track = silent
 ) -> list[TrainedCircuit]:
-    """Train the constants of discrete circuits, side by side; those of ablations without learning stay as they are."""
+    """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
     first = circuits[0]
     if not KINDS[first.ablation].learned:
         return list(circuits)
@@ -153,15 +153,15 @@ class Evaluate(Study[FinishSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """The circuits are those of one training."""
+        """Note ablation and level, which all circuits of a training share."""
         super().check()
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
 
     def run(self) -> Findings:
         """Evaluate one circuit, or several."""
-        return self._one(self.circuits[0]) if len(self.circuits) == 1 else self._several()
+        return self._single(self.circuits[0]) if len(self.circuits) == 1 else self._several()
 
-    def _one(self, trained: TrainedCircuit) -> Findings:
+    def _single(self, trained: TrainedCircuit) -> Findings:
         metrics = estimates(self._behaviour(self.ablation, "the circuit"))
         clean = estimates(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
@@ -233,7 +233,7 @@ class Evaluate(Study[FinishSettings]):
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:
-    """Every entry with its score; of a level that may have millions, the kept entries."""
+    """Every entry with its score; for large levels and for edges, the kept entries only."""
     level, kept = circuit.level, circuit.mask.tolist()
     scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(level)
     if len(level) > MOST_ROWS or not level.has_one_stream:

@@ -1,7 +1,7 @@
-"""Is a circuit minimal, and is it complete?
+"""Minimality and completeness of a circuit.
 
-Minimal: each of its parts is needed. Every one of them is removed in turn.
-Complete: nothing outside of it can do the task. All of its parts are ablated, and everything else is kept.
+Minimal: each of its parts is needed, tested by removing them one at a time.
+Complete: nothing outside of it can do the task, tested by ablating all of its parts and keeping everything else.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,11 +36,11 @@ class MinimalSettings:
     """Settings of `minimal`.
 
     Attributes:
-        refit: train constants for the circuit without each part, and the whole circuit's for as long beside it.
-            Otherwise the run's constants are used, which were not made for the part's absence.
-        tolerance: nats that do not matter: a part is superfluous if the whole 95 % interval of the KL divergence that
-            its removal adds lies at or below.
-        random_complements: random circuits of equal size whose parts are ablated as well, for scale; 0 for none.
+        refit: train constants for the circuit without each part, and as a control the whole circuit's for as long.
+            Otherwise the run's constants are used, which were not trained for the part's absence.
+        tolerance: in nats: a part is superfluous if the whole 95 % interval of the KL divergence that its removal adds
+            is at or below it.
+        random_complements: random circuits of equal size whose parts are ablated as well, for comparison; 0 for none.
         fit: training of the constants of circuits without a part, and of complements.
     """
 
@@ -75,7 +75,7 @@ class Minimal(Study[MinimalSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """There must be parts to remove, and constants if the ablation is by constants."""
+        """Check that there are parts to remove, and constants if the ablation is by constants."""
         super().check()
         self.trained = self.circuits[0]
         self.kind = KINDS[self.trained.ablation]
@@ -84,7 +84,7 @@ class Minimal(Study[MinimalSettings]):
         if not (self.mask & self.removable).any():
             raise ConfigurationError(
                 f"{self.trained.name} keeps none of the {self.level.parts} that it could leave out, so there is "
-                "nothing to ask about."
+                "nothing to remove."
             )
         if self.settings.refit and not self.kind.learned:
             raise ConfigurationError(
@@ -241,8 +241,8 @@ class Minimal(Study[MinimalSettings]):
             yield f"superfluous: {', '.join(names[:MOST_LISTED])}{more}"
         if together is not None:
             yield (
-                f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats, one by one "
-                f"{apart:.3g} in sum"
+                f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats, "
+                f"{apart:.3g} when summed one by one"
             )
 
     def _figure(self, rows: Sequence[Row], kl: float) -> Figure:

@@ -1,4 +1,4 @@
-"""Run folders: where they are made, what they hold, and the commands that resume them.
+"""Run folders: their creation and content, and the commands that resume runs.
 
 <root>/<experiment>/version_<N>/
     config.yaml  run.log  checkpoints/{best,last}.ckpt
@@ -62,7 +62,7 @@ class RunFolder:
             whole: accept the run only, none of its circuits.
 
         Raises:
-            ArtefactError: there is none; runs nearby are listed.
+            ArtefactError: it is not a run; runs nearby are listed.
         """
         folder = cls(Path(text).expanduser())
         if folder.path.is_dir() and folder.config_path.is_file() and (folder.run == folder.path or not whole):
@@ -128,15 +128,15 @@ class RunFolder:
             )
         if not (self.path / "circuit").exists() and (self.path / FRONT).is_dir():
             numbers = sorted((part.name for part in (self.path / FRONT).iterdir()), key=lambda name: (len(name), name))
-            each = f"{self.path / FRONT}/N, N being {', '.join(numbers)}"
-            return f"{self.path} holds several circuits. Give one of them: {each}."
+            choices = f"{self.path / FRONT}/N, N being {', '.join(numbers)}"
+            return f"{self.path} holds several circuits. Give one of them: {choices}."
         return (
             f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
             f"  {self.resume_command(self.last_state())}"
         )
 
     def last_state(self) -> Path | None:
-        """The checkpoint of the latest state: `last.ckpt`, or what is left of a folder that was deleted meanwhile."""
+        """The latest checkpoint: `last.ckpt`, or `best.ckpt` if `last.ckpt` was deleted; None without either."""
         return next((path for path in map(self.checkpoint, ("last", "best")) if path.is_file()), None)
 
     def resume_command(self, checkpoint: Path | None = None) -> str:
@@ -152,7 +152,7 @@ class RunFolder:
         return f"oa-train fit --config {shlex.quote(str(self.config_path))}"
 
     def how_to_resume(self, resumed_from: Path | None = None) -> list[str]:
-        """How a run that was cut off is resumed, one line each.
+        """Lines that say how to resume an interrupted run.
 
         Args:
             resumed_from: checkpoint from which this run itself was resumed.
@@ -161,11 +161,11 @@ class RunFolder:
             return [f"Nothing is left in {self.run}. Start again with the command that started this run."]
         kept = self.last_state()
         if resumed_from is not None and (kept is None or kept != self.checkpoint("last")):
-            said = f"No further state had been written. This goes on from {resumed_from} once more:"
-            return [said, f"  {self.resume_command(resumed_from)}"]
+            sentence = f"No further state had been written. This goes on from {resumed_from} once more:"
+            return [sentence, f"  {self.resume_command(resumed_from)}"]
         if kept is not None:
-            said = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
-            return [said, f"  {self.resume_command(kept)}"]
+            sentence = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
+            return [sentence, f"  {self.resume_command(kept)}"]
         return ["No checkpoint had been written yet. This starts again:", f"  {self.start_command()}"]
 
 
@@ -182,8 +182,8 @@ def output_root(option: str, text: str) -> Path:
         text: as the user gave it; `~` is the home directory.
 
     Raises:
-        ConfigurationError: it is no local folder, a link that leads nowhere or a file is in the way, or the folder
-            above is not writable.
+        ConfigurationError: it is not a local folder, a broken link or a file is in the way, or its parent is not
+            writable.
     """
     if _SCHEME.match(text):
         raise ConfigurationError(f"{option} is {text!r}; runs are written to local folders only. Give a path.")
@@ -227,7 +227,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a name that occurs twice in a mapping; YAML itself would silently take the last."""
+    """Refuses duplicate keys of a mapping; YAML itself would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value]

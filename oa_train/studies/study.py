@@ -1,4 +1,4 @@
-"""Studies: questions asked of a model, answered as rows, metrics and figures, and written in one way.
+"""Studies: questions asked of a model, answered as rows, metrics and figures, and written in one format.
 
     <run>/studies/<name>_<K>/results.json, tables/<table>.csv, figures/<figure>.png
 
@@ -58,8 +58,8 @@ class Findings:
         metrics: key figures by name.
         facts: further keys of `results.json`; plain values and estimates.
         shown: tables and lines for the terminal.
-        figures: by name, functions that draw them, or return None where there is nothing to see; they are called once
-            the results are on disk.
+        figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
+            results are on disk.
         circuit: sizes of the circuit in question.
         table: name of the CSV file.
         folder: study folder, once written.
@@ -134,7 +134,7 @@ class Study(ABC, Generic[S]):
         self.check()
 
     def check(self) -> None:
-        """Refuse what cannot be asked, before anything is computed.
+        """Refuse unsuitable circuits or settings before anything is computed.
 
         Raises:
             ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
@@ -158,7 +158,7 @@ class Study(ABC, Generic[S]):
         """Claim `studies/<name>_<K>` in a run folder, answer the question, and write the findings there.
 
         Raises:
-            RunError: the folder cannot be made, which is found out before anything is computed, or written to.
+            RunError: the folder cannot be made, before anything is computed, or cannot be written to.
         """
         folder = self.claim(run)
         with removed_if_empty(folder):
@@ -214,7 +214,7 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the model's weights; that of a circuit of it, because a sharded model has no weights to read."""
+        """Digest of the model's weights, from a circuit if it has one: weights of a sharded model cannot be read."""
         known = (circuit.circuit.provenance.get("fingerprint") for circuit in self.circuits)
         return next(filter(None, known), None) or fingerprint(self.model)
 

@@ -16,9 +16,9 @@ FURTHER_PROMPTS = 20_000
 
 
 class Donors:
-    """Draws a partner for every prompt: one with as many tokens from the stream `means`, which shares no text with it.
+    """Draws a partner for every prompt: one of equal length from the stream `means`, which shares no text with it.
 
-    The partner follows from the seed and the prompt's number alone, whatever batch the prompt comes in.
+    The partner depends on the seed and the prompt's number alone, not on its batch.
 
     Args:
         task: source of the donors.
@@ -77,7 +77,7 @@ class Donors:
         return self._by_lengths[lengths]
 
     def _further(self, lengths: tuple[int, ...]) -> Batch:
-        """The first prompt after the donors with these lengths: only rare ones come here."""
+        """The first prompt after the donors with these lengths, for lengths that no donor has."""
         for number in range(self._n_read, self._n_read + FURTHER_PROMPTS):
             batch = self._task.batch("means", number, 1)
             if self._lengths(batch) == [lengths]:

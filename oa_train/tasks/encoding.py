@@ -52,7 +52,7 @@ class PromptEncoder:
         tokenizer: the model's tokenizer.
         bos: id of the token in front of every prompt; None for none.
         vocabulary_size: rows of the model's embedding.
-        n_positions: rows of the model's table of positions; None for a model that has none (rotary embeddings).
+        n_positions: rows of the model's position embedding; None for a model without one (rotary embeddings).
 
     Attributes:
         padding: id that fills padded columns. Any id of the embedding will do, because those columns are masked.
@@ -92,7 +92,7 @@ class PromptEncoder:
             ModelError: the tokenizer or the configuration cannot be loaded, or the two do not fit together.
         """
         tokenizer, config = load_tokenizer(spec), load_config(spec).get_text_config()
-        # Models that rotate by the position compute it; all others look it up in a table.
+        # Rotary models compute positions; all others look them up in an embedding.
         rotary = getattr(config, "rope_parameters", None)
         n_positions = None if rotary else getattr(config, "max_position_embeddings", None)
         return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions)
@@ -117,7 +117,7 @@ class PromptEncoder:
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
     ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-        """Put the token ids of prompts of different length into one tensor, filled up on one side.
+        """Pad the token ids of prompts of different length on one side, into one tensor.
 
         Returns:
             Token ids, and a mask that is True at real tokens.
@@ -146,7 +146,7 @@ class PromptEncoder:
         return leading_tokens(tokens, (mask.long().cumsum(dim=1) - 1).clamp(min=0), self.bos) & mask
 
     def span_flags(self, texts: Sequence[str], spans: Sequence[Mapping[str, Span]]) -> list[dict[str, list[bool]]]:
-        """Find the tokens of named spans: those that share with the span a character that is not white space.
+        """Find the tokens of named spans: those that share a non-whitespace character with the span.
 
         Args:
             texts: the prompts.
@@ -212,7 +212,7 @@ class PromptEncoder:
         return self._continuations[key]
 
     def is_single_token(self, word: str) -> bool:
-        """Whether a word is one token after a space in the middle of a sentence."""
+        """True if a word is one token after a space in the middle of a sentence."""
         return self.continuation("", f" {word}") is not None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:

@@ -36,7 +36,7 @@ class GrammarTask(Task):
         """Draw a prompt of any stream; `random` is the only source of randomness that may be used."""
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        """Everything that determines the prompts, as plain values for the header of an artefact."""
         return {**super().describe(), "n_tokens": self.n_tokens}
 
     def prompt(self, stream: Stream, index: int) -> Prompt:
@@ -67,7 +67,7 @@ class GrammarTask(Task):
 
 
 def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Fill the slots of a template: the text, and the first and past-the-end character of each word's first place."""
+    """Fill the slots of a template: the text, and the character range [start, end) of each word's first use."""
     text = ""
     places: dict[str, tuple[int, int]] = {}
     for literal, slot, _, _ in Formatter().parse(template):
@@ -79,11 +79,11 @@ def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
 
 
 def word_span(words: Sequence[str], number: int) -> tuple[int, int]:
-    """The first and the past-the-end character of a word in a text of words with a space between them."""
+    """Character range [start, end) of a word in a text of space-separated words."""
     end = len(" ".join(words[: number + 1]))
     return end - len(words[number]), end
 
 
 def end_span(text: str) -> tuple[int, int]:
-    """The last character of a text, by which a span of its last token is named."""
+    """Character range of a text's last character, which names the span of its last token."""
     return len(text) - 1, len(text)

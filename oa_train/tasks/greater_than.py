@@ -20,7 +20,7 @@ MINIMUM_YEARS = 20
 
 
 class GreaterThan(GrammarTask):
-    """The end of a period, which must lie after its start.
+    """Predict the year in which a period ends, after the year of its start.
 
     Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the second
     year of the same century. Spans: `noun`, `year` (the two digits of the start after its century), `end` (the
@@ -75,6 +75,6 @@ class GreaterThan(GrammarTask):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        """Everything that determines the prompts, as plain values for the header of an artefact."""
         words = (*self.nouns, *(century + year for century, year in self.starts))
         return {**super().describe(), "words": f"{derive_seed(*words):016x}"}

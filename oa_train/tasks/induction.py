@@ -14,7 +14,7 @@ OPENING = "Words:"
 
 
 class Induction(GrammarTask):
-    """Rows of words of which some come back.
+    """Rows of words of which some are repeated at the end.
 
     In "Words: river stone cloud window stone" the answer is " cloud", the word that followed "stone" before;
     distractors are the other words of the row. The counterfactual has another word at the first "stone", so that
@@ -23,8 +23,8 @@ class Induction(GrammarTask):
     (the last token).
 
     Args:
-        length: different words in the row, before those that come back.
-        repeated: words that come back, in the order in which they stood.
+        length: distinct words in the row, before those that are repeated.
+        repeated: words that are repeated, in their original order.
         **options: the options of every task (see `Task`).
 
     Attributes:
@@ -75,7 +75,7 @@ class Induction(GrammarTask):
         return Question(" ".join([OPENING, *row, *again]), (f" {answer}",), others)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        """Everything that determines the prompts, as plain values for the header of an artefact."""
         return {
             **super().describe(),
             "length": self.length,

@@ -130,7 +130,7 @@ class IOI(GrammarTask):
         return template
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        """Everything that determines the prompts, as plain values for the header of an artefact."""
         words = (*self.names, *self.places, *self.objects, *self.templates)
         return {
             **super().describe(),

@@ -28,8 +28,8 @@ class Question:
 
     Attributes:
         text: the beginning of the prompt, up to and including the token that predicts the answer.
-        answers: texts of which each is a right continuation by one token (" Anna", "32").
-        distractors: wrong continuations of one token that the answers are compared with.
+        answers: correct single-token continuations (" Anna", "32").
+        distractors: wrong single-token continuations that the answers are compared with.
     """
 
     text: str
@@ -45,8 +45,8 @@ class Prompt(Question):
         text: the prompt, up to and including the token that predicts the last answer.
         answers: right continuations of the whole text.
         distractors: wrong ones.
-        counterfactual: the prompt with other content, as many tokens long; None when the task has none.
-        earlier: questions that the text answers itself as it goes on, from left to right.
+        counterfactual: the prompt with other content, with equally many tokens; None when the task has none.
+        earlier: questions that the text itself goes on to answer, from left to right.
         spans: named parts of the text: the first character of each and the one after its last, or a substring that
             occurs exactly once.
     """
@@ -72,7 +72,7 @@ class Task(ABC):
         n_validation: prompts that validation uses.
         n_test: prompts that the final evaluation uses.
         n_means: prompts over which mean ablation averages.
-        padding_side: where shorter prompts of a batch are filled up.
+        padding_side: where shorter prompts of a batch are padded.
         evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
         answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
 
@@ -129,7 +129,7 @@ class Task(ABC):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides which prompts there are, as plain values for the header of an artefact."""
+        """Everything that determines the prompts, as plain values for the header of an artefact."""
         return {
             "name": self.name,
             "seed": self.seed,
@@ -240,7 +240,7 @@ class Task(ABC):
         return torch.tensor(ids, dtype=torch.long).view(len(questions), len(questions[0]), most)
 
     def _tokens(self, question: Question, pieces: Sequence[str], most: int) -> list[int]:
-        """The token of each piece, filled up with -1."""
+        """The token of each piece, padded with -1."""
         tokens = []
         for piece in pieces:
             token = self.encoder.continuation(question.text, piece)

@@ -14,7 +14,7 @@ FOLDER = "words"
 
 @functools.cache
 def read_data(name: str) -> Any:
-    """Read `words/<name>.json`. The value is shared between callers, who do not change it."""
+    """Read `words/<name>.json`. The value is shared between callers, who must not change it."""
     file = importlib.resources.files("oa_train.tasks") / FOLDER / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8"))
 

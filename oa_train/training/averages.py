@@ -1,4 +1,4 @@
-"""Figures of several circuits, averaged over prompts and processes."""
+"""Metrics of several circuits, averaged over prompts and processes."""
 
 import torch
 from torchmetrics import Metric
@@ -7,11 +7,11 @@ from oa_train.shapes import Float, Tensor
 
 
 class CircuitMeans(Metric):
-    """Means of figures of each circuit over all prompts, on all processes.
+    """Means of each circuit's metrics over all prompts, on all processes.
 
     Args:
-        n_figures: how many there are at most.
-        n_circuits: how many there are.
+        n_figures: largest number of metrics.
+        n_circuits: number of circuits.
     """
 
     total: Tensor
@@ -23,9 +23,9 @@ class CircuitMeans(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, means: Float[Tensor, "figure circuit"], n_prompts: int) -> None:
-        """Add the means over some prompts, of the first figures or of all."""
+        """Add means over some prompts, for all metrics or the first few."""
         sums = torch.nn.functional.pad(means * n_prompts, (0, 0, 0, len(self.total) - len(means)))
-        # Not in place: after a validation of its own Lightning leaves tensors that may not be written.
+        # Not in place: a standalone validation of Lightning's leaves inference tensors, which are read-only.
         self.total = self.total + sums
         self.count = self.count + n_prompts
 

@@ -1,4 +1,4 @@
-"""Callbacks of a training run: checkpoints that survive a kill, and a picture of the masks."""
+"""Callbacks of a training run: checkpoints that survive a kill, and figures of the masks."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import score_picture
 
-# Under other values of these the objectives of two runs cannot be compared.
+# Settings that must agree for the objectives of two runs to be comparable.
 _OBJECTIVE = ("penalty", "target_size", "threshold")
 
 
@@ -35,7 +35,7 @@ class BestCheckpoint(ModelCheckpoint):
             filename="best",
             monitor="val/objective",
             mode="min",
-            # Right after the validation: a checkpoint of the end of an epoch is resumed with a batch left out.
+            # Save right after the validation: a resume from a checkpoint at the end of an epoch skips a batch.
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
@@ -44,7 +44,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._resumed_step = 0
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Note where the run that is resumed keeps its best checkpoint."""
+        """Remember where the resumed run keeps its best checkpoint."""
         changed = any(change.startswith(_OBJECTIVE) for change in pl_module.changed_settings(checkpoint))
         resumes = trainer.state.fn == TrainerFn.FITTING and not changed
         self._earlier = Path(trainer.ckpt_path).parent / "best.ckpt" if resumes else None
@@ -52,7 +52,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._is_global_zero = trainer.is_global_zero
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the best checkpoint of the run that is resumed, unless it lies after the step of the resume."""
+        """Take over the resumed run's best checkpoint, unless it is from a later step than the resume."""
         if self._earlier is None or self.dirpath is None:
             return
         if not self._earlier.is_file():
@@ -60,16 +60,15 @@ class BestCheckpoint(ModelCheckpoint):
                 rank_zero_warn(f"There is no {self._earlier}, so the best is chosen among later validations alone.")
             return
         earlier = read_checkpoint(self._earlier)
-        # A better one that the run before found after this checkpoint is found again, if nothing was changed; if
-        # something was, it is not this run's.
+        # A better checkpoint from after the resumed step is found again if the settings are the same; if they are not,
+        # it does not belong to this run.
         if earlier["global_step"] > self._resumed_step or self.state_key not in earlier["callbacks"]:
             return
         copied = Path(self.dirpath) / "best.ckpt"
         if self._is_global_zero:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self._earlier, copied)
-        # Its own record of its score is the right one: `state_dict` can be older, from before a validation that
-        # followed at the same step.
+        # Take the score from best.ckpt itself: `state_dict` can be from before a validation at the same step.
         score, path = earlier["callbacks"][self.state_key]["best_model_score"], str(copied)
         moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         taken_over = {"best_model_score": score, "kth_value": score, "best_k_models": {path: score}}
@@ -79,8 +78,8 @@ class BestCheckpoint(ModelCheckpoint):
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill costs little.
 
-    Like all of Lightning's checkpoint callbacks it is run after the others. List it after `BestCheckpoint`, so that
-    `last.ckpt` never knows of a validation that `best.ckpt` does not.
+    Like all of Lightning's checkpoint callbacks it runs after the others. List it after `BestCheckpoint`, so that
+    `last.ckpt` never includes a validation that `best.ckpt` does not.
 
     Args:
         folder: where `last.ckpt` is kept.
@@ -101,7 +100,7 @@ class LastCheckpoint(Checkpoint):
         self._is_watched = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Count from the step that is resumed, and have it noticed when the folder is deleted from now on."""
+        """Count from the resumed step, and watch for the deletion of the folder from now on."""
         self._step = trainer.global_step
         writer = trainer.strategy.checkpoint_io
         if trainer.is_global_zero and isinstance(writer, WholeFileCheckpointIO):
@@ -109,12 +108,12 @@ class LastCheckpoint(Checkpoint):
             self._is_watched = True
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Write when it is time, and when `max_steps` or `max_epochs` is reached.
+        """Write every `every_n_steps` steps, and when `max_steps` or `max_epochs` is reached.
 
-        A checkpoint from here can be trained on from for longer; after the training Lightning counts the epoch as
-        ended, with a batch left out. Where a validation follows, it is written after that, or a resume would leave the
-        validation out. While gradients are accumulated nothing is written: those of several processes are stored as
-        their mean, which rounds.
+        A training can be extended from a checkpoint written here; once it has ended, Lightning counts the epoch as
+        complete, and a resume would skip a batch. If a validation follows, the checkpoint is written after it, or a
+        resume would skip the validation. Nothing is written while gradients are accumulated: those of several
+        processes are stored as their mean, which rounds.
         """
         step = trainer.global_step
         stepped, self._step = step != self._step, step
@@ -124,7 +123,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write what was due before the validation."""
+        """Write the checkpoint that was due before the validation."""
         if self._due and not trainer.sanity_checking:
             self.save(trainer)
 
@@ -133,21 +132,21 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the state of a training that was complete when it was resumed, so that it was not begun."""
+        """Write the state of a training that was already complete when resumed, and so ran no step."""
         if trainer.ckpt_path is not None and self._saved_at < 0:
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write the state, unless this step's is written; all processes have to take part."""
+        """Write the state, at most once per step; all processes have to take part."""
         self._due = False
         if trainer.global_step != self._saved_at:
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self._path)
 
     def _is_deleted(self, trainer: lightning.Trainer) -> bool:
-        """Whether the folder is gone, so that the state is written before anything else fails; it ends the run.
+        """True if the folder was deleted: the state is then written at once, which ends the run.
 
-        Several processes would have to agree on it, and write when it is time anyway.
+        Several processes would have to agree on it; they notice at the next regular write.
         """
         return self._is_watched and trainer.world_size == 1 and not self._path.parent.is_dir()
 
@@ -158,9 +157,9 @@ def _is_last_step(trainer: lightning.Trainer) -> bool:
 
 
 def validation_follows(trainer: lightning.Trainer) -> bool:
-    """Whether the training batch that has just ended is followed by a validation.
+    """True if a validation follows the training batch that has just ended.
 
-    A checkpoint from between the two is resumed after the validation, as if it had taken place.
+    A resume from a checkpoint between the two would skip the validation.
     """
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None

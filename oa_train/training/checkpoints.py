@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole, read without running code, refused when they belong to something else."""
+"""Training checkpoints: written atomically, read without running code, refused if of another experiment."""
 
 import io
 import warnings
@@ -16,7 +16,7 @@ from oa_train.artefacts import COUNT, FREE, SIZE, Schema, mismatch
 from oa_train.errors import CheckpointError, RunError
 from oa_train.files import replace_file
 
-# Where a checkpoint says what it is of; next to Lightning's own keys.
+# Key of the identity and settings in a checkpoint, next to Lightning's own keys.
 IDENTITY_KEY = "oa_train"
 _VERSION_KEY = "pytorch-lightning_version"
 
@@ -73,8 +73,8 @@ _CHECKPOINT: Schema = {
 class WholeFileCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, waits for the disk and renames it.
 
-    A process that is killed while writing leaves the checkpoint before as it was. A folder that was deleted since the
-    last write is made again, so that the state is safe; then the run ends, because what else the folder held is lost.
+    A process that is killed while writing leaves the previous checkpoint intact. A folder that was deleted since the
+    last write is recreated, so that the state is safe; then the run ends, because the folder's other files are lost.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         self._folders: set[Path] = set()
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder for checkpoints; from now on it is noticed when it is deleted.
+        """Make a folder for checkpoints, and watch for its deletion from now on.
 
         Raises:
             RunError: it cannot be made.
@@ -157,7 +157,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def _check_zip(path: Path) -> None:
-    """Compare every part of a checkpoint with its checksum, which torch writes and does not read.
+    """Compare every part of a checkpoint with its checksum, which torch writes but does not verify.
 
     Raises:
         BadZipFile: a part is damaged or compressed, which might ask for any amount of memory.
@@ -173,7 +173,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _mistake(checkpoint: Any) -> str | None:
-    """The first way in which content is not that of a checkpoint, in words."""
+    """The first reason why content is no checkpoint, in words; None if it is one."""
     problem = mismatch(checkpoint, _CHECKPOINT, "its content")
     if problem is not None:
         return problem
@@ -185,7 +185,7 @@ def _mistake(checkpoint: Any) -> str | None:
             return f"it has a tensor of shape {list(leaf.shape)} without numbers"
     shapes = {(), *(tuple(tensor.shape) for tensor in checkpoint["state_dict"].values())}
     if not all(_is_whole(list(optimizer["state"].values()), shapes) for optimizer in checkpoint["optimizer_states"]):
-        return "the state of its optimiser is not that of what is trained"
+        return "the state of its optimiser does not match the trained tensors"
     own_record = checkpoint[IDENTITY_KEY]
     if any(isinstance(leaf, torch.Tensor) for leaf in _leaves([own_record["identity"], own_record["settings"]])):
         return f"{IDENTITY_KEY} describes the run by tensors; expected plain values"
@@ -198,7 +198,7 @@ def _mistake(checkpoint: Any) -> str | None:
 
 
 def _is_whole(states: Sequence[Any], shapes: Collection[tuple[int, ...]]) -> bool:
-    """Whether states of parameters, if they are Adam's, all have the same tensors, of shapes that are trained."""
+    """True if Adam's states all have the same keys and shapes that are trained; other optimisers are not checked."""
     if not all(isinstance(state, dict) for state in states):
         return False
     if not any("exp_avg" in state for state in states):
@@ -209,14 +209,14 @@ def _is_whole(states: Sequence[Any], shapes: Collection[tuple[int, ...]]) -> boo
 
 
 def _is_backed(tensor: torch.Tensor) -> bool:
-    """Whether each number of a tensor is stored; an expanded one can be larger than any memory."""
+    """True if a tensor's storage holds all its elements; an expanded tensor can be larger than any memory."""
     if tensor.layout is not torch.strided or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _leaves(content: Any) -> Iterator[Any]:
-    """What containers hold in the end; each container is opened once, however often and deep it is nested."""
+    """Leaves of nested containers; each container is opened once, however often it is nested."""
     remaining, opened = [content], set[int]()
     while remaining:
         item = remaining.pop()
@@ -227,13 +227,13 @@ def _leaves(content: Any) -> Iterator[Any]:
             remaining += item.values() if isinstance(item, dict) else item
 
 
-def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def check_identity(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Compare the identity stored in a checkpoint with that of the module and its task.
 
     Raises:
         CheckpointError: they differ; every difference is listed.
     """
-    differences = [line for name in expected for line in _differences(name, given.get(name), expected[name])]
+    differences = [line for name in expected for line in _differences(name, stored.get(name), expected[name])]
     if differences:
         raise CheckpointError(
             "The checkpoint belongs to another experiment:\n"
@@ -242,14 +242,14 @@ def check_identity(given: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
         )
 
 
-def _differences(name: str, given: Any, expected: Any) -> list[str]:
-    if isinstance(given, Mapping) and isinstance(expected, Mapping):
-        return [line for key in expected for line in _differences(f"{name}.{key}", given.get(key), expected[key])]
-    return [] if given == expected else [f"{name}: the checkpoint has {given}, this configuration {expected}"]
+def _differences(name: str, stored: Any, expected: Any) -> list[str]:
+    if isinstance(stored, Mapping) and isinstance(expected, Mapping):
+        return [line for key in expected for line in _differences(f"{name}.{key}", stored.get(key), expected[key])]
+    return [] if stored == expected else [f"{name}: the checkpoint has {stored}, this configuration {expected}"]
 
 
 def _others(path: Path) -> str:
     folder, patterns = (path, ("*.ckpt", "checkpoints/*.ckpt")) if path.is_dir() else (path.parent, ("*.ckpt",))
-    found = sorted(other for pattern in patterns for other in folder.glob(pattern) if other != path)
-    names = [str(other.relative_to(folder)) for other in found]
+    others = sorted(other for pattern in patterns for other in folder.glob(pattern) if other != path)
+    names = [str(other.relative_to(folder)) for other in others]
     return f"In {folder}: {', '.join(names[:10])}." if names else ""

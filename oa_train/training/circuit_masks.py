@@ -18,7 +18,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 LevelKind = Literal["nodes", "edges"]
 
-# Entries of a selection that a checkpoint lists by name; of more it lists the patterns.
+# Longest selection that a checkpoint lists by name; for longer ones it lists the patterns.
 MOST_LISTED = 2000
 
 
@@ -36,8 +36,8 @@ class CircuitMasks(nn.Module):
 
     Attributes:
         selection: true for entries that are selected.
-        n_selected: how many they are.
-        n_fixed: how many entries are always kept.
+        n_selected: number of selected entries.
+        n_fixed: number of entries that are always kept.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or all patterns together select nothing.
@@ -87,7 +87,7 @@ class CircuitMasks(nn.Module):
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
         """Draw masks over all entries for every circuit and prompt.
 
-        A prompt's masks follow from the seed and its number, however prompts are shared out to batches and processes.
+        A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
 
         Args:
             example_ids: numbers of B prompts.
@@ -107,7 +107,7 @@ class CircuitMasks(nn.Module):
         return self._sampler.rows_of_step(batches, over_processes, n_processes)
 
     def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Drawn masks with 0 for entries that have no effect beside the others; each circuit of each row by itself."""
+        """Drawn masks with 0 for dangling edges, separately for each circuit of each row."""
         if self.level.entries_at_nodes() is None:
             return drawn
         of_circuits = drawn.reshape(-1, self.n_selected)
@@ -115,7 +115,7 @@ class CircuitMasks(nn.Module):
         return (of_circuits * lasting[:, self.selection]).view(drawn.shape)
 
     def _spread(self, drawn: Tensor) -> Tensor:
-        """Masks [row, entry] over all entries, from masks over the selected ones, of the same type."""
+        """Scatter masks [row, entry] over the selected entries into masks over all, with 1 elsewhere."""
         if not self.n_fixed:
             return drawn
         kept = torch.ones(len(drawn), len(self.level), device=drawn.device, dtype=drawn.dtype)
@@ -136,15 +136,15 @@ class CircuitMasks(nn.Module):
         return self._spread(self.distribution.threshold(self.threshold).view(self.n_circuits, -1))
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
-        """The discrete circuits: what is above the threshold; of edges those on a path from input to logits."""
+        """The discrete circuits: entries above the threshold, without dangling edges."""
         return self.level.prune(self.above_threshold())
 
     def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit selected"]:
-        """The columns of masks that have a price: those of the selected entries."""
+        """The columns of masks that are penalised: those of the selected entries."""
         return masks[:, self.selection]
 
     def check_size(self, size: int) -> None:
-        """Check that a circuit can have so many entries.
+        """Check that a circuit can have this many entries.
 
         Raises:
             ConfigurationError: the level has fewer, or more are always kept.
@@ -171,10 +171,10 @@ def level_of(
 
 
 def check_level(level: str, node_penalty: float, sites: list[str]) -> None:
-    """Check that a level exists, and that a node penalty and sites go with it.
+    """Check that a level exists, and that a node penalty and sites are compatible with it.
 
     Raises:
-        ConfigurationError: they do not.
+        ConfigurationError: it does not, or they are not.
     """
     if level not in get_args(LevelKind):
         raise ConfigurationError(f"level is {level!r}. {nearest_names(level, get_args(LevelKind))}")

@@ -38,13 +38,13 @@ from oa_train.training.strategies import ShardedStrategy
 class CircuitModule(FrozenModelModule):
     """Finds the units of a model, or the edges between its components, that do a task, and constants for all others.
 
-    Every step runs the model on a batch of prompts as it is, and again on several copies of each prompt with masks
-    drawn anew: a unit with mask m passes on m times its value plus (1 - m) times its replacement, an edge passes that
-    on to its one reader. The loss is the KL divergence of the clean prediction from the masked one, plus the penalty
+    Every step runs the clean model on a batch of prompts, then several copies of each prompt with freshly drawn masks:
+    a unit with mask m passes on m times its value plus (1 - m) times its replacement, an edge passes that on to its
+    reader alone. The loss is the KL divergence of the clean prediction from the masked one, plus the penalty
     on the number of kept units or edges.
 
     Several circuits, with penalty weights or target sizes, masks and constants of their own, are trained side by side
-    on the same prompts. Only a clipping of the gradient's norm, which is that of all, lets one affect another.
+    on the same prompts. They interact only if gradients are clipped, by the norm over all of them.
 
     Args:
         lm: the frozen model; the built-in one by default.
@@ -53,12 +53,12 @@ class CircuitModule(FrozenModelModule):
             it: queries, keys and values of heads, MLPs, and the logits.
         sites: kinds of site whose units the nodes are: `heads`, `mlp`, `attention`, `neurons`, `residual`,
             `embedding`, `tokens`, `features`.
-        dictionaries: sparse dictionaries, whose features are the units of the kind `features`.
+        dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         ablation: replacement of an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample`
             (its value on another prompt of equal length), `noise` (Gaussian, with its mean and standard deviation),
             `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
         loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
-            answers against distractors, which is made large.
+            answers against distractors, which is maximised.
         positions: size of the constants' tables; 1 gives each unit one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: shell patterns of the units that may be ablated (`a*.h*`, `m*`, `!m0`), also at a span alone
@@ -67,19 +67,17 @@ class CircuitModule(FrozenModelModule):
         masks: distribution of the masks.
         penalty_weight: price of a kept unit or edge in nats; with a target size the weight at the start. A list
             trains a circuit for each weight, side by side; a mapping has a weight for each kind of site.
-        node_penalty: with edges, what the edges of a head cost more while it has few, as a part of the penalty weight;
+        node_penalty: for edges, a surcharge on those of a head that has few, as a fraction of the penalty weight;
             above 0 it empties heads.
         target_size: units or edges that the circuit is to have, those that are always kept included; the penalty
             weight is moved until it has them. None keeps the weight fixed, a list trains a circuit for each size.
         target_warmup: optimiser steps in which the goal falls from all units or edges to the target size; less than
             half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
-        threshold: a unit or edge is in the circuit when its keep-probability exceeds this; of edges only those that
-            then lie on a path from the input to the logits.
+        threshold: a unit or edge with a keep-probability above this is in the circuit; dangling edges are removed.
         mask_learning_rate: Adam's learning rate of the mask parameters.
         constants_learning_rate: Adam's learning rate of the constants.
-        recompute: keep only what enters each decoder block and run the block again in the backward pass; less memory,
-            more time, the same result.
+        recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
 
     Raises:
         ConfigurationError, ArtefactError, ModelError: an argument cannot work, or names a dictionary or model that
@@ -155,7 +153,7 @@ class CircuitModule(FrozenModelModule):
         }
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that build this module again, as plain values."""
+        """Arguments that rebuild this module, as plain values."""
         return {
             "lm": asdict(self.lm),
             "seed": self.seed,
@@ -171,7 +169,7 @@ class CircuitModule(FrozenModelModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with a group for the masks and one for the constants."""
         # Mask gradients are sparse in time (an entry has one only when a sample falls into its window), hence the
-        # longer memory for their second moment.
+        # larger beta2.
         groups: list[dict[str, Any]] = [
             {"name": "masks", "params": list(self.masks.parameters()), "betas": (0.9, 0.995)},
             {"name": "constants", "params": [p for p in self.replacements.parameters() if p.requires_grad]},
@@ -186,22 +184,22 @@ class CircuitModule(FrozenModelModule):
             group["lr"] = rates[group["name"]]
 
     def configure_model(self) -> None:
-        """Share the model out; under that strategy edges are refused as well (`FrozenModelModule.configure_model`)."""
+        """Shard the model; that strategy refuses circuits of edges (see `FrozenModelModule.configure_model`)."""
         if not self.level.has_one_stream and isinstance(self.trainer.strategy, ShardedStrategy):
             raise ConfigurationError(
-                "The strategy fsdp shares the weights of a block out again when the block has run, and gradients of "
-                "edges need them once more. Train circuits of nodes under it, or edges with --trainer.strategy ddp "
-                "and --lm.dtype bfloat16."
+                "The strategy fsdp frees the gathered weights of a block when it has run, and gradients of edges need "
+                "them again. Train circuits of nodes under it, or edges with --trainer.strategy ddp and "
+                "--lm.dtype bfloat16."
             )
         super().configure_model()
 
     def on_train_start(self) -> None:
-        """Use this module's learning rates, also where a checkpoint has just brought those of the run before."""
+        """Set this module's learning rates, overriding those that a checkpoint has just restored."""
         super().on_train_start()
         self._set_learning_rates(self.trainer.optimizers[0])
 
     def on_fit_start(self) -> None:
-        """Prepare the ablation; constants start at the means, unless a checkpoint brought them."""
+        """Prepare the ablation; constants start at the means, unless a checkpoint restored them."""
         warmup = self.penalties.target_warmup
         if self.penalties.target_size is not None and self.planned_steps() < 2 * warmup:
             rank_zero_warn(
@@ -211,7 +209,7 @@ class CircuitModule(FrozenModelModule):
         self.prepare_ablation()
 
     def prepare_ablation(self) -> None:
-        """Gather what the ablation needs from the task's `means` prompts, unless a checkpoint brought it."""
+        """Prepare the ablation with the task's `means` prompts, unless a checkpoint restored it."""
         source = AblationSource(self.frozen, self.data.task, self.level, self.positions, self.track)
         if not self.replacements.is_prepared_for(source.task):
             self.replacements.prepare(source)
@@ -222,13 +220,13 @@ class CircuitModule(FrozenModelModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the weight of the next step."""
         super().optimizer_step(*args, **kwargs)
-        if self.penalties.target_size is not None:  # else the weight stays, and no circuit need be cut out
+        if self.penalties.target_size is not None:  # else the weight is fixed, and sizes are not needed
             with torch.no_grad():
                 sizes = self.masks.priced(self.masks.discrete()).sum(dim=1) + self.masks.n_fixed
                 self.penalty.update(self.masks.probabilities().sum(dim=1), sizes)
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
-        """Rows that carry gradient in all batches and processes of the optimiser step that this batch belongs to."""
+        """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""
         together, n_processes = self.batches_of_step(batch_idx), self.trainer.world_size
         if len(together) == 1 and n_processes == 1:
             return None
@@ -281,7 +279,7 @@ class CircuitModule(FrozenModelModule):
         return (lost + penalty).sum() * self.share_of_step(batch_idx)
 
     def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means of figures over circuits and, of several circuits, the figures of each as `name/number`."""
+        """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
         shown = {name: values.float().mean() for name, values in figures.items()}
         for name, values in figures.items() if self.n_circuits > 1 else ():
             shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
@@ -328,7 +326,7 @@ class CircuitModule(FrozenModelModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the thresholded circuits."""
         clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
-        # Kept, because a callback that averages weights takes them back before the validation's end.
+        # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
         self._discrete = self.masks.discrete()
         logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
         values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])

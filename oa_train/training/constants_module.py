@@ -31,7 +31,7 @@ from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule, as_list, check_positive
 
-# Share of its loss by which one circuit at least must improve for a validation to count as progress.
+# Relative improvement of at least one circuit's loss that counts as progress.
 LEAST_PROGRESS = 0.01
 
 # Constants that the first validation compares with the trained ones.
@@ -44,30 +44,28 @@ MOST_LISTED = 100
 class ConstantsModule(FrozenModelModule):
     """Finds the constants that replace units best in a fixed circuit.
 
-    Units that are ablated alone are trained side by side on the same prompts; each row of a batch reads and moves the
-    constants of its own unit only, so this equals a job for each.
+    The constants of units that are ablated alone are trained in parallel on the same prompts; each row of a batch uses
+    and updates those of its own unit only, so this equals a separate job for each unit.
 
     Exactly one of `circuit`, `keep` and `alone` says what is ablated.
 
     Args:
         lm: the frozen model; the built-in one by default.
-        seed: kept for the record; nothing here is drawn.
+        seed: recorded only; nothing here is random.
         circuit: folder of a circuit, or of a run that has one; everything outside of it is ablated.
         keep: names or shell patterns of the units that are kept, all others being ablated.
         alone: names or shell patterns of units, each of which is ablated alone (`*` for all).
         sites: with `keep` and `alone`, kinds of site whose units these are; see `CircuitModule`.
-        dictionaries: sparse dictionaries, whose features are the units of the kind `features`.
+        dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         start: where the constants start: `mean`, `zero` or `counterfactual_mean`, or a folder of constants, or of a
             run that has some.
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
         positions: size of the constants' table; 1 gives each unit one constant.
-        learning_rate: of Adam at the start; it falls to zero along a cosine over the whole training.
-        patience: validations after which the training ends when no circuit's loss has fallen by a hundredth; never
-            when not given.
-        rows_per_run: most rows (circuits times prompts) whose activations are kept at once; further circuits are run
-            twice in a step, which bounds memory and changes no result.
-        recompute: keep only what enters each decoder block and run the block again in the backward pass; less memory,
-            more time, the same result.
+        learning_rate: Adam's initial learning rate, with cosine decay to zero over the whole training.
+        patience: early stopping after this many validations in which no circuit's loss fell by 1 %; off by default.
+        rows_per_run: most rows (circuits times prompts) whose activations are kept at once; beyond that they are
+            recomputed in the backward pass, which bounds memory and changes no result.
+        recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -149,7 +147,7 @@ class ConstantsModule(FrozenModelModule):
 
     @property
     def each_alone(self) -> bool:
-        """Whether every circuit lacks one unit."""
+        """True if each circuit ablates a single unit."""
         return "circuit" not in self.circuits
 
     def describe(self) -> dict[str, Any]:
@@ -163,7 +161,7 @@ class ConstantsModule(FrozenModelModule):
         }
 
     def settings(self) -> dict[str, Any]:
-        """Arguments that build this module again, as plain values."""
+        """Arguments that rebuild this module, as plain values."""
         return {
             "lm": asdict(self.lm),
             "seed": self.seed,
@@ -174,7 +172,7 @@ class ConstantsModule(FrozenModelModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """Adam, its learning rate falling to zero along a cosine over the whole training."""
+        """Adam, with cosine decay of its learning rate to zero over the whole training."""
         n_steps = self.planned_steps()
         if not math.isfinite(n_steps):
             raise ConfigurationError(
@@ -186,7 +184,7 @@ class ConstantsModule(FrozenModelModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Use this module's learning rate, also where a checkpoint has just brought that of the run before."""
+        """Set this module's learning rate, overriding the one that a checkpoint has just restored."""
         super().on_train_start()
         self._stop_when_stale()
         (config,) = self.trainer.lr_scheduler_configs
@@ -195,7 +193,7 @@ class ConstantsModule(FrozenModelModule):
         self.trainer.optimizers[0].param_groups[0]["lr"] = rate
 
     def on_fit_start(self) -> None:
-        """Load the start, unless a checkpoint brought constants; start, means and zeros are the first to beat."""
+        """Initialise the constants unless restored, and the candidates for best: start, means and zeros."""
         if self.patience is not None and self.trainer.limit_val_batches == 0:
             raise ConfigurationError("patience counts validations, and trainer.limit_val_batches is 0.")
         started = bool(self.constants_started)
@@ -225,7 +223,7 @@ class ConstantsModule(FrozenModelModule):
         runs = list(self.fitted.runs(self.frozen, batch))
         total = torch.zeros(len(self.circuits), device=self.device)
         for run in runs:
-            # Several runs are made again in the backward pass, so that only one run's activations live at a time.
+            # Several runs are recomputed in the backward pass, so that only one run's activations are alive at a time.
             lost = run.losses() if len(runs) == 1 else checkpoint(run.losses, *tables, use_reentrant=False)
             total = total.index_add(0, torch.arange(*run.circuits.indices(len(total)), device=self.device), lost)
         return total
@@ -240,7 +238,7 @@ class ConstantsModule(FrozenModelModule):
         return losses.sum() * self.share_of_step(batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the constants as they are now, and at the first validation of the candidates."""
+        """Losses of the current constants and, at the first validation, of the candidates."""
         self._evaluate(batch, [self.fitted.constants.sets(), *(candidate.sets() for candidate in self._candidates)])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -248,8 +246,8 @@ class ConstantsModule(FrozenModelModule):
         self._evaluate(batch, [self.fitted.best.sets()])
 
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
-        # As many circuits at once in every process, whose batches may differ by a prompt: where the model is shared
-        # out, all processes run it together.
+        # The same number of circuits at once in every process, although batches may differ by a prompt: all processes
+        # run a sharded model together.
         rows = len(batch) * max(1, self.fitted.rows_per_run // self.data.task.evaluation_batch_size)
         losses = [
             circuit_behaviour(self.frozen, [batch], self.level, self.fitted.masks, sets, rows).loss(self.loss)
@@ -263,9 +261,9 @@ class ConstantsModule(FrozenModelModule):
         return losses
 
     def on_validation_epoch_end(self) -> None:
-        """Keep what is best for each circuit; the best checkpoint minimises the mean of the best losses."""
+        """Keep each circuit's best constants; the best checkpoint minimises the mean of their losses."""
         losses = self._mean_losses()
-        if self.trainer.sanity_checking:  # of a few prompts, with which later figures cannot be compared
+        if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
             return
         for candidate, loss in zip(self._candidates, losses[1:], strict=False):
             self.fitted.best.offer(candidate, loss)
@@ -294,7 +292,7 @@ class ConstantsModule(FrozenModelModule):
         return [TrainedCircuit(name, circuit, constants) for name, circuit in circuits.items()]
 
     def circuit(self) -> Circuit:
-        """The circuit that constants were trained for; whatever it was found under, its ablation is optimal now.
+        """The circuit that constants were trained for; its ablation is now optimal, whatever it was trained under.
 
         Raises:
             ConfigurationError: units were ablated alone.
@@ -308,7 +306,7 @@ class ConstantsModule(FrozenModelModule):
         return self.provenance() | {"ablation": "optimal", "loss": self.loss}
 
     def best_constants(self) -> Constants:
-        """The best constants by validation, the last ones without any; those of units alone stand side by side."""
+        """The best constants by validation, or the last ones without any; units ablated alone share one set."""
         known = bool(torch.isfinite(self.fitted.best.loss).all())
         (constants,) = self.fitted.best.sets() if known else self.fitted.constants.sets()
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
@@ -322,7 +320,7 @@ def _each_alone(nodes: Nodes, patterns: list[str]) -> dict[str, Circuit]:
 
 
 def _digest(names: Sequence[str]) -> str:
-    """Names where they are few, else their number and a hash."""
+    """The names if few, else their number and a hash."""
     listed = " ".join(names)
     return listed if len(names) <= MOST_LISTED else f"{len(names)} entries, {derive_seed(listed):016x}"
 
@@ -338,6 +336,6 @@ def _start_kind(name: str) -> Kind:
 
 
 def _inside(folder: str, artefact: str) -> Path:
-    """Folder of an artefact, named by itself or by the run that it is in."""
+    """Folder of an artefact, from its own path or that of its run."""
     path = Path(folder)
     return path / artefact if (path / artefact).is_dir() else path

@@ -13,9 +13,9 @@ from oa_train.tasks.task import Stream, Task
 
 
 class PromptLoader:
-    """Training batches by number: every epoch goes on where the one before ended.
+    """Training batches by number: every epoch continues where the previous one ended.
 
-    Lightning stores `state_dict` in its checkpoints, so a resumed run goes on at the very next batch, also in the
+    Lightning stores `state_dict` in its checkpoints, so a resumed run continues at the very next batch, even in the
     middle of an epoch. Prompts are made from their numbers.
 
     Args:
@@ -48,11 +48,11 @@ class PromptLoader:
             yield self._task.batch("train", number)
 
     def state_dict(self) -> dict[str, int]:
-        """Batches that each process has had, in all and in this epoch, and the number of processes."""
+        """Batches seen by each process, in total and in this epoch, and the number of processes."""
         return {"given": self._batches, "given_in_epoch": self._batches_in_epoch, "world_size": self._world_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches that `state` counts, those of all its processes."""
+        """Continue after the batches that `state` counts, over all its processes."""
         self._batches = math.ceil(state["given"] * state.get("world_size", self._world_size) / self._world_size)
         # A checkpoint at the end of an epoch is resumed with a fresh one.
         self._batches_in_epoch = state["given_in_epoch"] % len(self)
@@ -88,7 +88,7 @@ class TaskData(lightning.LightningDataModule):
         self.task = task
 
     def train_dataloader(self) -> PromptLoader:
-        """Batches of the train stream; the loader's epochs end where the trainer's do, as a resume relies on."""
+        """Batches of the train stream; epochs of loader and trainer end together, which resuming relies on."""
         return PromptLoader(self.task, *self._rank_and_world_size(), self.epoch_length)
 
     @property
@@ -111,8 +111,8 @@ class TaskData(lightning.LightningDataModule):
     def _share(self, stream: Stream, n_prompts: int) -> EvaluationLoader:
         rank, world_size = self._rank_and_world_size()
         if n_prompts < world_size:
-            raise ConfigurationError(f"{n_prompts} {stream} prompts cannot be shared out to {world_size} processes.")
-        # As many batches for each process: where the model is shared out, they can run it together only.
+            raise ConfigurationError(f"{n_prompts} {stream} prompts cannot be split among {world_size} processes.")
+        # The same number of batches for each process, because all processes run a sharded model together.
         n_batches = math.ceil(n_prompts / (world_size * self.task.evaluation_batch_size))
         n_batches = min(n_batches, n_prompts // world_size) * world_size
         bounds = [n_prompts * number // n_batches for number in range(n_batches + 1)]

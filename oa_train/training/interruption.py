@@ -19,8 +19,8 @@ from oa_train.training.callbacks import LastCheckpoint, validation_follows
 # How long the first process waits for those that it has started, once all have agreed to end.
 SECONDS_TO_END = 30.0
 
-# The same when it fails by itself. A process that has failed as well says so meanwhile; one that waits for the first
-# one's share would wait for ever.
+# The same after a fault of its own. Meanwhile other processes that failed can say so; one that waits for the first
+# in a collective would wait forever.
 SECONDS_AFTER_A_FAULT = 2.0
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -49,19 +49,19 @@ class StopAtSignal(Checkpoint):
     raise `Stopped`; a resume goes on bit for bit. Before the training begins there is nothing to write: a single
     process ends at once, several end when all are ready to begin.
 
-    Lightning's own handlers of these signals are out of force meanwhile: they would talk to the other processes in the
-    middle of anything, and write nothing. The handlers from before are back when the training has ended, however it
-    did. Only processes that something else has started side by side stay deaf once they have agreed to end: torchrun
-    and srun send SIGTERM to all as soon as they have seen one end.
+    Lightning's own handlers of these signals are disabled meanwhile: they would talk to other processes at any
+    point, and write nothing. The previous handlers are restored when the training ends, however it ends. Only
+    processes of an external launcher ignore the signals once they have agreed to end: torchrun and srun send SIGTERM
+    to all as soon as one has ended.
 
-    Being a checkpoint callback it is run after all others. List it last.
+    As a checkpoint callback it runs after all others. List it last.
 
         last = LastCheckpoint(folder)
         trainer = lightning.Trainer(callbacks=[BestCheckpoint(folder), last, StopAtSignal(last)])
 
     Args:
         last: writes the checkpoint.
-        signals: what to end at; where several have come, the latest of this list counts.
+        signals: signals that end the training; of several received, the last in this list counts.
     """
 
     def __init__(self, last: LastCheckpoint, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> None:
@@ -78,7 +78,7 @@ class StopAtSignal(Checkpoint):
         self._deaf = False
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Begin to listen, before the module prepares anything."""
+        """Install the handlers, before the module prepares anything."""
         if stage != "fit" or threading.current_thread() is not threading.main_thread():
             return
         self._forget()
@@ -104,11 +104,11 @@ class StopAtSignal(Checkpoint):
             self._end_if_agreed(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End here, before anything is made of what was trained."""
+        """End here, before the trained circuits are finished."""
         self._end_if_agreed(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Put the handlers from before back.
+        """Restore the previous handlers.
 
         Raises:
             Stopped: a signal came after the last step. The other processes have nothing left to do.
@@ -121,9 +121,9 @@ class StopAtSignal(Checkpoint):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Put the handlers from before back, and leave none of the other processes behind.
+        """Restore the previous handlers, and end the child processes.
 
-        A process that was started side by side stays deaf: it still has to say why it ends.
+        A process of an external launcher keeps ignoring signals: it still has to say why it ends.
         """
         if not isinstance(exception, KeyboardInterrupt):  # Lightning sees to that
             children = _take_children(trainer)
@@ -142,7 +142,7 @@ class StopAtSignal(Checkpoint):
             self._before.setdefault(number, signal.signal(number, self._note))
 
     def _displace_lightning(self, trainer: lightning.Trainer) -> None:
-        """Have Lightning, when it comes to set its handlers, leave these signals alone; at its teardown as well."""
+        """Keep Lightning from setting its own handlers for these signals, and from resetting them at teardown."""
         connector = trainer._signal_connector
         register = connector.register_signal_handlers
 
@@ -179,10 +179,10 @@ class StopAtSignal(Checkpoint):
 
 @contextmanager
 def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
-    """Have the first process outlive those that it has started, while they work together outside of the training.
+    """Make the first process outlive its child processes while they work together outside of the training.
 
-    Lightning would kill it as soon as one of them fails, before it could say how to go on, and would leave them behind
-    when it fails itself.
+    Lightning would kill it as soon as a child fails, before it could say how to resume, and would leave the children
+    running when it fails itself.
     """
     children = _take_children(trainer)
     try:
@@ -194,10 +194,10 @@ def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
 
 
 def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
-    """Take charge of the processes that Lightning has started from this one; none in all other processes.
+    """Take over the child processes that Lightning has started; an empty list in all other processes.
 
-    A thread of Lightning's kills this process when one of them has ended with another status than 0, which they are
-    about to do on purpose. The thread shares the list and ends when it is empty.
+    A thread of Lightning's kills this process when a child ends with a non-zero status, which the children are about
+    to do on purpose. The thread shares the list and ends when it is empty.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
@@ -208,7 +208,7 @@ def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
 
 
 def _wait_for(children: Sequence[subprocess.Popen[bytes]], seconds: float = SECONDS_TO_END) -> None:
-    """Wait until the processes have ended; one that does not is killed, rather than left behind."""
+    """Wait for processes to end; kill those that do not."""
     for child in children:
         try:
             child.wait(seconds)

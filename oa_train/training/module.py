@@ -1,4 +1,4 @@
-"""The frozen model that every Lightning module of this package is built around, and the checkpoints without it."""
+"""Base class of the Lightning modules: a frozen model, which checkpoints leave out."""
 
 import math
 from abc import abstractmethod
@@ -49,8 +49,8 @@ class FrozenModelModule(lightning.LightningModule):
     Attributes:
         lm: the specification of the frozen model.
         frozen: the model.
-        track: shows the progress of passes over prompts that are no steps of the trainer; silent unless it is set.
-        keeps_best: whether the state itself holds the best that was trained, so that averages make no sense.
+        track: progress bar for passes over prompts outside of the trainer's steps; silent by default.
+        keeps_best: whether the state holds the best parameters so far, so that averaging weights makes no sense.
     """
 
     keeps_best: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class FrozenModelModule(lightning.LightningModule):
         self.frozen: CausalLM = load_model(self.lm)
         self.fingerprint = fingerprint(self.frozen)
         self.register_load_state_dict_post_hook(_expect_no_frozen_weights)
-        # State of the training that Lightning's checkpoints leave out, until the training begins.
+        # State that Lightning's checkpoints leave out, from loading until the training begins.
         self._to_restore: Mapping[str, Any] = {}
 
     @abstractmethod
@@ -72,7 +72,7 @@ class FrozenModelModule(lightning.LightningModule):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Arguments that build this module again, as plain values."""
+        """Arguments that rebuild this module, as plain values."""
 
     def setup(self, stage: str) -> None:
         """Refuse options of the trainer that cannot work.
@@ -96,7 +96,7 @@ class FrozenModelModule(lightning.LightningModule):
         return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
 
     def configure_model(self) -> None:
-        """Share the frozen model out among the processes, where the strategy is to do so.
+        """Shard the frozen model, if the strategy does so.
 
         Raises:
             ConfigurationError: strategy or precision would change what is trained.
@@ -170,7 +170,7 @@ class FrozenModelModule(lightning.LightningModule):
     def planned_steps(self) -> float:
         """Optimiser steps of the whole training, at least 1; infinite when nothing ends it.
 
-        Lightning's own estimate would make the dataloader before a checkpoint is restored, which then begins anew.
+        Lightning's own estimate would create the dataloader before a checkpoint is restored, at its beginning.
         """
         trainer, by_epochs = self.trainer, math.inf
         if trainer.max_epochs not in (None, -1):
@@ -179,21 +179,21 @@ class FrozenModelModule(lightning.LightningModule):
         return max(1, by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps))
 
     def batches_of_step(self, batch_idx: int) -> range:
-        """Numbers, in the epoch, of the batches that are accumulated for the same optimiser step as this one."""
+        """Indices, in the epoch, of the batches that are accumulated in the same optimiser step as this one."""
         accumulated = self.trainer.accumulate_grad_batches
         first = batch_idx - batch_idx % accumulated
         return range(first, min(first + accumulated, self.data.epoch_length))
 
     def share_of_step(self, batch_idx: int) -> float:
-        """Factor of a batch's loss that makes its step the mean over the batches of that step.
+        """Factor on a batch's loss that makes the accumulated loss the mean over the batches of its step.
 
-        Lightning divides by `accumulate_grad_batches`, also where an epoch ends with fewer.
+        Lightning divides by `accumulate_grad_batches`, even in a step that has fewer at the end of an epoch.
         """
         return self.trainer.accumulate_grad_batches / len(self.batches_of_step(batch_idx))
 
     @staticmethod
     def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
-        """Give every process the first one's values: sums on a GPU may differ in their last bits."""
+        """Broadcast tensors from rank 0: sums on a GPU may differ in their last bits."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.detach(), src=0)
@@ -201,14 +201,14 @@ class FrozenModelModule(lightning.LightningModule):
     def over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes, without gradients.
 
-        What is not finite in one process is so in all, which then stop at the same step.
+        A value that is not finite in one process makes the mean so in all, which then stop at the same step.
         """
         reduced = self.trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
         assert isinstance(reduced, torch.Tensor)
         return reduced
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what the checkpoint is of, and the state that Lightning leaves out.
+        """Add the identity of the training, and the state that Lightning leaves out.
 
         Raises:
             NotFiniteError: a trained tensor is not finite; no checkpoint is written.
@@ -246,7 +246,7 @@ class FrozenModelModule(lightning.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Go on as if the training had not been cut off, also where Lightning's checkpoints do not suffice."""
+        """Restore the state that Lightning's checkpoints leave out, as if the training had not been interrupted."""
         trainer, restored, self._to_restore = self.trainer, self._to_restore, {}
         trainer.accumulate_grad_batches = self._accumulated_in(trainer.current_epoch)
         for name, figure in restored.get("figures", {}).items():  # callbacks may ask for them before a validation
@@ -263,7 +263,7 @@ class FrozenModelModule(lightning.LightningModule):
         """Check that a checkpoint can be loaded into this module.
 
         Args:
-            checkpoint: as it was read.
+            checkpoint: its content.
             task: the task that it must be of; None leaves that open.
 
         Raises:
@@ -271,7 +271,7 @@ class FrozenModelModule(lightning.LightningModule):
         """
         stored = checkpoint.get(IDENTITY_KEY)
         if not isinstance(stored, dict) or not {"identity", "settings"} <= stored.keys():
-            raise CheckpointError("This is not a checkpoint of oa_train: it does not say what it is of.")
+            raise CheckpointError("This is not a checkpoint of oa_train: it has no identity or settings.")
         check_identity(stored["identity"], self._identity() | ({"task": task.describe()} if task is not None else {}))
         own = self.state_dict()
         names, expected = set(checkpoint["state_dict"]), set(own)
@@ -290,7 +290,7 @@ class FrozenModelModule(lightning.LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's method, after the file was checked as every checkpoint is.
+        """Lightning's method, after the checks that every checkpoint must pass.
 
         Raises:
             CheckpointError: it is missing, damaged, or of something else.
@@ -299,24 +299,24 @@ class FrozenModelModule(lightning.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
-        """Settings in which this module differs from the one that wrote a checkpoint, a line each."""
+        """Settings in which this module differs from the one that wrote a checkpoint, one per line."""
         stored, settings = checkpoint[IDENTITY_KEY]["settings"], self.settings()
         return [f"{name}: {stored.get(name)} -> {now}" for name, now in settings.items() if stored.get(name) != now]
 
     def _identity(self) -> dict[str, Any]:
-        """Description that a checkpoint must share with the run that it is loaded into; the task is compared apart."""
+        """Description that a checkpoint must share with the run that it is loaded into; the task is apart."""
         return {"module": type(self).__name__, "model": {"fingerprint": self.fingerprint}, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def check_finite(self, tensors: Mapping[str, torch.Tensor], what: str, batch: Batch | None = None) -> None:
+    def check_finite(self, tensors: Mapping[str, torch.Tensor], label: str, batch: Batch | None = None) -> None:
         """Stop when a tensor holds NaN or infinity.
 
         Args:
             tensors: by name.
-            what: what they are, in the plural.
+            label: plural noun for the tensors, which begins the message.
             batch: prompts that they were computed on; if the frozen model fails on them, the message says so.
 
         Raises:
@@ -329,17 +329,17 @@ class FrozenModelModule(lightning.LightningModule):
             sound = batch is None or bool(scored_logits(self.frozen, batch).isfinite().all())
         if sound:
             raise NotFiniteError(
-                f"{what} are no longer finite: {bad}.\nLower the learning rates, clip gradients "
+                f"{label} are no longer finite: {bad}.\nLower the learning rates, clip gradients "
                 "(--trainer.gradient_clip_val 1.0) or train in float32."
             )
         raise NotFiniteError(
-            f"{what} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these prompts: "
+            f"{label} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these prompts: "
             f"its weights hold NaN or infinity, or it overflows in its data type (lm.dtype {self.lm.dtype})."
         )
 
 
 def _expect_no_frozen_weights(module: nn.Module, keys: Any) -> None:
-    """Have a state without the frozen model count as complete, also inside another module."""
+    """Do not report the frozen model's weights as missing, even inside another module."""
     del module
     keys.missing_keys[:] = [name for name in keys.missing_keys if FROZEN_PREFIX not in name]
 

@@ -19,8 +19,8 @@ class PenaltySettings:
     Attributes:
         penalty_weight: price of a kept entry in nats; a list has one for each circuit, a mapping one for each kind of
             site.
-        node_penalty: what the edges of a head cost more while it has few, as a part of the penalty weight.
-        target_size: entries that a circuit is to have, if that is asked for; a list has one for each circuit.
+        node_penalty: surcharge on the edges of a head that has few, as a fraction of the penalty weight.
+        target_size: entries that a circuit should have; None fixes the weight; a list has one for each circuit.
         target_warmup: optimiser steps in which the goal falls to that size.
 
     Raises:

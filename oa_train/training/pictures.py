@@ -8,7 +8,7 @@ from oa_train.figures.style import Figure
 from oa_train.models.levels import Level
 from oa_train.shapes import Float, Tensor
 
-# Drawings of more edges are one dark patch.
+# Drawings of more edges are illegible.
 MOST_EDGES_DRAWN = 400
 
 
@@ -18,7 +18,7 @@ def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: floa
     Args:
         level: what the scores are of.
         scores: keep-probabilities, in mask order.
-        threshold: what is above it is kept.
+        threshold: entries above it are kept.
     """
     laid_out = level.score_map(scores)
     axes = laid_out.row_axis, laid_out.column_axis
@@ -26,7 +26,7 @@ def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: floa
 
 
 def circuit_picture(circuit: Circuit, title: str) -> Figure | None:
-    """The circuit as the model is built; None for circuits of which a drawing shows nothing."""
+    """The circuit drawn as the model is built; None for circuits that cannot be drawn legibly."""
     grid, arrows = circuit.level.grid, circuit.level.arrows(circuit.mask)
     if grid is None or (arrows is not None and len(arrows) > MOST_EDGES_DRAWN):
         return None

@@ -24,7 +24,7 @@ class Replacements(nn.Module):
 
     Attributes:
         constants: of every circuit, where the ablation is by constants.
-        prepared: whether the constants have their start; stored in checkpoints.
+        prepared: whether the constants are initialised; stored in checkpoints.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Replacements(nn.Module):
         self.register_buffer("prepared", torch.tensor(kind == "zero"))
 
     def is_prepared_for(self, task: Task) -> bool:
-        """Whether a checkpoint or an earlier call has brought everything."""
+        """True if a checkpoint or an earlier call has prepared it."""
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:

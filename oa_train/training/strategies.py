@@ -1,4 +1,4 @@
-"""The strategy for models that are too large for one device: the frozen model is shared out."""
+"""The strategy for models that are too large for one device: the frozen model is sharded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +18,9 @@ from oa_train.shapes import Tensor
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Shares the frozen model out among all processes (FSDP2); what is trained stands whole in each of them.
+    """Shards the frozen model across all processes (FSDP2); trained tensors are replicated.
 
-    A process keeps its share of every weight, and has a decoder block whole only while the block runs. Masks and
+    A process keeps its shard of every weight, and gathers a decoder block only while the block runs. Masks and
     constants are small, so every process has all of them, and their gradients are averaged after each backward pass,
     as DDP does. Checkpoints hold what is trained and nothing else. They are those of every other strategy, so that a
     run may be resumed under another one.
@@ -30,7 +30,7 @@ class ShardedStrategy(ModelParallelStrategy):
         timeout: how long a process waits for the others.
     """
 
-    # What a checkpoint holds is not shared out, so it is written and read as in any parallel training.
+    # The content of checkpoints is not sharded, so it is written and read as in any parallel training.
     lightning_module_state_dict = ParallelStrategy.lightning_module_state_dict
     load_model_state_dict = ParallelStrategy.load_model_state_dict
     optimizer_state = ParallelStrategy.optimizer_state
@@ -57,7 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Leave gradients as they are, for the batches of an accumulation but the last."""
+        """Do not average gradients, for all batches of an accumulation but the last."""
         self._averages = False
         try:
             yield
@@ -81,7 +81,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that share out, or wrap, what is trained.
+    """Refuse strategies that shard or wrap trained tensors.
 
     Raises:
         ConfigurationError: it is one of them.
@@ -90,7 +90,7 @@ def check_strategy(strategy: Strategy) -> None:
         strategy, ShardedStrategy
     ):
         raise ConfigurationError(
-            f"The strategy {type(strategy).__name__} would share out masks and constants as well, or leave each "
-            "process with gradients of its own. For models too large for one device use "
+            f"The strategy {type(strategy).__name__} would shard masks and constants as well, or not "
+            "synchronise gradients. For models too large for one device use "
             "oa_train.training.strategies.ShardedStrategy (--trainer.strategy fsdp), else ddp."
         )

@@ -160,7 +160,7 @@ def test_todays_layout_needs_no_conversion(model, capsys):
     Constants.zeros(level).save("constants")
     for folder in ("circuit", "constants"):
         said = complaint(capsys, folder, "new")
-        assert f"{folder} is of today's layout already ({ARTEFACT_VERSION}); use it as it is." in said
+        assert f"{folder} is of the current layout already ({ARTEFACT_VERSION}); it needs no conversion." in said
     assert not Path("new").exists()
 
 
@@ -183,6 +183,6 @@ def test_what_is_no_such_folder_is_refused(model, capsys):
     header = {"nodes": list(NODES), "n_layers": 3, "n_heads": 4, "provenance": {}}
     first_layout("nameless", "circuit", header, {"mask": torch.zeros(15).bool()})
     said = complaint(capsys, "nameless", "new")
-    assert "nameless does not say which model it is of, whose sizes today's layout needs" in said
+    assert "nameless does not name its model, whose sizes the current layout needs" in said
     assert "Circuit(Nodes.of(model.config), names).save(" in said
     assert not Path("new").exists()

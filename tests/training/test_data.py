@@ -92,5 +92,5 @@ def test_every_process_gets_evaluation_prompts():
         assert len({len(batches) for batches in shares}) == 1
         assert all(1 <= len(batch) <= size + 1 for batches in shares for batch in batches)
         assert sorted(number for batches in shares for batch in batches for number in batch) == list(range(n_prompts))
-    with pytest.raises(ConfigurationError, match="2 validation prompts cannot be shared out to 3 processes"):
+    with pytest.raises(ConfigurationError, match="2 validation prompts cannot be split among 3 processes"):
         share(0, 3, 2)

@@ -222,7 +222,7 @@ def test_circuits_side_by_side_are_trained_resumed_and_measured_each(tmp_path):
 def test_edges_are_refused_where_the_model_is_shared_out():
     trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(), devices=1)
     try:
-        with pytest.raises(ConfigurationError, match=r"fsdp .* gradients of edges need them once more"):
+        with pytest.raises(ConfigurationError, match=r"fsdp .* gradients of edges need them again"):
             trainer.fit(CircuitModule(**EDGES), TaskData(small_ioi()))
     finally:
         torch.distributed.destroy_process_group()  # of this one process; other tests are not to find it

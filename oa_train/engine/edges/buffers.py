@@ -1,15 +1,15 @@
-"""Buffers of what sources write in one run of a model, and the products of matrices that mix it for readers.
+"""Buffers of what sources write in one run of a model, and the matrix products that mix it for readers.
 
-What sources write stands in one tensor [entry, row, position, d_model], less their replacements. The baseline, what a
-reader receives whatever the mask, adds up in its first entry: replacements, and biases of attention outputs. So
+What sources write, minus their replacements, is in one tensor [entry, row, position, d_model]. The baseline, which a
+reader receives whatever the mask, accumulates in its first entry: replacements, and biases of attention outputs. So
 
     input of a reader = sum over sources of mask * written + baseline
 
-is one product of matrices for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients to what is
-written add up in a second tensor like the first.
+is one matrix product for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients to what is
+written accumulate in a second tensor like the first.
 
-Each layer's product goes over all that is written before it. One product for several layers would go over it less
-often, which a CPU does not notice: with some dozens of readers it is busy computing. A GPU waits for its memory there.
+Each layer's product reads all that is written before it. One product for several layers would read it less often,
+which does not help a CPU: with some dozens of readers it is compute-bound. A GPU is memory-bound there.
 """
 
 from contextlib import AbstractContextManager
@@ -72,7 +72,7 @@ class Layer:
     Attributes:
         plan: of the layer.
         keep: masks; 0 where there is no edge. Attention reads the baseline, the first entry, as it is.
-        to_keep: gradients to them, right at the edges only.
+        to_keep: gradients to them, valid at the edges only.
         inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
     """
 
@@ -90,7 +90,7 @@ class Layer:
         return table.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
 
     def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
-        """Share of the gradient to its source's replacement that comes through each edge."""
+        """Factor of each edge in the gradient to its source's replacement."""
         keep = self.keep.flatten(1).index_select(1, self.plan.places).to(dtype)
         return self._laid_out(torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0))
 
@@ -107,7 +107,7 @@ class Needs:
         mask: gradients to the mask.
         recompute: mix readers' inputs again in the backward pass.
         constants: rows and positions for which gradients to replacements are kept apart; None for no such gradients.
-        centred: take the mean over dimensions off what is written, because all that read it ignore that mean.
+        centred: subtract the mean over d_model from what is written, because all readers ignore it.
         scaled: the baseline carries gradients, through the scale of a norm after attention.
     """
 
@@ -178,7 +178,7 @@ class Buffers:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
 
     def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
-        """A flat tensor of any numbers, for the length of the context."""
+        """A flat uninitialised tensor, for the length of the context."""
         return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class Buffers:
         return tensor.to(self.written.dtype)
 
     def centre(self, written: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """Take the mean off in place, where readers ignore it; this is its own transpose."""
+        """Subtract the mean in place, where readers ignore it; this is its own transpose."""
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
     def add_to_baseline(self, added: Float[Tensor, "row_or_1 position_or_1 d_model"]) -> None:
@@ -199,7 +199,7 @@ class Buffers:
         self.mix(layer, readers, slice(0, self.layers[layer].plan.before), first=True)
 
     def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """Add entries to the inputs of a layer's readers, or make them the first that the inputs hold."""
+        """Add entries to the inputs of a layer's readers; with `first` they overwrite the inputs."""
         of_layer = self.layers[layer]
         _by_row(of_layer.inputs[readers]).baddbmm_(
             of_layer.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
@@ -208,12 +208,12 @@ class Buffers:
     def restore_protected(
         self, inputs: Float[Tensor, "reader row position d_model"], stream: Float[Tensor, "row position d_model"]
     ) -> None:
-        """Put the model's own residual stream into inputs at protected tokens."""
+        """Overwrite inputs at protected tokens with the model's own residual stream."""
         rows, positions = self._protected
         inputs[:, rows, positions] = self.centre(self.cast(stream[rows, positions]))
 
     def begin_backward(self) -> None:
-        """Make room for gradients; raises `RuntimeError` in a second backward pass."""
+        """Allocate gradients; raises `RuntimeError` in a second backward pass."""
         if self._spent:
             raise RuntimeError(
                 "A second backward pass through one run of edges: the first has overwritten what the readers read. "
@@ -237,9 +237,9 @@ class Buffers:
             self.gradient[0] += gradients.sum(dim=0)
 
     def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """Transpose of `mix`: gradients to inputs, which stand in the inputs' place, go on to the entries.
+        """Transpose of `mix`: gradients to inputs, which have replaced the inputs, are added to the entries.
 
-        They are the first that come to these entries, or are added.
+        With `first` they overwrite them.
         """
         of_layer = self.layers[layer]
         keep, gradients = of_layer.keep[:, readers, entries], _by_row(of_layer.inputs[readers])
@@ -257,7 +257,7 @@ class Buffers:
             _add_to_constants(self._to_constants[: plan.n_entries], of_layer)
 
     def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
-        """Gradient to what was written, when all its readers are done."""
+        """Gradient to what was written, once all its readers have contributed."""
         return self.centre(self.gradient[sources])
 
     def gradient_of_constants(
@@ -277,7 +277,7 @@ class Buffers:
         return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
     def free(self) -> None:
-        """Give back all large tensors; nothing is read or written any more."""
+        """Return all large tensors to the workspace; the buffers cannot be used any more."""
         for name in ("written", "inputs", "gradient"):
             if name in vars(self):
                 self._workspace.give(name, vars(self)[name])

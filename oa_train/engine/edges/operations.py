@@ -1,10 +1,10 @@
 """Reads and writes of a run of edges, with hand-written gradients.
 
 Parts of the model write into `Buffers` and read from them, which autograd does not see. Each write and each read is
-one `Operation`; a token that goes from one to the next lets autograd call them in reverse order in the backward pass.
+one `Operation`; a dummy tensor passed from one to the next lets autograd call them in reverse in the backward pass.
 
-Layer norms do not see the mean over dimensions, so where they are the model's norms it is taken off whatever is
-written. What is read then has none, and layer norms become as simple as RMS norms.
+Layer norms ignore the mean over d_model, so where they are the model's norms it is subtracted from whatever is
+written. What is read then has mean zero, and layer norms reduce to RMS norms.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from oa_train.shapes import Float, Tensor
 
 
 class Operation(ABC):
-    """A write or a read, and its other side in the backward pass."""
+    """A write or a read, with its backward pass."""
 
     def __init__(self, buffers: Buffers) -> None:
         self.buffers = buffers
@@ -38,9 +38,9 @@ class Operation(ABC):
 
 
 class Chain:
-    """Runs operations one after another, so that autograd runs their other sides in reverse order.
+    """Runs operations one after another, so that autograd runs their backward passes in reverse order.
 
-    `token` is any number, not a leaf that needs gradients.
+    `token`, the dummy tensor, is any number, not a leaf that needs gradients.
     """
 
     def __init__(self, token: Tensor) -> None:
@@ -178,12 +178,12 @@ class ReadAttention(Operation):
         self._norm = None if readers.norm is None else NormWeights.of(readers.norm)
 
     def _inputs(self) -> Float[Tensor, "reader row position d_model"]:
-        # Looked up: what is kept here would live as long as the logits.
+        # Looked up each time: a reference kept here would live as long as the logits.
         layer = self.buffers.layers[self._layer]
         return layer.inputs[layer.plan.attention]
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        # The MLP, and the logits, read along what was written before the layer.
+        # The MLP's and the logits' inputs are mixed along, from what was written before the layer.
         self.buffers.mix_before(self._layer, slice(0, self.buffers.layers[self._layer].plan.n_readers))
         inputs = self._inputs()
         self.buffers.restore_protected(inputs, self._stream)
@@ -218,7 +218,7 @@ class ReadAttention(Operation):
                 yield self._readers.weights_times(self._norm.gain, room)
 
     def _bias(self, module: nn.Module) -> Float[Tensor, "row position width"]:
-        """Bias of a projection, plus its image of the norm's bias."""
+        """Bias of a projection, plus the norm's bias after projection."""
         weight, bias = weight_and_bias(module)
         if self._norm is not None and self._norm.bias is not None:
             bias = F.linear(self._norm.bias, weight, bias)
@@ -237,13 +237,13 @@ class ReadAttention(Operation):
         return ()
 
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
-        """Put the gradients to the inputs in the inputs' place."""
+        """Overwrite the inputs with the gradients to them."""
         by_reader = self._readers.by_reader([self.buffers.cast(gradient).flatten(0, 1).T for gradient in gradients])
         to_projected = torch.cat([gradient.transpose(1, 2) for gradient in by_reader])
         if self._norm is None:
             inputs.zero_()
         else:
-            # What the projection gains with the length of a token, the norm takes back.
+            # The gradient through the norm's factor, so that outputs do not change with the length of the input.
             along = (to_projected * self._projected).sum(dim=-1, keepdim=True)
             inputs.mul_(along * self._factor.square() / -inputs.shape[-1])
             to_projected.mul_(self._factor)

@@ -2,7 +2,7 @@
 
 A reader's input is the sum, over the sources that write before it, of mask * what the source writes + (1 - mask) *
 its replacement, and the biases of the attention outputs, which belong to no head. The model's own residual stream is
-computed as well and read by nobody, but at protected tokens.
+computed as well, but read at protected tokens only.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def run_edges(
     With `recompute` neither readers' inputs nor the MLPs' hidden layers are kept for the backward pass.
 
     Raises:
-        ConfigurationError: functions of somebody else are attached to a module that edges go around.
+        ConfigurationError: foreign hooks are attached to a module that edges bypass.
         ModelError: a projection of attention is not a plain linear map.
         RuntimeError: in a second backward pass through one run, which frees and overwrites what it needs.
     """
@@ -65,7 +65,7 @@ def run_edges(
 def edges_called(
     model: CausalLM, graph: Graph, mask: Float[Tensor, "row edge"], values: Values, layout: TokenLayout
 ) -> Iterator[None]:
-    """Have one call of a model, inside the context, read mixtures of what is written and its replacements.
+    """Mask the edges of one call of a model inside the context.
 
     Raises:
         ConfigurationError: see `run_edges`; also from the call itself, where it asks for hidden states.
@@ -108,7 +108,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
-    """Refuse foreign functions where they would act on a tensor that nobody reads."""
+    """Refuse foreign hooks on tensors that nothing reads."""
     attached: dict[str, list[Any]] = {
         name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
@@ -133,7 +133,7 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
 
 
 def _other_forwards(module: nn.Module) -> list[Any]:
-    """Function that shadows the forward of a module's class, unless it is the same compiled."""
+    """Function that shadows the forward of a module's class, unless it is its compiled version."""
     forward = vars(module).get("forward")
     return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
@@ -141,7 +141,7 @@ def _other_forwards(module: nn.Module) -> list[Any]:
 class _Run:
     """Connects the modules of a model to the operations that stand in for its residual stream.
 
-    `scored` is the one token of each row whose logits are looked at; None if there are others.
+    `scored` is the only token of each row whose logits are used; None if there are several.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class _Run:
         self._writes: list[Write] = []
         self._buffers: Buffers
         self._projected: tuple[Tensor, ...] = ()
-        # Of the last layer's MLP only that token counts, where its norm is not attention's as well.
+        # The last layer's MLP is needed at that token only, unless it shares its norm with attention.
         self._alone: int | None = None
         if scored is not None and self._parts.family.mlp_input != self._parts.family.attention_norm:
             self._alone = graph.n_layers - 1
@@ -172,7 +172,7 @@ class _Run:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Have the model's modules read and write through the operations, for the length of the context."""
+        """Route the model's reads and writes through the operations inside the context."""
         again = self._residual.mlp_bodies if self._recompute else ()
         with recomputed(again), replaced_forwards(self._forwards()), tapped(self._taps()):
             yield
@@ -243,7 +243,7 @@ class _Run:
         values = self._by_row(heads).unflatten(-1, (self._graph.n_heads, -1))
         projection, scale = self._parts.attention_outputs[layer], list[Tensor]()
         if self._residual.post_norms:
-            # A head writes what the norm's scale of all heads together makes of its share.
+            # A head writes its share of the attention output, times the norm's scale for the whole output.
             total = F.linear(self._by_row(heads), *weight_and_bias(projection))
             scale = [rms_norm_scale(self._residual.post_norms[layer], total)]
         self._writes.append(WriteHeads(self._buffers, layer, self._constants[Site("heads", layer)], projection))

@@ -1,7 +1,7 @@
-"""Large tensors that are kept from one step to the next.
+"""Large tensors that are reused from one step to the next.
 
-The C library gives the memory of large tensors back to the system, and the system clears every page of what it hands
-out: on a CPU that takes a sixth of a step. Accelerators' allocators keep memory themselves.
+The C library returns the memory of large tensors to the system, and the system zeroes every page that it hands out: on
+a CPU that takes a sixth of a step. Accelerators' allocators cache memory themselves.
 """
 
 from collections.abc import Iterator
@@ -19,31 +19,31 @@ BYTES_APART = 13 * 64
 
 
 class Workspace:
-    """At most one tensor of each name; whoever takes it has it alone until it is given back, or it is gone."""
+    """At most one free tensor of each name; its taker owns it until it is given back."""
 
     def __init__(self) -> None:
         self._free: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor [entry, ...] with any numbers in it, a little apart from one entry to the next."""
+        """An uninitialised tensor [entry, ...], with a gap between entries."""
         n_entries, size = shape[0], torch.Size(shape[1:]).numel()
         stride = size + BYTES_APART // dtype.itemsize
         flat = self._free.pop(name, None)
         if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
-            # Evaluation may come first, and training cannot go on with tensors of its inference mode.
+            # Evaluation may come first, and training cannot use its inference tensors.
             with torch.inference_mode(False):
                 flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
         return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
 
     def give(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor for the next who takes it."""
+        """Keep a tensor for the next `take`."""
         if tensor.device.type == "cpu":
             with torch.inference_mode(False):
                 self._free[name] = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
 
     @contextmanager
     def lend(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """A flat tensor of any numbers, for the length of the context."""
+        """A flat uninitialised tensor, for the length of the context."""
         tensor = self.take(name, (1, size), dtype, device)
         yield tensor[0]
         self.give(name, tensor)
@@ -58,5 +58,5 @@ def workspace_of(model: nn.Module) -> Workspace:
 
 
 def free_workspace(model: nn.Module) -> None:
-    """Give the memory back that is kept for a model's next run."""
+    """Free the memory that is kept for a model's next run."""
     _workspaces.pop(model, None)
