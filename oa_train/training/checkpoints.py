@@ -39,7 +39,7 @@ _CHECKPOINT: Schema = {
         "identity": FREE,
         "settings": FREE,
         "epoch_length?": COUNT,
-        "figures?": {str: torch.Tensor},
+        "figures?": {str: (float, int)},
         "gradients?": {str: torch.Tensor},
         str: object,
     },

@@ -223,7 +223,7 @@ class FrozenModelModule(lightning.LightningModule):
             "settings": self.settings(),
             "versions": versions(),
             "epoch_length": self.data.epoch_length,
-            "figures": {name: figure.detach().clone() for name, figure in trainer.callback_metrics.items()},
+            "figures": {name: figure.item() for name, figure in trainer.callback_metrics.items()},
             "gradients": gradients,
         }
 
@@ -250,7 +250,7 @@ class FrozenModelModule(lightning.LightningModule):
         trainer, restored, self._to_restore = self.trainer, self._to_restore, {}
         trainer.accumulate_grad_batches = self._accumulated_in(trainer.current_epoch)
         for name, figure in restored.get("figures", {}).items():  # callbacks may ask for them before a validation
-            trainer.callback_metrics[name] = figure.to(self.device)
+            trainer.callback_metrics[name] = torch.tensor(figure, device=self.device)
         parameters = self.named_trainables()
         for name, gradient in restored.get("gradients", {}).items():
             parameters[name].grad = gradient.to(self.device)
