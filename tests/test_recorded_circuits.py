@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from oa_train import Circuit
 from oa_train.cli.main import main
 
@@ -16,6 +18,8 @@ def assert_as_recorded(run: Path, name: str) -> None:
     assert abs(results["metrics"]["kl"]["mean"] - RECORDED[name]["kl"]) < 1e-3
 
 
+# The first fifty steps of edges are compared by every `make test` (tests/training/test_recorded_curves.py).
+@pytest.mark.long
 def test_the_edge_circuit_of_the_built_in_model(tmp_path):
     name = "circuit_edges_tiny"
     words = ["fit", "--config", f"configs/{name}.yaml", "--trainer.default_root_dir", str(tmp_path), "--quiet"]
