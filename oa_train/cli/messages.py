@@ -26,7 +26,7 @@ PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a
 # Values that work, where the parser would accept more.
 _EXPECTED = {"seed_everything": "an integer", "trainer.precision": PRECISIONS}
 
-_PLAIN_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+_PLAIN_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
 
 # New names of renamed options.
 RENAMED = {
@@ -236,6 +236,8 @@ def _leaves(hint: Any) -> Iterator[Any]:
         if not isinstance(hint, list):  # the arguments of a callable
             yield hint
     elif origin is not type:
+        if origin is list:
+            yield list
         for part in get_args(hint):
             yield from _leaves(part)
 
