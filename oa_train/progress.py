@@ -1,4 +1,4 @@
-"""Progress of long loops, shown by whoever listens."""
+"""Progress of long loops; silent unless something shows it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

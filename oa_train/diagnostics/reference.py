@@ -14,7 +14,7 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.engine.forward import as_written
 from oa_train.engine.values import Values
-from oa_train.models.families import check_family
+from oa_train.models.families import check_family, find_parts
 from oa_train.models.loading import CausalLM
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
@@ -61,7 +61,11 @@ def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]
         return block.get_submodule(family.down_projection), True
     if site.kind == "attention":
         return block.get_submodule(family.attention_post_norm or family.attention_output), False
-    return block.get_submodule(family.mlp), False
+    if site.kind == "mlp":
+        return block.get_submodule(family.mlp), False
+    # A kind that is added later: its own entry is all that says where it is.
+    module, side = SITE_KINDS[site.kind].place_of(site.layer, find_parts(model), nodes.by_layer)
+    return module, side == "input"
 
 
 def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: Values) -> Callable[[Tensor], Tensor]:
