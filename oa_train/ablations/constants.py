@@ -37,7 +37,7 @@ _HEADER: Schema = {"positions": SIZE, "spans": [(str, None)], "provenance": PROV
 
 @dataclass(frozen=True)
 class Slots:
-    """Which tokens share a constant.
+    """Assignment of tokens to slots; the tokens of a slot share a constant.
 
     Attributes:
         positions: 1 pools all positions. P gives each of the positions 0 to P - 2 a slot of its own, and one to all
@@ -130,10 +130,10 @@ class Constants(Ablation):
         return replace(self, tables={site: self.tables[site] for site in level.sites})
 
     def check_fits(self, level: Level) -> None:
-        """Check that there is a constant of the right size for every unit of a level.
+        """Check that every unit of a level has a constant of its width.
 
         Raises:
-            ArtefactError: there is not.
+            ArtefactError: a unit has none.
         """
         for site, shape in level.sites.items():
             if site not in self.tables:
@@ -222,7 +222,7 @@ class TrainableConstants(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         table: Tensor = next(iter(self.tables.values()))
         return table.device
 

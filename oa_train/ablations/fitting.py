@@ -79,7 +79,7 @@ class FittedCircuits(nn.Module):
 
     @property
     def has_constants(self) -> bool:
-        """True where any circuit replaces a unit, so that there are constants to train."""
+        """True if a circuit replaces any unit: its constants are trained."""
         return any(table.requires_grad for table in self.constants.parameters())
 
     def candidate(self, constants: Constants) -> TrainableConstants:
@@ -127,8 +127,8 @@ class CircuitRun:
         masks = fitted.masks[self.circuits]
         logits = circuit_logits(self.model, self.batch, fitted.level, masks, sets, fitted.recompute)
         clean, rows = self.clean.repeat(n_circuits, 1, 1), self.batch.repeat(n_circuits)
-        lost = loss_of(fitted.loss, clean, logits, rows)
-        return self.share * lost.view(n_circuits, -1).mean(dim=1)
+        losses = loss_of(fitted.loss, clean, logits, rows)
+        return self.share * losses.view(n_circuits, -1).mean(dim=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,7 +53,9 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
     pairs = [(frozenset(sources), frozenset(readers)) for sources, readers in _rules(graph)]
     ends = ((name, *name.split(ARROW)) for name in graph.names)
     names = tuple(
-        name for name, source, reader in ends if any(source in some and reader in others for some, others in pairs)
+        name
+        for name, source, reader in ends
+        if any(source in sources and reader in readers for sources, readers in pairs)
     )
     return Circuit(graph, names, provenance={"source": "Wang et al. 2023, Li & Janson 2024"})
 

@@ -59,6 +59,7 @@ class OaTrainCLI(LightningCLI):
     def __init__(self, command: str, **options: Any) -> None:
         self._command = command
         self.run_folder: RunFolder | None = None
+        self._checkpoint: dict[str, Any] | None = None
         super().__init__(**options)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -125,7 +126,7 @@ class OaTrainCLI(LightningCLI):
             # The command line's checkpoint is where the job began; its own is further on.
             chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
         if chosen.ckpt_path is not None:
-            _check_checkpoint(chosen.ckpt_path)  # before the model is loaded
+            self._checkpoint = _read_named(chosen.ckpt_path)  # before the model is loaded
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as problem:  # the parser's, around what a constructor has raised
@@ -168,9 +169,8 @@ class OaTrainCLI(LightningCLI):
 
     def _check_against_module(self, config: Any) -> None:
         """Check what needs the module: the checkpoint, sizes, and intervals."""
-        path = self.config[self.subcommand].ckpt_path
-        if path is not None:
-            checkpoint = read_checkpoint(Path(path))
+        checkpoint = self._checkpoint
+        if checkpoint is not None:
             self.model.check_checkpoint(checkpoint, self.datamodule)
             reports = self.subcommand == "fit" and _is_first_process()
             for change in self.model.changed_settings(checkpoint) if reports else ():
@@ -301,13 +301,13 @@ class OaTrainCLI(LightningCLI):
         return None if checkpoint is None else str(checkpoint)
 
 
-def _check_checkpoint(path: str) -> None:
+def _read_named(path: str) -> dict[str, Any]:
     if path in ("best", "last", "hpc", "registry"):
         raise CheckpointError(
             f"--ckpt_path is {path!r}, which Lightning would look for in a run that has not begun. Name the file: "
             f"runs/<experiment>/version_<N>/checkpoints/{path}.ckpt."
         )
-    read_checkpoint(Path(path))
+    return read_checkpoint(Path(path))
 
 
 def _is_first_process() -> bool:

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -87,7 +87,7 @@ def reasons(problem: str) -> str:
 
 
 def null_problems(parser: ArgumentParser, options: Any) -> Iterator[str]:
-    """Messages for arguments of classes that are null though their defaults are not; the parser takes null for any."""
+    """Messages for arguments of classes that are null against their types; the parser takes null for any."""
     for action in parser._actions:
         value = options.get(action.dest) if hasattr(action, "_typehint") else None
         for chosen in value if isinstance(value, list) else [value]:
@@ -99,9 +99,16 @@ def _null_arguments(path: str, arguments: Any) -> Iterator[str]:
     module, _, name = path.rpartition(".")
     kind = getattr(import_module(module), name)
     for base in (base for base in kind.__mro__ if "__init__" in vars(base)):
-        for argument, parameter in inspect.signature(base.__init__).parameters.items():
-            required = parameter.default is not None and parameter.default is not inspect.Parameter.empty
-            if required and argument in arguments and arguments[argument] is None:
+        try:
+            hints = get_type_hints(base.__init__)
+        except Exception:  # noqa: BLE001, S112 (names that a library imports for its type checker only)
+            continue
+        for argument, hint in hints.items():
+            if (
+                argument in arguments
+                and arguments[argument] is None
+                and not {type(None), Any, object} & {*_leaves(hint)}
+            ):
                 yield f"{kind.__name__}.{argument} is null; expected a value, or leave it out."
 
 

@@ -1,4 +1,4 @@
-"""A fit under SLURM: the id of its job, requeueing, and the checkpoint from which a restarted job goes on."""
+"""SLURM jobs: their ids, requeueing, and the checkpoint from which a restarted job resumes."""
 
 import os
 import signal
@@ -145,5 +145,8 @@ def _is_run_of(run: RunFolder, job: str | None, config: Mapping[str, Any]) -> bo
         recorded = read_config(run.config_path)
     except ConfigurationError:
         return False
-    described = [{name: value for name, value in each.items() if name not in RECORDS} for each in (recorded, config)]
-    return recorded.get("slurm_job") == job and described[0] == described[1]
+    return recorded.get("slurm_job") == job and _described(recorded) == _described(config)
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in RECORDS}

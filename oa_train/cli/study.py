@@ -20,7 +20,7 @@ from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.loading import CausalLM, load_model
-from oa_train.studies.run_folder import RunFolder, check_writable, output_root
+from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
 
 # Options that a study takes over from the run that it is about.
@@ -67,10 +67,12 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     chosen = parser.instantiate_classes(options)
     if runs:
         check_writable("--run", folders[0], runs[0].path / "studies")
-    root = output_root("--output", "runs" if runs else chosen.output)
+    else:
+        check_experiment(chosen.experiment)
+        output_root("--output", chosen.output)
     circuits = _named_apart([run.trained_circuit() for run in runs], runs) if kind.asks_of != "none" else []
     study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
-    run = runs[0] if runs else RunFolder.create(root, chosen.experiment)
+    run = runs[0] if runs else RunFolder.create(output_root("--output", chosen.output), chosen.experiment)
     if not runs:
         run.save_config({name: value for name, value in _plain(parser, options).items() if name != "config"})
     record_in(run.path)

@@ -1,7 +1,6 @@
 """Options of Lightning's trainer: checks that Lightning lacks or makes only after the run began, and our defaults."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
-from oa_train.studies.run_folder import output_root
+from oa_train.studies.run_folder import check_experiment, output_root
 from oa_train.training.strategies import ShardedStrategy
 
 DEFAULT_ROOT = "runs"
@@ -53,35 +52,32 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
         value = getattr(config, name)
         if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
             raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
+    interval = config.val_check_interval
+    if isinstance(interval, int | float) and not interval > 0:
+        raise ConfigurationError(f"trainer.val_check_interval is {interval}; expected more than 0.")
     if str(config.devices).strip("-").isdigit() and int(config.devices) < 1 and int(config.devices) != -1:
         raise ConfigurationError(f"trainer.devices is {config.devices}; expected 1 or more, -1 for all, or auto.")
     _check_precision(chosen)
     _check_strategy(config.strategy)
-    if ".." in Path(chosen.experiment).parts or Path(chosen.experiment).is_absolute() or not chosen.experiment:
-        raise ConfigurationError(
-            f"experiment is {chosen.experiment!r}; expected a name, which becomes a folder below "
-            "trainer.default_root_dir."
-        )
+    check_experiment(chosen.experiment)
     if writes:
         root = output_root("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
         output_root("experiment", str(root / chosen.experiment))
 
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
-    """Check that an epoch has batches, and that a validation interval in batches fits into it.
+    """Check that a validation interval in batches fits into an epoch.
 
     Raises:
         ConfigurationError: it does not.
     """
-    every, limit = config.val_check_interval, config.limit_train_batches
+    interval, limit = config.val_check_interval, config.limit_train_batches
     length = batches_per_epoch
     if limit is not None:
         length = min(length, limit) if isinstance(limit, int) else int(length * limit)
-    if isinstance(every, int | float) and not every > 0:
-        raise ConfigurationError(f"trainer.val_check_interval is {every}; expected more than 0.")
-    if isinstance(every, int) and every > length and config.check_val_every_n_epoch is not None:
+    if isinstance(interval, int) and interval > length and config.check_val_every_n_epoch is not None:
         raise ConfigurationError(
-            f"trainer.val_check_interval is {every}, but an epoch has {length} batches "
+            f"trainer.val_check_interval is {interval}, but an epoch has {length} batches "
             "(data.batches_per_epoch, trainer.limit_train_batches). Lower it, or set trainer.check_val_every_n_epoch "
             "to null."
         )

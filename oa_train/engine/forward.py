@@ -41,8 +41,8 @@ def scored_logits(
     columns = batch.scored if scored is None else scored
     rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
     parts = find_parts(model)
-    every = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
-    attached = recomputed(parts.blocks, every) if recompute else tapped(every)
+    attached_taps = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
+    attached = recomputed(parts.blocks, attached_taps) if recompute else tapped(attached_taps)
     with as_written(model), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
     return logits

@@ -58,9 +58,9 @@ def prefix_logits(
         present = growth.rows[: growth.counts[stage]]
         sites = [site for site in nodes.sites if growth.stage_of(site) == stage]
         if sites:
-            some = rows.rows(slice(0, len(present)))
+            layout = rows.rows(slice(0, len(present))).layout
             mask = growth.masks[: len(present)]
-            taps += node_taps(model, nodes, mask, values.rows(growth.value_rows[: len(present)]), some.layout, sites)
+            taps += node_taps(model, nodes, mask, values.rows(growth.value_rows[: len(present)]), layout, sites)
     with growth.growing(model):
         start = batch.repeat(growth.counts[0] // len(batch))
         logits = scored_logits(model, start, taps, scored=rows.scored)

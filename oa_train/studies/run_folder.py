@@ -191,6 +191,18 @@ def output_root(option: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
+def check_experiment(name: str) -> None:
+    """Check that the name of an experiment makes a folder inside the root.
+
+    Raises:
+        ConfigurationError: it is empty, absolute or leads out of the root.
+    """
+    if ".." in Path(name).parts or Path(name).is_absolute() or not name:
+        raise ConfigurationError(
+            f"experiment is {name!r}; expected a name, which becomes a folder below the root of all runs."
+        )
+
+
 def check_writable(option: str, text: str, folder: Path) -> None:
     """Check that a folder can be made, and folders in it; see `output_root`."""
     absolute = folder.absolute()

@@ -259,8 +259,8 @@ class CircuitModule(FrozenModelModule):
         of_copies = ablations if len(ablations) == 1 else [ablation for ablation in ablations for _ in range(samples)]
         values = replacements_of_copies(of_copies, batch, copies, partial(read_values, self.frozen, level=self.level))
         logits = masked_logits(self.frozen, rows, self.level, mask, values, self.recompute)
-        lost = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
-        return lost.view(self.n_circuits, -1).mean(dim=1), self.penalty(self.masks.probabilities())
+        losses = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
+        return losses.view(self.n_circuits, -1).mean(dim=1), self.penalty(self.masks.probabilities())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the circuits' losses and penalties; see `masked_loss`."""
@@ -288,7 +288,9 @@ class CircuitModule(FrozenModelModule):
     def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
         """The discrete circuits (see `circuit`) with the constants that were trained beside the masks."""
         table = self.replacements.constants
-        sets = [None] * self.n_circuits if table is None else [each.detach().to("cpu") for each in table.sets()]
+        sets = (
+            [None] * self.n_circuits if table is None else [constants.detach().to("cpu") for constants in table.sets()]
+        )
         circuits = [self.circuit(number, size) for number in range(self.n_circuits)]
         return [
             TrainedCircuit(str(number), circuit, constants and replace(constants, provenance=circuit.provenance))

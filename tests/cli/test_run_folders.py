@@ -226,6 +226,18 @@ def test_values_that_cannot_be_meant(capsys, content, said):
     assert said in refused(capsys, "fit", "--config", "given.yaml", *BRIEF)
 
 
+def test_null_is_taken_where_the_type_admits_it():
+    logger = "{class_path: TensorBoardLogger, init_args: {save_dir: logs, name: null}}"
+    Path("given.yaml").write_text(f"trainer: {{logger: {logger}}}")
+    assert main([*FIT, "--config", "given.yaml"]) == 0
+
+
+def test_a_study_of_a_run_asks_nothing_of_the_current_folder(run, monkeypatch, capsys):
+    Path("runs").symlink_to("/nonexistent")
+    words = ["--minimal.fit.steps", "0", "--minimal.random_complements", "0", "--device", "cpu"]
+    assert main(["minimal", "--run", str(run), *words]) == 0
+
+
 def test_a_huge_number_on_the_command_line(capsys):
     said = refused(capsys, *FIT, "--data.n_test", HUGE)
     assert "data or an argument of it: Exceeds the limit" in said

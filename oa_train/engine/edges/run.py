@@ -139,7 +139,7 @@ def _other_forwards(module: nn.Module) -> list[Any]:
 
 
 class _Run:
-    """Connects the modules of a model to the operations that stand in for its residual stream.
+    """Routes a model's reads and writes of the residual stream through the edge operations.
 
     `scored` is the only token of each row whose logits are used; None if there are several.
     """
