@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from oa_train.models.sites import Site as Site
     from oa_train.studies.compare import Compare as Compare
     from oa_train.studies.compare import CompareSettings as CompareSettings
-    from oa_train.studies.constants import finish_constants as finish_constants
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
+    from oa_train.studies.finish_constants import finish_constants as finish_constants
     from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.run_folder import RunFolder as RunFolder
@@ -106,7 +106,7 @@ _HOMES = {
     "ablated": "ablations.context",
     "circuit_behaviour": "ablations.evaluation",
     "finish": "studies.finish",
-    "finish_constants": "studies.constants",
+    "finish_constants": "studies.finish_constants",
     "estimates": "studies.study",
     "fit_constants": "ablations.fitting",
     "jaccard": "circuits.circuit",

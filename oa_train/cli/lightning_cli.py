@@ -30,8 +30,8 @@ from oa_train.cli.slurm import (
 )
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
 from oa_train.errors import MISTAKE, CheckpointError, ConfigurationError, OaTrainError
-from oa_train.studies.constants import finish_constants
 from oa_train.studies.finish import Finished, FinishSettings, finish
+from oa_train.studies.finish_constants import finish_constants
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint

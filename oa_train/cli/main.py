@@ -31,11 +31,11 @@ from oa_train.studies import STUDIES
 # By name: the function, imported when it is used, and the line in the overview.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("oa_train.cli.demo.demo", "train, finish and compare on the built-in model, in minutes"),
-    "fit": ("oa_train.cli.fitting.fit", "train masks and constants; --ckpt_path resumes"),
-    "validate": ("oa_train.cli.fitting.validate", "evaluate a run on its validation prompts"),
-    "test": ("oa_train.cli.fitting.test", "evaluate a run on held-out prompts"),
+    "fit": ("oa_train.cli.fit.fit", "train masks and constants; --ckpt_path resumes"),
+    "validate": ("oa_train.cli.fit.validate", "evaluate a run on its validation prompts"),
+    "test": ("oa_train.cli.fit.test", "evaluate a run on held-out prompts"),
     **STUDIES,
-    "study": ("oa_train.cli.study.own_study", "a study of your own: study package.module.Class"),
+    "study": ("oa_train.cli.study_command.own_study", "a study of your own: study package.module.Class"),
     "convert": ("oa_train.cli.convert.convert_command", "convert a circuit or constants of an earlier layout"),
     "inspect": ("oa_train.cli.inspecting.inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
@@ -81,7 +81,7 @@ def run_command(name: str, words: Sequence[str]) -> object:
     """
     check_files(name, words)
     if name in STUDIES:
-        from oa_train.cli.study import run_study
+        from oa_train.cli.study_command import run_study
 
         return run_study(STUDIES[name][0], list(words))
     module, _, function = COMMANDS[name][0].rpartition(".")

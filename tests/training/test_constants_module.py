@@ -17,7 +17,7 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
 from oa_train.models.sites import Site
-from oa_train.studies.constants import finish_constants
+from oa_train.studies.finish_constants import finish_constants
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.constants_module import ConstantsModule
