@@ -11,6 +11,7 @@ from oa_train.tasks.task import Prompt, check_choice
 from oa_train.tasks.vocabulary import read_data, single_token_words
 
 Order = Literal["mixed", "ABBA", "BABA"]
+Sentences = Literal["varied", "literature"]
 
 # A prompt and its counterfactual name six people: two, three others, and a bystander.
 MINIMUM_NAMES = 6
@@ -66,8 +67,11 @@ class IOI(GrammarTask):
 
     Args:
         order: ABBA introduces the indirect object first, BABA the subject first; mixed draws either.
-        distractor_names: probability that a clause with a third name is added ("While Tom was busy,"). Without
-            such clauses a small model learns to look for the name that occurs once.
+        sentences: `literature` are the fifteen templates of Wang et al. (2023), which pretrained models know well;
+            `varied` are templates for training a small model, with varied openings.
+        distractor_names: probability that a clause with a third name is added ("While Tom was busy,"), by default
+            half for `varied` and never for `literature`, which has no such clauses. Without them a small model learns
+            to look for the name that occurs once.
         **options: the options of every task (see `Task`).
 
     Attributes:
@@ -79,18 +83,34 @@ class IOI(GrammarTask):
 
     name = "ioi"
 
-    def __init__(self, *, order: Order = "mixed", distractor_names: float = 0.5, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        order: Order = "mixed",
+        sentences: Sentences = "varied",
+        distractor_names: float | None = None,
+        **options: Any,
+    ) -> None:
+        check_choice("sentences", sentences, get_args(Sentences))
+        if distractor_names is None:
+            distractor_names = 0.5 if sentences == "varied" else 0
+        if distractor_names and sentences == "literature":
+            raise ConfigurationError(
+                f"distractor_names is {distractor_names}, but the sentences of the literature name two people only. "
+                "Leave it out, or choose sentences: varied."
+            )
         if not 0 <= distractor_names <= 1:
             raise ConfigurationError(f"distractor_names is {distractor_names}; expected a probability from 0 to 1.")
         check_choice("order", order, get_args(Order))
         super().__init__(**options)
         self.order = order
+        self.sentences = sentences
         self.distractor_names = distractor_names
         self.names = single_token_words(self.encoder, self.name, "names", MINIMUM_NAMES)
         self.places = single_token_words(self.encoder, self.name, "places", MINIMUM_OTHERS)
         self.objects = single_token_words(self.encoder, self.name, "objects", MINIMUM_OTHERS)
         data = read_data("templates")
-        self.templates: tuple[str, ...] = tuple(data["templates"])
+        self.templates: tuple[str, ...] = tuple(data["templates" if sentences == "varied" else "literature"])
         self._openings: list[str] = data["openings"]
         self._openings_with_name: list[str] = data["openings_with_name"]
         self._places_with_name: list[str] = data["places_with_name"]
@@ -135,6 +155,7 @@ class IOI(GrammarTask):
         return {
             **super().describe(),
             "order": self.order,
+            "sentences": self.sentences,
             "distractor_names": self.distractor_names,
             "words": f"{derive_seed(*words):016x}",
         }

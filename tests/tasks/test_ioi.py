@@ -1,3 +1,4 @@
+import random
 import re
 
 import pytest
@@ -74,7 +75,9 @@ def test_every_template_name_place_and_object_is_used() -> None:
     task = IOI()
     words = {word for prompt in prompts(task, 2000) for word in re.findall(r"\w+", prompt.text)}
     assert {*task.names, *task.places, *task.objects} <= words
-    sentences = [word for group in read_data("templates").values() for text in group for word in text.split()]
+    data = read_data("templates")
+    groups = [data[name] for name in ("openings", "openings_with_name", "places_with_name", "templates")]
+    sentences = [word for group in groups for text in group for word in text.split()]
     assert {word.strip(".,") for word in sentences if "{" not in word} <= words
 
 
@@ -102,3 +105,17 @@ def test_a_probability_is_between_zero_and_one() -> None:
 def test_a_tokenizer_without_names_is_refused(letters_lm: LMSpec) -> None:
     with pytest.raises(TaskError, match=r"0 of the 105 words of its list 'names' .*at least 6"):
         IOI(lm=letters_lm)
+
+
+def test_sentences_of_the_literature_name_two_people_and_use_every_template() -> None:
+    task = IOI(sentences="literature")
+    drawn = prompts(task)
+    assert {len(people(prompt.text)) for prompt in drawn} == {3}
+    scenes = [task.draw_scene(random.Random(number)) for number in range(400)]
+    assert {scene.template for scene in scenes} == set(read_data("templates")["literature"])
+    assert task.describe()["sentences"] == "literature"
+
+
+def test_the_literature_has_no_bystanders() -> None:
+    with pytest.raises(ConfigurationError, match="name two people only"):
+        IOI(sentences="literature", distractor_names=0.5)
