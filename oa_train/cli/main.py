@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("oa_train.cli.fit.test", "evaluate a run on held-out prompts"),
     **STUDIES,
     "study": ("oa_train.cli.study_command.own_study", "a study of your own: study package.module.Class"),
+    "runs": ("oa_train.cli.runs.runs", "list runs with their main figures"),
     "convert": ("oa_train.cli.convert.convert_command", "convert a circuit or constants of an earlier layout"),
     "inspect": ("oa_train.cli.inspecting.inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
@@ -45,16 +46,12 @@ QUIET = ("-q", "--quiet")
 # Options that ask for output and nothing else, to which --quiet does not apply.
 _ASKING = ("-h", "--help", "--version", "--print_config", "--json")
 
+# Characters of a line of a message from its beginning and its end, if it is longer than both: it may quote a text.
+_HEAD, _TAIL = 700, 300
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: command line without the program's name; that of the process by default.
-
-    Returns:
-        The exit status of the process.
-    """
+    """Run a command, by default that of the process; returns the exit status."""
     line = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in line if word not in QUIET]
     quiet = len(words) < len(line) and not any(word.split("=")[0] in _ASKING for word in words)
@@ -73,13 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, words: Sequence[str]) -> object:
-    """Run a command and return what it returns.
-
-    Args:
-        name: key of `COMMANDS`.
-        words: its options.
-    """
-    check_files(name, words)
+    """Run a command, a key of `COMMANDS`, and return what it returns."""
+    check_files(words)
     if name in STUDIES:
         from oa_train.cli.study_command import run_study
 
@@ -129,23 +121,26 @@ def _ending(problem: BaseException) -> tuple[int, str]:
     """Exit status and message of what ended a command."""
     notes = getattr(problem, "__notes__", ())
     if isinstance(problem, SystemExit) and not isinstance(problem.__context__, KeyboardInterrupt):
-        stopped = getattr(problem, "signal", None)
         if problem.code == TERMINATED or type(problem).__name__ == "SIGTERMException":
+            stopped = getattr(problem, "signal", None)
             return TERMINATED, "\n".join([f"ended by {stopped.name if stopped is not None else 'SIGTERM'}.", *notes])
         code = problem.code  # of --help, --version and --print_config, or a library's own
         return (DONE if code is None else code if isinstance(code, int) else FAULT), ""
     if not isinstance(problem, Exception):
         return INTERRUPTED, "\n".join(["interrupted.", *notes])
-    status, message = _error(problem)
-    return status, "\n".join([f"error: {message}", *notes])
-
-
-def _error(problem: Exception) -> tuple[int, str]:
     if isinstance(problem, OaTrainError):
-        return problem.exit_status, str(problem)
-    from oa_train.cli.faults import explain
+        status, message = problem.exit_status, str(problem)
+    else:
+        from oa_train.cli.faults import explain
 
-    return explain(problem)
+        status, message = explain(problem)
+    return status, "\n".join([*map(_cut, f"error: {message}".split("\n")), *notes])
+
+
+def _cut(line: str) -> str:
+    if len(line) <= _HEAD + _TAIL:
+        return line
+    return f"{line[:_HEAD]} ... [{len(line) - _HEAD - _TAIL:,} characters] ... {line[-_TAIL:]}"
 
 
 if __name__ == "__main__":

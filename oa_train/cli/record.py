@@ -1,6 +1,7 @@
 """The log of a command: everything that it prints, with time stamps, in `run.log` of its run folder."""
 
 import logging
+import shlex
 import sys
 import threading
 import warnings
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 LOG_FILE = "run.log"
 
@@ -65,18 +66,14 @@ class _LogFile(logging.FileHandler):
 
 @contextmanager
 def recording(words: Sequence[str]) -> Iterator[None]:
-    """Log what a command prints, Python's warnings and errors of threads included; handlers are removed at the end.
-
-    Args:
-        words: the command line, which is the first line of the log.
-    """
+    """Log a command line, what it prints, Python's warnings and errors of threads, until the command ends."""
     record = Record()
     loggers = [log, *(logging.getLogger(name) for name in LIBRARIES)]
     log.setLevel(logging.INFO)
     log.propagate = False
     for logger in loggers:
         logger.addHandler(record)
-    log.info("oa-train %s", " ".join(words))
+    log.info("%s", shlex.join(["oa-train", *words]))
     try:
         threading.excepthook = _thread_ended
         with warnings.catch_warnings():
@@ -98,14 +95,8 @@ def record_in(folder: Path) -> None:
 
 
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    del file, line
     sys.stderr.write(f"oa-train: warning: {message}\n")
     log.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)
 

@@ -42,16 +42,12 @@ class SafeStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Write, or drop the text if that fails."""
-        with self._dropping():
-            if self._stream is not None:
-                self._stream.write(text)
+        self._dropping("write", text)
         return len(text)
 
     def flush(self) -> None:
         """Flush, if that is possible."""
-        with self._dropping():
-            if self._stream is not None:
-                self._stream.flush()
+        self._dropping("flush")
 
     def isatty(self) -> bool:
         """True for a terminal."""
@@ -63,13 +59,12 @@ class SafeStream(io.TextIOBase):
             raise io.UnsupportedOperation("fileno")
         return int(self._stream.fileno())
 
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def _dropping(self, method: str, *arguments: str) -> None:
         try:
-            yield
+            if self._stream is not None:
+                getattr(self._stream, method)(*arguments)
         except BrokenPipeError:
             self.unread = True
-            assert self._stream is not None
             with suppress(OSError, ValueError):  # so that Python's own flush at the end succeeds
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except (OSError, ValueError):
@@ -78,14 +73,7 @@ class SafeStream(io.TextIOBase):
 
 @contextmanager
 def safe_streams(quiet: bool) -> Iterator[tuple[SafeStream, SafeStream]]:
-    """Put safe streams in the place of standard output and error.
-
-    Args:
-        quiet: drop everything that is written to them.
-
-    Yields:
-        Safe streams around the standard output and error, which take text even if quiet.
-    """
+    """Put safe streams, or none if quiet, in the place of standard output and error; yields safe ones in any case."""
     output, error = SafeStream(sys.stdout), SafeStream(sys.stderr)
     shown = (SafeStream(None), SafeStream(None)) if quiet else (output, error)
     with redirect_stdout(shown[0]), redirect_stderr(shown[1]):
