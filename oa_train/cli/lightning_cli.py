@@ -13,21 +13,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from oa_train.cli import slurm
 from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
 from oa_train.cli.output import console, show, track
 from oa_train.cli.parser import ExplainingLightningParser, add_config, add_model_and_task, check_values
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.cli.runs import finished_results
-from oa_train.cli.slurm import (
-    checkpoint_to_go_on_from,
-    is_restarted,
-    is_same_experiment,
-    requeued,
-    slurm_environment,
-    slurm_job,
-    stop_signals,
-)
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.studies.finish import Finished, FinishSettings, finish
@@ -142,9 +134,9 @@ class OaTrainCLI(LightningCLI):
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
-        if self._writes and is_restarted():
+        if self._writes and slurm.is_restarted():
             # The command line's checkpoint is where the job began; its own is further on.
-            checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+            checkpoint, messages = slurm.checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
             self._say(*messages)
             chosen.ckpt_path = chosen.ckpt_path if checkpoint is None else str(checkpoint)
         elif self._writes and chosen.ckpt_path is not None:
@@ -158,7 +150,7 @@ class OaTrainCLI(LightningCLI):
     def _end_if_finished(self, checkpoint: Path) -> None:
         """End here if a checkpoint is of a finished run and nothing in the configuration differs from that run's."""
         run = RunFolder(checkpoint.parent.parent)
-        if checkpoint.is_file() and finished_results(run) and is_same_experiment(run, self._recorded()):
+        if checkpoint.is_file() and finished_results(run) and slurm.is_same_experiment(run, self._recorded()):
             self._say(
                 f"{run.path} is finished already, so nothing was done. To train on, change what ended its training "
                 "(--trainer.max_epochs, --trainer.max_steps); with any other option than that run's it is resumed "
@@ -171,9 +163,9 @@ class OaTrainCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         self._check_against_module(config)
         plugins = _as_list(config.plugins)
-        self._signals = stop_signals(plugins)
+        self._signals = slurm.stop_signals(plugins)
         kwargs |= trainer_changes(config)
-        kwargs["plugins"] = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
+        kwargs["plugins"] = [WholeFileCheckpointIO(), *plugins, *slurm.slurm_environment(plugins, config.strategy)]
         if not self._writes:
             kwargs |= {"logger": False, "enable_checkpointing": False}
             return self._trainer(default_root_dir=str(self._experiment_folder()), **kwargs)
@@ -195,10 +187,8 @@ class OaTrainCLI(LightningCLI):
         """Check what needs the module: the checkpoint, sizes, and intervals."""
         if self._checkpoint is not None:
             self.model.check_checkpoint(self._checkpoint, self.datamodule)
-        changes = (
-            self.model.changed_settings(self._checkpoint) if self._checkpoint and self.subcommand == "fit" else ()
-        )
-        self._say(*(f"changed since the checkpoint: {change}" for change in changes))
+            changes = self.model.changed_settings(self._checkpoint) if self.subcommand == "fit" else ()
+            self._say(*(f"changed since the checkpoint: {change}" for change in changes))
         size = self._get(self.config_init, "finish").size
         if isinstance(self.model, CircuitModule) and size is not None:
             self.model.masks.check_size(size)
@@ -239,7 +229,7 @@ class OaTrainCLI(LightningCLI):
             resuming = told_how_to_resume(lambda: run, resumed_from, lambda: run.save_config(self._recorded()))
             os.environ[RUN_FOLDER_VARIABLE] = str(run.path)
             try:
-                with self._given_up_after_a_refusal(), requeued(), resuming:
+                with self._given_up_after_a_refusal(), slurm.requeued(), resuming:
                     super()._run_subcommand(subcommand)
             finally:
                 del os.environ[RUN_FOLDER_VARIABLE]
@@ -273,10 +263,10 @@ class OaTrainCLI(LightningCLI):
                 finished = self._finished(Path(folder))
         if first:
             if state is None:
-                self._say(f"There is no {best}, so the last state was finished, not the best.")
+                console.print(f"There is no {best}, so the last state was finished, not the best.", soft_wrap=True)
             if finished is not None:
                 show(finished.findings)
-            self._say(f"run: {self.run_folder.path}")
+            console.print(f"run: {self.run_folder.path}", soft_wrap=True)
 
     def _finished(self, run: Path) -> Finished | None:
         module, task = self.model, self.datamodule.task
@@ -292,7 +282,7 @@ class OaTrainCLI(LightningCLI):
         """The whole configuration, which reproduces the run."""
         config = self.config[self.subcommand].clone()
         config.resumed_from = config.ckpt_path
-        config.slurm_job = slurm_job()
+        config.slurm_job = slurm.slurm_job()
         text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
         return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_RECORDED}
 

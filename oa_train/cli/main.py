@@ -9,23 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
 
-from oa_train import __version__
+from oa_train import __version__, errors
 from oa_train.cli.precheck import check_files
 from oa_train.cli.record import log, recording
 from oa_train.cli.streams import safe_streams
-from oa_train.errors import (
-    DONE,
-    FAULT,
-    INTERRUPTED,
-    MISTAKE,
-    TERMINATED,
-    UNREAD,
-    ConfigurationError,
-    OaTrainError,
-    nearest_names,
-)
+from oa_train.errors import DONE, FAULT, INTERRUPTED, MISTAKE, TERMINATED, UNREAD, ConfigurationError, nearest_names
 from oa_train.studies import STUDIES
 
 # By name: the function, imported when it is used, and the line in the overview.
@@ -82,39 +71,35 @@ def run_command(name: str, words: Sequence[str]) -> object:
 
 
 def _run(words: Sequence[str]) -> None:
-    parser = _overview()
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
-        sentence = nearest_names(words[0], ("--help", "--version", *QUIET[1:]))
+    first = words[0] if words else ""
+    if first in COMMANDS:
+        run_command(first, words[1:])
+    elif first in ("-h", "--help", "--version"):
+        _overview().parse_args([first])
+    elif first.startswith("-"):
+        sentence = nearest_names(first, ("--help", "--version", *QUIET[1:]))
         near = f" {sentence}" if sentence.startswith("Did you mean") else ""
-        raise ConfigurationError(f"There is no option {words[0]} before the command.{near} See oa-train --help.")
-    run_command(parser.parse_args(words[:1]).command, words[1:])
+        raise ConfigurationError(f"There is no option {first} before the command.{near} See oa-train --help.")
+    elif first:
+        raise ConfigurationError(f"There is no command {first!r}. {nearest_names(first, COMMANDS)}")
+    else:
+        raise ConfigurationError(f"No command was given.\nCommands: {', '.join(COMMANDS)}. See oa-train --help.")
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="oa-train",
         description="Learned ablations and sparse circuit masks for Hugging Face transformers.",
         epilog="`oa-train COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"oa-train {__version__}")
     # Removed from the command line before any parser sees it; here only to be listed.
     parser.add_argument(*QUIET, action="store_true", help="with any command: print nothing but errors")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest commands when one is misspelt."""
-
-    def error(self, message: str) -> NoReturn:
-        name = message.partition("invalid choice: '")[2].partition("'")[0]
-        if name:
-            raise ConfigurationError(f"There is no command {name!r}. {nearest_names(name, COMMANDS)}")
-        raise ConfigurationError(f"No command was given.\nCommands: {', '.join(COMMANDS)}. See oa-train --help.")
 
 
 def _ending(problem: BaseException) -> tuple[int, str]:
@@ -128,7 +113,7 @@ def _ending(problem: BaseException) -> tuple[int, str]:
         return (DONE if code is None else code if isinstance(code, int) else FAULT), ""
     if not isinstance(problem, Exception):
         return INTERRUPTED, "\n".join(["interrupted.", *notes])
-    if isinstance(problem, OaTrainError):
+    if isinstance(problem, errors.OaTrainError):
         status, message = problem.exit_status, str(problem)
     else:
         from oa_train.cli.faults import explain

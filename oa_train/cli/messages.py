@@ -35,7 +35,7 @@ RENAMED = {
     "activation_checkpointing": "recompute",
 }
 
-# Where a message of the parser quotes the value.
+# Where a message of the parser quotes a value.
 _VALUE = re.compile(r"(?:Given value: |Got value: |Unable to load config |path string: )(.*)")
 
 
@@ -144,10 +144,10 @@ def _takes(kind: type, argument: str) -> bool:
 
 
 def _wrong_value(key: str, problem: str, parser: ArgumentParser) -> str:
-    match = _VALUE.search(problem)
-    if match is None:
+    quoted = _VALUE.findall(problem)  # the outermost comes last
+    if not quoted:
         return f"{key} or an argument of it: {reasons(problem)}"
-    value = _parsed(match[1])
+    value = _parsed(quoted[-1])
     hint = next((getattr(action, "_typehint", None) for action in _actions(parser) if action.dest == key), None)
     if hint is None:
         return group_problem(key, value, parser)

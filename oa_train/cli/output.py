@@ -5,17 +5,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -38,18 +29,19 @@ class RecordedConsole(Console):
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, and log."""
-        super().print(*objects, **(options if self.is_terminal else {"width": WIDTH} | options))
+        self._width = None if self.is_terminal else WIDTH
+        super().print(*objects, **options)
         for line in self.export_text().rstrip().splitlines():
             log.info("%s", line)
 
 
-class RateColumn(ProgressColumn):
+class RateColumn(bars.ProgressColumn):
     """Steps per second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         """Text of the column."""
         # rich needs two steps to see a speed
-        return TaskProgressColumn.render_speed(
+        return bars.TaskProgressColumn.render_speed(
             task.finished_speed or task.speed or task.completed / (task.elapsed or math.inf)
         )
 
@@ -61,8 +53,14 @@ progress_console = Console(stderr=True)
 def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
     """Iterate over steps with a progress bar on stderr: done, total, rate, time remaining."""
     log.info("%s: %d steps", description, len(steps))
-    rest = (BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(TextColumn("{task.description}", markup=False), *rest, console=progress_console) as progress:
+    columns = [
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        RateColumn(),
+        bars.TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    with bars.Progress(*columns, console=progress_console) as progress:
         yield from progress.track(steps, description=description)
 
 
@@ -90,7 +88,12 @@ def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> RichTable:
     cells = [[_cell(row.get(name)) for name in columns] for row in rows]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
         numbers = all(map(_NUMBER.match, column)) and any(column)
-        shown.add_column(name, justify="right" if numbers else "left", no_wrap=numbers or not shown.columns)
+        shown.add_column(
+            name,
+            justify="right" if numbers else "left",
+            no_wrap=numbers or not shown.columns,
+            min_width=min(12, max(map(len, column))),
+        )
     for row in cells:
         shown.add_row(*row)
     return shown

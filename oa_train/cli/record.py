@@ -33,8 +33,10 @@ class Record(MemoryHandler):
         if isinstance(self.target, logging.FileHandler):
             if Path(self.target.baseFilename) == path.absolute():
                 return
-            self.target.close()
-        target = _LogFile(path, encoding="utf-8")
+            self._close_target()
+        target = logging.FileHandler(path, encoding="utf-8")
+        # Lines for which the disk has no room are dropped: the terminal has shown them already.
+        vars(target)["handleError"] = lambda record: None
         target.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.setTarget(target)
         self.flushLevel = logging.NOTSET
@@ -48,20 +50,13 @@ class Record(MemoryHandler):
 
     def close(self) -> None:
         """Close the file as well."""
-        if self.target is not None:
-            self.target.close()
+        self._close_target()
         super().close()
 
-
-class _LogFile(logging.FileHandler):
-    """Drops lines for which the disk has no room: the terminal has shown them already."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
-        del record
-
-    def close(self) -> None:
+    def _close_target(self) -> None:
         with suppress(OSError):
-            super().close()
+            if self.target is not None:
+                self.target.close()
 
 
 @contextmanager

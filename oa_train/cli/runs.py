@@ -65,19 +65,26 @@ def _rows(run: RunFolder, root: Path) -> Iterator[dict[str, str]]:
         return
     results, lm, data = _results(run), config.get("lm"), config.get("data")
     begun = datetime.fromtimestamp(run.config_path.stat().st_mtime).astimezone()
-    row = {
-        "run": str(run.path.relative_to(root)),
-        "date": f"{begun:%Y-%m-%d %H:%M}",
-        "state": "finished" if results else "not finished" if run.last_state() else "no checkpoint",
+    states = {
+        "finished": results,
+        "not finished": run.last_state(),
+        "study": any(run.path.glob("studies/*/results.json")),
+        "no checkpoint": True,
+    }
+    name = str(run.path.relative_to(root))
+    rest = {
+        "state": next(state for state, holds in states.items() if holds),
         "model": Path(str(lm.get("name", "tiny"))).name if isinstance(lm, Mapping) else "",
         "task": str(data.get("class_path") if isinstance(data, Mapping) else data).rpartition(".")[2],
+        "date": f"{begun:%Y-%m-%d %H:%M}",
     }
     results = results or {"rows": ()}
-    circuits = [part for part in results["rows"] if "number" in part and part["ablation"] == results["ablation"]]
+    own = results.get("ablation")
+    circuits = [part for part in results["rows"] if "number" in part and part.get("ablation") == own]
     for part in circuits:
-        yield {**row, "run": f"{row['run']}/{FRONT}/{part['number']}", **_figures(part, part)}
+        yield {"run": f"{name}/{FRONT}/{part['number']}", **_figures(part, part), **rest}
     if not circuits:
-        yield row | _figures(results.get("circuit") or {}, results.get("metrics") or {})
+        yield {"run": name, **_figures(results.get("circuit") or {}, results.get("metrics") or {}), **rest}
 
 
 def _figures(counts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -29,8 +29,7 @@ FROM_RUN = ("seed_everything", "lm", "data")
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
-    "several": "folder of a finished run; may be given several times: the first one's model and task are used, "
-    "and its folder gets the results",
+    "several": "folder of a finished run; of several, the first gives model and task and gets the results",
 }
 
 

@@ -26,7 +26,7 @@ TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
 
 # Smallest numbers of the trainer that work, where Lightning has no check of its own.
-_LEAST = {"log_every_n_steps": 0, "gradient_clip_val": 0, "num_nodes": 1}
+_LEAST = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 
 
 def check_trainer(chosen: Any, *, writes: bool) -> None:

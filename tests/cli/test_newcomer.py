@@ -180,6 +180,7 @@ def test_groups_of_an_optimiser_that_contradict_the_module_are_a_mistake(finishe
     second["params"] += first["params"][1:]
     del first["params"][1:]
     second["params"].pop()
+    Path("best.ckpt").write_bytes((finished / "circuit/version_0/checkpoints/best.ckpt").read_bytes())
     torch.save(checkpoint, "odd.ckpt")
     message = said(capsys, *FIT, "--ckpt_path", "odd.ckpt", "--trainer.max_steps", "3", status=2)
     assert "The checkpoint is damaged or of another version" in message
