@@ -6,6 +6,7 @@ import shutil
 import signal
 import sysconfig
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -102,7 +103,8 @@ def building() -> Iterator[None]:
         yield
     except Exception as problem:
         text = users_own(problem)
-        if own_error(problem) is not None or (text is None and not isinstance(problem, ValueError | TypeError)):
+        is_mistake = text is not None or isinstance(problem, ValueError | TypeError)
+        if own_error(problem) is not None or not is_mistake or any(map(_machine, causes(problem))):
             raise
         text = f"An object cannot be built from these options: {reasons(str(problem))}" if text is None else f"{text}."
         raise ConfigurationError(text) from problem
@@ -151,6 +153,7 @@ class Claim:
     def __init__(self, root: Path, experiment: str) -> None:
         folders = (root / experiment / "version", *(root / experiment / "version").parents)
         self._kept = next(folder for folder in folders if folder.exists())
+        self._begun = time.time()
         self.run = RunFolder.create(root, experiment)
 
     @contextmanager
@@ -160,7 +163,9 @@ class Claim:
             yield
         except Exception as problem:
             refused = isinstance(problem, ImportError) or explain(problem)[0] == MISTAKE
-            if refused and self.run.last_state() is None:
+            # What is older is a copy of the resumed run's best.
+            checkpoints = self.run.path.glob("checkpoints/*.ckpt")
+            if refused and not any(path.stat().st_mtime >= self._begun for path in checkpoints):
                 shutil.rmtree(self.run.path, ignore_errors=True)
                 with suppress(OSError):  # another run has come in between
                     for folder in self.run.path.parents:
