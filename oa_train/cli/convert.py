@@ -13,7 +13,6 @@ def convert_command(argv: Sequence[str]) -> Path:
     parser = ExplainingParser(
         prog="oa-train convert",
         description="Convert a circuit or constants of layout 1 to the current one; the old folder is left unchanged.",
-        allow_abbrev=False,
     )
     parser.add_argument("old", type=str, help="folder of a circuit or of constants")
     parser.add_argument("new", type=str, help="folder that is made")

@@ -18,7 +18,6 @@ def demo(words: Sequence[str]) -> Path:
     parser = ExplainingParser(
         prog="oa-train demo",
         description="Train a circuit for indirect object identification in the built-in model, and compare ablations.",
-        allow_abbrev=False,
     )
     parser.add_argument("--output", type=str, default="runs", help="folder that gets the run")
     output = parser.parse_args(list(words)).output
@@ -43,11 +42,7 @@ def demo(words: Sequence[str]) -> Path:
 
 
 def experiment_file() -> Path:
-    """The demonstration's configuration, in the wheel or in a source tree.
-
-    Raises:
-        RunError: the installation lacks it.
-    """
+    """The demonstration's configuration, in the wheel or in a source tree."""
     package = Path(__file__).parent.parent
     for folder in (package.parent / "configs", package / "_builtin" / "configs"):
         if (folder / EXPERIMENT).is_file():

@@ -2,33 +2,37 @@
 
 import errno
 import re
+import shutil
 import signal
 import sysconfig
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
+from typing import Any, NoReturn
 
 import oa_train
-from oa_train.errors import FAULT, MISTAKE, OaTrainError, RunError, causes
+from oa_train.errors import FAULT, MISTAKE, ConfigurationError, OaTrainError, RunError, causes
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.interruption import Stopped
 
-# Meaning of a system error on a file, and what to do.
-_OF_FILES: dict[int, tuple[str, str]] = {
-    errno.ENOSPC: ("The disk is full", "Make room"),
-    errno.EDQUOT: ("The disk quota of this user is exhausted", "Make room"),
-    errno.EFBIG: ("A file would be larger than this process may write", "Raise the limit (`ulimit -f`)"),
-    errno.EROFS: ("The disk is read-only", "Make it writable"),
-    errno.EACCES: ("A file or folder is not accessible to this user", "Change its permissions"),
-    errno.EPERM: ("A file or folder is not accessible to this user", "Change its permissions"),
-    errno.ENOENT: ("A file or folder is gone", "See who deletes or moves it"),
-    errno.ESTALE: ("A file or folder is gone", "See who deletes or moves it"),
-    errno.EIO: ("The disk has failed", "Have it checked"),
-    errno.EMFILE: ("Too many files are open", "Raise the limit (`ulimit -n`)"),
-    errno.ENFILE: ("Too many files are open", "Raise the limit of the system"),
+# What to do about system errors on files.
+_ELSEWHERE = "or name another folder with --trainer.default_root_dir"
+_MISSING = "Check its path, and whether something deletes or moves it"
+_OF_FILES: dict[int, str] = {
+    errno.ENOSPC: f"Make room, {_ELSEWHERE}",
+    errno.EDQUOT: f"Make room, {_ELSEWHERE}",
+    errno.EFBIG: "Raise the limit of this process (`ulimit -f`)",
+    errno.EROFS: f"Make it writable, {_ELSEWHERE}",
+    errno.EACCES: f"Change its permissions, {_ELSEWHERE}",
+    errno.EPERM: f"Change its permissions, {_ELSEWHERE}",
+    errno.ENOENT: _MISSING,
+    errno.ESTALE: _MISSING,
+    errno.EIO: f"The disk has failed: have it checked, {_ELSEWHERE}",
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "Raise the system's limit of open files",
 }
 
 # Writers that do not name their file, by a part of the path of their code.
@@ -49,26 +53,68 @@ _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 def explain(problem: Exception) -> tuple[int, str]:
-    """Exit status and message for an error that is not one of this package."""
+    """Exit status and message for an error, of this package or from outside."""
     own = own_error(problem)
     if own is not None:
         return own.exit_status, str(own)
-    if _is_misconfiguration(problem):
+    if type(problem).__name__ == "MisconfigurationException":
         return MISTAKE, str(problem)
+    if isinstance(problem, ValueError) and str(problem).startswith("loaded state dict "):  # an optimiser's
+        return MISTAKE, f"The checkpoint is damaged or of another version; torch says of its optimiser: {problem}."
     for cause in causes(problem):
-        for meaning in (_memory, _taken_port, _lost_peer, _file):
-            message = meaning(cause)
-            if message is not None:
-                return FAULT, message
-    place = _place_outside(problem)
-    whose = "This is a fault of oa_train or of a library" if place is None else f"It was raised {place}"
-    advice = "OA_TRAIN_TRACEBACK=1 shows the traceback."
-    return FAULT, f"{type(problem).__name__}: {problem}\n{whose}; {advice}"
+        message = _machine(cause) or _file(cause)
+        if message is not None:
+            return FAULT, message
+    text = users_own(problem) or f"{type(problem).__name__}: {problem}\nThis is a fault of oa_train or of a library"
+    return FAULT, f"{text}; OA_TRAIN_TRACEBACK=1 shows the traceback."
 
 
-def own_error(problem: BaseException) -> OaTrainError | None:
+def own_error(problem: BaseException | None) -> OaTrainError | None:
     """The error of this package among the causes of another; the parser wraps what constructors raise."""
-    return next((cause for cause in causes(problem) if isinstance(cause, OaTrainError)), None)
+    chain = () if problem is None else causes(problem)
+    return next((cause for cause in chain if isinstance(cause, OaTrainError)), None)
+
+
+def users_own(problem: BaseException) -> str | None:
+    """The first cause that was raised in the user's own code, and where; None if there is none."""
+    for cause in reversed(list(causes(problem))):
+        place = place_outside(cause)
+        if place is not None:
+            return f"{type(cause).__name__}: {cause}\nIt was raised {place}"
+    return None
+
+
+def place_outside(problem: BaseException) -> str | None:
+    """Deepest function, file and line in the user's own code; None if all is ours, a library's or Python's."""
+    paths = sysconfig.get_paths()
+    libraries = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    known = [Path(oa_train.__file__).parent, *libraries]
+    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
+        path = Path(frame.filename)
+        if path.is_file() and not any(path.is_relative_to(folder) for folder in known):
+            return f"in {frame.name} ({path}, line {frame.lineno})"
+    return None
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Turn what constructors raise, the user's own among them, into mistakes in the options."""
+    try:
+        yield
+    except Exception as problem:
+        text = users_own(problem)
+        is_mistake = text is not None or isinstance(problem, ValueError | TypeError)
+        if own_error(problem) is not None or not is_mistake or any(map(_machine, causes(problem))):
+            raise
+        text = f"An object cannot be built from these options: {reasons(str(problem))}" if text is None else f"{text}."
+        raise ConfigurationError(text) from problem
+
+
+def reasons(problem: str) -> str:
+    """The reasons in a message of the option parser, without those that only name a type."""
+    lines = [line.strip(" -") for line in problem.splitlines()]
+    skipped = ("Parser key", "Does not validate", "Subtypes", "Errors", "Problem with", "Expected a ", "Given value")
+    return "; ".join(line for line in lines if line and not line.startswith(skipped)) or problem.strip()
 
 
 @contextmanager
@@ -80,11 +126,8 @@ def told_how_to_resume(
     Args:
         run: returns the run folder, which processes other than the first may learn only during the run.
         resumed_from: checkpoint from which this run itself was resumed.
-        save_config: writes the configuration, for a folder that was deleted and made again; None in processes other
-            than the first, which reports the faults that all of them meet.
-
-    Raises:
-        RunError: the folder was deleted, and nothing else has noticed.
+        save_config: writes the configuration again, if the folder was deleted; None in processes other than the
+            first, which reports the faults that all of them meet.
     """
     try:
         yield
@@ -96,26 +139,51 @@ def told_how_to_resume(
         if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
             with suppress(OSError):
                 save_config()
-        if _goes_on(problem, is_first=save_config is not None):
+        # Other processes report only what the first cannot know of.
+        goes_on = not isinstance(problem, Exception) or explain(problem)[0] == FAULT
+        if goes_on and (save_config is not None or (isinstance(problem, Exception) and own_error(problem) is None)):
             for line in run().how_to_resume(resumed_from):
                 problem.add_note(line)
         raise
 
 
-def _goes_on(problem: BaseException, is_first: bool) -> bool:
-    if not isinstance(problem, Exception):  # Ctrl-C and signals
-        return is_first
-    own = own_error(problem)
-    return is_first and own.exit_status == FAULT if own is not None else not _is_misconfiguration(problem)
+class Claim:
+    """A new run folder, and the folders above it that had to be made."""
+
+    def __init__(self, root: Path, experiment: str) -> None:
+        folders = (root / experiment / "version", *(root / experiment / "version").parents)
+        self._kept = next(folder for folder in folders if folder.exists())
+        self._begun = time.time()
+        self.run = RunFolder.create(root, experiment)
+
+    @contextmanager
+    def given_up_after_a_refusal(self) -> Iterator[None]:
+        """Remove the folders when options turn out to be wrong before anything was trained."""
+        try:
+            yield
+        except Exception as problem:
+            refused = isinstance(problem, ImportError) or explain(problem)[0] == MISTAKE
+            # What is older is a copy of the resumed run's best.
+            checkpoints = self.run.path.glob("checkpoints/*.ckpt")
+            if refused and not any(path.stat().st_mtime >= self._begun for path in checkpoints):
+                shutil.rmtree(self.run.path, ignore_errors=True)
+                with suppress(OSError):  # another run has come in between
+                    for folder in self.run.path.parents:
+                        if folder == self._kept:
+                            break
+                        folder.rmdir()
+            raise
 
 
 @contextmanager
 def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
     """Raise an exception at a signal inside the context, as Python does at Ctrl-C but not at SIGTERM."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, _terminate) for number in signals}
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Stopped(signal.Signals(number))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in signals} if is_main else {}
     try:
         yield
     finally:
@@ -123,73 +191,45 @@ def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterato
             signal.signal(number, handler)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    del frame
-    raise Stopped(signal.Signals(number))
-
-
-def _is_misconfiguration(problem: Exception) -> bool:
-    return type(problem).__name__ == "MisconfigurationException"
-
-
-def _memory(problem: BaseException) -> str | None:
-    kinds = {kind.__name__ for kind in type(problem).__mro__}
-    is_memory = (
-        bool(kinds & {"MemoryError", "OutOfMemoryError"})
+def _machine(problem: BaseException) -> str | None:
+    """Message for want of memory, and for other processes that are lost."""
+    text, is_runtime = str(problem), isinstance(problem, RuntimeError)
+    if (
+        isinstance(problem, MemoryError)
         or (isinstance(problem, OSError) and problem.errno == errno.ENOMEM)
-        or (isinstance(problem, RuntimeError) and bool(_NO_MEMORY.search(str(problem))))
-    )
-    return f"Out of memory: {_first_sentence(problem)}\n{_LOWER}" if is_memory else None
-
-
-def _is_distributed(problem: BaseException) -> bool:
-    return any(kind.__name__ == "DistError" for kind in type(problem).__mro__)
-
-
-def _taken_port(problem: BaseException) -> str | None:
-    if not (_is_distributed(problem) and _PORT_TAKEN.search(str(problem))):
-        return None
-    return (
-        f"The processes of this run cannot meet, because another program has their port: {_first_sentence(problem)}\n"
-        "Wait until it has ended, or choose another port with the variable MASTER_PORT (torchrun: --master_port)."
-    )
-
-
-def _lost_peer(problem: BaseException) -> str | None:
-    is_peer = isinstance(problem, RuntimeError) and bool(_NO_PEER.search(str(problem)))
-    if not (_is_distributed(problem) or is_peer):
-        return None
-    return (
-        "Another process of this run has ended, or cannot be reached any more, so this one cannot go on.\n"
-        "If it printed nothing itself, it was killed: by a user, by the scheduler, or by the system for lack of "
-        f"memory.\nThis process saw: {_first_sentence(problem)}"
-    )
+        or (is_runtime and _NO_MEMORY.search(text))
+    ):
+        return f"Out of memory: {_first_sentence(problem)}\n{_LOWER}"
+    is_distributed = any(kind.__name__ == "DistError" for kind in type(problem).__mro__)
+    if is_distributed and _PORT_TAKEN.search(text):
+        return (
+            "The processes of this run cannot meet, because another program has their port: "
+            f"{_first_sentence(problem)}\nWait until it has ended, or choose another port with the variable "
+            "MASTER_PORT (torchrun: --master_port)."
+        )
+    if is_distributed or (is_runtime and _NO_PEER.search(text)):
+        return (
+            "Another process of this run has ended, or cannot be reached any more, so this one cannot go on.\n"
+            "If it printed nothing itself, it was killed: by a user, by the scheduler, or by the system for lack of "
+            f"memory.\nThis process saw: {_first_sentence(problem)}"
+        )
+    return None
 
 
 def _file(problem: BaseException) -> str | None:
+    """Message for a system error on a file; a file that the user's own code misses is that code's concern."""
     if not isinstance(problem, OSError) or problem.errno not in _OF_FILES:
         return None
-    meaning, advice = _OF_FILES[problem.errno]
+    if problem.errno == errno.ENOENT and place_outside(problem) is not None:
+        return None
     files = [frame.filename for frame in traceback.extract_tb(problem.__traceback__)]
     writer = next((name for part, name in _WRITERS.items() if any(part in file for file in files)), None)
     name = problem.filename or writer
-    where = f": {name} cannot be read or written" if name else ""
-    return f"{meaning}{where} ({problem.strerror}).\n{advice}, or name another folder with --trainer.default_root_dir."
+    where = f"{name} cannot be read or written: " if name else ""
+    return f"{where}{problem.strerror}.\n{_OF_FILES[problem.errno]}."
 
 
 def _first_sentence(problem: BaseException) -> str:
     """First line of a library's message, without its advice to its own developers."""
     first = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return re.sub(r"^\[[^\]]*\]\s*(err == 0\.\s*)?|(?<=\.) This is typically caused .*$", "", first)
-
-
-def _place_outside(problem: BaseException) -> str | None:
-    """Deepest function, file and line in the user's own code; None if all is ours, a library's or Python's."""
-    paths = sysconfig.get_paths()
-    libraries = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    known = [Path(oa_train.__file__).parent, *libraries]
-    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
-        path = Path(frame.filename)
-        if path.is_file() and not any(path.is_relative_to(folder) for folder in known):
-            return f"in {frame.name} ({path}, line {frame.lineno})"
-    return None

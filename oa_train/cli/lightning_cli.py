@@ -1,35 +1,27 @@
 """Lightning's command line around our modules, tasks and run folders."""
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from oa_train.cli.faults import own_error, terminable, told_how_to_resume
-from oa_train.cli.messages import reasons
+from oa_train.cli import slurm
+from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
 from oa_train.cli.output import console, show, track
-from oa_train.cli.parser import ExplainingLightningParser, add_model_and_task, check_values
+from oa_train.cli.parser import ExplainingLightningParser, add_config, add_model_and_task, check_values
+from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
-from oa_train.cli.slurm import (
-    checkpoint_to_go_on_from,
-    is_restarted,
-    requeued,
-    slurm_environment,
-    slurm_job,
-    stop_signals,
-)
+from oa_train.cli.runs import finished_results
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
-from oa_train.errors import MISTAKE, CheckpointError, ConfigurationError, OaTrainError
+from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.studies.finish import Finished, FinishSettings, finish
 from oa_train.studies.finish_constants import finish_constants
 from oa_train.studies.run_folder import RunFolder
@@ -39,6 +31,7 @@ from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, none_left_behind
+from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which run folder the first one has claimed.
@@ -47,25 +40,41 @@ RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
 # Keys of a fit's options that do not describe the experiment.
 _NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
 
+_CKPT_PATH = (
+    "file of a checkpoint to resume or evaluate, as runs/<experiment>/version_<N>/checkpoints/last.ckpt; a run's own "
+    "are named to `validate` and `test` by --run and --ckpt"
+)
+
 
 class OaTrainCLI(LightningCLI):
     """LightningCLI whose `model` is one of our modules and whose `data` is a task.
 
     Args:
         command: the only subcommand that is set up, because parsers of the others would take time.
-        **options: of LightningCLI.
+        words: its options.
     """
 
-    def __init__(self, command: str, **options: Any) -> None:
+    def __init__(self, command: str, words: list[str]) -> None:
+        silence_libraries()
         self._command = command
         self.run_folder: RunFolder | None = None
+        self._claim: Claim | None = None
         self._checkpoint: dict[str, Any] | None = None
-        super().__init__(**options)
+        super().__init__(
+            model_class=FrozenModelModule,
+            subclass_mode_model=True,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"prog": "oa-train"},
+            trainer_defaults={"max_epochs": 20, "log_every_n_steps": 10, "num_sanity_val_steps": 0},
+            args=[command, *words],
+        )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make the parser, with errors that name the nearest options."""
         parser = ExplainingLightningParser(**kwargs)
-        parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+        add_config(parser)
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method of Lightning's
@@ -74,12 +83,11 @@ class OaTrainCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        next(action for action in parser._actions if action.dest == "ckpt_path").help = _CKPT_PATH
         if subcommand != "fit":
             # Replaced by the run's configuration before the parser sees them; here only to be listed.
-            parser.add_argument("--run", type=str | None, default=None, help="folder of a run")
-            parser.add_argument(
-                "--ckpt", type=str | None, default=None, help="of that run: best (default), last, a path"
-            )
+            for name, meaning in (("run", "folder of a run"), ("ckpt", "of that run: best (default), last, a path")):
+                parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
         return parser
 
     def _set_seed(self) -> None:
@@ -109,82 +117,88 @@ class OaTrainCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's values override the configuration."""
 
+    @property
+    def _writes(self) -> bool:
+        """True if there will be a run folder."""
+        return self.subcommand == "fit" and not self.config[self.subcommand].trainer.fast_dev_run
+
     def instantiate_classes(self) -> None:
         """Build the module, the task's datamodule and the trainer."""
-        chosen, fits = self.config[self.subcommand], self.subcommand == "fit"
+        chosen = self.config[self.subcommand]
         check_values(self._parser(self.subcommand), chosen)
-        check_trainer(chosen, writes=fits and not chosen.trainer.fast_dev_run)
+        check_trainer(chosen, writes=self._writes)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
-        for message in ignore_stray_ranks(chosen.trainer):
-            console.print(message, soft_wrap=True)
-        if chosen.ckpt_path is None and not fits:
+        self._say(*ignore_stray_ranks(chosen.trainer))
+        if chosen.ckpt_path is None and self.subcommand != "fit":
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
-        if fits and not chosen.trainer.fast_dev_run and is_restarted():
+        if self._writes and slurm.is_restarted():
             # The command line's checkpoint is where the job began; its own is further on.
-            chosen.ckpt_path = self._checkpoint_of_this_job() or chosen.ckpt_path
+            checkpoint, messages = slurm.checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+            self._say(*messages)
+            chosen.ckpt_path = chosen.ckpt_path if checkpoint is None else str(checkpoint)
+        elif self._writes and chosen.ckpt_path is not None:
+            self._end_if_finished(Path(chosen.ckpt_path))
         if chosen.ckpt_path is not None:
             self._checkpoint = _read_named(chosen.ckpt_path)  # before the model is loaded
-        try:
+        with building():
             super().instantiate_classes()
-        except (ValueError, TypeError) as problem:  # the parser's, around what a constructor has raised
-            if own_error(problem) is not None:
-                raise
-            raise ConfigurationError(
-                f"An object cannot be built from these options: {reasons(str(problem))}"
-            ) from problem
         self.datamodule = TaskData(self.datamodule)
+
+    def _end_if_finished(self, checkpoint: Path) -> None:
+        """End here if a checkpoint is of a finished run and nothing in the configuration differs from that run's."""
+        run = RunFolder(checkpoint.parent.parent)
+        if checkpoint.is_file() and finished_results(run) and slurm.is_same_experiment(run, self._recorded()):
+            self._say(
+                f"{run.path} is finished already, so nothing was done. To train on, change what ended its training "
+                "(--trainer.max_epochs, --trainer.max_steps); with any other option than that run's it is resumed "
+                "in a new version."
+            )
+            raise SystemExit(DONE)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Build the trainer around a run folder that is claimed for it; `fast_dev_run` and evaluation have none."""
-        config, fits = self._get(self.config_init, "trainer"), self.subcommand == "fit"
+        config = self._get(self.config_init, "trainer")
         self._check_against_module(config)
         plugins = _as_list(config.plugins)
-        self._signals = stop_signals(plugins)
-        plugins = [WholeFileCheckpointIO(), *plugins, *slurm_environment(plugins, config.strategy)]
-        if not fits or config.fast_dev_run:
-            options = {
-                "logger": False,
-                "enable_checkpointing": False,
-                "default_root_dir": str(self._experiment_folder()),
-            }
-            return self._trainer(plugins=plugins, **options, **trainer_changes(config), **kwargs)
-        self.run_folder = _claimed_run(self._experiment_folder())
+        self._signals = slurm.stop_signals(plugins)
+        kwargs |= trainer_changes(config)
+        kwargs["plugins"] = [WholeFileCheckpointIO(), *plugins, *slurm.slurm_environment(plugins, config.strategy)]
+        if not self._writes:
+            kwargs |= {"logger": False, "enable_checkpointing": False}
+            return self._trainer(default_root_dir=str(self._experiment_folder()), **kwargs)
+        self.run_folder = run = self._claimed_run()
         if _is_first_process():
-            self.run_folder.save_config(self._recorded())
-            record_in(self.run_folder.path)
-        if _is_first_process() and config.enable_progress_bar is not False:
-            self.model.track = track
+            run.save_config(self._recorded())
+            record_in(run.path)
+            if config.enable_progress_bar is not False:
+                self.model.track = track
         return self._trainer(
-            logger=self._loggers(config.logger, self.run_folder.path),
-            plugins=plugins,
-            callbacks=[*_as_list(config.callbacks), *self._callbacks(config, self.run_folder.path)],
+            logger=self._loggers(config.logger, run),
+            callbacks=[*_as_list(config.callbacks), *self._callbacks(config, run.path)],
             # Under SLURM Lightning resumes from any job's checkpoint in the root; only this run's folder holds none.
-            default_root_dir=str(self.run_folder.path),
-            **trainer_changes(config),
+            default_root_dir=str(run.path),
             **kwargs,
         )
 
     def _check_against_module(self, config: Any) -> None:
         """Check what needs the module: the checkpoint, sizes, and intervals."""
-        checkpoint = self._checkpoint
-        if checkpoint is not None:
-            self.model.check_checkpoint(checkpoint, self.datamodule)
-            reports = self.subcommand == "fit" and _is_first_process()
-            for change in self.model.changed_settings(checkpoint) if reports else ():
-                console.print(f"changed since the checkpoint: {change}", soft_wrap=True)
+        if self._checkpoint is not None:
+            self.model.check_checkpoint(self._checkpoint, self.datamodule)
+            changes = self.model.changed_settings(self._checkpoint) if self.subcommand == "fit" else ()
+            self._say(*(f"changed since the checkpoint: {change}" for change in changes))
         size = self._get(self.config_init, "finish").size
         if isinstance(self.model, CircuitModule) and size is not None:
             self.model.masks.check_size(size)
         check_intervals(config, self.datamodule.batches_per_epoch)
 
-    def _loggers(self, loggers: Any, run: Path) -> Any:
+    def _loggers(self, loggers: Any, run: RunFolder) -> Any:
         if loggers not in (None, True):
             return loggers
-        root, experiment, version = run.parent.parent, run.parent.name, RunFolder(run).version
-        return [kind(root, name=experiment, version=version) for kind in (TensorBoardLogger, CSVLogger)]
+        root, experiment = run.path.parent.parent, run.path.parent.name
+        return [kind(root, name=experiment, version=run.version) for kind in (TensorBoardLogger, CSVLogger)]
 
     def _callbacks(self, config: Any, run: Path) -> Iterator[Callback]:
         last = LastCheckpoint(run / "checkpoints", self._get(self.config_init, "checkpoint_every"))
@@ -193,49 +207,32 @@ class OaTrainCLI(LightningCLI):
             yield RichProgressBar()
 
     def _trainer(self, **kwargs: Any) -> Any:
-        with self._unclaimed_after_a_refusal():
+        with self._given_up_after_a_refusal():
             try:
                 return super().instantiate_trainer(**kwargs)
-            except (ValueError, TypeError, MisconfigurationException) as problem:
+            except (ValueError, TypeError) as problem:
                 raise ConfigurationError(f"The trainer cannot be built from these options: {problem}") from problem
 
-    @contextmanager
-    def _unclaimed_after_a_refusal(self) -> Iterator[None]:
-        """Remove the run folder when options turn out to be wrong before anything was trained."""
-        try:
-            yield
-        except (OaTrainError, MisconfigurationException, ImportError) as problem:
-            is_mistake = getattr(problem, "exit_status", MISTAKE) == MISTAKE
-            if (
-                self.run_folder is not None
-                and _is_first_process()
-                and is_mistake
-                and self.run_folder.last_state() is None
-            ):
-                shutil.rmtree(self.run_folder.path, ignore_errors=True)
-            raise
+    def _given_up_after_a_refusal(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._claim is None else self._claim.given_up_after_a_refusal()
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run with the folder's name in the environment, where processes that a strategy starts find it."""
-        if self.run_folder is None:
+        run, path = self.run_folder, self.config[subcommand].ckpt_path
+        if run is None:
             super()._run_subcommand(subcommand)
-            return
-        if not _is_first_process():
+        elif not _is_first_process():
             with told_how_to_resume(self._shared_run):
                 super()._run_subcommand(subcommand)
-            return
-        run, path = self.run_folder, self.config[subcommand].ckpt_path
-        resumed_from = None if path is None else Path(path)
-        os.environ[RUN_FOLDER_VARIABLE] = str(run.path)
-        try:
-            with (
-                self._unclaimed_after_a_refusal(),
-                requeued(),
-                told_how_to_resume(lambda: run, resumed_from, lambda: run.save_config(self._recorded())),
-            ):
-                super()._run_subcommand(subcommand)
-        finally:
-            del os.environ[RUN_FOLDER_VARIABLE]
+        else:
+            resumed_from = None if path is None else Path(path)
+            resuming = told_how_to_resume(lambda: run, resumed_from, lambda: run.save_config(self._recorded()))
+            os.environ[RUN_FOLDER_VARIABLE] = str(run.path)
+            try:
+                with self._given_up_after_a_refusal(), slurm.requeued(), resuming:
+                    super()._run_subcommand(subcommand)
+            finally:
+                del os.environ[RUN_FOLDER_VARIABLE]
 
     def _shared_run(self) -> RunFolder:
         """The run folder as another process has learned it from the first one."""
@@ -285,7 +282,7 @@ class OaTrainCLI(LightningCLI):
         """The whole configuration, which reproduces the run."""
         config = self.config[self.subcommand].clone()
         config.resumed_from = config.ckpt_path
-        config.slurm_job = slurm_job()
+        config.slurm_job = slurm.slurm_job()
         text = self._parser(self.subcommand).dump(config, skip_none=False, skip_validation=True)
         return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_RECORDED}
 
@@ -293,12 +290,19 @@ class OaTrainCLI(LightningCLI):
         chosen = self.config[self.subcommand]
         return Path(chosen.trainer.default_root_dir or DEFAULT_ROOT).expanduser() / str(chosen.experiment)
 
-    def _checkpoint_of_this_job(self) -> str | None:
-        """Checkpoint from which a restarted SLURM job resumes; the same in all its processes."""
-        checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+    def _claimed_run(self) -> RunFolder:
+        experiment, claimed = self._experiment_folder(), os.environ.get(RUN_FOLDER_VARIABLE)
+        if claimed is not None:
+            return RunFolder(Path(claimed))
+        if not _is_first_process():
+            # Another process writes nothing, and learns the folder when the checkpoint callback broadcasts it.
+            return RunFolder(experiment / "version_of_the_first_process")
+        self._claim = Claim(experiment.parent, experiment.name)
+        return self._claim.run
+
+    def _say(self, *messages: str) -> None:
         for message in messages if _is_first_process() else ():
             console.print(message, soft_wrap=True)
-        return None if checkpoint is None else str(checkpoint)
 
 
 def _read_named(path: str) -> dict[str, Any]:
@@ -315,17 +319,5 @@ def _is_first_process() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0 and RUN_FOLDER_VARIABLE not in os.environ
 
 
-def _claimed_run(experiment: Path) -> RunFolder:
-    claimed = os.environ.get(RUN_FOLDER_VARIABLE)
-    if claimed is not None:
-        return RunFolder(Path(claimed))
-    if _is_first_process():
-        return RunFolder.create(experiment.parent, experiment.name)
-    # Another process writes nothing, and learns the folder when the checkpoint callback broadcasts it.
-    return RunFolder(experiment / "version_of_the_first_process")
-
-
 def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -9,23 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import NoReturn
 
-from oa_train import __version__
+from oa_train import __version__, errors
 from oa_train.cli.precheck import check_files
 from oa_train.cli.record import log, recording
 from oa_train.cli.streams import safe_streams
-from oa_train.errors import (
-    DONE,
-    FAULT,
-    INTERRUPTED,
-    MISTAKE,
-    TERMINATED,
-    UNREAD,
-    ConfigurationError,
-    OaTrainError,
-    nearest_names,
-)
+from oa_train.errors import DONE, FAULT, INTERRUPTED, MISTAKE, TERMINATED, UNREAD, ConfigurationError, nearest_names
 from oa_train.studies import STUDIES
 
 # By name: the function, imported when it is used, and the line in the overview.
@@ -36,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("oa_train.cli.fit.test", "evaluate a run on held-out prompts"),
     **STUDIES,
     "study": ("oa_train.cli.study_command.own_study", "a study of your own: study package.module.Class"),
+    "runs": ("oa_train.cli.runs.runs", "list runs with their main figures"),
     "convert": ("oa_train.cli.convert.convert_command", "convert a circuit or constants of an earlier layout"),
     "inspect": ("oa_train.cli.inspecting.inspect_command", "parts, edges and memory of a model; --check tests it"),
 }
@@ -45,16 +35,12 @@ QUIET = ("-q", "--quiet")
 # Options that ask for output and nothing else, to which --quiet does not apply.
 _ASKING = ("-h", "--help", "--version", "--print_config", "--json")
 
+# Characters of a line of a message from its beginning and its end, if it is longer than both: it may quote a text.
+_HEAD, _TAIL = 700, 300
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
-
-    Args:
-        argv: command line without the program's name; that of the process by default.
-
-    Returns:
-        The exit status of the process.
-    """
+    """Run a command, by default that of the process; returns the exit status."""
     line = list(sys.argv[1:] if argv is None else argv)
     words = [word for word in line if word not in QUIET]
     quiet = len(words) < len(line) and not any(word.split("=")[0] in _ASKING for word in words)
@@ -73,13 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, words: Sequence[str]) -> object:
-    """Run a command and return what it returns.
-
-    Args:
-        name: key of `COMMANDS`.
-        words: its options.
-    """
-    check_files(name, words)
+    """Run a command, a key of `COMMANDS`, and return what it returns."""
+    check_files(words)
     if name in STUDIES:
         from oa_train.cli.study_command import run_study
 
@@ -90,62 +71,61 @@ def run_command(name: str, words: Sequence[str]) -> object:
 
 
 def _run(words: Sequence[str]) -> None:
-    parser = _overview()
-    if words and words[0].startswith("-") and words[0] not in ("-h", "--help", "--version"):
-        sentence = nearest_names(words[0], ("--help", "--version", *QUIET[1:]))
+    first = words[0] if words else ""
+    if first in COMMANDS:
+        run_command(first, words[1:])
+    elif first in ("-h", "--help", "--version"):
+        _overview().parse_args([first])
+    elif first.startswith("-"):
+        sentence = nearest_names(first, ("--help", "--version", *QUIET[1:]))
         near = f" {sentence}" if sentence.startswith("Did you mean") else ""
-        raise ConfigurationError(f"There is no option {words[0]} before the command.{near} See oa-train --help.")
-    run_command(parser.parse_args(words[:1]).command, words[1:])
+        raise ConfigurationError(f"There is no option {first} before the command.{near} See oa-train --help.")
+    elif first:
+        raise ConfigurationError(f"There is no command {first!r}. {nearest_names(first, COMMANDS)}")
+    else:
+        raise ConfigurationError(f"No command was given.\nCommands: {', '.join(COMMANDS)}. See oa-train --help.")
 
 
 def _overview() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="oa-train",
         description="Learned ablations and sparse circuit masks for Hugging Face transformers.",
         epilog="`oa-train COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"oa-train {__version__}")
     # Removed from the command line before any parser sees it; here only to be listed.
     parser.add_argument(*QUIET, action="store_true", help="with any command: print nothing but errors")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the nearest commands when one is misspelt."""
-
-    def error(self, message: str) -> NoReturn:
-        name = message.partition("invalid choice: '")[2].partition("'")[0]
-        if name:
-            raise ConfigurationError(f"There is no command {name!r}. {nearest_names(name, COMMANDS)}")
-        raise ConfigurationError(f"No command was given.\nCommands: {', '.join(COMMANDS)}. See oa-train --help.")
 
 
 def _ending(problem: BaseException) -> tuple[int, str]:
     """Exit status and message of what ended a command."""
     notes = getattr(problem, "__notes__", ())
     if isinstance(problem, SystemExit) and not isinstance(problem.__context__, KeyboardInterrupt):
-        stopped = getattr(problem, "signal", None)
         if problem.code == TERMINATED or type(problem).__name__ == "SIGTERMException":
+            stopped = getattr(problem, "signal", None)
             return TERMINATED, "\n".join([f"ended by {stopped.name if stopped is not None else 'SIGTERM'}.", *notes])
         code = problem.code  # of --help, --version and --print_config, or a library's own
         return (DONE if code is None else code if isinstance(code, int) else FAULT), ""
     if not isinstance(problem, Exception):
         return INTERRUPTED, "\n".join(["interrupted.", *notes])
-    status, message = _error(problem)
-    return status, "\n".join([f"error: {message}", *notes])
+    if isinstance(problem, errors.OaTrainError):
+        status, message = problem.exit_status, str(problem)
+    else:
+        from oa_train.cli.faults import explain
+
+        status, message = explain(problem)
+    return status, "\n".join([*map(_cut, f"error: {message}".split("\n")), *notes])
 
 
-def _error(problem: Exception) -> tuple[int, str]:
-    if isinstance(problem, OaTrainError):
-        return problem.exit_status, str(problem)
-    from oa_train.cli.faults import explain
-
-    return explain(problem)
+def _cut(line: str) -> str:
+    if len(line) <= _HEAD + _TAIL:
+        return line
+    return f"{line[:_HEAD]} ... [{len(line) - _HEAD - _TAIL:,} characters] ... {line[-_TAIL:]}"
 
 
 if __name__ == "__main__":

@@ -1,25 +1,19 @@
 """Terminal output of the commands."""
 
-import io
+import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from oa_train.cli.record import log
-from oa_train.studies.study import Findings, Table
+
+if TYPE_CHECKING:
+    from oa_train.studies.study import Findings, Table
 
 # Columns of output that is read in a file and not on a terminal.
 WIDTH = 160
@@ -31,30 +25,25 @@ class RecordedConsole(Console):
     """A console whose output also goes into the log of the command, as plain text. Names are never markup."""
 
     def __init__(self) -> None:
-        super().__init__(markup=False, highlight=False, emoji=False)
+        super().__init__(markup=False, highlight=False, emoji=False, record=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print, and log."""
-        shown = options if self.is_terminal else {"width": WIDTH} | options
-        super().print(*objects, **shown)
-        paper = Console(file=io.StringIO(), width=WIDTH, color_system=None, markup=False, highlight=False, emoji=False)
-        with paper.capture() as captured:
-            paper.print(*objects, **options)
-        for line in captured.get().rstrip().splitlines():
+        self._width = None if self.is_terminal else WIDTH
+        super().print(*objects, **options)
+        for line in self.export_text().rstrip().splitlines():
             log.info("%s", line)
 
 
-class RateColumn(ProgressColumn):
-    """Steps per second, or seconds per step when they are slow."""
+class RateColumn(bars.ProgressColumn):
+    """Steps per second."""
 
-    def render(self, task: Task) -> Text:
+    def render(self, task: bars.Task) -> Text:
         """Text of the column."""
-        speed = task.finished_speed or task.speed
-        if not speed and task.elapsed:  # rich needs two steps to see a speed
-            speed = task.completed / task.elapsed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f} it/s" if speed >= 1 else f"{1 / speed:.1f} s/it")
+        # rich needs two steps to see a speed
+        return bars.TaskProgressColumn.render_speed(
+            task.finished_speed or task.speed or task.completed / (task.elapsed or math.inf)
+        )
 
 
 console = RecordedConsole()
@@ -63,49 +52,56 @@ progress_console = Console(stderr=True)
 
 def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
     """Iterate over steps with a progress bar on stderr: done, total, rate, time remaining."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     log.info("%s: %d steps", description, len(steps))
-    with Progress(*columns, console=progress_console) as progress:
+    columns = [
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        RateColumn(),
+        bars.TimeRemainingColumn(elapsed_when_finished=True),
+    ]
+    with bars.Progress(*columns, console=progress_console) as progress:
         yield from progress.track(steps, description=description)
 
 
-def show(findings: Findings) -> None:
+def show(findings: "Findings") -> None:
     """Print the tables and lines of a study, and where its results are."""
     for part in findings.shown:
-        console.print(part if isinstance(part, str) else _table(part), soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            console.print(part, soft_wrap=True)
+        else:
+            print_table(part)
     if findings.folder is not None:
         console.print(f"results: {findings.folder}", soft_wrap=True)
 
 
-def print_table(table: Table) -> None:
+def print_table(table: "Table") -> None:
     """Print a table."""
-    console.print(_table(table))
+    console.print(table_of(table.title, table.rows))
 
 
-def _table(table: Table) -> RichTable:
+def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> RichTable:
     """A table whose columns of numbers are aligned to the right."""
-    width = min(max(map(len, table.title.split("\n"))), WIDTH)
-    shown = RichTable(title=table.title, title_justify="left", padding=(0, 0, 0, 1), min_width=width)
-    columns = dict.fromkeys(name for row in table.rows for name in row)
-    cells = [[_cell(row.get(name)) for name in columns] for row in table.rows]
+    width = min(max(map(len, title.split("\n"))), WIDTH)
+    shown = RichTable(title=title, title_justify="left", padding=(0, 0, 0, 1), min_width=width)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    cells = [[_cell(row.get(name)) for name in columns] for row in rows]
     for name, column in zip(columns, zip(*cells, strict=True), strict=True):
         numbers = all(map(_NUMBER.match, column)) and any(column)
-        is_first = not shown.columns
-        shown.add_column(name, justify="right" if numbers else "left", no_wrap=numbers or is_first)
+        shown.add_column(
+            name,
+            justify="right" if numbers else "left",
+            no_wrap=numbers or not shown.columns,
+            min_width=min(12, max(map(len, column))),
+        )
     for row in cells:
         shown.add_row(*row)
     return shown
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return (
+        f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str("" if value is None else value)
+    )

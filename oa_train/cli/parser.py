@@ -20,10 +20,13 @@ from oa_train.models.loading import LMSpec
 from oa_train.tasks.task import Task
 
 
-class _Explaining(ArgumentParser):
+class ExplainingParser(ArgumentParser):
     """Raises our errors instead of printing its usage; knows the class whose arguments it parses."""
 
     owner: type | None = None
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=allow_abbrev, **options)
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
         """Add the arguments of a class."""
@@ -32,25 +35,21 @@ class _Explaining(ArgumentParser):
         return super().add_class_arguments(theclass, nested_key, *args, **options)
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
-        """Raise `ConfigurationError`, or the error that a nested parser or a constructor has raised."""
-        raise (own_error(ex) if ex is not None else None) or explained(message, self) from ex
+        """Raise the error of this package that a nested parser or a constructor has raised, else its message."""
+        raise own_error(ex) or explained(message, self) from ex
 
 
-class ExplainingParser(_Explaining):
-    """Parser of a command."""
-
-
-class ExplainingLightningParser(_Explaining, LightningArgumentParser):
+class ExplainingLightningParser(ExplainingParser, LightningArgumentParser):
     """Parser of Lightning's commands."""
 
 
-def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
-    """Add the groups `lm` and `data`, and hand the model's name to everything that loads it.
+def add_config(parser: ArgumentParser) -> None:
+    """Add the option `--config`."""
+    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
 
-    Args:
-        parser: gets the options.
-        targets: class arguments with `lm` and `seed` of their own; they follow the top-level ones.
-    """
+
+def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
+    """Add the groups `lm` and `data`, and link `lm` and `seed` of the targets to the top-level options."""
     parser.add_class_arguments(LMSpec, "lm")
     parser.add_subclass_arguments(Task, "data", required=True)
     for target in targets:
@@ -60,15 +59,10 @@ def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
 
 
 def check_values(parser: ArgumentParser, options: Namespace) -> None:
-    """Check what the parser accepts unchecked: `trainer: 5` from a file, and null instead of any value.
-
-    Raises:
-        ConfigurationError: a single value stands for a group, or null for a value.
-    """
+    """Refuse what the parser accepts unchecked: `trainer: 5` from a file, and null instead of any value."""
     for group in dict.fromkeys(name.rpartition(".")[0] for name in option_names(parser) if "." in name):
         value = options.get(group)
         if value is not None and not isinstance(value, Namespace):
             raise ConfigurationError(group_problem(group, value, parser))
-    problems = list(null_problems(parser, options))
-    if problems:
+    if problems := list(null_problems(parser, options)):
         raise ConfigurationError("\n".join(problems))

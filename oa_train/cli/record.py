@@ -1,6 +1,7 @@
 """The log of a command: everything that it prints, with time stamps, in `run.log` of its run folder."""
 
 import logging
+import shlex
 import sys
 import threading
 import warnings
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 LOG_FILE = "run.log"
 
@@ -32,8 +33,10 @@ class Record(MemoryHandler):
         if isinstance(self.target, logging.FileHandler):
             if Path(self.target.baseFilename) == path.absolute():
                 return
-            self.target.close()
-        target = _LogFile(path, encoding="utf-8")
+            self._close_target()
+        target = logging.FileHandler(path, encoding="utf-8")
+        # Lines for which the disk has no room are dropped: the terminal has shown them already.
+        vars(target)["handleError"] = lambda record: None
         target.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.setTarget(target)
         self.flushLevel = logging.NOTSET
@@ -47,36 +50,25 @@ class Record(MemoryHandler):
 
     def close(self) -> None:
         """Close the file as well."""
-        if self.target is not None:
-            self.target.close()
+        self._close_target()
         super().close()
 
-
-class _LogFile(logging.FileHandler):
-    """Drops lines for which the disk has no room: the terminal has shown them already."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the library's name)
-        del record
-
-    def close(self) -> None:
+    def _close_target(self) -> None:
         with suppress(OSError):
-            super().close()
+            if self.target is not None:
+                self.target.close()
 
 
 @contextmanager
 def recording(words: Sequence[str]) -> Iterator[None]:
-    """Log what a command prints, Python's warnings and errors of threads included; handlers are removed at the end.
-
-    Args:
-        words: the command line, which is the first line of the log.
-    """
+    """Log a command line, what it prints, Python's warnings and errors of threads, until the command ends."""
     record = Record()
     loggers = [log, *(logging.getLogger(name) for name in LIBRARIES)]
     log.setLevel(logging.INFO)
     log.propagate = False
     for logger in loggers:
         logger.addHandler(record)
-    log.info("oa-train %s", " ".join(words))
+    log.info("%s", shlex.join(["oa-train", *words]))
     try:
         threading.excepthook = _thread_ended
         with warnings.catch_warnings():
@@ -98,14 +90,8 @@ def record_in(folder: Path) -> None:
 
 
 def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
 ) -> None:
-    del file, line
     sys.stderr.write(f"oa-train: warning: {message}\n")
     log.warning("%s (%s, %s:%d)", message, category.__name__, filename, lineno)
 

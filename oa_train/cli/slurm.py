@@ -27,10 +27,7 @@ _SECONDS_TO_ANSWER = 60
 
 
 def slurm_job() -> str | None:
-    """Id of the SLURM job that this process runs in, None elsewhere and in interactive sessions.
-
-    A task of a job array is named as such: the bare id may stand for the whole array.
-    """
+    """Id of this process's SLURM job, or of its task in a job array; None elsewhere and in interactive sessions."""
     job = SLURMEnvironment.job_id()
     if job is None:
         return None
@@ -39,16 +36,9 @@ def slurm_job() -> str | None:
 
 
 def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvironment]:
-    """The environment that Lightning would detect under SLURM, but without its own requeueing.
+    """The environment that Lightning would detect under SLURM, unless the user has chosen one, without its requeueing.
 
-    Its requeueing writes a checkpoint inside a signal handler, to a folder in which every other job would look.
-
-    Args:
-        plugins: the user's; an environment among them is left alone.
-        strategy: the user's.
-
-    Raises:
-        ConfigurationError: the job's own settings cannot work.
+    That writes a checkpoint inside a signal handler, to a folder in which every other job would look.
     """
     chosen = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
     if chosen or getattr(strategy, "cluster_environment", None) is not None or slurm_job() is None:
@@ -62,11 +52,7 @@ def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvi
 
 
 def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
-    """Signals that end a fit: SIGTERM, and in a SLURM job its requeue signal, unless Lightning handles that.
-
-    Args:
-        plugins: of the trainer.
-    """
+    """Signals that end a fit: SIGTERM, and in a SLURM job its requeue signal, unless Lightning handles that."""
     by_lightning = any(isinstance(plugin, SLURMEnvironment) and plugin.auto_requeue for plugin in plugins)
     requeues = slurm_job() is not None and not by_lightning
     return (signal.SIGTERM, REQUEUE_SIGNAL) if requeues else (signal.SIGTERM,)
@@ -89,16 +75,11 @@ def requeued() -> Iterator[None]:
 def _requeue(job: str) -> str:
     """Ask SLURM to start a job again; returns a sentence about the outcome."""
     command = ["scontrol", "requeue", job]
-    by_hand = "The job does not go on by itself."
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS_TO_ANSWER)  # noqa: S603
-    except FileNotFoundError:
-        return f"SLURM's command scontrol is not on PATH, so job {job} was not requeued. {by_hand}"
-    except (OSError, subprocess.TimeoutExpired) as problem:
-        return f"{' '.join(command)} did not work: {problem}. {by_hand}"
-    if done.returncode:
-        answer = " ".join((done.stderr or done.stdout).split())
-        return f"{' '.join(command)} failed with status {done.returncode}: {answer}. {by_hand}"
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS_TO_ANSWER)  # noqa: S603
+    except (OSError, subprocess.SubprocessError) as problem:
+        answer = " ".join([str(problem), *(getattr(problem, "stderr", None) or "").split()])
+        return f"Job {job} could not be requeued and does not go on by itself: {answer}"
     return f"SLURM has requeued job {job}, which will go on by itself."
 
 
@@ -108,45 +89,35 @@ def is_restarted() -> bool:
 
 
 def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Find the last checkpoint of the latest run of this job with this configuration.
+    """Last checkpoint of the latest run of this job with this configuration, and messages about it.
 
     Damaged checkpoints are passed over, so that one of them does not end every further start of the job.
 
     Args:
         folder: holds the runs, `version_<N>`.
         config: configuration of this run, as it would be recorded.
-
-    Returns:
-        The checkpoint, None if there is none, and messages about it.
     """
-    job = slurm_job()
-    damaged = []
-    for run in _runs(folder):
+    job, messages = slurm_job(), []
+    numbers = [run.name.removeprefix(f"{VERSION}_") for run in folder.glob(f"{VERSION}_*")]
+    for number in sorted(filter(str.isdecimal, numbers), key=int, reverse=True):
+        run = RunFolder(folder / f"{VERSION}_{number}")
         checkpoint = run.checkpoint("last")
-        if not checkpoint.is_file() or not _is_run_of(run, job, config):
+        if not checkpoint.is_file() or not is_same_experiment(run, config, job):
             continue
         try:
             read_checkpoint(checkpoint)
         except CheckpointError:
-            damaged.append(f"{checkpoint} is damaged and is passed over.")
+            messages.append(f"{checkpoint} is damaged and is passed over.")
             continue
-        return checkpoint, [*damaged, f"SLURM has started job {job} again; it goes on from {checkpoint}."]
-    return None, [*damaged, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
+        return checkpoint, [*messages, f"SLURM has started job {job} again; it goes on from {checkpoint}."]
+    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
 
 
-def _runs(folder: Path) -> list[RunFolder]:
-    """Runs of an experiment, the latest first."""
-    numbered = {run.name.removeprefix(f"{VERSION}_"): run for run in folder.glob(f"{VERSION}_*")}
-    return [RunFolder(numbered[number]) for number in sorted(filter(str.isdecimal, numbered), key=int, reverse=True)]
-
-
-def _is_run_of(run: RunFolder, job: str | None, config: Mapping[str, Any]) -> bool:
+def is_same_experiment(run: RunFolder, config: Mapping[str, Any], job: str | None = None) -> bool:
+    """True if a run has this configuration and, if one is given, belongs to this job."""
     try:
         recorded = read_config(run.config_path)
     except ConfigurationError:
         return False
-    return recorded.get("slurm_job") == job and _described(recorded) == _described(config)
-
-
-def _described(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name not in RECORDS}
+    same = {**recorded, **dict.fromkeys(RECORDS)} == {**config, **dict.fromkeys(RECORDS)}
+    return same and job in (None, recorded.get("slurm_job"))

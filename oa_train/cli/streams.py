@@ -4,8 +4,9 @@ import codecs
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
 # Substitutes where the terminal's encoding lacks a character.
@@ -22,7 +23,7 @@ def _plain(problem: UnicodeError) -> tuple[str, int]:
 codecs.register_error("oa_train.plain", _plain)
 
 
-class SafeStream(io.TextIOBase):
+class SafeStream:
     """Passes text on to a stream; drops it if the stream is closed, full, or nobody reads it.
 
     Attributes:
@@ -35,41 +36,23 @@ class SafeStream(io.TextIOBase):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="oa_train.plain")
 
-    @property
-    def encoding(self) -> str:  # type: ignore[override] # read-only there as well
-        """Encoding of the stream."""
-        return getattr(self._stream, "encoding", None) or "utf-8"
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
         """Write, or drop the text if that fails."""
-        with self._dropping():
-            if self._stream is not None:
-                self._stream.write(text)
+        self._dropping(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
         """Flush, if that is possible."""
-        with self._dropping():
-            if self._stream is not None:
-                self._stream.flush()
+        self._dropping(self._stream.flush)
 
-    def isatty(self) -> bool:
-        """True for a terminal."""
-        return self._stream is not None and not self._stream.closed and self._stream.isatty()
-
-    def fileno(self) -> int:
-        """File descriptor."""
-        if self._stream is None:
-            raise io.UnsupportedOperation("fileno")
-        return int(self._stream.fileno())
-
-    @contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def _dropping(self, action: Callable[[], object]) -> None:
         try:
-            yield
+            action()
         except BrokenPipeError:
             self.unread = True
-            assert self._stream is not None
             with suppress(OSError, ValueError):  # so that Python's own flush at the end succeeds
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
         except (OSError, ValueError):
@@ -78,17 +61,11 @@ class SafeStream(io.TextIOBase):
 
 @contextmanager
 def safe_streams(quiet: bool) -> Iterator[tuple[SafeStream, SafeStream]]:
-    """Put safe streams in the place of standard output and error.
-
-    Args:
-        quiet: drop everything that is written to them.
-
-    Yields:
-        Safe streams around the standard output and error, which take text even if quiet.
-    """
-    output, error = SafeStream(sys.stdout), SafeStream(sys.stderr)
-    shown = (SafeStream(None), SafeStream(None)) if quiet else (output, error)
-    with redirect_stdout(shown[0]), redirect_stderr(shown[1]):
-        yield output, error
-    output.flush()
-    error.flush()
+    """Put safe streams, or none if quiet, in the place of standard output and error; yields safe ones in any case."""
+    with Path(os.devnull).open("w") as nowhere:
+        output, error = SafeStream(sys.stdout or nowhere), SafeStream(sys.stderr or nowhere)
+        shown: tuple[Any, Any] = (SafeStream(nowhere), SafeStream(nowhere)) if quiet else (output, error)
+        with redirect_stdout(shown[0]), redirect_stderr(shown[1]):
+            yield output, error
+        output.flush()
+        error.flush()

@@ -1,9 +1,9 @@
 """One command for every study: its options follow from its settings."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from jsonargparse import Namespace
 
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.cli.faults import terminable
+from oa_train.cli.faults import Claim, building, terminable
 from oa_train.cli.output import show, track
-from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values
-from oa_train.cli.precheck import refuse_stored_trust, take_options
+from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values
+from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError, nearest_names
@@ -29,8 +29,7 @@ FROM_RUN = ("seed_everything", "lm", "data")
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
-    "several": "folder of a finished run; may be given several times: the first one's model and task are used, "
-    "and its folder gets the results",
+    "several": "folder of a finished run; of several, the first gives model and task and gets the results",
 }
 
 
@@ -42,15 +41,7 @@ def own_study(words: list[str]) -> Findings:
 
 
 def run_study(path: str, words: Sequence[str]) -> Findings:
-    """Run a study and show its findings.
-
-    Args:
-        path: import path of the class.
-        words: its options.
-
-    Raises:
-        ConfigurationError: the class is no study, or an option is wrong.
-    """
+    """Run a study, the class at an import path, with these options, and show its findings."""
     silence_libraries()
     kind = _study_class(path)
     parser = _parser(kind)
@@ -64,7 +55,8 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
     runs = [RunFolder.find(folder) for folder in folders]
     options = _options(parser, runs, rest)
-    chosen = parser.instantiate_classes(options)
+    with building():
+        chosen = parser.instantiate_classes(options)
     if runs:
         check_writable("--run", folders[0], runs[0].path / "studies")
     else:
@@ -72,20 +64,20 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         output_root("--output", chosen.output)
     circuits = _named_apart([run.trained_circuit() for run in runs], runs) if kind.asks_of != "none" else []
     study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
-    run = runs[0] if runs else RunFolder.create(output_root("--output", chosen.output), chosen.experiment)
-    if not runs:
-        run.save_config({name: value for name, value in _plain(parser, options).items() if name != "config"})
-    record_in(run.path)
-    return _carried_out(study, study.claim(run.path))
-
-
-def _carried_out(study: Study[Any], folder: Path) -> Findings:
-    with terminable(), removed_if_empty(folder):
-        findings = study.run()
-    try:
-        findings = study.write(findings, folder)
-    finally:  # a table that could not be written is still shown
-        show(findings)
+    claim = None if runs else Claim(output_root("--output", chosen.output), chosen.experiment)
+    run = runs[0] if claim is None else claim.run
+    with nullcontext() if claim is None else claim.given_up_after_a_refusal():
+        if claim is not None:
+            plain = yaml.safe_load(parser.dump(options, skip_validation=True))
+            run.save_config({name: value for name, value in plain.items() if name != "config"})
+        record_in(run.path)
+        folder = study.claim(run.path)
+        with terminable(), removed_if_empty(folder):
+            findings = study.run()
+        try:
+            findings = study.write(findings, folder)
+        finally:  # a table that could not be written is still shown
+            show(findings)
     return findings
 
 
@@ -104,13 +96,11 @@ def _study_class(path: str) -> type[Study[Any]]:
 
 
 def _parser(kind: type[Study[Any]]) -> ExplainingParser:
-    description = (kind.__doc__ or "").partition("\n")[0]
-    parser = ExplainingParser(prog=f"oa-train {kind.name}", description=description, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+    parser = ExplainingParser(prog=f"oa-train {kind.name}", description=(kind.__doc__ or "").partition("\n")[0])
+    add_config(parser)
     needs_run = kind.asks_of != "none"
-    parser.add_argument(
-        "--run", type=str if needs_run else str | None, required=needs_run, help=_RUN_HELP[kind.asks_of]
-    )
+    run_type = str if needs_run else str | None
+    parser.add_argument("--run", type=run_type, required=needs_run, help=_RUN_HELP[kind.asks_of])
     if not needs_run:
         parser.add_argument("--output", type=str, default="runs", help="folder that gets a new run, without --run")
         parser.add_argument("--experiment", type=str, default=kind.name, help="name of the new run")
@@ -125,18 +115,12 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
     """The options of a command line; model, task and seed are the run's unless it says otherwise."""
     stored: list[str] = []
     if runs:
-        config = runs[0].config()
-        refuse_stored_trust(config, runs[0].config_path, words)
+        config = stored_config(runs[0], words)
         shared = {name: value for name, value in config.items() if name.partition(".")[0] in FROM_RUN}
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
     return options
-
-
-def _plain(parser: ExplainingParser, options: Namespace) -> dict[str, Any]:
-    plain: dict[str, Any] = yaml.safe_load(parser.dump(options, skip_validation=True))
-    return plain
 
 
 def _named_apart(circuits: Sequence[TrainedCircuit], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:

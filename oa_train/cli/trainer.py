@@ -19,46 +19,30 @@ DEFAULT_ROOT = "runs"
 SHARDED = "fsdp"
 
 # Variables from which Lightning takes the rank of a process.
-RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 # Precisions that set the data type of the frozen model, which has to be loaded in it.
 TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
 
-# Smallest numbers of the trainer that work; -1 is without limit.
-_LEAST = {
-    "max_epochs": -1,
-    "max_steps": -1,
-    "log_every_n_steps": 0,
-    "accumulate_grad_batches": 1,
-    "check_val_every_n_epoch": 1,
-    "gradient_clip_val": 0,
-    "num_nodes": 1,
-}
+# Smallest numbers of the trainer that work, where Lightning has no check of its own.
+_LEAST = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 
 
 def check_trainer(chosen: Any, *, writes: bool) -> None:
-    """Check what Lightning would not, or only after the run has begun.
-
-    Args:
-        chosen: the options of a command.
-        writes: a run folder will be made.
-
-    Raises:
-        ConfigurationError: an option has a value that cannot work.
-    """
+    """Check what Lightning would not, or only after the run has begun, and where a run folder will be made."""
     config = chosen.trainer
     for name, least in _LEAST.items():
         value = getattr(config, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+        if value is not None and value < least:
             raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
-    interval = config.val_check_interval
-    if isinstance(interval, int | float) and not interval > 0:
-        raise ConfigurationError(f"trainer.val_check_interval is {interval}; expected more than 0.")
-    if str(config.devices).strip("-").isdigit() and int(config.devices) < 1 and int(config.devices) != -1:
-        raise ConfigurationError(f"trainer.devices is {config.devices}; expected 1 or more, -1 for all, or auto.")
     _check_precision(chosen)
-    _check_strategy(config.strategy)
+    name = config.strategy if isinstance(config.strategy, str) else config.strategy.class_path.rpartition(".")[2]
+    if name.startswith(("fsdp_", "deepspeed", "model_parallel", "FSDP", "DeepSpeed", "ModelParallel")):
+        raise ConfigurationError(  # before anything is loaded; Lightning may want a GPU for it first
+            f"trainer.strategy is {name!r}, which would shard masks and constants as well. For models too large "
+            f"for one device there is {SHARDED}, which shards the frozen model; else ddp."
+        )
     check_experiment(chosen.experiment)
     if writes:
         root = output_root("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
@@ -66,15 +50,11 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
 
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
-    """Check that a validation interval in batches fits into an epoch.
-
-    Raises:
-        ConfigurationError: it does not.
-    """
+    """Check that a validation interval in batches fits into an epoch."""
     interval, limit = config.val_check_interval, config.limit_train_batches
-    length = batches_per_epoch
-    if limit is not None:
-        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+    if isinstance(limit, float):
+        limit = int(limit * batches_per_epoch)
+    length = batches_per_epoch if limit is None else min(batches_per_epoch, limit)
     if isinstance(interval, int) and interval > length and config.check_val_every_n_epoch is not None:
         raise ConfigurationError(
             f"trainer.val_check_interval is {interval}, but an epoch has {length} batches "
@@ -84,11 +64,7 @@ def check_intervals(config: Any, batches_per_epoch: int) -> None:
 
 
 def check_true_precision(option: str, precision: str, dtype: str) -> None:
-    """Check that a "true" precision is the dtype in which the frozen model is loaded.
-
-    Raises:
-        ConfigurationError: it is not.
-    """
+    """Check that a "true" precision is the dtype in which the frozen model is loaded."""
     wanted = TRUE_PRECISIONS.get(precision, dtype)
     if dtype != wanted:
         raise ConfigurationError(
@@ -112,24 +88,16 @@ def trainer_changes(config: Any) -> dict[str, Any]:
 
 
 def ignore_stray_ranks(config: Any) -> list[str]:
-    """Remove the rank from the environment if no launcher has started several processes.
+    """Remove the rank from the environment if no launcher has started several processes; returns what to say of it.
 
     A shell inside an allocation sets such variables, and Lightning would take the run for a process of another rank
-    than 0, which writes nothing.
-
-    Returns:
-        Messages about the variables that were removed.
-
-    Raises:
-        ConfigurationError: several processes are asked for, so that the variables cannot just be ignored.
+    than 0, which writes nothing. Where several processes are asked for, the variables are a mistake.
     """
     # Among the user's plugins may be another environment; several tasks of SLURM and torchrun set these rightly.
     if config.plugins or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ:
         return []
-    if SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS", "1") != "1":
-        return []
-    stray = [name for name in RANKS if os.environ.get(name, "0") != "0"]
-    if not stray:
+    stray = [name for name in _RANKS if os.environ.get(name, "0") != "0"]
+    if not stray or (SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS", "1") != "1"):
         return []
     shown = ", ".join(f"{name}={os.environ[name]}" for name in stray)
     if config.num_nodes > 1 or str(config.devices) not in ("auto", "1"):
@@ -156,13 +124,3 @@ def _check_precision(chosen: Any) -> None:
         raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
     if precision == "16-mixed" and config.strategy == SHARDED:
         raise ConfigurationError("trainer.precision 16-mixed does not go with the strategy fsdp; use bf16-mixed.")
-
-
-def _check_strategy(strategy: Any) -> None:
-    """Refuse, before anything is loaded, what the module would refuse later."""
-    name = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if name.startswith(("fsdp_", "deepspeed", "model_parallel", "FSDP", "DeepSpeed", "ModelParallel")):
-        raise ConfigurationError(
-            f"trainer.strategy is {name!r}, which would shard masks and constants as well. For models too large "
-            f"for one device there is {SHARDED}, which shards the frozen model; else ddp."
-        )

@@ -216,7 +216,7 @@ def test_a_run_that_is_read_only_is_tested(run, capsys):
         ("data: {class_path: IOI, init_args: {order: null}}", "IOI.order is null; expected a value"),
         ("trainer: {max_epochs: 1}\nlm: {dtype: null}", "lm.dtype is None; expected one of float32"),
         ("trainer: {logger: {class_path: WandbLogger}}", "Requirement 'wandb"),
-        ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0; expected more than 0."),
+        ("trainer: {val_check_interval: 0}", "trainer.val_check_interval is 0; expected more (limit_val"),
     ],
 )
 def test_values_that_cannot_be_meant(capsys, content, said):

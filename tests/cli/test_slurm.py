@@ -155,8 +155,8 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (None, "scontrol is not on PATH"),
-        (["echo 'Job is not allowed to be requeued' >&2", "exit 3"], "status 3: Job is not allowed to be requeued"),
+        (None, "No such file or directory: 'scontrol'"),
+        (["echo 'Job is not allowed to be requeued' >&2", "exit 3"], "status 3. Job is not allowed to be requeued"),
     ],
 )
 def test_a_job_that_cannot_be_requeued_says_so(job, monkeypatch, lines, said):
