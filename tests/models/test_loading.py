@@ -21,6 +21,7 @@ from oa_train.models.loading import (
     load_config,
     load_model,
     model_of_config,
+    with_dtype,
 )
 from tests.builders import tiny_model
 
@@ -157,7 +158,7 @@ def test_a_folder_that_does_not_exist_is_named(tmp_path):
     assert "save_pretrained" in message
 
 
-@pytest.mark.parametrize("name", ["./nothing", "../nothing", "~/nothing-here", "a/b/c"])
+@pytest.mark.parametrize("name", ["nothing.gguf", "./nothing", "../nothing", "~/nothing-here", "a/b/c"])
 def test_what_looks_like_a_path_is_never_sought_on_the_hub(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "does not exist" in refused(LMSpec(name))
@@ -166,6 +167,42 @@ def test_what_looks_like_a_path_is_never_sought_on_the_hub(name, tmp_path, monke
 def test_a_folder_without_a_configuration_is_named(damaged):
     (damaged / "config.json").unlink()
     assert "has no config.json" in refused(LMSpec(str(damaged)))
+    (damaged / "small model.gguf").touch()
+    assert f"--lm.gguf_file '{damaged}/small model.gguf'" in refused(LMSpec(str(damaged)))
+
+
+def test_a_file_is_told_from_a_folder(saved):
+    message = refused(LMSpec(str(saved / WEIGHTS)))
+    assert re.search(r"model\.safetensors', a file\.\nExpected the directory that holds it", message)
+
+
+def test_local_paths_are_found_from_another_directory(saved, monkeypatch, tmp_path):
+    monkeypatch.chdir(saved.parent)
+    relative = LMSpec("model"), LMSpec("./model"), LMSpec(str(saved)), LMSpec("model", adapter="model")
+    monkeypatch.chdir(tmp_path)
+    assert {spec.name for spec in relative} == {str(saved)}
+    assert relative[-1].adapter == str(saved)
+    assert load_config(relative[0]).model_type == load_config(relative[1]).model_type
+    assert (LMSpec().name, LMSpec("nobody/model").name) == ("tiny", "nobody/model")
+
+
+@pytest.mark.parametrize("stored", ["bfloat16", "float64"])
+def test_the_data_type_auto_is_the_configurations(tmp_path, stored):
+    tiny_model("llama", getattr(torch, stored)).save_pretrained(tmp_path)
+    spec = LMSpec(str(tmp_path), dtype="auto")
+    assert {load_model(spec).dtype, empty_model(spec).dtype} == {getattr(torch, stored)}
+    assert with_dtype(spec) == LMSpec(str(tmp_path), dtype=stored)
+    assert with_dtype(LMSpec("nothing/at-all")) == LMSpec("nothing/at-all")
+
+
+def test_weights_in_several_files_are_loaded_and_a_missing_one_is_told(tmp_path):
+    model = tiny_model("llama", torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert fingerprint(load_model(LMSpec(str(tmp_path)))) == fingerprint(model)
+    files[1].unlink()
+    assert files[1].name in refused(LMSpec(str(tmp_path)))
 
 
 def test_a_family_that_is_not_supported_is_named(damaged):
@@ -258,7 +295,7 @@ def test_an_adapter_is_never_ignored(damaged, whole):
     if not whole:
         (damaged / "config.json").unlink()
         (damaged / WEIGHTS).unlink()
-    assert re.search(r"holds a LoRA or other adapter(.|\n)*merge_and_unload\(\)", refused(LMSpec(str(damaged))))
+    assert re.search(r"holds a LoRA or other adapter(.|\n)*the adapter as lm\.adapter", refused(LMSpec(str(damaged))))
 
 
 def test_an_adapter_on_the_hub_is_never_ignored(saved, tmp_path, monkeypatch):
