@@ -24,7 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from oa_train.errors import ConfigurationError, ModelError, OaTrainError, nearest_names
 from oa_train.models.adapters import merged
 from oa_train.models.builtin import builtin_folders
-from oa_train.models.families import check_config, check_family
+from oa_train.models.families import check_config, check_family, fold_residual_scale
 from oa_train.models.gguf import dequantised
 from oa_train.models.hub import hub_answers
 
@@ -320,8 +320,11 @@ def model_of_config(family: str, **settings: Any) -> CausalLM:
 
 
 def freeze(model: CausalLM) -> CausalLM:
-    """Put a model into evaluation mode and turn off the gradients of its weights."""
+    """Put a model into evaluation mode, turn off the gradients of its weights, and fold its `residual_scale`."""
     model.eval().requires_grad_(False)
+    fold_residual_scale(model)
+    if model.dtype is torch.float64:
+        model.set_experts_implementation("eager")  # others multiply in at most float32
     return model
 
 
