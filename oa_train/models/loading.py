@@ -204,6 +204,7 @@ def _read_config(spec: LMSpec) -> tuple[PretrainedConfig, bool]:
     except ModelError as problem:
         raise ModelError(f"The language model of {whole.model_type!r} is not supported: {problem}") from problem
     config.dtype = config.dtype or whole.dtype
+    config.tie_word_embeddings = getattr(whole, "tie_word_embeddings", config.tie_word_embeddings)
     config.name_or_path = whole.name_or_path
     return config, True
 

@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from oa_train.errors import ConfigurationError, ModelError
+from oa_train.models.families import find_parts
 from oa_train.models.loading import (
     LMSpec,
     builtin_models,
@@ -193,6 +196,86 @@ def test_the_data_type_auto_is_the_configurations(tmp_path, stored):
     assert {load_model(spec).dtype, empty_model(spec).dtype} == {getattr(torch, stored)}
     assert with_dtype(spec) == LMSpec(str(tmp_path), dtype=stored)
     assert with_dtype(LMSpec("nothing/at-all")) == LMSpec("nothing/at-all")
+
+
+TEXT = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 8,
+    "vocab_size": 64,
+}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "part"),
+    [("gemma3", {}, "gemma3_text"), ("llava", {"model_type": "llama"}, "llama"), ("mistral3", {}, "mistral")],
+)
+def test_of_a_vision_language_model_the_language_model_is_loaded(tmp_path, family, text, part):
+    sizes = VISION | {"image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model(family, text_config=TEXT | text, vision_config=sizes)
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    whole.save_pretrained(tmp_path)
+    model, tokens = load_model(LMSpec(str(tmp_path))), torch.tensor([[1, 5, 6, 7]])
+    assert (model.config.model_type, find_parts(model).dimensions.n_layers) == (part, 2)
+    assert torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+    edit(tmp_path, lambda tensors: tensors.pop(next(name for name in tensors if "layers.1.mlp" in name)))
+    assert "lack 1 tensor (model.layers.1.mlp" in refused(LMSpec(str(tmp_path)))
+
+
+def test_a_vision_language_model_whose_language_model_is_unknown_is_named(tmp_path):
+    AutoConfig.for_model("qwen2_5_vl").save_pretrained(tmp_path)
+    assert "language model of 'qwen2_5_vl' is not supported: Models of the family" in refused(LMSpec(str(tmp_path)))
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> tuple[Path, torch.Tensor]:
+    """A LoRA of the saved model, and the logits of the two."""
+    peft = pytest.importorskip("peft")
+    target = "c_proj" if "gpt2" in str(saved) else "down_proj"
+    options = {"target_modules": [target], "fan_in_fan_out": target == "c_proj"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers by an old name
+        adapted = peft.get_peft_model(load_model(LMSpec(str(saved))), peft.LoraConfig(r=2, lora_alpha=8, **options))
+    adapted.eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter.fill_(0.1)
+        adapted.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter", adapted(input_ids=torch.tensor([[1, 5, 6, 7]])).logits
+
+
+def test_an_adapter_is_merged_on_loading(saved, adapter):
+    folder, expected = adapter
+    model, plain = load_model(LMSpec(str(saved), adapter=str(folder))), load_model(LMSpec(str(saved)))
+    logits = model(input_ids=torch.tensor([[1, 5, 6, 7]])).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert (logits - plain(input_ids=torch.tensor([[1, 5, 6, 7]])).logits).abs().max() > 0.1
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert fingerprint(model) != fingerprint(plain)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_that_does_not_fit_is_refused(saved, adapter, tmp_path):
+    folder, _ = adapter
+    spec = LMSpec(str(saved), adapter=str(folder))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    gone = tensors.pop(sorted(tensors)[0])
+    save_file(tensors, folder / "adapter_model.safetensors")
+    assert "1 tensors that it has and should have differ" in refused(spec)
+    save_file(tensors | {sorted(tensors)[0]: gone[:, :1].contiguous()}, folder / "adapter_model.safetensors")
+    assert re.search(rf"cannot be merged into .*\n.*trained on {saved}", refused(spec))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert re.search(r"has no adapter_model\.safetensors\.(.|\n)*can hold code", refused(spec))
+
+
+def test_an_adapter_and_quantised_weights_exclude_each_other():
+    with pytest.raises(ConfigurationError, match=r"lm\.adapter is merged .* lm\.quantization"):
+        LMSpec(adapter="a/b", quantization="8bit")
 
 
 def test_weights_in_several_files_are_loaded_and_a_missing_one_is_told(tmp_path):
