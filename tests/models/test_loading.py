@@ -244,7 +244,7 @@ def adapter(saved, tmp_path) -> tuple[Path, torch.Tensor]:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora" in name:
-                parameter.fill_(0.1)
+                parameter.copy_(torch.linspace(-0.3, 0.4, parameter.numel()).view_as(parameter))
         adapted.save_pretrained(tmp_path / "adapter")
         return tmp_path / "adapter", adapted(input_ids=torch.tensor([[1, 5, 6, 7]])).logits
 
