@@ -78,6 +78,28 @@ TINY_CONFIGS = {
     "gemma": WIDE,
     "gemma2": WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 4},
     "gemma3_text": WIDE | {"query_pre_attn_scalar": 12, "sliding_window": 4},
+    "olmo3": GROUPED | {"sliding_window": 4},
+    "granite": GROUPED | {"residual_multiplier": 0.3, "embedding_multiplier": 2.0},
+    "stablelm": GROUPED,
+    "bloom": {"n_layer": 3, "n_head": 4, "hidden_size": 32},
+    "falcon": {
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "parallel_attn": False,
+        "alibi": True,
+    },
+    "mixtral": WIDE | {"num_local_experts": 3, "sliding_window": None},
+    "qwen3_moe": WIDE | {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmoe": GROUPED | {"num_experts": 3, "num_experts_per_tok": 2},
+    "gpt_oss": WIDE
+    | {
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+        "rope_parameters": {"rope_type": "default"},
+    },
 }
 
 # Of these families transformers loads every tokenizer as byte-level BPE, whatever class was saved.

@@ -14,7 +14,7 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.diagnostics.reference import run_with_hooks
 from oa_train.engine.values import Values
-from oa_train.models.families import Dimensions, Family, check_family
+from oa_train.models.families import Dimensions, Family, check_config
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
 from oa_train.models.sites import Site
@@ -32,7 +32,7 @@ class _Loops:
     def __init__(self, model: CausalLM, batch: Batch, graph: Graph, mask: Tensor, values: Values) -> None:
         self.model, self.batch, self.graph = model, batch, graph
         self.constants = {site: values.at(site) for site in graph.sites}
-        self.family: Family = check_family(model.config.model_type)
+        self.family: Family = check_config(model.config)
         self.sizes = Dimensions.of(model.config)
         self.blocks: Any = model.get_submodule(self.family.blocks)
         self.masks: dict[str, dict[str, Tensor]] = {name: {} for name in graph.readers}

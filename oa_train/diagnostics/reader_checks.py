@@ -40,7 +40,7 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
     """
     graph, width = Graph.of(model.config), batch.tokens.shape[1]
     place, n_readers = width // 2, graph.n_heads + 2 * graph.n_kv_heads
-    post_norm = bool(check_family(model.config.model_type).attention_post_norm)
+    family = check_family(model.config.model_type)
     values, rows = read_values(model, batch, graph), batch.repeat(n_readers)
     before = torch.arange(width)
     before[place] = place - 1
@@ -59,7 +59,8 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
         varies = ((constant - constant[:, :1]).abs().amax(dim=(1, 3)) > smallest).cpu()
         varies &= may_move.any(dim=1)
         # With a norm after attention the same replacement is written with each token's own scale.
-        varies[: None if post_norm and layer else -graph.n_kv_heads] = False
+        skipped = family.attention_sinks or (family.attention_post_norm and layer)
+        varies[: None if skipped else -graph.n_kv_heads] = False
         wrong += int(((moved & ~may_move).flatten(1).any(dim=1) | varies.any(dim=1)).sum())
     return wrong
 

@@ -5,10 +5,11 @@ Nothing of a family's arithmetic is repeated here. To support another family, ad
 """
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from oa_train.errors import ModelError, nearest_names
@@ -41,13 +42,17 @@ class Family:
             itself has it.
         interleaved: whether a fused projection interleaves each head's query, key and value.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
-            the heads of its own layer; or the name of the configuration's attribute that says so.
+            the heads of its own layer.
         post_norms: whether the outputs of attention and MLP are normed before they are added to the residual stream.
         attention_post_norm: path to that norm of attention.
         joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
             changes the others' queries.
-        requires: an attribute that the configuration must set; without it, models of the family norm the residual
-            stream itself, so that what a part writes does not stay in it.
+        attention_sinks: whether attention weights add up to less than 1, so that heads are no averages of values.
+        residual_scale: attribute of configuration and block with a factor for all that attention and MLP add; `freeze`
+            folds it into the weights of their last projections.
+        variants: what is different in models whose configuration has an attribute set, by that attribute.
+        refuses: why models of the family do not fit whose configuration has an attribute set, or with `not ` before
+            its name has it not set, by that attribute.
     """
 
     model_type: str
@@ -61,12 +66,19 @@ class Family:
     down_projection: str
     mlp_body: str = "mlp"
     interleaved: bool = False
-    parallel: bool | str = False
+    parallel: bool = False
     post_norms: bool = False
     attention_post_norm: str = ""
     joint_norms: bool = False
-    requires: str = ""
+    attention_sinks: bool = False
+    residual_scale: str = ""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    refuses: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+
+_NORMED_STREAM = "it norms the residual stream itself, so that what a head or an MLP writes does not stay in it"
+
+_ADDED_IN_PLACE = "it adds what attention writes to the MLP's output in place, which is then no longer there to read"
 
 GPT2 = Family(
     "gpt2",
@@ -89,6 +101,20 @@ LLAMA = Family(
     projections=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     mlp_input="post_attention_layernorm",
     down_projection="mlp.down_proj",
+)
+BLOOM = replace(
+    LLAMA,
+    model_type="bloom",
+    blocks="transformer.h",
+    attention_output="self_attention.dense",
+    # Its MLP adds what the residual stream holds by itself.
+    mlp="mlp.dense_4h_to_h",
+    mlp_body="",
+    final_norm="transformer.ln_f",
+    projections=("self_attention.query_key_value",),
+    down_projection="mlp.dense_4h_to_h",
+    interleaved=True,
+    refuses={"apply_residual_connection_post_layernorm": _NORMED_STREAM},
 )
 # These norm what attention and MLP write before it is added to the residual stream.
 GEMMA2 = replace(
@@ -121,6 +147,25 @@ FAMILIES = {
         ),
         LLAMA,
         *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo")),
+        # Mixtures of experts: the whole layer of experts is the MLP.
+        *(replace(LLAMA, model_type=name, down_projection="") for name in ("mixtral", "qwen3_moe")),
+        replace(LLAMA, model_type="gpt_oss", down_projection="", attention_sinks=True),
+        replace(LLAMA, model_type="olmoe", down_projection="", joint_norms=True),
+        replace(LLAMA, model_type="granite", residual_scale="residual_multiplier"),
+        replace(
+            LLAMA,
+            model_type="stablelm",
+            variants={"use_parallel_residual": {"parallel": True, "mlp_input": "input_layernorm"}},
+        ),
+        BLOOM,
+        replace(
+            BLOOM,
+            model_type="falcon",
+            mlp="mlp",
+            mlp_body="mlp",
+            variants={"multi_query": {"interleaved": False}},
+            refuses=dict.fromkeys(("parallel_attn", "new_decoder_architecture"), _ADDED_IN_PLACE),
+        ),
         replace(LLAMA, model_type="phi3", projections=("self_attn.qkv_proj",)),
         replace(
             LLAMA,
@@ -136,7 +181,7 @@ FAMILIES = {
             model_type="gpt_neox",
             blocks="gpt_neox.layers",
             attention_output="attention.dense",
-            parallel="use_parallel_residual",
+            variants={"use_parallel_residual": {"parallel": True}},
             final_norm="gpt_neox.final_layer_norm",
             projections=("attention.query_key_value",),
             down_projection="mlp.dense_4h_to_h",
@@ -149,7 +194,7 @@ FAMILIES = {
             attention_output="self_attn.out_proj",
             mlp="fc2",
             mlp_body="",
-            requires="do_layer_norm_before",
+            refuses={"not do_layer_norm_before": _NORMED_STREAM},
             final_norm="model.decoder.final_layer_norm",
             attention_norm="self_attn_layer_norm",
             mlp_input="final_layer_norm",
@@ -158,7 +203,10 @@ FAMILIES = {
         GEMMA2,
         replace(GEMMA2, model_type="gemma3_text"),
         # Attention and MLP read the residual stream without a norm.
-        replace(GEMMA2, model_type="olmo2", attention_norm="", mlp_input="mlp", joint_norms=True),
+        *(
+            replace(GEMMA2, model_type=name, attention_norm="", mlp_input="mlp", joint_norms=True)
+            for name in ("olmo2", "olmo3")
+        ),
     )
 }
 
@@ -178,18 +226,22 @@ def check_family(model_type: str) -> Family:
 
 
 def check_config(config: Any) -> Family:
-    """Look up the family of a configuration.
+    """Look up the family of a configuration, in the variant that the configuration asks for.
 
     Raises:
         ModelError: the table has no such family, or its entry does not cover this model.
     """
     family = check_family(config.model_type)
-    if family.requires and not getattr(config, family.requires):
-        raise ModelError(
-            f"Models of the family {family.model_type!r} are supported where their configuration has "
-            f"{family.requires}, and this one has not: it norms the residual stream itself, so that what a head or "
-            "an MLP writes does not stay in it."
-        )
+    for condition, reason in family.refuses.items():
+        name = condition.removeprefix("not ")
+        if bool(getattr(config, name)) is (name == condition):
+            raise ModelError(
+                f"Models of the family {family.model_type!r} are not supported where {name} is "
+                f"{getattr(config, name)}: {reason}."
+            )
+    changes = [change for name, change in family.variants.items() if getattr(config, name)]
+    for change in changes:
+        family = replace(family, **change)
     return family
 
 
@@ -197,10 +249,43 @@ def is_parallel(config: Any) -> bool:
     """True if attention and MLP of a block read the same residual stream in a model of this configuration.
 
     Raises:
-        ModelError: the family is not in the table.
+        ModelError: as `check_config`.
     """
-    parallel = check_family(config.model_type).parallel
-    return bool(getattr(config, parallel)) if isinstance(parallel, str) else parallel
+    return check_config(config).parallel
+
+
+def n_kv_heads(config: Any) -> int:
+    """Keys of an attention layer, and values: heads share them where there are fewer than queries."""
+    if getattr(config, "multi_query", False):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or Dimensions.of(config).n_heads
+
+
+@torch.no_grad()
+def fold_residual_scale(model: Any) -> None:
+    """Multiply the weights of what attention and MLP write last by the factor that a family's blocks have for it.
+
+    The model computes the same, and what its parts write is what its residual stream gets.
+
+    Raises:
+        ModelError: the weights are quantised.
+    """
+    name = FAMILIES[model.config.model_type].residual_scale if model.config.model_type in FAMILIES else ""
+    scale = getattr(model.config, name) if name else 1.0
+    if scale == 1:
+        return
+    family = check_family(model.config.model_type)
+    for block in model.get_submodule(family.blocks):
+        for path in (family.attention_output, family.down_projection):
+            for parameter in block.get_submodule(path).parameters():
+                if not parameter.is_floating_point():
+                    raise ModelError(
+                        f"The blocks of this {family.model_type} model multiply what they add by {scale}, which "
+                        "cannot be folded into quantised weights. Load it without lm.quantization."
+                    )
+                parameter.mul_(scale)
+        setattr(block, name, 1.0)
+    setattr(model.config, name, 1.0)
 
 
 @dataclass(frozen=True)
@@ -226,7 +311,9 @@ class Dimensions:
         """Read the sizes from a Hugging Face configuration."""
         n_heads, d_model = config.num_attention_heads, config.hidden_size
         d_head = getattr(config, "head_dim", None) or d_model // n_heads
-        widths = (getattr(config, name, None) for name in ("n_inner", "intermediate_size", "ffn_dim"))
+        widths = (
+            getattr(config, name, None) for name in ("n_inner", "intermediate_size", "ffn_dim", "ffn_hidden_size")
+        )
         d_mlp = next((width for width in widths if width), 4 * d_model)
         return cls(config.num_hidden_layers, n_heads, d_head, d_model, d_mlp)
 
@@ -338,6 +425,12 @@ def find_parts(model: Any) -> Parts:
 
 def _find_parts(model: Any, lookup: Lookup) -> Parts:
     family, sizes = check_config(model.config), Dimensions.of(model.config)
+    if family.residual_scale and getattr(model.config, family.residual_scale) != 1:
+        raise ModelError(
+            f"The blocks of this {family.model_type} model multiply what they add by {family.residual_scale}. Load it "
+            "with oa_train.load_model, or pass it to oa_train.models.loading.freeze: both fold the factor into the "
+            "weights."
+        )
 
     def of_blocks(path: str) -> tuple[nn.Module, ...]:
         return tuple(lookup.get(block, path) for block in blocks)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
 from oa_train.models.edge_layout import EdgeLayout
-from oa_train.models.families import Dimensions, is_parallel
+from oa_train.models.families import Dimensions, is_parallel, n_kv_heads
 from oa_train.models.levels import Level, ScoreMap
 from oa_train.models.pruning import within_budget, without_dangling
 from oa_train.models.selection import Nodes
@@ -45,8 +45,8 @@ class Graph(EdgeLayout, Level):
     def of(cls, config: Any) -> "Graph":
         """The graph of a model with this Hugging Face configuration."""
         sizes = Dimensions.of(config)
-        n_kv_heads = getattr(config, "num_key_value_heads", None) or sizes.n_heads
-        return _graph(sizes.n_layers, sizes.n_heads, n_kv_heads, is_parallel(config), sizes.d_head, sizes.d_model)
+        groups = n_kv_heads(config)
+        return _graph(sizes.n_layers, sizes.n_heads, groups, is_parallel(config), sizes.d_head, sizes.d_model)
 
     @cached_property
     def sources(self) -> tuple[str, ...]:

@@ -134,6 +134,11 @@ def _find_residual_parts(model: CausalLM, lookup: Lookup) -> ResidualParts:
     )
 
 
+def _is_falcon_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return (kind.__module__, kind.__qualname__) == ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     kind = type(module)
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
@@ -142,7 +147,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _check_plain(module: Any, path: str, layer: int) -> None:
     """Refuse what computes anything other than `weight @ input + bias`: adapters, quantised and other layers."""
     packed = _is_quantised(module)
-    if (type(module) is nn.Linear or _is_conv1d(module)) and not packed:
+    if (type(module) is nn.Linear or _is_conv1d(module) or _is_falcon_linear(module)) and not packed:
         return
     if hasattr(module, "base_layer"):
         reason, advice = (

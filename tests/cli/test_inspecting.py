@@ -142,7 +142,7 @@ def test_a_wrong_entry_ends_with_status_1_and_names_the_failed_checks(capsys, mo
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--lm.name ./bloom", "docs/extending.md shows how"),
+        ("--lm.name ./rwkv", "docs/extending.md shows how"),
         ("--lm.name ./gpt2 --check", "The model './gpt2' cannot be loaded"),
         ("--lm.name ./nowhere", "a directory that does not exist"),
         ("--batch_size 0", "batch_size is 0; expected a number of at least 1."),
@@ -155,7 +155,7 @@ def test_a_wrong_entry_ends_with_status_1_and_names_the_failed_checks(capsys, mo
     ],
 )
 def test_mistakes(capsys, words, said):
-    save_config("bloom", "bloom")
+    save_config("rwkv", "rwkv")
     save_config("gpt2", "gpt2")
     assert main(["inspect", *words.split()]) == 2
     assert said in capsys.readouterr().err

@@ -11,7 +11,8 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ModelError
-from oa_train.models.families import FAMILIES, Dimensions, check_family, find_parts, is_parallel
+from oa_train.models.families import FAMILIES, Dimensions, check_config, check_family, find_parts, is_parallel
+from oa_train.models.loading import freeze
 from oa_train.models.residual import find_residual_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap, tapped
@@ -23,7 +24,7 @@ def test_every_family_stands_under_its_own_name():
     assert {"gpt2", "llama"} <= FAMILIES.keys() == TINY_CONFIGS.keys()
 
 
-@pytest.mark.parametrize(("name", "words"), [("bloom", "Valid names: .*gpt2.*llama"), ("gpt-2", "Did you mean gpt2")])
+@pytest.mark.parametrize(("name", "words"), [("rwkv", "Valid names: .*gpt2.*llama"), ("gpt-2", "Did you mean gpt2")])
 def test_another_family_is_refused_with_those_that_there_are(name, words):
     with pytest.raises(ModelError, match=f"'{name}' are not supported. {words}") as caught:
         check_family(name)
@@ -34,8 +35,38 @@ def test_a_model_that_norms_its_residual_stream_is_refused():
     # So is OPT-350m. Its blocks norm after they have added, so that no part's output stays in the stream.
     options = TINY_CONFIGS["opt"] | {"do_layer_norm_before": False, "word_embed_proj_dim": 16}
     config = AutoConfig.for_model("opt", vocab_size=VOCABULARY, **options)
-    with pytest.raises(ModelError, match=r"'opt' are supported where .* do_layer_norm_before, and this one has not"):
+    with pytest.raises(
+        ModelError, match="'opt' are not supported where do_layer_norm_before is False: it norms the residual"
+    ):
         find_parts(AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("falcon", {"parallel_attn": True}, "parallel_attn is True: it adds .* in place"),
+        ("falcon", {"parallel_attn": False, "new_decoder_architecture": True}, "new_decoder_architecture is True"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "norms the residual stream itself"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_with_the_reason(family, options, words):
+    with pytest.raises(ModelError, match=f"'{family}' are not supported where .*{words}"):
+        check_config(AutoConfig.for_model(family, **options))
+
+
+def test_a_scaled_residual_is_folded_into_the_weights():
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("granite", vocab_size=VOCABULARY, **TINY_CONFIGS["granite"]), dtype=torch.float64
+    ).eval()
+    tokens = torch.tensor([[1, 5, 6, 7]])
+    with pytest.raises(ModelError, match=r"multiply what they add by residual_multiplier\. .* both fold the factor"):
+        find_parts(model)
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        assert freeze(freeze(model)) is model  # the second time changes nothing
+        torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=1e-12, atol=1e-12)
+    assert model.config.residual_multiplier == 1
+    assert find_parts(model)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +77,8 @@ def test_a_model_that_norms_its_residual_stream_is_refused():
         ("gpt_neox", {"use_parallel_residual": False}, False),
         ("gptj", {}, True),
         ("phi", {}, True),
+        ("stablelm", {"use_parallel_residual": True}, True),
+        ("stablelm", {}, False),
         ("opt", {}, False),
     ],
 )
@@ -54,7 +87,7 @@ def test_parallel_blocks_are_told_from_others(family, options, parallel):
 
 
 def test_post_norms_are_named():
-    assert {name for name in FAMILIES if FAMILIES[name].post_norms} == {"gemma2", "gemma3_text", "olmo2"}
+    assert {name for name in FAMILIES if FAMILIES[name].post_norms} == {"gemma2", "gemma3_text", "olmo2", "olmo3"}
 
 
 @pytest.mark.parametrize(
@@ -137,8 +170,8 @@ def test_a_model_that_is_built_otherwise_is_refused(path):
 
 def test_a_model_of_another_family_is_refused():
     model = tiny_model("gpt2")
-    model.config.model_type = "bloom"
-    with pytest.raises(ModelError, match="'bloom'"):
+    model.config.model_type = "rwkv"
+    with pytest.raises(ModelError, match="'rwkv'"):
         find_parts(model)
 
 

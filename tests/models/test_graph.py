@@ -80,8 +80,8 @@ def test_names_and_numbers_of_sources_and_readers_agree():
 
 
 def test_a_configuration_of_another_family_is_refused():
-    with pytest.raises(ModelError, match="'bloom'"):
-        Graph.of(AutoConfig.for_model("bloom"))
+    with pytest.raises(ModelError, match="'gpt_bigcode'"):
+        Graph.of(AutoConfig.for_model("gpt_bigcode"))
 
 
 def test_names_of_edges_and_masks_say_the_same():
