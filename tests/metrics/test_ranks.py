@@ -46,7 +46,9 @@ def test_parts_above_a_threshold_are_few_where_there_is_no_effect() -> None:
         flags, adjusted = above(noise, 0.0)
         assert flags[:20].all()
         wrong.append(flags[20:].sum() / flags.sum())
-        assert (adjusted >= stats.ttest_1samp(noise.double().numpy(), 0, axis=1, alternative="greater").pvalue - 1e-12).all()
+        assert (
+            adjusted >= stats.ttest_1samp(noise.double().numpy(), 0, axis=1, alternative="greater").pvalue - 1e-12
+        ).all()
     assert np.mean(wrong) <= 0.07  # the rate is 0.045, over 40 draws of about 20 parts
 
 
