@@ -40,6 +40,13 @@ class Layout:
     convert: Callable[[Fields], Fields]
     optional: tuple[str, ...] | None = None
 
+    def fits(self, fields: Fields) -> bool:
+        """True if a row has all fields that this layout needs, and none that it does not know."""
+        known = None if self.optional is None else {*self.required, *self.optional}
+        return all(not _is_empty(value_at(fields, name)) for name in self.required) and (
+            known is None or fields.keys() <= known
+        )
+
     def read(self, fields: Fields) -> Fields:
         """Fields of `Records` of a row.
 

@@ -123,6 +123,8 @@ class RecordFitter:
         """The prompt up to the last token of its answer, with a question at each token before."""
         questions = []
         for place, piece in enumerate(right.pieces):
+            if not "".join(right.pieces[: place + 1]).strip():
+                continue  # a token that is only a space is the prompt's
             rivals = [tail for tail in wrong if tail.ids[:place] == right.ids[:place] and len(tail.ids) > place]
             others = dict.fromkeys(tail.pieces[place] for tail in rivals if tail.ids[place] != right.ids[place])
             questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
@@ -165,7 +167,8 @@ class RecordFitter:
         try:
             self.encoder.span_flags([prompt.text], [prompt.spans])
         except TaskError as problem:
-            raise RowError("a span that is no part of its prompt", str(problem).splitlines()[0]) from None
+            reason = str(problem).partition("; expected")[0].partition(". Let it cover")[0]
+            raise RowError("a span that cannot be used", reason) from None
 
 
 @dataclass(frozen=True)

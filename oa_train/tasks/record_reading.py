@@ -66,6 +66,7 @@ class RecordReader:
         self.spaced: dict[str, str] = {}
         self.n_spaced = 0
         self.problems: list[tuple[str, RowError]] = []
+        self.misfit: Fields | None = None  # the first row that is not of the layout
 
     def read(self, rows: Iterable[Row]) -> list[Record]:
         """Records in the order of the file, at most `max_prompts`."""
@@ -115,7 +116,11 @@ class RecordReader:
             raise row.content
         content = {name: value for name, value in row.content.items() if name not in self.ignored}
         split = content.pop("split", None)
-        fields = {"split": split, **self.layout.read(content)}
+        try:
+            fields = {"split": split, **self.layout.read(content)}
+        except RowError:
+            self.misfit = self.misfit or content
+            raise
         text = _text("prompt", fields["prompt"])
         counterfactual = fields.get("counterfactual")
         other = None if counterfactual is None else _text("counterfactual", counterfactual)

@@ -1,13 +1,14 @@
 """Prompts from a file: one's own, or those of other packages and benchmarks."""
 
 import json
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal, get_args
 
 from oa_train.errors import ConfigurationError, TaskError, unknown_name
 from oa_train.seeds import python_generator
 from oa_train.tasks.layouts import LAYOUTS
-from oa_train.tasks.record_files import Row, RowError, read_rows, report
+from oa_train.tasks.record_files import Fields, Row, RowError, read_rows, report
 from oa_train.tasks.record_fitting import RecordFitter
 from oa_train.tasks.record_reading import LeadingSpace, RecordReader
 from oa_train.tasks.record_streams import cut_into_streams
@@ -72,33 +73,40 @@ class Records(Task):
         positive("max_prompts", max_prompts)
         super().__init__(**options)
         self.layout = layout
-        self.source = path if path is not None else "data.rows"
+        self.source, content = self._content(path, subset, rows)
         self.left_out: list[tuple[str, RowError]] = []
-        content = (
-            read_rows(path, subset)
-            if path is not None
-            else (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
-        )
         reader = RecordReader(LAYOUTS[layout], self.tokenizer.decode, leading_space, ignored_fields, max_prompts)
         records = reader.read(content)
         fitter = RecordFitter(self.encoder, self.answer_positions)
         fitted = fitter.fit(records, reader.problems)
-        self._refuse(reader.problems, reader.n_rows, bad_rows)
+        self._refuse(reader.problems, reader.n_rows, bad_rows, reader.misfit)
         self.remarks += [*reader.remarks(), *fitter.remarks(len(fitted))]
         self.streams = cut_into_streams(fitted, self.source)
         self.places = {record.prompt.text: record.place for record in fitted}
         self._check_sizes()
         self._order: dict[tuple[Stream, int], list[int]] = {}
 
-    def _refuse(self, problems: list[tuple[str, RowError]], n_rows: int, bad_rows: BadRows) -> None:
+    def _content(
+        self, path: str | None, subset: str | None, rows: list[dict[str, Any]] | None
+    ) -> tuple[str, Iterable[Row]]:
+        """Name of the rows for messages, and the rows."""
+        if path is not None:
+            return path, read_rows(path, subset)
+        return "data.rows", (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
+
+    def _refuse(
+        self, problems: list[tuple[str, RowError]], n_rows: int, bad_rows: BadRows, example: Fields | None
+    ) -> None:
         if n_rows == 0:
             raise TaskError(f"{self.source} has no rows.")
         if not problems:
             return
         if bad_rows == "stop":
+            unknown = any(problem.problem.startswith("unknown field") for _, problem in problems)
+            extra = " Fields that are of no use here are named in --data.ignored_fields." if unknown else ""
             raise TaskError(
                 f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
-                "Mend them, or leave them out with --data.bad_rows leave_out."
+                f"Mend them, or leave them out with --data.bad_rows leave_out.{extra}{_other_layouts(example)}"
             )
         self.left_out = problems
         self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
@@ -152,3 +160,9 @@ class Records(Task):
                 digest.update(json.dumps([stream, prompt.to_row()]).encode())
         n_prompts = len({prompt.text for prompts in self.streams.values() for prompt in prompts})
         return {**super().describe(), "prompts": digest.hexdigest(), "n_distinct_prompts": n_prompts}
+
+
+def _other_layouts(fields: Fields | None) -> str:
+    """Advice for a row that is not of the layout that was named, if it is of others."""
+    names = [name for name, layout in LAYOUTS.items() if fields is not None and layout.fits(fields)]
+    return f"\nThe fields are those of --data.layout {' or '.join(names)}." if names else ""
