@@ -7,6 +7,7 @@ from oa_train.tasks.grammar import GrammarTask as GrammarTask
 from oa_train.tasks.greater_than import GreaterThan as GreaterThan
 from oa_train.tasks.induction import Induction as Induction
 from oa_train.tasks.ioi import IOI as IOI
+from oa_train.tasks.records import Records as Records
 from oa_train.tasks.task import Prompt as Prompt
 from oa_train.tasks.task import Question as Question
 from oa_train.tasks.task import Stream as Stream

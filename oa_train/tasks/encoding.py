@@ -1,5 +1,6 @@
 """Tokenizers, and the encoding of prompts: BOS, padding, spans, protected tokens, single-token words."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Literal
@@ -21,6 +22,10 @@ Span = tuple[int, int] | str
 # An ordinary word in front of a probe: tokenizers encode the first word of a text differently from words after a
 # space, and most words of a prompt follow a space.
 CONTEXT = "Then"
+
+# Signs after which, and in front of which, a word follows without a space.
+OPENING = "([{<“‘«„$£€#@/\\-–_^~*"  # noqa: RUF001
+CLOSING = ".,;:!?)]}>”’»%'\"-–/"  # noqa: RUF001
 
 
 def load_tokenizer(spec: LMSpec) -> Tokenizer:
@@ -53,6 +58,7 @@ class PromptEncoder:
         bos: id of the token in front of every prompt; None for none.
         vocabulary_size: rows of the model's embedding.
         n_positions: rows of the model's position embedding; None for a model without one (rotary embeddings).
+        context_length: tokens of the longest text that the model was made for; `n_positions` by default.
 
     Attributes:
         padding: id that fills padded columns. Any id of the embedding will do, because those columns are masked.
@@ -63,12 +69,18 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, bos: int | None, vocabulary_size: int, n_positions: int | None = None
+        self,
+        tokenizer: Tokenizer,
+        bos: int | None,
+        vocabulary_size: int,
+        n_positions: int | None = None,
+        context_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.bos = bos
         self.vocabulary_size = vocabulary_size
         self.n_positions = n_positions
+        self.context_length = n_positions if context_length is None else context_length
         if bos is not None and bos >= vocabulary_size:
             raise ModelError(
                 f"The beginning-of-sequence token {tokenizer.convert_ids_to_tokens(bos)!r} has the id {bos}, but the "
@@ -94,8 +106,9 @@ class PromptEncoder:
         tokenizer, config = load_tokenizer(spec), load_config(spec).get_text_config()
         # Rotary models compute positions; all others look them up in an embedding.
         rotary = getattr(config, "rope_parameters", None)
-        n_positions = None if rotary else getattr(config, "max_position_embeddings", None)
-        return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions)
+        context_length = getattr(config, "max_position_embeddings", None)
+        n_positions = None if rotary else context_length
+        return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions, context_length)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts without the tokenizer's own special tokens, each with the BOS in front unless it has one.
@@ -113,6 +126,21 @@ class PromptEncoder:
                     "tokenizer and not to the model. Leave it out of the prompts, or resize the model's embedding."
                 )
         return rows
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of a text as `encode` gives them, and for each the character of the text after its last one.
+
+        Raises:
+            TaskError: as of `encode`; the tokenizer is a slow one, which does not tell what its tokens cover.
+        """
+        if not self.tokenizer.is_fast:
+            raise TaskError(
+                f"This tokenizer is a slow one ({type(self.tokenizer).__name__}), which does not tell which "
+                "characters a token covers. Use the model's fast tokenizer (a folder with tokenizer.json)."
+            )
+        ids = self.encode([text])[0]
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return ids, [0] * (len(ids) - len(offsets)) + [end for _, end in offsets]
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
@@ -201,9 +229,11 @@ class PromptEncoder:
             The id; None when `piece` is several tokens, changes the tokens before it, or is unknown.
         """
         last_word = text.rsplit(maxsplit=1)[-1] if text.strip() else ""
+        # With the white space that ends the text: "is " goes on with "43" where "is" goes on with " 43".
+        last_word += text[len(text.rstrip()) :]
         key = (last_word, piece)
         if key not in self._continuations:
-            context = f"{CONTEXT} {last_word}".rstrip()
+            context = f"{CONTEXT} {last_word}" if last_word else CONTEXT
             before, after = self._plain([context, context + piece])
             follows = after[:-1] == before and len(after) == len(before) + 1 and after[-1] < self.vocabulary_size
             # A token for unknown words, declared as such or not, does not give the word back.
@@ -222,6 +252,20 @@ class PromptEncoder:
     def _opening(self, ids: list[int]) -> list[int]:
         """The BOS, if there is one and the text does not begin with it."""
         return [] if self.bos is None or ids[:1] == [self.bos] else [self.bos]
+
+
+def needs_space(text: str, word: str) -> bool:
+    """True if a word can only go on after a text with a space between them, as "Paris" does after "The capital is".
+
+    No space belongs after white space or an opening sign, in front of a closing sign, inside a number, or in scripts
+    without spaces.
+    """
+    if not text or not word or text[-1].isspace() or word[0].isspace():
+        return False
+    wide = any(unicodedata.east_asian_width(character) in "WF" for character in (text[-1], word[0]))
+    in_number = text[-1].isdigit() and word[0].isdigit()
+    in_quotes = text[-1] == '"' and text.count('"') % 2 == 1
+    return not (wide or in_number or in_quotes or text[-1] in OPENING or word[0] in CLOSING)
 
 
 def _characters(text: str, name: str, span: Span) -> tuple[int, int]:

@@ -1,18 +1,21 @@
 """Tasks: sources of prompts in streams, and the batches made of them."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
+from oa_train.files import replace_file
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Bool, Int, Tensor
-from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Span, Tokenizer
+from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Span, Tokenizer, needs_space
 
 Stream = Literal["train", "refit", "means", "validation", "test"]
 AnswerPositions = Literal["last", "every"]
@@ -54,6 +57,21 @@ class Prompt(Question):
     counterfactual: str | None = None
     earlier: tuple[Question, ...] = ()
     spans: Mapping[str, Span] = field(default_factory=dict, hash=False)
+
+    def to_row(self) -> dict[str, Any]:
+        """The prompt in the fields that `Records` reads."""
+        questions = [_row_of(question) for question in (self, *self.earlier)]
+        row = questions[0] | {"counterfactual": self.counterfactual, "earlier": questions[1:]}
+        row["spans"] = {name: list(span) if isinstance(span, tuple) else span for name, span in self.spans.items()}
+        # Where `Records` would put a space.
+        words = (*self.answers, *self.distractors)
+        row["as_written"] = self.text.endswith(" ") or any(needs_space(self.text, word) for word in words)
+        return {name: value for name, value in row.items() if value}
+
+
+def _row_of(question: Question) -> dict[str, Any]:
+    row = {"prompt": question.text, "answers": list(question.answers)}
+    return row | ({"wrong_answers": list(question.distractors)} if question.distractors else {})
 
 
 def stream_of(text: str) -> Stream:
@@ -146,6 +164,33 @@ class Task(ABC):
     def bos_token_id(self) -> int | None:
         """Id of the token in front of every prompt; None for no such token."""
         return self.encoder.bos
+
+    def size(self, stream: Stream) -> int | None:
+        """Number of prompts of a stream; None where prompts are drawn without end."""
+        return None
+
+    def save(self, path: str | Path, stream: Stream, n_prompts: int) -> int:
+        """Write the first prompts of a stream to a JSON Lines file, which `Records` reads.
+
+        Repeated texts are written once.
+
+        Args:
+            path: the file; it is replaced.
+            stream: where the prompts are from, and which they return to.
+            n_prompts: how many are read; fewer where the stream has fewer.
+
+        Returns:
+            The number of prompts that were written.
+
+        Raises:
+            TaskError: as of `prompt`.
+        """
+        size = self.size(stream)
+        numbers = range(n_prompts if size is None else min(n_prompts, size))
+        prompts = {prompt.text: prompt for prompt in (self.prompt(stream, number) for number in numbers)}
+        lines = [json.dumps({**prompt.to_row(), "split": stream}, ensure_ascii=False) for prompt in prompts.values()]
+        replace_file(Path(path), "".join(f"{line}\n" for line in lines).encode())
+        return len(prompts)
 
     def batch(self, stream: Stream, index: int, size: int | None = None) -> Batch:
         """Prompts `index * size` to `(index + 1) * size - 1` of a stream; `size` is `batch_size` by default.

@@ -1,0 +1,244 @@
+"""Rows of files: JSON Lines, JSON, CSV, Parquet and datasets of the Hub, one at a time and with their line numbers."""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, takewhile
+from pathlib import Path
+from typing import Any
+
+from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
+
+HUB = "hf://"
+
+# A longer line is no prompt: most often a whole JSON file without line breaks.
+MOST_CHARACTERS = 1_000_000
+
+# Rows of a problem that a message lists; it counts the others.
+MOST_LISTED = 10
+
+Fields = dict[str, Any]
+
+
+class RowError(ValueError):
+    """Why a row cannot be used.
+
+    Attributes:
+        problem: the kind of fault, which rows of a report are grouped by.
+        detail: the field and its value.
+    """
+
+    def __init__(self, problem: str, detail: str) -> None:
+        super().__init__(f"{problem}: {detail}")
+        self.problem = problem
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a file.
+
+    Attributes:
+        place: where it stands ("line 3").
+        content: its fields, or why it has none.
+    """
+
+    place: str
+    content: Fields | RowError
+
+
+def read_rows(path: str, subset: str | None = None) -> Iterator[Row]:
+    """Rows of a file by its suffix, of a folder that `datasets` has saved, or of `hf://owner/name` on the Hub.
+
+    Args:
+        path: the file, folder or dataset.
+        subset: configuration of a dataset of the Hub.
+
+    Raises:
+        ConfigurationError: there is no such file, or its format is not known.
+        ArtefactError: the file is not what its suffix says, is not UTF-8, or the dataset cannot be reached.
+    """
+    if path.startswith(HUB):
+        return _dataset_rows(path, subset)
+    file = Path(path).expanduser()
+    if subset is not None:
+        raise ConfigurationError(
+            f"data.subset is for datasets of the Hub ({HUB}owner/name), and data.path is {path!r}."
+        )
+    if file.is_dir():
+        return _dataset_rows(str(file), None)
+    if not file.is_file():
+        names = sorted(other.name for other in file.parent.glob("*") if other.suffix in READERS)
+        near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
+        raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
+    if file.suffix.lower() not in READERS:
+        raise ConfigurationError(
+            f"data.path is {path!r}, and {file.suffix or 'no suffix'!r} is no known format; expected "
+            f"{', '.join(READERS)}, a folder saved by `datasets`, or {HUB}owner/name."
+        )
+    return READERS[file.suffix.lower()](file)
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """A value as a message shows it: quoted, and cut in the middle when it is long."""
+    text = repr(value[: 2 * most] + value[-most:] if isinstance(value, str) and len(value) > 4 * most else value)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 4) :]}"
+
+
+def shared_length(sequences: Sequence[Sequence[object]]) -> int:
+    """Number of elements that all sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: all(element == column[0] for element in column), columns))
+
+
+def report(problems: Iterable[tuple[str, RowError]]) -> str:
+    """Problems of rows by kind: the count of each, and the first ten with places."""
+    ordered = sorted(problems, key=lambda row: row[1].problem)
+    lines = []
+    for problem, group in groupby(ordered, key=lambda row: row[1].problem):
+        rows = list(group)
+        lines.append(f"{len(rows)} {'row' if len(rows) == 1 else 'rows'}: {problem}")
+        lines += [f"  {place}: {error.detail}" for place, error in rows[:MOST_LISTED]]
+        if len(rows) > MOST_LISTED:
+            lines.append(f"  and {len(rows) - MOST_LISTED} more")
+    return "\n".join(lines)
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, with or without a byte order mark."""
+    with file.open("rb") as content:
+        for number, raw in enumerate(content, start=1):
+            if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ArtefactError(f"{file} is encoded in UTF-16; expected UTF-8. Save it as UTF-8.")
+            try:
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as problem:
+                wrong = raw[max(0, problem.start - 20) : problem.end + 10]
+                raise ArtefactError(
+                    f"{file}, line {number}: byte {raw[problem.start]:#04x} is not UTF-8, in {wrong!r}. Save the file "
+                    "as UTF-8 (`iconv -f latin1 -t utf-8` where it is Latin-1)."
+                ) from None
+
+
+def _json(text: str) -> Any:
+    """Parse JSON; NaN counts as no value, as pandas writes it."""
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except json.JSONDecodeError as problem:
+        found = shorten(text[max(0, problem.pos - 20) : problem.pos + 20])
+        raise RowError("not JSON", f"{problem.msg} at character {problem.pos + 1}, near {found}") from None
+    except RecursionError:
+        raise RowError("not JSON", f"nested too deeply: {shorten(text)}") from None
+
+
+def _json_lines(file: Path) -> Iterator[Row]:
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            yield _row(f"line {number}", line)
+
+
+def _row(place: str, line: str) -> Row:
+    try:
+        if len(line) > MOST_CHARACTERS:
+            raise RowError(f"longer than {MOST_CHARACTERS:,} characters", f"{len(line):,} characters, {shorten(line)}")
+        content = _json(line)
+        if not isinstance(content, dict):
+            advice = " (name a JSON array .json)" if line.lstrip().startswith("[") else ""
+            raise RowError(f"not a JSON object{advice}", shorten(line.strip()))
+    except RowError as problem:
+        return Row(place, problem)
+    return Row(place, content)
+
+
+def _json_document(file: Path) -> Iterator[Row]:
+    """Rows of a JSON array, or of the array `prompts` in a JSON object."""
+    try:
+        document = _json("".join(_lines(file)))
+    except RowError as problem:
+        raise ArtefactError(f"{file} is {problem}. Name a file with one object a line .jsonl.") from None
+    rows = document.get("prompts") if isinstance(document, dict) else document
+    if not isinstance(rows, list):
+        raise ArtefactError(
+            f"{file} holds {shorten(document)}; expected an array of objects, or an object with such an array named "
+            "prompts."
+        )
+    for number, content in enumerate(rows, start=1):
+        valid = isinstance(content, dict)
+        yield Row(f"row {number}", content if valid else RowError("not a JSON object", shorten(content)))
+
+
+def _csv(file: Path) -> Iterator[Row]:
+    # Cells stay strings: pandas would read the answers "None" and "NA" as missing and "007" as 7.
+    reader = csv.reader(_lines(file), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+    csv.field_size_limit(MOST_CHARACTERS)
+    names: list[str] | None = None
+    while True:
+        place = f"line {reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as problem:
+            raise ArtefactError(f"{file}, {place}: {problem}. Is a quotation mark missing?") from None
+        if not cells:
+            continue
+        if names is None:
+            names = cells
+            continue
+        if len(cells) != len(names):
+            detail = f"{len(cells)} cells, and the header has {len(names)}: {shorten(cells)}"
+            yield Row(place, RowError("other than the header's number of cells", detail))
+            continue
+        yield Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if cell})
+
+
+def _parquet(file: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ConfigurationError(
+            f"{file} is a Parquet file, which pyarrow reads: pip install 'oa_train[records]'."
+        ) from None
+    try:
+        batches = parquet.ParquetFile(file).iter_batches()
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from (Row(f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError) as problem:
+        raise ArtefactError(f"{file} cannot be read as Parquet: {str(problem).splitlines()[0]}") from None
+
+
+def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
+    """Rows of a dataset, streamed from the Hub or saved in a folder; the names of its splits are the rows' `split`."""
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigurationError(
+            f"{path!r} is a dataset, which `datasets` reads: pip install 'oa_train[records]'."
+        ) from None
+    try:
+        if path.startswith(HUB):
+            loaded = datasets.load_dataset(path.removeprefix(HUB), subset, streaming=True)
+        else:
+            loaded = datasets.load_from_disk(path)
+        splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
+        for split, rows in splits.items():
+            named = {} if split is None or len(splits) == 1 else {"split": split}
+            for number, row in enumerate(rows, start=1):
+                yield Row(f"row {number}" + (f" of {split}" if named else ""), {**named, **row})
+    except (OSError, ValueError, RuntimeError) as problem:
+        raise ArtefactError(
+            f"The dataset {path!r} cannot be read: {str(problem).splitlines()[0] if str(problem) else problem!r}\n"
+            "Check its name and the connection; offline, a dataset that has been downloaded before is read from the "
+            "cache, and a folder that `save_to_disk` wrote is read by its path."
+        ) from problem
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_document,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,170 @@
+"""Records fitted to a tokenizer: every scored answer becomes one token."""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from oa_train.errors import TaskError
+from oa_train.tasks.encoding import PromptEncoder, Span
+from oa_train.tasks.record_files import RowError, shared_length, shorten
+from oa_train.tasks.record_reading import Record
+from oa_train.tasks.task import AnswerPositions, Prompt, Question
+
+
+@dataclass(frozen=True)
+class RecordFitter:
+    """Fits records to a tokenizer: every scored answer is one token."""
+
+    encoder: PromptEncoder
+    answer_positions: AnswerPositions
+
+    def fit(self, records: Sequence[Record], problems: list[tuple[str, RowError]]) -> list[Record]:
+        """The records that can be used; the others are added to `problems`."""
+        fitted = []
+        uneven = self._uneven(records)
+        for record in records:
+            try:
+                if id(record) in uneven:
+                    raise uneven[id(record)]
+                fitted.append(replace(record, prompt=self._prompt(record.prompt)))
+            except RowError as problem:
+                problems.append((record.place, problem))
+            except TaskError as problem:
+                problems.append((record.place, RowError("not for this tokenizer", str(problem))))
+        return fitted
+
+    @staticmethod
+    def _uneven(records: Sequence[Record]) -> dict[int, RowError]:
+        """Records that lack what most have, or have what most lack."""
+        uneven: dict[int, RowError] = {}
+        parts = {
+            "counterfactual": lambda prompt: prompt.counterfactual is not None,
+            "wrong_answer": lambda prompt: bool(prompt.distractors),
+            "spans": lambda prompt: tuple(sorted(prompt.spans)),
+        }
+        for name, of in parts.items():
+            states: Counter[object] = Counter(of(record.prompt) for record in records)
+            if len(states) < 2:
+                continue
+            usual, count = states.most_common(1)[0]
+            for record in records:
+                state = of(record.prompt)
+                if state != usual:
+                    shown: dict[object, str] = {True: "one", False: "none"}
+                    detail = f"{shown.get(state, state)}, and {count} of {len(records)} have {shown.get(usual, usual)}"
+                    error = RowError(f"`{name}` is not as in other rows", f"{detail}: {shorten(record.prompt.text)}")
+                    uneven.setdefault(id(record), error)
+        return uneven
+
+    def _prompt(self, prompt: Prompt) -> Prompt:
+        text = prompt.text
+        begun = self.encoder.encode([text])[0]
+        longest = self.encoder.context_length
+        if longest is not None and len(begun) >= longest:
+            detail = f"{len(begun)} tokens, and the model has {longest} positions: {shorten(text)}"
+            raise RowError("a prompt longer than the model's context", detail)
+        tails = [_Tail.of(self.encoder, text, begun, answer) for answer in (*prompt.answers, *prompt.distractors)]
+        right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
+        shared = _shared(tails) if wrong else 0
+        # A token that is only a space is the prompt's, not the answer's.
+        while shared < min(len(tail.ids) for tail in tails) - 1 and all(
+            not tail.pieces[shared].strip() for tail in tails
+        ):
+            shared += 1
+        if self.answer_positions == "every" and max(len(tail.ids) for tail in right) > 1:
+            if len(right) > 1:
+                raise RowError("answer_positions: every needs a single answer", shorten(list(prompt.answers)))
+            final = self._every(prompt, right[0], wrong)
+        else:
+            final = self._first(prompt, right, wrong, shared)
+        self._check(final)
+        return final
+
+    def _first(self, prompt: Prompt, right: Sequence["_Tail"], wrong: Sequence["_Tail"], shared: int) -> Prompt:
+        """The prompt up to the first token in which answers differ from wrong ones."""
+        ended = [tail for tail in (*right, *wrong) if len(tail.ids) <= shared]
+        if ended:
+            detail = f"{list(prompt.answers)} and {list(prompt.distractors)} after {shorten(prompt.text)}"
+            raise RowError("an answer that a wrong answer begins with, or the reverse", detail)
+        answers = dict.fromkeys(tail.pieces[shared] for tail in right)
+        distractors = dict.fromkeys(tail.pieces[shared] for tail in wrong)
+        both = [piece for piece in answers if piece in distractors]
+        kept = tuple(piece for piece in answers if piece not in both)
+        rest = tuple(piece for piece in distractors if piece not in both)
+        if not kept or (wrong and not rest):
+            raise RowError(
+                "answers and wrong answers begin with the same token", f"{both} after {shorten(prompt.text)}"
+            )
+        return self._extended(prompt, "".join(right[0].pieces[:shared]), kept, rest)
+
+    def _every(self, prompt: Prompt, right: "_Tail", wrong: Sequence["_Tail"]) -> Prompt:
+        """The prompt up to the last token of its answer, with a question at each token before."""
+        questions = []
+        for place, piece in enumerate(right.pieces):
+            rivals = [tail for tail in wrong if tail.ids[:place] == right.ids[:place] and len(tail.ids) > place]
+            others = dict.fromkeys(tail.pieces[place] for tail in rivals if tail.ids[place] != right.ids[place])
+            questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
+        *earlier, last = questions
+        extended = self._extended(prompt, "".join(right.pieces[:-1]), last.answers, last.distractors)
+        return replace(extended, earlier=(*prompt.earlier, *earlier))
+
+    def _extended(self, prompt: Prompt, more: str, answers: tuple[str, ...], distractors: tuple[str, ...]) -> Prompt:
+        other = prompt.counterfactual
+        spans: dict[str, Span] = dict(prompt.spans)
+        if more:
+            for name, span in spans.items():
+                start = prompt.text.find(span) if isinstance(span, str) else -1
+                if isinstance(span, str) and prompt.text.count(span) == 1 and (prompt.text + more).count(span) > 1:
+                    spans[name] = (start, start + len(span))
+        return replace(
+            prompt,
+            text=prompt.text + more,
+            answers=answers,
+            distractors=distractors,
+            counterfactual=None if other is None else other + more,
+            spans=spans,
+        )
+
+    def _check(self, prompt: Prompt) -> None:
+        """Refuse what could not be made a batch of."""
+        for question in (*prompt.earlier, prompt):
+            for piece in (*question.answers, *question.distractors):
+                if self.encoder.continuation(question.text, piece) is None:
+                    detail = f"{piece!r} after {shorten(question.text)} is not a token of this tokenizer"
+                    raise RowError("an answer that does not continue its prompt", detail)
+        if prompt.counterfactual is not None:
+            row, other = self.encoder.encode([prompt.text, prompt.counterfactual])
+            if len(row) != len(other):
+                detail = (
+                    f"{len(other)} tokens in {shorten(prompt.counterfactual)}, {len(row)} in {shorten(prompt.text)}"
+                )
+                raise RowError("the counterfactual has another number of tokens than its prompt", detail)
+        try:
+            self.encoder.span_flags([prompt.text], [prompt.spans])
+        except TaskError as problem:
+            raise RowError("a span that is no part of its prompt", str(problem).splitlines()[0]) from None
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """An answer as the tokens by which it continues a prompt, each with its part of the text."""
+
+    ids: tuple[int, ...]
+    pieces: tuple[str, ...]
+
+    @classmethod
+    def of(cls, encoder: PromptEncoder, text: str, begun: Sequence[int], answer: str) -> "_Tail":
+        """The tokens of an answer after a prompt with the ids `begun`."""
+        ids, ends = encoder.encode_with_ends(text + answer)
+        if ids[: len(begun)] != begun or len(ids) == len(begun):
+            detail = f"{shorten(answer)} after {shorten(text)} changes the last token of the prompt"
+            raise RowError("an answer that does not continue its prompt", detail)
+        ends = [len(text), *ends[len(begun) :]]
+        whole = text + answer
+        return cls(tuple(ids[len(begun) :]), tuple(whole[start:end] for start, end in itertools.pairwise(ends)))
+
+
+def _shared(tails: Sequence[_Tail]) -> int:
+    """Number of tokens that all begin with."""
+    return shared_length([tail.ids for tail in tails])

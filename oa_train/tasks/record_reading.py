@@ -1,0 +1,215 @@
+"""Records: rows of files as prompts, before any tokenizer."""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from oa_train.errors import nearest_names
+from oa_train.seeds import derive_seed
+from oa_train.tasks.encoding import Span, needs_space
+from oa_train.tasks.layouts import Layout
+from oa_train.tasks.record_files import Fields, Row, RowError, shorten
+from oa_train.tasks.task import Prompt, Question, Stream
+
+LeadingSpace = Literal["auto", "as_written"]
+
+SPLIT_NAMES: dict[str, Stream] = {
+    "train": "train",
+    "refit": "refit",
+    "means": "means",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row as its layout reads it, before any tokenizer.
+
+    Attributes:
+        place: where it stands in its file.
+        prompt: texts; answers and distractors may be several tokens long.
+        split: its stream, if the file says so.
+        group: prompts of one group are in one stream.
+    """
+
+    place: str
+    prompt: Prompt
+    split: Stream | None = None
+    group: str = ""
+
+
+class RecordReader:
+    """Turns rows into records, and gathers those that cannot be used."""
+
+    def __init__(
+        self, layout: Layout, leading_space: LeadingSpace, ignored_fields: Sequence[str], max_prompts: int
+    ) -> None:
+        self.layout = layout
+        self.as_written = leading_space == "as_written"
+        self.ignored = set(ignored_fields)
+        self.most = max_prompts
+        self.n_rows = 0
+        self.n_records = 0
+        self.n_repeated = 0
+        self.spaced: dict[str, str] = {}
+        self.n_spaced = 0
+        self.problems: list[tuple[str, RowError]] = []
+
+    def read(self, rows: Iterable[Row]) -> list[Record]:
+        """Records in the order of the file, at most `max_prompts`."""
+        kept: dict[str, Record] = {}
+        smallest: list[tuple[int, str]] = []
+        for row in rows:
+            self.n_rows += 1
+            try:
+                record = self._record(row)
+                self._compare(record, kept.get(record.prompt.text))
+            except RowError as problem:
+                self.problems.append((row.place, problem))
+                continue
+            text = record.prompt.text
+            if text in kept:
+                self.n_repeated += 1
+                continue
+            self.n_records += 1
+            kept[text] = record
+            heapq.heappush(smallest, (-derive_seed("kept", text), text))
+            if len(kept) > self.most:
+                del kept[heapq.heappop(smallest)[1]]
+        return list(kept.values())
+
+    def remarks(self) -> Iterator[str]:
+        """What people should know about how the rows were read."""
+        if self.n_records > self.most:
+            yield f"{self.most:,} of {self.n_records:,} prompts are used (max_prompts), those of the smallest hash."
+        if self.n_repeated:
+            yield f"{self.n_repeated} rows repeat the text of an earlier one and are used once."
+        if self.n_spaced:
+            examples = ", ".join(f"{written!r} as {spaced!r}" for written, spaced in list(self.spaced.items())[:3])
+            yield f"{self.n_spaced} answers got a leading space ({examples})."
+
+    def _compare(self, record: Record, earlier: Record | None) -> None:
+        if earlier is None:
+            return
+        if record.split != earlier.split:
+            detail = f"{record.split} here and {earlier.split} in {earlier.place}: {shorten(record.prompt.text)}"
+            raise RowError("the same prompt in two splits", detail)
+        if record.prompt.answers != earlier.prompt.answers:
+            detail = f"{list(record.prompt.answers)} here and {list(earlier.prompt.answers)} in {earlier.place}"
+            raise RowError("the same prompt with other answers", f"{detail}: {shorten(record.prompt.text)}")
+
+    def _record(self, row: Row) -> Record:
+        if isinstance(row.content, RowError):
+            raise row.content
+        content = {name: value for name, value in row.content.items() if name not in self.ignored}
+        split = content.pop("split", None)
+        fields = {"split": split, **self.layout.read(content)}
+        text = _text("prompt", fields["prompt"])
+        counterfactual = fields.get("counterfactual")
+        other = None if counterfactual is None else _text("counterfactual", counterfactual)
+        if other is not None and other == text:
+            raise RowError("the counterfactual is the prompt itself", shorten(text))
+        as_written = self.as_written or bool(fields.get("as_written"))
+        # A token for the space alone would be in the way of answers that begin with one.
+        moved = not as_written and text.endswith(" ") and not text.endswith("  ")
+        if moved:
+            text, other = text[:-1], other.removesuffix(" ") if other is not None else None
+        spacing = "none" if as_written else "always" if moved else "auto"
+        answers = self._answers(fields, "answer", text, spacing)
+        if not answers:
+            raise RowError("no value for the field 'answer' (or 'answers')", shorten(fields))
+        wrong = self._answers(fields, "wrong_answer", text, spacing)
+        both = [answer for answer in answers if answer in wrong]
+        if both:
+            raise RowError("an answer that is a wrong answer as well", shorten(both[0]))
+        group = fields.get("group")
+        return Record(
+            row.place,
+            Prompt(
+                text=text,
+                answers=answers,
+                distractors=wrong,
+                counterfactual=other,
+                earlier=tuple(_question(value) for value in _parsed(fields.get("earlier")) or ()),
+                spans=_spans(_parsed(fields.get("spans")) or {}, len(text)),
+            ),
+            _stream(fields["split"]),
+            text if group is None else str(group),
+        )
+
+    def _answers(self, fields: Fields, name: str, text: str, spacing: str) -> tuple[str, ...]:
+        value = fields.get(f"{name}s", fields.get(name))
+        if f"{name}s" in fields:
+            value = _parsed(value) if isinstance(value, str) and value.startswith("[") else value
+        values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        answers = []
+        for written in values:
+            answer = _text(name, written)
+            if spacing == "always":
+                answer = f" {answer.lstrip(' ')}"
+            elif spacing == "auto" and needs_space(text, answer):
+                answer = f" {answer}"
+            if answer != written:
+                self.n_spaced += 1
+                self.spaced.setdefault(str(written), answer)
+            answers.append(answer)
+        return tuple(dict.fromkeys(answers))
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(f"`{name}` is no text", f"{shorten(value)}, a {type(value).__name__}")
+    # A column of numbers with a gap is one of floats to pandas.
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not text.strip():
+        raise RowError(f"`{name}` is empty", repr(text))
+    return text
+
+
+def _parsed(value: Any) -> Any:
+    """Value of a field that is no text; in CSV it is JSON in a cell."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise RowError("a cell that is no JSON", shorten(value)) from None
+
+
+def _spans(spans: Any, end: int) -> dict[str, Span]:
+    if not isinstance(spans, Mapping):
+        raise RowError("`spans` is no object", f"{shorten(spans)}; expected {{name: [start, end] or a substring}}")
+    read: dict[str, Span] = {}
+    for name, span in spans.items():
+        if isinstance(span, list | tuple) and len(span) == 2 and all(type(number) is int for number in span):
+            read[name] = (span[0], min(span[1], end) if span[1] == end + 1 else span[1])
+        elif isinstance(span, str):
+            read[name] = span
+        elif span is not None:
+            raise RowError(
+                "a span of the wrong form", f"{name}: {shorten(span)}; expected [start, end] or a substring"
+            )
+    return read
+
+
+def _question(value: Any) -> Question:
+    try:
+        return Question(value["prompt"], tuple(value["answers"]), tuple(value.get("wrong_answers", ())))
+    except (TypeError, KeyError, AttributeError):
+        expected = "{prompt, answers, wrong_answers}"
+        raise RowError("an earlier question of the wrong form", f"{shorten(value)}; expected {expected}") from None
+
+
+def _stream(split: Any) -> Stream | None:
+    if split is None:
+        return None
+    stream = SPLIT_NAMES.get(str(split).strip().lower())
+    if stream is None:
+        raise RowError(f"unknown split {str(split)!r}. {nearest_names(str(split), SPLIT_NAMES)}", f"split: {split!r}")
+    return stream

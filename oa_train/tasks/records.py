@@ -1,0 +1,151 @@
+"""Prompts from a file: one's own, or those of other packages and benchmarks."""
+
+import json
+from hashlib import blake2b
+from typing import Any, ClassVar, Literal, get_args
+
+from oa_train.errors import ConfigurationError, TaskError, unknown_name
+from oa_train.seeds import python_generator
+from oa_train.tasks.layouts import LAYOUTS
+from oa_train.tasks.record_files import Row, RowError, read_rows, report
+from oa_train.tasks.record_fitting import RecordFitter
+from oa_train.tasks.record_reading import LeadingSpace, RecordReader
+from oa_train.tasks.record_streams import cut_into_streams
+from oa_train.tasks.task import Prompt, Stream, Task, check_choice, positive
+
+BadRows = Literal["stop", "leave_out"]
+
+# Fewer prompts leave wide intervals: at 100 the standard error of an accuracy of 0.8 is 0.04.
+WIDE_BELOW = 100
+
+
+class Records(Task):
+    """Prompts from a file of one's own, or of a benchmark.
+
+    Answers may be written with or without their leading space, and may be several tokens long: they are scored at the
+    first token in which answers and wrong answers differ, or at all of them with `answer_positions: every`. Streams
+    come from a column `split`, else from a hash of the prompts' text; `docs/data.md` has the rules.
+
+    Args:
+        path: file (.jsonl, .json, .csv, .tsv, .parquet), folder saved by `datasets`, or `hf://owner/name` on the Hub.
+        layout: names of the fields; a key of `LAYOUTS`.
+        rows: the rows themselves, in place of `path`.
+        subset: configuration of a dataset of the Hub.
+        bad_rows: `stop` at rows that cannot be used, with all of them named, or `leave_out` these.
+        leading_space: `auto` puts a space in front of an answer where one belongs, `as_written` changes nothing.
+        max_prompts: of a longer file so many prompts are kept: those with the smallest hash of their text.
+        ignored_fields: fields that are not read.
+        **options: the options of every task (see `Task`).
+
+    Attributes:
+        remarks: what was decided about the rows, in sentences for people: left out, added, shared.
+        left_out: rows that were left out, with places.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot work.
+        ArtefactError: the file cannot be read.
+        TaskError: rows cannot be used, or are too few.
+    """
+
+    name: ClassVar[str] = "records"
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        layout: str = "own",
+        rows: list[dict[str, Any]] | None = None,
+        subset: str | None = None,
+        bad_rows: BadRows = "stop",
+        leading_space: LeadingSpace = "auto",
+        max_prompts: int = 50_000,
+        ignored_fields: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        check_choice("bad_rows", bad_rows, get_args(BadRows))
+        check_choice("leading_space", leading_space, get_args(LeadingSpace))
+        if layout not in LAYOUTS:
+            raise unknown_name("layout", layout, LAYOUTS)
+        if (path is None) == (rows is None):
+            raise ConfigurationError("Give data.path, a file of prompts, or data.rows, but not both.")
+        super().__init__(**options)
+        self.layout = layout
+        self.source = path if path is not None else "data.rows"
+        self.left_out: list[tuple[str, RowError]] = []
+        self.remarks: list[str] = []
+        content = (
+            read_rows(path, subset)
+            if path is not None
+            else (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
+        )
+        reader = RecordReader(LAYOUTS[layout], leading_space, ignored_fields, positive("max_prompts", max_prompts))
+        records = reader.read(content)
+        fitted = RecordFitter(self.encoder, self.answer_positions).fit(records, reader.problems)
+        self._refuse(reader.problems, reader.n_rows, bad_rows)
+        self.remarks += reader.remarks()
+        self.streams = cut_into_streams(fitted, self.source)
+        self._check_sizes()
+        self._order: dict[tuple[Stream, int], list[int]] = {}
+
+    def _refuse(self, problems: list[tuple[str, RowError]], n_rows: int, bad_rows: BadRows) -> None:
+        if n_rows == 0:
+            raise TaskError(f"{self.source} has no rows.")
+        if not problems:
+            return
+        if bad_rows == "stop":
+            raise TaskError(
+                f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
+                "Mend them, or leave them out with --data.bad_rows leave_out."
+            )
+        self.left_out = problems
+        self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
+
+    def _check_sizes(self) -> None:
+        """Cap the sizes of evaluations at the prompts that exist, and say what follows from few ones."""
+        options: dict[str, Stream] = {"n_validation": "validation", "n_test": "test", "n_means": "means"}
+        for option, stream in options.items():
+            size = len(self.streams[stream])
+            if getattr(self, option) > size:
+                setattr(self, option, size)
+                if size < WIDE_BELOW and stream != "means":
+                    self.remarks.append(
+                        f"{option} is {size}, all that there are: the intervals of {stream} figures are wide."
+                    )
+        if self.streams["train"] is self.streams["refit"]:
+            self.remarks.append(
+                f"train, refit and means share {len(self.streams['train'])} prompts, which training sees again and "
+                "again; no validation or test prompt is among them."
+            )
+
+    def size(self, stream: Stream) -> int | None:
+        """Number of prompts of a stream."""
+        return len(self.streams[stream])
+
+    def prompt(self, stream: Stream, index: int) -> Prompt:
+        """Prompt number `index` of a stream; train and refit go through their prompts again, in another order.
+
+        Raises:
+            TaskError: a stream that is not trained on has no prompt of this number.
+        """
+        prompts = self.streams[stream]
+        if stream not in ("train", "refit"):
+            if index >= len(prompts):
+                raise TaskError(f"{self.source} has {len(prompts)} prompts in the stream {stream!r}, none {index}.")
+            return prompts[index]
+        epoch, place = divmod(index, len(prompts))
+        if (stream, epoch) not in self._order:
+            order = list(range(len(prompts)))
+            python_generator(self.seed, self.name, stream, epoch).shuffle(order)
+            # A batch touches two epochs at most.
+            self._order = {key: kept for key, kept in self._order.items() if key[0] != stream or key[1] == epoch - 1}
+            self._order[stream, epoch] = order
+        return prompts[self._order[stream, epoch][place]]
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that determines the prompts: a hash of them with their streams, and not the file's path."""
+        digest = blake2b(digest_size=8)
+        for stream, prompts in self.streams.items():
+            for prompt in prompts:
+                digest.update(json.dumps([stream, prompt.to_row()]).encode())
+        n_prompts = len({prompt.text for prompts in self.streams.values() for prompt in prompts})
+        return {**super().describe(), "prompts": digest.hexdigest(), "n_distinct_prompts": n_prompts}
