@@ -40,9 +40,7 @@ class Induction(GrammarTask):
 
     name = "induction"
 
-    def __init__(
-        self, *, length: int = 8, repeated: int = 1, vocabulary: Vocabulary = "list", **options: Any
-    ) -> None:
+    def __init__(self, *, length: int = 8, repeated: int = 1, vocabulary: Vocabulary = "list", **options: Any) -> None:
         if length < 3:
             raise ConfigurationError(f"length is {length}; expected at least 3 words: a pair and one other.")
         if not 1 <= repeated < length:

@@ -1,6 +1,7 @@
 """Prompts from a file: one's own, or those of other packages and benchmarks."""
 
 import json
+from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal, get_args
 
@@ -70,14 +71,9 @@ class Records(Task):
             raise ConfigurationError("Give data.path, a file of prompts, or data.rows, but not both.")
         super().__init__(**options)
         self.layout = layout
-        self.source = path if path is not None else "data.rows"
+        self.source, content = self._content(path, subset, rows)
         self.left_out: list[tuple[str, RowError]] = []
         self.remarks: list[str] = []
-        content = (
-            read_rows(path, subset)
-            if path is not None
-            else (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
-        )
         reader = RecordReader(LAYOUTS[layout], leading_space, ignored_fields, positive("max_prompts", max_prompts))
         records = reader.read(content)
         fitted = RecordFitter(self.encoder, self.answer_positions).fit(records, reader.problems)
@@ -86,6 +82,14 @@ class Records(Task):
         self.streams = cut_into_streams(fitted, self.source)
         self._check_sizes()
         self._order: dict[tuple[Stream, int], list[int]] = {}
+
+    def _content(
+        self, path: str | None, subset: str | None, rows: list[dict[str, Any]] | None
+    ) -> tuple[str, Iterable[Row]]:
+        """Name of the rows for messages, and the rows."""
+        if path is not None:
+            return path, read_rows(path, subset)
+        return "data.rows", (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
 
     def _refuse(self, problems: list[tuple[str, RowError]], n_rows: int, bad_rows: BadRows) -> None:
         if n_rows == 0:
