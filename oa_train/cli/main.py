@@ -36,6 +36,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("oa_train.cli.fit.test", "evaluate a run on held-out prompts"),
     **STUDIES,
     "study": ("oa_train.cli.study_command.own_study", "a study of your own: study package.module.Class"),
+    "check-data": (
+        "oa_train.cli.check_data.check_data",
+        "prompts as a model reads them, and how well it does on them",
+    ),
     "convert": ("oa_train.cli.convert.convert_command", "convert a circuit or constants of an earlier layout"),
     "inspect": ("oa_train.cli.inspecting.inspect_command", "parts, edges and memory of a model; --check tests it"),
 }

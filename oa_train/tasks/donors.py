@@ -1,5 +1,6 @@
 """Partners of prompts for resample ablation: other prompts of equal length, whose activations replace theirs."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -42,9 +43,18 @@ class Donors:
             TaskError: the prompts lack one of the spans, or the task has no other prompt with the lengths of one.
         """
         partners = []
-        for number, lengths in zip(batch.example_ids.tolist(), self._lengths(batch), strict=True):
+        tokens = [row[real] for row, real in zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)]
+        for number, lengths, row in zip(batch.example_ids.tolist(), self._lengths(batch), tokens, strict=True):
+            # A small file of prompts is trained on and drawn from, and no prompt is its own partner.
             donors = self._with_lengths(lengths)
-            partners.append(donors[derive_seed(self._seed, "donor", number) % len(donors)])
+            first = derive_seed(self._seed, "donor", number) % max(len(donors), 1)
+            others = itertools.chain(donors[first:], donors[:first])
+            partner = next(
+                (donor for donor in others if not torch.equal(donor.tokens[donor.attention_mask], row)), None
+            )
+            if partner is None:
+                raise self._without_partner(lengths)
+            partners.append(partner)
 
         def in_columns(values: Sequence[Tensor], padding: Tensor) -> Tensor:
             real = [row[partner.attention_mask] for row, partner in zip(values, partners, strict=True)]
@@ -73,17 +83,24 @@ class Donors:
                     self._by_lengths.setdefault(key, []).append(batch.rows(slice(row, row + 1)))
                 self._n_read += len(batch)
         if lengths not in self._by_lengths:
-            self._by_lengths[lengths] = [self._further(lengths)]
+            self._by_lengths[lengths] = self._further(lengths)
         return self._by_lengths[lengths]
 
-    def _further(self, lengths: tuple[int, ...]) -> Batch:
-        """The first prompt after the donors with these lengths, for lengths that no donor has."""
-        for number in range(self._n_read, self._n_read + FURTHER_PROMPTS):
+    def _further(self, lengths: tuple[int, ...]) -> list[Batch]:
+        """The first prompt after the donors with these lengths, for lengths that no donor has; none may have them."""
+        size = self._task.size("means")
+        end = self._n_read + FURTHER_PROMPTS
+        for number in range(self._n_read, end if size is None else min(size, end)):
             batch = self._task.batch("means", number, 1)
             if self._lengths(batch) == [lengths]:
-                return batch
+                return [batch]
+        return []
+
+    def _without_partner(self, lengths: tuple[int, ...]) -> TaskError:
         spans = [f", {n} of them in the span {name!r}" for name, n in zip(self._spans, lengths[1:], strict=True)]
-        raise TaskError(
+        size = self._task.size("means")
+        return TaskError(
             f"Resample ablation needs another prompt of {lengths[0]} tokens{''.join(spans)}, and there is none among "
-            f"{FURTHER_PROMPTS} prompts of the task {self._task.name}. Raise n_means, or choose another ablation."
+            f"{FURTHER_PROMPTS if size is None else size} prompts of the task {self._task.name}. "
+            f"{'Raise n_means' if size is None else 'Add prompts of this length'}, or choose another ablation."
         )

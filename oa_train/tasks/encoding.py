@@ -127,20 +127,22 @@ class PromptEncoder:
                 )
         return rows
 
-    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids of a text as `encode` gives them, and for each the character of the text after its last one.
+    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Ids of texts as `encode` gives them, and for each id where its characters end in the text.
 
         Raises:
-            TaskError: as of `encode`; the tokenizer is a slow one, which does not tell what its tokens cover.
+            TaskError: as of `encode`; the tokenizer is a slow one, which does not tell which characters tokens cover.
         """
         if not self.tokenizer.is_fast:
             raise TaskError(
                 f"This tokenizer is a slow one ({type(self.tokenizer).__name__}), which does not tell which "
                 "characters a token covers. Use the model's fast tokenizer (a folder with tokenizer.json)."
             )
-        ids = self.encode([text])[0]
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return ids, [0] * (len(ids) - len(offsets)) + [end for _, end in offsets]
+        offsets = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [
+            (ids, [0] * (len(ids) - len(places)) + [end for _, end in places])
+            for ids, places in zip(self.encode(texts), offsets, strict=True)
+        ]
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide

@@ -222,8 +222,8 @@ LAYOUTS: dict[str, Layout] = {
         _renamed(
             prompt="clean",
             counterfactual="corrupted",
-            answer_ids="correct_idx",
-            wrong_answer_ids="incorrect_idx",
+            answer_id="correct_idx",
+            wrong_answer_id="incorrect_idx",
         ),
     ),
     "eap_ig_greater_than": Layout("EAP-IG", ("clean", "corrupted", "label"), _years("label")),

@@ -2,8 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from oa_train.errors import TaskError
 from oa_train.tasks.encoding import PromptEncoder, Span
@@ -18,6 +18,22 @@ class RecordFitter:
 
     encoder: PromptEncoder
     answer_positions: AnswerPositions
+    several: list[str] = field(default_factory=list)
+    overlapping: list[str] = field(default_factory=list)
+
+    def remarks(self, n_prompts: int) -> Iterator[str]:
+        """How answers of several tokens are scored, for people."""
+        if self.several:
+            at = (
+                "each of them"
+                if self.answer_positions == "every"
+                else "the first that differs from the wrong answer's"
+            )
+            count = f"{len(self.several)} of {n_prompts} prompts have answers of several tokens"
+            yield f"{count}, scored at {at}: {self.several[0]}."
+        if self.overlapping:
+            count = f"In {len(self.overlapping)} of {n_prompts} prompts"
+            yield f"{count} a token begins answers and wrong answers, and counts as neither: {self.overlapping[0]}."
 
     def fit(self, records: Sequence[Record], problems: list[tuple[str, RowError]]) -> list[Record]:
         """The records that can be used; the others are added to `problems`."""
@@ -64,7 +80,7 @@ class RecordFitter:
         if longest is not None and len(begun) >= longest:
             detail = f"{len(begun)} tokens, and the model has {longest} positions: {shorten(text)}"
             raise RowError("a prompt longer than the model's context", detail)
-        tails = [_Tail.of(self.encoder, text, begun, answer) for answer in (*prompt.answers, *prompt.distractors)]
+        tails = _tails(self.encoder, text, begun, (*prompt.answers, *prompt.distractors))
         right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
         shared = _shared(tails) if wrong else 0
         # A token that is only a space is the prompt's, not the answer's.
@@ -96,6 +112,11 @@ class RecordFitter:
             raise RowError(
                 "answers and wrong answers begin with the same token", f"{both} after {shorten(prompt.text)}"
             )
+        if any(len(tail.ids) > 1 for tail in right):
+            before = f"{prompt.text}{''.join(right[0].pieces[:shared])}"
+            self.several.append(f"{prompt.answers[0]!r} by {kept[0]!r} after {shorten(before, 60)}")
+        if both:
+            self.overlapping.append(f"{both[0]!r} after {shorten(prompt.text, 60)}")
         return self._extended(prompt, "".join(right[0].pieces[:shared]), kept, rest)
 
     def _every(self, prompt: Prompt, right: "_Tail", wrong: Sequence["_Tail"]) -> Prompt:
@@ -105,6 +126,7 @@ class RecordFitter:
             rivals = [tail for tail in wrong if tail.ids[:place] == right.ids[:place] and len(tail.ids) > place]
             others = dict.fromkeys(tail.pieces[place] for tail in rivals if tail.ids[place] != right.ids[place])
             questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
+        self.several.append(f"{prompt.answers[0]!r} as {', '.join(map(repr, right.pieces))}")
         *earlier, last = questions
         extended = self._extended(prompt, "".join(right.pieces[:-1]), last.answers, last.distractors)
         return replace(extended, earlier=(*prompt.earlier, *earlier))
@@ -153,16 +175,19 @@ class _Tail:
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
 
-    @classmethod
-    def of(cls, encoder: PromptEncoder, text: str, begun: Sequence[int], answer: str) -> "_Tail":
-        """The tokens of an answer after a prompt with the ids `begun`."""
-        ids, ends = encoder.encode_with_ends(text + answer)
+
+def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequence[str]) -> list[_Tail]:
+    """Answers after a prompt with the ids `begun`."""
+    tails = []
+    wholes = [text + answer for answer in answers]
+    for answer, whole, (ids, ends) in zip(answers, wholes, encoder.encode_with_ends(wholes), strict=True):
         if ids[: len(begun)] != begun or len(ids) == len(begun):
-            detail = f"{shorten(answer)} after {shorten(text)} changes the last token of the prompt"
+            detail = f"{shorten(answer)} after {shorten(text)} changes the prompt's last token"
             raise RowError("an answer that does not continue its prompt", detail)
-        ends = [len(text), *ends[len(begun) :]]
-        whole = text + answer
-        return cls(tuple(ids[len(begun) :]), tuple(whole[start:end] for start, end in itertools.pairwise(ends)))
+        bounds = [len(text), *ends[len(begun) :]]
+        pieces = tuple(whole[start:end] for start, end in itertools.pairwise(bounds))
+        tails.append(_Tail(tuple(ids[len(begun) :]), pieces))
+    return tails
 
 
 def _shared(tails: Sequence[_Tail]) -> int:

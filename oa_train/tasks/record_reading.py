@@ -2,7 +2,7 @@
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +48,14 @@ class RecordReader:
     """Turns rows into records, and gathers those that cannot be used."""
 
     def __init__(
-        self, layout: Layout, leading_space: LeadingSpace, ignored_fields: Sequence[str], max_prompts: int
+        self,
+        layout: Layout,
+        decode: Callable[[list[int]], object],
+        leading_space: LeadingSpace,
+        ignored_fields: Sequence[str],
+        max_prompts: int,
     ) -> None:
+        self.decode = decode
         self.layout = layout
         self.as_written = leading_space == "as_written"
         self.ignored = set(ignored_fields)
@@ -115,12 +121,15 @@ class RecordReader:
         other = None if counterfactual is None else _text("counterfactual", counterfactual)
         if other is not None and other == text:
             raise RowError("the counterfactual is the prompt itself", shorten(text))
-        as_written = self.as_written or bool(fields.get("as_written"))
+        as_written = self.as_written or bool(_parsed(fields.get("as_written")))
         # A token for the space alone would be in the way of answers that begin with one.
         moved = not as_written and text.endswith(" ") and not text.endswith("  ")
         if moved:
             text, other = text[:-1], other.removesuffix(" ") if other is not None else None
         spacing = "none" if as_written else "always" if moved else "auto"
+        for name in ("answer", "wrong_answer"):
+            if fields.get(f"{name}_id") is not None:
+                fields[name] = self._token(fields[f"{name}_id"], text)
         answers = self._answers(fields, "answer", text, spacing)
         if not answers:
             raise RowError("no value for the field 'answer' (or 'answers')", shorten(fields))
@@ -142,6 +151,14 @@ class RecordReader:
             _stream(fields["split"]),
             text if group is None else str(group),
         )
+
+    def _token(self, number: Any, text: str) -> str:
+        """Text of a token of the model that a file was made for, which has to be this one."""
+        token = str(self.decode([int(number)]))
+        if token.strip() not in text:
+            detail = f"{number} is {token!r} here, and not in {shorten(text)}"
+            raise RowError("the id of a token of another model's tokenizer", detail)
+        return token
 
     def _answers(self, fields: Fields, name: str, text: str, spacing: str) -> tuple[str, ...]:
         value = fields.get(f"{name}s", fields.get(name))

@@ -39,7 +39,8 @@ class Records(Task):
         **options: the options of every task (see `Task`).
 
     Attributes:
-        remarks: what was decided about the rows, in sentences for people: left out, added, shared.
+        streams: the prompts of each stream.
+        places: where each prompt stands in the file, by its text.
         left_out: rows that were left out, with places.
 
     Raises:
@@ -59,7 +60,7 @@ class Records(Task):
         subset: str | None = None,
         bad_rows: BadRows = "stop",
         leading_space: LeadingSpace = "auto",
-        max_prompts: int = 50_000,
+        max_prompts: int = 10_000,
         ignored_fields: tuple[str, ...] = (),
         **options: Any,
     ) -> None:
@@ -69,17 +70,19 @@ class Records(Task):
             raise unknown_name("layout", layout, LAYOUTS)
         if (path is None) == (rows is None):
             raise ConfigurationError("Give data.path, a file of prompts, or data.rows, but not both.")
+        positive("max_prompts", max_prompts)
         super().__init__(**options)
         self.layout = layout
         self.source, content = self._content(path, subset, rows)
         self.left_out: list[tuple[str, RowError]] = []
-        self.remarks: list[str] = []
-        reader = RecordReader(LAYOUTS[layout], leading_space, ignored_fields, positive("max_prompts", max_prompts))
+        reader = RecordReader(LAYOUTS[layout], self.tokenizer.decode, leading_space, ignored_fields, max_prompts)
         records = reader.read(content)
-        fitted = RecordFitter(self.encoder, self.answer_positions).fit(records, reader.problems)
+        fitter = RecordFitter(self.encoder, self.answer_positions)
+        fitted = fitter.fit(records, reader.problems)
         self._refuse(reader.problems, reader.n_rows, bad_rows)
-        self.remarks += reader.remarks()
+        self.remarks += [*reader.remarks(), *fitter.remarks(len(fitted))]
         self.streams = cut_into_streams(fitted, self.source)
+        self.places = {record.prompt.text: record.place for record in fitted}
         self._check_sizes()
         self._order: dict[tuple[Stream, int], list[int]] = {}
 

@@ -36,4 +36,4 @@ class ShippedRecords(Records):
         """
 
     def _content(self, path: str | None, subset: str | None, rows: Any) -> tuple[str, Iterable[Row]]:
-        return self.name, (Row(str(row["prompt"]), row) for row in self.rows())
+        return self.name, (Row(f"row {number}", row) for number, row in enumerate(self.rows(), start=1))

@@ -97,6 +97,7 @@ class Task(ABC):
     Attributes:
         name: name of the task in configurations and artefacts.
         encoder: turns texts into token ids.
+        remarks: sentences that people should read before they trust figures: what was left out, added, or is scarce.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -134,6 +135,7 @@ class Task(ABC):
         self.seed = seed
         self.lm = lm
         self.encoder = PromptEncoder.of(lm)
+        self.remarks: list[str] = []
         self._span_names: tuple[str, ...] | None = None
 
     @abstractmethod
