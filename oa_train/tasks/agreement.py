@@ -27,7 +27,11 @@ class Agreement(ShippedRecords):
     name: ClassVar[str] = "agreement"
 
     def rows(self) -> Iterator[Fields]:
-        """A row for each sentence, subject, and number of subject and attractor."""
+        """A row for each sentence, subject, and number of subject and attractor.
+
+        Raises:
+            TaskError: too few nouns or verbs are single tokens in both numbers.
+        """
         data = read_data("agreement")
         nouns = self._single_tokens("nouns", data["nouns"], MINIMUM_NOUNS)
         verbs = self._single_tokens("verbs", data["verbs"], MINIMUM_VERBS)

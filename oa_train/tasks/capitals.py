@@ -4,12 +4,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
+from oa_train.errors import TaskError
 from oa_train.seeds import derive_seed
 from oa_train.tasks.encoding import CONTEXT
 from oa_train.tasks.grammar import end_span, fill
-from oa_train.tasks.record_files import Fields
+from oa_train.tasks.record_files import Fields, shared_length
 from oa_train.tasks.shipped import ShippedRecords
 from oa_train.tasks.vocabulary import read_data
+
+MINIMUM_COUNTRIES = 10
 
 
 class Capitals(ShippedRecords):
@@ -27,10 +30,22 @@ class Capitals(ShippedRecords):
     name: ClassVar[str] = "capitals"
 
     def rows(self) -> Iterator[Fields]:
-        """A row for each sentence and country that has a partner."""
+        """A row for each sentence and country that has a partner.
+
+        Raises:
+            TaskError: too few have one.
+        """
         data = read_data("capitals")
         capitals = {country: names.split("|") for country, names in data["capitals"].items()}
+        if self.answer_positions == "every":
+            capitals = {country: names[:1] for country, names in capitals.items()}
         partners = self._partners(capitals)
+        if len(partners) < MINIMUM_COUNTRIES:
+            raise TaskError(
+                f"The task {self.name} cannot be posed to this tokenizer: {len(partners)} of the {len(capitals)} "
+                "countries have as many tokens as another one, whose capital begins with another token; at least "
+                f"{MINIMUM_COUNTRIES} are needed.\nChoose a model whose tokenizer knows their names, or another task."
+            )
         if alone := [country for country in capitals if country not in partners]:
             self.remarks.append(
                 f"{len(alone)} of {len(capitals)} countries are left out, because no other one has as many tokens and "
@@ -53,7 +68,10 @@ class Capitals(ShippedRecords):
         by_length: dict[int, list[str]] = defaultdict(list)
         for country, tokens in zip(capitals, self._word_tokens(capitals), strict=True):
             by_length[len(tokens)].append(country)
-        firsts = {country: {tokens[0] for tokens in self._word_tokens(names)} for country, names in capitals.items()}
+        tokens_of = {country: self._word_tokens(names) for country, names in capitals.items()}
+        # Some tokenizers have a token for the space before a word.
+        space = shared_length([tokens for names in tokens_of.values() for tokens in names])
+        firsts = {country: {tuple(tokens[: space + 1]) for tokens in names} for country, names in tokens_of.items()}
         partners: dict[str, str] = {}
         for countries in by_length.values():
             waiting = sorted(countries, key=lambda country: derive_seed("partner", country))

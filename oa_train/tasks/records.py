@@ -99,7 +99,7 @@ class Records(Task):
             raise TaskError(f"{self.source} has no rows.")
         if not problems:
             return
-        if bad_rows == "stop":
+        if bad_rows == "stop" or len(problems) == n_rows:
             raise TaskError(
                 f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
                 "Mend them, or leave them out with --data.bad_rows leave_out."
