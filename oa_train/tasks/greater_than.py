@@ -10,6 +10,7 @@ from oa_train.tasks.vocabulary import require_enough, single_token_words
 
 SENTENCE = "The {noun} lasted from the year {begin}{start} to the year {begin}"
 DIGITS = tuple("0123456789")
+YEARS = tuple(f"{year:02d}" for year in range(100))
 CENTURIES = tuple(str(century) for century in range(10, 19))
 # Without the first decade of a century, in which no tens digit is too small.
 DECADES = tuple(century + tens for century in CENTURIES for tens in DIGITS[1:])
@@ -17,7 +18,7 @@ DECADES = tuple(century + tens for century in CENTURIES for tens in DIGITS[1:])
 # How a year may be cut: its first digits, the endings that complete them, and the ending of the counterfactual,
 # after which (nearly) every other one is an answer.
 CUTS = (
-    (CENTURIES, tuple(f"{year:02d}" for year in range(100)), "01"),
+    (CENTURIES, YEARS, "01"),
     (DECADES, DIGITS, "0"),
 )
 
@@ -66,7 +67,7 @@ class GreaterThan(GrammarTask):
                 break
         require_enough(
             [begin + start for begin, start in self.starts],
-            [century + year for century in CENTURIES for year in CUTS[0][1]],
+            [century + year for century in CENTURIES for year in YEARS],
             task=self.name,
             what="years end with a token of two digits or of one",
             minimum=MINIMUM_YEARS,
