@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from oa_train.studies.study import Study as Study
     from oa_train.studies.study import Table as Table
     from oa_train.studies.study import estimates as estimates
+    from oa_train.tasks.agreement import Agreement as Agreement
+    from oa_train.tasks.capitals import Capitals as Capitals
     from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
@@ -64,9 +66,11 @@ if TYPE_CHECKING:
     from oa_train.training.strategies import ShardedStrategy as ShardedStrategy
 
 _HOMES = {
+    "Agreement": "tasks.agreement",
     "AblationSource": "ablations.registry",
     "Batch": "batches",
     "BestCheckpoint": "training.callbacks",
+    "Capitals": "tasks.capitals",
     "Circuit": "circuits.circuit",
     "CircuitModule": "training.circuit_module",
     "Compare": "studies.compare",

@@ -3,6 +3,8 @@
 A task is a source of prompts and makes batches of token ids of them. It knows no weights and no training.
 """
 
+from oa_train.tasks.agreement import Agreement as Agreement
+from oa_train.tasks.capitals import Capitals as Capitals
 from oa_train.tasks.grammar import GrammarTask as GrammarTask
 from oa_train.tasks.greater_than import GreaterThan as GreaterThan
 from oa_train.tasks.induction import Induction as Induction

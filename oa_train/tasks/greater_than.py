@@ -5,15 +5,22 @@ from typing import Any
 
 from oa_train.seeds import derive_seed
 from oa_train.tasks.grammar import GrammarTask, end_span, fill
-from oa_train.tasks.task import Prompt
+from oa_train.tasks.task import Prompt, Question
 from oa_train.tasks.vocabulary import require_enough, single_token_words
 
-SENTENCE = "The {noun} lasted from the year {century}{year} to the year {century}"
-CENTURIES = tuple(str(century) for century in range(10, 19))
+SENTENCE = "The {noun} lasted from the year {begin}{start} to the year {begin}"
+DIGITS = tuple("0123456789")
 YEARS = tuple(f"{year:02d}" for year in range(100))
+CENTURIES = tuple(str(century) for century in range(10, 19))
+# Without the first decade of a century, in which no tens digit is too small.
+DECADES = tuple(century + tens for century in CENTURIES for tens in DIGITS[1:])
 
-# The counterfactual starts in this year, after which every year of the century is an answer.
-EARLY_YEAR = "01"
+# How a year may be cut: its first digits, the endings that complete them, and the ending of the counterfactual,
+# after which (nearly) every other one is an answer.
+CUTS = (
+    (CENTURIES, YEARS, "01"),
+    (DECADES, DIGITS, "0"),
+)
 
 MINIMUM_NOUNS = 2
 MINIMUM_YEARS = 20
@@ -22,17 +29,22 @@ MINIMUM_YEARS = 20
 class GreaterThan(GrammarTask):
     """Predict the year in which a period ends, after the year of its start.
 
-    Answers are all two-digit years after the start, distractors all others. The counterfactual starts in the second
-    year of the same century. Spans: `noun`, `year` (the two digits of the start after its century), `end` (the
-    last token).
+    The text ends before the last token of the second year, whose first digits are those of the start. Answers are all
+    last tokens that make a later year, distractors all others. Where a tokenizer has tokens of two digits, as GPT-2's,
+    the text ends with the century ("1732 to the year 17"). Where the last digit is a token of its own it ends with the
+    decade ("1732 to the year 173"), and if the digit before is one too, that is an earlier question, whose answers are
+    the digits with which a later year can go on (3 and above), its distractors those with which none can.
+
+    The counterfactual starts in the second year of the same century, or in the first of the same decade. Spans:
+    `noun`, `year` (the last token of the start), `end` (the last token).
 
     Args:
         **options: the options of every task (see `Task`).
 
     Attributes:
         nouns: events that are single tokens.
-        years: the two-digit years of each century that are one token after it.
-        starts: centuries and years in which a period may start.
+        years: the endings of years that are one token after the first digits, by these.
+        starts: first digits and endings of the years in which a period may start.
     """
 
     name = "greater_than"
@@ -40,41 +52,54 @@ class GreaterThan(GrammarTask):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.nouns = single_token_words(self.encoder, self.name, "nouns", MINIMUM_NOUNS)
-        # A year is one token after its century, which keeps the tokens that it has alone.
-        self.years = {
-            century: tuple(year for year in YEARS if self.encoder.continuation(f"year {century}", year) is not None)
-            for century in CENTURIES
-        }
-        self.starts = [
-            (century, year)
-            for century, years in self.years.items()
-            if EARLY_YEAR in years
-            for year in years[:-1]  # no year of the century comes after its last one
-            if year > EARLY_YEAR
-        ]
+        for begins, endings, earliest in CUTS:
+            self._earliest = earliest
+            # The first digits keep the tokens that they have alone.
+            self.years = {begin: tuple(end for end in endings if self._continues(begin, end)) for begin in begins}
+            self.starts = [
+                (begin, start)
+                for begin, ends in self.years.items()
+                if earliest in ends
+                for start in ends[:-1]  # none comes after the last one
+                if start > earliest
+            ]
+            if len(self.starts) >= MINIMUM_YEARS:
+                break
         require_enough(
-            [century + year for century, year in self.starts],
+            [begin + start for begin, start in self.starts],
             [century + year for century in CENTURIES for year in YEARS],
             task=self.name,
-            what="years are a century and one further token",
+            what="years end with a token of two digits or of one",
             minimum=MINIMUM_YEARS,
         )
 
+    def _continues(self, begin: str, end: str) -> bool:
+        return self.encoder.continuation(f"year {begin}", end) is not None
+
     def draw(self, random: random.Random) -> Prompt:
         """Draw an event and the year in which it starts."""
-        century, start = random.choice(self.starts)
+        begin, start = random.choice(self.starts)
         noun = random.choice(self.nouns)
-        years = self.years[century]
-        text, places = fill(SENTENCE, noun=noun, century=century, year=start)
+        years = self.years[begin]
+        text, places = fill(SENTENCE, noun=noun, begin=begin, start=start)
         return Prompt(
             text=text,
             answers=tuple(year for year in years if year > start),
             distractors=tuple(year for year in years if year <= start),
-            counterfactual=SENTENCE.format(noun=noun, century=century, year=EARLY_YEAR),
-            spans={"noun": places["noun"], "year": places["year"], "end": end_span(text)},
+            counterfactual=SENTENCE.format(noun=noun, begin=begin, start=self._earliest),
+            earlier=self._tens(text, begin),
+            spans={"noun": places["noun"], "year": places["start"], "end": end_span(text)},
         )
+
+    def _tens(self, text: str, begin: str) -> tuple[Question, ...]:
+        """The question for the tens digit, where the second year goes on with one that is a token."""
+        century, tens = begin[:2], begin[2:]
+        if not tens or not all(self._continues(century, digit) for digit in DIGITS):
+            return ()
+        answers = tuple(digit for digit in DIGITS if digit >= tens)
+        return (Question(text[:-1], answers, tuple(digit for digit in DIGITS if digit < tens)),)
 
     def describe(self) -> dict[str, Any]:
         """Everything that determines the prompts, as plain values for the header of an artefact."""
-        words = (*self.nouns, *(century + year for century, year in self.starts))
+        words = (*self.nouns, *(begin + start for begin, start in self.starts))
         return {**super().describe(), "words": f"{derive_seed(*words):016x}"}

@@ -1,13 +1,15 @@
 """Induction: a row of unrelated words, then one of them again; the answer is the word that followed it before."""
 
 import random
-from typing import Any
+from typing import Any, Literal, get_args
 
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
 from oa_train.tasks.grammar import GrammarTask, end_span, word_span
-from oa_train.tasks.task import Prompt, Question
-from oa_train.tasks.vocabulary import read_words, single_token_words
+from oa_train.tasks.task import Prompt, Question, check_choice
+from oa_train.tasks.vocabulary import read_words, single_token_words, vocabulary_words
+
+Vocabulary = Literal["list", "model"]
 
 # Some text must stand before the first word: tokenizers write the very first word of a prompt differently.
 OPENING = "Words:"
@@ -22,9 +24,14 @@ class Induction(GrammarTask):
     Spans: `first` (where the last word stood before), `after` (the word that followed it there, the answer), `end`
     (the last token).
 
+    Random tokens that are repeated as a whole, on which induction heads are usually measured, are `vocabulary: model`,
+    `repeated` one less than `length`, and `answer_positions: every`.
+
     Args:
         length: distinct words in the row, before those that are repeated.
         repeated: words that are repeated, in their original order.
+        vocabulary: where the words come from: `list` is a list of concrete nouns, `model` all words of the model's
+            vocabulary (tokens of letters after a space).
         **options: the options of every task (see `Task`).
 
     Attributes:
@@ -33,24 +40,28 @@ class Induction(GrammarTask):
 
     name = "induction"
 
-    def __init__(self, *, length: int = 8, repeated: int = 1, **options: Any) -> None:
+    def __init__(self, *, length: int = 8, repeated: int = 1, vocabulary: Vocabulary = "list", **options: Any) -> None:
         if length < 3:
             raise ConfigurationError(f"length is {length}; expected at least 3 words: a pair and one other.")
-        if not 1 <= repeated <= length - 2:
+        if not 1 <= repeated < length:
             raise ConfigurationError(
-                f"repeated is {repeated}; expected 1 to {length - 2} words, so that one follows them and one is left."
+                f"repeated is {repeated}; expected 1 to {length - 1} words, so that one of the row follows them."
             )
-        # More words than the row holds, for the counterfactual.
-        minimum, n_words = length + repeated, len(read_words("induction"))
-        if minimum > n_words:
+        check_choice("vocabulary", vocabulary, get_args(Vocabulary))
+        minimum = length + repeated  # the counterfactual has words of its own
+        if vocabulary == "list" and minimum > (n_words := len(read_words("induction"))):
             raise ConfigurationError(
-                f"length and repeated are {length} and {repeated}; expected a sum of at most {n_words}, the words "
-                "that the task knows."
+                f"length and repeated are {length} and {repeated}; expected a sum of at most {n_words}, the words of "
+                "the task's list. Choose fewer, or vocabulary: model."
             )
         super().__init__(**options)
         self.length = length
         self.repeated = repeated
-        self.words = single_token_words(self.encoder, self.name, "induction", minimum)
+        self.vocabulary: Vocabulary = vocabulary
+        if vocabulary == "list":
+            self.words = single_token_words(self.encoder, self.name, "induction", minimum)
+        else:
+            self.words = vocabulary_words(self.encoder, self.name, minimum)
 
     def draw(self, random: random.Random) -> Prompt:
         """Draw the words and which of them come back."""

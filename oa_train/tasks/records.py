@@ -101,7 +101,7 @@ class Records(Task):
             raise TaskError(f"{self.source} has no rows.")
         if not problems:
             return
-        if bad_rows == "stop":
+        if bad_rows == "stop" or len(problems) == n_rows:
             unknown = any(problem.problem.startswith("unknown field") for _, problem in problems)
             extra = " Fields that are of no use here are named in --data.ignored_fields." if unknown else ""
             raise TaskError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from oa_train.errors import TaskError
-from oa_train.tasks.encoding import PromptEncoder
+from oa_train.tasks.encoding import CONTEXT, PromptEncoder
 
 FOLDER = "words"
 
@@ -35,6 +35,25 @@ def single_token_words(encoder: PromptEncoder, task: str, name: str, minimum: in
     words = read_words(name)
     kept = tuple(word for word in words if encoder.is_single_token(word))
     require_enough(kept, words, task=task, what=f"words of its list {name!r} are single tokens", minimum=minimum)
+    return kept
+
+
+def vocabulary_words(encoder: PromptEncoder, task: str, minimum: int) -> tuple[str, ...]:
+    """All words that are single tokens of letters after a space, in the order of their ids, for the task of this name.
+
+    Raises:
+        TaskError: there are fewer than `minimum`.
+    """
+    tokenizer = encoder.tokenizer
+    ids = range(min(len(tokenizer), encoder.vocabulary_size))
+    pieces = [piece.strip() for piece in tokenizer.batch_decode([[token] for token in ids])]
+    candidates = {token: piece for token, piece in zip(ids, pieces, strict=True) if piece.isalpha()}
+    texts = [CONTEXT, *(f"{CONTEXT} {piece}" for piece in candidates.values())]
+    before, *rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    kept = tuple(
+        piece for (token, piece), row in zip(candidates.items(), rows, strict=True) if row == [*before, token]
+    )
+    require_enough(kept, pieces, task=task, what="tokens of the vocabulary are words", minimum=minimum)
     return kept
 
 

@@ -1,10 +1,14 @@
 import re
+from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from oa_train.errors import TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import GreaterThan
+from oa_train.tasks.vocabulary import read_words
 from tests.builders import RARE
 
 
@@ -55,6 +59,44 @@ def test_years_that_are_split_otherwise_are_left_out(bytes_lm: LMSpec) -> None:
     assert not RARE & set(task.nouns)
 
 
-def test_a_tokenizer_that_splits_digits_is_refused(digits_lm: LMSpec) -> None:
-    with pytest.raises(TaskError, match=r"greater_than .*: 0 of the 900 years are a century and one further token"):
-        GreaterThan(lm=digits_lm)
+def test_single_digits_are_asked_for_one_after_the_other(digits_lm: LMSpec) -> None:
+    task = GreaterThan(lm=digits_lm, answer_positions="every")
+    seen = set()
+    for index in range(200):
+        prompt = task.prompt("train", index)
+        begin, start, again = re.fullmatch(
+            r"The \w+ lasted from the year (\d{3})(\d) to the year (\d{3})", prompt.text
+        ).groups()
+        assert begin == again
+        seen.add(start)
+        assert prompt.answers == tuple("0123456789"[int(start) + 1 :])
+        assert prompt.distractors == tuple("0123456789"[: int(start) + 1])
+        assert prompt.counterfactual == prompt.text.replace(f"{begin}{start}", f"{begin}0")
+        assert [prompt.text[slice(*prompt.spans[name])] for name in ("year", "end")] == [start, begin[2]]
+        # A later year may begin with the same tens digit, which the text itself goes on with.
+        (tens,) = prompt.earlier
+        assert tens.text == prompt.text[:-1]
+        assert tens.answers == tuple("0123456789"[int(begin[2]) :])
+        assert tens.distractors == tuple("0123456789"[: int(begin[2])]) != ()
+    assert seen == set("12345678")
+    batch = task.batch("test", 0, 8)
+    end = batch.lengths - 1
+    assert batch.scored.tolist() == [[int(last) - 1, int(last)] for last in end]
+    assert (batch.counterfactual_tokens != batch.tokens).sum(dim=1).tolist() == [1] * 8
+
+
+def test_a_tokenizer_without_numbers_is_refused(words_only_lm: LMSpec) -> None:
+    with pytest.raises(
+        TaskError, match=r"greater_than .*: 0 of the 900 years end with a token of two digits or of one"
+    ):
+        GreaterThan(lm=words_only_lm)
+
+
+@pytest.fixture
+def words_only_lm(tmp_path: Path) -> LMSpec:
+    words = ["<unk>", "Then", "year", *read_words("nouns")]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    GPT2Config().save_pretrained(tmp_path)
+    return LMSpec(str(tmp_path))

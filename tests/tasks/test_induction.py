@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import Induction
 from tests.builders import RARE
@@ -42,7 +42,7 @@ def test_the_counterfactual_leaves_nothing_to_induce() -> None:
         assert other.count(other[-1]) == 1
 
 
-@pytest.mark.parametrize(("length", "repeated"), [(3, 1), (5, 3), (8, 2), (8, 6)])
+@pytest.mark.parametrize(("length", "repeated"), [(3, 1), (5, 3), (8, 2), (8, 7)])
 def test_words_come_back_in_their_order_and_each_is_a_question(lm: LMSpec, length: int, repeated: int) -> None:
     task = Induction(lm=lm, length=length, repeated=repeated)
     for index in range(50):
@@ -106,9 +106,25 @@ def test_rows_that_are_too_short_or_too_long_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="length is 2; expected at least 3"):
         Induction(length=2)
     with pytest.raises(
-        ConfigurationError, match=r"are 60 and 1; expected a sum of at most 49, the words that the task"
+        ConfigurationError, match=r"are 60 and 1; expected a sum of at most 49, the words of the task's"
     ):
         Induction(length=60)
-    for repeated in (0, 7):
-        with pytest.raises(ConfigurationError, match=f"repeated is {repeated}; expected 1 to 6 words"):
+    for repeated in (0, 8):
+        with pytest.raises(ConfigurationError, match=f"repeated is {repeated}; expected 1 to 7 words"):
             Induction(length=8, repeated=repeated)
+
+
+def test_words_of_the_whole_vocabulary_are_repeated_in_full(bytes_lm: LMSpec) -> None:
+    task = Induction(lm=bytes_lm, length=25, repeated=24, vocabulary="model", answer_positions="every")
+    assert len(set(task.words)) == len(task.words) > 60 > len(Induction(lm=bytes_lm).words)
+    assert {"river", "Anna"} <= set(task.words)  # words of no list of the task are among them
+    assert not RARE & set(task.words)
+    batch = task.batch("train", 0, 8)
+    row = batch.tokens[0, -49:]
+    assert row[:24].tolist() == row[25:].tolist()
+    assert batch.scored[0].tolist() == list(range(batch.tokens.shape[1] - 24, batch.tokens.shape[1]))
+    assert batch.answers[0, :, 0].tolist() == row[1:25].tolist()
+    with pytest.raises(TaskError, match=r"induction .* tokens of the vocabulary are words .* at least 100000 are"):
+        Induction(lm=bytes_lm, length=50_001, repeated=49_999, vocabulary="model")
+    with pytest.raises(ConfigurationError, match="vocabulary is 'words'; expected one of list, model"):
+        Induction(vocabulary="words")

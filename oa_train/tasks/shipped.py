@@ -1,0 +1,39 @@
+"""Records that come with the package: made for the model's tokenizer and cut into streams as those of a file."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from oa_train.tasks.record_files import Fields, Row
+from oa_train.tasks.records import Records
+
+
+class ShippedRecords(Records):
+    """Task of a fixed set of prompts that comes with the package.
+
+    Args:
+        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            path=None,
+            layout="own",
+            rows=[],
+            subset=None,
+            bad_rows="leave_out",
+            leading_space="as_written",
+            ignored_fields=(),
+            **options,
+        )
+
+    @abstractmethod
+    def rows(self) -> Iterator[Fields]:
+        """Rows for this tokenizer, in the fields of `Records`.
+
+        Raises:
+            TaskError: the tokenizer splits the words that the task needs.
+        """
+
+    def _content(self, path: str | None, subset: str | None, rows: Any) -> tuple[str, Iterable[Row]]:
+        return self.name, (Row(f"row {number}", row) for number, row in enumerate(self.rows(), start=1))
