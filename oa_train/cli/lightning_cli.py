@@ -15,9 +15,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from oa_train.cli.bars import track
 from oa_train.cli.faults import own_error, terminable, told_how_to_resume
 from oa_train.cli.messages import reasons
-from oa_train.cli.output import console, show, track
+from oa_train.cli.output import console, show
 from oa_train.cli.parser import ExplainingLightningParser, add_model_and_task, check_values
 from oa_train.cli.record import record_in
 from oa_train.cli.slurm import (

@@ -2,21 +2,10 @@
 
 import io
 import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from oa_train.cli.record import log
 from oa_train.studies.study import Findings, Table
@@ -44,35 +33,7 @@ class RecordedConsole(Console):
             log.info("%s", line)
 
 
-class RateColumn(ProgressColumn):
-    """Steps per second, or seconds per step when they are slow."""
-
-    def render(self, task: Task) -> Text:
-        """Text of the column."""
-        speed = task.finished_speed or task.speed
-        if not speed and task.elapsed:  # rich needs two steps to see a speed
-            speed = task.completed / task.elapsed
-        if not speed:
-            return Text("")
-        return Text(f"{speed:.1f} it/s" if speed >= 1 else f"{1 / speed:.1f} s/it")
-
-
 console = RecordedConsole()
-progress_console = Console(stderr=True)
-
-
-def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate over steps with a progress bar on stderr: done, total, rate, time remaining."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        RateColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    log.info("%s: %d steps", description, len(steps))
-    with Progress(*columns, console=progress_console) as progress:
-        yield from progress.track(steps, description=description)
 
 
 def show(findings: Findings) -> None:

@@ -12,8 +12,9 @@ from jsonargparse import Namespace
 
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.trained import TrainedCircuit
+from oa_train.cli.bars import track
 from oa_train.cli.faults import terminable
-from oa_train.cli.output import show, track
+from oa_train.cli.output import show
 from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values
 from oa_train.cli.precheck import refuse_stored_trust, take_options
 from oa_train.cli.quiet import silence_libraries
@@ -81,7 +82,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
 
 def _carried_out(study: Study[Any], folder: Path) -> Findings:
     with terminable(), removed_if_empty(folder):
-        findings = study.run()
+        findings = study.answer()
     try:
         findings = study.write(findings, folder)
     finally:  # a table that could not be written is still shown

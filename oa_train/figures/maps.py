@@ -20,7 +20,9 @@ LABELLED_CELL, NAMED_CELL = 0.42, 0.16
 def score_map(
     table: np.ndarray, rows: Sequence[str], columns: Sequence[str], axes_names: tuple[str, str], threshold: float
 ) -> Figure:
-    """Keep-probabilities as a table; blank where there is no entry, framed where one exceeds the threshold.
+    """Keep-probabilities as a table, its first row at the bottom.
+
+    It is blank where there is no entry, and framed where one exceeds the threshold.
 
     Args:
         table: [row, column] values between 0 and 1; NaN where there is no entry.
@@ -35,7 +37,7 @@ def score_map(
     width, height = cell * table.shape[1] + 2.2, cell * table.shape[0] + 1.2
     figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0))
     axes = figure.subplots()
-    image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
     axes.set_facecolor("#F2F2F2")
     size = FONT_SIZE - (1 if labelled else 3)
     for names, set_ticks, turned in ((columns, axes.set_xticks, not labelled), (rows, axes.set_yticks, False)):
