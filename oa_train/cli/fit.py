@@ -58,6 +58,8 @@ def _expand_run(words: Sequence[str]) -> list[str]:
     run = RunFolder.find(folder, whole=True)
     config = run.config()
     refuse_stored_trust(config, run.config_path, words)
+    if not any(word.split("=")[0] == "--lm.name" for word in words):
+        run.check_model(str((config.get("lm") or {}).get("name", "")))
     name = name or "best"
     is_name = name in ("best", "last")
     if not is_name and not Path(name).suffix and not Path(name).exists():

@@ -132,6 +132,8 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
+    if runs:
+        runs[0].check_model(str(options.lm.name))
     return options
 
 
