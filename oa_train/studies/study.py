@@ -6,15 +6,13 @@ A study is a class with a name, a settings dataclass and a `run` that returns `F
 file, the tables and the figures follow from these.
 """
 
-import csv
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
@@ -25,18 +23,19 @@ from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES
 from oa_train.errors import ConfigurationError, RunError
 from oa_train.figures.comparison import Interval
-from oa_train.figures.style import Figure, save_figure
-from oa_train.files import make_next_folder, replace_file, write_json
+from oa_train.figures.style import save_figure
+from oa_train.files import make_next_folder, write_json
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Stage, Track, counted, silent
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.findings import Findings as Findings
+from oa_train.studies.findings import Row as Row
+from oa_train.studies.findings import Table as Table
+from oa_train.studies.findings import plain, write_csv
 from oa_train.tasks.task import Stream, Task
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RESULTS_FILE = "results.json"
 
@@ -45,63 +44,7 @@ MOST_LISTED = 30
 
 SCHEMA_VERSION = 1
 
-# Column names with plain values or estimates.
-Row = Mapping[str, Any]
 S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for people: rows of texts, numbers and estimates under a title."""
-
-    title: str
-    rows: Sequence[Row]
-
-
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """Answer of a study.
-
-    Attributes:
-        rows: the study's table, written to `results.json` and `tables/<table>.csv`.
-        metrics: key figures by name.
-        facts: further keys of `results.json`; plain values and estimates.
-        shown: tables and lines for the terminal.
-        figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
-            results are on disk.
-        circuit: sizes of the circuit in question.
-        table: name of the CSV file.
-        folder: study folder, once written.
-    """
-
-    rows: Sequence[Row]
-    metrics: Mapping[str, Estimate] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    shown: Sequence[Table | str] = ()
-    figures: Mapping[str, Callable[[], Figure | None]] = field(default_factory=dict)
-    circuit: Mapping[str, int] | None = None
-    table: str = "rows"
-    folder: Path | None = None
-
-    def where(self, **values: Any) -> list[Row]:
-        """Rows that have these values: `findings.where(component="circuit", ablation="mean")`."""
-        return [row for row in self.rows if all(row.get(name) == value for name, value in values.items())]
-
-    def flat_rows(self) -> list[dict[str, Any]]:
-        """Rows of plain values; an estimate becomes the columns `x`, `x_stderr`, `x_low` and `x_high`."""
-        return [_flat(row) for row in self.rows]
-
-    def to_frame(self) -> "pd.DataFrame":
-        """The rows as a pandas frame, with the columns of `flat_rows`.
-
-        Raises:
-            ConfigurationError: pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as problem:
-            raise ConfigurationError("to_frame needs pandas: pip install 'oa_train[pandas]'.") from problem
-        return pd.DataFrame(self.flat_rows())
 
 
 class Study(ABC, Generic[S]):
@@ -238,7 +181,7 @@ class Study(ABC, Generic[S]):
         try:
             write_json(folder / RESULTS_FILE, self.document(findings, folder.parent.parent))
             if findings.rows:
-                _write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
+                write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
             for name, draw in findings.figures.items():
                 figure = draw()
                 if figure is not None:
@@ -268,11 +211,11 @@ class Study(ABC, Generic[S]):
                 "distinct_prompts": distinct_prompts(self.task),
             },
             "versions": versions(),
-            "metrics": _plain(findings.metrics),
-            "rows": _plain(findings.rows),
+            "metrics": plain(findings.metrics),
+            "rows": plain(findings.rows),
             **({} if findings.circuit is None else {"circuit": dict(findings.circuit)}),
-            **_plain(findings.facts),
-            "settings": _plain(self.settings),
+            **plain(findings.facts),
+            "settings": plain(self.settings),
         }
 
     @property
@@ -360,34 +303,3 @@ def interval(value: Estimate) -> Interval:
 def spoken(name: str) -> str:
     """Name of an ablation or measure in titles and tables."""
     return name.replace("_", " ")
-
-
-def _plain(value: Any) -> Any:
-    """JSON values of estimates, dataclasses and containers of them."""
-    if isinstance(value, Estimate):
-        return value.as_json()
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Estimate):
-            low, high = value.ci95
-            flat |= {name: value.mean, f"{name}_stderr": value.stderr, f"{name}_low": low, f"{name}_high": high}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, text.getvalue().encode())

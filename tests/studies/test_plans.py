@@ -39,7 +39,7 @@ def model():
 def a_circuit(model, level, ablation="optimal", **training) -> TrainedCircuit:
     scores = torch.linspace(0, 1, len(level))
     provenance = {"ablation": ablation, "loss": "kl", "training": {"threshold": 0.5} | training}
-    return TrainedCircuit("run", Circuit(level, scores > 0.5, scores, provenance))
+    return TrainedCircuit("run", Circuit.from_mask(level, scores > 0.5, scores, provenance))
 
 
 def check_plan(study) -> Told:
@@ -139,5 +139,5 @@ def test_a_missed_target_is_said_with_the_command_that_takes_it(model, tmp_path)
 def test_it_is_said_how_the_entries_were_chosen(model):
     trained = a_circuit(model, Nodes.of(model.config))
     assert criterion(trained) == "keep-probability above 0.5"
-    few = Circuit(trained.circuit.level, trained.circuit.scores > 0.8, trained.circuit.scores)
+    few = Circuit.from_mask(trained.circuit.level, trained.circuit.scores > 0.8, trained.circuit.scores)
     assert criterion(TrainedCircuit("run", few)) == "those of the highest keep-probability"
