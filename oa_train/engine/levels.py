@@ -48,7 +48,8 @@ def _node_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
     """About what a row's activations take: of one block, or of all that a backward pass goes through, and logits."""
     sizes, width = Dimensions.of(model.config), batch.tokens.shape[1]
     of_block = width * (10 * sizes.d_model + 4 * sizes.d_mlp + 2 * sizes.n_heads * width)
-    of_logits = 4 * batch.scored.shape[1] * model.config.vocab_size
+    vocabulary: int = model.config.vocab_size
+    of_logits = 4 * batch.scored.shape[1] * vocabulary
     return ((sizes.n_layers if gradients else 1) * of_block + of_logits) * model.dtype.itemsize
 
 
