@@ -21,7 +21,7 @@ from oa_train.models.levels import Level
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
-from oa_train.studies.comparison_tables import alone_cells, circuit_cells, intervals, label, seeds_line
+from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -138,6 +138,7 @@ class Compare(Study[CompareSettings]):
     def run(self) -> Findings:
         """Evaluate circuits, components and random circuits under each ablation."""
         self.clean_behaviour()
+        assert self._prepared  # gathered before all stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
         drawn = [self._beside_random(run) for run in self._controlled]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
@@ -152,8 +153,8 @@ class Compare(Study[CompareSettings]):
             rows,
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
-                "positions": self.source.slots.positions,
-                "runs": [self._described(run) for run in self.circuits],
+                "positions": self.positions,
+                "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
                 "seeds": seeds,
@@ -174,17 +175,23 @@ class Compare(Study[CompareSettings]):
         return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
 
     @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
+    def positions(self) -> int:
+        """Positions that constants distinguish."""
         positions = self.settings.positions
         if positions == "every":
             positions = max(int(batch.lengths.max()) for batch in self.batches)
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
-        return AblationSource(self.model, self.task, self.level, positions or max(trained, default=1), self.track)
+        return positions or max(trained, default=1)
+
+    @cached_property
+    def source(self) -> AblationSource:
+        """Statistics from which ablations are made."""
+        return AblationSource(self.model, self.task, self.level, self.positions, self.track)
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:
-        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds if not KINDS[kind].learned}
+        """Ablations by kind; those by learned constants as their training starts."""
+        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
@@ -241,7 +248,7 @@ class Compare(Study[CompareSettings]):
     def _start(self, run: TrainedCircuit) -> Constants:
         if run.constants is None or not KINDS[run.ablation].learned:
             return self.source.mean
-        return run.constants.of_level(self.level).with_positions(self.source.slots.positions)
+        return run.constants.of_level(self.level).with_positions(self.positions)
 
     def _has_constants(self, run: TrainedCircuit) -> bool:
         """True if a run's constants were trained for this task, for KL divergence and for tables of this size."""
@@ -249,7 +256,7 @@ class Compare(Study[CompareSettings]):
             return False
         provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}
         return (
-            run.constants.n_positions == self.source.slots.positions
+            run.constants.n_positions == self.positions
             and {**provenance.get("task", task), "seed": None} == task
             and provenance.get("loss", "kl") == "kl"
         )
@@ -276,16 +283,6 @@ class Compare(Study[CompareSettings]):
             track=self.track,
             description=f"fitting constants of {parts}",
         ).sets
-
-    def _described(self, run: TrainedCircuit) -> dict[str, Any]:
-        return {
-            "name": run.name,
-            "seed": run.seed,
-            "trained_with": run.ablation,
-            "nodes": list(run.circuit.nodes),
-            **({} if self.level.has_one_stream else {"edges": list(run.circuit.names)}),
-            **{f"n_{key}": value for key, value in run.circuit.counts().items()},
-        }
 
     def _shown(
         self,

@@ -4,9 +4,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.figures.comparison import Interval
 from oa_train.metrics.estimates import written
 from oa_train.studies.study import Row, interval, spoken
+
+
+def described_run(run: TrainedCircuit) -> dict[str, Any]:
+    """A run in `results.json`."""
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "trained_with": run.ablation,
+        "nodes": list(run.circuit.nodes),
+        **({} if run.circuit.level.has_one_stream else {"edges": list(run.circuit.names)}),
+        **{f"n_{key}": value for key, value in run.circuit.counts().items()},
+    }
 
 
 def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:

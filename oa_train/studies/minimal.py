@@ -159,13 +159,15 @@ class Minimal(Study[MinimalSettings]):
             table="parts",
         )
 
-    def _without(self, removed: Sequence[Sequence[int]]) -> tuple[Behaviour, list[dict[str, Any]]]:
+    def _without(
+        self, removed: Sequence[Sequence[int]], described: str = "circuits without a part"
+    ) -> tuple[Behaviour, list[dict[str, Any]]]:
         """Remove sets of entries, one set at a time; the first circuit is the whole one."""
         masks = self.mask.repeat(1 + len(removed), 1)
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
         masks = self.level.prune(masks)
-        behaviour = self._behaviour(masks, self._ablations(masks), "circuits without a part")
+        behaviour = self._behaviour(masks, self._ablations(masks), described)
         return behaviour, [self._row(behaviour, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
     def _row(self, behaviour: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> dict[str, Any]:
@@ -182,7 +184,8 @@ class Minimal(Study[MinimalSettings]):
 
     def _together(self, names: Sequence[str]) -> dict[str, Any]:
         """The circuit without several parts at once."""
-        _, (row,) = self._without([[self.level.index(name) for name in names]])
+        together = [self.level.index(name) for name in names]
+        _, (row,) = self._without([together], "the circuit without its superfluous parts")
         return {name: value for name, value in row.items() if name != self.level.part}
 
     def _complements(self) -> list[dict[str, Estimate]]:
