@@ -107,9 +107,8 @@ class Compare(Study[CompareSettings]):
         super().check()
         self.level = self.circuits[0].circuit.level
         if any(run.circuit.level != self.level for run in self.circuits):
-            kinds = ", ".join(
-                f"{run.name} of {len(run.circuit.level)} {run.circuit.level.parts}" for run in self.circuits
-            )
+            levels = [(run.name, run.circuit.level) for run in self.circuits]
+            kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         # Of circuits of edges the components are ablated alone, not every edge.
         self.nodes = self.level.node_level(self.model.config)
@@ -120,17 +119,22 @@ class Compare(Study[CompareSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; circuits, components and random circuits, under each ablation."""
-        settings, task = self.settings, self.task
-        n_alone, evaluated = len(self.alone), len(self.kinds) * [task.n_test]
+        settings, task, n_alone = self.settings, self.task, len(self.alone)
         stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
-        lacking = [run for run in self.circuits if not self._has_constants(run)] if "optimal" in self.kinds else []
-        if lacking:
-            n_others = 1 if all(run.constants is None for run in lacking) else 2
-            stages.append(Stage("", fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others)))
-        stages += [Stage("", len(self.circuits) * passes) for passes in evaluated]
-        if n_alone and "optimal" in self.kinds:
-            stages.append(Stage("", fit_passes(n_alone, settings.fit, task.n_validation, 1)))
-        stages += [Stage("", n_alone * passes) for passes in evaluated if n_alone]
+        lacking = [run for run in self.circuits if not self._has_constants(run)]
+        n_others = 1 if all(run.constants is None for run in lacking) else 2
+        fits = (
+            (
+                len(self.circuits),
+                len(lacking),
+                fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others),
+            ),
+            (n_alone, n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1)),
+        )
+        for n_evaluated, n_fitted, passes in fits:
+            for kind in self.kinds if n_evaluated else ():
+                stages += [Stage("constants", passes)] if n_fitted and KINDS[kind].learned else []
+                stages.append(Stage("the test prompts", n_evaluated * task.n_test))
         for _ in self._controlled:
             stages += random_stages(settings.random_circuits, settings.random_fit, self._n_random_prompts, task)
         return stages

@@ -284,9 +284,10 @@ def criterion(trained: TrainedCircuit) -> str:
     above = circuit.scores > threshold
     if bool((above == circuit.mask).all()):
         return f"keep-probability above {threshold:g}"
-    if bool((above | ~circuit.mask).all()):
-        return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
-    return "those of the highest keep-probability"
+    dropped = circuit.scores[~circuit.mask]
+    if circuit.mask.any() and bool((circuit.scores[circuit.mask].min() >= dropped).all()):
+        return "those of the highest keep-probability"
+    return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
 
 
 def distinct_prompts(task: Task) -> dict[Stream, int]:
