@@ -1,12 +1,109 @@
-"""Progress of long loops; silent unless something shows it."""
+"""Progress of long work; silent unless something shows it.
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+Work is counted in passes: runs of the model on one prompt, as one circuit. One with gradients counts twice.
+"""
 
-# Wraps a sequence of known length and a description; the command line passes a progress bar.
-Track = Callable[[Sequence[Any], str], Iterable[Any]]
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+# Counts passes that are done.
+Advance = Callable[[int], None]
+
+# A pass that a gradient goes back through takes about as long as two.
+WITH_GRADIENTS = 2
+
+# Seconds of work before its duration is estimated, and of an estimate that is worth saying.
+MEASURED, WORTH_SAYING = 1.0, 10.0
+
+T = TypeVar("T")
 
 
-def silent(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """Show nothing."""
-    return steps
+@dataclass(frozen=True)
+class Stage:
+    """A part of some work that is known in advance."""
+
+    description: str
+    passes: int
+
+
+class Track:
+    """Shows the stages of some work. This one shows nothing; subclasses override `__call__` and `say`.
+
+    Attributes:
+        stages: those that are known in advance.
+    """
+
+    stages: Sequence[Stage] = ()
+
+    @contextmanager
+    def __call__(self, passes: int, description: str) -> Iterator[Advance]:
+        """A stage, for the length of the context, which gives the function that counts its passes."""
+        yield lambda done: None
+
+    def say(self, line: str) -> None:
+        """Show a line."""
+
+    def planned(self, stages: Sequence[Stage]) -> "Track":
+        """The same, for work of these stages: they are numbered, and it is said how long all of them take."""
+        return _Planned(self, stages)
+
+
+silent = Track()
+
+
+class _Planned(Track):
+    """Numbers the stages of a plan, and says how long it takes once that can be told, and when that has changed."""
+
+    def __init__(self, shown: Track, stages: Sequence[Stage]) -> None:
+        self._shown, self.stages = shown, list(stages)
+        self._number, self._start, self._said = 0, 0.0, 0.0
+
+    @contextmanager
+    def __call__(self, passes: int, description: str) -> Iterator[Advance]:
+        self._number += 1
+        numbered = f"{self._number} of {max(self._number, len(self.stages))}  {description}"
+        begun, later = time.monotonic(), sum(stage.passes for stage in self.stages[self._number :])
+        self._start, done = self._start or begun, 0
+        with self._stage(passes, numbered if len(self.stages) > 1 else description) as advance:
+
+            def count(more: int) -> None:
+                nonlocal done
+                done += more
+                advance(more)
+                now = time.monotonic()
+                if now - begun >= MEASURED:
+                    self._estimated(now - self._start, (now - begun) / done * (passes - done + later))
+
+            yield count
+
+    def _stage(self, passes: int, description: str) -> AbstractContextManager[Advance]:
+        return self._shown(passes, description)
+
+    def _estimated(self, elapsed: float, left: float) -> None:
+        total = elapsed + left
+        if left > WORTH_SAYING and not self._said / 1.5 < total < 1.5 * self._said:
+            self.say(f"this takes about {duration(total)}" + (f", {duration(left)} from now" if self._said else ""))
+            self._said = total
+
+    def say(self, line: str) -> None:
+        self._shown.say(line)
+
+
+def counted(track: Track, items: Sequence[T], description: str) -> Iterator[T]:
+    """Iterate over batches, one pass for each of their prompts."""
+    sizes = [len(item) for item in items]  # type: ignore[arg-type]
+    with track(sum(sizes), description) as advance:
+        for item, size in zip(items, sizes, strict=True):
+            yield item
+            advance(size)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: "40 s", "4 min", "2 h 10 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

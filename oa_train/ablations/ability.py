@@ -10,6 +10,7 @@ from oa_train.engine.forward import scored_logits
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.measures import measured
 from oa_train.models.loading import CausalLM
+from oa_train.progress import Advance, Track, silent
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.tasks.task import Stream, Task
 
@@ -74,21 +75,25 @@ class Ability:
 
 
 @torch.no_grad()
-def clean_ability(model: CausalLM, batches: Iterable[Batch]) -> Ability:
-    """Accuracy and logit difference of the clean model on prompts."""
+def clean_ability(model: CausalLM, batches: Iterable[Batch], advance: Advance = lambda passes: None) -> Ability:
+    """Accuracy and logit difference of the clean model on prompts; `advance` counts them."""
     parts, tops, has_distractors = [], [], False
     for batch in batches:
         moved = batch.to(model.device)
         logits = scored_logits(model, moved)
         parts.append([measured(name, logits, logits, moved) for name in ("accuracy", "logit_difference")])
         tops.append(logits[:, -1].argmax(dim=-1))
+        advance(len(batch))
         has_distractors = has_distractors or bool((moved.distractors >= 0).any())
     accuracy, difference = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
     return Ability(accuracy, difference, torch.cat(tops).cpu(), has_distractors)
 
 
-def ability_before_training(model: CausalLM, task: Task, stream: Stream = "validation") -> list[str]:
-    """Sentences for people before a training: what the task has to say of its prompts, and what the model can do."""
+def ability_before_training(
+    model: CausalLM, task: Task, stream: Stream = "validation", track: Track = silent
+) -> list[str]:
+    """Sentences for people before a training: the task's remarks on its prompts, and how well the model does on them."""
     n_prompts = min(task.n_validation, ENOUGH)
-    ability = clean_ability(model, task.batches(stream, n_prompts))
+    with track(n_prompts, f"clean model on {stream} prompts") as advance:
+        ability = clean_ability(model, task.batches(stream, n_prompts), advance)
     return [*task.remarks, *ability.lines(f"{stream} prompts")]

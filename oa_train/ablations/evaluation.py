@@ -1,8 +1,9 @@
 """Behaviour of a frozen model as each of several circuits."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 
 import torch
 
@@ -16,7 +17,11 @@ from oa_train.engine.values import Values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
-from oa_train.shapes import Bool, Float, Tensor
+from oa_train.progress import Advance
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+# Most memory of clean logits that are kept to be used again.
+CLEAN_BYTES = 2**30
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +33,40 @@ class Behaviour:
         accuracy: share of the scored positions at which the top token is an answer.
         logit_difference: log odds of the answers against the distractors, in nats.
         cross_entropy: minus the log probability of the answers, in nats.
+        identities: of each prompt, equal for prompts of the same tokens.
     """
 
     kl: Float[Tensor, "circuit prompt"]
     accuracy: Float[Tensor, "circuit prompt"]
     logit_difference: Float[Tensor, "circuit prompt"]
     cross_entropy: Float[Tensor, "circuit prompt"]
+    identities: Int[Tensor, " prompt"] | None = None
 
     def loss(self, name: Loss) -> Float[Tensor, "circuit prompt"]:
         """Loss of that name; see `metrics.measures.loss_of`."""
         values: Tensor = getattr(self, name)
         return LOSS_SIGNS[name] * values
+
+
+class CleanLogits:
+    """Clean logits of batches at their scored positions, on the CPU; those of a batch are computed once.
+
+    Beyond `most_bytes` they are computed anew each time.
+    """
+
+    def __init__(self, model: CausalLM, most_bytes: int = CLEAN_BYTES) -> None:
+        self._model, self._free = model, most_bytes
+        self._kept: dict[Batch, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Float[Tensor, "row scored vocabulary"]:
+        """Logits of a batch, which is on any device."""
+        if batch in self._kept:
+            return self._kept[batch]
+        logits = scored_logits(self._model, batch.to(self._model.device)).cpu()
+        if logits.nbytes <= self._free:
+            self._kept[batch], self._free = logits, self._free - logits.nbytes
+        return logits
 
 
 @torch.no_grad()
@@ -49,6 +77,8 @@ def circuit_behaviour(
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     rows_per_run: int = ROWS_PER_RUN,
+    clean: CleanLogits | None = None,
+    advance: Advance = lambda done: None,
 ) -> Behaviour:
     """Run a model as each of several circuits on the same prompts.
 
@@ -59,24 +89,46 @@ def circuit_behaviour(
         masks: a circuit in each row; false entries are ablated.
         ablations: what replaces the ablated parts of each circuit, or one ablation for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
+        clean: clean logits of the batches, where the same ones are evaluated again.
+        advance: counts the rows that are done.
     """
-    moved = [ablation.to(model.device) for ablation in ablations]
+    moved, clean = [ablation.to(model.device) for ablation in ablations], clean or CleanLogits(model)
     return _gathered(
-        _on_piece(model, piece, level, masks, moved, slices)
+        (piece, _on_piece(model, piece, logits, level, masks, moved, slices, advance))
         for batch in batches
-        for piece, slices in chunks(model, level, batch.to(model.device), len(masks), rows_per_run)
+        for piece, logits, slices in _pieces(model, batch, clean(batch), level, len(masks), rows_per_run)
     )
 
 
+def _pieces(
+    model: CausalLM, batch: Batch, clean: Tensor, level: Level, n_circuits: int, rows_per_run: int
+) -> Iterator[tuple[Batch, Tensor, list[slice]]]:
+    first = 0
+    for piece, slices in chunks(model, level, batch.to(model.device), n_circuits, rows_per_run):
+        yield piece, clean[first : first + len(piece)].to(model.device), slices
+        first += len(piece)
+
+
 @torch.no_grad()
-def clean_behaviour(model: CausalLM, batches: Iterable[Batch]) -> Behaviour:
+def clean_behaviour(model: CausalLM, batches: Iterable[Batch], clean: CleanLogits | None = None) -> Behaviour:
     """Run the model itself; its divergence from itself is 0."""
-    return _gathered(_clean_on_batch(model, batch.to(model.device)) for batch in batches)
+    clean = clean or CleanLogits(model)
+    return _gathered((batch, _measures(logits := clean(batch), logits, batch.to("cpu"))) for batch in batches)
 
 
-def _gathered(measures: Iterable[dict[str, Tensor]]) -> Behaviour:
-    pieces = list(measures)
-    return Behaviour(**{name: torch.cat([piece[name] for piece in pieces], dim=1).cpu() for name in MEASURES})
+def _gathered(pieces: Iterable[tuple[Batch, dict[str, Tensor]]]) -> Behaviour:
+    identities, measures = zip(*((_identities(batch), measures) for batch, measures in pieces), strict=True)
+    return Behaviour(
+        **{name: torch.cat([of_piece[name] for of_piece in measures], dim=1).cpu() for name in MEASURES},
+        identities=torch.cat(identities),
+    )
+
+
+def _identities(batch: Batch) -> Int[Tensor, " prompt"]:
+    """A hash of each prompt's tokens."""
+    rows = zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)
+    digests = (blake2b(tokens[real].numpy().tobytes(), digest_size=8).digest() for tokens, real in rows)
+    return torch.tensor([int.from_bytes(digest, signed=True) for digest in digests])
 
 
 def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> dict[str, Tensor]:
@@ -84,15 +136,16 @@ def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> d
     return {name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES}
 
 
-def _clean_on_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    logits = scored_logits(model, batch)
-    return _measures(logits, logits, batch)
-
-
 def _on_piece(
-    model: CausalLM, batch: Batch, level: Level, masks: Tensor, ablations: Sequence[Ablation], slices: Sequence[slice]
+    model: CausalLM,
+    batch: Batch,
+    clean: Tensor,
+    level: Level,
+    masks: Tensor,
+    ablations: Sequence[Ablation],
+    slices: Sequence[slice],
+    advance: Advance,
 ) -> dict[str, Tensor]:
-    clean = scored_logits(model, batch)
     values_of = partial(read_values, model, level=level)
     # Replacements may cost a run of the model, so those that all circuits share are computed once.
     shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
@@ -105,6 +158,7 @@ def _on_piece(
             values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
         logits = _copies_logits(model, batch, level, masks[circuits], values)
         measures.append(_measures(clean, logits, batch, copies))
+        advance(copies * len(batch))
     return {name: torch.cat([of_slice[name] for of_slice in measures]) for name in MEASURES}
 
 

@@ -7,14 +7,14 @@ component alone for instance, share one set of tables.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from oa_train.ablations.best import BestConstants, can_share_tables, replaced_slots
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, circuit_logits
+from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, circuit_logits
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.forward import scored_logits
@@ -22,7 +22,7 @@ from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss, loss_of
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
-from oa_train.progress import Track, silent
+from oa_train.progress import WITH_GRADIENTS, Advance, Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
 
@@ -87,9 +87,16 @@ class FittedCircuits(nn.Module):
         sets = [constants.of_level(self.level)] * len(self.constants)
         return TrainableConstants(sets).to(self.constants.device).requires_grad_(False)
 
-    def behaviour(self, model: CausalLM, batches: Iterable[Batch], sets: Sequence[Constants]) -> Behaviour:
+    def behaviour(
+        self,
+        model: CausalLM,
+        batches: Iterable[Batch],
+        sets: Sequence[Constants],
+        clean: CleanLogits | None = None,
+        advance: Advance = lambda done: None,
+    ) -> Behaviour:
         """Measures of every circuit under these constants."""
-        return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run)
+        return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run, clean, advance)
 
     def runs(self, model: CausalLM, batch: Batch) -> Iterator["CircuitRun"]:
         """The runs that a step on a batch is made of, within `rows_per_run` and memory."""
@@ -171,27 +178,55 @@ def fit_constants(
         NotFiniteError: the loss became NaN or infinite.
     """
     fitted = FittedCircuits(level, masks, starts, loss, settings.rows_per_run).to(model.device)
-    validation = list(task.batches("validation", task.n_validation))
+    others = candidates(starts, others)
+    n_steps = settings.steps if fitted.has_constants else 0
+    passes = fit_passes(len(masks), replace(settings, steps=n_steps), task.n_validation, len(others))
+    with track(passes, description) as advance:
+        _fit(model, task, fitted, replace(settings, steps=n_steps), others, advance)
+    return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
+
+
+def candidates(starts: Sequence[Constants], others: Sequence[Constants]) -> list[Constants]:
+    """The other constants without that from which every training starts, which is evaluated anyway."""
+    return [constants for constants in others if any(start is not constants for start in starts)]
+
+
+def fit_passes(n_circuits: int, settings: RefitSettings, n_validation: int, n_others: int) -> int:
+    """Passes of `fit_constants`, counted as in `progress`."""
+    n_offers = n_others + 1 + math.ceil(settings.steps / settings.evaluate_every)
+    return n_circuits * (n_offers * n_validation + WITH_GRADIENTS * settings.steps * settings.batch_size)
+
+
+def _fit(
+    model: CausalLM,
+    task: Task,
+    fitted: FittedCircuits,
+    settings: RefitSettings,
+    others: Sequence[Constants],
+    advance: Advance,
+) -> None:
+    validation, clean = list(task.batches("validation", task.n_validation)), CleanLogits(model)
 
     def offer(tables: TrainableConstants) -> None:
-        behaviour = fitted.behaviour(model, validation, tables.sets())
-        fitted.best.offer(tables, behaviour.loss(loss).mean(dim=1))
+        behaviour = fitted.behaviour(model, validation, tables.sets(), clean, advance)
+        fitted.best.offer(tables, behaviour.loss(fitted.loss).mean(dim=1))
 
     for constants in others:
         offer(fitted.candidate(constants))
     offer(fitted.constants)
     optimizer = torch.optim.Adam(fitted.constants.parameters(), lr=settings.learning_rate)
-    n_steps = settings.steps if fitted.has_constants else 0
-    for step in track(range(n_steps), description):
+    n_steps = settings.steps
+    for step in range(n_steps):
         optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine_decay(step, n_steps)
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)
-        total = torch.zeros(len(masks), device=model.device)
+        total = torch.zeros(len(fitted.masks), device=model.device)
         for run in fitted.runs(model, batch):
             losses = run.losses()
             # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
             losses.sum().backward()
             total[run.circuits] += losses.detach()
+            advance(WITH_GRADIENTS * len(losses) * len(run.batch))
         if not torch.isfinite(total).all():
             raise NotFiniteError(
                 f"The loss of the constants is {total.tolist()} at step {step} of the refit, which is not finite. "
@@ -200,7 +235,6 @@ def fit_constants(
         optimizer.step()
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
             offer(fitted.constants)
-    return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 
 def cosine_decay(step: int, n_steps: float) -> float:

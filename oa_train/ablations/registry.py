@@ -18,7 +18,7 @@ from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
-from oa_train.progress import Track, silent
+from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
@@ -70,7 +70,7 @@ class AblationSource:
     ) -> StreamingMeans:
         """Sums of a function of the values over the stream `means`, each batch of which `prompts` may change first."""
         batches = list(self.task.batches("means", self.task.n_means))
-        shown = (prompts(batch) for batch in self._track(batches, description))
+        shown = (prompts(batch) for batch in counted(self._track, batches, description))
         return value_sums(self.model, shown, self.level, self.slots, of)
 
 

@@ -7,7 +7,8 @@ from typing import Any, get_args
 import torch
 
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
-from oa_train.cli.output import console, print_table, track
+from oa_train.cli.bars import track
+from oa_train.cli.output import console, print_table
 from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values
 from oa_train.cli.quiet import silence_libraries
 from oa_train.models.loading import load_model
@@ -108,8 +109,9 @@ def _abilities(task: Task, streams: Streams, n_prompts: int) -> dict[Stream, Abi
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu")
     abilities = {}
     for stream in _RUN:
-        batches = list(task.batches(stream, min(n_prompts, len(streams[stream])), size=16))
-        abilities[stream] = clean_ability(model, track(batches, f"clean model on {stream} prompts"))
+        n_used = min(n_prompts, len(streams[stream]))
+        with track(n_used, f"clean model on {stream} prompts") as advance:
+            abilities[stream] = clean_ability(model, task.batches(stream, n_used, size=16), advance)
     return abilities
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
+from oa_train.cli.bars import track
 from oa_train.cli.output import print_table
 from oa_train.cli.parser import ExplainingParser
 from oa_train.cli.quiet import silence_libraries
@@ -20,8 +21,9 @@ from oa_train.tasks.task import positive
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 
-# A model of at most this size is checked in float64, whatever its own type: half a billion parameters.
-FLOAT64_BYTES = 2**32
+# A model of at most this size is checked in float64, whatever its own type: thirty million parameters. Larger ones
+# would take minutes.
+FLOAT64_BYTES = 2**28
 # Attention back ends that compute in float64.
 FLOAT64_ATTENTION = (None, "sdpa", "eager")
 
@@ -55,7 +57,7 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
     checks: tuple[Check, ...] = ()
     if options.check:
         lm = _sharpest(lm, facts["frozen"]["parameters"])
-        checks = self_check(load_model(lm), lm=lm)
+        checks = self_check(load_model(lm), lm=lm, full=options.check == "full", track=track)
         facts |= {"checked_in": lm.dtype, "checks": [_check_facts(check) for check in checks]}
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -112,7 +114,14 @@ def _parser() -> ExplainingParser:
     parser.add_class_arguments(LMSpec, "lm")
     for name, (kind, default, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
-    parser.add_argument("--check", action="store_true", help="load the weights and check that the interventions fit")
+    parser.add_argument(
+        "--check",
+        type=Literal["quick", "full"] | None,
+        nargs="?",
+        const="quick",
+        default=None,
+        help="load the weights and check that the interventions fit; `full`: the readers of every layer",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 
@@ -143,6 +152,8 @@ def _part_rows(facts: dict[str, Any]) -> Rows:
     yield "width", sizes["d_model"], "with post-norms" if model["post_norms"] else "no post-norms"
     yield "vocabulary", sizes["vocabulary"], ""
     yield "frozen parameters", frozen["parameters"], _size(frozen["bytes"])
+    threads = facts["threads"]
+    yield "threads", threads["used"], f"{threads['cores']} cores; OMP_NUM_THREADS sets them (docs/scaling.md, Threads)"
 
 
 def _circuit_rows(facts: dict[str, Any]) -> Rows:

@@ -13,9 +13,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from oa_train.ablations.ability import ability_before_training
 from oa_train.cli import slurm
+from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
-from oa_train.cli.output import console, show, track
+from oa_train.cli.output import console, show
 from oa_train.cli.parser import ExplainingLightningParser, add_config, add_model_and_task, check_values
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
@@ -240,6 +242,15 @@ class OaTrainCLI(LightningCLI):
         best = next(callback for callback in callbacks if isinstance(callback, BestCheckpoint))
         assert best.dirpath is not None
         return RunFolder(Path(best.dirpath).parent)
+
+    def before_fit(self) -> None:
+        """Say how well the clean model does the task; of a sharded model no process alone can."""
+        strategy = self.trainer.strategy
+        if self.run_folder is None or not _is_first_process() or isinstance(strategy, ShardedStrategy):
+            return
+        if self._checkpoint is None:
+            self.model.frozen.to(strategy.root_device)
+            self._say(*ability_before_training(self.model.frozen, self.datamodule.task, track=self.model.track))
 
     def after_fit(self) -> None:
         """Finish what was trained, with the best checkpoint."""

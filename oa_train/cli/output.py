@@ -1,14 +1,11 @@
 """Terminal output of the commands."""
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
 
 from oa_train.cli.record import log
 
@@ -35,33 +32,7 @@ class RecordedConsole(Console):
             log.info("%s", line)
 
 
-class RateColumn(bars.ProgressColumn):
-    """Steps per second."""
-
-    def render(self, task: bars.Task) -> Text:
-        """Text of the column."""
-        # rich needs two steps to see a speed
-        return bars.TaskProgressColumn.render_speed(
-            task.finished_speed or task.speed or task.completed / (task.elapsed or math.inf)
-        )
-
-
 console = RecordedConsole()
-progress_console = Console(stderr=True)
-
-
-def track(steps: Sequence[Any], description: str) -> Iterable[Any]:
-    """Iterate over steps with a progress bar on stderr: done, total, rate, time remaining."""
-    log.info("%s: %d steps", description, len(steps))
-    columns = [
-        bars.TextColumn("{task.description}", markup=False),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        RateColumn(),
-        bars.TimeRemainingColumn(elapsed_when_finished=True),
-    ]
-    with bars.Progress(*columns, console=progress_console) as progress:
-        yield from progress.track(steps, description=description)
 
 
 def show(findings: "Findings") -> None:

@@ -12,8 +12,9 @@ from jsonargparse import Namespace
 
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.trained import TrainedCircuit
+from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable
-from oa_train.cli.output import show, track
+from oa_train.cli.output import show
 from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values
 from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
@@ -73,7 +74,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         record_in(run.path)
         folder = study.claim(run.path)
         with terminable(), removed_if_empty(folder):
-            findings = study.run()
+            findings = study.answer()
         try:
             findings = study.write(findings, folder)
         finally:  # a table that could not be written is still shown
@@ -120,6 +121,8 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
+    if runs:
+        runs[0].check_model(str(options.lm.name))
     return options
 
 

@@ -1,8 +1,11 @@
 """Facts about a model from its configuration alone: parts, edges, trained parameters, memory of a step."""
 
 import math
+import os
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from oa_train.diagnostics.memory import StepSettings, node_step_memory
 from oa_train.errors import ConfigurationError
@@ -57,6 +60,7 @@ def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
             "bytes": sum(parameter.nbytes for parameter in parameters),
         },
         **_circuit_facts(model, graph, settings.n_tokens),
+        "threads": {"used": torch.get_num_threads(), "cores": os.cpu_count()},
         "step": asdict(settings),
         "step_bytes": {**asdict(memory), "total": memory.total},
     }

@@ -4,6 +4,8 @@ That keeping all edges gives the model itself says little about this: with equal
 the same outputs.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from oa_train.batches import Batch
@@ -14,6 +16,7 @@ from oa_train.models.families import check_family, find_parts
 from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM
 from oa_train.models.taps import Tap, tapped
+from oa_train.progress import Advance
 from oa_train.shapes import Bool, Float, Tensor
 
 
@@ -26,7 +29,9 @@ def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row 
 
 
 @torch.no_grad()
-def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
+def misplaced_readers(
+    model: CausalLM, batch: Batch, tolerance: float, layers: Sequence[int], advance: Advance = lambda done: None
+) -> int:
     """Count readers of attention that change values of heads that they must not.
 
     A reader gets another input at one position. That of a query can change its own head there and nowhere else; that
@@ -37,6 +42,8 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
         model: frozen causal language model.
         batch: a prompt without padding; its first token is left alone.
         tolerance: relative difference, to the largest value, that counts as none.
+        layers: those whose readers are checked.
+        advance: counts rows that were run.
     """
     graph, width = Graph.of(model.config), batch.tokens.shape[1]
     place, n_readers = width // 2, graph.n_heads + 2 * graph.n_kv_heads
@@ -48,7 +55,7 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
     everywhere = values.mapped(lambda tensor: tensor[:, torch.zeros_like(before)])
     may_move = _may_move(model, graph, place, width)
     wrong = 0
-    for layer in range(graph.n_layers):
+    for layer in layers:
         # After the readers of attention every layer has its MLP's.
         readers = layer * (n_readers + 1) + torch.arange(n_readers)
         mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
@@ -57,6 +64,7 @@ def misplaced_readers(model: CausalLM, batch: Batch, tolerance: float) -> int:
         moved = ((_heads(model, rows, mask, at_place, layer) - clean).abs().amax(dim=-1) > smallest).cpu()
         constant = _heads(model, rows, mask, everywhere, layer)
         varies = ((constant - constant[:, :1]).abs().amax(dim=(1, 3)) > smallest).cpu()
+        advance(3 * n_readers)
         varies &= may_move.any(dim=1)
         # With a norm after attention the same replacement is written with each token's own scale.
         skipped = family.attention_sinks or (family.attention_post_norm and layer)

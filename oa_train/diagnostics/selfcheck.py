@@ -7,7 +7,7 @@ that only holds where the entry is right.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 
@@ -20,10 +20,12 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family, find_parts, is_parallel
+from oa_train.models.graph import Graph
 from oa_train.models.loading import CausalLM, LMSpec, check_finite, fingerprint
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap, tapped
+from oa_train.progress import Advance, Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.tasks.encoding import PaddingSide, PromptEncoder
@@ -36,6 +38,8 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, tor
 N_TOKENS = 6
 # Positions in the tables of constants: fewer than tokens, so that the last row serves several.
 TABLE = 3
+# Layers whose readers are checked beside the first and the last, unless all are.
+FEW_LAYERS = 2
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,17 @@ class Check:
 
 
 @torch.no_grad()
-def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tuple[Check, ...]:
+def self_check(
+    model: CausalLM, seed: int = 0, lm: LMSpec | None = None, *, full: bool = False, track: Track = silent
+) -> tuple[Check, ...]:
     """Check that the interventions fit a model.
 
     Args:
         model: frozen causal language model; the checks are sharpest in float64.
         seed: of tokens, masks and constants.
         lm: where the model came from, to check that its tokenizer fits it.
+        full: check the readers of every layer, not only of the first, the last and two drawn at random.
+        track: progress.
 
     Returns:
         The checks in the order in which they were made. One that raises an error has failed; the others still
@@ -80,11 +88,16 @@ def self_check(model: CausalLM, seed: int = 0, lm: LMSpec | None = None) -> tupl
     """
     find_parts(model)
     check_finite(model)
-    trial = _Trial(model, seed)
-    before = _state(model, trial)
-    checks = [_carried_out(name, TOLERANCES[model.dtype], check, trial) for name, check in COMPARISONS.items()]
-    checks += [_carried_out(name, 0, check, trial) for name, check in COUNTS.items()]
-    after = _state(model, trial)
+    trial = _Trial(model, seed, full)
+    with track(len(COMPARISONS) + len(COUNTS) + 2 + trial.reader_rows, "checking the interventions") as advance:
+        trial.advance = advance
+        before = _state(model, trial)
+        checks = []
+        for name, check in (COMPARISONS | COUNTS).items():
+            checks.append(_carried_out(name, TOLERANCES[model.dtype] if name in COMPARISONS else 0, check, trial))
+            advance(1)
+        after = _state(model, trial)
+        advance(2)
     changed = sum(before[key] != after[key] for key in before)
     checks.append(Check("the model is as before: hooks, modules, weights, logits", changed, 0))
     if lm is not None:
@@ -106,12 +119,16 @@ def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float]
 class _Trial:
     """A model with all that the checks draw for it, in its data type and on its device."""
 
-    def __init__(self, model: CausalLM, seed: int) -> None:
+    def __init__(self, model: CausalLM, seed: int, full: bool = False) -> None:
         self.model = model
         self.parts = find_parts(model)
         self.dimensions = self.parts.dimensions
         self.nodes = Nodes.of(model.config)
-        self.seed = seed
+        self.seed, self.advance = seed, cast(Advance, lambda done: None)
+        n_layers, n_heads = self.dimensions.n_layers, self.dimensions.n_heads
+        drawn = torch.randperm(n_layers, generator=torch_generator(seed, "check layers")).tolist()
+        self.layers = sorted(drawn if full else {0, n_layers - 1, *drawn[:FEW_LAYERS]})
+        self.reader_rows = 3 * len(self.layers) * (n_heads + 2 * Graph.of(model.config).n_kv_heads)
         embedding: Any = model.get_input_embeddings()
         self.vocabulary: int = embedding.weight.shape[0]
         bos = getattr(model.config, "bos_token_id", None)
@@ -285,7 +302,7 @@ COUNTS: dict[str, Callable[[_Trial], float]] = {
     "every MLP reads what `parallel` says": _wrong_parallel,
     "every block adds what `post_norms` says": _wrong_post_norms,
     "every query, key and value reads what its name says": lambda trial: misplaced_readers(
-        trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype]
+        trial.model, _batch(trial.tokens(1)), TOLERANCES[trial.model.dtype], trial.layers, trial.advance
     ),
 }
 

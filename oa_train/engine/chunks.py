@@ -9,7 +9,7 @@ from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 
 # Rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
-ROWS_PER_RUN = 512
+ROWS_PER_RUN = 128
 
 # Most memory of one run beside the model's own activations; larger runs are split.
 RUN_BYTES = 2**29

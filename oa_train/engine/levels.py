@@ -10,6 +10,7 @@ from oa_train.engine.edges.run import edge_row_bytes, edges_called, run_edges
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.values import Values
+from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
@@ -25,7 +26,7 @@ class Engine:
     Attributes:
         run: logits of a batch under masks, one per row.
         called: masks one call of the model for the length of a context.
-        row_bytes: memory of a row beside what the model itself keeps, for a batch and with or without a backward pass.
+        row_bytes: memory of a row, for a batch and with or without a backward pass.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
@@ -43,8 +44,17 @@ def _nodes_called(model: CausalLM, nodes: Nodes, mask: Tensor, values: Values, l
         yield
 
 
+def _node_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
+    """About what a row's activations take: of one block, or of all that a backward pass goes through, and logits."""
+    sizes, width = Dimensions.of(model.config), batch.tokens.shape[1]
+    of_block = width * (10 * sizes.d_model + 4 * sizes.d_mlp + 2 * sizes.n_heads * width)
+    vocabulary: int = model.config.vocab_size
+    of_logits = 4 * batch.scored.shape[1] * vocabulary
+    return ((sizes.n_layers if gradients else 1) * of_block + of_logits) * model.dtype.itemsize
+
+
 ENGINES: dict[type[Level], Engine] = {
-    Nodes: Engine(_run_nodes, _nodes_called, lambda *_: 0),
+    Nodes: Engine(_run_nodes, _nodes_called, _node_row_bytes),
     Graph: Engine(run_edges, edges_called, edge_row_bytes),
 }
 

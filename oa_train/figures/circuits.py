@@ -6,12 +6,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
+from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_title, write
 
 
-def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: str) -> Figure:
-    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer."""
-    figure = new_figure(max(4.0, 0.55 * (n_heads + 3)), max(2.6, 0.6 * (n_layers + 2)))
+def circuit_drawing(
+    n_layers: int, n_heads: int, kept: Collection[str], title: str, embedding: str = "embedding"
+) -> Figure:
+    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer.
+
+    Layer 0 is at the bottom, below it the name of the embedding.
+    """
+    # Deep models are drawn more closely, so that the figure fits a page.
+    height = 0.6 if n_layers <= 12 else 0.34
+    figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)))
     axes = figure.subplots()
     for layer in range(n_layers):
         for head in range(n_heads):
@@ -19,12 +26,12 @@ def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: s
         _box(axes, n_heads + 0.5, layer, "MLP", f"m{layer}" in kept)
         axes.text(-0.8, layer, f"layer {layer}", ha="right", va="center", fontsize=FONT_SIZE)
     middle = (n_heads + 0.5) / 2
-    write(axes, middle, -0.8, "token and position embedding", FONT_SIZE - 1)
+    write(axes, middle, -0.8, embedding, FONT_SIZE - 1)
     write(axes, middle, n_layers - 0.2, "logits", FONT_SIZE - 1)
     axes.set_xlim(-2.2, n_heads + 1.2)
     axes.set_ylim(-1.1, n_layers + 0.1)
     axes.set_axis_off()
-    axes.set_title(title, fontsize=FONT_SIZE + 1)
+    set_title(figure, title)
     return figure
 
 

@@ -8,15 +8,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
 # Divergences are drawn on a logarithmic axis; smaller ones stand at its edge.
 SMALLEST_KL = 1e-5
 
 # More rows than this cannot be told apart on a page; those that matter most are shown.
-MOST_ROWS = 40
+MOST_ROWS = 30
 
-RANDOM_CIRCUITS = "random circuits, optimal"
+RANDOM_CIRCUITS = "random circuits,\noptimal"
 
 
 @dataclass(frozen=True)
@@ -46,54 +46,69 @@ class Panel:
         title: above the panel.
         names: of its rows.
         rows: intervals of each ablation, in the order of `names`.
-        random_kl: divergences of random circuits, drawn below the first row.
+        ranked: draw them by effect under the first ablation, the largest on top, and no more than can be read.
     """
 
     title: str
     names: Sequence[str]
     rows: Rows
-    random_kl: Sequence[float] = ()
+    ranked: bool = False
 
-    def shortened(self) -> "Panel":
-        """The rows that matter most under the first ablation, in their order, if there are too many to draw."""
-        n_rows = len(self.names)
-        if n_rows <= MOST_ROWS:
+    def in_order(self) -> "Panel":
+        """The panel as it is drawn."""
+        if not self.ranked or not self.names:
             return self
         first = next(iter(self.rows.values()))
-        chosen = sorted(np.argsort([-interval.mean for interval in first])[:MOST_ROWS].tolist())
+        chosen = np.argsort([-interval.mean for interval in first], kind="stable")[:MOST_ROWS].tolist()
+        n_rows = len(self.names)
         return Panel(
-            title=f"{self.title}: the {MOST_ROWS} of {n_rows} that matter most",
+            title=self.title + (f": the {MOST_ROWS} of {n_rows} that matter most" if n_rows > MOST_ROWS else ""),
             names=[self.names[i] for i in chosen],
             rows={kind: [intervals[i] for i in chosen] for kind, intervals in self.rows.items()},
         )
 
 
-def comparison_figure(panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None) -> Figure:
+@dataclass(frozen=True)
+class Control:
+    """Random circuits beside a run's circuit after the same training: their divergences, and a name."""
+
+    name: str
+    run_kl: float
+    random_kl: Sequence[float]
+
+
+def comparison_figure(
+    panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None, controls: Sequence[Control] = ()
+) -> Figure:
     """KL divergence under each ablation, with 95 % intervals.
 
     Args:
         panels: drawn from top to bottom over one axis; those without rows are left out.
         title: of the figure.
         labels: of the ablations in the legend; their names by default.
+        controls: drawn at the bottom.
     """
-    shown = [panel.shortened() for panel in panels if panel.names]
+    shown = [panel.in_order() for panel in panels if panel.names]
     n_kinds = max(len(panel.rows) for panel in shown)
     heights = [max(0.8, (0.1 + 0.05 * n_kinds) * len(panel.names) + 0.3) for panel in shown]
+    if controls:
+        heights.append(0.5 + 0.3 * len(controls))
     figure = new_figure(7.0, 1.4 + sum(heights))
-    drawn = figure.subplots(len(shown), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(drawn, shown, strict=True):
+    drawn = figure.subplots(len(heights), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
+    for axes, panel in zip(drawn, shown, strict=False):
         _draw(axes, panel, labels or {kind: kind for kind in panel.rows})
+    if controls:
+        _draw_controls(drawn[-1], controls)
     drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    handles = dict(zip(*reversed(drawn[0].get_legend_handles_labels()), strict=True))
-    names = sorted(handles, key=lambda name: name == RANDOM_CIRCUITS)  # these last
+    handles = {name: handle for axes in drawn for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     place: dict[str, Any] = {
         "loc": "outside right upper",
         "fontsize": FONT_SIZE - 1,
         "frameon": False,
         "title": "ablation",
     }
-    figure.legend([handles[name] for name in names], names, **place)
-    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    figure.legend(handles.values(), handles.keys(), **place)
+    set_title(figure, title)
     return figure
 
 
@@ -108,10 +123,21 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
         style: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if "not total" in labels[kind] else None}
         style |= {"fmt": marker, "markersize": 4, "elinewidth": 1.0}
         axes.errorbar(means, heights, xerr=lengths, label=labels[kind], **style)
-    if panel.random_kl:
-        shown = np.maximum(panel.random_kl, SMALLEST_KL)
-        axes.plot(shown, np.full(len(shown), 0.44), "|", color="#999999", label=RANDOM_CIRCUITS)
-    axes.set_title(panel.title, fontsize=FONT_SIZE, loc="left")
+    _lay_out(axes, panel.title, names)
+
+
+def _draw_controls(axes: Axes, controls: Sequence[Control]) -> None:
+    for row, control in enumerate(controls):
+        shown = np.maximum(control.random_kl, SMALLEST_KL)
+        axes.plot(shown, np.full(len(shown), row), "|", color="#999999", label=RANDOM_CIRCUITS)
+        colour, marker = ablation_style("optimal")
+        axes.plot(max(control.run_kl, SMALLEST_KL), row, marker, color=colour, markersize=4)
+    title = "random circuits and the run's (blue), constants trained alike"
+    _lay_out(axes, title, [control.name for control in controls])
+
+
+def _lay_out(axes: Axes, title: str, names: Sequence[str]) -> None:
+    axes.set_title(title, fontsize=FONT_SIZE, loc="left")
     axes.set_xscale("log")
     axes.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 1)
     axes.set_ylim(len(names) - 0.5, -0.5)

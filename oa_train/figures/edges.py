@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch
 
-from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
+from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_title, write
 
 # Legend and colour of edges by how they are read; distinguishable without red and green.
 READ_AS: Mapping[str, tuple[str, str]] = {
@@ -54,7 +54,7 @@ def edge_drawing(
     axes.set_xlim(-1.0, n_heads + 0.7)
     axes.set_ylim(-1.5, 2.0 * n_layers + 0.5)
     axes.set_axis_off()
-    axes.set_title(title, fontsize=FONT_SIZE + 1)
+    set_title(figure, title)
     return figure
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import SMALLEST_KL, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
 
 def front_figure(
@@ -36,5 +36,5 @@ def front_figure(
     axes.grid(alpha=0.3, linewidth=0.5)
     legend = axes.legend(fontsize=FONT_SIZE - 1, title="everything else under", frameon=False)
     legend.get_title().set_fontsize(FONT_SIZE - 1)
-    axes.set_title(title, fontsize=FONT_SIZE + 1)
+    set_title(figure, title)
     return figure

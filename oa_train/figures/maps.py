@@ -1,16 +1,18 @@
 """Heat maps of the keep-probabilities of a mask's entries."""
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.style import FONT_SIZE, new_figure, write
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
 
 # With more cells than this, numbers in them are illegible.
-MOST_LABELLED = 200
+MOST_LABELLED = 400
 # Beyond this many rows or columns their names cannot be read.
 MOST_NAMED = 60
 # Inches of a cell, by whether it holds a number.
@@ -20,7 +22,9 @@ LABELLED_CELL, NAMED_CELL = 0.42, 0.16
 def score_map(
     table: np.ndarray, rows: Sequence[str], columns: Sequence[str], axes_names: tuple[str, str], threshold: float
 ) -> Figure:
-    """Keep-probabilities as a table; blank where there is no entry, framed where one exceeds the threshold.
+    """Keep-probabilities as a table, its first row at the bottom.
+
+    It is blank where there is no entry, and framed where one exceeds the threshold.
 
     Args:
         table: [row, column] values between 0 and 1; NaN where there is no entry.
@@ -35,15 +39,18 @@ def score_map(
     width, height = cell * table.shape[1] + 2.2, cell * table.shape[0] + 1.2
     figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0))
     axes = figure.subplots()
-    image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest")
+    image = axes.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
     axes.set_facecolor("#F2F2F2")
     size = FONT_SIZE - (1 if labelled else 3)
     for names, set_ticks, turned in ((columns, axes.set_xticks, not labelled), (rows, axes.set_yticks, False)):
         if len(names) <= MOST_NAMED:
             set_ticks(range(len(names)), names, fontsize=size, rotation=90 if turned else 0)
+        else:
+            set_ticks(*_first_of_layers(names), fontsize=size)
     axes.tick_params(labelsize=size)
-    axes.set_ylabel(axes_names[0], fontsize=FONT_SIZE)
-    axes.set_xlabel(axes_names[1], fontsize=FONT_SIZE)
+    by_layer = [", by layer" if len(names) > MOST_NAMED else "" for names in (rows, columns)]
+    axes.set_ylabel(axes_names[0] + by_layer[0], fontsize=FONT_SIZE)
+    axes.set_xlabel(axes_names[1] + by_layer[1], fontsize=FONT_SIZE)
     if labelled:
         _label(axes, table, threshold)
     bar = figure.colorbar(image, ax=axes)
@@ -51,8 +58,45 @@ def score_map(
     bar.ax.tick_params(labelsize=FONT_SIZE - 1)
     n_kept, n_entries = int((np.nan_to_num(table) > threshold).sum()), int((~np.isnan(table)).sum())
     framed = " (framed)" if labelled else ""
-    axes.set_title(f"{n_kept} of {n_entries} above the threshold {threshold:g}{framed}", fontsize=FONT_SIZE)
+    axes.set_title(f"{n_kept:,} of {n_entries:,} above the threshold {threshold:g}{framed}", fontsize=FONT_SIZE)
     return figure
+
+
+def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
+    """Numbers of the units of each layer: layer 0 at the bottom, a column for each head and one for MLPs.
+
+    Args:
+        table: [layer, column] counts.
+        columns: names of the columns.
+        label: of the colours.
+        title: of the figure.
+    """
+    n_layers, n_columns = table.shape
+    height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
+    figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0))
+    axes = figure.subplots()
+    norm = Normalize(0, max(1.0, float(table.max())))
+    image = axes.imshow(table, norm=norm, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
+    axes.set_xticks(range(n_columns), columns, fontsize=FONT_SIZE - 1, rotation=90 if n_columns > 16 else 0)
+    axes.set_yticks(range(n_layers), [str(layer) for layer in range(n_layers)], fontsize=FONT_SIZE - 1)
+    axes.set_ylabel("layer", fontsize=FONT_SIZE)
+    if table.size <= MOST_LABELLED:
+        for (layer, column), value in np.ndenumerate(table):
+            write(axes, column, layer, f"{value:g}", color="white" if norm(value) > 0.6 else "black")
+    figure.colorbar(image, ax=axes).set_label(label, fontsize=FONT_SIZE)
+    set_title(figure, title)
+    return figure
+
+
+def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Where a layer begins among names of units ("a3.h0.q"), and its number; at most forty layers are named."""
+    layers = [re.match(r"[a-z](\d+)", name) for name in names]
+    firsts: dict[str, int] = {}
+    for place, layer in enumerate(layers):
+        if layer is not None:
+            firsts.setdefault(layer[1], place)
+    every = 1 + (len(firsts) - 1) // 40
+    return list(firsts.values())[::every], list(firsts)[::every]
 
 
 def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:

@@ -1,6 +1,7 @@
 """Colours, sizes and texts that all figures share."""
 
 import io
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ def ablation_style(name: str) -> tuple[str, str]:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that needs no display and no global state."""
     return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """A title over the whole figure, on as many lines as its width asks for."""
+    characters = max(24, int(11 * figure.get_figwidth()))
+    lines = [textwrap.fill(line, characters) for line in title.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: int = FONT_SIZE - 2, **options: Any) -> None:

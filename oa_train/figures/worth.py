@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
@@ -41,7 +41,7 @@ def worth_figure(
     # The most valuable parts stand on top, so this corner is free; the last axes have all verdicts.
     (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
     figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
-    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    set_title(figure, title)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Means with their uncertainty, and paired differences."""
+"""Means with their uncertainty, paired differences, and how numbers are written."""
 
 import math
 from dataclasses import dataclass
@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from oa_train.errors import NotFiniteError
-from oa_train.shapes import Float, Tensor
+from oa_train.errors import NotFiniteError, TaskError
+from oa_train.shapes import Float, Int, Tensor
+
+# Numbers below this are written with a power of ten.
+SMALLEST_WRITTEN = 1e-4
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` prompts, its standard error, and its 95 % interval from Student's t distribution."""
+    """A mean over `n` distinct prompts, its standard error, and its 95 % interval from Student's t distribution."""
 
     mean: float
     stderr: float
@@ -21,17 +24,45 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        """The mean and half the width of its interval: "0.0235 ± 0.003"."""
-        return f"{self.mean:.3g} ± {self.ci95[1] - self.mean:.1g}"
+        """The mean and half the width of its interval: "0.0235 ± 0.0030"."""
+        margin = self.ci95[1] - self.mean
+        if not margin > 0:
+            return written(self.mean)
+        digits = 1 - math.floor(math.log10(margin))
+        largest = max(abs(self.mean), margin)
+        if largest < SMALLEST_WRITTEN:
+            exponent = math.floor(math.log10(largest))
+            factor = 10.0**-exponent
+            decimals = max(0, digits + exponent)
+            return f"({_fixed(self.mean * factor, decimals)} ± {margin * factor:.{decimals}f})e{exponent}"
+        return f"{_fixed(self.mean, max(0, digits))} ± {_fixed(margin, max(0, digits))}"
 
     def as_json(self) -> dict[str, Any]:
         """The metric object of a results file."""
         return {"mean": self.mean, "stderr": self.stderr, "ci95": list(self.ci95), "n": self.n}
 
 
-def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
-    """Mean of a figure from its values on at least two independent prompts."""
+def estimate(values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"] | None = None) -> Estimate:
+    """Mean of a figure from its values on at least two distinct prompts.
+
+    Args:
+        values: of each prompt.
+        identities: equal for equal prompts, whose values are averaged first: repetition tells nothing new. By default
+            all prompts are distinct.
+
+    Raises:
+        NotFiniteError: mean or error is not finite.
+        TaskError: all prompts are the same.
+    """
     array = values.double().numpy()
+    if identities is not None:
+        _, group, counts = np.unique(identities.numpy(), return_inverse=True, return_counts=True)
+        array = array if len(counts) == len(array) else np.bincount(group, array) / counts
+    if len(array) < 2:
+        raise TaskError(
+            f"The {len(values)} prompts of an evaluation are all the same, so their mean has no interval. Give the "
+            "task at least two distinct prompts."
+        )
     mean, stderr = float(np.mean(array)), float(stats.sem(array))
     margin = stderr * float(stats.t.ppf(0.975, len(array) - 1))
     if not math.isfinite(margin):
@@ -39,10 +70,28 @@ def estimate(values: Float[Tensor, " prompt"]) -> Estimate:
     return Estimate(mean, stderr, (mean - margin, mean + margin), len(array))
 
 
-def paired_difference(first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"]) -> Estimate:
+def paired_difference(
+    first: Float[Tensor, " prompt"],
+    second: Float[Tensor, " prompt"],
+    identities: Int[Tensor, " prompt"] | None = None,
+) -> Estimate:
     """Mean of `first - second` over the same prompts.
 
     Prompts differ in difficulty far more than ablations do on one prompt, so the interval of the difference is much
     narrower than those of the two means suggest.
     """
-    return estimate(first.double() - second.double())
+    return estimate(first.double() - second.double(), identities)
+
+
+def written(value: float, digits: int = 3) -> str:
+    """A number as a person writes it: "0.0235", "1,240", "0"; with a power of ten only below 0.0001."""
+    if value == 0 or not math.isfinite(value):
+        return f"{abs(value):g}" if value == 0 else f"{value}"
+    if abs(value) < SMALLEST_WRITTEN:
+        return f"{value:.{digits}g}"
+    return _fixed(value, max(0, digits - 1 - math.floor(math.log10(abs(value)))))
+
+
+def _fixed(value: float, decimals: int) -> str:
+    """A number with so many decimals and no negative zero."""
+    return f"{round(value, decimals) + 0.0:,.{decimals}f}"

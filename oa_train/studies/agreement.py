@@ -36,7 +36,8 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
 
 
 def _all_but_the_seed(run: TrainedCircuit) -> str:
-    varying = ("seed", "edges_before_removal")
+    # A model is told by its fingerprint: its path differs from one machine to another.
+    varying = ("seed", "edges_before_removal", *(["model"] if "fingerprint" in run.circuit.provenance else []))
     provenance = {key: value for key, value in run.circuit.provenance.items() if key not in varying}
     task = {key: value for key, value in provenance["task"].items() if key != "seed"}
     return json.dumps(provenance | {"task": task}, sort_keys=True, default=str)

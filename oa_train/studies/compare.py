@@ -1,6 +1,5 @@
 """Ablations on the same prompts: of everything outside a circuit, of each component alone, for one run or several."""
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -10,24 +9,35 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
-from oa_train.figures.comparison import Interval, Panel, comparison_figure
+from oa_train.figures.comparison import Control, Panel, comparison_figure
 from oa_train.figures.style import Figure
-from oa_train.metrics.estimates import Estimate, paired_difference
-from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
+from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
-from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
+from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
+from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
+from oa_train.studies.study import (
+    MOST_LISTED,
+    Findings,
+    Row,
+    Study,
+    Table,
+    criterion,
+    differences,
+    estimates,
+    spoken,
+    statistics_stages,
+)
 
 # With at most this many components all are ablated alone by default, else only those asked for.
-MOST_ALONE = 100
+MOST_ALONE = 64
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,16 @@ class CompareSettings:
     Attributes:
         ablations: kinds of ablation; by default all for which the task has prompts.
         components: a shell pattern, or a list of them, of the components that are also ablated alone; an empty list
-            for none. By default all of them if they are at most 100.
+            for none. By default all of them if they are at most 64.
         positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
             positions of the prompts; by default as many as the runs distinguish.
-        fit: training of the constants of each component alone, and of the random circuits.
+        fit: training of the constants of each component alone.
         circuit_fit: training of the constants of a run's circuit that has none, or none for this task, for KL
             divergence, or for a table of this size.
         random_circuits: random circuits of each run's size that are given optimal constants; 0 for none. The run's
             own circuit is given the same training, so that they can be compared.
+        random_fit: that training.
+        random_prompts: test prompts on which random circuits are evaluated, at most `n_test`.
     """
 
     ablations: list[AblationKind] | None = None
@@ -53,10 +65,14 @@ class CompareSettings:
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
     circuit_fit: RefitSettings = field(default_factory=RefitSettings)
     random_circuits: int = 20
+    random_fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=30, batch_size=8, evaluate_every=30))
+    random_prompts: int = 128
 
     def __post_init__(self) -> None:
         if self.random_circuits < 0:
             raise ConfigurationError(f"random_circuits is {self.random_circuits}; expected 0 or more.")
+        if self.random_prompts < 1:
+            raise ConfigurationError(f"random_prompts is {self.random_prompts}; expected at least 1.")
         if isinstance(self.positions, int) and self.positions < 1:
             raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
         if self.ablations is not None and not self.ablations:
@@ -91,9 +107,8 @@ class Compare(Study[CompareSettings]):
         super().check()
         self.level = self.circuits[0].circuit.level
         if any(run.circuit.level != self.level for run in self.circuits):
-            kinds = ", ".join(
-                f"{run.name} of {len(run.circuit.level)} {run.circuit.level.parts}" for run in self.circuits
-            )
+            levels = [(run.name, run.circuit.level) for run in self.circuits]
+            kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         # Of circuits of edges the components are ablated alone, not every edge.
         self.nodes = self.level.node_level(self.model.config)
@@ -102,10 +117,34 @@ class Compare(Study[CompareSettings]):
             components = ["*"] if len(self.nodes) <= MOST_ALONE else []
         self.alone = self.nodes.select([components] if isinstance(components, str) else components)
 
+    def plan(self) -> list[Stage]:
+        """The clean model and statistics; circuits, components and random circuits, under each ablation."""
+        settings, task, n_alone = self.settings, self.task, len(self.alone)
+        stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
+        lacking = [run for run in self.circuits if not self._has_constants(run)]
+        n_others = 1 if all(run.constants is None for run in lacking) else 2
+        fits = (
+            (
+                len(self.circuits),
+                len(lacking),
+                fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others),
+            ),
+            (n_alone, n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1)),
+        )
+        for n_evaluated, n_fitted, passes in fits:
+            for kind in self.kinds if n_evaluated else ():
+                stages += [Stage("constants", passes)] if n_fitted and KINDS[kind].learned else []
+                stages.append(Stage("the test prompts", n_evaluated * task.n_test))
+        for _ in self._controlled:
+            stages += random_stages(settings.random_circuits, settings.random_fit, self._n_random_prompts, task)
+        return stages
+
     def run(self) -> Findings:
         """Evaluate circuits, components and random circuits under each ablation."""
+        self.clean_behaviour()
+        assert self._prepared  # gathered before all stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
-        drawn = self._random_circuits()
+        drawn = [self._beside_random(run) for run in self._controlled]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
         kl = {row["run"]: row["kl"].mean for row in circuit_rows if row["ablation"] == self.kinds[0]}
         seeds = over_seeds(self.circuits, kl, self.kinds[0])
@@ -118,13 +157,13 @@ class Compare(Study[CompareSettings]):
             rows,
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
-                "positions": self.source.slots.positions,
-                "runs": [self._described(run) for run in self.circuits],
+                "positions": self.positions,
+                "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
                 "seeds": seeds,
             },
-            shown=[*self._shown(circuit_rows, alone_rows, drawn, overlaps), *map(_seeds_line, seeds)],
+            shown=[*self._shown(circuit_rows, alone_rows, drawn, overlaps), *map(seeds_line, seeds)],
             figures=figures,
             circuit=first.circuit.counts(),
             table="comparison",
@@ -140,17 +179,39 @@ class Compare(Study[CompareSettings]):
         return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
 
     @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
+    def positions(self) -> int:
+        """Positions that constants distinguish."""
         positions = self.settings.positions
         if positions == "every":
             positions = max(int(batch.lengths.max()) for batch in self.batches)
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
-        return AblationSource(self.model, self.task, self.level, positions or max(trained, default=1), self.track)
+        return positions or max(trained, default=1)
+
+    @cached_property
+    def source(self) -> AblationSource:
+        """Statistics from which ablations are made."""
+        return AblationSource(self.model, self.task, self.level, self.positions, self.track)
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:
-        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds if not KINDS[kind].learned}
+        """Ablations by kind; those by learned constants as their training starts."""
+        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
+
+    @property
+    def _controlled(self) -> list[TrainedCircuit]:
+        """A run of each size of circuit, which random circuits stand beside."""
+        if not self.settings.random_circuits or "optimal" not in self.kinds:
+            return []
+        return list({len(run.circuit): run for run in reversed(self.circuits)}.values())
+
+    @property
+    def _n_random_prompts(self) -> int:
+        return min(self.settings.random_prompts, self.task.n_test)
+
+    def _beside_random(self, run: TrainedCircuit) -> dict[str, Any]:
+        settings = self.settings
+        n_circuits, n_prompts = settings.random_circuits, self._n_random_prompts
+        return beside_random_circuits(run, self.source, n_circuits, settings.random_fit, n_prompts, self.track)
 
     def _circuit_rows(self) -> list[Row]:
         masks = torch.stack([run.circuit.mask for run in self.circuits])
@@ -175,12 +236,9 @@ class Compare(Study[CompareSettings]):
         behaviours = {}
         for kind in self.kinds:
             ablations = constants() if KINDS[kind].learned else [self._prepared[kind]]
-            behaviours[kind] = self._behaviour(level, masks, ablations, f"{parts} under {spoken(kind)} ablation")
+            described = f"{parts} under {spoken(kind)} ablation"
+            behaviours[kind] = self.behaviour(level, masks, ablations, described, self.settings.fit.rows_per_run)
         return behaviours
-
-    def _behaviour(self, level: Level, masks: Tensor, ablations: Sequence[Ablation], parts: str) -> Behaviour:
-        batches = self.track(self.batches, f"evaluating {parts}")
-        return circuit_behaviour(self.model, batches, level, masks, ablations, self.settings.fit.rows_per_run)
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
         """Optimal constants of each run: its own if they fit the question, else trained from its own or the means."""
@@ -194,7 +252,7 @@ class Compare(Study[CompareSettings]):
     def _start(self, run: TrainedCircuit) -> Constants:
         if run.constants is None or not KINDS[run.ablation].learned:
             return self.source.mean
-        return run.constants.of_level(self.level).with_positions(self.source.slots.positions)
+        return run.constants.of_level(self.level).with_positions(self.positions)
 
     def _has_constants(self, run: TrainedCircuit) -> bool:
         """True if a run's constants were trained for this task, for KL divergence and for tables of this size."""
@@ -202,7 +260,7 @@ class Compare(Study[CompareSettings]):
             return False
         provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}
         return (
-            run.constants.n_positions == self.source.slots.positions
+            run.constants.n_positions == self.positions
             and {**provenance.get("task", task), "seed": None} == task
             and provenance.get("loss", "kl") == "kl"
         )
@@ -230,33 +288,6 @@ class Compare(Study[CompareSettings]):
             description=f"fitting constants of {parts}",
         ).sets
 
-    def _random_circuits(self) -> list[dict[str, Any]]:
-        """KL divergence of random circuits of each run's size, with optimal constants of their own."""
-        if not self.settings.random_circuits or "optimal" not in self.kinds:
-            return []
-        of_size = {len(run.circuit): run for run in reversed(self.circuits)}
-        return [self._random_circuits_like(run) for run in of_size.values()]
-
-    def _random_circuits_like(self, run: TrainedCircuit) -> dict[str, Any]:
-        size, n_drawn = len(run.circuit), self.settings.random_circuits
-        drawn = random_circuits(self.level, size, n_drawn, self.task.seed, run.selected)
-        masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
-        starts = [self.source.mean] * len(masks)
-        sets = self._fitted(self.level, masks, starts, self.settings.fit, "random circuits")
-        run_kl, *kl = self._behaviour(self.level, masks, sets, "random circuits").kl.mean(dim=1).tolist()
-        as_good = sum(value <= run_kl for value in kl)
-        return {"size": size, "kl": kl, "run_kl": run_kl, "percentile": 100 * as_good / len(kl)}
-
-    def _described(self, run: TrainedCircuit) -> dict[str, Any]:
-        return {
-            "name": run.name,
-            "seed": run.seed,
-            "trained_with": run.ablation,
-            "nodes": list(run.circuit.nodes),
-            **({} if self.level.has_one_stream else {"edges": list(run.circuit.names)}),
-            **{f"n_{key}": value for key, value in run.circuit.counts().items()},
-        }
-
     def _shown(
         self,
         circuit_rows: Sequence[Row],
@@ -265,18 +296,20 @@ class Compare(Study[CompareSettings]):
         overlaps: Sequence[Sequence[float]],
     ) -> Iterator[Table | str]:
         for run in self.circuits:
-            title = f"{run.name}: {run.size}, trained with {spoken(run.ablation)} ablation\n"
+            title = f"{run.name}: {run.size}, {criterion(run)}, trained with {spoken(run.ablation)} ablation\n"
             title += "KL divergence in nats with everything else ablated, mean ± 95 % interval"
-            yield Table(title, [_circuit_cells(row) for row in circuit_rows if row["run"] == run.name])
+            yield Table(title, circuit_cells([row for row in circuit_rows if row["run"] == run.name]))
         if alone_rows:
-            yield Table("KL divergence in nats with one component ablated", _alone_cells(alone_rows, len(self.kinds)))
-        for circuits in drawn:
+            title = "KL divergence in nats with one component ablated"
+            if len(self.alone) > MOST_LISTED:
+                title += f": the {MOST_LISTED} of {len(self.alone)} that matter most"
+            yield Table(title, alone_cells(alone_rows, len(self.kinds))[:MOST_LISTED])
+        elif self.settings.components is None:
             yield (
-                f"{len(circuits['kl'])} random circuits of {circuits['size']} {self.level.parts} under optimal "
-                f"constants: median KL {statistics.median(circuits['kl']):.4g}, lowest {min(circuits['kl']):.4g}; the "
-                f"run's circuit after the same training {circuits['run_kl']:.4g}, percentile "
-                f"{circuits['percentile']:.3g}"
+                f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
+                f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
             )
+        yield from (random_line(control, self.level.parts) for control in drawn)
         if len(self.circuits) > 1:
             numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]
             yield Table(
@@ -296,18 +329,17 @@ class Compare(Study[CompareSettings]):
             Panel(
                 "circuits: everything outside ablated",
                 [run.name for run in self.circuits] if several else ["circuit"],
-                _intervals(circuit_rows),
-                drawn[0]["kl"] if drawn and not several else (),
+                intervals(circuit_rows),
             ),
-            Panel("one component ablated", list(self.alone), _intervals(alone_rows)),
+            Panel("one component ablated", list(self.alone), intervals(alone_rows), ranked=True),
         ]
-        return comparison_figure(
-            panels, f"{self.task.lm.name}, {self.task.name}: {kept}", {kind: _label(kind) for kind in self.kinds}
-        )
+        controls = [Control(f"{control['size']:,} kept", control["run_kl"], control["kl"]) for control in drawn]
+        labels = {kind: label(kind) for kind in self.kinds}
+        return comparison_figure(panels, f"{self.subject}: {kept}", labels, controls)
 
     def _agreement_figure(self, circuit_rows: Sequence[Row], overlaps: Sequence[Sequence[float]]) -> Figure:
         names = [f"{run.name}\n({spoken(run.ablation)}, {len(run.circuit)})" for run in self.circuits]
-        kl = {_label(kind): [value.mean for value in values] for kind, values in _intervals(circuit_rows).items()}
+        kl = {label(kind): [value.mean for value in values] for kind, values in intervals(circuit_rows).items()}
         return agreement_figure(names, kl, overlaps)
 
 
@@ -315,53 +347,4 @@ def _rows(behaviours: Mapping[AblationKind, Behaviour], index: int) -> Iterator[
     optimal = behaviours.get("optimal")
     for kind, behaviour in behaviours.items():
         row = {"ablation": kind, "total": KINDS[kind].total, **estimates(behaviour, index)}
-        if optimal is not None:
-            row |= {
-                f"{measure}_minus_optimal": paired_difference(
-                    getattr(behaviour, measure)[index], getattr(optimal, measure)[index]
-                )
-                for measure in MEASURES
-            }
-        yield row
-
-
-def _circuit_cells(row: Row) -> dict[str, Estimate | float | str | None]:
-    return {
-        "ablation": _label(row["ablation"]),
-        "KL": row["kl"],
-        "KL minus\noptimal": None if row["ablation"] == "optimal" else row.get("kl_minus_optimal"),
-        "accuracy": f"{row['accuracy'].mean:.3f}",
-        "logit\ndifference": f"{row['logit_difference'].mean:.2f}",
-    }
-
-
-def _alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
-    """A row for each component, with a column for each ablation."""
-    return [
-        {"ablated": rows[first]["component"]}
-        | {
-            _label(row["ablation"]).replace("counterfactual", "counter-\nfactual").replace(" ", "\n"): row["kl"].mean
-            for row in rows[first : first + n_kinds]
-        }
-        for first in range(0, len(rows), n_kinds)
-    ]
-
-
-def _seeds_line(group: Mapping[str, Any]) -> str:
-    kl, size = group["kl"], group["size"]
-    return (
-        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
-        f"{spoken(group['ablation'])} ablation {kl['mean']:.3g} ± {kl['standard_deviation']:.1g} (deviation), "
-        f"size {size['mean']:.3g} ± {size['standard_deviation']:.1g}, Jaccard {group['jaccard']:.2f}"
-    )
-
-
-def _label(kind: AblationKind) -> str:
-    return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
-
-
-def _intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
-    intervals: dict[str, list[Interval]] = {}
-    for row in rows:
-        intervals.setdefault(row["ablation"], []).append(interval(row["kl"]))
-    return intervals
+        yield row if optimal is None else row | differences(behaviour, optimal, index, index, "optimal")

@@ -9,20 +9,31 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import Figure
-from oa_train.metrics.estimates import Estimate
+from oa_train.metrics.estimates import Estimate, written
 from oa_train.metrics.measures import Loss
 from oa_train.models.loading import CausalLM
-from oa_train.progress import Track, silent
-from oa_train.studies.run_folder import circuit_folders
-from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
+from oa_train.progress import Stage, Track, silent
+from oa_train.studies.run_folder import RunFolder, circuit_folders
+from oa_train.studies.study import (
+    Findings,
+    Row,
+    Study,
+    Table,
+    criterion,
+    estimates,
+    interval,
+    spoken,
+    statistics_stages,
+)
+from oa_train.studies.target import missed_target
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 
@@ -99,13 +110,29 @@ def finish(
         track: progress.
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
+    study = Evaluate(model, task, circuits, settings, track)
+    study.announce([*refit_stages(circuits, settings, task), *study.plan()])
     # The circuits are written before the refit, so that an interruption costs no more than the refit.
     for trained, folder in zip(circuits, folders, strict=True):
         trained.save_circuit(folder)
-    refitted = refit(model, task, circuits, settings, track)
+    refitted = refit(model, task, circuits, settings, study.track)
     for trained, folder in zip(refitted, folders, strict=True):
         trained.save_constants(folder)
-    return Finished(refitted, Evaluate(model, task, refitted, settings, track).run_in(run))
+    study.circuits = refitted
+    findings = study.run_in(run)
+    advice = [line for trained in refitted for line in missed_target(trained, RunFolder(Path(run)))]
+    return Finished(refitted, replace(findings, shown=[*findings.shown, *advice]))
+
+
+def refit_stages(circuits: Sequence[TrainedCircuit], settings: FinishSettings, task: Task) -> list[Stage]:
+    """Stages of `refit`."""
+    if not KINDS[circuits[0].ablation].learned:
+        return []
+    n_starts, stages = len(circuits), list[Stage]()
+    if settings.refit_start != "trained":
+        n_starts *= 2 if settings.refit_start == "both" else 1
+        stages = statistics_stages(["mean"], task)
+    return [*stages, Stage("refitting the constants", fit_passes(n_starts, settings.refit, task.n_validation, 0))]
 
 
 def refit(
@@ -161,17 +188,29 @@ class Evaluate(Study[FinishSettings]):
         """Evaluate one circuit, or several."""
         return self._single(self.circuits[0]) if len(self.circuits) == 1 else self._several()
 
+    def plan(self) -> list[Stage]:
+        """The circuits under each ablation, and the clean model."""
+        task, several = self.task, len(self.circuits) > 1
+        kinds = self._kinds if several else [self.ablation]
+        own = KINDS[self.ablation].constant
+        stages = statistics_stages([kind for kind in kinds if not (own and kind == self.ablation)], task)
+        stages += [Stage("", len(self.circuits) * task.n_test) for _ in kinds]
+        return stages if several else [*stages, Stage("the clean model", task.n_test)]
+
     def _single(self, trained: TrainedCircuit) -> Findings:
-        metrics = estimates(self._behaviour(self.ablation, "the circuit"))
-        clean = estimates(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
+        clean, metrics = estimates(self.clean_behaviour()), estimates(self._behaviour(self.ablation, "the circuit"))
+        cells = [
+            {"": spoken(name), "circuit": value, "whole model": clean[name] if name != "kl" else 0}
+            for name, value in metrics.items()
+        ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
-        title = f"{trained.size} kept, on {self.task.n_test} held-out prompts"
+        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean ± 95 % interval"
         return Findings(
             _entry_rows(trained.circuit),
             metrics,
             facts={"ablation": self.ablation, **_price(trained)},
             shown=[
-                Table(title, [{"figure": name, "mean ± 95 % interval": value} for name, value in metrics.items()]),
+                Table(title, cells),
                 f"circuit: {_named(trained.circuit)}",
             ],
             figures=dict(self._pictures(metrics["kl"])),
@@ -180,7 +219,7 @@ class Evaluate(Study[FinishSettings]):
         )
 
     def _several(self) -> Findings:
-        kinds = [self.ablation, *(kind for kind in BASELINES if kind != self.ablation)]
+        kinds = self._kinds
         behaviours = {kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in kinds}
         rows = [
             {"number": number, **_price(trained), **trained.circuit.counts(), "ablation": kind}
@@ -194,7 +233,7 @@ class Evaluate(Study[FinishSettings]):
             | {spoken(kind): values[number] for kind, values in kl.items()}
             for number, trained in enumerate(self.circuits)
         ]
-        title = f"KL divergence in nats, mean ± 95 % interval, on {self.task.n_test} held-out prompts"
+        title = f"KL divergence in nats, mean ± 95 % interval, on {self.prompts}"
         pictures = dict(self._pictures(*kl[self.ablation]))
         return Findings(
             rows,
@@ -205,12 +244,16 @@ class Evaluate(Study[FinishSettings]):
             table="front",
         )
 
+    @property
+    def _kinds(self) -> list[AblationKind]:
+        """Ablations under which several circuits are evaluated."""
+        return [self.ablation, *(kind for kind in BASELINES if kind != self.ablation)]
+
     def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]
         ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self._source)]
         masks = torch.stack([trained.circuit.mask for trained in self.circuits])
-        batches = self.track(self.batches, f"evaluating {evaluated}")
-        return circuit_behaviour(self.model, batches, self.level, masks, ablations, self.settings.refit.rows_per_run)
+        return self.behaviour(self.level, masks, ablations, evaluated, self.settings.refit.rows_per_run)
 
     @cached_property
     def _source(self) -> AblationSource:
@@ -219,7 +262,7 @@ class Evaluate(Study[FinishSettings]):
     def _pictures(self, *kl: Estimate) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
         several = len(self.circuits) > 1
         for number, (trained, value) in enumerate(zip(self.circuits, kl, strict=True)):
-            title = f"{trained.size}, KL {value.mean:.3g} nats"
+            title = f"{self.subject}: {trained.size}, KL {written(value.mean)} nats"
             yield f"circuit_{number}" if several else "circuit", partial(circuit_picture, trained.circuit, title)
         first = self.circuits[0].circuit
         if first.scores is not None and not several:
@@ -228,8 +271,8 @@ class Evaluate(Study[FinishSettings]):
 
     def _front(self, kl: Mapping[AblationKind, Sequence[Estimate]]) -> Figure:
         intervals = {kind: [interval(value) for value in values] for kind, values in kl.items()}
-        sizes, title = [len(trained.circuit) for trained in self.circuits], f"{self.task.lm.name}, {self.task.name}"
-        return front_figure(sizes, intervals, len(self.level), self.level.parts, title)
+        sizes = [len(trained.circuit) for trained in self.circuits]
+        return front_figure(sizes, intervals, len(self.level), self.level.parts, self.subject)
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:

@@ -7,14 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import Figure
 from oa_train.models.loading import CausalLM
-from oa_train.progress import Track, silent
+from oa_train.progress import Stage, Track, silent
 from oa_train.studies.finish import Evaluate, Finished, FinishSettings
-from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates, interval
 from oa_train.tasks.task import Task
 
 
@@ -49,19 +48,26 @@ class EvaluateAlone(Study[FinishSettings]):
     Settings: ClassVar[type] = FinishSettings
     asks_of = "several"
 
+    def plan(self) -> list[Stage]:
+        """One: every component."""
+        return [Stage("evaluating the constants", len(self.circuits) * self.task.n_test)]
+
     def run(self) -> Findings:
         """Ablate each component in turn."""
         level, constants = self.circuits[0].circuit.level, self.circuits[0].constants
         assert constants is not None
         masks = torch.stack([trained.circuit.mask for trained in self.circuits])
-        batches = self.track(self.batches, "evaluating the constants")
-        behaviour = circuit_behaviour(self.model, batches, level, masks, [constants], self.settings.refit.rows_per_run)
+        rows_per_run = self.settings.refit.rows_per_run
+        behaviour = self.behaviour(level, masks, [constants], "the constants", rows_per_run)
         rows: list[Row] = [
             {"component": trained.name, "ablation": "optimal", **estimates(behaviour, number)}
             for number, trained in enumerate(self.circuits)
         ]
-        title = f"KL divergence in nats with one component ablated, on {self.task.n_test} held-out prompts"
+        title = f"KL divergence in nats with one component ablated, on {self.prompts}"
+        if len(rows) > MOST_LISTED:
+            title += f": the {MOST_LISTED} of {len(rows)} that matter most"
         cells = [{"component": row["component"], "mean ± 95 % interval": row["kl"]} for row in rows]
+        cells = sorted(cells, key=lambda cell: -cell["mean ± 95 % interval"].mean)[:MOST_LISTED]
         return Findings(
             rows,
             facts={"ablation": "optimal"},
@@ -71,5 +77,7 @@ class EvaluateAlone(Study[FinishSettings]):
         )
 
     def _figure(self, kl: Sequence[Interval]) -> Figure:
-        panel = Panel("one component ablated", [trained.name for trained in self.circuits], {"optimal": kl})
-        return comparison_figure([panel], f"{self.task.lm.name}, {self.task.name}")
+        panel = Panel(
+            "one component ablated", [trained.name for trained in self.circuits], {"optimal": kl}, ranked=True
+        )
+        return comparison_figure([panel], self.subject)

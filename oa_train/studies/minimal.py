@@ -6,29 +6,37 @@ Complete: nothing outside of it can do the task, tested by ablating all of its p
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
-from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
 from oa_train.figures.worth import worth_figure
-from oa_train.metrics.estimates import Estimate, paired_difference
-from oa_train.metrics.measures import MEASURES
+from oa_train.metrics.estimates import Estimate, written
+from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
-from oa_train.studies.study import Findings, Row, Study, Table, estimates, interval, spoken
+from oa_train.studies.study import (
+    MOST_LISTED,
+    Findings,
+    Row,
+    Study,
+    Table,
+    differences,
+    estimates,
+    interval,
+    spoken,
+    statistics_stages,
+)
 
 Verdict = Literal["needed", "undecided", "superfluous"]
-
-# Parts that are listed on the terminal; tables/parts.csv has all of them.
-MOST_LISTED = 40
 
 
 @dataclass(frozen=True)
@@ -96,7 +104,25 @@ class Minimal(Study[MinimalSettings]):
                 f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
                 "with fit_constants."
             )
-        self.source = AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
+
+    @cached_property
+    def source(self) -> AblationSource:
+        """Statistics from which ablations are made."""
+        return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
+
+    def plan(self) -> list[Stage]:
+        """Circuits without a part, the clean model, complements; then the superfluous parts together, if there are."""
+        settings, task, without = self.settings, self.task, 1 + int((self.mask & self.removable).sum())
+        complements = 1 + settings.random_complements
+        by_own_values = self.kind.learned or self.trained.constants is not None
+        stages = [] if by_own_values else statistics_stages([self.kind.name], task)
+        if settings.refit:
+            stages.append(Stage("", fit_passes(without, settings.fit, task.n_validation, 0)))
+        stages += [Stage("", without * task.n_test), Stage("the clean model", task.n_test)]
+        if self.kind.learned:
+            stages += statistics_stages(["mean"], task)
+            stages.append(Stage("", fit_passes(complements, settings.fit, task.n_validation, 1)))
+        return [*stages, Stage("complements", complements * task.n_test)]
 
     def run(self) -> Findings:
         """Remove each part, then the superfluous ones together; then evaluate the complements."""
@@ -133,33 +159,33 @@ class Minimal(Study[MinimalSettings]):
             table="parts",
         )
 
-    def _without(self, removed: Sequence[Sequence[int]]) -> tuple[Behaviour, list[dict[str, Any]]]:
+    def _without(
+        self, removed: Sequence[Sequence[int]], described: str = "circuits without a part"
+    ) -> tuple[Behaviour, list[dict[str, Any]]]:
         """Remove sets of entries, one set at a time; the first circuit is the whole one."""
         masks = self.mask.repeat(1 + len(removed), 1)
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
         masks = self.level.prune(masks)
-        behaviour = self._behaviour(masks, self._ablations(masks), "evaluating circuits without a part")
+        behaviour = self._behaviour(masks, self._ablations(masks), described)
         return behaviour, [self._row(behaviour, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
     def _row(self, behaviour: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> dict[str, Any]:
         dangling = masks[0] & ~masks[row]
         dangling[list(entries)] = False
-        differences = {
-            f"{name}_minus_circuit": paired_difference(getattr(behaviour, name)[row], getattr(behaviour, name)[0])
-            for name in MEASURES
-        }
+        minus_circuit = differences(behaviour, behaviour, row, 0, "circuit")
         return {
             self.level.part: self.level.names[entries[0]],
             "dangling": int(dangling.sum()),
-            "verdict": verdict(differences["kl_minus_circuit"], self.settings.tolerance),
+            "verdict": verdict(minus_circuit["kl_minus_circuit"], self.settings.tolerance),
             **estimates(behaviour, row),
-            **differences,
+            **minus_circuit,
         }
 
     def _together(self, names: Sequence[str]) -> dict[str, Any]:
         """The circuit without several parts at once."""
-        _, (row,) = self._without([[self.level.index(name) for name in names]])
+        together = [self.level.index(name) for name in names]
+        _, (row,) = self._without([together], "the circuit without its superfluous parts")
         return {name: value for name, value in row.items() if name != self.level.part}
 
     def _complements(self) -> list[dict[str, Estimate]]:
@@ -173,11 +199,11 @@ class Minimal(Study[MinimalSettings]):
         )
         circuits = torch.stack([self.mask, *(circuit.mask for circuit in drawn)])
         masks = ~(circuits & self.removable)
-        behaviour = self._behaviour(masks, self._complement_ablations(masks), "evaluating complements")
+        behaviour = self._behaviour(masks, self._complement_ablations(masks), "complements")
         return [estimates(behaviour, row) for row in range(len(masks))]
 
     def _clean(self) -> dict[str, Estimate]:
-        return estimates(clean_behaviour(self.model, self.track(self.batches, "evaluating the clean model")))
+        return estimates(self.clean_behaviour())
 
     def _ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
         """Ablations of the circuits without a part: one for all, or refitted for each."""
@@ -213,8 +239,7 @@ class Minimal(Study[MinimalSettings]):
         return list(fitted.sets)
 
     def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
-        batches = self.track(self.batches, description)
-        return circuit_behaviour(self.model, batches, self.level, masks, ablations, self.settings.fit.rows_per_run)
+        return self.behaviour(self.level, masks, ablations, description, self.settings.fit.rows_per_run)
 
     def _part_table(self, rows: Sequence[Row]) -> Table:
         listed = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
@@ -242,7 +267,7 @@ class Minimal(Study[MinimalSettings]):
         if together is not None:
             yield (
                 f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats, "
-                f"{apart:.3g} when summed one by one"
+                f"{written(apart)} when summed one by one"
             )
 
     def _figure(self, rows: Sequence[Row], kl: float) -> Figure:
@@ -252,7 +277,7 @@ class Minimal(Study[MinimalSettings]):
             [interval(row["kl_minus_circuit"]) for row in rows],
             [row["verdict"] for row in rows],
             self.settings.tolerance,
-            f"{self.task.lm.name}, {self.task.name}: {self.trained.size}, KL {kl:.3g} nats ({ablation})",
+            f"{self.subject}: {self.trained.size}, KL {kl:.3g} nats ({ablation})",
         )
 
 

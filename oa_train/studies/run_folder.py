@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,14 @@ from oa_train.files import make_next_folder, replace_file
 
 if TYPE_CHECKING:
     from oa_train.ablations.trained import TrainedCircuit
+    from oa_train.models.loading import LMSpec
 
 CONFIG_FILE = "config.yaml"
 FRONT = "front"
 VERSION = "version"
+
+# Options of a model that a run folder may decide; code that comes with weights is not run because a file says so.
+_KEPT_OF_LM = ("name", "revision", "dtype", "attn_implementation", "bos", "local_files_only")
 
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
@@ -102,6 +106,36 @@ class RunFolder:
                 f"{self.config_path} names another configuration file, as no run folder of `oa-train fit` does."
             )
         return content
+
+    def lm(self, name: str | None = None) -> "LMSpec":
+        """The model of the run, without leave to run code of its own.
+
+        Args:
+            name: where the model is now, if it has moved; a copy of the same weights will do.
+
+        Raises:
+            ArtefactError: it is not where it was.
+        """
+        from oa_train.models.loading import LMSpec
+
+        stored = {key: value for key, value in dict(self.config().get("lm") or {}).items() if key in _KEPT_OF_LM}
+        spec = LMSpec(**stored)
+        if name is None:
+            self.check_model(spec.name)
+        return spec if name is None else replace(spec, name=name)
+
+    def check_model(self, name: str) -> None:
+        """Check that a local model of the run is where the run says.
+
+        Raises:
+            ArtefactError: it is not; the message says how to name it.
+        """
+        folder = Path(name).expanduser()
+        if folder.is_absolute() and not folder.exists():
+            raise ArtefactError(
+                f"{self.path} is of the model {name}, which is not there. Say where it is now, or where a copy is: "
+                "--lm.name FOLDER (from Python `run.lm(FOLDER)`). It is told by its weights, not by its path."
+            )
 
     def save_config(self, config: dict[str, Any]) -> None:
         """Write the configuration."""

@@ -6,93 +6,45 @@ A study is a class with a name, a settings dataclass and a `run` that returns `F
 file, the tables and the figures follow from these.
 """
 
-import csv
-import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.base import Ablation
+from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
+from oa_train.ablations.registry import AblationKind
 from oa_train.ablations.trained import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
+from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES
 from oa_train.errors import ConfigurationError, RunError
 from oa_train.figures.comparison import Interval
-from oa_train.figures.style import Figure, save_figure
-from oa_train.files import make_next_folder, replace_file, write_json
-from oa_train.metrics.estimates import Estimate, estimate
+from oa_train.figures.style import save_figure
+from oa_train.files import make_next_folder, write_json
+from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
 from oa_train.metrics.measures import MEASURES
+from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, fingerprint
-from oa_train.progress import Track, silent
-from oa_train.tasks.task import Task
-
-if TYPE_CHECKING:
-    import pandas as pd
+from oa_train.progress import Stage, Track, counted, silent
+from oa_train.shapes import Bool, Tensor
+from oa_train.studies.findings import Findings as Findings
+from oa_train.studies.findings import Row as Row
+from oa_train.studies.findings import Table as Table
+from oa_train.studies.findings import plain, write_csv
+from oa_train.tasks.task import Stream, Task
 
 RESULTS_FILE = "results.json"
+
+# Rows of a table of parts on the terminal; tables/*.csv has all of them.
+MOST_LISTED = 30
+
 SCHEMA_VERSION = 1
 
-# Column names with plain values or estimates.
-Row = Mapping[str, Any]
 S = TypeVar("S")
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table for people: rows of texts, numbers and estimates under a title."""
-
-    title: str
-    rows: Sequence[Row]
-
-
-@dataclass(frozen=True, eq=False)
-class Findings:
-    """Answer of a study.
-
-    Attributes:
-        rows: the study's table, written to `results.json` and `tables/<table>.csv`.
-        metrics: key figures by name.
-        facts: further keys of `results.json`; plain values and estimates.
-        shown: tables and lines for the terminal.
-        figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
-            results are on disk.
-        circuit: sizes of the circuit in question.
-        table: name of the CSV file.
-        folder: study folder, once written.
-    """
-
-    rows: Sequence[Row]
-    metrics: Mapping[str, Estimate] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    shown: Sequence[Table | str] = ()
-    figures: Mapping[str, Callable[[], Figure | None]] = field(default_factory=dict)
-    circuit: Mapping[str, int] | None = None
-    table: str = "rows"
-    folder: Path | None = None
-
-    def where(self, **values: Any) -> list[Row]:
-        """Rows that have these values: `findings.where(component="circuit", ablation="mean")`."""
-        return [row for row in self.rows if all(row.get(name) == value for name, value in values.items())]
-
-    def flat_rows(self) -> list[dict[str, Any]]:
-        """Rows of plain values; an estimate becomes the columns `x`, `x_stderr`, `x_low` and `x_high`."""
-        return [_flat(row) for row in self.rows]
-
-    def to_frame(self) -> "pd.DataFrame":
-        """The rows as a pandas frame, with the columns of `flat_rows`.
-
-        Raises:
-            ConfigurationError: pandas is not installed.
-        """
-        try:
-            import pandas as pd
-        except ImportError as problem:
-            raise ConfigurationError("to_frame needs pandas: pip install 'oa_train[pandas]'.") from problem
-        return pd.DataFrame(self.flat_rows())
 
 
 class Study(ABC, Generic[S]):
@@ -149,10 +101,59 @@ class Study(ABC, Generic[S]):
     def run(self) -> Findings:
         """Answer the question. Nothing is written."""
 
+    def plan(self) -> Sequence[Stage]:
+        """Stages of the work, where they can be told in advance: they are then numbered, and the time is estimated."""
+        return []
+
+    def answer(self) -> Findings:
+        """Say what the work is, and do it. Nothing is written."""
+        if not self.track.stages:
+            self.announce(self.plan())
+        return self.run()
+
+    def announce(self, stages: Sequence[Stage]) -> None:
+        """Say what work of these stages costs, and number them from now on."""
+        if stages:
+            self.track = self.track.planned(stages)
+            self.track.say(self._cost(stages))
+
+    def _cost(self, stages: Sequence[Stage]) -> str:
+        tokens, passes = max(batch.tokens.shape[1] for batch in self.batches), sum(stage.passes for stage in stages)
+        weights = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
+        kept = sum(len(batch) * batch.scored.shape[1] for batch in self.batches) * self.model.config.vocab_size * 4
+        memory = (weights + RUN_BYTES + min(kept, CLEAN_BYTES)) / 2**30
+        return (
+            f"{self.name}: {passes:,} passes over prompts of up to {tokens} tokens in {len(stages)} stages, "
+            f"up to {written(memory, 2)} GiB of tensors"
+        )
+
     @cached_property
     def batches(self) -> list[Batch]:
         """The test prompts."""
         return list(self.task.batches("test", self.task.n_test))
+
+    @cached_property
+    def clean(self) -> CleanLogits:
+        """Logits of the model itself on the test prompts, computed once."""
+        return CleanLogits(self.model)
+
+    def clean_behaviour(self) -> Behaviour:
+        """Behaviour of the model itself on the test prompts."""
+        return clean_behaviour(self.model, counted(self.track, self.batches, "running the clean model"), self.clean)
+
+    def behaviour(
+        self,
+        level: Level,
+        masks: Bool[Tensor, "circuit entry"],
+        ablations: Sequence[Ablation],
+        description: str,
+        rows_per_run: int = ROWS_PER_RUN,
+    ) -> Behaviour:
+        """Behaviour of circuits on the test prompts; see `circuit_behaviour`."""
+        with self.track(len(masks) * self.task.n_test, f"evaluating {description}") as advance:
+            return circuit_behaviour(
+                self.model, self.batches, level, masks, ablations, rows_per_run, self.clean, advance
+            )
 
     def run_in(self, run: str | Path) -> Findings:
         """Claim `studies/<name>_<K>` in a run folder, answer the question, and write the findings there.
@@ -162,7 +163,7 @@ class Study(ABC, Generic[S]):
         """
         folder = self.claim(run)
         with removed_if_empty(folder):
-            return self.write(self.run(), folder)
+            return self.write(self.answer(), folder)
 
     def claim(self, run: str | Path) -> Path:
         """Make the next free study folder of a run."""
@@ -180,7 +181,7 @@ class Study(ABC, Generic[S]):
         try:
             write_json(folder / RESULTS_FILE, self.document(findings, folder.parent.parent))
             if findings.rows:
-                _write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
+                write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
             for name, draw in findings.figures.items():
                 figure = draw()
                 if figure is not None:
@@ -203,14 +204,31 @@ class Study(ABC, Generic[S]):
                 "revision": lm.revision,
                 "name": lm.name,
             },
-            "task": {**self.task.describe(), "n_prompts": self.task.n_test, "split": "test"},
+            "task": {
+                **self.task.describe(),
+                "n_prompts": self.task.n_test,
+                "split": "test",
+                "distinct_prompts": distinct_prompts(self.task),
+            },
             "versions": versions(),
-            "metrics": _plain(findings.metrics),
-            "rows": _plain(findings.rows),
+            "metrics": plain(findings.metrics),
+            "rows": plain(findings.rows),
             **({} if findings.circuit is None else {"circuit": dict(findings.circuit)}),
-            **_plain(findings.facts),
-            "settings": _plain(self.settings),
+            **plain(findings.facts),
+            "settings": plain(self.settings),
         }
+
+    @property
+    def prompts(self) -> str:
+        """The test prompts, for titles."""
+        n_test, distinct = self.task.n_test, distinct_prompts(self.task)["test"]
+        repeated = "" if distinct == n_test else f", {distinct:,} of them distinct, which intervals count"
+        return f"{n_test:,} held-out prompts{repeated}"
+
+    @property
+    def subject(self) -> str:
+        """Model and task, for titles."""
+        return f"{Path(self.task.lm.name).name}, {self.task.name}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -233,7 +251,49 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
 
 def estimates(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
     """Estimates of all measures of one circuit."""
-    return {name: estimate(getattr(behaviour, name)[index]) for name in MEASURES}
+    return {name: estimate(getattr(behaviour, name)[index], behaviour.identities) for name in MEASURES}
+
+
+def differences(
+    behaviour: Behaviour, other: Behaviour, index: int, other_index: int, name: str
+) -> dict[str, Estimate]:
+    """Paired differences of all measures of two circuits on the same prompts, called `<measure>_minus_<name>`."""
+    return {
+        f"{measure}_minus_{name}": paired_difference(
+            getattr(behaviour, measure)[index], getattr(other, measure)[other_index], behaviour.identities
+        )
+        for measure in MEASURES
+    }
+
+
+def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
+    """Passes over the `means` prompts from which ablations of these kinds are made."""
+    needed = {
+        "averaging activations": {"optimal", "mean", "noise"},
+        "measuring the spread of activations": {"noise"},
+        "averaging activations on counterfactuals": {"counterfactual_mean"},
+    }
+    return [Stage(name, task.n_means) for name, needing in needed.items() if needing & set(kinds)]
+
+
+def criterion(trained: TrainedCircuit) -> str:
+    """How the entries of a circuit were chosen."""
+    circuit, threshold = trained.circuit, trained.training.get("threshold", 0.5)
+    if circuit.scores is None:
+        return "given"
+    above = circuit.scores > threshold
+    if bool((above == circuit.mask).all()):
+        return f"keep-probability above {threshold:g}"
+    dropped = circuit.scores[~circuit.mask]
+    if circuit.mask.any() and bool((circuit.scores[circuit.mask].min() >= dropped).all()):
+        return "those of the highest keep-probability"
+    return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
+
+
+def distinct_prompts(task: Task) -> dict[Stream, int]:
+    """Distinct texts among the prompts of each stream that evaluations use."""
+    sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
+    return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
 
 
 def interval(value: Estimate) -> Interval:
@@ -244,34 +304,3 @@ def interval(value: Estimate) -> Interval:
 def spoken(name: str) -> str:
     """Name of an ablation or measure in titles and tables."""
     return name.replace("_", " ")
-
-
-def _plain(value: Any) -> Any:
-    """JSON values of estimates, dataclasses and containers of them."""
-    if isinstance(value, Estimate):
-        return value.as_json()
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, Estimate):
-            low, high = value.ci95
-            flat |= {name: value.mean, f"{name}_stderr": value.stderr, f"{name}_low": low, f"{name}_high": high}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(exist_ok=True)
-    replace_file(path, text.getvalue().encode())

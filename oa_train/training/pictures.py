@@ -1,9 +1,14 @@
 """Figures of masks and circuits of any level."""
 
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
 from oa_train.circuits.circuit import Circuit
 from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.edges import edge_drawing
-from oa_train.figures.maps import score_map
+from oa_train.figures.maps import count_map, score_map
 from oa_train.figures.style import Figure
 from oa_train.models.levels import Level
 from oa_train.shapes import Float, Tensor
@@ -26,10 +31,20 @@ def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: floa
 
 
 def circuit_picture(circuit: Circuit, title: str) -> Figure | None:
-    """The circuit drawn as the model is built; None for circuits that cannot be drawn legibly."""
+    """The circuit drawn as the model is built, with many edges as their number at each node; None if it cannot be."""
     grid, arrows = circuit.level.grid, circuit.level.arrows(circuit.mask)
-    if grid is None or (arrows is not None and len(arrows) > MOST_EDGES_DRAWN):
+    if grid is None:
         return None
+    if arrows is not None and len(arrows) > MOST_EDGES_DRAWN:
+        return _edges_at_nodes(*grid, arrows, title)
     if arrows is None:
         return circuit_drawing(*grid, circuit.names, title)
     return edge_drawing(*grid, arrows, title)
+
+
+def _edges_at_nodes(n_layers: int, n_heads: int, arrows: Sequence[tuple[str, str, str]], title: str) -> Figure:
+    ends = Counter(node for source, reader, _ in arrows for node in (source, reader))
+    nodes = [[*(f"a{layer}.h{head}" for head in range(n_heads)), f"m{layer}"] for layer in range(n_layers)]
+    table = np.array([[ends[node] for node in layer] for layer in nodes], dtype=float)
+    columns = [*(f"h{head}" for head in range(n_heads)), "MLP"]
+    return count_map(table, columns, "edges that leave or enter", title)

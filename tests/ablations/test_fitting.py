@@ -1,6 +1,8 @@
 """Fitting constants: it helps, circuits do not touch each other, and what does better is kept."""
 
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -17,6 +19,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.progress import Track
 from tests.builders import small_ioi
 
 
@@ -122,15 +125,22 @@ def test_the_same_call_gives_the_same_constants(model, task, level, mean):
 def test_progress_is_told(model, task, level, mean):
     told = []
 
-    def track(steps, description):
-        told.append((len(steps), description))
-        return steps
+    class Told(Track):
+        @contextmanager
+        def __call__(self, passes, description):
+            told.append([passes, 0, description])
+            yield partial(self.count, told[-1])
+
+        def count(self, stage, done):
+            stage[1] += done
 
     masks = masks_of(level, "* !m0")
     fit_constants(
-        model, task, level, masks, [mean], RefitSettings(steps=3, batch_size=2), track=track, description="here"
+        model, task, level, masks, [mean], RefitSettings(steps=3, batch_size=2), track=Told(), description="here"
     )
-    assert told == [(3, "here")]
+    # One circuit: the start and the end on the validation prompts, and three steps of two prompts with gradients.
+    passes = 2 * task.n_validation + 2 * 3 * 2
+    assert told == [[passes, passes, "here"]]
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(model, task, level, mean):

@@ -1,6 +1,7 @@
 """Every kind of ablation on the built-in model; means and spreads against plain ones over tokens."""
 
 from collections import defaultdict
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -21,6 +22,7 @@ from oa_train.errors import ConfigurationError
 from oa_train.models.loading import LMSpec, load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.progress import Track
 from tests.builders import batch_of, random_dictionary, small_ioi
 from tests.engine.selections import EVERY_KIND
 
@@ -230,11 +232,13 @@ def test_a_spread_far_smaller_than_the_mean_is_exact():
 def test_statistics_are_gathered_once_and_when_needed(model, plain):
     shown = []
 
-    def track(batches, description):
-        shown.append(description)
-        return batches
+    class Told(Track):
+        @contextmanager
+        def __call__(self, passes, description):
+            shown.append(description)
+            yield lambda done: None
 
-    source = AblationSource(model, small_ioi(n_means=4), plain, track=track)
+    source = AblationSource(model, small_ioi(n_means=4), plain, track=Told())
     assert isinstance(source.sums(lambda batch: batch, "first"), StreamingMeans)
     for name in ("zero", "resample", "counterfactual", "clean"):
         KINDS[name].prepare(source)

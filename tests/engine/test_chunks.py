@@ -65,6 +65,15 @@ def test_a_backward_pass_takes_more_memory_than_none(model):
     assert without < with_gradients
 
 
+def test_runs_of_nodes_stay_within_memory(model, monkeypatch):
+    nodes, batch = Nodes.of(model.config), random_batch([4, 6, 3, 5, 4])
+    row_bytes = ENGINES[Nodes].row_bytes(model, batch, True)
+    monkeypatch.setattr(chunks_module, "RUN_BYTES", 3 * row_bytes)
+    pieces = list(chunks(model, nodes, batch, 4, gradients=True))
+    assert sorted(pairs(pieces, 4)) == everything(5, 4)
+    assert max(len(piece) * (s.stop - s.start) for piece, slices in pieces for s in slices) == 3
+
+
 def test_a_row_that_is_too_large_runs_alone(model, monkeypatch):
     monkeypatch.setattr(chunks_module, "RUN_BYTES", 1)
     batch = random_batch([4, 6, 3])

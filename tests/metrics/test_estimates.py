@@ -8,8 +8,8 @@ import pytest
 import torch
 from scipy import stats
 
-from oa_train.errors import NotFiniteError
-from oa_train.metrics.estimates import estimate, paired_difference
+from oa_train.errors import NotFiniteError, TaskError
+from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
 
 # Student's t at 0.975 with two degrees of freedom, from its closed form (2p - 1) / sqrt(2 p (1 - p)).
 T_OF_TWO = (2 * 0.975 - 1) / math.sqrt(2 * 0.975 * 0.025)
@@ -75,3 +75,53 @@ def test_json():
 def test_values_that_are_not_finite_have_no_estimate(values):
     with pytest.raises(NotFiniteError, match="finite"):
         estimate(torch.tensor(values))
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_repeated_prompts_never_narrow_an_interval(times):
+    values, identities = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([7, 8, 9])
+    repeated = estimate(values.repeat(times), identities.repeat(times))
+    assert repeated == estimate(values)
+    assert repeated.n == 3
+
+
+def test_values_of_a_repeated_prompt_are_averaged_first():
+    # The first prompt twice, under two partners.
+    assert estimate(torch.tensor([0.0, 2.0, 5.0]), torch.tensor([1, 1, 2])) == estimate(torch.tensor([1.0, 5.0]))
+
+
+def test_one_prompt_has_no_interval():
+    with pytest.raises(TaskError, match="The 3 prompts of an evaluation are all the same"):
+        estimate(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([4, 4, 4]))
+
+
+@pytest.mark.parametrize(
+    ("mean", "margin", "text"),
+    [
+        (5.18, 20.2, "5 ± 20"),
+        (0.02351, 0.003, "0.0235 ± 0.0030"),
+        (1234.5, 321.0, "1,234 ± 321"),
+        (-0.0001, 0.02, "0.000 ± 0.020"),
+        (0.0, 0.0, "0"),
+        (0.25, 0.0, "0.250"),
+        (1.2e-6, 3e-7, "(1.20 ± 0.30)e-6"),
+    ],
+)
+def test_an_interval_is_written_as_a_person_would(mean, margin, text):
+    assert str(Estimate(mean, margin / 2, (mean - margin, mean + margin), 9)) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (-0.0, "0"),
+        (0.02351, "0.0235"),
+        (2000.0, "2,000"),
+        (12.345, "12.3"),
+        (1.5e-5, "1.5e-05"),
+        (40, "40.0"),
+    ],
+)
+def test_numbers_are_written_as_a_person_would(value, text):
+    assert written(value) == text

@@ -1,0 +1,79 @@
+"""Rows of a comparison of ablations as tables for people, and as figures draw them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.trained import TrainedCircuit
+from oa_train.figures.comparison import Interval
+from oa_train.metrics.estimates import written
+from oa_train.studies.study import Row, interval, spoken
+
+
+def described_run(run: TrainedCircuit) -> dict[str, Any]:
+    """A run in `results.json`."""
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "trained_with": run.ablation,
+        "nodes": list(run.circuit.nodes),
+        **({} if run.circuit.level.has_one_stream else {"edges": list(run.circuit.names)}),
+        **{f"n_{key}": value for key, value in run.circuit.counts().items()},
+    }
+
+
+def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """A row for each ablation of one circuit."""
+    paired = len(rows) > 1 and "kl_minus_optimal" in rows[0]
+    return [
+        {
+            "ablation": label(row["ablation"]),
+            "KL": row["kl"],
+            **(
+                {"KL minus\noptimal": None if row["ablation"] == "optimal" else row["kl_minus_optimal"]}
+                if paired
+                else {}
+            ),
+            "accuracy": f"{row['accuracy'].mean:.3f}",
+            "logit\ndifference": f"{row['logit_difference'].mean + 0.0:.2f}",
+        }
+        for row in rows
+    ]
+
+
+def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
+    """A row for each component, with a column for each ablation, in descending order of the first one."""
+    by_component = [rows[first : first + n_kinds] for first in range(0, len(rows), n_kinds)]
+    by_component.sort(key=lambda of_kinds: -of_kinds[0]["kl"].mean)
+    return [
+        {"ablated": of_kinds[0]["component"]}
+        | {
+            label(row["ablation"]).replace("counterfactual", "counter-\nfactual").replace(" ", "\n"): row["kl"].mean
+            for row in of_kinds
+        }
+        for of_kinds in by_component
+    ]
+
+
+def seeds_line(group: Mapping[str, Any]) -> str:
+    """Mean and spread over runs that differ in their seed."""
+    kl, size = group["kl"], group["size"]
+    return (
+        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
+        f"{spoken(group['ablation'])} ablation {written(kl['mean'])} ± {written(kl['standard_deviation'], 2)} "
+        f"(deviation), size {written(size['mean'])} ± {written(size['standard_deviation'], 2)}, "
+        f"Jaccard {group['jaccard']:.2f}"
+    )
+
+
+def label(kind: AblationKind) -> str:
+    """Name of an ablation in tables and legends."""
+    return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
+
+
+def intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
+    """KL divergences by ablation."""
+    by_kind: dict[str, list[Interval]] = {}
+    for row in rows:
+        by_kind.setdefault(row["ablation"], []).append(interval(row["kl"]))
+    return by_kind

@@ -1,0 +1,81 @@
+"""Random circuits beside a run's circuit, all after the same training of their constants."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.registry import AblationSource
+from oa_train.ablations.trained import TrainedCircuit
+from oa_train.circuits.random import random_circuits
+from oa_train.progress import Stage, Track
+from oa_train.tasks.task import Task
+
+
+def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Task) -> list[Stage]:
+    """Stages of `beside_random_circuits`."""
+    return [
+        Stage("fitting constants of random circuits", fit_passes(1 + n_circuits, fit, task.n_validation, 1)),
+        Stage("evaluating random circuits", (1 + n_circuits) * n_prompts),
+    ]
+
+
+def beside_random_circuits(
+    run: TrainedCircuit, source: AblationSource, n_circuits: int, fit: RefitSettings, n_prompts: int, track: Track
+) -> dict[str, Any]:
+    """KL divergence of a run's circuit and of random ones of its size, under constants trained from the means.
+
+    Args:
+        run: the run.
+        source: model, task and means.
+        n_circuits: random circuits.
+        fit: training of the constants of each of them, and anew of the run's circuit.
+        n_prompts: test prompts on which they are compared.
+        track: progress.
+
+    Returns:
+        `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits
+        that do as well as the run's or better.
+    """
+    model, task, level, size = source.model, source.task, run.circuit.level, len(run.circuit)
+    drawn = random_circuits(level, size, n_circuits, task.seed, run.selected)
+    masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
+    sets = fit_constants(
+        model,
+        task,
+        level,
+        masks,
+        [source.mean] * len(masks),
+        fit,
+        others=[source.mean, source.zero],
+        track=track,
+        description="fitting constants of random circuits",
+    ).sets
+    with track(len(masks) * n_prompts, "evaluating random circuits") as advance:
+        prompts = task.batches("test", n_prompts)
+        behaviour = circuit_behaviour(model, prompts, level, masks, sets, fit.rows_per_run, advance=advance)
+    run_kl, *kl = behaviour.kl.mean(dim=1).tolist()
+    as_good = sum(value <= run_kl for value in kl)
+    return {
+        "size": size,
+        "kl": kl,
+        "run_kl": run_kl,
+        "percentile": 100 * as_good / len(kl),
+        "steps": fit.steps,
+        "n_prompts": n_prompts,
+    }
+
+
+def random_line(control: Mapping[str, Any], parts: str) -> str:
+    """The comparison in words."""
+    kl, run_kl = control["kl"], control["run_kl"]
+    as_good = sum(value <= run_kl for value in kl)
+    verdict = "none of them is as good" if not as_good else f"{as_good} of them are as good or better"
+    return (
+        f"{len(kl)} random circuits of {control['size']:,} {parts}, on {control['n_prompts']} prompts and each after "
+        f"{control['steps']} steps of training its constants: median KL {statistics.median(kl):.3g}, lowest "
+        f"{min(kl):.3g}; the run's circuit after the same training {run_kl:.3g}: {verdict}"
+    )
