@@ -10,6 +10,7 @@ Programs are forked from a server that has done the imports, because these take 
 
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def command() -> None:
 
 def _forked(module: str, folder: Path, words: list[str], environment: dict[str, str]) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
