@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from tests.precision import WithoutSinglePrecision
 
 # The models are so small that a second thread costs more than it saves, above all where tests run side by side.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+# Of the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent.parent), *os.environ.get("PYTHONPATH", "").split()]
+)
 
 
 # Fused projections and learned positions; separate projections and a window; grouped keys and values; post-norms.
@@ -34,6 +39,22 @@ def any_model(shared_model: CausalLM) -> Iterator[CausalLM]:
         yield shared_model
 
 
+@pytest.fixture(
+    scope="session",
+    params=[name if name in ARCHETYPES else pytest.param(name, marks=pytest.mark.long) for name in sorted(FAMILIES)],
+)
+def shared_common_model(request: pytest.FixtureRequest) -> CausalLM:
+    """A float64 model of each archetype in turn, of the other families in the long tests."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def common_model(shared_common_model: CausalLM) -> Iterator[CausalLM]:
+    """A float64 model of each archetype in turn, of the other families in the long tests."""
+    with WithoutSinglePrecision():
+        yield shared_common_model
+
+
 @pytest.fixture(scope="session", params=ARCHETYPES)
 def shared_archetype(request: pytest.FixtureRequest) -> CausalLM:
     """A float64 model of each archetype in turn; shared, so a test that changes it fails the next one."""
@@ -47,6 +68,24 @@ def archetype(shared_archetype: CausalLM) -> Iterator[CausalLM]:
         yield shared_archetype
 
 
+# Files that take longest, the longest first. With one process for each core a file that comes late ends alone.
+SLOWEST = (
+    "test_recorded_circuits.py",
+    "test_demo.py",
+    "test_interruption.py",
+    "test_faults.py",
+    "test_compare.py",
+    "test_distributed.py",
+    "test_selfcheck.py",
+    "test_context.py",
+    "test_slurm.py",
+    "test_bad_input.py",
+    "test_circuit_module.py",
+    "test_constants_module.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first, so that with several processes none is left alone with one at the end."""
-    items.sort(key=lambda item: item.path.name not in ("test_demo.py", "test_recorded_circuits.py"))
+    """Run the files that take longest first."""
+    order = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))

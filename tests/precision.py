@@ -19,7 +19,9 @@ class WithoutSinglePrecision(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _called_by_transformers(sys._getframe(1)) and any(map(_is_double, tree_leaves((args, kwargs)))):
+        # Few calls name single precision, and the other tests take longer.
+        named = function is torch.Tensor.float or any(value is torch.float32 for value in (*args, *kwargs.values()))
+        if named and _called_by_transformers(sys._getframe(1)) and any(map(_is_double, tree_leaves((args, kwargs)))):
             if function is torch.Tensor.float:
                 function = torch.Tensor.double
             args, kwargs = tree_map(_doubled, (args, kwargs))

@@ -3,8 +3,6 @@
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,18 +11,21 @@ from oa_train import Circuit, Constants, LMSpec, ablated, load_model
 from oa_train.ablations.registry import KINDS
 from oa_train.cli.main import main
 from oa_train.tasks.encoding import load_tokenizer
+from tests.jobs.fits import ROOT, done
 from tests.test_recorded_circuits import assert_as_recorded
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, "-m", "oa_train.cli.main", "demo", "--output", str(output)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Where to look" in done.stdout
-    return output / "circuit_nodes_tiny" / "version_0"
+@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.long)])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run folder of the demonstration, or of its fit and a comparison with fewer random circuits."""
+    folder = tmp_path_factory.mktemp("demo")
+    run = Path("runs", "circuit_nodes_tiny", "version_0")
+    if request.param == "whole":
+        assert "Where to look" in done(folder, "demo")
+    else:
+        done(folder, "fit", "--config", str(ROOT / "configs" / "circuit_nodes_tiny.yaml"))
+        done(folder, "compare", "--run", str(run), "--compare.random_circuits", "4")
+    return folder / run
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_random_circuits_of_equal_size_are_far_worse(compared):
     (drawn,) = compared["random_circuits"]
     assert drawn["size"] == compared["circuit"]["nodes"]
     kl = drawn["kl"]
-    assert len(kl) == 20
+    assert len(kl) == compared["settings"]["random_circuits"]
     assert statistics.median(kl) >= 10 * circuit["kl"]["mean"]
 
 
@@ -68,6 +69,7 @@ def assert_optimal_is_not_worse(row: dict) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("run", ["short"], indirect=True)
 def test_constants_per_position_obey_the_law_against_resample_on_prompts_of_one_length(run):
     words = ["--data.n_tokens", "19", "--compare.positions", "every", "--compare.random_circuits", "0"]
     words += ["--data.n_test", "1024", "--compare.circuit_fit.steps", "100"]

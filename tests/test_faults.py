@@ -16,7 +16,20 @@ import pytest
 
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.checkpoints import read_checkpoint
-from tests.jobs.fits import FIRST, ROOT, SECOND, SECONDS, finished, process_id, start, statuses, torchrun, wait_until
+from tests.jobs.fits import (
+    FIRST,
+    ROOT,
+    SECOND,
+    SECONDS,
+    Forked,
+    done,
+    finished,
+    process_id,
+    start,
+    statuses,
+    torchrun,
+    wait_until,
+)
 
 LAST = FIRST / "checkpoints" / "last.ckpt"
 LONGER = ("--trainer.max_epochs", "500")
@@ -99,14 +112,7 @@ def fit(tmp_path: Path):
 def follow(folder: Path, said: str) -> None:
     """Do what a message says, as a user does: paste its command."""
     (command,) = re.findall(r"^  oa-train (.*)$", said, re.MULTILINE)
-    done = subprocess.run(
-        [sys.executable, "-m", "oa_train.cli.main", *command.split(), "--trainer.max_epochs", "1"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
+    done(folder, *command.split(), "--trainer.max_epochs", "1")
 
 
 def test_a_full_disk_ends_the_training_and_leaves_the_checkpoint_before(tmp_path, fit):
@@ -251,20 +257,14 @@ def test_a_task_that_fails_in_the_middle_is_named_and_leaves_the_checkpoint(tmp_
     (tmp_path / "mine.py").write_text(FAILING_TASK)
     small = ["--data.batch_size", "4", "--data.n_validation", "8", "--data.n_test", "8", "--data.n_means", "32"]
     words = ["fit", "--model", "CircuitModule", "--data", "mine.Failing", *small, "--checkpoint_every", "1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "oa_train.cli.main", *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
-    )
-    assert done.returncode == 1
-    run = Path("runs", "circuit", "version_0")
-    assert_is_explained(done.stderr, "ZeroDivisionError: no words left", f"in draw ({tmp_path}/mine.py, line 8)")
-    assert RunFolder(run).resume_command() in done.stderr
+    run = Forked(tmp_path, words, os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"})
+    assert run.wait(timeout=SECONDS) == 1
+    said = (tmp_path / "said.txt").read_text()
+    folder = Path("runs", "circuit", "version_0")
+    assert_is_explained(said, "ZeroDivisionError: no words left", f"in draw ({tmp_path}/mine.py, line 8)")
+    assert RunFolder(folder).resume_command() in said
     assert_is_tidy(tmp_path / "runs")
-    assert (tmp_path / run / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / folder / "checkpoints" / "last.ckpt").is_file()
 
 
 def test_memory_that_does_not_suffice_names_the_options_that_lower_it(fit):

@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,6 +18,7 @@ from tests.jobs.fits import (
     SECOND,
     SECONDS,
     assert_ended_alike,
+    done,
     finished,
     process_id,
     start,
@@ -158,14 +157,7 @@ def test_an_interrupted_refit_is_finished_by_the_command_that_it_says(tmp_path, 
     assert (folder / "circuit").is_dir()
     assert not (folder / "constants").exists()
     more = [*command.split()[1:], "--finish.refit.steps", "1", "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-m", "oa_train.cli.main", *more],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert done(tmp_path, *more) == ""
     assert (tmp_path / SECOND / "studies" / "fit_0" / "results.json").is_file()
     steps = [read_checkpoint(tmp_path / run / "checkpoints" / "last.ckpt")["global_step"] for run in (FIRST, SECOND)]
     assert steps == [20, 20]

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.jobs.fits import (
     SECOND,
     SECONDS,
     SMALL,
+    Process,
     assert_ended_alike,
     finished,
     free_port,
@@ -81,7 +81,7 @@ def test_all_tasks_of_a_job_end_and_go_on_together_and_it_is_requeued_once(tmp_p
     whole.mkdir()
     path = scontrol(tmp_path)
 
-    def tasks(**more: str) -> list[subprocess.Popen[bytes]]:
+    def tasks(**more: str) -> list[Process]:
         shared = JOB | more | {"PATH": path, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         own = [{"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in "01"]

@@ -75,16 +75,16 @@ def test_features_are_the_code_of_their_site(archetype):
         assert_close(features[Site("features", site.layer)].squeeze(-1), code, **EXACT)
 
 
-def test_values_of_another_prompt_patched_in_give_that_prompts_logits(any_model):
+def test_values_of_another_prompt_patched_in_give_that_prompts_logits(common_model):
     # All heads and MLPs taken from a prompt that ends in the same token are the whole of what differs.
-    first, second, level = random_batch([6], seed=1), random_batch([6], seed=2), Nodes.of(any_model.config)
+    first, second, level = random_batch([6], seed=1), random_batch([6], seed=2), Nodes.of(common_model.config)
     second.tokens[0, -1] = first.tokens[0, -1]
-    values, mask = read_values(any_model, second, level), torch.zeros(1, 15, dtype=torch.float64)
-    patched = masked_logits(any_model, first, level, mask, values)
-    assert_close(patched, scored_logits(any_model, second), **EXACT)
-    assert (patched - scored_logits(any_model, first)).abs().max() > 1e-3
+    values, mask = read_values(common_model, second, level), torch.zeros(1, 15, dtype=torch.float64)
+    patched = masked_logits(common_model, first, level, mask, values)
+    assert_close(patched, scored_logits(common_model, second), **EXACT)
+    assert (patched - scored_logits(common_model, first)).abs().max() > 1e-3
     other = random_values(level, 1, 6)
-    assert (masked_logits(any_model, first, level, mask, other) - patched).abs().max() > 1e-3
+    assert (masked_logits(common_model, first, level, mask, other) - patched).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

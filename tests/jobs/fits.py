@@ -4,15 +4,22 @@ python -m tests.jobs.fits fit ...
 
 is `oa-train fit ...`, and every process of it leaves its id and its exit status in the folder `processes`. The first
 one ends so many seconds later as the variable LINGER says.
+
+Programs are forked from a server that has done the imports, because these take longer than a small fit.
 """
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import yaml
@@ -35,6 +42,49 @@ SEVERAL = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--train
 
 SECONDS = 120.0
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["oa_train.cli.fit", "oa_train.studies.compare", "tests.jobs.gradients"])
+
+
+class Process(Protocol):
+    """A process as `subprocess` has it."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int) -> None: ...
+
+
+class Forked:
+    """A module of this folder that runs as a program, forked from the server, in a session of its own.
+
+    Processes that Lightning starts for the other ranks are fresh ones.
+    """
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], environment: Mapping[str, str], module: str = "tests.jobs.fits"
+    ) -> None:
+        program = (module, folder, [*words], dict(environment))
+        # A daemon, so that one that a failed test has left behind is ended with the tests.
+        self._process = SERVER.Process(target=_forked, args=program, daemon=True)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("oa-train", timeout or 0.0)
+        return self._process.exitcode
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
 
 def start(
     folder: Path,
@@ -42,14 +92,24 @@ def start(
     n_processes: int = 1,
     launcher: Sequence[str] = ("-m",),
     environment: Mapping[str, str] | None = None,
-) -> subprocess.Popen[bytes]:
+) -> Process:
     """Start a small fit in a folder; what it says is added to `said.txt` there."""
     several = [*SEVERAL, str(n_processes)] if n_processes > 1 else []
-    command = [sys.executable, *launcher, "tests.jobs.fits", "fit", *SMALL, *several, *more]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | dict(environment or {})
+    words = ["fit", *SMALL, *several, *more]
+    variables = os.environ | dict(environment or {})
+    if [*launcher] == ["-m"]:
+        return Forked(folder, words, variables)
+    command = [sys.executable, *launcher, "tests.jobs.fits", *words]
     with (folder / "said.txt").open("ab") as said:
         # In a session of its own, so that all processes of a run can be killed at once.
         return subprocess.Popen(command, cwd=folder, stdout=said, stderr=said, start_new_session=True, env=variables)
+
+
+def done(folder: Path, *words: str) -> str:
+    """Run `oa-train` with these words in a folder to its good end, and return what it said."""
+    said = folder / "said.txt"
+    before = len(said.read_text()) if said.exists() else 0
+    return finished(Forked(folder, words, os.environ), folder, 5 * SECONDS)[before:]
 
 
 def torchrun(n_processes: int) -> list[str]:
@@ -64,7 +124,7 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes], folder: Path) -> None:
+def wait_until(reached: Callable[[], bool], process: Process, folder: Path) -> None:
     """Wait while a fit runs, for as long as it may take."""
     end = time.monotonic() + SECONDS
     while not reached():
@@ -73,10 +133,10 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[bytes], fo
         time.sleep(0.01)
 
 
-def finished(process: subprocess.Popen[bytes], folder: Path) -> str:
-    """Wait for the good end of a fit, and return what it said."""
+def finished(process: Process, folder: Path, seconds: float = SECONDS) -> str:
+    """Wait for the good end of a command, and return what it said."""
     said = folder / "said.txt"
-    assert process.wait(timeout=SECONDS) == 0, said.read_text()
+    assert process.wait(timeout=seconds) == 0, said.read_text()
     return said.read_text()
 
 
@@ -113,7 +173,8 @@ def _leave(what: str, content: int) -> None:
     path.write_text(str(content))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Run `oa-train` with the words of the command line."""
     from oa_train.cli.main import main
 
     _leave("pid", os.getpid())
@@ -122,3 +183,24 @@ if __name__ == "__main__":
         time.sleep(float(os.environ.get("LINGER", "0")))
     _leave("status", status)
     sys.exit(status)
+
+
+def _forked(module: str, folder: Path, words: list[str], environment: dict[str, str]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(said, stream)
+    os.close(said)
+    # As `python -m` leaves them; Lightning reads from them how to start the other ranks.
+    sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+    sys.argv = [module, *words]
+    sys.modules["__main__"].__spec__ = find_spec(module)
+    import_module(module).command()
+
+
+if __name__ == "__main__":
+    command()

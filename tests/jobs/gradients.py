@@ -68,7 +68,9 @@ def train(
     return {"gradients": gradients.steps, "metrics": metrics}
 
 
-def main(file: str, n_processes: str, batch_size: str, *cases: str) -> None:
+def command() -> None:
+    """Train what the words of the command line say."""
+    file, n_processes, batch_size, *cases = sys.argv[1:]
     dictionary = Path(file).parent / "dictionary"
     results = {case: train(dictionary, int(n_processes), int(batch_size), *case.split(":")) for case in cases}
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
@@ -76,4 +78,4 @@ def main(file: str, n_processes: str, batch_size: str, *cases: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    command()

@@ -1,7 +1,6 @@
 """Real processes on this machine: several do what one does with batches as large as theirs together."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from oa_train.models.dictionaries import save_dictionary
 from oa_train.training.checkpoints import read_checkpoint
 from tests.builders import random_dictionary
-from tests.jobs.fits import FIRST, ROOT, SECOND, finished, free_port, start, torchrun
+from tests.jobs.fits import FIRST, SECOND, Forked, Process, finished, free_port, start, torchrun
 
 CIRCUITS = ("uniform", "hard_concrete", "spans", "features")
 SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
@@ -20,10 +19,7 @@ SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
 def gradients(file: Path, n_processes: int, batch_size: int, *cases: str) -> dict[str, Any]:
     save_dictionary(random_dictionary("r2", 24, d_model=64), file.parent / "dictionary")
     words = [str(file), str(n_processes), str(batch_size), *cases]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.jobs.gradients", *words], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    finished(Forked(file.parent, words, os.environ, "tests.jobs.gradients"), file.parent, 300)
     return torch.load(file, weights_only=True)
 
 
@@ -69,7 +65,7 @@ FEW = [
 ]
 
 
-def launch(folder: Path, way: str, *more: str) -> list[subprocess.Popen[bytes]]:
+def launch(folder: Path, way: str, *more: str) -> list[Process]:
     """Start a short run of two processes."""
     if way != "two nodes":
         launcher = torchrun(2) if way == "torchrun" else ["-m"]

@@ -124,12 +124,12 @@ def test_a_cut_edge_changes_the_input_of_its_reader():
     assert not torch.allclose(changed, scored_logits(model, batch))
 
 
-def test_a_called_model_has_logits_at_every_position(any_model):
+def test_a_called_model_has_logits_at_every_position(common_model):
     batch = protected_batch([6, 4], "left")
-    graph, mask, values = graph_of(any_model), mask_of(any_model, 2), random_values(any_model)
-    with as_written(any_model), edges_called(any_model, graph, mask, values, batch.layout):
-        logits = any_model(**model_inputs(batch)).logits
-    assert_close(logits[:, -1:], run_edges(any_model, batch, graph, mask, values), rtol=1e-9, atol=1e-12)
+    graph, mask, values = graph_of(common_model), mask_of(common_model, 2), random_values(common_model)
+    with as_written(common_model), edges_called(common_model, graph, mask, values, batch.layout):
+        logits = common_model(**model_inputs(batch)).logits
+    assert_close(logits[:, -1:], run_edges(common_model, batch, graph, mask, values), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
