@@ -92,7 +92,7 @@ def clean_ability(model: CausalLM, batches: Iterable[Batch], advance: Advance = 
 def ability_before_training(
     model: CausalLM, task: Task, stream: Stream = "validation", track: Track = silent
 ) -> list[str]:
-    """Sentences for people before a training: the task's remarks on its prompts, and how well the model does on them."""
+    """Sentences for people before a training: remarks on its prompts, and how well the model does."""
     n_prompts = min(task.n_validation, ENOUGH)
     with track(n_prompts, f"clean model on {stream} prompts") as advance:
         ability = clean_ability(model, task.batches(stream, n_prompts), advance)
