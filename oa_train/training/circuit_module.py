@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 
 from oa_train.ablations.base import replacements_of_copies
@@ -20,6 +19,7 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
+from oa_train.masks.penalty import TargetSize
 from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
@@ -31,7 +31,8 @@ from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
 from oa_train.training.module import FrozenModelModule
-from oa_train.training.penalties import PenaltySettings, PenaltyWeight
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
+from oa_train.training.penalties import PenaltySettings, PenaltyWeight, ReachedSize
 from oa_train.training.replacements import Replacements
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
@@ -207,7 +208,26 @@ class CircuitModule(FrozenModelModule):
         if self.penalties.target_size is not None:  # else the weight is fixed, and sizes are not needed
             with torch.no_grad():
                 sizes = self.masks.priced(self.masks.discrete()).sum(dim=1) + self.masks.n_fixed
-                self.penalty.update(self.masks.probabilities().sum(dim=1), sizes)
+                self.penalty.update(self.masks.smooth_size(), sizes)
+
+    def reached_sizes(self) -> list[ReachedSize]:
+        """How near each circuit is to its target size; empty without one."""
+        if not isinstance(self.penalty, TargetSize):
+            return []
+        sizes, penalty = self.masks.discrete().sum(dim=1), self.penalty
+        reached, weight, steps = penalty.reached(sizes), penalty.weight, int(penalty.steps)
+        return [
+            ReachedSize(
+                target=float(penalty.target.expand(self.n_circuits)[number]),
+                size=int(sizes[number]),
+                reached=bool(reached[number]),
+                penalty_weight=float(weight.expand(self.n_circuits)[number]),
+                first_penalty_weight=float(penalty.first_weight.expand(self.n_circuits)[number]),
+                steps=steps,
+                warmup=penalty.warmup,
+            )
+            for number in range(self.n_circuits)
+        ]
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""
@@ -259,7 +279,8 @@ class CircuitModule(FrozenModelModule):
             "train/size": self.masks.probabilities().detach().sum(dim=1) + self.masks.n_fixed,
         }
         self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(self._each_and_mean(figures), batch_size=len(batch))
+        for name, value in self._each_and_mean(figures).items():
+            self.log(name, value, prog_bar=name in (measure, "train/size"), batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
         return (lost + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +30,7 @@ from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import planned_steps, share_of_step
 

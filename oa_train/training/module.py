@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,7 +24,7 @@ from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, check_st
 from oa_train.training.compatibility import check_trainer
 from oa_train.training.data import TaskData
 from oa_train.training.finite import check_finite
-from oa_train.training.optimizers import configured, restore_rates
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, configured, restore_rates
 from oa_train.training.settings import as_settings, rebuilt
 from oa_train.training.steps import accumulated_in
 from oa_train.training.strategies import ShardedStrategy
