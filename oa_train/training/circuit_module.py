@@ -19,7 +19,6 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
-from oa_train.masks.penalty import TargetSize
 from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
@@ -32,7 +31,7 @@ from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
-from oa_train.training.penalties import PenaltySettings, PenaltyWeight, ReachedSize
+from oa_train.training.penalties import PenaltySettings, PenaltyWeight, ReachedSize, reached_sizes
 from oa_train.training.replacements import Replacements
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
@@ -131,10 +130,8 @@ class CircuitModule(FrozenModelModule):
         loaded = [spec.load() for spec in dictionaries or []]
         super().__init__(arguments, optimizer, lr_scheduler)
         self.loss: Loss = loss
-        self.mask_learning_rate = mask_learning_rate
-        self.constants_learning_rate = constants_learning_rate
-        self.recompute = recompute
-        self.penalties = penalties
+        self.mask_learning_rate, self.constants_learning_rate = mask_learning_rate, constants_learning_rate
+        self.recompute, self.penalties = recompute, penalties
         self.n_circuits = penalties.n_circuits
         self.masks = CircuitMasks(
             level_of(level, self.frozen.config, sites, patterns, loaded),
@@ -212,22 +209,7 @@ class CircuitModule(FrozenModelModule):
 
     def reached_sizes(self) -> list[ReachedSize]:
         """How near each circuit is to its target size; empty without one."""
-        if not isinstance(self.penalty, TargetSize):
-            return []
-        sizes, penalty = self.masks.discrete().sum(dim=1), self.penalty
-        reached, weight, steps = penalty.reached(sizes), penalty.weight, int(penalty.steps)
-        return [
-            ReachedSize(
-                target=float(penalty.target.expand(self.n_circuits)[number]),
-                size=int(sizes[number]),
-                reached=bool(reached[number]),
-                penalty_weight=float(weight.expand(self.n_circuits)[number]),
-                first_penalty_weight=float(penalty.first_weight.expand(self.n_circuits)[number]),
-                steps=steps,
-                warmup=penalty.warmup,
-            )
-            for number in range(self.n_circuits)
-        ]
+        return reached_sizes(self.penalty, self.masks.discrete().sum(dim=1))
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import lightning
 import torch
@@ -107,7 +107,7 @@ class FrozenModelModule(lightning.LightningModule):
         if isinstance(strategy, ShardedStrategy):
             shard(self.frozen, strategy.device_mesh["data_parallel"])
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "FrozenModelModule":
         """Switch to training mode; the frozen model stays in evaluation mode."""
         super().train(mode)
         self.frozen.eval()
@@ -294,7 +294,7 @@ class FrozenModelModule(lightning.LightningModule):
     @classmethod
     def load_from_checkpoint(  # type: ignore[override] # what Lightning offers beyond this would run code from a file
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, weights_only: bool = True, **arguments: Any
-    ) -> Self:
+    ) -> Any:
         """Build the module that wrote a checkpoint, and load what it has trained.
 
         No code from the file is run. The module can be evaluated, asked for its circuits, and trained on with

@@ -7,6 +7,7 @@ import torch
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.penalty import NodeRegulariser, Penalty, SizePenalty, TargetSize
+from oa_train.shapes import Int, Tensor
 from oa_train.training.circuit_masks import CircuitMasks
 
 PenaltyWeight = float | list[float] | dict[str, float]
@@ -51,6 +52,18 @@ class ReachedSize:
             f"{kept}: the penalty weight has {way} from {self.first_penalty_weight:.2g} to {self.penalty_weight:.2g}, "
             "and the masks have not followed yet. Train for longer, or raise mask_learning_rate."
         )
+
+
+def reached_sizes(penalty: Penalty, sizes: Int[Tensor, " circuit"]) -> list[ReachedSize]:
+    """How near circuits of these sizes are to their targets; empty for a penalty without a target."""
+    if not isinstance(penalty, TargetSize):
+        return []
+    numbers = (penalty.target, sizes, penalty.reached(sizes), penalty.weight, penalty.first_weight)
+    columns = [column.expand(len(sizes)).tolist() for column in numbers]
+    return [
+        ReachedSize(target, size, reached, weight, first, int(penalty.steps), penalty.warmup)
+        for target, size, reached, weight, first in zip(*columns, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi
 
+# Lightning's checkpoint callback says so when a resumed run writes elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
 
 def fitted(folder: Path, module, steps: int = 3, resume: Path | None = None, weights_only: bool = False):
     """Train as a notebook does; the checkpoint is Lightning's own, `folder/last.ckpt`."""
