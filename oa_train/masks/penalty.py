@@ -13,7 +13,7 @@ from torch import nn
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-# Proportional term: the weight has this power of expected size / goal as a factor. It reacts before entries are
+# Proportional term: the weight has this power of smooth size / goal as a factor. It reacts before entries are
 # gone, which keeps the weight from overshooting.
 PROPORTIONAL_POWER = 4.0
 
@@ -100,10 +100,11 @@ class Penalty(nn.Module):
         ablated.
         """
 
-    def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
+    def update(self, smooth: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
 
-        `expected` is the number of kept entries now, `size` that of the discrete circuit with entries never ablated.
+        `size` is that of the discrete circuit with entries never ablated, `smooth` the number of other entries in it,
+        as a number that changes smoothly.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
@@ -145,11 +146,11 @@ class TargetSize(Penalty):
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
     All sizes counted without the entries that are never ablated, the weight of a kept entry is
 
-        weight * exp(rate * sum over the steps so far of log(kept / goal)) * (expected / goal) ^ PROPORTIONAL_POWER
+        weight * exp(rate * sum over the steps so far of log(kept / goal)) * (smooth / goal) ^ PROPORTIONAL_POWER
 
-    with `kept` the size of the discrete circuit and `expected` the size that is penalised. It rises while the masks
-    are too large and falls while they are too small; the sum rests when the discrete mask has the right size, however
-    many entries that are nearly off add up to. Only ratios of sizes and of weights enter, so the same rule serves few
+    with `kept` the size of the discrete circuit and `smooth` one that changes before entries cross the threshold. It
+    rises while the masks are too large and falls while they are too small, however many entries that are nearly off
+    add up to. Only ratios of sizes and of weights enter, so the same rule serves few
     entries and many and a loss of any scale, and the weight is always positive.
 
     Args:
@@ -165,7 +166,7 @@ class TargetSize(Penalty):
 
     Attributes:
         log_weight: buffer; log of the weight without its last factor.
-        excess: buffer; log(expected / goal) after the latest step.
+        excess: buffer; log(smooth / goal) after the latest step.
         steps: buffer; optimiser steps so far.
 
     Raises:
@@ -201,6 +202,7 @@ class TargetSize(Penalty):
         starts, targets = torch.broadcast_tensors(torch.tensor(weight).float(), torch.tensor(target).float())
         self.target = nn.Buffer(targets.clone(), persistent=False)
         self.n_entries, self.warmup, self.rate, self.always_kept = n_entries, warmup, rate, always_kept
+        self.first_weight = nn.Buffer(starts.clone(), persistent=False)
         self.log_weight = nn.Buffer(starts.log())
         self.excess = nn.Buffer(torch.zeros_like(starts))
         self.steps = nn.Buffer(torch.tensor(0))
@@ -211,22 +213,25 @@ class TargetSize(Penalty):
         return (self.log_weight + PROPORTIONAL_POWER * self.excess).exp()
 
     @torch.no_grad()
-    def update(self, expected: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
+    def update(self, smooth: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Raise the weight while the masks are larger than the goal, lower it while they are smaller."""
         self.steps.add_(1)
         done = (self.steps / self.warmup).clamp(max=1.0)
         goal = self.n_entries + done * (self.target - self.always_kept - self.n_entries)
         self.log_weight.add_(self.rate * _log_ratio(size - self.always_kept, goal))
-        self.excess.copy_(_log_ratio(expected, goal))
+        self.excess.copy_(_log_ratio(smooth, goal))
 
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
         """The loss within 5 % of the target size; elsewhere more than any such loss, growing with the distance."""
-        distance = (kept.sum(dim=-1) + always_kept - self.target).abs()
-        # A target may lie between two whole sizes; the nearest one is always near enough.
-        reached = distance <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)
-        return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + (~reached) * LARGEST_LOSS * (2 + distance)
+        sizes = kept.sum(dim=-1) + always_kept
+        distance, missed = (sizes - self.target).abs(), ~self.reached(sizes)
+        return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + missed * LARGEST_LOSS * (2 + distance)
+
+    def reached(self, sizes: Int[Tensor, "*circuits"]) -> Bool[Tensor, "*circuits"]:
+        """True for circuits within 5 % of their target; the nearest whole size is always near enough."""
+        return (sizes - self.target).abs() <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)
 
 
 def _log_ratio(size: Tensor, goal: Tensor) -> Tensor:

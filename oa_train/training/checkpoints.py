@@ -20,6 +20,9 @@ from oa_train.files import replace_file
 IDENTITY_KEY = "oa_train"
 _VERSION_KEY = "pytorch-lightning_version"
 
+# The file in which Lightning's notebook strategies hand what was trained, and nothing else, to the first process.
+HANDED_OVER = ".temp.ckpt"
+
 _COUNTS: Schema = {"ready": COUNT, "completed": COUNT, str: COUNT}
 _PROGRESS: Schema = {"total": _COUNTS, "current": _COUNTS}
 _BATCHES: Schema = _PROGRESS | {"is_last_batch": bool}
@@ -41,6 +44,7 @@ _CHECKPOINT: Schema = {
         "epoch_length?": COUNT,
         "figures?": {str: (float, int)},
         "gradients?": {str: torch.Tensor},
+        "optimisation?": [str],
         str: object,
     },
     "state_dict": {str: torch.Tensor},
@@ -63,9 +67,10 @@ _CHECKPOINT: Schema = {
         },
         str: FREE,
     },
-    "callbacks": {str: FREE},
-    "optimizer_states": [{"state": dict, "param_groups": [_GROUP], str: object}],
-    "lr_schedulers": [FREE],
+    # Without these three it was written with `save_weights_only`: for evaluation, not for a resume.
+    "callbacks?": {str: FREE},
+    "optimizer_states?": [{"state": dict, "param_groups": [_GROUP], str: object}],
+    "lr_schedulers?": [FREE],
     str: object,
 }
 
@@ -121,8 +126,11 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
             )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; tensors and plain types only, whatever `weights_only` says."""
+        """Read a checkpoint, or what a notebook's process hands over: tensors and plain types only."""
         del weights_only
+        if Path(path).name == HANDED_OVER:
+            state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+            return state
         return read_checkpoint(Path(path), map_location)
 
 
@@ -184,14 +192,15 @@ def _mistake(checkpoint: Any) -> str | None:
         if isinstance(leaf, torch.Tensor) and not _is_backed(leaf):
             return f"it has a tensor of shape {list(leaf.shape)} without numbers"
     shapes = {(), *(tuple(tensor.shape) for tensor in checkpoint["state_dict"].values())}
-    if not all(_is_whole(list(optimizer["state"].values()), shapes) for optimizer in checkpoint["optimizer_states"]):
+    optimizers = checkpoint.get("optimizer_states", [])
+    if not all(_is_whole(list(optimizer["state"].values()), shapes) for optimizer in optimizers):
         return "the state of its optimiser does not match the trained tensors"
     own_record = checkpoint[IDENTITY_KEY]
     if any(isinstance(leaf, torch.Tensor) for leaf in _leaves([own_record["identity"], own_record["settings"]])):
         return f"{IDENTITY_KEY} describes the run by tensors; expected plain values"
     if any(tuple(gradient.shape) not in shapes for gradient in own_record.get("gradients", {}).values()):
         return "its gradients are not of what is trained"
-    for leaf in _leaves([checkpoint["state_dict"], checkpoint["optimizer_states"], own_record.get("gradients")]):
+    for leaf in _leaves([checkpoint["state_dict"], optimizers, own_record.get("gradients")]):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.isnan().any():
             return "what is trained, or its optimiser's state, holds NaN"
     return None
@@ -225,6 +234,38 @@ def _leaves(content: Any) -> Iterator[Any]:
         elif id(item) not in opened:
             opened.add(id(item))
             remaining += item.values() if isinstance(item, dict) else item
+
+
+def record_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a checkpoint says about the training, with `identity` and `settings`.
+
+    Raises:
+        CheckpointError: it says nothing.
+    """
+    record = checkpoint.get(IDENTITY_KEY)
+    if not isinstance(record, dict) or not {"identity", "settings"} <= record.keys():
+        raise CheckpointError("This is not a checkpoint of oa_train: it has no identity or settings.")
+    return record
+
+
+def check_state(checkpoint: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes of a checkpoint's tensors with those of a module's own state.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    names, expected = set(checkpoint["state_dict"]), set(own)
+    if names != expected:
+        raise CheckpointError(
+            f"The checkpoint is incomplete or of another version: missing {sorted(expected - names)}, "
+            f"unexpected {sorted(names - expected)}."
+        )
+    for name, tensor in [*checkpoint["state_dict"].items(), *checkpoint[IDENTITY_KEY].get("gradients", {}).items()]:
+        if name not in own or tensor.shape != own[name].shape:
+            expected_shape = list(own[name].shape) if name in own else "no such tensor"
+            raise CheckpointError(
+                f"The checkpoint is damaged: {name} has the shape {list(tensor.shape)}; expected {expected_shape}."
+            )
 
 
 def check_identity(stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Training of circuits: sparse masks and optimal-ablation constants together."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,12 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
-from oa_train.training.module import FrozenModelModule, as_list, check_positive
-from oa_train.training.penalties import PenaltySettings, PenaltyWeight
+from oa_train.training.module import FrozenModelModule
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
+from oa_train.training.penalties import PenaltySettings, PenaltyWeight, ReachedSize, reached_sizes
 from oa_train.training.replacements import Replacements
+from oa_train.training.settings import as_list, check_positive
+from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
 from oa_train.training.strategies import ShardedStrategy
 
 
@@ -75,8 +78,12 @@ class CircuitModule(FrozenModelModule):
             half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
         threshold: a unit or edge with a keep-probability above this is in the circuit; dangling edges are removed.
-        mask_learning_rate: Adam's learning rate of the mask parameters.
-        constants_learning_rate: Adam's learning rate of the constants.
+        mask_learning_rate: learning rate of the mask parameters, at the start if there is a schedule.
+        constants_learning_rate: learning rate of the constants.
+        optimizer: class of the optimiser, with its arguments but for `lr`; by default Adam, with a second beta of
+            0.995 for the masks.
+        lr_scheduler: class of a schedule of both rates, with its arguments; constant by default. It moves on after
+            every optimiser step, `ReduceLROnPlateau` after every epoch.
         recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
 
     Raises:
@@ -105,8 +112,11 @@ class CircuitModule(FrozenModelModule):
         threshold: float = 0.5,
         mask_learning_rate: float = 0.05,
         constants_learning_rate: float = 0.005,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         recompute: bool = False,
     ) -> None:
+        arguments = dict(locals())
         # Cheap checks come before the model is loaded.
         check_kind("ablation", ablation)
         check_level(level, node_penalty, sites)
@@ -118,12 +128,10 @@ class CircuitModule(FrozenModelModule):
         patterns = as_list(components)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
-        super().__init__(lm, seed)
+        super().__init__(arguments, optimizer, lr_scheduler)
         self.loss: Loss = loss
-        self.mask_learning_rate = mask_learning_rate
-        self.constants_learning_rate = constants_learning_rate
-        self.recompute = recompute
-        self.penalties = penalties
+        self.mask_learning_rate, self.constants_learning_rate = mask_learning_rate, constants_learning_rate
+        self.recompute, self.penalties = recompute, penalties
         self.n_circuits = penalties.n_circuits
         self.masks = CircuitMasks(
             level_of(level, self.frozen.config, sites, patterns, loaded),
@@ -152,36 +160,14 @@ class CircuitModule(FrozenModelModule):
             "loss": self.loss,
         }
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments that rebuild this module, as plain values."""
-        return {
-            "lm": asdict(self.lm),
-            "seed": self.seed,
-            **self.penalties.settings(),
-            "samples_per_prompt": self.masks.samples_per_prompt,
-            "threshold": self.masks.threshold,
-            "mask_learning_rate": self.mask_learning_rate,
-            "constants_learning_rate": self.constants_learning_rate,
-            "recompute": self.recompute,
-            **self.describe(),
-        }
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with a group for the masks and one for the constants."""
-        # Mask gradients are sparse in time (an entry has one only when a sample falls into its window), hence the
-        # larger beta2.
-        groups: list[dict[str, Any]] = [
-            {"name": "masks", "params": list(self.masks.parameters()), "betas": (0.9, 0.995)},
-            {"name": "constants", "params": [p for p in self.replacements.parameters() if p.requires_grad]},
-        ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]])
-        self._set_learning_rates(optimizer)
-        return optimizer
-
-    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
-        rates = {"masks": self.mask_learning_rate, "constants": self.constants_learning_rate}
-        for group in optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """A group for the masks and one for the constants."""
+        masks = {"name": "masks", "params": list(self.masks.parameters()), "lr": self.mask_learning_rate}
+        if self.optimizer is None:
+            # Mask gradients are sparse in time (an entry has one only when a sample falls into its window).
+            masks["betas"] = (0.9, 0.995)
+        constants = [p for p in self.replacements.parameters() if p.requires_grad]
+        return [masks, {"name": "constants", "params": constants, "lr": self.constants_learning_rate}]
 
     def configure_model(self) -> None:
         """Shard the model; that strategy refuses circuits of edges (see `FrozenModelModule.configure_model`)."""
@@ -193,29 +179,25 @@ class CircuitModule(FrozenModelModule):
             )
         super().configure_model()
 
-    def on_train_start(self) -> None:
-        """Set this module's learning rates, overriding those that a checkpoint has just restored."""
-        super().on_train_start()
-        self._set_learning_rates(self.trainer.optimizers[0])
-
     def on_fit_start(self) -> None:
         """Prepare the ablation; constants start at the means, unless a checkpoint restored them."""
         warmup = self.penalties.target_warmup
-        if self.penalties.target_size is not None and self.planned_steps() < 2 * warmup:
+        steps = planned_steps(self.trainer, self.data.epoch_length)
+        if self.penalties.target_size is not None and steps < 2 * warmup:
             rank_zero_warn(
                 f"The circuit shrinks to target_size in {warmup} steps and then settles; this training has "
-                f"{self.planned_steps()} steps, so it may end larger. Train for longer, or lower target_warmup."
+                f"{steps} steps, so it may end larger. Train for longer, or lower target_warmup."
             )
         self.prepare_ablation()
 
     def prepare_ablation(self) -> None:
         """Prepare the ablation with the task's `means` prompts, unless a checkpoint restored it."""
-        source = AblationSource(self.frozen, self.data.task, self.level, self.positions, self.track)
-        if not self.replacements.is_prepared_for(source.task):
-            self.replacements.prepare(source)
+        task = self.data.task
+        if not self.replacements.is_prepared_for(task):
+            self.replacements.prepare(AblationSource(self.frozen, task, self.level, self.positions, self.track))
             self.share_from_first_process(self.replacements.parameters())
 
-    on_validation_start = on_test_start = prepare_ablation
+    on_validation_start = on_test_start = on_predict_start = prepare_ablation
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step as Lightning does, then let the penalty set the weight of the next step."""
@@ -223,11 +205,16 @@ class CircuitModule(FrozenModelModule):
         if self.penalties.target_size is not None:  # else the weight is fixed, and sizes are not needed
             with torch.no_grad():
                 sizes = self.masks.priced(self.masks.discrete()).sum(dim=1) + self.masks.n_fixed
-                self.penalty.update(self.masks.probabilities().sum(dim=1), sizes)
+                self.penalty.update(self.masks.smooth_size(), sizes)
+
+    def reached_sizes(self) -> list[ReachedSize]:
+        """How near each circuit is to its target size; empty without one."""
+        return reached_sizes(self.penalty, self.masks.discrete().sum(dim=1))
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""
-        together, n_processes = self.batches_of_step(batch_idx), self.trainer.world_size
+        together = batches_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        n_processes = self.trainer.world_size
         if len(together) == 1 and n_processes == 1:
             return None
         key = (self.current_epoch, together.start)
@@ -274,9 +261,10 @@ class CircuitModule(FrozenModelModule):
             "train/size": self.masks.probabilities().detach().sum(dim=1) + self.masks.n_fixed,
         }
         self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
-        self.log_dict(self._each_and_mean(figures), batch_size=len(batch))
+        for name, value in self._each_and_mean(figures).items():
+            self.log(name, value, prog_bar=name in (measure, "train/size"), batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
-        return (lost + penalty).sum() * self.share_of_step(batch_idx)
+        return (lost + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
@@ -335,6 +323,11 @@ class CircuitModule(FrozenModelModule):
         self._evaluated.update(values.mean(dim=2), len(batch))
 
     test_step = validation_step
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "circuit prompt scored vocabulary"]:
+        """Logits of the thresholded circuits at the scored positions; `trainer.predict` runs the test prompts."""
+        logits = circuit_logits(self.frozen, batch, self.level, self.masks.discrete(), self.replacements.ablations())
+        return logits.view(self.n_circuits, len(batch), *logits.shape[1:])
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
         """Log the measures and sizes of all circuits; returns them."""

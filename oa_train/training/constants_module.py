@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
-from oa_train.ablations.evaluation import circuit_behaviour
+from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
 from oa_train.ablations.fitting import FittedCircuits, cosine_decay
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.ablations.trained import TrainedCircuit
@@ -29,7 +29,10 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.module import FrozenModelModule, as_list, check_positive
+from oa_train.training.module import FrozenModelModule
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
+from oa_train.training.settings import as_list, check_positive
+from oa_train.training.steps import planned_steps, share_of_step
 
 # Relative improvement of at least one circuit's loss that counts as progress.
 LEAST_PROGRESS = 0.01
@@ -61,7 +64,10 @@ class ConstantsModule(FrozenModelModule):
             run that has some.
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
         positions: size of the constants' table; 1 gives each unit one constant.
-        learning_rate: Adam's initial learning rate, with cosine decay to zero over the whole training.
+        learning_rate: learning rate at the start.
+        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
+            whole training. It moves on after every optimiser step, `ReduceLROnPlateau` after every epoch.
         patience: early stopping after this many validations in which no circuit's loss fell by 1 %; off by default.
         rows_per_run: most rows (circuits times prompts) whose activations are kept at once; beyond that they are
             recomputed in the backward pass, which bounds memory and changes no result.
@@ -89,10 +95,13 @@ class ConstantsModule(FrozenModelModule):
         loss: Loss = "kl",
         positions: int = 1,
         learning_rate: float = 0.01,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
         patience: int | None = None,
         rows_per_run: int = ROWS_PER_RUN,
         recompute: bool = False,
     ) -> None:
+        arguments = dict(locals())
         options = {"circuit": circuit, "keep": keep, "alone": alone}
         chosen = [name for name, value in options.items() if value is not None]
         if len(chosen) != 1:
@@ -111,7 +120,7 @@ class ConstantsModule(FrozenModelModule):
         check_site_kinds("sites", sites)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
-        super().__init__(lm, seed)
+        super().__init__(arguments, optimizer, lr_scheduler or self._cosine_decay)
         self.loss: Loss = loss
         self.positions = positions
         self.learning_rate = learning_rate
@@ -160,37 +169,23 @@ class ConstantsModule(FrozenModelModule):
             "loss": self.loss,
         }
 
-    def settings(self) -> dict[str, Any]:
-        """Arguments that rebuild this module, as plain values."""
-        return {
-            "lm": asdict(self.lm),
-            "seed": self.seed,
-            "learning_rate": self.learning_rate,
-            "patience": self.patience,
-            "recompute": self.recompute,
-            **self.describe(),
-        }
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The constants of all circuits."""
+        return [{"params": list(self.fitted.constants.parameters()), "lr": self.learning_rate}]
 
-    def configure_optimizers(self) -> Any:
-        """Adam, with cosine decay of its learning rate to zero over the whole training."""
-        n_steps = self.planned_steps()
+    def _cosine_decay(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        n_steps = planned_steps(self.trainer, self.data.epoch_length)
         if not math.isfinite(n_steps):
             raise ConfigurationError(
                 "The learning rate of the constants falls to zero over the training, which therefore needs an end: "
-                "give trainer.max_epochs or trainer.max_steps."
+                "give trainer.max_epochs or trainer.max_steps, or another lr_scheduler."
             )
-        optimizer = torch.optim.Adam(self.fitted.constants.parameters(), lr=self.learning_rate)
-        decay = LambdaLR(optimizer, lambda step: cosine_decay(step, n_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        return LambdaLR(optimizer, lambda step: cosine_decay(step, n_steps))
 
     def on_train_start(self) -> None:
-        """Set this module's learning rate, overriding the one that a checkpoint has just restored."""
+        """Restore what Lightning does not; end at once if patience had run out."""
         super().on_train_start()
         self._stop_when_stale()
-        (config,) = self.trainer.lr_scheduler_configs
-        config.scheduler.base_lrs = [self.learning_rate]
-        rate = self.learning_rate * cosine_decay(config.scheduler.last_epoch, self.planned_steps())
-        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
 
     def on_fit_start(self) -> None:
         """Initialise the constants unless restored, and the candidates for best: start, means and zeros."""
@@ -235,7 +230,7 @@ class ConstantsModule(FrozenModelModule):
         self.check_finite({"train/loss": means}, "Losses", batch)
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own mean, however many run beside it.
-        return losses.sum() * self.share_of_step(batch_idx)
+        return losses.sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the current constants and, at the first validation, of the candidates."""
@@ -243,7 +238,12 @@ class ConstantsModule(FrozenModelModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the best constants."""
-        self._evaluate(batch, [self.fitted.best.sets()])
+        self._evaluate(batch, [self._best_sets()])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "circuit prompt scored vocabulary"]:
+        """Logits under the best constants at the scored positions; `trainer.predict` runs the test prompts."""
+        logits = circuit_logits(self.frozen, batch, self.level, self.fitted.masks, self._best_sets())
+        return logits.view(len(self.circuits), len(batch), *logits.shape[1:])
 
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
         # The same number of circuits at once in every process, although batches may differ by a prompt: all processes
@@ -305,10 +305,13 @@ class ConstantsModule(FrozenModelModule):
     def _optimal_provenance(self) -> dict[str, Any]:
         return self.provenance() | {"ablation": "optimal", "loss": self.loss}
 
+    def _best_sets(self) -> list[Constants]:
+        known = bool(torch.isfinite(self.fitted.best.loss).all())
+        return self.fitted.best.sets() if known else self.fitted.constants.sets()
+
     def best_constants(self) -> Constants:
         """The best constants by validation, or the last ones without any; units ablated alone share one set."""
-        known = bool(torch.isfinite(self.fitted.best.loss).all())
-        (constants,) = self.fitted.best.sets() if known else self.fitted.constants.sets()
+        (constants,) = self._best_sets()
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
 
 

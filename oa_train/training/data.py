@@ -105,8 +105,10 @@ class TaskData(lightning.LightningDataModule):
         return self._share("validation", self.task.n_validation)
 
     def test_dataloader(self) -> EvaluationLoader:
-        """The test prompts of this process."""
+        """The test prompts of this process; predictions are made on them as well."""
         return self._share("test", self.task.n_test)
+
+    predict_dataloader = test_dataloader
 
     def _share(self, stream: Stream, n_prompts: int) -> EvaluationLoader:
         rank, world_size = self._rank_and_world_size()

@@ -1,6 +1,5 @@
 """Base class of the Lightning modules: a frozen model, which checkpoints leave out."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,31 +7,32 @@ from typing import Any, ClassVar
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import (
-    Callback,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.plugins import DoublePrecision, HalfPrecision
+from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
-from oa_train.engine.forward import scored_logits
-from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
+from oa_train.errors import CheckpointError, ConfigurationError
 from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
 from oa_train.models.sharding import shard
 from oa_train.progress import Track, silent
 from oa_train.tasks.task import Task
-from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, read_checkpoint
+from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, check_state, read_checkpoint, record_of
+from oa_train.training.compatibility import check_trainer
 from oa_train.training.data import TaskData
-from oa_train.training.strategies import ShardedStrategy, check_strategy
+from oa_train.training.finite import check_finite
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, configured, restore_rates
+from oa_train.training.settings import as_settings, rebuilt
+from oa_train.training.steps import accumulated_in
+from oa_train.training.strategies import ShardedStrategy
 
 FROZEN_PREFIX = "frozen."
+
+# Where the processes of a notebook leave the description of the task, in the state that they hand over.
+TASK_KEY = "oa_train_task"
 
 
 class FrozenModelModule(lightning.LightningModule):
@@ -43,11 +43,13 @@ class FrozenModelModule(lightning.LightningModule):
     refused by a module of another model, component set, mask distribution or task.
 
     Args:
-        lm: the frozen model; the built-in one by default.
-        seed: seeds every draw of this module; the same seed gives the same run, also across a resume.
+        arguments: all arguments of the subclass, `lm` and `seed` among them.
+        optimizer: makes the optimiser of the `parameter_groups`; None for Adam.
+        lr_scheduler: makes a schedule of their learning rates; None for constant rates.
 
     Attributes:
         lm: the specification of the frozen model.
+        seed: seeds every draw of this module; the same seed gives the same run, also across a resume.
         frozen: the model.
         track: progress bar for passes over prompts outside of the trainer's steps; silent by default.
         keeps_best: whether the state holds the best parameters so far, so that averaging weights makes no sense.
@@ -55,59 +57,53 @@ class FrozenModelModule(lightning.LightningModule):
 
     keeps_best: ClassVar[bool] = False
 
-    def __init__(self, lm: LMSpec, seed: int) -> None:
+    def __init__(
+        self,
+        arguments: Mapping[str, Any],
+        optimizer: OptimizerCallable | None,
+        lr_scheduler: LRSchedulerCallable | None,
+    ) -> None:
         super().__init__()
-        self.lm = lm
-        self.seed = seed
+        self._settings = as_settings(arguments)
+        self.lm: LMSpec = arguments["lm"]
+        self.seed: int = arguments["seed"]
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.track: Track = silent
         self.frozen: CausalLM = load_model(self.lm)
         self.fingerprint = fingerprint(self.frozen)
         self.register_load_state_dict_post_hook(_expect_no_frozen_weights)
         # State that Lightning's checkpoints leave out, from loading until the training begins.
         self._to_restore: Mapping[str, Any] = {}
+        self._described_task: Mapping[str, Any] | None = None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What is trained, as plain values; a checkpoint with another description is refused."""
 
     @abstractmethod
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of the optimiser, with their learning rates."""
+
     def settings(self) -> dict[str, Any]:
-        """Arguments that rebuild this module, as plain values."""
+        """The arguments that this module was built with, as plain values; functions are left out."""
+        return dict(self._settings)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and the schedule if there is one; see `training.optimizers`."""
+        return configured(self.optimizer or torch.optim.Adam, self.lr_scheduler, self.parameter_groups())
 
     def setup(self, stage: str) -> None:
-        """Refuse options of the trainer that cannot work.
-
-        Raises:
-            ConfigurationError: validations would be 0 batches or epochs apart, or a callback cannot average this.
-        """
+        """Refuse options of the trainer that cannot work; see `check_trainer`."""
         del stage
-        for name in ("val_check_interval", "check_val_every_n_epoch"):
-            if getattr(self.trainer, name) == 0:
-                raise ConfigurationError(f"trainer.{name} is 0; expected more (limit_val_batches 0: no validation).")
-        for callback in self._callbacks(WeightAveraging, StochasticWeightAveraging):
-            name, own = type(callback).__name__, type(self).__name__
-            if self.keeps_best:
-                raise ConfigurationError(f"{own} keeps what is best by validation, not averages; leave {name} out.")
-            if getattr(callback, "_use_buffers", False):
-                raise ConfigurationError(f"{name} would average counters and flags too; set its use_buffers to false.")
+        check_trainer(self.trainer, type(self).__name__, self.keeps_best)
 
     def _callbacks(self, *kinds: type[Callback]) -> list[Any]:
-        trainer: Any = self.trainer
-        return [callback for callback in trainer.callbacks if isinstance(callback, kinds)]
+        callbacks: list[Callback] = vars(self.trainer)["callbacks"]
+        return [callback for callback in callbacks if isinstance(callback, kinds)]
 
     def configure_model(self) -> None:
-        """Shard the frozen model, if the strategy does so.
-
-        Raises:
-            ConfigurationError: strategy or precision would change what is trained.
-        """
-        strategy, precision = self.trainer.strategy, self.trainer.precision_plugin
-        check_strategy(strategy)
-        if isinstance(precision, (HalfPrecision, DoublePrecision)):
-            raise ConfigurationError(
-                f"precision is {precision.precision!r}, which would change the data type of what is trained; that is "
-                "always float32. The data type of the frozen model is lm.dtype, with precision 32-true."
-            )
+        """Shard the frozen model, if the strategy does so."""
+        strategy = self.trainer.strategy
         if isinstance(strategy, ShardedStrategy):
             shard(self.frozen, strategy.device_mesh["data_parallel"])
 
@@ -124,7 +120,23 @@ class FrozenModelModule(lightning.LightningModule):
         # In place: a module around this one, such as an average, collects its state in the same dictionary.
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
+        if self._leaves_its_process():
+            state[TASK_KEY] = self.described_task()
         return state
+
+    def _leaves_its_process(self) -> bool:
+        """True at the end of a training in a process of a notebook, from which the state alone comes back."""
+        trainer = self._trainer
+        return (
+            trainer is not None
+            and trainer.state.finished
+            and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Load trained tensors and, from a process of a notebook, the description of the task."""
+        self._described_task = state_dict.get(TASK_KEY, self._described_task)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def named_modules(self, memo: set[nn.Module] | None = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """All submodules but the frozen model's, so that `parameters` and `buffers` lack its weights as well.
@@ -137,22 +149,30 @@ class FrozenModelModule(lightning.LightningModule):
 
     def provenance(self) -> dict[str, Any]:
         """Model, task and versions, for the header of an artefact."""
+        task = self.described_task()
         return {
             "model": self.lm.name,
             "revision": self.lm.revision,
             "family": self.frozen.config.model_type,
             "fingerprint": self.fingerprint,
-            "task": self.data.task.describe(),
-            "bos_token_id": self.data.task.bos_token_id,
+            "task": task,
+            "bos_token_id": task.get("bos_token_id"),
             "seed": self.seed,
         }
+
+    def described_task(self) -> dict[str, Any]:
+        """Description of the task: that of the attached trainer or, without one, of the loaded checkpoint."""
+        attached = getattr(self._trainer, "datamodule", None)
+        if self._described_task is not None and not isinstance(attached, TaskData):
+            return dict(self._described_task)
+        return self.data.task.describe()
 
     @property
     def data(self) -> TaskData:
         """The datamodule of the attached trainer.
 
         Raises:
-            ConfigurationError: the trainer runs with bare dataloaders.
+            ConfigurationError: the trainer runs with bare dataloaders, or there is none.
         """
         data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, TaskData):
@@ -161,35 +181,6 @@ class FrozenModelModule(lightning.LightningModule):
                 "trainer.fit(module, datamodule=TaskData(task))."
             )
         return data
-
-    def _accumulated_in(self, epoch: int) -> int:
-        """Batches that are accumulated for an optimiser step of an epoch."""
-        schedulers = self._callbacks(GradientAccumulationScheduler)
-        return schedulers[0].get_accumulate_grad_batches(epoch) if schedulers else self.trainer.accumulate_grad_batches
-
-    def planned_steps(self) -> float:
-        """Optimiser steps of the whole training, at least 1; infinite when nothing ends it.
-
-        Lightning's own estimate would create the dataloader before a checkpoint is restored, at its beginning.
-        """
-        trainer, by_epochs = self.trainer, math.inf
-        if trainer.max_epochs not in (None, -1):
-            in_epochs = [self._accumulated_in(epoch) for epoch in range(trainer.max_epochs)]
-            by_epochs = sum(math.ceil(self.data.epoch_length / accumulated) for accumulated in in_epochs)
-        return max(1, by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps))
-
-    def batches_of_step(self, batch_idx: int) -> range:
-        """Indices, in the epoch, of the batches that are accumulated in the same optimiser step as this one."""
-        accumulated = self.trainer.accumulate_grad_batches
-        first = batch_idx - batch_idx % accumulated
-        return range(first, min(first + accumulated, self.data.epoch_length))
-
-    def share_of_step(self, batch_idx: int) -> float:
-        """Factor on a batch's loss that makes the accumulated loss the mean over the batches of its step.
-
-        Lightning divides by `accumulate_grad_batches`, even in a step that has fewer at the end of an epoch.
-        """
-        return self.trainer.accumulate_grad_batches / len(self.batches_of_step(batch_idx))
 
     @staticmethod
     def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
@@ -207,25 +198,34 @@ class FrozenModelModule(lightning.LightningModule):
         assert isinstance(reduced, torch.Tensor)
         return reduced
 
+    def check_finite(self, tensors: Mapping[str, torch.Tensor], label: str, batch: Batch) -> None:
+        """Stop when a part of the loss on these prompts is not finite; see `training.finite.check_finite`."""
+        check_finite(tensors, label, self.frozen, batch)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the identity of the training, and the state that Lightning leaves out.
 
         Raises:
             NotFiniteError: a trained tensor is not finite; no checkpoint is written.
         """
-        self.check_finite(self.named_trainables(), "The trained tensors")
-        trainer, gradients = self.trainer, {}
+        trainer, trained, gradients = self.trainer, self.named_trainables(), {}
+        check_finite(trained, "The trained tensors")
         if trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate():
-            trained = self.named_trainables().items()
-            gradients = {name: self.over_processes(p.grad) for name, p in trained if p.grad is not None}
+            gradients = {name: self.over_processes(p.grad) for name, p in trained.items() if p.grad is not None}
         checkpoint[IDENTITY_KEY] = {
-            "identity": self._identity() | {"task": self.data.task.describe()},
+            "identity": self._identity() | {"task": self.described_task()},
             "settings": self.settings(),
             "versions": versions(),
             "epoch_length": self.data.epoch_length,
+            "optimisation": self._optimisation(),
             "figures": {name: figure.item() for name, figure in trainer.callback_metrics.items()},
             "gradients": gradients,
         }
+
+    def _optimisation(self) -> list[str]:
+        """Names of the optimiser and the schedule, whose states fit no others."""
+        schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return [type(part).__name__ for part in (*self.trainer.optimizers, *schedules)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, these components and this task, and is complete.
@@ -235,10 +235,17 @@ class FrozenModelModule(lightning.LightningModule):
         """
         data = getattr(self._trainer, "datamodule", None)
         self.check_checkpoint(checkpoint, data.task if isinstance(data, TaskData) else None)
+        record = checkpoint[IDENTITY_KEY]
+        self._described_task = record["identity"].get("task")
         if self._trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._to_restore = checkpoint[IDENTITY_KEY]
-        length, now = self._to_restore.get("epoch_length"), self.data.epoch_length
+        if "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "The checkpoint holds what was trained and not the state of its optimiser, so no training can go on "
+                "from it; it was written with save_weights_only. Evaluate it, or resume from another one."
+            )
+        self._to_restore = record
+        length, now = record.get("epoch_length"), self.data.epoch_length
         if length not in (None, now):
             raise CheckpointError(
                 f"The checkpoint was written in epochs of {length} batches; this configuration has epochs of {now}.\n"
@@ -246,17 +253,28 @@ class FrozenModelModule(lightning.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Restore the state that Lightning's checkpoints leave out, as if the training had not been interrupted."""
-        trainer, restored, self._to_restore = self.trainer, self._to_restore, {}
-        trainer.accumulate_grad_batches = self._accumulated_in(trainer.current_epoch)
-        for name, figure in restored.get("figures", {}).items():  # callbacks may ask for them before a validation
+        """Restore the state that Lightning's checkpoints leave out, and set this module's learning rates.
+
+        Raises:
+            CheckpointError: the checkpoint's optimiser or schedule is of another kind.
+        """
+        trainer, record, self._to_restore = self.trainer, self._to_restore, {}
+        before, now = record.get("optimisation"), self._optimisation()
+        if before not in (None, now):
+            raise CheckpointError(
+                f"The checkpoint was trained with {', '.join(before)}; this configuration has {', '.join(now)}.\n"
+                "Resume with the same optimizer and lr_scheduler, or train anew."
+            )
+        restore_rates(trainer.optimizers[0], trainer.lr_scheduler_configs, self.parameter_groups())
+        trainer.accumulate_grad_batches = accumulated_in(trainer, trainer.current_epoch)
+        for name, figure in record.get("figures", {}).items():  # callbacks may ask for them before a validation
             trainer.callback_metrics[name] = torch.tensor(figure, device=self.device)
         parameters = self.named_trainables()
-        for name, gradient in restored.get("gradients", {}).items():
+        for name, gradient in record.get("gradients", {}).items():
             parameters[name].grad = gradient.to(self.device)
-        if restored and self._callbacks(StochasticWeightAveraging):
+        if record and self._callbacks(StochasticWeightAveraging):
             rank_zero_warn("A resume with StochasticWeightAveraging is not exact; with EMAWeightAveraging it is.")
-        if restored and any(stopping.wait_count >= stopping.patience for stopping in self._callbacks(EarlyStopping)):
+        if record and any(stopping.wait_count >= stopping.patience for stopping in self._callbacks(EarlyStopping)):
             trainer.should_stop = True
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
@@ -269,34 +287,37 @@ class FrozenModelModule(lightning.LightningModule):
         Raises:
             CheckpointError: it is of another model, component set, mask distribution or task, or is incomplete.
         """
-        stored = checkpoint.get(IDENTITY_KEY)
-        if not isinstance(stored, dict) or not {"identity", "settings"} <= stored.keys():
-            raise CheckpointError("This is not a checkpoint of oa_train: it has no identity or settings.")
-        check_identity(stored["identity"], self._identity() | ({"task": task.describe()} if task is not None else {}))
-        own = self.state_dict()
-        names, expected = set(checkpoint["state_dict"]), set(own)
-        if names != expected:
-            raise CheckpointError(
-                f"The checkpoint is incomplete or of another version: missing {sorted(expected - names)}, "
-                f"unexpected {sorted(names - expected)}."
-            )
-        tensors = [*checkpoint["state_dict"].items(), *stored.get("gradients", {}).items()]
-        for name, tensor in tensors:
-            if name not in own or tensor.shape != own[name].shape:
-                expected_shape = list(own[name].shape) if name in own else "no such tensor"
-                raise CheckpointError(
-                    f"The checkpoint is damaged: {name} has the shape {list(tensor.shape)}; expected {expected_shape}."
-                )
+        expected = self._identity() | ({"task": task.describe()} if task is not None else {})
+        check_identity(record_of(checkpoint)["identity"], expected)
+        check_state(checkpoint, self.state_dict())
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's method, after the checks that every checkpoint must pass.
+    def load_from_checkpoint(  # type: ignore[override] # what Lightning offers beyond this would run code from a file
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, weights_only: bool = True, **arguments: Any
+    ) -> Any:
+        """Build the module that wrote a checkpoint, and load what it has trained.
+
+        No code from the file is run. The module can be evaluated, asked for its circuits, and trained on with
+        `trainer.fit(module, datamodule=..., ckpt_path=...)`.
+
+        Args:
+            checkpoint_path: the file.
+            map_location: device of the trained tensors.
+            weights_only: nothing else is possible.
+            arguments: replace arguments that the checkpoint records, such as `lm` where the model has moved. Those
+                that are functions (`optimizer`, `lr_scheduler`, a class of masks from elsewhere) are not recorded.
 
         Raises:
-            CheckpointError: it is missing, damaged, or of something else.
+            CheckpointError: it is missing, damaged, of another module, or contradicts the arguments or the model.
+            ConfigurationError: an argument is unknown or cannot work.
         """
-        read_checkpoint(Path(checkpoint_path))
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if not weights_only:
+            raise ConfigurationError("weights_only is False, which would run code from the file; leave it out.")
+        checkpoint = read_checkpoint(Path(checkpoint_path), map_location)
+        module = rebuilt(cls, checkpoint[IDENTITY_KEY], arguments)
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        return module.to(next(iter(checkpoint["state_dict"].values())).device)
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
         """Settings in which this module differs from the one that wrote a checkpoint, one per line."""
@@ -311,52 +332,8 @@ class FrozenModelModule(lightning.LightningModule):
         """The parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def check_finite(self, tensors: Mapping[str, torch.Tensor], label: str, batch: Batch | None = None) -> None:
-        """Stop when a tensor holds NaN or infinity.
-
-        Args:
-            tensors: by name.
-            label: plural noun for the tensors, which begins the message.
-            batch: prompts that they were computed on; if the frozen model fails on them, the message says so.
-
-        Raises:
-            NotFiniteError: names the tensors that are not finite.
-        """
-        bad = ", ".join(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
-        if not bad:
-            return
-        with torch.no_grad():
-            logits = scored_logits(self.frozen, batch) if batch is not None else torch.zeros(())
-            # A model may rule tokens out, with logits of -inf.
-            sound = not bool((logits.isnan() | logits.isposinf()).any())
-        if sound:
-            raise NotFiniteError(
-                f"{label} are no longer finite: {bad}.\nLower the learning rates, clip gradients "
-                "(--trainer.gradient_clip_val 1.0) or train in float32."
-            )
-        raise NotFiniteError(
-            f"{label} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these prompts: "
-            f"its weights hold NaN or infinity, or it overflows in its data type (lm.dtype {self.lm.dtype})."
-        )
-
 
 def _expect_no_frozen_weights(module: nn.Module, keys: Any) -> None:
     """Do not report the frozen model's weights as missing, even inside another module."""
     del module
     keys.missing_keys[:] = [name for name in keys.missing_keys if FROZEN_PREFIX not in name]
-
-
-def as_list(patterns: str | list[str]) -> list[str]:
-    """Patterns as a list, also where there is only one."""
-    return [patterns] if isinstance(patterns, str) else patterns
-
-
-def check_positive(**values: float) -> None:
-    """Check that options are more than 0.
-
-    Raises:
-        ConfigurationError: an option is not.
-    """
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigurationError(f"{name} is {value}; expected more than 0.")

@@ -5,7 +5,7 @@ from torch import nn
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, Kind, check_kind
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Tensor
@@ -31,7 +31,8 @@ class Replacements(nn.Module):
         self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
     ) -> None:
         super().__init__()
-        self.kind = check_kind("ablation", kind)
+        check_kind("ablation", kind)
+        self._name = kind
         self.constants: TrainableConstants | None = None
         if self.kind.constant:
             replaced = level.replaced(~selection.unsqueeze(0)) if self.kind.learned else {}
@@ -41,6 +42,11 @@ class Replacements(nn.Module):
         self._task: Task | None = None
         self.prepared: Tensor
         self.register_buffer("prepared", torch.tensor(kind == "zero"))
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the ablation; looked up, because its functions could not be sent to another process."""
+        return KINDS[self._name]
 
     def is_prepared_for(self, task: Task) -> bool:
         """True if a checkpoint or an earlier call has prepared it."""

@@ -5,15 +5,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    Strategy,
-)
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 
-from oa_train.errors import ConfigurationError
 from oa_train.shapes import Tensor
 
 
@@ -78,19 +71,3 @@ class ShardedStrategy(ModelParallelStrategy):
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that shard or wrap trained tensors.
-
-    Raises:
-        ConfigurationError: it is one of them.
-    """
-    if isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)) and not isinstance(
-        strategy, ShardedStrategy
-    ):
-        raise ConfigurationError(
-            f"The strategy {type(strategy).__name__} would shard masks and constants as well, or not "
-            "synchronise gradients. For models too large for one device use "
-            "oa_train.training.strategies.ShardedStrategy (--trainer.strategy fsdp), else ddp."
-        )

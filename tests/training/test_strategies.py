@@ -6,8 +6,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from oa_train.errors import ConfigurationError
 from oa_train.training.circuit_module import CircuitModule
+from oa_train.training.compatibility import check_strategy
 from oa_train.training.data import TaskData
-from oa_train.training.strategies import ShardedStrategy, check_strategy
+from oa_train.training.strategies import ShardedStrategy
 from tests.builders import quiet_trainer, small_ioi
 
 

@@ -1,6 +1,8 @@
 """Training to a target size: it is reached, resumes are exact, and checkpoints of other penalties are refused."""
 
 import warnings
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -154,3 +156,25 @@ def test_a_training_that_is_too_short_is_warned_of(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         train(tmp_path / "longer", 8)
     assert not [warning for warning in caught if "target_size" in str(warning.message)]
+
+
+def test_entries_that_are_nearly_off_do_not_count_towards_the_size_that_is_steered():
+    module = CircuitModule(target_size=5)
+    with torch.no_grad():
+        module.masks.distribution.logits.copy_(torch.tensor([4.0] * 5 + [-1.5] * 10))
+    assert module.masks.probabilities().sum() > 6.5
+    assert module.masks.smooth_size()[0] == pytest.approx(5.0, abs=0.03)
+    halves = CircuitModule(target_size=5, threshold=0.8, masks=partial(UniformGradientSampling, initial_logit=1.38629))
+    assert halves.masks.smooth_size()[0] == pytest.approx(7.5, abs=1e-3)
+
+
+def test_the_size_that_was_reached_can_be_read_with_the_reason_for_a_miss(tmp_path):
+    assert CircuitModule().reached_sizes() == []
+    module = train(tmp_path, 5, penalty_weight=0.1, target_size=[6, 15])
+    small, all_of_them = module.reached_sizes()
+    assert (small.target, small.size, small.reached, small.steps, small.warmup) == (6, 15, False, 5, 4)
+    assert small.first_penalty_weight == pytest.approx(0.1)
+    assert "has 15 of the 6 parts" in small.reason
+    assert "1 of 5 steps were left" in small.reason
+    assert (all_of_them.reached, all_of_them.reason) == (True, "")
+    assert "risen from 0.1 to" in replace(small, steps=8).reason

@@ -1,0 +1,71 @@
+"""The optimiser and the schedule of learning rates, as a configuration names them, and their rates after a resume."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from oa_train.errors import ConfigurationError
+
+# Lightning's types of these names, without the deprecated alias of Callable.
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
+
+
+def configured(
+    make_optimizer: OptimizerCallable, make_schedule: LRSchedulerCallable | None, groups: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The optimiser and its schedule, as Lightning takes them.
+
+    A schedule moves on after every optimiser step, but `ReduceLROnPlateau` after every epoch, by its monitor or by
+    `val/objective`.
+
+    Args:
+        make_optimizer: makes the optimiser of parameter groups.
+        make_schedule: makes the schedule of an optimiser; None for constant rates.
+        groups: parameters with their learning rates; those without parameters are left out.
+
+    Raises:
+        ConfigurationError: the optimiser or the schedule refuses its arguments or the groups.
+    """
+    try:
+        optimizer = make_optimizer([dict(group) for group in groups if group["params"]])
+        schedule = None if make_schedule is None else make_schedule(optimizer)
+    except (TypeError, ValueError) as problem:
+        raise ConfigurationError(f"optimizer or lr_scheduler cannot be built: {problem}") from problem
+    if schedule is None:
+        return {"optimizer": optimizer}
+    options: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+    if isinstance(schedule, ReduceLROnPlateau):
+        options |= {"interval": "epoch", "monitor": getattr(schedule, "monitor", "val/objective")}
+    return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Set learning rates that differ from those which a checkpoint has just restored.
+
+    Rates that a schedule has moved are multiplied by the ratio of the two, so that unchanged rates stay as they are.
+
+    Args:
+        optimizer: the trainer's.
+        configs: Lightning's configurations of the schedules.
+        groups: parameters with the learning rates that are wanted.
+    """
+    rates = [group["lr"] for group in groups if group["params"]]
+    schedules = [config.scheduler for config in configs]
+    # Schedules of schedules hold the rates as well.
+    schedules += [inner for schedule in schedules for inner in getattr(schedule, "_schedulers", [])]
+    for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+        before = group.get("initial_lr")
+        if not schedules or before is None:
+            group["lr"] = rate
+        elif before != rate:
+            group["lr"] *= rate / before
+            group["initial_lr"] = rate
+        for schedule in schedules:
+            if hasattr(schedule, "base_lrs"):
+                schedule.base_lrs[number] = rate
+            if isinstance(schedule, LambdaLR) and schedule is schedules[0]:
+                # A function of the step is not stored, and may have changed with the length of the training.
+                group["lr"] = rate * schedule.lr_lambdas[number](schedule.last_epoch)
