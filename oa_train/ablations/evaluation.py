@@ -25,7 +25,7 @@ class Behaviour:
 
     Attributes:
         kl: KL divergence from the clean model, in nats.
-        accuracy: share of the scored positions at which the top token is an answer.
+        accuracy: share of the scored positions whose top token is an answer.
         logit_difference: log odds of the answers against the distractors, in nats.
         cross_entropy: minus the log probability of the answers, in nats.
     """
@@ -55,9 +55,9 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        level: of the masks.
+        level: level of the masks.
         masks: a circuit in each row; false entries are ablated.
-        ablations: what replaces the ablated parts of each circuit, or one ablation for all.
+        ablations: ablation of each circuit, or one for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
     moved = [ablation.to(model.device) for ablation in ablations]
@@ -71,7 +71,9 @@ def circuit_behaviour(
 @torch.no_grad()
 def clean_behaviour(model: CausalLM, batches: Iterable[Batch]) -> Behaviour:
     """Run the model itself; its divergence from itself is 0."""
-    return _gathered(_clean_on_batch(model, batch.to(model.device)) for batch in batches)
+    moved = (batch.to(model.device) for batch in batches)
+    runs = ((scored_logits(model, batch), batch) for batch in moved)
+    return _gathered(_measures(logits, logits, batch) for logits, batch in runs)
 
 
 def _gathered(measures: Iterable[dict[str, Tensor]]) -> Behaviour:
@@ -82,11 +84,6 @@ def _gathered(measures: Iterable[dict[str, Tensor]]) -> Behaviour:
 def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> dict[str, Tensor]:
     rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
     return {name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES}
-
-
-def _clean_on_batch(model: CausalLM, batch: Batch) -> dict[str, Tensor]:
-    logits = scored_logits(model, batch)
-    return _measures(logits, logits, batch)
 
 
 def _on_piece(
@@ -121,7 +118,7 @@ def circuit_logits(
     Args:
         model: frozen causal language model.
         batch: prompts, on the model's device.
-        level: what the masks are over.
+        level: level of the masks.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
         recompute: see `masked_logits`.
