@@ -200,7 +200,9 @@ def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION)
             raise ArtefactError(f"{path} is damaged or was edited: the header does not match its checksum.")
         blob = (folder / TENSOR_FILE).read_bytes()
         if hashlib.sha256(blob).hexdigest() != document.get("tensors_sha256"):
-            raise ArtefactError(f"{folder / TENSOR_FILE} is damaged: it does not match the checksum in {path.name}.")
+            raise ArtefactError(
+                f"{folder / TENSOR_FILE} is damaged: its checksum is not that of {path.name} (tensors_sha256)."
+            )
         return Artefact(header, load_safetensors(blob))
     except (OSError, SafetensorError, RecursionError) as problem:
         raise ArtefactError(f"{folder} is damaged: {type(problem).__name__}: {problem}") from problem

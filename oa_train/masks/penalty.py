@@ -177,8 +177,8 @@ class TargetSize(Penalty):
         super().__init__(weight, regulariser, relative)
         if 0 in _as_list(weight):
             raise ConfigurationError(
-                "penalty_weight is 0; with target_size it is where the search for the weight starts, which moves by "
-                "factors. Expected more than 0 nats, for instance 0.05."
+                "penalty_weight is 0; with target_size it is the price in nats at which the controller starts, and it "
+                "changes by factors: expected more than 0, for instance 0.05."
             )
         if not all(always_kept < value <= always_kept + n_entries for value in _as_list(target)):
             raise ConfigurationError(
