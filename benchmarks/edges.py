@@ -124,7 +124,7 @@ def whole_step(
             clean = last_logits(model, input_ids=batch.tokens).repeat(SAMPLES, 1)
         mask = draw(distribution, level, len(rows))
         logits = masked_logits(model, rows, level, mask, constants.replacements(rows), recompute)
-        loss = kl_divergence(clean, logits[:, 0]).mean() + SIZE_WEIGHT * distribution.expected_size()
+        loss = kl_divergence(clean, logits[:, 0]).mean() + SIZE_WEIGHT * distribution.keep_probability().sum()
         loss.backward()
         optimizer.step()
 

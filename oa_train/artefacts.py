@@ -1,11 +1,11 @@
-"""Result folders: a JSON header with provenance, and tensors as safetensors.
+"""Artefacts: result folders of a JSON header with provenance, and of tensors in safetensors.
 
     circuit/
         artefact.json        kind, schema version, header, provenance, checksums of header and tensors
         tensors.safetensors
 
 A folder is written whole or not at all (temporary name, sync, rename) and never overwritten. Reading runs no code and
-checks everything: checksums, and that every value is of the type, size and shape with which it is written.
+checks the checksums, and the type, size and shape of every value.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from itertools import starmap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,15 +31,15 @@ from oa_train.errors import ArtefactError, RunError
 from oa_train.files import sync_folder, write_synced
 from oa_train.shapes import Tensor
 
-# Version of circuits and constants. Version 1 had heads and MLPs only.
+# Schema version of circuits and constants. Version 1 had heads and MLPs only.
 ARTEFACT_VERSION = 2
 HEADER_FILE = "artefact.json"
 TENSOR_FILE = "tensors.safetensors"
-MOST_JSON_BYTES = 1 << 28  # the names of ten million kept neurons
+MOST_HEADER_BYTES = 1 << 28  # room for the names of ten million kept neurons
 _RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
 
-# Schema of a value read from a file: a type; a range of integers; a list of one schema; a tuple of
-# alternatives; or a dict of keys, where "key?" may be missing and `str` stands for all keys that are not named.
+# Schema of a value read from a file: a type (`object` for any value); a range of integers; [schema] for a list; a
+# tuple of alternatives; or a dict by key, where "key?" may be missing and `str` stands for all keys not named.
 Schema = Any
 COUNT = range(1 << 53)
 SIZE = range(1, 1 << 31)
@@ -64,7 +64,7 @@ PROVENANCE: Schema = {
 
 
 def mismatch(value: object, schema: Schema, name: str) -> str | None:
-    """The first mismatch of a value read from a file with its schema, in words; None if it matches."""
+    """First mismatch between a value read from a file and its schema, in words; None if it matches."""
     inner: Iterable[tuple[object, Schema, str]]
     if isinstance(schema, dict) and isinstance(value, dict):
         schemas = {key.rstrip("?"): inner for key, inner in schema.items() if key is not str}
@@ -116,38 +116,9 @@ def check_tensor(
         raise ArtefactError(f"{where} is damaged: {name} holds NaN or infinite numbers.")
 
 
-def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too long, not JSON, nested too deep, or has NaN or a number out of float64's range.
-    """
-    if path.stat().st_size > most_bytes:
-        raise ValueError(f"it is too long; expected at most {most_bytes} bytes")
-    try:
-        return json.loads(path.read_bytes(), parse_constant=_refuse_number, parse_float=_finite)
-    except RecursionError as problem:
-        raise ValueError("it is nested too deep") from problem
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise ValueError(f"{text[:60]} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _refuse_number(text)
-
-
 @dataclass(frozen=True, eq=False)
 class Artefact:
-    """Content of a result folder.
-
-    Attributes:
-        header: plain data that describes the result.
-        tensors: its numbers, by name.
-    """
+    """Content of a result folder: a header of plain data that describes the result, and its tensors by name."""
 
     header: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -170,11 +141,11 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None 
 
 
 def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
-    """Write a result folder of a kind ("circuit", "constants"), make its parents, and return it.
+    """Write a result folder of a kind (`circuit`, `constants`), make its parents, and return it.
 
     Raises:
         ArtefactError: the folder exists already.
-        RunError: it cannot be written; nothing of it is left behind.
+        RunError: it cannot be written; no part of it is left behind.
     """
     folder = Path(folder)
     if folder.exists():
@@ -207,11 +178,7 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
 
 
 def check_header(folder: object, kind: str, header: object, schema: Schema) -> None:
-    """Check the header of a result folder.
-
-    Raises:
-        ArtefactError: it is not what its schema says.
-    """
+    """Check the header of a result folder of a kind against a schema; raises `ArtefactError` where they differ."""
     problem = mismatch(header, schema, "its header")
     if problem is not None:
         article = "" if kind.endswith("s") else "a "
@@ -219,21 +186,22 @@ def check_header(folder: object, kind: str, header: object, schema: Schema) -> N
 
 
 def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION) -> Artefact:
-    """Read a result folder of a kind, in a version of the layout; its header is checked by `check_header`.
+    """Read a result folder of a kind and schema version; what its header must hold is left to `check_header`.
 
     Raises:
-        ArtefactError: the folder is missing, damaged, of another kind, or from a newer version.
+        ArtefactError: the folder is missing, damaged, or of another kind or version.
     """
     folder = Path(folder)
-    document = _read_document(folder, kind, layout)
+    document = read_document(folder, kind)
+    _check_document(folder, document, kind, layout)
     header, path = document["header"], folder / HEADER_FILE
     try:
         if _header_checksum(header) != document.get("header_sha256"):
-            raise ArtefactError(f"{path} is damaged or was edited: its header's checksum is not the one beside it.")
+            raise ArtefactError(f"{path} is damaged or was edited: the header does not match its checksum.")
         blob = (folder / TENSOR_FILE).read_bytes()
         if hashlib.sha256(blob).hexdigest() != document.get("tensors_sha256"):
             raise ArtefactError(
-                f"{folder / TENSOR_FILE} is damaged: its checksum (tensors_sha256) is not the one in {HEADER_FILE}."
+                f"{folder / TENSOR_FILE} is damaged: its checksum is not that of {path.name} (tensors_sha256)."
             )
         return Artefact(header, load_safetensors(blob))
     except (OSError, SafetensorError, RecursionError) as problem:
@@ -245,25 +213,33 @@ def _header_checksum(header: Mapping[str, Any]) -> str:
 
 
 def read_document(folder: Path, kind: str) -> dict[str, Any]:
-    """The parsed header file of a result folder; its kind and layout are not checked.
+    """The parsed header file of a result folder, of any kind and version; messages call it a `kind`.
 
     Raises:
-        ArtefactError: it is missing or not a JSON object with a header.
+        ArtefactError: it is missing, or not a JSON object of finite numbers.
     """
     path = folder / HEADER_FILE
     try:
-        document = read_json(path)
+        if path.stat().st_size > MOST_HEADER_BYTES:
+            raise ValueError(f"it is too long; expected at most {MOST_HEADER_BYTES} bytes")
+        document = json.loads(path.read_bytes(), parse_constant=_finite, parse_float=_finite)
     except OSError as problem:
         raise ArtefactError(f"There is no {kind} at {folder}: {HEADER_FILE} cannot be read ({problem}).") from problem
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise ArtefactError(f"{path} is damaged: it is not JSON ({problem}).") from problem
     if not isinstance(document, dict):
         raise ArtefactError(f"{folder} holds {type(document).__name__!r}; expected {kind!r}.")
     return document
 
 
-def _read_document(folder: Path, kind: str, layout: int) -> dict[str, Any]:
-    document = read_document(folder, kind)
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:60]} is not a JSON number")
+    return number
+
+
+def _check_document(folder: Path, document: Mapping[str, Any], kind: str, layout: int) -> None:
     if document.get("kind") != kind:
         raise ArtefactError(f"{folder} holds {_brief(document.get('kind'))}; expected {kind!r}.")
     if not isinstance(document.get("header"), dict):
@@ -278,4 +254,3 @@ def _read_document(folder: Path, kind: str, layout: int) -> dict[str, Any]:
         raise ArtefactError(
             f"{folder} has schema version {_brief(version)}; expected {layout}. Was it written by a newer oa_train?"
         )
-    return document

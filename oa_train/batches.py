@@ -1,4 +1,4 @@
-"""Batches of prompts, which tasks make and the engine and the metrics read."""
+"""Batches of prompts: made by tasks, read by the engine and the metrics."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -51,8 +51,8 @@ class TokenLayout:
             row = int(lacking.nonzero()[0])
             state = "holds protected tokens only" if bool(inside[row].any()) else "is empty"
             raise TaskError(
-                f"The span {name!r} {state} in prompt {row} of a batch, so nothing could be ablated there. A "
-                "beginning-of-sequence token is never ablated. Choose another span, or leave such prompts out."
+                f"The span {name!r} {state} in prompt {row} of a batch, so nothing can be ablated there (a "
+                "beginning-of-sequence token never is). Choose another span, or leave such prompts out."
             )
         return inside
 
@@ -64,17 +64,17 @@ class Batch:
     Attributes:
         tokens: token ids; padded on the left or on the right.
         attention_mask: True at real tokens, False at padding.
-        scored: columns of the positions whose next-token predictions are scored, from left to right. A prompt with
-            fewer than others repeats its last one.
+        scored: columns whose next-token predictions are scored, from left to right. A prompt with fewer than the
+            others repeats its last one.
         weights: weight of each scored position in the prompt's average; they sum to 1, and repetitions have 0.
-        answers: ids of the tokens that are correct there, padded with -1.
+        answers: ids of the correct next tokens, padded with -1.
         distractors: ids of the wrong tokens that answers are compared with, padded with -1.
-        counterfactual_tokens: the same prompts with other content, aligned with `tokens` token by token.
+        counterfactual_tokens: the counterfactual prompts, aligned with `tokens` token by token.
         example_ids: number of each prompt within its stream.
         padded: True when a row has padding; kept beside the mask to spare a device synchronisation.
         protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. It is an
-            attention sink with outlier activations, so replacing them would measure something else.
-        spans: tokens of each named span, of every prompt.
+            attention sink, whose outlier activations every later token relies on.
+        spans: True at the tokens of each named span.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -122,7 +122,7 @@ class Batch:
         return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Copy every tensor to `device` but `example_ids`, which seed generators on the CPU."""
+        """Copy to a device; `example_ids`, which seed generators, stay on the CPU."""
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return replace(moved, example_ids=self.example_ids)
 
@@ -133,11 +133,11 @@ class Batch:
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
     def rows(self, chosen: slice) -> "Batch":
-        """Some of the rows, padded as before."""
+        """A slice of the rows, padded as before."""
         return self._map(lambda tensor: tensor[chosen])
 
     def pieces(self, most: int) -> "Iterator[Batch]":
-        """The batch in pieces of at most `most` rows."""
+        """Split into pieces of at most `most` rows."""
         if len(self) <= most:
             yield self
             return
@@ -145,15 +145,11 @@ class Batch:
             yield self.rows(slice(first, first + most))
 
     def counterfactual(self) -> "Batch":
-        """The same batch with the counterfactual prompts in place of the prompts.
-
-        Raises:
-            TaskError: the task made no counterfactuals.
-        """
+        """The counterfactual prompts; raises `TaskError` if the task makes none."""
         if self.counterfactual_tokens is None:
             raise TaskError(
-                "These prompts have no counterfactuals: their task makes none, so there is no counterfactual "
-                "ablation. Choose another ablation, or let the task's prompts name a counterfactual each."
+                "These prompts have no counterfactuals: their task makes none. Choose another ablation, or give each "
+                "prompt of the task a counterfactual."
             )
         return replace(self, tokens=self.counterfactual_tokens, counterfactual_tokens=None)
 
@@ -163,7 +159,7 @@ def unanswered(
     attention_mask: Bool[Tensor, "batch position"],
     protected: Bool[Tensor, "batch position"] | None = None,
 ) -> Batch:
-    """A batch of prompts without answers, padded on either side and each scored at its last real token."""
+    """A batch of prompts without answers, each scored at its last real token; padded on either side."""
     n_rows, width = tokens.shape
     columns = torch.arange(width, device=tokens.device)
     none = torch.full((n_rows, 1, 1), -1, device=tokens.device)
@@ -184,9 +180,9 @@ def unanswered(
 def leading_tokens(
     tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
 ) -> Bool[Tensor, "row position"]:
-    """True at a row's first real token if it is `token_id` (the beginning-of-sequence token, say); nowhere for None.
+    """True at a row's first real token if it is `token_id`, such as a beginning-of-sequence token; never for None.
 
-    Padding to the left of it has position 0 too, and is True as well if it has the same id.
+    Padding to its left also has position 0, and is True if it has the same id.
     """
     if token_id is None:
         return torch.zeros_like(tokens, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Ablations: sources of the values that replace those of ablated units."""
+"""Ablations: rules that supply the replacements of ablated units."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,18 +13,18 @@ ValuesOf = Callable[[Batch], Values]
 
 
 class Ablation(ABC):
-    """Supplies replacements for the values of a model's units on any prompts.
+    """Supplies the replacements of a model's units on any prompts.
 
-    The replacements for a prompt depend on the prompt and its number alone, never on the other prompts of a batch or
-    on earlier calls.
+    The replacements on a prompt depend on the prompt and its number alone, never on the other prompts of a batch or on
+    earlier calls.
     """
 
     @abstractmethod
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Values for every row of a batch; `values_of` runs the clean model."""
+        """Replacements for every row of a batch; `values_of` runs the clean model."""
 
     def to(self, device: torch.device | str) -> "Ablation":
-        """The same ablation with its tensors, if it has any, on a device."""
+        """Copy the tensors, if there are any, to a device."""
         return self
 
 

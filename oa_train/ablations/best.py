@@ -1,22 +1,21 @@
-"""The best constants so far, for each of several circuits."""
+"""The best constants so far of each of several circuits."""
 
 import torch
 from torch import nn
 
-from oa_train.ablations.constants import Constants, Slots, TrainableConstants
+from oa_train.ablations.constants import Constants, Slots, TrainableConstants, unstacked
 from oa_train.models.levels import Level
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Tensor
 
-# Units that each circuit replaces, for each span that has a slot of its own.
+# Units that each circuit replaces, for each span with a slot of its own.
 Replaced = dict[Site, Bool[Tensor, "circuit span_or_1 unit"]]
 
 
 class BestConstants(nn.Module):
-    """Keeps, for each circuit, the constants under which its loss was lowest; its state goes into checkpoints.
+    """The constants with the lowest loss so far of each circuit, as buffers that are stored in checkpoints.
 
-    There is a set of tables for each circuit, or one for all when no two circuits replace the same unit: it then
-    holds the constants of all circuits.
+    There is a set of tables for each circuit, or one set for all if no two circuits replace the same unit.
 
     Attributes:
         loss: lowest loss of each circuit; infinite before the first offer.
@@ -35,11 +34,11 @@ class BestConstants(nn.Module):
 
     @torch.no_grad()
     def offer(self, tables: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
-        """Keep the constants of circuits whose loss is their lowest so far; NaN never is."""
+        """Keep the constants of every circuit whose loss is lower than before; NaN never is."""
         offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
             for site, best in self._tables().items():
-                if site not in self._replaced:  # constants of a larger level, which these circuits leave alone
+                if site not in self._replaced:  # these circuits ablate nothing there
                     continue
                 number = circuit if len(best) > 1 else 0
                 taken = self._replaced[site][circuit].to(best.device).unsqueeze(-1)
@@ -47,17 +46,12 @@ class BestConstants(nn.Module):
             self.loss[circuit] = loss[circuit]
 
     def sets(self) -> list[Constants]:
-        """The constants of each circuit, or the one set that all share."""
-        tables = self._tables()
-        n_sets = len(next(iter(tables.values())))
-        return [
-            Constants({site: table[number].clone() for site, table in tables.items()}, self._slots)
-            for number in range(n_sets)
-        ]
+        """The constants of each circuit, or the one set that all circuits share."""
+        return [constants.detach() for constants in unstacked(self._tables(), self._slots)]
 
 
 def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Slots) -> Replaced:
-    """Units that each circuit replaces, for each span that has a slot of its own."""
+    """Units that each circuit replaces, for each span with a slot of its own."""
     replaced = level.replaced(masks)
     if slots.positions == 1:
         return replaced
@@ -65,5 +59,5 @@ def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Sl
 
 
 def can_share_tables(replaced: Replaced) -> bool:
-    """True where no two circuits replace the same unit, so that one set of tables holds the constants of all."""
+    """True if no two circuits replace the same unit, so that one set of tables can hold the constants of all."""
     return all(bool(units.sum(dim=0).le(1).all()) for units in replaced.values())

@@ -1,7 +1,7 @@
 """Constants: replacements that do not depend on the prompt.
 
-Zero ablation, mean ablation and optimal ablation differ in their numbers alone. The numbers of an optimal ablation are
-trained: they are those with which the ablated model stays closest to the clean one (Li & Janson, 2024).
+Zero, mean and optimal ablation differ in their numbers alone. Those of an optimal ablation are trained to keep the
+ablated model as close as possible to the clean one (Li & Janson, 2024).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,10 +40,10 @@ class Slots:
     """Assignment of tokens to slots; the tokens of a slot share a constant.
 
     Attributes:
-        positions: 1 pools all positions. P gives each of the positions 0 to P - 2 a slot of its own, and one to all
-            later positions; positions count from a prompt's first real token.
-        spans: where positions are pooled, the spans with a slot of their own; None stands for units that hold at every
-            token.
+        positions: 1 pools all positions. P > 1 gives a slot to each of the positions 0 to P - 2, and one to all later
+            positions; positions count from a prompt's first real token.
+        spans: spans of the entries that are ablated, each with a slot if positions are pooled; None stands for entries
+            that apply at every token.
     """
 
     positions: int = 1
@@ -62,13 +62,13 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class Constants(Ablation):
-    """A vector for each unit of some sites, or one for each unit and slot.
+    """A constant for each unit of some sites and each slot.
 
     Attributes:
         tables: constants by site.
         slots: which tokens share a constant.
-        provenance: model, task and run that they come from, plain data; `bos_token_id` is the token that was never
-            ablated where it stood first.
+        provenance: model, task and run that they come from, as plain data; `bos_token_id` is the token that is
+            protected if it stands first.
     """
 
     tables: Tables
@@ -77,23 +77,20 @@ class Constants(Ablation):
 
     @classmethod
     def zeros(cls, level: Level, positions: int = 1) -> "Constants":
-        """Zero ablation: every value is zero, for an MLP including its output bias."""
+        """Zero ablation: every replacement is zero; an MLP loses its output bias as well."""
         slots = Slots(positions, level.spans)
         return cls({site: torch.zeros(len(slots), *shape) for site, shape in level.sites.items()}, slots)
 
     @property
     def n_positions(self) -> int:
-        """Number of positions that are distinguished; 1 when the constants are pooled."""
+        """Number of positions with a slot of their own; 1 if they are pooled."""
         return self.slots.positions
 
     def with_positions(self, positions: int) -> "Constants":
-        """The same constants in larger tables, whose further positions copy the last one.
-
-        Args:
-            positions: number of positions that are distinguished.
+        """The same constants for more positions, where the further ones copy the last one.
 
         Raises:
-            ConfigurationError: there are fewer than in these tables.
+            ConfigurationError: `positions` is smaller than `n_positions`, or there are several spans.
         """
         if positions == self.n_positions:
             return self
@@ -113,7 +110,7 @@ class Constants(Ablation):
         return self.mapped(lambda table: table.to(device))
 
     def detach(self) -> "Constants":
-        """A copy without gradients that later training does not change."""
+        """A copy without gradients, which later training does not change."""
         return self.mapped(lambda table: table.detach().clone())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Constants":
@@ -121,20 +118,12 @@ class Constants(Ablation):
         return replace(self, tables={site: function(table) for site, table in self.tables.items()})
 
     def of_level(self, level: Level) -> "Constants":
-        """The constants of a level's sites, without those of others.
-
-        Raises:
-            ArtefactError: see `check_fits`.
-        """
+        """The constants of a level's sites alone; raises `ArtefactError` if they lack some, see `check_fits`."""
         self.check_fits(level)
         return replace(self, tables={site: self.tables[site] for site in level.sites})
 
     def check_fits(self, level: Level) -> None:
-        """Check that every unit of a level has a constant of its width.
-
-        Raises:
-            ArtefactError: a unit has none.
-        """
+        """Check that every unit of a level has a constant of its width; raises `ArtefactError` if one has not."""
         for site, shape in level.sites.items():
             if site not in self.tables:
                 raise ArtefactError(f"The constants lack the site {site.key}; they have {_listed(self.tables)}.")
@@ -176,15 +165,20 @@ class Constants(Ablation):
         return cls(tables, slots, header["provenance"])
 
     def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> Values:
-        """The constants laid out for the tokens of a batch, with gradients to them; no model is run."""
+        """The constants for the tokens of a batch, with gradients to them; no model is run."""
         del values_of
         return self.at(batch.positions)
 
     def at(self, positions: Int[Tensor, "row position"]) -> Values:
-        """The constants laid out for tokens at these positions, with gradients to them."""
-        return Values(
-            {site: table.unsqueeze(0) for site, table in self.tables.items()}, self.slots.of_tokens(positions)
-        )
+        """The constants for tokens at these positions, with gradients to them."""
+        tables = {site: table.unsqueeze(0) for site, table in self.tables.items()}
+        return Values(tables, self.slots.of_tokens(positions))
+
+
+def unstacked(tables: Mapping[Site, Float[Tensor, "circuit slot unit width"]], slots: Slots) -> list[Constants]:
+    """The constants of each circuit, which share gradients and memory with the tables."""
+    n_sets = len(next(iter(tables.values())))
+    return [Constants({site: table[n] for site, table in tables.items()}, slots) for n in range(n_sets)]
 
 
 def _sizes(shape: Sequence[int]) -> str:
@@ -200,7 +194,7 @@ class TrainableConstants(nn.Module):
     """Optimal-ablation constants as float32 parameters, for one circuit or for several at once.
 
     Args:
-        starts: where training starts, for each circuit.
+        starts: initial constants of each circuit.
         trained: sites whose constants are trained; all by default.
     """
 
@@ -231,12 +225,8 @@ class TrainableConstants(nn.Module):
         return {Site.of_key(key): table for key, table in self.tables.items()}
 
     def sets(self) -> list[Constants]:
-        """The constants of each circuit, sharing gradients with the parameters."""
-        tables = self.by_site()
-        return [
-            Constants({site: table[number] for site, table in tables.items()}, self.slots)
-            for number in range(len(self))
-        ]
+        """The constants of each circuit, with gradients to the parameters."""
+        return unstacked(self.by_site(), self.slots)
 
     @torch.no_grad()
     def load(self, constants: Constants) -> None:

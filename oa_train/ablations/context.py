@@ -24,25 +24,23 @@ Spans = Mapping[str, Bool[Tensor, "row position"]]
 
 @contextmanager
 def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
-    """Run a model as a circuit: everything that its circuit does not keep is replaced by its constant.
+    """Run a model as a circuit inside the context: all entries that it does not keep are replaced by constants.
 
-    Everything that calls the model works inside the context, including `generate` with its key-value cache. At tokens
-    that `generate` adds, only entries without a span are replaced. The model is restored afterwards, even after an
-    exception.
+    Anything may call the model, including `generate` with its key-value cache. At tokens that `generate` adds, only
+    entries without a span are replaced. The model is restored afterwards, even after an exception.
 
     Args:
         model: frozen causal language model.
         circuit: the entries that are kept.
-        constants: replacements of the others; their provenance names the token that is never ablated where it stands
-            first.
-        spans: tokens of the spans that the circuit's entries name, in the prompts that the model is called with; not
-            needed for `-1`, the last token of each prompt.
+        constants: replacements of the others; their provenance names the token that is protected if it stands first.
+        spans: tokens of the spans in the circuit's entries, for the prompts that the model is called with; not needed
+            for `-1`, the last token of each prompt.
 
     Raises:
         ModelError: the family is not in the table, or the model is compiled as a whole.
         ArtefactError: circuit or constants belong to another model.
-        ConfigurationError: a call has no token ids, or asks for states that a circuit of edges does not have.
-        TaskError: a span is missing, or overlaps another one of the same unit.
+        ConfigurationError: a call has no token ids, or asks for hidden states of a circuit of edges.
+        TaskError: a span is missing, or overlaps another span of the same unit.
     """
     find_parts(model)
     check_belongs(model, circuit, constants)
@@ -63,7 +61,7 @@ class _Calls:
         self._token_id = constants.provenance.get("bos_token_id")
         self._forward, self._generate = forward, generate
         self._parameters = signature(forward)
-        self._prompt_width: int | None = None  # while something is generated
+        self._prompt_width: int | None = None  # not None inside `generate`
         self.forward = _in_place_of(forward, self._masked_forward)
         self.generate = _in_place_of(generate, self._masked_generate)
 
@@ -110,7 +108,7 @@ class _Calls:
 
 
 def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method as a function with the signature of the original."""
+    """The method as a function with the signature of the original."""
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +118,7 @@ def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Ca
 
 
 def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, int, Tensor]:
-    """Token ids of a call, their positions, how many tokens were seen before, and which are real."""
+    """Token ids of a call, their positions, the number of tokens in the cache, and which tokens are real."""
     tokens = arguments.get("input_ids")
     if tokens is None:
         raise ConfigurationError("Inside `ablated` the model is called with input_ids; inputs_embeds has no tokens.")
@@ -133,11 +131,11 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, in
         counted = attention_mask.long().cumsum(dim=1) - 1
         return tokens, counted[:, called].clamp(min=0), seen, attention_mask[:, called].bool()
     positions = arguments.get("position_ids")
-    if isinstance(positions, Tensor):  # a static cache brings a mask of four dimensions; its positions still count
+    if isinstance(positions, Tensor):  # with a static cache, whose mask has four dimensions
         return tokens, positions.expand(len(tokens), -1), seen, real
     if attention_mask is not None:
         raise ConfigurationError(
-            "Inside `ablated` an attention mask has two dimensions, [row, position], unless position_ids are given."
+            "Inside `ablated` an attention mask has two dimensions, [row, position], unless there are position_ids."
         )
     columns = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)
     return tokens, columns.expand(len(tokens), -1), seen, real

@@ -36,11 +36,11 @@ _HEADERS: dict[str, Schema] = {
 
 
 def convert(old: Path, new: Path) -> Path:
-    """Convert a circuit or constants of layout 1 into a new folder; the old one is left unchanged.
+    """Convert a circuit or constants of layout 1 into a new folder; the old folder stays as it is.
 
     Raises:
         ArtefactError: the old folder is not of that layout, or the new one exists.
-        ModelError: the model whose sizes are needed cannot be reached.
+        ModelError: the model, whose sizes are needed, cannot be reached.
     """
     inside = sorted(str(path.parent) for path in old.glob(f"*/{HEADER_FILE}"))
     if inside and not (old / HEADER_FILE).exists():

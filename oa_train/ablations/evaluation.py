@@ -30,7 +30,7 @@ class Behaviour:
 
     Attributes:
         kl: KL divergence from the clean model, in nats.
-        accuracy: share of the scored positions at which the top token is an answer.
+        accuracy: share of the scored positions whose top token is an answer.
         logit_difference: log odds of the answers against the distractors, in nats.
         cross_entropy: minus the log probability of the answers, in nats.
         identities: of each prompt, equal for prompts of the same tokens.
@@ -85,9 +85,9 @@ def circuit_behaviour(
     Args:
         model: frozen causal language model.
         batches: prompts, on any device.
-        level: of the masks.
+        level: level of the masks.
         masks: a circuit in each row; false entries are ablated.
-        ablations: what replaces the ablated parts of each circuit, or one ablation for all.
+        ablations: ablation of each circuit, or one for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
         clean: clean logits of the batches, where the same ones are evaluated again.
         advance: counts the rows that are done.
@@ -175,7 +175,7 @@ def circuit_logits(
     Args:
         model: frozen causal language model.
         batch: prompts, on the model's device.
-        level: what the masks are over.
+        level: level of the masks.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
         recompute: see `masked_logits`.

@@ -29,13 +29,13 @@ from oa_train.tasks.task import Task
 
 @dataclass(frozen=True)
 class RefitSettings:
-    """How constants of a fixed circuit are trained.
+    """Settings of the training of constants for fixed circuits.
 
     Attributes:
-        steps: steps of Adam; 0 keeps the best of the starts.
+        steps: steps of Adam; 0 keeps the best of the initial constants.
         batch_size: prompts of a step, shared by all circuits.
         learning_rate: Adam's initial learning rate, with cosine decay to zero.
-        evaluate_every: steps between two evaluations on the validation prompts; the best constants are kept.
+        evaluate_every: steps from one evaluation on the validation prompts to the next; the best constants are kept.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
 
@@ -54,7 +54,7 @@ class RefitSettings:
 
 
 class FittedCircuits(nn.Module):
-    """Fixed circuits with the constants that are trained for them, and the best so far; see `fit_constants`."""
+    """Fixed circuits, the constants trained for them, and their best constants so far; see `fit_constants`."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class FittedCircuits(nn.Module):
         super().__init__()
         self.level, self.loss, self.rows_per_run, self.recompute = level, loss, rows_per_run, recompute
         self.masks = nn.Buffer(masks, persistent=False)
-        # Constants of a graph include the embedding, which is not a node.
+        # Constants for edges include those of the embedding, which is not a node.
         starts = [start.of_level(level) for start in starts]
         replaced = replaced_slots(level, masks, starts[0].slots)
         shared = len(starts) == 1 and can_share_tables(replaced)
@@ -83,7 +83,7 @@ class FittedCircuits(nn.Module):
         return any(table.requires_grad for table in self.constants.parameters())
 
     def candidate(self, constants: Constants) -> TrainableConstants:
-        """The same constants for every circuit, to be compared with the trained ones."""
+        """The same constants for every circuit, not trained, as an alternative to the trained ones."""
         sets = [constants.of_level(self.level)] * len(self.constants)
         return TrainableConstants(sets).to(self.constants.device).requires_grad_(False)
 
@@ -99,7 +99,7 @@ class FittedCircuits(nn.Module):
         return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run, clean, advance)
 
     def runs(self, model: CausalLM, batch: Batch) -> Iterator["CircuitRun"]:
-        """The runs that a step on a batch is made of, within `rows_per_run` and memory."""
+        """The runs of a step on a batch, each within `rows_per_run` and memory."""
         for piece, slices in chunks(model, self.level, batch, len(self.masks), self.rows_per_run, gradients=True):
             with torch.no_grad():
                 clean = scored_logits(model, piece)
@@ -140,7 +140,7 @@ class CircuitRun:
 
 @dataclass(frozen=True, eq=False)
 class FittedConstants:
-    """The best constants of each circuit, or one set if no two ablate the same unit, and their loss in nats."""
+    """Best constants of each circuit, or one set for all if no two ablate the same unit, and their loss in nats."""
 
     sets: list[Constants]
     validation_loss: Float[Tensor, " circuit"]
@@ -163,14 +163,14 @@ def fit_constants(
 
     Args:
         model: frozen causal language model.
-        task: prompts; steps draw from its `refit` stream, the best is chosen on its `validation` stream.
-        level: of the masks.
+        task: prompts; steps draw from its `refit` stream, the best constants are chosen on its `validation` stream.
+        level: level of the masks.
         masks: a circuit in each row.
-        starts: constants where training starts, of each circuit or one for all.
-        settings: steps, learning rate and so on; no steps are made for circuits that replace nothing.
-        loss: what is minimised.
-        others: constants that are kept instead wherever they do better (zero or mean ablation, say), so that the
-            result is never worse on the validation prompts.
+        starts: initial constants of each circuit, or one set for all.
+        settings: steps, learning rate and so on; circuits that replace nothing are not trained.
+        loss: name of the loss.
+        others: alternatives, such as zeros or means, that are kept for a circuit if they do better, so that the result
+            is never worse on the validation prompts.
         track: progress.
         description: text of the progress bar.
 

@@ -1,7 +1,6 @@
-"""Streaming means of units' values, exact however the data are split.
+"""Streaming means of units' values, the same however the data are split.
 
-Sums are kept in float64 together with counts, so merging is addition and no order of batches matters beyond the last
-bits of float64.
+Sums in float64 are kept with counts, so merging is addition, and the order of batches changes the last bits at most.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,10 +37,7 @@ class StreamingMeans:
         counted: Bool[Tensor, "batch position"],
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
-        """Add a function `of` the values of a batch, computed in float64.
-
-        `counted` tokens take part: real, not protected, at or before the last scored position.
-        """
+        """Add a function `of` the values of a batch at the `counted` tokens, computed in float64."""
         added = StreamingMeans(self.slots)
         added.sums = {
             site: torch.zeros(len(self.slots), *v.shape[2:], dtype=torch.float64) for site, v in values.items()
@@ -55,7 +51,7 @@ class StreamingMeans:
     def _tokens_of_slots(
         self, batch: Batch, counted: Bool[Tensor, "batch position"]
     ) -> Iterable[tuple[Bool[Tensor, "batch position"], Int[Tensor, " token"]]]:
-        """Tokens that are summed, and the slot of each; a token of several spans occurs once for each."""
+        """Tokens that are summed, and the slot of each; a token in several spans occurs once for each."""
         if self.slots.positions > 1:
             yield counted, batch.positions[counted].clamp(max=self.slots.positions - 1)
             return
@@ -71,14 +67,13 @@ class StreamingMeans:
         } or self.sums
 
     def means(self) -> Constants:
-        """Means as constants; a position without tokens has the mean of the nearest one before it, or 0."""
+        """Means as constants; a position without tokens takes the mean of the nearest one before it, or 0."""
         return self._constants(self._means())
 
     def spread(self, squares: "StreamingMeans") -> Constants:
-        """Standard deviations as constants, given the sums of the squares of the same values.
+        """Standard deviations as constants, from the sums of the squares of the same values.
 
-        They are differences of large numbers, which float64 keeps accurate even if the mean is a thousand times as
-        large.
+        Differences of large numbers, which float64 keeps accurate even if the mean is a thousand times as large.
         """
         means, of_squares = self._means(), squares._means()
         return self._constants(
@@ -116,9 +111,9 @@ def value_sums(
     slots: Slots,
     of: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> StreamingMeans:
-    """Sums of a function of the units' values over unprotected real tokens of prompts, on any device.
+    """Sums of a function of the units' values over the tokens of prompts, on any device.
 
-    Tokens after the last scored position are left out: they cannot influence the prediction.
+    Protected tokens are left out, and tokens after the last scored position, which cannot influence the prediction.
     """
     sums = StreamingMeans(slots)
     for batch in batches:

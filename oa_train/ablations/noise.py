@@ -11,7 +11,7 @@ from oa_train.models.sites import Site
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 
-# Random streams of kinds whose sites have units of one shape in every layer; other kinds have a stream for each site.
+# Random streams of kinds whose units have the same shape in every layer; other kinds have a stream for each site.
 _STREAMS = {kind: kind for kind in ("heads", "tokens", "residual", "attention", "neurons")}
 _STREAMS |= {"embedding": "inputs", "mlp": "mlps"}
 
@@ -19,13 +19,13 @@ _STREAMS |= {"embedding": "inputs", "mlp": "mlps"}
 class NoiseAblation(Ablation):
     """Replaces each unit by Gaussian noise with the unit's mean and standard deviation.
 
-    Dimensions are drawn independently of each other, and positions too, so that the noise carries nothing of the
-    prompt: a total ablation. Each prompt's draw is seeded by its number.
+    Dimensions and positions are drawn independently, so the noise carries nothing about the prompt: a total ablation.
+    Each prompt's draw is seeded by its number.
 
     Args:
-        mean: centre of the draws.
+        mean: mean in every dimension.
         spread: standard deviation in every dimension.
-        seed: other seeds give other draws.
+        seed: of the random numbers.
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:
@@ -51,7 +51,7 @@ class NoiseAblation(Ablation):
         return Values(tensors, {span: number * width + columns for number, span in enumerate(spans)})
 
     def _draws(self, batch: Batch) -> dict[Site, Float[Tensor, "row position unit width"]]:
-        """Standard normal numbers, drawn for a row's real tokens and laid out from the first, so padding moves none.
+        """Standard normal numbers for each row's real tokens, which do not depend on padding.
 
         Sites that share a stream are drawn together.
         """

@@ -15,22 +15,22 @@ OtherPrompts = Callable[[Batch], Batch]
 
 
 class OtherPromptAblation(Ablation):
-    """Replaces each unit's value by the one that it has, at the same position, on another prompt.
+    """Replaces each unit's value by its value at the same position of another prompt.
 
     With prompts drawn at random this is resample ablation; with the counterfactual of each prompt it is counterfactual
-    ablation, which is not total: what the two prompts share stays. With the prompt itself it restores the clean value,
-    where earlier units have been replaced. At a span the value is that of the other prompt's same span.
+    ablation, which is not total: what the two prompts share stays. With the prompt itself it restores the clean value
+    after earlier units were replaced. At a span the value is that of the same span in the other prompt.
 
     Args:
         other_prompts: the other prompt of each prompt; deterministic.
-        spans: spans to which units are restricted.
+        spans: spans of the ablated entries.
     """
 
     def __init__(self, other_prompts: OtherPrompts, spans: Sequence[str | None] = (None,)) -> None:
         self._other_prompts, self._spans = other_prompts, tuple(spans)
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Values of the clean model on the other prompts; raises `TaskError` where spans are not equally long."""
+        """Values of the clean model on the other prompts; raises `TaskError` if spans are not equally long."""
         others = self._other_prompts(batch)
         values = values_of(others)
         if self._spans == (None,):
@@ -48,8 +48,8 @@ def _same_place(batch: Batch, others: Batch, span: str | None) -> Int[Tensor, "r
         row = int((own.sum(dim=1) != other.sum(dim=1)).nonzero()[0])
         raise TaskError(
             f"The span {span!r} has {int(own[row].sum())} tokens in prompt {row} of a batch and "
-            f"{int(other[row].sum())} in the prompt whose values are to replace it there. Use spans of equal length, "
-            "or another ablation."
+            f"{int(other[row].sum())} in the prompt that its replacements come from. Use spans of equal length, or "
+            "another ablation."
         )
     columns[own] = columns[other]
     return columns

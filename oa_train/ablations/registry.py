@@ -1,6 +1,6 @@
-"""The ablations by name: what each replaces units with, and how it is prepared for a model and a task.
+"""The ablations by name, and how each is prepared for a model and a task.
 
-To add an ablation, write an `Ablation` and enter it in `KINDS`.
+To add an ablation, write a subclass of `Ablation` and enter it in `KINDS`.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
 
-# A key of `KINDS`; not a Literal, so that user-defined ablations can be registered there.
+# A key of `KINDS`; not a Literal, so that users can register ablations of their own.
 AblationKind = str
 
 
 class AblationSource:
-    """Statistics of a model on a task's `means` prompts that ablations are made from, gathered when they are needed.
+    """Statistics of a model on a task's `means` stream that ablations are made from, computed when first needed.
 
-    `positions` is the number that constants distinguish; 1 pools them.
+    `positions` is the number of positions that constants tell apart; 1 pools them.
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
@@ -68,7 +68,7 @@ class AblationSource:
         description: str,
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> StreamingMeans:
-        """Sums of a function of the values over the stream `means`, each batch of which `prompts` may change first."""
+        """Sums of a function `of` the values on the `means` stream, whose batches `prompts` maps to other prompts."""
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in counted(self._track, batches, description))
         return value_sums(self.model, shown, self.level, self.slots, of)
@@ -80,12 +80,12 @@ class Kind:
 
     Attributes:
         name: in configurations and results.
-        prepare: makes the ablation, or what its training starts from, for a model and a task.
-        constant: replaces by the same values on every prompt, so that they can be stored.
-        learned: its constants are trained from there on.
-        total: its replacements carry nothing about the prompt.
-        paired: needs the counterfactuals of a task's prompts.
-        restores: puts the model's own value back, so that alone it changes nothing.
+        prepare: makes the ablation for a model and a task; of a learned one, the initial constants.
+        constant: True if replacements are the same on every prompt, so that they can be stored.
+        learned: True if the constants are trained.
+        total: True if replacements carry nothing about the prompt.
+        paired: True if the task's prompts need counterfactuals.
+        restores: True if replacements are the model's own clean values, which alone change nothing.
     """
 
     name: AblationKind
@@ -124,12 +124,12 @@ KINDS: dict[AblationKind, Kind] = {
 
 def check_kind(option: str, name: str) -> Kind:
     """Look up an ablation; raises `ConfigurationError` if it is unknown or restores the model's values."""
-    taking = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
-    if name in KINDS and name not in taking:
+    ablating = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
+    if name in KINDS and name not in ablating:
         raise ConfigurationError(
-            f"{option} is {name!r}, which puts the model's own values back and so takes nothing away. It serves to "
-            f"restore units where others are ablated. Expected one of {', '.join(taking)}."
+            f"{option} is {name!r}, which puts the model's own values back and so ablates nothing. It serves to "
+            f"restore units where others are ablated. Expected one of {', '.join(ablating)}."
         )
-    if name not in taking:
-        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, taking)}")
-    return taking[name]
+    if name not in ablating:
+        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, ablating)}")
+    return ablating[name]

@@ -17,7 +17,7 @@ class TrainedCircuit:
     Attributes:
         name: in tables and figures; experiment and version for the circuit of a run.
         circuit: the circuit.
-        constants: replacements of the ablated units; None for an ablation that is not by constants.
+        constants: replacements of the ablated units; None for an ablation without constants.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TrainedCircuit:
 
     @property
     def ablation(self) -> AblationKind:
-        """Ablation under which the circuit was trained; optimal if nothing says otherwise."""
+        """Ablation under which the circuit was trained; optimal by default."""
         constants = self.constants.provenance if self.constants is not None else {}
         kind: AblationKind = self.circuit.provenance.get("ablation") or constants.get("ablation") or "optimal"
         return kind
@@ -68,7 +68,7 @@ class TrainedCircuit:
 
     @property
     def positions(self) -> int:
-        """Positions that the constants distinguish."""
+        """Number of positions that the constants tell apart."""
         if self.constants is not None:
             return self.constants.n_positions
         positions: int = self.training.get("positions", 1)
@@ -76,7 +76,7 @@ class TrainedCircuit:
 
     @property
     def selected(self) -> list[str]:
-        """Patterns of the entries that the training could leave out."""
+        """Shell patterns of the entries that the training was free to ablate."""
         patterns: list[str] = self.circuit.provenance.get("selected", ["*"])
         return patterns
 

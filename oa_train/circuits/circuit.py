@@ -26,7 +26,7 @@ from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS
 from oa_train.shapes import Bool, Float, Tensor
 
-# What circuits are made of, by name, and the headers of their files.
+# Levels by name, and the schemas of the headers of their circuits.
 LEVELS: dict[str, type[Level]] = {level.kind: level for level in (Nodes, Graph)}
 _FIELDS: Schema = {"level": str, "names": [str], "provenance": PROVENANCE}
 _HEADERS: dict[str, Schema] = {
@@ -46,13 +46,13 @@ _HEADERS: dict[str, Schema] = {
 
 @dataclass(frozen=True)
 class Circuit:
-    """Kept units of one model, or kept edges between its components.
+    """Kept entries of a level of one model.
 
     Attributes:
-        level: all entries that there are.
-        names: names of the kept ones, in mask order.
-        scores: keep-probability of every entry, when the circuit was trained.
-        provenance: model, task and run that the circuit comes from, plain data.
+        level: the level.
+        names: names of the kept entries, in mask order.
+        scores: keep-probability of every entry, if the circuit was trained.
+        provenance: model, task and run that the circuit comes from, as plain data.
     """
 
     level: Level
@@ -81,7 +81,7 @@ class Circuit:
 
     @classmethod
     def from_file(cls, folder: str | Path, level: Level, names: Sequence[str], content: Artefact) -> "Circuit":
-        """The circuit that a folder's content describes, of any layout.
+        """The circuit of these names with mask and scores from an artefact; `folder` is for messages.
 
         Raises:
             ArtefactError: names, mask and scores contradict each other or the level.
@@ -107,7 +107,7 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Names of the nodes that take part; of a circuit of edges those that an edge leads out of."""
+        """Names of the nodes in the circuit; of a circuit of edges, those with an outgoing edge."""
         return self.level.nodes(self.mask)
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class Circuit:
         mask = artefact.tensors.get("mask")
         n_entries = 0 if mask is None else mask.numel()
         try:
-            if _fewest_entries(header) > n_entries:  # before names are made for them
+            if _fewest_entries(header) > n_entries:  # checked before memory is spent on names
                 raise ArtefactError(f"it contradicts itself: a mask of {n_entries} entries is too short for its sizes")
             level = LEVELS[kind].from_header(header)
         except (KeyError, OaTrainError) as problem:
@@ -148,7 +148,7 @@ class Circuit:
 
 
 def _fewest_entries(header: Mapping[str, Any]) -> int:
-    """Entries that a level of these sizes has at least: its units, or an edge for each of its readers."""
+    """Lower bound on the entries of a level of these sizes: its units, or one edge for each of its readers."""
     if header["level"] == Graph.kind:
         return int(header["n_layers"] * (header["n_heads"] + 2 * header["n_kv_heads"] + 1))
     sizes, kinds = Dimensions(**header["dimensions"]), (SITE_KINDS[name] for name in header["sites"])

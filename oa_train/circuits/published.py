@@ -11,7 +11,7 @@ GPT2_SMALL = (12, 12, 12, False)
 
 
 def _heads(numbers: str) -> tuple[str, ...]:
-    """Names of heads from the way papers write them, `layer.head`."""
+    """Names of heads that papers write as `layer.head`."""
     pairs = (number.split(".") for number in numbers.split())
     return tuple(f"a{layer}.h{head}" for layer, head in pairs)
 
@@ -27,22 +27,17 @@ PREVIOUS_TOKEN = _heads("2.2 4.11")
 MOVERS = (*NAME_MOVERS, *BACKUP_NAME_MOVERS, *NEGATIVE_NAME_MOVERS)
 ALL_HEADS = (*MOVERS, *S_INHIBITION, *INDUCTION, *DUPLICATE_TOKEN, *PREVIOUS_TOKEN)
 
-# Sources and readers: the circuit has every edge that leads from one of the sources to one of the readers.
-Rule = tuple[Sequence[str], Sequence[str]]
-
 
 def published_ioi_circuit(graph: Graph) -> Circuit:
     """The circuit of indirect object identification in GPT-2 small, as 963 of its 32,491 edges.
 
-    The heads and what each kind of them does are those of Wang et al. 2023, "Interpretability in the Wild: a Circuit
-    for Indirect Object Identification in GPT-2 Small"; they are read as edges the way Li & Janson 2024, "Optimal
-    ablation for interpretability", do. MLPs are no part of the question there: all of them are in the circuit.
-
-    Every edge lies on a path from the input to the logits. No constants belong to it; `fit_constants` and `compare`
-    train some.
+    The heads and their roles are those of Wang et al. 2023, "Interpretability in the Wild: a Circuit for Indirect
+    Object Identification in GPT-2 Small", turned into edges as in Li & Janson 2024, "Optimal ablation for
+    interpretability", who keep all MLPs. No edge is dangling. The circuit comes without constants; `fit_constants`
+    and `compare` train them.
 
     Raises:
-        ConfigurationError: it is not a graph of 12 layers with 12 heads of their own keys and values.
+        ConfigurationError: the graph is not that of GPT-2 small.
     """
     if (graph.n_layers, graph.n_heads, graph.n_kv_heads, graph.parallel) != GPT2_SMALL:
         raise ConfigurationError(
@@ -60,7 +55,8 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
     return Circuit(graph, names, provenance={"source": "Wang et al. 2023, Li & Janson 2024"})
 
 
-def _rules(graph: Graph) -> Iterator[Rule]:
+def _rules(graph: Graph) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """Sources and readers; the circuit has every edge from one of the sources to one of the readers."""
     mlps = [f"m{layer}" for layer in range(graph.n_layers)]
     yield ["input", *mlps], [*mlps, "logits"]
     yield ALL_HEADS, mlps

@@ -1,4 +1,4 @@
-"""Random circuits of a given size, to compare with."""
+"""Random circuits of a given size, as controls."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 
-# Orders that are drawn for one circuit; if all of them lead to fewer edges the largest circuit is taken.
+# Orders drawn for one circuit; if all of them lead to fewer edges than asked for, the largest circuit is taken.
 MOST_ATTEMPTS = 100
 
 
@@ -22,15 +22,14 @@ def random_circuits(
     `within_budget`), and an order that leads to fewer is drawn again.
 
     Args:
-        level: what the circuits are made of.
-        size: kept parts of each circuit.
-        n_circuits: how many.
-        seed: the same seed draws the same circuits.
-        among: shell patterns of the parts that may be left out; the others are kept, unless they are edges that then
-            lead nowhere.
+        level: level of the circuits.
+        size: kept entries of each circuit.
+        n_circuits: number of circuits.
+        seed: of the random numbers.
+        among: shell patterns of the entries that may be left out; the others are kept, unless they are dangling edges.
 
     Raises:
-        ConfigurationError: there are fewer parts than that, or more are always kept.
+        ConfigurationError: the level has fewer entries than `size`, or more are always kept.
     """
     drawn = level.selected(among).nonzero().flatten()
     always_kept = torch.ones(1, len(level), dtype=torch.bool)

@@ -11,7 +11,7 @@ from oa_train.shapes import Tensor
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of live tensors that were made inside the context, each storage once.
+    """Counts the bytes of live tensors that were created inside the context, each storage once.
 
     Attributes:
         now: bytes alive.
@@ -34,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
         for tensor in filter(_is_tensor, tree_leaves(made)):
             storage = tensor.untyped_storage()
-            # A view or an in-place result of something older than the context is not made here.
+            # Views and in-place results of tensors from before the context are not created here.
             if storage._cdata not in before and storage._cdata not in self._sizes:
                 self._storages[storage._cdata] = storage
                 weakref.finalize(storage, self._drop, storage._cdata)

@@ -1,7 +1,7 @@
 """Memory of a training step of a node circuit, measured without weights.
 
-The step is run on fake tensors, and the bytes of those alive at one time are counted: the result is that of Hugging
-Face's own code, whatever the family keeps for its backward pass.
+The step runs on fake tensors, and the bytes of live tensors are counted. So the result is right for Hugging Face's own
+code, whatever a family keeps for its backward pass.
 """
 
 import copy
@@ -32,15 +32,15 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of a training step that its memory depends on.
+    """Settings of a training step on which its memory depends.
 
     Attributes:
         batch_size: prompts in a batch of one process.
         n_tokens: tokens of every prompt.
-        samples_per_prompt: mask samples drawn for each prompt.
-        autocast: whether the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
-        recompute: whether blocks use activation checkpointing.
-        strategy: `auto` for one process, `ddp`, or `fsdp`, in which processes share the model's weights.
+        samples_per_prompt: mask samples of each prompt.
+        autocast: True if the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
+        recompute: True for activation checkpointing of the blocks.
+        strategy: `auto` for one process, `ddp`, or `fsdp`, which shards the model's weights across processes.
         n_processes: number of processes.
     """
 
@@ -55,20 +55,20 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes alive at the peak of a training step, in parts that sum to it.
+    """Peak of the tensors' bytes in a training step, split into parts.
 
     A device needs more than tensors: the libraries themselves, workspaces of matrix products, and the allocator's
     overhead.
 
     Attributes:
         weights: the frozen model's parameters and buffers, or the process's share of them.
-        gathered: weights from other processes that stay when a run of a sharded model has ended: those outside of the
-            blocks, since blocks are gathered one by one and freed again.
+        gathered: gathered weights that a sharded model keeps after a run: those outside the blocks, which are gathered
+            one by one and freed again.
         trained: masks and pooled constants, their gradients and Adam's two moments.
-        replacements: masks, and constants that differ by position, laid out for every row and position.
-        activations: what the masked run keeps for the backward pass.
+        replacements: masks, and constants that differ by position, for every row and position.
+        activations: tensors that the masked run keeps for the backward pass.
         logits: logits of the clean and the masked run, and what their divergence keeps.
-        passing: temporaries at the worst moment.
+        passing: temporaries at the peak.
     """
 
     weights: int
@@ -89,35 +89,37 @@ def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
     """Memory of a training step of a circuit with pooled constants, in each process.
 
     Args:
-        model: a model on the meta device, as `empty_model` makes it; it is not changed.
-        settings: the step.
+        model: a model on the meta device from `empty_model`; it is not changed.
+        settings: settings of the step.
 
     Raises:
-        RunError: a step under `fsdp` is asked for while a process group is initialised.
+        RunError: the strategy is `fsdp`, and a process group is initialised already.
     """
     shapes: Any = copy.deepcopy(model)
-    shapes.config.pad_token_id = None  # else transformers looks for it among the tokens, to warn
+    shapes.config.pad_token_id = None  # or else transformers searches the tokens for it, which have no values
     tokens = torch.zeros(settings.batch_size, settings.n_tokens, dtype=torch.long)
     batch = unanswered(tokens, torch.ones_like(tokens, dtype=torch.bool))
     shared = settings.strategy == "fsdp"
     processes = _fake_processes(settings.n_processes) if shared else nullcontext()
-    # Some models' code reads a tensor's value, which meta tensors do not have and fake CPU tensors do.
+    # Fake CPU tensors rather than meta tensors: some models' code reads a tensor's value.
     with processes as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         standing = shapes.to_empty(device="cpu")
         standing.tie_weights()
         if mesh is not None:
             shard(standing, mesh)
-        live.peak = live.now  # tied or now sharded weights existed twice until now
+        live.peak = live.now  # until here weights that are tied or sharded existed twice
         return _step(standing, batch, settings, live)
 
 
 @contextmanager
 def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
-    """A mesh in which only this process exists: messages of the others have a size but no content."""
+    """A mesh in which only this process exists: messages from the others have a size but no content."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end "fake"
 
     if distributed.is_initialized():
-        raise RunError("The memory of processes that share a model is measured by one process that is on its own.")
+        raise RunError(
+            "The memory of a sharded model is measured outside of process groups. Measure it in one process."
+        )
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
     try:
         yield init_device_mesh("cpu", (n_processes,))
@@ -158,10 +160,7 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
 
 
 def _trained(nodes: Nodes, in_buckets: bool) -> tuple[Tensor, TrainableConstants, list[Tensor]]:
-    """A mask and constants with their gradients, and Adam's moments.
-
-    With `in_buckets` gradients are counted twice, once for DDP's buckets.
-    """
+    """A mask and constants with their gradients, and Adam's moments; with `in_buckets` also DDP's gradient buckets."""
     mask = torch.ones(len(nodes), requires_grad=True)
     constants = TrainableConstants([Constants.zeros(nodes)])
     moments = []

@@ -1,8 +1,8 @@
-"""The slow, obvious oracle that the engine for nodes is tested against.
+"""The slow, obvious reference that the engine for nodes is tested against.
 
-The two share the table of families, the names of entries, and how padding is kept finite. All else is done again here:
-one row, one position and one unit at a time, with its own hooks, the mixture written out as in the paper, and logits
-at all positions, from which the scored ones are picked at the end.
+The two share the table of families, the names of entries, and the finite attention masks. All else is computed again
+here: one row, one position and one unit at a time, with separate hooks, the mixture written out as in the paper, and
+logits at all positions, from which the scored ones are picked at the end.
 """
 
 from collections.abc import Callable, Iterable

@@ -8,7 +8,7 @@ from oa_train.engine.levels import ENGINES
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 
-# Rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
+# Default rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
 ROWS_PER_RUN = 128
 
 # Most memory of one run beside the model's own activations; larger runs are split.
@@ -23,9 +23,9 @@ def chunks(
     rows_per_run: int = ROWS_PER_RUN,
     gradients: bool = False,
 ) -> Iterator[tuple[Batch, list[slice]]]:
-    """Pieces of a batch, each with the slices of the circuits of a level that are run on it together.
+    """Pieces of a batch, each with slices of the circuits; the circuits of a slice run on the piece together.
 
-    A run has at most `rows_per_run` rows, circuits times prompts; `gradients` says whether a backward pass follows.
+    A run has at most `rows_per_run` rows, circuits times prompts; `gradients` is True if a backward pass follows.
     """
     row_bytes = ENGINES[type(level)].row_bytes(model, batch, gradients)
     within_memory = max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize

@@ -34,9 +34,9 @@ def scored_logits(
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions, with functions attached for this run.
 
-    Only those positions pass through the unembedding, which for a small model is the largest matrix of all.
+    Only those positions pass through the unembedding, which in a small model is the largest matrix.
     `recompute` is activation checkpointing of each block: less memory, more time, the same result.
-    `scored` names the columns of the scored positions, where taps add rows to those of the batch.
+    `scored` are the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
     """
     columns = batch.scored if scored is None else scored
     rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
@@ -50,12 +50,12 @@ def scored_logits(
 
 @contextmanager
 def as_written(model: CausalLM) -> Iterator[None]:
-    """Run a model's uncompiled code, in which attached functions act, with attention masks that stay finite.
+    """Run a model's uncompiled code, in which hooks act, with finite attention masks.
 
-    Hugging Face's eager attention masks columns by adding the lowest number of the model's dtype, and then takes the
-    softmax in float32, where the lowest number of float64 is minus infinity: a fully masked row, as padding has,
+    Hugging Face's eager attention masks columns by adding the lowest number of the model's dtype, and takes the
+    softmax in float32, where the lowest number of float64 is minus infinity: a fully masked row, as at padding,
     becomes NaN, and in the next layer so does every token that masks it. The lowest number of float32 masks columns
-    just as well. Other dtypes have nothing lower and are left alone.
+    just as well; other dtypes have nothing lower and are left alone.
     """
     lowest = torch.finfo(torch.float32).min
 

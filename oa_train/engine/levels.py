@@ -21,12 +21,12 @@ from oa_train.shapes import Float, Tensor
 
 @dataclass(frozen=True)
 class Engine:
-    """Functions that run a level.
+    """Functions that run a model under masks of a level.
 
     Attributes:
         run: logits of a batch under masks, one per row.
-        called: masks one call of the model for the length of a context.
-        row_bytes: memory of a row, for a batch and with or without a backward pass.
+        called: context in which one call of the model is masked.
+        row_bytes: bytes of a row of a batch, with or without a backward pass.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
@@ -72,11 +72,11 @@ def masked_logits(
     Args:
         model: frozen causal language model.
         batch: one prompt for each row of the mask.
-        level: what the mask is over.
+        level: level of the mask.
         mask: 1 keeps an entry, 0 ablates it; gradients flow to it.
-        values: the replacements; they receive gradients where the mask is below `ABLATED_BELOW` only.
-        recompute: keep less for the backward pass, which then runs blocks (of edges, their mixtures and MLPs) again:
-            less memory, more time, the same result.
+        values: the replacements; they receive gradients only if the mask is below `ABLATED_BELOW`.
+        recompute: activation checkpointing of the blocks (for edges: of the readers' inputs and the MLPs): less
+            memory, more time, the same result.
 
     Raises:
         RuntimeError: in a second backward pass through a run of edges, which frees and overwrites what it needs.
@@ -87,5 +87,5 @@ def masked_logits(
 def masked_call(
     model: CausalLM, level: Level, mask: Float[Tensor, "row entry"], values: Values, layout: TokenLayout
 ) -> AbstractContextManager[None]:
-    """Mask one call of a model, inside the context, with tokens of this layout; see `masked_logits`."""
+    """Mask one call of a model with tokens of this layout, inside the context; see `masked_logits`."""
     return ENGINES[type(level)].called(model, level, mask, values, layout)

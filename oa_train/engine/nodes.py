@@ -20,8 +20,8 @@ from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap
 from oa_train.shapes import Bool, Float, Tensor
 
-# Below this a mask entry counts as ablated and its constant receives gradients. A constant is to be the best
-# replacement of a unit that is gone; trained on mixtures as well, it would learn to correct their scale instead
+# Below this a mask entry counts as ablated and its constant receives gradients. A constant should be the best
+# replacement of a unit that is fully ablated; trained on mixtures too, it would learn to correct their scale
 # (Li & Janson 2024, appendix on partial ablation).
 ABLATED_BELOW = 1e-3
 
@@ -34,10 +34,10 @@ def node_taps(
     layout: TokenLayout,
     sites: Collection[Site] | None = None,
 ) -> list[Tap]:
-    """Functions that mix the units of a selection with their replacements, in the order of a forward pass.
+    """Taps that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Mask and values are those of `masked_logits`, the layout that of the tokens that the model is run on. `sites` are
-    mixed, by default all.
+    Mask and values are those of `masked_logits`, `layout` that of the tokens of the run. `sites` limits the taps to
+    some of the sites.
 
     Raises:
         TaskError: a span is missing, or spans of one unit share a token.
@@ -110,15 +110,15 @@ class _Mixture(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         value, mask, replacement = context.saved_tensors
-        to_value, to_mask, to_replacement = None, None, None
+        grad_value, grad_mask, grad_replacement = None, None, None
         if context.needs_input_grad[0]:
-            to_value = gradient * mask.to(gradient.dtype)
+            grad_value = gradient * mask.to(gradient.dtype)
         if context.needs_input_grad[1]:
             passed = gradient * (value - replacement.to(value.dtype))
-            to_mask = passed.sum(dim=-1, keepdim=True, dtype=mask.dtype)
+            grad_mask = passed.sum(dim=-1, keepdim=True, dtype=mask.dtype)
         if context.needs_input_grad[2]:
             alone = gradient * torch.where(mask < ABLATED_BELOW, 1 - mask, 0.0).to(gradient.dtype)
             shared = [dim for dim in (0, 1) if replacement.shape[dim] == 1]
             summed = alone.sum(dim=shared, keepdim=True, dtype=replacement.dtype) if shared else alone
-            to_replacement = summed.to(replacement.dtype)
-        return to_value, to_mask, to_replacement
+            grad_replacement = summed.to(replacement.dtype)
+        return grad_value, grad_mask, grad_replacement

@@ -1,12 +1,11 @@
-"""Runs of several circuits that share what they have in common: the clean prefix before their first ablated layer.
+"""Runs of several circuits that share the clean layers before the first layer that each ablates.
 
 The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of
-the clean ones, and attention masks, rotary tables and whatever else has a row for each prompt grow along. So a circuit
-that ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
+the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow accordingly. So a
+circuit that ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +26,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class PrefixLogits:
-    """Logits of circuits that shared a prefix.
-
-    Attributes:
-        clean: of the unablated model.
-        ablated: of every circuit.
-    """
+    """Logits of the clean model and of every circuit, from one run."""
 
     clean: Float[Tensor, "batch scored vocabulary"]
     ablated: Float[Tensor, "circuit batch scored vocabulary"]
@@ -41,12 +35,12 @@ class PrefixLogits:
 def prefix_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"], values: Values
 ) -> PrefixLogits:
-    """Like `masked_logits` for several circuits on the same prompts, but runs no prefix twice.
+    """Like `masked_logits` for several circuits on the same prompts, but shares clean layers.
 
     Args:
         model: frozen causal language model.
         batch: B prompts on the model's device.
-        nodes: what the masks are over.
+        nodes: level of the masks.
         masks: a circuit in each of S rows; false entries are ablated.
         values: the replacements, for all rows or for S * B rows as `batch.repeat(S)` lays them out; gradients flow to
             them.
@@ -71,7 +65,7 @@ def prefix_logits(
 class _Growth:
     """Rows of a run at each stage.
 
-    Stage 0 is the token embedding, stage l + 1 begins with what enters block l, and the last one with what enters the
+    Stage 0 is the token embedding, stage l + 1 begins with the input of block l, and the last stage with that of the
     final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
     """
 
@@ -93,26 +87,25 @@ class _Growth:
         self.value_rows = torch.cat([prompts, of_circuits.flatten()])
 
     def stage_of(self, site: Site) -> int:
-        """The stage in which a site is passed."""
+        """Stage in which a site's tensor passes."""
         if site.kind == "tokens":
             return 0
         return 1 + SITE_KINDS[site.kind].rank(site.layer, self._by_layer)[0]
 
     def _first_stages(self, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
-        """The stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
+        """Stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
         first = torch.full((len(masks),), self.n_stages - 1)
         for group in reversed(nodes.groups):
             ablates = (~masks[:, group.entries]).any(dim=1).cpu()
             first[ablates] = self.stage_of(group.site)
         return first
 
-    @contextmanager
-    def growing(self, model: CausalLM) -> Iterator[None]:
+    def growing(self, model: CausalLM) -> AbstractContextManager[None]:
         """Let rows join during one run of the model inside the context."""
         parts = find_parts(model)
-        changes = [(block, self._joining(stage)) for stage, block in enumerate(parts.blocks, start=1)]
-        with changed_calls([*changes, (parts.final_norm, self._joining(self.n_stages - 1))]):
-            yield
+        return changed_calls(
+            (module, self._joining(stage)) for stage, module in enumerate([*parts.blocks, parts.final_norm], start=1)
+        )
 
     def _joining(self, stage: int) -> Any:
         before, n_rows = self.counts[stage - 1], self.counts[stage]
@@ -124,7 +117,7 @@ class _Growth:
             prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
 
             def by_row(value: Any) -> Any:
-                # The model passes every block what it has made for its initial rows.
+                # The model passes every block what it computed for the rows at the start.
                 per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
                 return value[prompts] if per_row else value
 

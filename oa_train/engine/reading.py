@@ -1,4 +1,4 @@
-"""Reading the values that the units of a model have on a batch of prompts."""
+"""Reading the values of a model's units on a batch of prompts."""
 
 from functools import partial
 

@@ -8,21 +8,21 @@ import torch
 from oa_train.models.sites import Site
 from oa_train.shapes import Float, Int, Tensor
 
-# Which slot each token takes: one for all tokens, or one for each of them.
+# Slot of each token, or one slot for all tokens.
 SlotOf = int | Int[Tensor, "row position"]
 
 
 @dataclass(frozen=True, eq=False)
 class Values(Mapping[Site, Tensor]):
-    """A value for every unit of some sites, in one slot or in several, for one row or for each.
+    """A value for every unit of some sites, in each slot and row.
 
-    A token takes its value from a slot: all tokens from one (pooled constants), each position from its own, each span
-    from its own, or each column of a batch from its own.
+    A token takes its value from a slot: there is one slot for all tokens (pooled constants), or one for each position,
+    each span, or each column of a batch.
 
     Attributes:
         tensors: values by site; a first dimension of size 1 stands for all rows, a second of size 1 for all tokens.
-        slots: slot of each token, for units that hold at every token (None) and for those of each span. A span that is
-            missing here takes the slot that stands in its token's column, or the only one.
+        slots: slot of each token, for entries that apply at every token (None) and for those of each span. If a span
+            is missing here, the slot is the token's column, or the only one.
     """
 
     tensors: Mapping[Site, Float[Tensor, "row_or_1 slot unit width"]]
@@ -38,10 +38,7 @@ class Values(Mapping[Site, Tensor]):
         return len(self.tensors)
 
     def at(self, site: Site, span: str | None = None) -> Float[Tensor, "row_or_1 position_or_1 unit width"]:
-        """The values of a site laid out for the tokens of a batch, with gradients to them.
-
-        Those of units that are restricted to a span hold inside it only.
-        """
+        """The values of a site for the tokens of a batch, with gradients to them; a span's are valid inside it."""
         values, slot = self.tensors[site], self.slots.get(span)
         if slot is None or values.shape[1] == 1:
             return values
@@ -52,7 +49,7 @@ class Values(Mapping[Site, Tensor]):
         return laid_out
 
     def repeat(self, times: int) -> "Values":
-        """The values of `Batch.repeat`: row `s * B + b` is row `b`; values that stand for all rows are unchanged."""
+        """Tile like `Batch.repeat`: row `s * B + b` is row `b`; values that stand for all rows are unchanged."""
         if times == 1:
             return self
 
@@ -72,12 +69,12 @@ class Values(Mapping[Site, Tensor]):
         return Values({site: chosen(tensor) for site, tensor in self.items()}, slots)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
-        """The same with a function applied to the values of each site."""
+        """Apply a function to the values of each site."""
         return Values({site: function(tensor) for site, tensor in self.items()}, self.slots)
 
 
 def side_by_side(sets: Sequence[Values], n_rows: int) -> Values:
-    """Values for the copies of a batch of `n_rows` rows, each copy with its own, of the same sites."""
+    """Values for copies of a batch of `n_rows` rows, where each copy has a set of its own, all of the same sites."""
     first = sets[0]
     if all(_is_one_slot(values) and values.slots == first.slots for values in sets):
         slots = first.slots  # tables of pooled constants stay as small as they are

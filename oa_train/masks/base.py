@@ -1,7 +1,6 @@
 """Distributions over masks, and the average of gradients over the rows that carry them.
 
-A mask entry is 1 where the component (or edge) is kept and 0 where it is ablated; between the two the value and its
-replacement are mixed. A distribution knows how many entries there are and nothing of what they stand for.
+A distribution knows how many entries a mask has, but not what they stand for.
 """
 
 from abc import abstractmethod
@@ -27,23 +26,17 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Independent masks that carry gradients to the parameters.
-
-        `uniform` are independent draws from [0, 1), the only source of randomness.
-        """
+        """Map independent draws from [0, 1), the only source of randomness, to masks with gradients."""
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
-        """Samples that an entry's gradient is averaged over; None where it is a plain sum over rows.
+        """Samples over which each entry's gradient is averaged; None if gradients are summed over all rows.
 
-        `mask` holds samples, after entries without effect were set to 0.
+        `mask` holds samples, with entries that have no effect already set to 0.
         """
         return None
 
     def draw(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw masks whose gradients are averaged over these rows alone.
-
-        The generator, on the device of the parameters, is the only source of randomness.
-        """
+        """Draw masks whose gradients are averaged over these rows; `generator` is on the device of the parameters."""
         logits = self.logits
         mask = self.sample(
             torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
@@ -57,11 +50,7 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """Probability that each entry is kept, with gradients; penalties and the threshold are on it."""
-
-    def expected_size(self) -> Float[Tensor, ""]:
-        """Expected number of kept entries, with gradients."""
-        return self.keep_probability().sum()
+        """Probability that each entry is kept, with gradients; penalties and the threshold apply to it."""
 
     @torch.no_grad()
     def threshold(self, level: float) -> Bool[Tensor, " entry"]:
@@ -72,13 +61,13 @@ class MaskDistribution(nn.Module):
 def averaged_gradient(
     mask: Float[Tensor, "row entry"], counts: Int[Tensor, " entry"], n_rows: int
 ) -> Float[Tensor, "row entry"]:
-    """The same masks, with gradients scaled to means over the rows that carry them.
+    """The same masks, with each entry's gradient averaged over the rows that carry one.
 
-    A loss averages over all rows, and only some of them carry gradient to an entry: weighting these by
-    rows / rows that carry it turns their sum into their mean. Both count all that enters one step of the optimiser.
+    The loss is a mean over all `n_rows` of an optimiser step, of which `counts` carry gradient to an entry: the factor
+    n_rows / counts turns that into a mean over these rows.
     """
     weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
-    # The difference is zero, so the value is unchanged.
+    # The difference is zero: the value stays, and its gradient is scaled by the weight.
     return mask.detach() + weight * (mask - mask.detach())
 
 

@@ -21,7 +21,7 @@ HardConcreteForm = Literal["standard", "published"]
 # Added to the uniform number before the logarithm in the published form.
 PUBLISHED_SHIFT = 1e-3
 
-# Lower bound of a learned temperature: at 0 samples would have no gradient and the quotient no value.
+# Lower bound of a learned temperature, which divides logits.
 LOWEST_TEMPERATURE = 1e-3
 
 
@@ -33,16 +33,16 @@ class HardConcrete(MaskDistribution):
         standard     e = log(u) - log(1 - u)            m = s * (upper - lower) + lower
         published    e = log(u + 0.001) - log(1 - u)    m = (s + lower) * (upper - lower)
 
-    with u uniform on (0, 1). The second is what the published code of Li & Janson (2024) draws. It is kept for
-    comparisons with it: its noise is bounded from below, so that an entry whose logit is large (about 5.4 with the
-    other defaults) is never exactly 0, and the size penalty has no gradient there.
+    with u uniform on (0, 1). The published code of Li & Janson (2024) draws the second form, which is here for
+    comparison: its noise is bounded from below, so that an entry with a large logit (about 5.4 with the other
+    defaults) is never exactly 0, and the size penalty has no gradient there.
 
     Args:
         n_entries: number of mask entries.
         initial_logit: start of every logit; with the other defaults 2 keeps entries with probability 0.97.
-        temperature: the lower, the more samples are exactly 0 or 1; positive. Where it is learned, its start.
-        learned_temperature: train a temperature for each entry. It is 0.001 plus the softplus of a parameter; the
-            published code has a ReLU instead of the softplus, without a gradient at the floor.
+        temperature: the lower, the more samples are exactly 0 or 1; positive. If it is learned, its initial value.
+        learned_temperature: train a temperature for each entry, 0.001 plus the softplus of a parameter. (The published
+            code has a ReLU instead, which has no gradient at the floor.)
         form: `standard` or `published`, see above.
         lower: lower end of the stretch, below 0.
         upper: upper end of the stretch, above 1.
@@ -97,21 +97,26 @@ class HardConcrete(MaskDistribution):
         }
 
     def temperatures(self) -> Float[Tensor, " entry"] | float:
-        """The temperature of every entry where it is learned, with gradients; else the one that all share."""
+        """Learned temperatures with gradients, or the fixed one of all entries."""
         if self.raw_temperatures is None:
             return self.temperature
         return LOWEST_TEMPERATURE + F.softplus(self.raw_temperatures)
 
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """Probability that a sample is not exactly 0; summed up, the L0 penalty of the paper."""
-        return self._probability_above(0.0)
+        """Probability that a sample is not exactly 0; its sum is the L0 penalty of the paper."""
+        scale, offset = self._stretch()
+        cut = (0.0 - offset) / scale  # of the sigmoid; below it samples are clamped to 0
+        least_noise = self.temperatures() * math.log(cut / (1 - cut)) - self.logits
+        logistic = torch.sigmoid(-least_noise)
+        # log(u + shift) - log(1 - u) > x where u > (exp(x) - shift) / (exp(x) + 1), and u is never below 0.
+        return ((1 + PUBLISHED_SHIFT) * logistic).clamp(max=1.0) if self.form == "published" else logistic
 
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Turn uniform numbers into masks; gradients flow where a sample lies strictly between 0 and 1."""
+        """Masks from uniform numbers; gradients flow where a sample lies strictly between 0 and 1."""
         if self.form == "published":
             noise = (uniform + PUBLISHED_SHIFT).log() - torch.log1p(-uniform)
         else:
-            # A generator can return exactly 0, whose logit is infinite; the nearest number above it is not.
+            # Generators can return exactly 0, whose logit is infinite.
             noise = torch.logit(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
         soft = torch.sigmoid((noise + self.logits) / self.temperatures())
         scale, offset = self._stretch()
@@ -121,12 +126,3 @@ class HardConcrete(MaskDistribution):
         """Slope and offset of the stretch."""
         scale = self.upper - self.lower
         return scale, self.lower * scale if self.form == "published" else self.lower
-
-    def _probability_above(self, value: float) -> Float[Tensor, " entry"]:
-        """Probability that the stretched value exceeds `value`, before it is clamped."""
-        scale, offset = self._stretch()
-        cut = (value - offset) / scale
-        least_noise = self.temperatures() * math.log(cut / (1 - cut)) - self.logits
-        logistic = torch.sigmoid(-least_noise)
-        # log(u + shift) - log(1 - u) > x where u > (exp(x) - shift) / (exp(x) + 1), and u is never below 0.
-        return ((1 + PUBLISHED_SHIFT) * logistic).clamp(max=1.0) if self.form == "published" else logistic

@@ -1,6 +1,6 @@
 """Penalties that make masks sparse: a fixed weight on each kept entry, or a weight that leads to a given size.
 
-Several circuits may be penalised side by side: weights, sizes and penalties then have one entry for each of them.
+Several circuits may be penalised at once: weights, sizes and penalties then have an entry for each circuit.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import nn
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-# Proportional term: the weight has this power of smooth size / goal as a factor. It reacts before entries are
+# The weight has this power of smooth size / goal as a factor, a proportional term. It reacts before entries are
 # gone, which keeps the weight from overshooting.
 PROPORTIONAL_POWER = 4.0
 
@@ -23,23 +23,21 @@ LARGEST_ERROR = 1.0
 # Relative distance from the target within which a size counts as reached; the nearest whole size always does.
 TOLERANCE = 0.05
 
-# Nats. Losses are clamped to plus or minus this, so that every circuit of the right size ranks before any of a wrong
-# one.
+# Losses are clamped to plus or minus this many nats, so that every circuit of the right size ranks before all others.
 LARGEST_LOSS = 1000.0
 
 
 class NodeRegulariser(nn.Module):
-    """Counts the edges at every node, with diminishing weight as a node has more of them.
+    """A count of the edges at every node that saturates, so that nodes with few edges lose them all.
 
     With E the expected number of kept edges that enter or leave a node, and M nodes in all, a node adds
-    (M / 2) * tanh(2 E / M). So the edges of a node that has few cost more than those of a busy one, which empties
-    nodes (Li & Janson 2024).
+    (M / 2) * tanh(2 E / M) (Li & Janson 2024).
 
     Args:
         weight: of this term, as a fraction of the weight of an edge; at least 0.
         entries: entries of the distribution that enter or leave a node, once for each such node.
-        nodes: the node of each of them.
-        n_nodes: number of nodes.
+        nodes: the node of each of these entries.
+        n_nodes: M.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class NodeRegulariser(nn.Module):
         self.n_nodes = n_nodes
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
-        """Addition to the expected size, with gradients to the keep-probabilities."""
+        """Term to add to the expected size, with gradients to the keep-probabilities."""
         edges = probabilities.new_zeros(*probabilities.shape[:-1], self.n_nodes)
         edges = edges.index_add(-1, self.nodes, probabilities[..., self.entries])
         most = self.n_nodes / 2
@@ -65,8 +63,7 @@ class Penalty(nn.Module):
     """The expected number of kept entries times a penalty weight.
 
     Args:
-        weight: penalty weight of one kept entry in nats, at the start of training and at least 0; for all circuits, or
-            a list with one for each.
+        weight: initial penalty weight of a kept entry in nats, at least 0; for all circuits, or a list with one each.
         regulariser: adds to the number.
         relative: how much each entry counts; 1 for all of them by default.
     """
@@ -84,6 +81,7 @@ class Penalty(nn.Module):
             )
         self.regulariser = regulariser
         self.relative = None if relative is None else nn.Buffer(relative, persistent=False)
+        self.initial_weight = nn.Buffer(torch.tensor(weight, dtype=torch.float32), persistent=False)
 
     @property
     @abstractmethod
@@ -96,7 +94,7 @@ class Penalty(nn.Module):
     ) -> Float[Tensor, "*circuits"]:
         """Objective that the best checkpoint minimises, from the loss of the discrete circuit in nats.
 
-        `kept` are the entries of the distribution that the circuit keeps; `always_kept` further ones are never
+        `kept` are the entries of the distribution that the circuit keeps, in addition to `always_kept` that are never
         ablated.
         """
 
@@ -119,29 +117,20 @@ class Penalty(nn.Module):
 class SizePenalty(Penalty):
     """A fixed weight: keeping an entry must lower the KL divergence by more than `weight` nats."""
 
-    def __init__(
-        self,
-        weight: float | Sequence[float],
-        regulariser: NodeRegulariser | None = None,
-        relative: Float[Tensor, " entry"] | None = None,
-    ) -> None:
-        super().__init__(weight, regulariser, relative)
-        self._weight = nn.Buffer(torch.tensor(weight, dtype=torch.float32), persistent=False)
-
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
         """The weight."""
-        return self._weight
+        return self.initial_weight
 
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """Loss plus what the circuit costs, in nats."""
+        """Loss plus the penalty of the discrete circuit, in nats."""
         return loss + self.weight * (self._counted(kept.float()) + always_kept)
 
 
 class TargetSize(Penalty):
-    """A weight that leads to a circuit of a given size: a Lagrange multiplier, kept by a controller.
+    """A weight that leads to a circuit of a given size: a Lagrange multiplier, set by a controller.
 
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
     All sizes counted without the entries that are never ablated, the weight of a kept entry is
@@ -149,23 +138,23 @@ class TargetSize(Penalty):
         weight * exp(rate * sum over the steps so far of log(kept / goal)) * (smooth / goal) ^ PROPORTIONAL_POWER
 
     with `kept` the size of the discrete circuit and `smooth` one that changes before entries cross the threshold. It
-    rises while the masks are too large and falls while they are too small, however many entries that are nearly off
-    add up to. Only ratios of sizes and of weights enter, so the same rule serves few
-    entries and many and a loss of any scale, and the weight is always positive.
+    rises while masks are too large and falls while they are too small. The sum is at rest when the discrete circuit
+    has the right size, whatever entries that are nearly off add up to. Only ratios of sizes and of weights enter, so
+    one rule serves any number of entries and a loss of any scale, and the weight is always positive.
 
     Args:
         target: entries to keep, those that are never ablated included; for all circuits, or a list with one for each.
         n_entries: number of entries of the distribution.
-        weight: of one kept entry at the start, in nats; more than 0, because it moves by factors.
+        weight: initial weight of a kept entry, in nats; more than 0, because it moves by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: how fast the weight moves: the change of its logarithm in one step at a size e times the goal. The
-            learning rate of the masks suits, so that weights move no faster than the logits that answer them.
-        always_kept: entries that belong to no distribution because they are never ablated.
+        rate: change of the weight's logarithm in one step at a size of e times the goal. The learning rate of the
+            masks suits, so that the weight moves no faster than the logits that respond to it.
+        always_kept: number of entries that are never ablated and so belong to no distribution.
         regulariser: see `Penalty`.
         relative: see `Penalty`.
 
     Attributes:
-        log_weight: buffer; log of the weight without its last factor.
+        log_weight: buffer; log of the weight without its proportional factor.
         excess: buffer; log(smooth / goal) after the latest step.
         steps: buffer; optimiser steps so far.
 
@@ -188,8 +177,8 @@ class TargetSize(Penalty):
         super().__init__(weight, regulariser, relative)
         if 0 in _as_list(weight):
             raise ConfigurationError(
-                "penalty_weight is 0; with target_size it is the price in nats from which the search starts, in "
-                "factors: expected more than 0, for instance 0.05."
+                "penalty_weight is 0; with target_size it is the price in nats at which the controller starts, and it "
+                "changes by factors: expected more than 0, for instance 0.05."
             )
         if not all(always_kept < value <= always_kept + n_entries for value in _as_list(target)):
             raise ConfigurationError(
@@ -199,7 +188,7 @@ class TargetSize(Penalty):
             )
         if warmup < 1:
             raise ConfigurationError(f"target_warmup is {warmup}; expected at least 1 optimiser step.")
-        starts, targets = torch.broadcast_tensors(torch.tensor(weight).float(), torch.tensor(target).float())
+        starts, targets = torch.broadcast_tensors(self.initial_weight, torch.tensor(target).float())
         self.target = nn.Buffer(targets.clone(), persistent=False)
         self.n_entries, self.warmup, self.rate, self.always_kept = n_entries, warmup, rate, always_kept
         self.first_weight = nn.Buffer(starts.clone(), persistent=False)

@@ -1,4 +1,4 @@
-"""Masks for the prompts of a training step, each prompt's from its own random numbers."""
+"""Masks for the prompts of a training step, from random numbers that depend on the prompt alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ from oa_train.shapes import Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class StepRows:
-    """The rows that enter one step of the optimiser, over accumulated batches and processes.
+    """Numbers of rows in one optimiser step, over accumulated batches and processes.
 
-    `counts` are the rows that carry gradient to each mask entry, `n_rows` are all rows.
+    `counts` are the rows that carry gradient to each mask entry, `n_rows` all rows.
     """
 
     counts: Int[Tensor, " entry"]
@@ -25,11 +25,11 @@ class MaskSampler:
     """Draws masks that depend on the seed and a prompt's number, not on how prompts are split among processes.
 
     Args:
-        masks: their distribution.
+        masks: distribution of the masks.
         seed: of the random numbers.
-        samples_per_prompt: S masks are drawn for each prompt.
-        effective: zeroes entries of drawn masks that the others leave without effect; such rows do not count for the
-            gradient of these entries.
+        samples_per_prompt: S, the number of masks for each prompt.
+        effective: sets entries of drawn masks to 0 that have no effect beside the others, such as dangling edges; they
+            count as samples without gradient.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class MaskSampler:
         """Count the rows that carry gradient in a whole step of the optimiser.
 
         Args:
-            batches: numbers of the prompts of each batch of this process in the step. Their masks can be drawn ahead,
-                because the parameters stay as they are until the step.
+            batches: prompt numbers of each of this process's batches in the step. Their masks can be drawn ahead,
+                because the parameters do not change before the step.
             over_processes: sums a tensor over processes.
             n_processes: number of processes, with equally many prompts each.
 

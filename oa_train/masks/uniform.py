@@ -30,7 +30,7 @@ class UniformGradientSampling(MaskDistribution):
         window_scale: width of the window as a multiple of theta (1 - theta); above 0 and at most 2, beyond which
             the window would leave [0, 1].
         count_normalization: `empirical` averages an entry's gradient over the rows of a step that fell into its
-            window, which lowers the variance; `expected` divides by how many rows do so on average, which makes the
+            window, which lowers the variance; `expected` divides by the expected number of such rows, which makes the
             estimate unbiased and linear in the rows.
     """
 
@@ -66,13 +66,13 @@ class UniformGradientSampling(MaskDistribution):
         return torch.sigmoid(self.logits)
 
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Turn uniform numbers into masks; see the module's docstring for their distribution and gradient."""
+        """Masks from uniform numbers; see the module's docstring for their distribution and gradient."""
         theta = self.keep_probability()
         fixed = theta.detach()
         window = (self.window_scale * fixed * (1 - fixed)).clamp(min=NARROWEST_WINDOW)
         mask = (0.5 + (fixed - uniform) / window).clamp(0.0, 1.0)
         weight = 1 / window if self.count_normalization == "expected" else 1.0
-        # The difference is zero: the value stays the mask, the gradient is the weight at entries inside the window.
+        # The difference is zero: the value stays, and its gradient to theta is `weight` inside the window.
         return mask + weight * _inside(mask) * (theta - fixed)
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:

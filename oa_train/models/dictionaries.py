@@ -1,4 +1,4 @@
-"""Sparse dictionaries (sparse autoencoders): an encoder, a decoder and the site that they read.
+"""Sparse dictionaries (sparse autoencoders): an encoder and a decoder at a site.
 
 Three layouts are read, recognised by the name of the weights file:
 
@@ -38,23 +38,22 @@ _SETTINGS = ("site", "activation", "k", "subtracts_decoder_bias", "centres_input
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A sparse code of the tensor at a site, and the directions that its features add there.
+    """A sparse autoencoder on the tensor at a site; the entries of its code are features.
 
     Attributes:
-        site: what it reads: `r3` is what enters block 3 (`r{L}` the final norm), `m3` and `a3` what MLP and attention
-            of layer 3 add.
+        site: `r3` is what enters block 3 (`r{L}` the final norm), `m3` and `a3` what MLP and attention of layer 3 add.
         w_enc: encoder weights.
         b_enc: encoder biases.
         w_dec: direction that each feature adds at the site.
         b_dec: decoder bias.
-        activation: from pre-activations to the code. `jumprelu` keeps those above 0 and above the threshold; `topk`
-            the k largest, where positive; `groupmax` the largest of each of k equal groups, where positive.
+        activation: function from pre-activations to the code. `jumprelu` keeps those above 0 and the threshold; `topk`
+            the k largest, if positive; `groupmax` the largest of each of k equal groups, if positive.
         threshold: of `jumprelu`.
         k: of `topk` and `groupmax`.
-        subtracts_decoder_bias: the encoder reads x - b_dec.
-        centres_input: the encoder reads x less its mean over d_model: trained on a TransformerLens model with
-            `center_writing_weights`.
-        path: the file that it was read from.
+        subtracts_decoder_bias: True if the encoder reads x - b_dec.
+        centres_input: True if the encoder reads x less its mean over d_model, because it was trained on a
+            TransformerLens model with `center_writing_weights`.
+        path: file that it was read from.
 
     Raises:
         ArtefactError: tensors and settings do not fit together, or a number is not finite.
@@ -87,12 +86,12 @@ class Dictionary:
 
     @property
     def layer(self) -> int:
-        """The number in the site's name; for `r3` the block that the tensor enters."""
+        """Number in the site's name; for `r3` the block that the tensor enters."""
         return int(self.site[1:])
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 of site, settings and numbers; neither device nor a wider dtype changes it."""
+        """16 hex digits of a SHA-256 of site, settings and weights; neither device nor a wider dtype changes it."""
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for name, tensor in self._tensors().items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
@@ -111,7 +110,7 @@ class Dictionary:
         return {}
 
     def like(self, x: Tensor) -> "Dictionary":
-        """This dictionary on the device of x, in the dtype in which x is encoded; moved once and kept."""
+        """This dictionary on the device of x, in the dtype in which x is encoded; each copy is made once and kept."""
         where = x.device, torch.promote_types(x.dtype, torch.float32)
         if where == (self.w_enc.device, self.w_enc.dtype):
             return self
@@ -144,13 +143,13 @@ class Dictionary:
         return torch.zeros_like(code).scatter(-1, largest.indices, largest.values)
 
     def decode_change(self, change: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch d_model"]:
-        """What a change of the code adds at the site, in at least float32."""
+        """Change of the site's tensor that a change of the code makes, in at least float32."""
         dtype = torch.promote_types(change.dtype, torch.float32)
         with torch.autocast(change.device.type, enabled=False):
             return change.to(dtype) @ self.w_dec.to(dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "Dictionary":
-        """The same dictionary on a device, and in a dtype where that is not None."""
+        """Copy to a device, and convert to a dtype unless it is None."""
         moved: dict[str, Any] = {name: tensor.to(device, dtype) for name, tensor in self._tensors().items()}
         return replace(self, **moved)
 
@@ -163,12 +162,12 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class DictionarySpec:
-    """A sparse dictionary as a configuration names it.
+    """A sparse dictionary as a configuration names it; the arguments of `load_dictionary`.
 
     Attributes:
-        path: its folder, its weights, or the name of a built-in one (`tiny_r2`).
-        site: where it reads, for files that do not say so; otherwise it must agree with them.
-        centres_input: overrules what the files say; see `load_dictionary`.
+        path: its folder or weights file, or the name of a built-in one (`tiny_r2`).
+        site: site that it reads, for files that do not name it; otherwise it must agree with them.
+        centres_input: overrides what the files say; see `load_dictionary`.
     """
 
     path: str
@@ -176,21 +175,21 @@ class DictionarySpec:
     centres_input: bool | None = None
 
     def load(self) -> Dictionary:
-        """Read it; see `load_dictionary` for the errors."""
+        """Read it by `load_dictionary`."""
         return load_dictionary(self.path, self.site, self.centres_input)
 
 
 def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
-    """Reload the dictionary whose path, site, `centres_input` and fingerprint a file's header has.
+    """Reload a dictionary by the path, site, `centres_input` and fingerprint that an artefact's header names.
 
     Raises:
-        ArtefactError: it is missing, or another one is in its place.
+        ArtefactError: it is missing, or its content has changed.
     """
     dictionary = load_dictionary(header["path"], header["site"], header["centres_input"])
     if dictionary.fingerprint != header["fingerprint"]:
         raise ArtefactError(
-            f"{header['path']} holds another dictionary than the one that was used (fingerprint "
-            f"{dictionary.fingerprint}, expected {header['fingerprint']}). Put the old one back."
+            f"The dictionary at {header['path']} has changed (fingerprint {dictionary.fingerprint}, expected "
+            f"{header['fingerprint']}). Restore the one that was used."
         )
     return dictionary
 
@@ -199,7 +198,7 @@ def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
     """Check that arguments of `Dictionary` are consistent; messages call it `where`.
 
     Raises:
-        ArtefactError: they do not, or a number is not finite.
+        ArtefactError: they are not, or a number is not finite.
     """
     site, activation, k = values["site"], values["activation"], values.get("k")
     if not _SITE.fullmatch(site):
@@ -210,7 +209,7 @@ def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
         state = "no threshold" if activation == "jumprelu" else "a threshold"
         refuse(where, f"has {state} with {activation}", "Expected a threshold with jumprelu and only there.")
     if (k is not None) != (activation in ("topk", "groupmax")):
-        refuse(where, f"has k {k} with {activation}", "Expected k with topk and groupmax and only there.")
+        refuse(where, f"has k {k!r} with {activation}", "Expected k with topk and groupmax and only there.")
     shape = list(values["w_enc"].shape)
     d_model, n_features = shape if len(shape) == 2 and 0 not in shape else (-1, -1)
     shapes = {"w_enc": [d_model, n_features], "w_dec": [n_features, d_model], "b_dec": [d_model]}
@@ -226,8 +225,8 @@ def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
             refuse(where, f"has {name} in {tensor.dtype}", "Expected floating-point numbers of 16 to 64 bits.")
         if not tensor.isfinite().all():
             refuse(where, f"has NaN or infinite numbers in {name}", "Download or export it again.")
-    if k is not None and not 1 <= k <= n_features:
-        refuse(where, f"has k {k}", f"Expected 1 to {n_features}, its number of features.")
+    if k is not None and not (type(k) is int and 1 <= k <= n_features):
+        refuse(where, f"has k {k!r}", f"Expected 1 to {n_features}, its number of features.")
     if k is not None and activation == "groupmax" and n_features % k:
         refuse(where, f"has {n_features} features in {k} groups", "Expected groups of equal size.")
 
@@ -238,9 +237,9 @@ def load_dictionary(
     """Read a dictionary in one of the three layouts, to the CPU and in float32 at least.
 
     Args:
-        folder_or_file: its folder or its weights.
-        site: where it reads, for files that do not say so; otherwise it must agree with them.
-        centres_input: overrules what the files say. SAELens wrote nothing of it before September 2024, and its
+        folder_or_file: its folder or weights file, or the name of a built-in one.
+        site: site that it reads, for files that do not name it; otherwise it must agree with them.
+        centres_input: overrides what the files say. SAELens did not store it before September 2024; its
             `gpt2-small-res-jb` need True.
 
     Raises:
@@ -260,7 +259,7 @@ def load_dictionary(
     if centres_input is not None:
         values["centres_input"] = centres_input
     values |= {"site": site, "path": str(weights)}
-    check_dictionary(str(path), values)  # before type annotations are checked, whose errors say less
+    check_dictionary(str(path), values)  # before a run-time type checker, whose errors say less
     return Dictionary(**values)
 
 
@@ -284,7 +283,7 @@ def _weights_file(path: Path) -> Path:
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
-    """Write a dictionary in the plain layout to a new folder, make its parents, and return it.
+    """Write a dictionary in the plain layout to a new folder, make its parents, and return the folder.
 
     Raises:
         ArtefactError: the folder exists already.

@@ -1,8 +1,9 @@
-"""Files of sparse dictionaries: what SAELens, sparsify and the plain layout store, as arguments of `Dictionary`.
+"""Files of sparse dictionaries in the layouts of SAELens, sparsify and our own, read as arguments of `Dictionary`.
 
 A gated encoder, decoder norms that rescale a top-k code, and a log threshold are folded into the weights, which
 changes the result by rounding only. Any other option that changes the code or what it adds is refused by name. Only
-JSON and safetensors are read, so reading runs no code.
+JSON and safetensors are read, so reading runs no code. Every reader raises `ArtefactError` if a file is missing or
+damaged, or the variant is not supported.
 
 A module's name (`layers.3.mlp`) stands for that module's output. In families with post-norms (Gemma 2, 3, OLMo 2)
 that is not yet what the layer adds to the residual stream, which is what site `m3` is.
@@ -33,13 +34,25 @@ _HOOK_FORMS = (
     "blocks.N.hook_resid_pre, hook_resid_post, hook_mlp_out or hook_attn_out; layers.N, layers.N.mlp or .attn"
 )
 
-# Architectures of SAELens, and the tensors that each has besides W_enc, W_dec and b_dec.
+# Architectures of SAELens: the tensors besides W_enc, W_dec and b_dec, and our activation.
 _ARCHITECTURES = {
-    "standard": ("b_enc",),
-    "topk": ("b_enc",),
-    "jumprelu": ("b_enc", "threshold"),
-    "gated": ("b_gate", "b_mag", "r_mag"),
+    "standard": (("b_enc",), "relu"),
+    "topk": (("b_enc",), "topk"),
+    "jumprelu": (("b_enc", "threshold"), "jumprelu"),
+    "gated": (("b_gate", "b_mag", "r_mag"), "jumprelu"),
 }
+# Settings that change the code or what it adds, each with the values that are supported; the first is the default.
+_SAE_LENS_SETTINGS: dict[str, tuple[object, ...]] = {
+    "signed": (False,),
+    "normalize_activations": ("none", False),
+    "normalize_decoder": (False,),
+    "reshape_activations": ("none",),
+    "hook_head_index": (None,),
+    "apply_b_dec_to_input": (True, False),
+    "rescale_acts_by_decoder_norm": (False, True),
+    "center_writing_weights": (False, True),
+}
+_SPARSIFY_SETTINGS: dict[str, tuple[object, ...]] = dict.fromkeys(("transcode", "gram_lookup", "signed"), (False,))
 _OLD_NAMES = {
     "hook_point": "hook_name",
     "hook_point_head_index": "hook_head_index",
@@ -47,19 +60,15 @@ _OLD_NAMES = {
 }
 _TRANSCODER = "A transcoder writes elsewhere than it reads; a dictionary does both at one site."
 _REASONS = {
-    "normalize_activations": "layer_norm and constant_norm_rescale decode with a scale of each token. What the others "
-    "scale by is not in these files: SAELens folds it in when it has trained (`fold_activation_norm_scaling_factor`).",
+    "normalize_activations": "layer_norm and constant_norm_rescale decode with a scale of each token. The scale of "
+    "the others is not in these files: SAELens folds it in after training (`fold_activation_norm_scaling_factor`).",
     "hook_name_out": _TRANSCODER,
     "transcode": _TRANSCODER,
 }
 
 
 def refuse(where: str, problem: str, expected: str) -> NoReturn:
-    """Raise the error of a dictionary that cannot be used.
-
-    Raises:
-        ArtefactError: always.
-    """
+    """Raise an `ArtefactError` for a dictionary that cannot be used."""
     raise ArtefactError(f"{where} {problem}.\n{expected}")
 
 
@@ -78,49 +87,31 @@ def site_of_hook(hook: str, where: str) -> str | None:
     if place is None or place == "hook_resid_post":
         return f"r{layer + 1}"
     if place not in sites:
-        refuse(
-            where, f"reads at {hook!r}, which is not a site", f"{nearest_names(place, sites)} Sites: {_HOOK_FORMS}."
-        )
+        hint = f"{nearest_names(place, sites)} Sites: {_HOOK_FORMS}."
+        refuse(where, f"reads at {hook!r}, which is not a site", hint)
     return f"{sites[place]}{layer}"
 
 
 def read_sae_lens(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from the files of SAELens, those before its version 6 included.
-
-    Raises:
-        ArtefactError: a file is missing or damaged, or the variant is not supported.
-    """
+    """Arguments of `Dictionary` from the files of SAELens, those before its version 6 included."""
     where, config = str(weights.parent), _read_config(weights.parent)
-    settings = [*_as_object(where, "metadata", config).items(), *config.items()]
-    config = {_OLD_NAMES.get(name, name): value for name, value in settings if value is not None}
-    options = _as_object(where, "activation_fn_kwargs", config)
-    model_options = _as_object(where, "model_from_pretrained_kwargs", config)
+    stored = [*_as_object(where, "metadata", config).items(), *config.items()]
+    config = {_OLD_NAMES.get(name, name): value for name, value in stored if value is not None}
+    for name in ("activation_fn_kwargs", "model_from_pretrained_kwargs"):
+        config = _as_object(where, name, config) | config
     architecture, function = config.get("architecture", "standard"), config.get("activation_fn", "relu")
     if architecture == "standard" and function == "topk":
-        architecture, config["k"] = "topk", options.get("k")
+        architecture = "topk"
     if not isinstance(architecture, str) or architecture not in _ARCHITECTURES:
         refuse(where, f"has the architecture {architecture!r}", nearest_names(str(architecture), _ARCHITECTURES))
+    hook, (others, activation) = config.get("hook_name"), _ARCHITECTURES[architecture]
     _check_setting(where, "activation_fn", function, ("relu", "topk") if architecture == "topk" else ("relu",))
-    _check_setting(where, "signed", options.get("signed", False), (False,))
-    _check_setting(where, "normalize_activations", config.get("normalize_activations", "none"), ("none", False))
-    _check_setting(where, "normalize_decoder", config.get("normalize_decoder", False), (False,))
-    _check_setting(where, "reshape_activations", config.get("reshape_activations", "none"), ("none",))
-    _check_setting(where, "hook_head_index", config.get("hook_head_index"), (None,))
-    _check_setting(where, "hook_name_out", config.get("hook_name_out"), (None, config.get("hook_name")))
-    flags = {"apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False}
-    for name, default in flags.items():
-        flags[name] = config.get(name, default)
-        _check_setting(where, name, flags[name], (True, False))
-    centred = model_options.get("center_writing_weights", False)
-    _check_setting(where, "center_writing_weights", centred, (True, False))
+    _check_setting(where, "hook_name_out", config.get("hook_name_out"), (None, hook))
+    settings = _checked_settings(where, config, _SAE_LENS_SETTINGS)
 
-    tensors, _ = _read_tensors(
-        weights,
-        ("W_enc", "W_dec", "b_dec", *_ARCHITECTURES[architecture]),
-        ("scaling_factor", "finetuning_scaling_factor"),
-        {"log_threshold": ("threshold", torch.exp)},
-    )
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
+    scales = ("scaling_factor", "finetuning_scaling_factor")
+    tensors, _ = _read_tensors(weights, ("W_enc", "W_dec", "b_dec", *others), scales, {"log_threshold": "threshold"})
+    for name in scales:
         if name in tensors and not tensors[name].eq(1).all():
             refuse(where, f"has a {name} other than 1", "Expected none: fold it into W_dec and save again.")
     w_enc, w_dec, b_enc, threshold = tensors["W_enc"], tensors["W_dec"], tensors.get("b_enc"), tensors.get("threshold")
@@ -134,10 +125,9 @@ def read_sae_lens(weights: Path) -> dict[str, Any]:
         # x W + b_gate > 0 where exp(r_mag) x W + b_mag > b_mag - exp(r_mag) b_gate.
         scale = tensors["r_mag"].exp()
         w_enc, b_enc, threshold = w_enc * scale, tensors["b_mag"], tensors["b_mag"] - scale * tensors["b_gate"]
-    if flags["rescale_acts_by_decoder_norm"] and architecture == "topk" and b_enc is not None:
+    if settings["rescale_acts_by_decoder_norm"] and architecture == "topk" and b_enc is not None:
         norms = w_dec.norm(dim=-1).clamp_min(1e-8)
         w_enc, b_enc, w_dec = w_enc * norms, b_enc * norms, w_dec / norms[:, None]
-    hook = config.get("hook_name")
     site = None if hook is None else site_of_hook(str(hook), where)
     if hook is not None and site is None:
         refuse(where, f"reads at {hook!r}, which is not a site", f"Expected {_HOOK_FORMS}.")
@@ -147,24 +137,19 @@ def read_sae_lens(weights: Path) -> dict[str, Any]:
         "b_enc": b_enc,
         "w_dec": w_dec,
         "b_dec": tensors["b_dec"],
-        "activation": {"standard": "relu", "topk": "topk"}.get(architecture, "jumprelu"),
+        "activation": activation,
         "threshold": threshold,
-        "k": _whole_number(where, "k", config.get("k")) if architecture == "topk" else None,
-        "subtracts_decoder_bias": bool(flags["apply_b_dec_to_input"]),
-        "centres_input": bool(centred),
+        "k": config.get("k") if architecture == "topk" else None,
+        "subtracts_decoder_bias": bool(settings["apply_b_dec_to_input"]),
+        "centres_input": bool(settings["center_writing_weights"]),
     }
 
 
 def read_sparsify(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from the files of sparsify, whose folder is named after the module that it reads.
-
-    Raises:
-        ArtefactError: a file is missing or damaged, or the variant is not supported.
-    """
+    """Arguments of `Dictionary` from the files of sparsify, whose folder is named after the module that it reads."""
     folder = weights.parent
     where, config = str(folder), _read_config(folder)
-    for name in ("transcode", "gram_lookup", "signed"):
-        _check_setting(where, name, config.get(name, False), (False,))
+    _checked_settings(where, config, _SPARSIFY_SETTINGS)
     # A skip connection reads x itself, so no change of the code changes what it adds.
     tensors, _ = _read_tensors(weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), ("W_skip",))
     _check_size(where, tensors["encoder.weight"].shape, (config.get("num_latents") or None, config.get("d_in")))
@@ -176,19 +161,15 @@ def read_sparsify(weights: Path) -> dict[str, Any]:
         "w_dec": tensors["W_dec"],
         "b_dec": tensors["b_dec"],
         "activation": config.get("activation", "topk"),
-        "k": _whole_number(where, "k", config.get("k")),
+        "k": config.get("k"),
         "subtracts_decoder_bias": True,
     }
 
 
 def read_plain(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from one file, with its settings in the metadata of the file's header.
-
-    Raises:
-        ArtefactError: the file is damaged, a tensor is missing, or a setting is not one of a dictionary.
-    """
-    same = {"W_enc": ("w_enc", torch.clone), "W_dec": ("w_dec", torch.clone)}
-    tensors, settings = _read_tensors(weights, ("w_enc", "b_enc", "w_dec", "b_dec"), ("threshold",), same)
+    """Arguments of `Dictionary` from one file, with its settings in the metadata of the file's header."""
+    capitals = {"W_enc": "w_enc", "W_dec": "w_dec"}
+    tensors, settings = _read_tensors(weights, ("w_enc", "b_enc", "w_dec", "b_dec"), ("threshold",), capitals)
     default = "jumprelu" if "threshold" in tensors else "topk" if "k" in settings else "relu"
     values: dict[str, Any] = {
         "site": settings.get("site"),
@@ -197,7 +178,7 @@ def read_plain(weights: Path) -> dict[str, Any]:
     }
     if "k" in settings:
         k = settings["k"]
-        values["k"] = _whole_number(str(weights), "k", int(k) if k.isdecimal() and len(k) < 10 else k[:60])
+        values["k"] = int(k) if k.isdecimal() and len(k) < 10 else k[:60]
     for name in ("subtracts_decoder_bias", "centres_input"):
         _check_setting(str(weights), name, settings.get(name, "false"), ("true", "false"))
         values[name] = settings.get(name) == "true"
@@ -227,14 +208,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(
-    path: Path,
-    required: Collection[str],
-    optional: Collection[str] = (),
-    other_names: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] | None = None,
+    path: Path, required: Collection[str], optional: Collection[str] = (), other_names: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by name, all in their widest dtype and float32 at least, and the metadata of the file's header."""
     other_names = other_names or {}
-    known = [*required, *optional, *(name for name, (meant, _) in other_names.items() if meant in required)]
+    known = [*required, *optional, *(name for name, usual in other_names.items() if usual in required)]
     try:
         with safe_open(path, framework="pt") as file:
             names, metadata = list(file.keys()), dict(file.metadata() or {})
@@ -250,15 +228,14 @@ def _read_tensors(
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in stored.values()), torch.float32)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
-        meant, function = other_names.get(name, (name, None))
-        if meant in tensors:
-            refuse(str(path), f"has both {meant!r} and {name!r}", "Expected one of them.")
-        tensors[meant] = tensor.to(dtype) if function is None else function(tensor.to(dtype))
+        usual = other_names.get(name, name)
+        if usual in tensors:
+            refuse(str(path), f"has both {usual!r} and {name!r}", "Expected one of them.")
+        tensors[usual] = tensor.to(dtype).exp() if name.startswith("log_") else tensor.to(dtype)
     missing = [name for name in required if name not in tensors]
     if missing:
-        refuse(
-            str(path), f"has no {', '.join(missing)}", f"Expected {', '.join(required)}; it holds {', '.join(names)}."
-        )
+        expected = f"Expected {', '.join(required)}; it holds {', '.join(names)}."
+        refuse(str(path), f"has no {', '.join(missing)}", expected)
     return tensors, metadata
 
 
@@ -269,14 +246,20 @@ def _as_object(where: str, name: str, config: Mapping[str, Any]) -> dict[str, An
     return value
 
 
+def _checked_settings(
+    where: str, config: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]]
+) -> dict[str, Any]:
+    """Settings of a table of supported values, from a configuration or by default."""
+    settings = {name: config.get(name, values[0]) for name, values in supported.items()}
+    for name, value in settings.items():
+        _check_setting(where, name, value, supported[name])
+    return settings
+
+
 def _check_setting(where: str, name: str, value: object, supported: Collection[object]) -> None:
     if value not in supported:
-        listed = " or ".join(repr(choice) for choice in supported)
-        refuse(
-            where,
-            f"has {name} {value!r}, which is not supported",
-            f"Supported: {listed}. {_REASONS.get(name, '')}".strip(),
-        )
+        expected = f"Supported: {' or '.join(map(repr, supported))}. {_REASONS.get(name, '')}"
+        refuse(where, f"has {name} {value!r}, which is not supported", expected.strip())
 
 
 def _check_size(where: str, shape: Collection[int], stated: Collection[object]) -> None:
@@ -286,9 +269,3 @@ def _check_size(where: str, shape: Collection[int], stated: Collection[object]) 
             f"has an encoder of shape {list(shape)}, where {CONFIG_FILE} says {list(stated)}",
             "Weights and settings are not of one dictionary; download or export both again.",
         )
-
-
-def _whole_number(where: str, name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        refuse(where, f"has {name} {value!r}", "Expected an integer.")
-    return value

@@ -1,7 +1,7 @@
-"""The order of a decoder's edges: which source every reader reads.
+"""The order of a decoder's edges: which sources every reader reads.
 
-Sources are in the order in which they write, readers in the order in which they read. A reader therefore reads a
-prefix of the sources, and edges, ordered by reader, need no search: GPT-2 XL has 2.2 million of them.
+Sources are in the order in which they write, readers in the order in which they read. So each reader reads a prefix of
+the sources, and with edges ordered by reader the index of an edge follows by arithmetic: GPT-2 XL has 2.2 million.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from oa_train.shapes import Int, Tensor
 
 @dataclass(frozen=True)
 class EdgeLayout:
-    """Sources, readers and edges of a decoder, by number.
+    """Sources, readers and edges of a decoder, by index.
 
-    There is an edge from every source that is written before the reader reads. Heads of one layer do not read each
-    other; an MLP reads the heads of its own layer, unless the two run in parallel.
+    A reader has an edge from every source that writes before it reads. Heads of one layer do not read each other; an
+    MLP reads the heads of its own layer, unless the two run in parallel.
 
     Attributes:
-        n_layers: decoder blocks.
+        n_layers: number of decoder blocks.
         n_heads: query heads of a block.
         n_kv_heads: key-value heads of a block; divides `n_heads`.
-        parallel: whether attention and MLP of a block read the same residual stream.
+        parallel: True if attention and MLP of a block read the same residual stream.
     """
 
     n_layers: int
@@ -32,7 +32,7 @@ class EdgeLayout:
     parallel: bool = False
 
     def sources_before(self, layer: int) -> int:
-        """Number of sources that write before a layer, a prefix of all."""
+        """Number of sources that write before a layer: the first ones."""
         return 1 + layer * (self.n_heads + 1)
 
     @property
@@ -52,8 +52,8 @@ class EdgeLayout:
 
     @cached_property
     def n_read(self) -> Int[Tensor, " reader"]:
-        """Number of sources that each reader reads, a prefix of all."""
-        before = (1 + torch.arange(self.n_layers) * (self.n_heads + 1)).unsqueeze(1)
+        """Number of sources that each reader reads: the first ones."""
+        before = torch.tensor([[self.sources_before(layer)] for layer in range(self.n_layers)])
         by_attention = before.expand(-1, self.n_attention_readers)
         by_mlp = before + (0 if self.parallel else self.n_heads)
         return torch.cat([torch.cat([by_attention, by_mlp], dim=1).flatten(), torch.tensor([self.n_sources])])
@@ -65,15 +65,15 @@ class EdgeLayout:
 
     @cached_property
     def first_edge(self) -> Int[Tensor, " reader"]:
-        """Number of each reader's first edge."""
+        """Index of each reader's first edge."""
         return self.n_read.cumsum(dim=0) - self.n_read
 
     @cached_property
     def edge_readers(self) -> Int[Tensor, " edge"]:
-        """Reader of every edge, ascending; this defines the order of edges."""
+        """Reader of every edge, in ascending order; this defines the order of edges."""
         return torch.arange(self.n_readers).repeat_interleave(self.n_read)
 
     @cached_property
     def edge_sources(self) -> Int[Tensor, " edge"]:
-        """Source of every edge, ascending within each reader."""
+        """Source of every edge, in ascending order for each reader."""
         return torch.arange(self.n_edges) - self.first_edge[self.edge_readers]

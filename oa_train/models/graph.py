@@ -1,4 +1,4 @@
-"""The graph of a decoder's edges: the level of edges, and their names."""
+"""The level of edges: the graph of a decoder's sources and readers, with names."""
 
 import itertools
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ ARROW = "->"
 
 @dataclass(frozen=True)
 class Graph(EdgeLayout, Level):
-    """Sources, readers and edges of a decoder; an edge is called `source->reader`, as in `a0.h1->a3.h5<q>`.
+    """Sources, readers and edges of a decoder; an edge is named `source->reader`, as in `a0.h1->a3.h5<q>`.
 
     Sources are the embedding `input`, every head `a{layer}.h{head}` and every MLP `m{layer}`. Readers are the query
     of every head `a{layer}.h{head}<q>`, the key and the value of every key-value head `a{layer}.k{group}<k>` and
@@ -50,14 +50,14 @@ class Graph(EdgeLayout, Level):
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names in the order of writing; source `i + 1` is entry `i` of a mask over heads and MLPs."""
+        """Names in the order in which they write; source `i + 1` is entry `i` of a mask over heads and MLPs."""
         heads = range(self.n_heads)
         layers = ((*(f"a{layer}.h{head}" for head in heads), f"m{layer}") for layer in range(self.n_layers))
         return ("input", *itertools.chain(*layers))
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
-        """Names in the order of reading: for each layer all queries, all keys, all values, the MLP; then `logits`."""
+        """Names in the order in which they read: of each layer queries, keys, values and the MLP; then `logits`."""
         letter = "h" if self.n_kv_heads == self.n_heads else "k"
         of_attention = [f"h{head}<q>" for head in range(self.n_heads)]
         of_attention += [f"{letter}{group}<{kind}>" for kind in "kv" for group in range(self.n_kv_heads)]
@@ -66,7 +66,7 @@ class Graph(EdgeLayout, Level):
 
     @cached_property
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites of the sources in the order of writing, each with the number and the width of its units."""
+        """Sites of the sources in the order in which they write, with number and width of their units."""
         sites = {Site("embedding"): (1, self.d_model)}
         for layer in range(self.n_layers):
             sites |= {Site("heads", layer): (self.n_heads, self.d_head), Site("mlp", layer): (1, self.d_model)}
@@ -83,15 +83,15 @@ class Graph(EdgeLayout, Level):
         """
         source, arrow, reader = name.partition(ARROW)
         if not arrow:
-            raise UnknownNameError(f"There is no edge named {name!r}; an edge is called source{ARROW}reader.")
+            raise UnknownNameError(f"There is no edge named {name!r}; an edge is named source{ARROW}reader.")
         for kind, end, indices in (("reader", reader, self._reader_indices), ("source", source, self._source_indices)):
             if end not in indices:
                 raise unknown_name(kind, end, indices)
-        number, place = self._source_indices[source], self._reader_indices[reader]
-        n_read = int(self.n_read[place])
-        if number >= n_read:
+        source_index, reader_index = self._source_indices[source], self._reader_indices[reader]
+        n_read = int(self.n_read[reader_index])
+        if source_index >= n_read:
             raise unknown_name("edge", name, (f"{before}{ARROW}{reader}" for before in self.sources[:n_read]))
-        return int(self.first_edge[place]) + number
+        return int(self.first_edge[reader_index]) + source_index
 
     @cached_property
     def _source_indices(self) -> dict[str, int]:
@@ -115,7 +115,7 @@ class Graph(EdgeLayout, Level):
     def matched(self, pattern: str) -> Bool[Tensor, " edge"]:
         """Edges whose source and reader match shell patterns: `a*.h*->logits`, `input->a3.*<v>`.
 
-        Without an arrow a pattern is of sources; `a3` stands for all heads of layer 3.
+        A pattern without an arrow matches sources; `a3` stands for all heads of layer 3.
 
         Raises:
             ConfigurationError: it matches nothing, or names a span, which edges do not have.
@@ -143,14 +143,14 @@ class Graph(EdgeLayout, Level):
         return within_budget(self, scores, size)
 
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Sources of which each circuit cuts an edge."""
+        """Sources with an edge that the circuit cuts, for each circuit."""
         cut = torch.zeros(len(masks), self.n_sources, dtype=torch.int, device=masks.device)
         cut.index_add_(1, self.edge_sources.to(masks.device), (~masks).int())
         by_site = (cut > 0).split([n_units for n_units, _ in self.sites.values()], dim=1)
         return {site: units.unsqueeze(1) for site, units in zip(self.sites, by_site, strict=True)}
 
     def nodes(self, mask: Bool[Tensor, " edge"]) -> tuple[str, ...]:
-        """Names of the components that edges lead out of, in the order of the sources."""
+        """Names of the components with an outgoing edge, in the order of the sources."""
         used = self.edge_sources[mask.cpu()].unique().tolist()
         return tuple(self.sources[number] for number in used if number)
 
@@ -159,21 +159,21 @@ class Graph(EdgeLayout, Level):
         return Nodes.of(config)
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """Numbers of kept edges and of all, and of the nodes that they lead out of."""
+        """Numbers of kept edges and of all edges, and of the nodes with an outgoing edge."""
         nodes = {"nodes": len(self.nodes(mask)), "nodes_total": self.n_sources - 1}
         return nodes | {"edges": int(mask.sum()), "edges_total": self.n_edges}
 
     @cached_property
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of the edges' sources, and which of them each edge belongs to."""
+        """Kinds of source, and the index of the kind of each edge's source."""
         kinds = ("embedding", "heads", "mlp")
         of_source = [kinds.index(site.kind) for site, (n_units, _) in self.sites.items() for _ in range(n_units)]
         return kinds, torch.tensor(of_source)[self.edge_sources]
 
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """Edges between nodes: source, reader, and `q`, `k`, `v` or nothing.
+        """Edges between nodes: source, reader, and `q`, `k`, `v` or an empty string.
 
-        Of heads that share a key or value, only those that write something in the circuit are listed.
+        Of heads that share a key or value, only those with an outgoing edge in the circuit are listed.
         """
         edges = [name.split(ARROW) for name in self.kept(mask)]
         alive = {source for source, _ in edges}
@@ -189,7 +189,7 @@ class Graph(EdgeLayout, Level):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Layers, and heads of a layer."""
+        """Numbers of layers and of heads in a layer."""
         return self.n_layers, self.n_heads
 
     def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
@@ -199,10 +199,9 @@ class Graph(EdgeLayout, Level):
         return ScoreMap(table, self.readers, self.sources, "reader", "source")
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
-        """Edges that leave or enter a head, the number of that head, and the number of heads.
+        """Edges that leave or enter a head, the index of that head, and the number of heads.
 
-        An edge between two heads occurs twice, and one into a key or value that several heads share once for each of
-        them.
+        An edge between two heads occurs twice; one into a shared key or value, once for each head that shares it.
         """
         return *self._edges_at_heads, self.n_layers * self.n_heads
 
@@ -214,7 +213,7 @@ class Graph(EdgeLayout, Level):
         of_source[1:].view(self.n_layers, -1)[:, :-1] = heads
         of_ends = [of_source[self.edge_sources]]
         for member, of_groups in enumerate(heads.unflatten(1, (-1, per_group)).unbind(2)):
-            queries = no_heads if member else heads  # which no other head shares
+            queries = no_heads if member else heads  # queries are never shared
             of_reader = torch.cat([queries, of_groups, of_groups, no_heads[:, :1]], dim=1).flatten()
             of_ends.append(F.pad(of_reader, (0, 1), value=-1)[self.edge_readers])
         edges = torch.cat([(of_end >= 0).nonzero().flatten() for of_end in of_ends])

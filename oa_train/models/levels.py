@@ -1,6 +1,6 @@
-"""Levels: what a circuit is made of, either units of sites (`Nodes`) or edges between components (`Graph`).
+"""Levels: what a mask is over, either units of sites (`Nodes`) or edges between components (`Graph`).
 
-A mask has one number per entry of a level, and is never passed on without it.
+A mask has a number for each entry of its level, and is always passed along with that level.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class ScoreMap:
-    """A number for each entry of a level, laid out as a table for a heat map; NaN where there is no entry."""
+    """Scores of a level's entries as a table for a heat map; NaN where there is no entry."""
 
     table: Float[Tensor, "line column"]
     rows: tuple[str, ...]
@@ -33,8 +33,8 @@ class Level(ABC):
 
     Attributes:
         kind: name in configurations and files.
-        part: what an entry is called.
-        has_one_stream: whether all parts of a masked model read one residual stream.
+        part: noun for an entry in messages.
+        has_one_stream: True if all readers of a masked model share one residual stream.
     """
 
     kind: ClassVar[str]
@@ -49,11 +49,11 @@ class Level(ABC):
     @property
     @abstractmethod
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites whose values can be replaced, in forward order, each with the number and the width of its units."""
+        """Sites whose values can be replaced, in forward order, with number and width of their units."""
 
     @property
     def spans(self) -> tuple[str | None, ...]:
-        """Spans that entries are restricted to, in a fixed order; None for entries that hold at every token."""
+        """Spans that entries are restricted to, in a fixed order; None for entries that apply at every token."""
         return (None,)
 
     @property
@@ -118,14 +118,14 @@ class Level(ABC):
         return self.kept(self.selected(patterns))
 
     def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """The mask without entries that the others leave without effect, separately in each row."""
+        """A mask without the entries that have no effect beside the others, such as dangling edges, row by row."""
         return kept
 
     def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
         """The circuit of a given size with the largest scores; for edges see `within_budget`.
 
         Raises:
-            ConfigurationError: there are fewer entries than that.
+            ConfigurationError: the level has fewer than `size` entries.
         """
         if not 0 <= size <= len(self):
             raise ConfigurationError(f"A circuit of {size} parts was asked for; this model has {len(self)}.")
@@ -139,15 +139,15 @@ class Level(ABC):
 
     @abstractmethod
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Units whose value each circuit replaces anywhere; a slot for each of `spans`."""
+        """Units whose value each circuit replaces at any token; a slot for each of `spans`."""
 
     @abstractmethod
     def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
-        """Names of the nodes that take part in a circuit."""
+        """Names of the nodes in a circuit."""
 
     @abstractmethod
     def node_level(self, config: Any) -> "Level":
-        """The nodes of a model that can be ablated one by one: this level, or the components between its edges."""
+        """The level whose nodes can be ablated one by one: this one, or the components that its edges connect."""
 
     @abstractmethod
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
@@ -156,24 +156,24 @@ class Level(ABC):
     @property
     @abstractmethod
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and the number of each entry's kind among them; penalties may differ by it."""
+        """Kinds of site, and the index of each entry's kind; penalty weights may differ by kind."""
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
-        """Pairs of an entry and a node that it touches, and the number of nodes; None where entries are nodes."""
+        """Pairs of an entry and a node that it touches, and the number of nodes; None if entries are nodes."""
         return None
 
     @abstractmethod
     def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
-        """Numbers of all entries as a table."""
+        """Scores of all entries as a table."""
 
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """Edges between nodes in a drawing: source, reader, and `q`, `k`, `v` or nothing; None for boxes alone."""
+        """Arrows of a drawing: source, reader, and `q`, `k`, `v` or an empty string; None for boxes alone."""
         return None
 
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int] | None:
-        """Layers, and heads of a layer, where a circuit can be drawn as boxes of heads and MLPs."""
+        """Numbers of layers and of heads in a layer; None if circuits are not of whole heads and MLPs."""
 
     @abstractmethod
     def of_model(self, config: Any) -> "Level":
@@ -193,7 +193,7 @@ class Level(ABC):
         """
 
     def identity(self) -> dict[str, Any]:
-        """Values in which a checkpoint must agree with the level that it is loaded for, apart from the model."""
+        """Values that a checkpoint must share with the level that it is loaded for, apart from the model."""
         return {"level": self.kind}
 
     @abstractmethod

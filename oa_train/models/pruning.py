@@ -1,4 +1,4 @@
-"""Dangling edges: only edges on a path from the input to the logits count.
+"""Removal of dangling edges: those on no path of kept edges from the input to the logits.
 
 An edge into a source that no reader reads changes nothing. A source that reads nothing of the prompt carries no
 information about it: under constants it is itself constant, but not equal to its replacement, so constants should be
@@ -14,10 +14,10 @@ from oa_train.shapes import Bool, Float, Tensor
 
 
 def without_dangling(graph: EdgeLayout, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-    """A new mask without the edges that lie on no path from the input to the logits, in each row by itself.
+    """A new mask without dangling edges, separately in each row.
 
-    A head is one node: whatever its query, key or value reads gets into it. A key or value that several heads share
-    leads to all of them.
+    A head is one node: a path enters it by its query, key or value. A key or value that several heads share leads to
+    all of them.
     """
     stages = _stages(graph)
     parts = kept.split([stage.n_readers * stage.n_read for stage in stages], dim=1)
@@ -27,14 +27,14 @@ def without_dangling(graph: EdgeLayout, kept: Bool[Tensor, "row entry"]) -> Bool
 
 
 class _Stage:
-    """Readers that read at one time: all of a layer's attention, an MLP, or (after the last layer) the logits."""
+    """Readers that read at the same time: a layer's queries, keys and values, its MLP, or at the end the logits."""
 
     def __init__(self, graph: EdgeLayout, layer: int, attention: bool) -> None:
         before, self._graph, self._attention = graph.sources_before(layer), graph, attention
         mlp = before + graph.n_heads
         self.n_readers = graph.n_attention_readers if attention else 1
         self.n_read = before if attention or layer == graph.n_layers or graph.parallel else mlp
-        # The sources that these readers belong to; the logits are none.
+        # The sources that these readers belong to; logits belong to none.
         self.own = slice(before, mlp) if attention else slice(mlp, mlp + 1)
 
     def readers_of(self, sources: Bool[Tensor, "row source"]) -> Bool[Tensor, "row reader"]:
@@ -60,7 +60,7 @@ def _stages(graph: EdgeLayout) -> list[_Stage]:
 
 
 def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Edges [row, reader, source] of every stage whose reader leads to the logits."""
+    """Edges [row, reader, source] of every stage from whose reader a path leads to the logits."""
     leading, is_read = [read[-1]], read[-1].any(dim=1)
     for part, stage in zip(read[-2::-1], stages[-2::-1], strict=True):
         leading.append(part & stage.readers_of(is_read[:, stage.own]).unsqueeze(2))
@@ -69,7 +69,7 @@ def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
 
 
 def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Those of the edges whose source can be reached from the input."""
+    """Edges whose source can be reached from the input."""
     reached = torch.zeros(len(read[0]), graph.n_sources, dtype=torch.bool, device=read[0].device)
     reached[:, 0] = True
     coming = []
@@ -81,11 +81,11 @@ def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage])
 
 
 def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
-    """The circuit of a given size with the highest scores and no dangling edges.
+    """The circuit of at most `budget` edges with the highest scores and no dangling edges.
 
     Edges are taken in the order of their scores while those that do not dangle fit the budget. The rest of the budget
-    goes to the highest edges between nodes that are already in the circuit. The circuit may end up smaller, if it has
-    all edges between its nodes and a further node would add more than is left.
+    goes to the highest edges between nodes that are already in the circuit. The circuit is smaller than the budget if
+    it has all edges between its nodes and a further node would add more edges than the budget has left.
     """
     order = scores.argsort(descending=True, stable=True)
 
@@ -103,7 +103,7 @@ def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int
 
 
 def _joins(graph: EdgeLayout, circuit: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
-    """Edges outside of a circuit without dangling ones that lead from a source it reaches to a reader it uses."""
+    """Edges outside a circuit without dangling edges that lead from a source it reaches to a reader it uses."""
     stages = _stages(graph)[:-1]
     leads_on = torch.zeros(1, graph.n_sources, dtype=torch.bool)
     leads_on[0, graph.edge_sources[circuit]] = True

@@ -1,8 +1,8 @@
-"""Selections of units as mask entries: the level of nodes.
+"""The level of nodes: selections of units as mask entries.
 
 A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward
-pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2; at all others
-the MLP is kept.
+pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and at all
+other tokens the MLP is kept.
 """
 
 import itertools
@@ -34,11 +34,11 @@ AT = "@"
 
 @dataclass(frozen=True)
 class Group:
-    """Entries of one site and one span (None for all tokens), side by side in a mask.
+    """The entries of one site and one span (None for all tokens), which are contiguous in a mask.
 
     Attributes:
-        entries: where they stand in a mask.
-        units: numbers of their units, in mask order; None for all units of the site.
+        entries: their slice of a mask.
+        units: indices of their units within the site, in mask order; None for all units.
     """
 
     site: Site
@@ -54,8 +54,8 @@ class Nodes(Level):
     Attributes:
         dimensions: sizes of the model.
         kinds: kinds of site, keys of `SITE_KINDS`.
-        spanned: shell patterns with a span (`m*@S2`): units that one of them matches have an entry for each such span
-            and none elsewhere.
+        spanned: shell patterns with a span (`m*@S2`); a unit that some of them match has an entry for each of their
+            spans instead of one for all tokens.
         dictionaries: sparse dictionaries whose features are units; at most one per layer.
     """
 
@@ -72,7 +72,7 @@ class Nodes(Level):
         check_site_kinds("sites", self.kinds)
         check_dictionaries(self.kinds, len(self.dictionaries))
         if len(self.by_layer) < len(self.dictionaries):
-            raise ConfigurationError("Two dictionaries stand in the same layer, so that their features share a name.")
+            raise ConfigurationError("Two dictionaries stand in the same layer, so their features would share names.")
         for dictionary in self.dictionaries:
             site_of_name(dictionary.site, self.dimensions)
             if dictionary.d_model != self.dimensions.d_model:
@@ -89,13 +89,11 @@ class Nodes(Level):
         patterns: Sequence[str] = (),
         dictionaries: Sequence[Dictionary] = (),
     ) -> "Nodes":
-        """The units of a model.
-
-        `config` is Hugging Face's. Patterns with a span restrict the units that they match to it.
+        """The units of a model with this Hugging Face configuration; patterns with a span restrict what they match.
 
         Raises:
             ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
-                dictionaries stand in one layer.
+                dictionaries are of one layer.
         """
         positive = [pattern for pattern in patterns if not pattern.startswith("!")]
         spanned = tuple(pattern for pattern in positive if AT in pattern)
@@ -112,12 +110,12 @@ class Nodes(Level):
 
     @cached_property
     def by_layer(self) -> dict[int, Dictionary]:
-        """Dictionaries by the layer of their site."""
+        """Dictionaries by layer of their site."""
         return {dictionary.layer: dictionary for dictionary in self.dictionaries}
 
     @cached_property
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites in forward order, each with the number and the width of its units."""
+        """Sites in forward order, with number and width of their units."""
         sites = [
             Site(name, layer)
             for name in self.kinds
@@ -137,7 +135,7 @@ class Nodes(Level):
 
     @cached_property
     def _first_units(self) -> dict[Site, int]:
-        """Place in `unit_names` of each site's first unit."""
+        """Index in `unit_names` of each site's first unit."""
         firsts = itertools.accumulate((n_units for n_units, _ in self.sites.values()), initial=0)
         return dict(zip(self.sites, firsts, strict=False))
 
@@ -154,7 +152,7 @@ class Nodes(Level):
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
-        """All entries, by site and span."""
+        """Groups of entries, in mask order."""
         groups: list[Group] = []
         first_entry = 0
         for site, (n_units, _) in self.sites.items():
@@ -168,12 +166,12 @@ class Nodes(Level):
         return tuple(groups)
 
     def _units(self, group: Group) -> Sequence[int]:
-        """Numbers of a group's units within their site."""
+        """Indices of a group's units within their site."""
         return range(self.sites[group.site][0]) if group.units is None else group.units
 
     @cached_property
     def _entry_units(self) -> Int[Tensor, " entry"]:
-        """Place in `unit_names` of each entry's unit."""
+        """Index in `unit_names` of each entry's unit."""
         return torch.cat([self._first_units[group.site] + torch.tensor(self._units(group)) for group in self.groups])
 
     @cached_property
@@ -182,7 +180,7 @@ class Nodes(Level):
 
     @cached_property
     def spans(self) -> tuple[str | None, ...]:
-        """Spans that entries are restricted to, None among them if some are not."""
+        """Spans that entries are restricted to; None for entries that apply at every token."""
         return tuple(dict.fromkeys(group.span for group in self.groups))
 
     @cached_property
@@ -205,12 +203,12 @@ class Nodes(Level):
     def matched(self, pattern: str) -> Bool[Tensor, " entry"]:
         """Entries that a shell pattern matches: `a*.h*`, `m[0-3]`, `a3` for all heads of layer 3, `m*@S2`, `m3.n1?`.
 
-        Without a span a pattern matches a unit's entries at all of its spans.
+        A pattern without a span matches a unit's entries at all spans.
 
         Raises:
             ConfigurationError: it matches nothing.
         """
-        if pattern in self._indices:  # selections that were written down name thousands of entries
+        if pattern in self._indices:  # a shortcut for stored selections, which name thousands of entries
             return self.mask([pattern])
         unit, at, span = pattern.rpartition(AT) if AT in pattern else (pattern, "", "")
         matched = matching(self.unit_names, unit)[self._entry_units]
@@ -241,7 +239,7 @@ class Nodes(Level):
         return replaced
 
     def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
-        """Names of the kept entries, which are nodes themselves."""
+        """Names of the kept entries."""
         return self.kept(mask)
 
     def node_level(self, config: Any) -> "Nodes":
@@ -249,12 +247,12 @@ class Nodes(Level):
         return self
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """Numbers of kept entries and of all."""
+        """Numbers of kept entries and of all entries."""
         return {"nodes": int(mask.sum()), "nodes_total": len(self)}
 
     @cached_property
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and the number of each entry's kind among them."""
+        """Kinds of site, and the index of each entry's kind."""
         kinds = torch.zeros(len(self), dtype=torch.long)
         for group in self.groups:
             kinds[group.entries] = self.kinds.index(group.site.kind)
@@ -278,7 +276,7 @@ class Nodes(Level):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Layers, and heads of a layer, where the units are the heads and the MLPs."""
+        """Numbers of layers and of heads in a layer; None unless the units are whole heads and MLPs."""
         plain = set(self.kinds) == set(DEFAULT_SITES) and self.spans == (None,)
         return (self.dimensions.n_layers, self.dimensions.n_heads) if plain else None
 
@@ -287,7 +285,7 @@ class Nodes(Level):
         return replace(self, dimensions=Dimensions.of(config))
 
     def header(self) -> dict[str, Any]:
-        """Plain values from which `from_header` rebuilds this level; dictionaries are named by their files."""
+        """Plain values from which `from_header` rebuilds this level; dictionaries are stored as paths."""
         return {
             "level": self.kind,
             "dimensions": asdict(self.dimensions),
@@ -301,12 +299,12 @@ class Nodes(Level):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> "Nodes":
-        """The level that `header` describes; raises `ArtefactError` where a dictionary is missing or was replaced."""
+        """The level that `header` describes; raises `ArtefactError` if a dictionary is missing or has changed."""
         dictionaries = tuple(map(reload_dictionary, header["dictionaries"]))
         return cls(Dimensions(**header["dimensions"]), tuple(header["sites"]), tuple(header["spanned"]), dictionaries)
 
     def identity(self) -> dict[str, Any]:
-        """The kinds, the spans, and the dictionaries by their content, wherever they were read."""
+        """The kinds, the spans, and the content of the dictionaries, wherever they are stored."""
         return {
             "level": self.kind,
             "sites": list(self.kinds),

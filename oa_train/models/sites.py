@@ -1,8 +1,8 @@
 """Sites: places in a decoder where a tensor passes, and how that tensor is cut into units.
 
 A unit is what can be ablated: a head, an MLP, a neuron, the residual stream before a block, a feature of a sparse
-dictionary. To add a kind of site, add one entry to `SITE_KINDS` (and, where it needs a module that no kind has needed
-before, its path to `models.families`).
+dictionary. To add a kind of site, add an entry to `SITE_KINDS` (and, if it needs a module that no other kind needs,
+its path to `models.families`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +18,9 @@ from oa_train.models.dictionaries import Dictionary
 from oa_train.models.families import Dimensions, Parts
 from oa_train.shapes import Bool, Float, Tensor
 
-# A module, and which side of it the tensor passes.
+# The module whose input or output is the tensor of a site.
 Place = tuple[nn.Module, Literal["input", "output"]]
-# Dictionaries by the layer of their site.
+# Dictionaries by layer of their site.
 Dictionaries = Mapping[int, Dictionary]
 
 
@@ -30,7 +30,7 @@ class Site:
 
     Attributes:
         kind: a key of `SITE_KINDS`.
-        layer: index of the block, from 0; the number of layers for what enters the final norm.
+        layer: index of the block, from 0; the number of layers for the input of the final norm.
     """
 
     kind: str
@@ -56,11 +56,11 @@ class SiteKind:
 
     Attributes:
         name: in configurations (`sites: [heads, mlp]`).
-        site_name: what the site of a layer is called, with `{layer}` in it; alone also the name of its one unit.
-        unit_name: suffix of that for each of several units, with `{unit}` in it.
+        site_name: name of a layer's site, with `{layer}` in it; also that of its unit, if it has only one.
         layers: layers that have such a site.
         shape: number and width of its units.
-        place: where its tensor passes in a layer.
+        place: where a layer's tensor passes.
+        unit_name: suffix for each of several units, with `{unit}` in it.
     """
 
     name: str
@@ -79,11 +79,11 @@ class SiteKind:
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Where a layer's tensor passes; raises `ConfigurationError` where a family has no such place."""
+        """Where a layer's tensor passes; raises `ConfigurationError` if a family has no such place."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
-        """Sorts sites in the order of a forward pass."""
+        """Sort key of the order of a forward pass."""
         return layer, list(SITE_KINDS).index(self.name), 0
 
     def unit_names(self, layer: int, n_units: int) -> list[str]:
@@ -92,7 +92,7 @@ class SiteKind:
         return [name + self.unit_name.format(unit=unit) for unit in range(n_units)]
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
-        """True where a shell pattern matches units of this kind in a model of these sizes."""
+        """True if a shell pattern matches units of this kind in a model of these sizes."""
         names = (
             self.unit_names(layer, self.shape_of(layer, dimensions, {})[0]) for layer in self.layers_of(dimensions, {})
         )
@@ -101,9 +101,9 @@ class SiteKind:
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
     ) -> Float[Tensor, "row position unit width"]:
-        """The values of the units in the tensor that passes, with rows and positions in one dimension or in two.
+        """Values of the units in a site's tensor, whose rows and positions are one dimension or two.
 
-        `layout` is rows, positions, units and width.
+        `layout` is the numbers of rows, positions and units, and the units' width.
         """
         return tensor.reshape(layout)
 
@@ -115,14 +115,14 @@ class SiteKind:
         layer: int,
         dictionaries: Dictionaries,
     ) -> Tensor:
-        """The tensor that goes on in place of `tensor` when its units change from `before` to `after`."""
+        """The tensor that replaces `tensor` when its units change from `before` to `after`."""
         return after.reshape(tensor.shape)
 
 
 class _Features(SiteKind):
-    """Entries of the code that a sparse dictionary makes of another site's tensor.
+    """Entries of the code that a sparse dictionary computes from another site's tensor.
 
-    The change of the code is decoded and added, so that the reconstruction error is left unchanged.
+    The change of the code is decoded and added, so that the reconstruction error stays.
     """
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
@@ -140,7 +140,7 @@ class _Features(SiteKind):
         return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
-        # How many features a dictionary has is not known here, nor where it stands.
+        # Neither the layer of a dictionary nor its number of features is known here.
         layers = [self.site_name.format(layer=layer) for layer in range(dimensions.n_layers + 1)]
         return bool(matching(layers, pattern.partition(".")[0]).any())
 
@@ -179,7 +179,7 @@ def _stream(dimensions: Dimensions) -> tuple[int, int]:
     return 1, dimensions.d_model
 
 
-# In the order in which a layer's sites are passed.
+# In the order of a forward pass through a layer.
 SITE_KINDS: dict[str, SiteKind] = {
     kind.name: kind
     for kind in (
@@ -211,7 +211,7 @@ def _kind_of_name(name: str) -> str:
     kind = _DICTIONARY_SITES.get(name[:1])
     if kind is None or not name[1:].isdecimal():
         raise ConfigurationError(
-            f"A dictionary cannot stand on {name!r}; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
+            f"{name!r} is not a site of dictionaries; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
             "(an attention layer's output)."
         )
     return kind
@@ -234,10 +234,10 @@ def site_of_name(name: str, dimensions: Dimensions) -> Site:
 def check_dictionaries(names: Sequence[str], n_dictionaries: int) -> None:
     """Refuse features without dictionaries, and dictionaries without features."""
     if "features" in names and not n_dictionaries:
-        raise ConfigurationError("sites names features, which are those of a dictionary; give dictionaries.")
+        raise ConfigurationError("sites names features, which are those of a dictionary; set dictionaries as well.")
     if n_dictionaries and "features" not in names:
         raise ConfigurationError(
-            f"dictionaries are given, and sites is {list(names)}, without features. Add features to sites, or leave "
+            f"dictionaries are set, and sites is {list(names)}, without features. Add features to sites, or leave "
             "the dictionaries out."
         )
 
@@ -252,7 +252,7 @@ def check_site_kinds(option: str, names: Sequence[str]) -> None:
 
 
 def matching(names: Sequence[str], pattern: str) -> Bool[Tensor, " name"]:
-    """Names that a shell pattern matches; where it matches none, units of what it names (`a3` for `a3.h0`, ...)."""
+    """Names that a shell pattern matches; if there are none, the units of what it names (`a3` for `a3.h0`, ...)."""
     for wanted in (pattern, f"{pattern}.*"):
         matched = torch.tensor([fnmatchcase(name, wanted) for name in names], dtype=torch.bool)
         if matched.any():

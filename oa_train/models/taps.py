@@ -1,51 +1,67 @@
-"""Attaching functions to a model's modules, and removing them; this happens nowhere else.
+"""Hooks on a model's modules, and replaced methods; no other file attaches any.
 
-Interventions supply the functions. The model is restored at the end of a context, even after an exception.
+Each context restores the model when it ends, even after an exception.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from inspect import signature
+from functools import partial
+from inspect import Signature, signature
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-# From a tensor to the one that takes its place, or to None to leave it unchanged.
+# From a tensor to the one that takes its place; None leaves it unchanged.
 TensorFunction = Callable[[Tensor], Tensor | None]
-# Takes the arguments of a call; returns those that it is made with.
-CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+# From the arguments of a call, positional and by keyword, to those that take their place; None leaves them unchanged.
+CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A function at a module's first positional argument (`input`), or at the tensor that it returns (`output`).
-
-    If the module returns a tuple, it is the first element.
-    """
+    """A function of a module's first positional argument (`input`), or of its output (the first one of a tuple)."""
 
     module: nn.Module
     side: Literal["input", "output"]
     function: TensorFunction
 
+    def attach(self) -> RemovableHandle:
+        """Register the function as a hook."""
+        if self.side == "input":
+            return self.module.register_forward_pre_hook(self._on_input)
+        return self.module.register_forward_hook(self._on_output)
+
+    def _on_input(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = self.function(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    def _on_output(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, tuple):
+            return self.function(output)
+        changed = self.function(output[0])
+        return None if changed is None else (changed, *output[1:])
+
 
 @contextmanager
-def tapped(taps: Iterable[Tap]) -> Iterator[None]:
-    """Attach functions for the length of the context."""
+def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks at the end of the context; `handles` registers them as it is read."""
     with ExitStack() as stack:
-        for tap in taps:
-            if tap.side == "input":
-                handle = tap.module.register_forward_pre_hook(_input_hook(tap.function))
-            else:
-                handle = tap.module.register_forward_hook(_output_hook(tap.function))
+        for handle in handles:
             stack.callback(handle.remove)
         yield
 
 
+def tapped(taps: Iterable[Tap]) -> AbstractContextManager[None]:
+    """Attach functions inside the context."""
+    return _hooked(tap.attach() for tap in taps)
+
+
 @contextmanager
 def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Replace the forward methods of modules inside the context; their taps still act."""
+    """Replace the forward methods of modules inside the context; hooks on them still run."""
     with ExitStack() as stack:
         for module, forward in forwards:
             stack.enter_context(replaced_attributes(module, forward=forward))
@@ -54,7 +70,7 @@ def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) 
 
 @contextmanager
 def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -> Iterator[None]:
-    """Shadow methods of one module, for the length of the context."""
+    """Replace methods of one module inside the context."""
     with ExitStack() as stack:
         for name, replacement in replacements.items():
             before = vars(module).get(name)
@@ -68,7 +84,7 @@ def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run every module uncompiled inside the context: compiled code ignores functions attached later."""
+    """Run every module uncompiled inside the context: compiled code ignores hooks that are attached later."""
     with ExitStack() as stack:
         for module in model.modules():
             if module._compiled_call_impl is not None:
@@ -82,13 +98,13 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap] = ()) -> Iterator[None]:
-    """Attach functions, with activation checkpointing of each block.
+    """Attach functions inside the context, with activation checkpointing of each block.
 
-    A function inside a block is attached whenever the block runs, so that its recomputation, after the context has
-    ended, is the same as its first run.
+    A function inside a block is attached whenever the block runs, so that it acts in the recomputation too, which may
+    come after the context has ended.
 
     Args:
-        blocks: modules, none inside another; random numbers must not enter their results.
+        blocks: modules, none inside another, that draw no random numbers.
         taps: functions inside the blocks or elsewhere.
     """
     elsewhere, forwards = list(taps), []
@@ -96,51 +112,34 @@ def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap] = ()) -> Iterato
         parts = set(block.modules()) - {block}
         inside = [tap for tap in elsewhere if tap.module in parts]
         elsewhere = [tap for tap in elsewhere if tap.module not in parts]
-        forwards.append((block, _rerunnable(block.forward, inside)))
+        forwards.append((block, _checkpointed(block.forward, inside)))
     with replaced_forwards(forwards), tapped(elsewhere):
         yield
 
 
-def _rerunnable(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], taps: list[Tap]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         with tapped(taps):
             return forward(*args, **kwargs)
 
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return checkpointed
+    return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
-@contextmanager
-def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Iterator[None]:
-    """Let functions change the arguments of modules' calls inside the context.
+def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> AbstractContextManager[None]:
+    """Change the arguments of modules' calls inside the context, before functions that are attached later act."""
 
-    They act before functions that are attached later.
-    """
-    with ExitStack() as stack:
-        for module, change in changes:
-            hook = module.register_forward_pre_hook(
-                lambda _, args, kwargs, change=change: change(args, kwargs), with_kwargs=True
-            )
-            stack.callback(hook.remove)
-        yield
+    def hook(change: CallFunction) -> Callable[..., Any]:
+        return lambda _, args, kwargs: change(args, kwargs)
+
+    return _hooked(module.register_forward_pre_hook(hook(change), with_kwargs=True) for module, change in changes)
 
 
-@contextmanager
-def changed_argument(modules: Iterable[nn.Module], name: str, function: TensorFunction) -> Iterator[None]:
-    """Let a function change the tensor argument of that name in every call that has one, inside the context."""
-    with ExitStack() as stack:
-        for module in modules:
-            hook = _argument_hook(module, name, function)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        yield
+def changed_argument(
+    modules: Iterable[nn.Module], name: str, function: TensorFunction
+) -> AbstractContextManager[None]:
+    """Change the tensor argument of that name in every call that has one, inside the context."""
 
-
-def _argument_hook(module: nn.Module, name: str, function: TensorFunction) -> Callable[..., Any]:
-    parameters = signature(module.forward)
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def change(parameters: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = parameters.bind(*args, **kwargs)
         argument = call.arguments.get(name)
         changed = function(argument) if isinstance(argument, Tensor) else None
@@ -149,22 +148,4 @@ def _argument_hook(module: nn.Module, name: str, function: TensorFunction) -> Ca
         call.arguments[name] = changed
         return call.args, call.kwargs
 
-    return hook
-
-
-def _input_hook(function: TensorFunction) -> Callable[..., Any]:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        changed = function(args[0])
-        return None if changed is None else (changed, *args[1:])
-
-    return hook
-
-
-def _output_hook(function: TensorFunction) -> Callable[..., Any]:
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, tuple):
-            return function(output)
-        changed = function(output[0])
-        return None if changed is None else (changed, *output[1:])
-
-    return hook
+    return changed_calls((module, partial(change, signature(module.forward))) for module in modules)

@@ -36,7 +36,7 @@ def assert_shares(masks, kept, ones):
         error = (expected * (1 - expected) / ROWS).sqrt()
         assert ((found.double().mean(dim=0) - expected).abs() <= 4 * error).all()
     torch.testing.assert_close(masks.keep_probability(), kept)
-    torch.testing.assert_close(masks.expected_size(), kept.sum())
+    torch.testing.assert_close(masks.keep_probability().sum(), kept.sum())
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -80,7 +80,7 @@ def test_learned_temperatures_start_where_they_are_told_and_have_gradients(form)
     assert masks.temperatures().tolist() == pytest.approx([0.4, 0.4], abs=1e-6)
     drawn = masks.draw(ROWS, torch_generator("learned"))
     torch.testing.assert_close(drawn, fixed.draw(ROWS, torch_generator("learned")), atol=1e-5, rtol=0)
-    for what in ((drawn**2).mean(), masks.expected_size()):
+    for what in ((drawn**2).mean(), masks.keep_probability().sum()):
         (gradient,) = torch.autograd.grad(what, masks.raw_temperatures)
         assert (gradient != 0).all()
     assert {name for name, _ in masks.named_parameters()} == {"logits", "raw_temperatures"}
@@ -106,7 +106,7 @@ def test_a_learned_temperature_stays_positive_wherever_its_parameter_goes():
     masks.raw_temperatures.data = torch.tensor([-1e4, 1e4])
     assert (masks.temperatures() >= 1e-3).all()
     drawn = masks.draw(64, torch_generator("extremes"))
-    gradients = torch.autograd.grad(drawn.sum() + masks.expected_size(), list(masks.parameters()))
+    gradients = torch.autograd.grad(drawn.sum() + masks.keep_probability().sum(), list(masks.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -145,7 +145,7 @@ def test_the_same_generator_draws_the_same_masks_and_extremes_stay_finite(form):
     assert torch.equal(first, second)
     assert first[:, 0].eq(0).all()
     assert first[:, 2].eq(1).all()
-    (gradient,) = torch.autograd.grad(first.sum() + masks.expected_size(), masks.logits)
+    (gradient,) = torch.autograd.grad(first.sum() + masks.keep_probability().sum(), masks.logits)
     assert gradient.isfinite().all()
 
 

@@ -162,7 +162,7 @@ def test_size_threshold_and_start():
     assert distribution.logits.tolist() == [1.0, 1.0, 1.0]
     distribution = sampler(0.2, 0.5, 0.7)
     torch.testing.assert_close(distribution.keep_probability().tolist(), [0.2, 0.5, 0.7], rtol=0, atol=1e-15)
-    size = distribution.expected_size()
+    size = distribution.keep_probability().sum()
     assert size.item() == pytest.approx(1.4, abs=1e-14)
     (gradient,) = torch.autograd.grad(size, distribution.logits)
     torch.testing.assert_close(gradient.tolist(), [0.16, 0.25, 0.21], rtol=0, atol=1e-14)

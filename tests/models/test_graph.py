@@ -100,7 +100,7 @@ def test_names_of_edges_and_masks_say_the_same():
         ("a0.h1->a1.h1<k>", "no reader named 'a1.h1<k>'. Did you mean .*a1.h1<q>"),
         ("a1.h1->a0.h1<q>", "no edge named 'a1.h1->a0.h1<q>'"),
         ("m0->m0", "no edge named"),
-        ("a0.h1", "no edge named 'a0.h1'; an edge is called source->reader"),
+        ("a0.h1", "no edge named 'a0.h1'; an edge is named source->reader"),
     ],
 )
 def test_an_edge_that_is_none_is_refused(name, said):

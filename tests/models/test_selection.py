@@ -321,7 +321,7 @@ def test_a_header_names_its_dictionaries_and_they_are_read_again(tmp_path):
     with pytest.raises(ArtefactError, match="does not exist"):
         Nodes.from_header(header)
     (tmp_path / "other").rename(tmp_path / "sae")
-    with pytest.raises(ArtefactError, match="holds another dictionary than the one that was used"):
+    with pytest.raises(ArtefactError, match="has changed"):
         Nodes.from_header(header)
 
 
@@ -333,7 +333,7 @@ def test_a_header_names_its_dictionaries_and_they_are_read_again(tmp_path):
     [
         (("heads", "headz"), (), "sites names 'headz'. Did you mean heads"),
         (("heads", "heads"), (), "each once"),
-        (("features",), (), "sites names features, which are those of a dictionary; give dictionaries"),
+        (("features",), (), "sites names features, which are those of a dictionary; set dictionaries"),
         (("features",), (dictionary("r1"), dictionary("m1")), "Two dictionaries stand in the same layer"),
         (("features",), (dictionary("r1", width=7),), "has width 7, the model 6"),
         (("features",), (dictionary("r5"),), "no site 'r5' in a model of 4 layers"),

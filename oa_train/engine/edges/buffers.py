@@ -1,15 +1,15 @@
-"""Buffers of what sources write in one run of a model, and the matrix products that mix it for readers.
+"""Buffers of the sources' outputs in one run of a model, and the matrix products that mix them for readers.
 
-What sources write, minus their replacements, is in one tensor [entry, row, position, d_model]. The baseline, which a
-reader receives whatever the mask, accumulates in its first entry: replacements, and biases of attention outputs. So
+What each source writes, minus its replacement, is in one tensor [entry, row, position, d_model]. The first entry is
+the baseline, which a reader receives whatever the mask: the replacements, and the biases of attention outputs. So
 
-    input of a reader = sum over sources of mask * written + baseline
+    input of a reader = sum over sources of mask * (value - replacement) + baseline
 
-is one matrix product for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients to what is
-written accumulate in a second tensor like the first.
+is one matrix product for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what is
+written accumulate in a second tensor of the same shape.
 
-Each layer's product reads all that is written before it. One product for several layers would read it less often,
-which does not help a CPU: with some dozens of readers it is compute-bound. A GPU is memory-bound there.
+Each layer's product reads everything that is written before it. One product for several layers would read it less
+often, which does not help a CPU: with some dozens of readers it is compute-bound. A GPU is memory-bound there.
 """
 
 from contextlib import AbstractContextManager
@@ -26,15 +26,15 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Layout of one layer, the same for every mask; an entry is the baseline or a source.
+    """Layout of one layer's buffers for any mask; an entry is the baseline or a source.
 
     Attributes:
-        n_readers: those of attention, the MLP, and after the last layer the logits, in the order of the graph.
-        attention: which of them are attention's.
-        before: entries that are written before attention reads.
-        n_entries: that are written before the layer's end.
-        edges: the layer's, in the order of the graph.
-        places: where they stand in [reader, entry], flattened.
+        n_readers: readers of the layer in the order of the graph: attention, MLP, and in the last layer the logits.
+        attention: slice of the readers that are queries, keys and values.
+        before: number of entries that are written before attention reads.
+        n_entries: number of entries that are written before the layer ends.
+        edges: slice of the graph's edges that lead to these readers.
+        places: index of each of these edges in a flattened table [reader, entry].
     """
 
     n_readers: int
@@ -47,7 +47,7 @@ class Plan:
 
 @cache
 def plans(graph: Graph, device: torch.device) -> tuple[Plan, ...]:
-    """The layers of a model, in order."""
+    """Plan of each layer of a model."""
     return tuple(_plan(graph, layer, device) for layer in range(graph.n_layers))
 
 
@@ -62,18 +62,18 @@ def _plan(graph: Graph, layer: int, device: torch.device) -> Plan:
 
 
 def written_before(graph: Graph, layer: int) -> int:
-    """Number of entries that are written before a layer: the first ones."""
+    """Number of entries that are written before a layer, the baseline among them."""
     return 1 + graph.sources_before(layer)
 
 
 class Layer:
-    """The masks of one layer.
+    """Masks and readers' inputs of one layer.
 
     Attributes:
-        plan: of the layer.
-        keep: masks; 0 where there is no edge. Attention reads the baseline, the first entry, as it is.
-        to_keep: gradients to them, valid at the edges only.
-        inputs: of the readers; in the backward pass replaced by the gradients to them, reader by reader.
+        plan: layout of the layer.
+        keep: masks; 0 where there is no edge, and 1 for the baseline of attention's readers.
+        grad_keep: gradients of `keep`, valid at edges only.
+        inputs: inputs of the readers; in the backward pass overwritten by their gradients, reader by reader.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Layer:
         self.plan, self.inputs = plan, inputs
         self.keep: Float[Tensor, "row reader entry"] = self._laid_out(mask[:, plan.edges].to(inputs.dtype))
         self.keep[:, plan.attention, 0] = 1
-        self.to_keep: Float[Tensor, "row reader entry"]
+        self.grad_keep: Float[Tensor, "row reader entry"]
 
     def _laid_out(self, of_edges: Float[Tensor, "row edge"]) -> Float[Tensor, "row reader entry"]:
         table = of_edges.new_zeros(len(of_edges), self.plan.n_readers * self.plan.n_entries)
@@ -90,25 +90,25 @@ class Layer:
         return table.view(len(of_edges), self.plan.n_readers, self.plan.n_entries)
 
     def cut(self, dtype: torch.dtype) -> Float[Tensor, "row reader entry"]:
-        """Factor of each edge in the gradient to its source's replacement."""
+        """Factor of each edge in the gradient of its source's replacement: 1 - mask if it is ablated, else 0."""
         keep = self.keep.flatten(1).index_select(1, self.plan.places).to(dtype)
         return self._laid_out(torch.where(keep < ABLATED_BELOW, 1 - keep, 0.0))
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"]:
-        """Gradient to the layer's edges."""
-        return self.to_keep.flatten(1).index_select(1, self.plan.places)
+        """Gradient of the mask of the layer's edges."""
+        return self.grad_keep.flatten(1).index_select(1, self.plan.places)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Purpose of a run.
+    """Gradients that a run needs, and how its readers' inputs are computed.
 
     Attributes:
-        mask: gradients to the mask.
-        recompute: mix readers' inputs again in the backward pass.
-        constants: rows and positions for which gradients to replacements are kept apart; None for no such gradients.
-        centred: subtract the mean over d_model from what is written, because all readers ignore it.
-        scaled: the baseline carries gradients, through the scale of a norm after attention.
+        mask: True if the mask needs gradients.
+        recompute: True if readers' inputs are mixed again in the backward pass instead of being kept.
+        constants: rows and positions (1 for a sum over all) of the replacements' gradients; None if they need none.
+        centred: True if the mean over d_model is subtracted from what is written, because all readers ignore it.
+        scaled: True if the baseline carries gradients, through the scale of a norm after attention.
     """
 
     mask: bool
@@ -119,33 +119,33 @@ class Needs:
 
     @property
     def gradients(self) -> bool:
-        """True where a backward pass will come."""
+        """True if a backward pass may follow."""
         return self.mask or self.constants is not None
 
     @property
     def inputs(self) -> bool:
-        """True where the readers' inputs are kept."""
+        """True if readers' inputs are kept for the backward pass."""
         return self.gradients and not self.recompute
 
 
 class Buffers:
-    """Tensors that sources have written in one run of a model, and the inputs that are mixed of them.
+    """Outputs of the sources in one run of a model, and the inputs of the readers that are mixed from them.
 
     Args:
-        workspace: of the model.
-        graph: of the model.
-        mask: of each row.
+        workspace: workspace of the model.
+        graph: graph of the model.
+        mask: mask of each row.
         protected: tokens at which every reader reads the model's own residual stream.
-        dtype: of everything here.
-        needs: of the run.
+        dtype: dtype of all buffers.
+        needs: what the run needs.
 
     Attributes:
         layers: masks and inputs of each layer.
-        inputs: of the readers of all layers that are kept.
-        written: the baseline, as it was when attention last read; then what sources have written.
-        baseline: what a reader receives whatever the mask, so far.
-        baseline_before: the same when each layer's attention read.
-        gradient: in the backward pass, to the baseline (where it carries gradients) and to what sources have written.
+        inputs: inputs of the readers of all layers, or of the current layer if they are not kept.
+        written: the baseline as of the last read by attention, followed by what each source has written.
+        baseline: the baseline so far.
+        baseline_before: the baseline as of each layer's read by attention.
+        gradient: in the backward pass, the gradient of `written` (of the baseline only if it carries gradients).
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Buffers:
         self._spent = False
         self.written: Float[Tensor, "entry row position d_model"] = self._take("written", 1 + graph.n_sources)
         self.gradient: Float[Tensor, "entry row position d_model"]
-        self._to_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"]
+        self._grad_constants: Float[Tensor, "entry row_or_1 position_or_1 d_model"]
         self.baseline: Float[Tensor, "row_or_1 position_or_1 d_model"] = self.written.new_zeros(1, 1, graph.d_model)
         self.baseline_before: dict[int, Tensor] = {}
 
@@ -178,19 +178,19 @@ class Buffers:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
 
     def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
-        """A flat uninitialised tensor, for the length of the context."""
+        """A flat uninitialised tensor inside the context."""
         return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """To the data type of everything here."""
+        """Convert to the dtype of the buffers."""
         return tensor.to(self.written.dtype)
 
     def centre(self, written: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """Subtract the mean in place, where readers ignore it; this is its own transpose."""
+        """Subtract the mean in place, if readers ignore it; the operation is its own transpose."""
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
     def add_to_baseline(self, added: Float[Tensor, "row_or_1 position_or_1 d_model"]) -> None:
-        """Add, from now on, to what a reader receives whatever the mask; changes its argument."""
+        """Add to the baseline of all later reads; changes its argument in place."""
         self.baseline = self.baseline + self.centre(added)
 
     def mix_before(self, layer: int, readers: slice) -> None:
@@ -213,7 +213,7 @@ class Buffers:
         inputs[:, rows, positions] = self.centre(self.cast(stream[rows, positions]))
 
     def begin_backward(self) -> None:
-        """Allocate gradients; raises `RuntimeError` in a second backward pass."""
+        """Allocate the gradients; raises `RuntimeError` in a second backward pass."""
         if self._spent:
             raise RuntimeError(
                 "A second backward pass through one run of edges: the first has overwritten what the readers read. "
@@ -227,57 +227,54 @@ class Buffers:
             if self.needs.constants[1] == 1:
                 dtype = torch.promote_types(dtype, torch.float32)  # a sum over all tokens, and a small tensor
             shape = (len(self.written), *self.needs.constants, self.shape[-1])
-            self._to_constants = self.written.new_zeros(shape, dtype=dtype)
+            self._grad_constants = self.written.new_zeros(shape, dtype=dtype)
 
     def release_protected(self, gradients: Float[Tensor, "reader row position d_model"]) -> None:
-        """Transpose of `restore_protected` and of adding the baseline, in gradients to inputs."""
+        """Transpose of `restore_protected` and of adding the baseline, for gradients of inputs."""
         rows, positions = self._protected
         gradients[:, rows, positions] = 0
         if self.needs.scaled:
             self.gradient[0] += gradients.sum(dim=0)
 
     def unmix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """Transpose of `mix`: gradients to inputs, which have replaced the inputs, are added to the entries.
-
-        With `first` they overwrite them.
-        """
+        """Transpose of `mix`: add the gradients of a layer's inputs to those of the entries; `first` overwrites."""
         of_layer = self.layers[layer]
         keep, gradients = of_layer.keep[:, readers, entries], _by_row(of_layer.inputs[readers])
         _by_row(self.gradient[entries]).baddbmm_(keep.transpose(1, 2), gradients, beta=0 if first else 1)
 
     def unmix_before(self, layer: int) -> None:
-        """Transpose of `mix_before`, when the gradients to the inputs of all readers of a layer have arrived."""
+        """Transpose of `mix_before`, once the gradients of the inputs of all readers of a layer have arrived."""
         of_layer = self.layers[layer]
         plan = of_layer.plan
-        # The last layer is the first whose gradients arrive.
+        # The backward pass begins with the last layer.
         self.unmix(layer, slice(0, plan.n_readers), slice(1, plan.before), first=of_layer is self.layers[-1])
         if self.needs.mask:
-            of_layer.to_keep = _by_row(of_layer.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
+            of_layer.grad_keep = _by_row(of_layer.inputs) @ _by_row(self.written[: plan.n_entries]).transpose(1, 2)
         if self.needs.constants is not None:
-            _add_to_constants(self._to_constants[: plan.n_entries], of_layer)
+            _add_to_constants(self._grad_constants[: plan.n_entries], of_layer)
 
     def gradient_of(self, sources: slice) -> Float[Tensor, "source row position d_model"]:
-        """Gradient to what was written, once all its readers have contributed."""
+        """Gradient of what sources wrote, once all their readers have contributed."""
         return self.centre(self.gradient[sources])
 
     def gradient_of_constants(
         self, sources: slice, shape: torch.Size, scale: Tensor | None = None
     ) -> Float[Tensor, "source row_or_1 position_or_1 d_model"]:
-        """Gradient to replacements of this shape [row, position], in the space of the residual stream.
+        """Gradient of replacements of this shape [row, position], in the space of the residual stream.
 
-        `scale` is what they were multiplied with at each token.
+        `scale` is the factor that they were multiplied by at each token.
         """
-        total = self.centre(self._to_constants[sources])
+        total = self.centre(self._grad_constants[sources])
         if scale is not None:
             total = total * scale
         return total.sum_to_size(len(total), *shape, total.shape[-1])
 
     def gradient_of_mask(self) -> Float[Tensor, "row edge"] | None:
-        """Gradient to all edges, at the end of the backward pass."""
+        """Gradient of the mask of all edges, at the end of the backward pass."""
         return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
     def free(self) -> None:
-        """Return all large tensors to the workspace; the buffers cannot be used any more."""
+        """Return all large tensors to the workspace, after which the buffers cannot be used."""
         for name in ("written", "inputs", "gradient"):
             if name in vars(self):
                 self._workspace.give(name, vars(self)[name])

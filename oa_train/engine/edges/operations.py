@@ -1,10 +1,10 @@
 """Reads and writes of a run of edges, with hand-written gradients.
 
 Parts of the model write into `Buffers` and read from them, which autograd does not see. Each write and each read is
-one `Operation`; a dummy tensor passed from one to the next lets autograd call them in reverse in the backward pass.
+one `Operation`; a dummy tensor passed from one to the next makes autograd call them in reverse in the backward pass.
 
-Layer norms ignore the mean over d_model, so where they are the model's norms it is subtracted from whatever is
-written. What is read then has mean zero, and layer norms reduce to RMS norms.
+Layer norms ignore the mean over d_model, so in models that have them it is subtracted from everything that is written.
+What is read then has mean zero, and layer norms reduce to RMS norms.
 """
 
 from abc import ABC, abstractmethod
@@ -30,24 +30,24 @@ class Operation(ABC):
 
     @abstractmethod
     def _forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """From tensors that may carry gradients to tensors that do."""
+        """Map the tensors that may need gradients to the results."""
 
     @abstractmethod
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """From gradients of what `_forward` returned to gradients of its arguments."""
+        """Map the gradients of the results of `_forward` to those of its arguments."""
 
 
 class Chain:
-    """Runs operations one after another, so that autograd runs their backward passes in reverse order.
+    """Links operations, so that autograd runs their backward passes in reverse order.
 
-    `token`, the dummy tensor, is any number, not a leaf that needs gradients.
+    `token`, the dummy tensor, is any scalar that is not a leaf with gradients.
     """
 
     def __init__(self, token: Tensor) -> None:
         self._token = token
 
     def run(self, operation: Operation, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Results of the next operation."""
+        """Run the next operation."""
         self._token, *results = _Linked.apply(operation, self._token, *tensors)
         return tuple(results)
 
@@ -63,12 +63,12 @@ class _Linked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context: Any, to_token: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, to_token, *context.operation._backward(*gradients)
+    def backward(context: Any, grad_token: Tensor, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad_token, *context.operation._backward(*gradients)
 
 
 class Write(Operation):
-    """The units of a site write to some entries; `constants` are their replacements."""
+    """The units of a site write to some entries of the buffers; `constants` are their replacements."""
 
     def __init__(
         self, buffers: Buffers, entries: slice, constants: Float[Tensor, "row_or_1 position_or_1 unit width"]
@@ -103,10 +103,10 @@ class WriteMLP(Write):
 
 
 class WriteEmbedding(WriteMLP):
-    """The embedding writes, as an MLP before the first layer would.
+    """The embedding writes, like an MLP before the first layer.
 
-    It is the first operation, which mask and replacements enter, and the last one in a backward pass; by then `writes`
-    holds all others of the run, in the order of the replacements.
+    This is the first operation, and takes mask and replacements; so it is the last one in a backward pass, when
+    `writes` holds all others of the run, in the order of the replacements.
     """
 
     def __init__(self, buffers: Buffers, constants: Tensor, writes: Sequence[Write]) -> None:
@@ -115,8 +115,8 @@ class WriteEmbedding(WriteMLP):
 
     def _backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
         trained = self.buffers.needs.constants is not None
-        to_constants = [write._gradient_of_constants() if trained else None for write in (self, *self._writes)]
-        gradients = *super()._backward(), self.buffers.gradient_of_mask(), *to_constants
+        grad_constants = [write._gradient_of_constants() if trained else None for write in (self, *self._writes)]
+        gradients = *super()._backward(), self.buffers.gradient_of_mask(), *grad_constants
         self.buffers.free()
         return gradients
 
@@ -152,21 +152,21 @@ class WriteHeads(Write):
 
     def _backward(self, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradient, weights = self.buffers.gradient_of(self._entries), self._weights()
-        to_scale: tuple[Tensor, ...] = ()
+        grad_scale: tuple[Tensor, ...] = ()
         if self._scale is not None:
             written, baseline = self._unscaled
-            to_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient[0] * baseline,)
+            grad_scale = ((gradient * written).sum(dim=0) + self.buffers.gradient[0] * baseline,)
             gradient.mul_(self._scale)
             del self._unscaled
-        to_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])
-        torch.bmm(gradient.flatten(1, 2), weights.transpose(1, 2), out=to_values.flatten(0, 1).transpose(0, 1))
-        return to_values, *to_scale
+        grad_values = gradient.new_empty(*gradient.shape[1:3], *weights.shape[:2])
+        torch.bmm(gradient.flatten(1, 2), weights.transpose(1, 2), out=grad_values.flatten(0, 1).transpose(0, 1))
+        return grad_values, *grad_scale
 
     def _gradient_of_constants(self) -> Float[Tensor, "row_or_1 position_or_1 head d_head"]:
         shape = self._constants.shape[:2]
-        to_written = self.buffers.gradient_of_constants(self._entries, shape, self._scale)
-        to_values = to_written.flatten(1, 2) @ self._weights().transpose(1, 2).to(to_written.dtype)
-        return to_values.view(len(to_values), *shape, -1).permute(1, 2, 0, 3)
+        grad_written = self.buffers.gradient_of_constants(self._entries, shape, self._scale)
+        grad_values = grad_written.flatten(1, 2) @ self._weights().transpose(1, 2).to(grad_written.dtype)
+        return grad_values.view(len(grad_values), *shape, -1).permute(1, 2, 0, 3)
 
 
 class ReadAttention(Operation):
@@ -183,7 +183,7 @@ class ReadAttention(Operation):
         return layer.inputs[layer.plan.attention]
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        # The MLP's and the logits' inputs are mixed along, from what was written before the layer.
+        # This also mixes what the layer's MLP, and after the last layer the logits, read of all earlier layers.
         self.buffers.mix_before(self._layer, slice(0, self.buffers.layers[self._layer].plan.n_readers))
         inputs = self._inputs()
         self.buffers.restore_protected(inputs, self._stream)
@@ -198,7 +198,7 @@ class ReadAttention(Operation):
             for part, read, weight in zip(parts, inputs.split(counts), weights, strict=True):
                 torch.bmm(read, weight.transpose(1, 2), out=part)
         if self._norm is not None:
-            # A norm divides each token by its length, which may be done after the projection as well.
+            # A norm divides each token by its length, which commutes with the projection.
             self._factor = self._norm.factor(inputs)
             self._projected.mul_(self._factor)
         outputs = tuple(self._bias(module) for module in self._readers.modules)
@@ -239,29 +239,31 @@ class ReadAttention(Operation):
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
         """Overwrite the inputs with the gradients to them."""
         by_reader = self._readers.by_reader([self.buffers.cast(gradient).flatten(0, 1).T for gradient in gradients])
-        to_projected = torch.cat([gradient.transpose(1, 2) for gradient in by_reader])
+        grad_projected = torch.cat([gradient.transpose(1, 2) for gradient in by_reader])
         if self._norm is None:
             inputs.zero_()
         else:
             # The gradient through the norm's factor, so that outputs do not change with the length of the input.
-            along = (to_projected * self._projected).sum(dim=-1, keepdim=True)
+            along = (grad_projected * self._projected).sum(dim=-1, keepdim=True)
             inputs.mul_(along * self._factor.square() / -inputs.shape[-1])
-            to_projected.mul_(self._factor)
+            grad_projected.mul_(self._factor)
             del self._factor
         del self._projected
         counts = self._readers.counts
         with self._weights() as weights:
-            for read, gradient, weight in zip(inputs.split(counts), to_projected.split(counts), weights, strict=True):
+            for read, gradient, weight in zip(
+                inputs.split(counts), grad_projected.split(counts), weights, strict=True
+            ):
                 read.baddbmm_(gradient, weight)
 
 
 class ReadMLP(Operation):
-    """The MLP of a layer reads the layer's heads; what was written before is mixed along with attention's inputs.
+    """The MLP of a layer reads the layer's heads; `ReadAttention` has mixed what was written before.
 
     `stream` is the model's own residual stream.
     """
 
-    _first = False  # in the backward pass, to bring gradients to the entries
+    _first = False  # the first operation of the backward pass that writes gradients of the entries
 
     def __init__(self, buffers: Buffers, layer: int, stream: Tensor) -> None:
         super().__init__(buffers)
@@ -290,7 +292,7 @@ class ReadMLP(Operation):
 
 
 class ReadLogits(ReadMLP):
-    """The logits read, as an MLP after the last layer would; the last operation, and the first in a backward pass."""
+    """The logits read, like an MLP after the last layer; the last operation, and the first in a backward pass."""
 
     _first = True
 

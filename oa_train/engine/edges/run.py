@@ -47,7 +47,7 @@ def run_edges(
     values: Values,
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits at the scored positions with every edge mixed with its source's replacement; see `masked_logits`.
+    """Logits at the scored positions under a mask of edges; see `masked_logits`.
 
     With `recompute` neither readers' inputs nor the MLPs' hidden layers are kept for the backward pass.
 
@@ -78,10 +78,7 @@ def edges_called(
 
 
 def edge_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
-    """Memory of one row of a run for all that is written to the residual stream and read from it.
-
-    For a backward pass everything is kept and has a gradient.
-    """
+    """Memory in bytes of one row of a run: what sources write, what readers read and, if kept, their gradients."""
     graph = Graph.of(model.config)
     streams = graph.n_sources + graph.n_attention_readers + 1
     if gradients:
@@ -90,7 +87,7 @@ def edge_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
 
 
 def _without_hidden_states(body: Any) -> Callable[..., Any]:
-    """Forward of the module that runs the blocks and collects hidden states, refusing to collect them."""
+    """Forward of the module that runs the blocks, which refuses to return hidden states."""
     forward = body.forward
 
     @wraps(forward, updated=())  # leaves out torch.compile's attributes
@@ -98,9 +95,9 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
         requested = kwargs.get("output_hidden_states")
         if body.config.output_hidden_states if requested is None else requested:
             raise ConfigurationError(
-                "output_hidden_states is set in a call under a circuit of edges, where no hidden state of a layer "
-                "exists: every reader has an input of its own, and what blocks pass on is right at protected tokens "
-                "only. Call the model without it, or take a circuit of nodes (level: nodes)."
+                "output_hidden_states is set in a call under a circuit of edges, where no layer has a hidden state: "
+                "every reader has an input of its own, and what blocks pass on is right at protected tokens only. "
+                "Call the model without it, or take a circuit of nodes (level: nodes)."
             )
         return forward(*args, **kwargs)
 
@@ -108,7 +105,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
-    """Refuse foreign hooks on tensors that nothing reads."""
+    """Refuse hooks of others on modules whose tensors are not used under a circuit of edges."""
     attached: dict[str, list[Any]] = {
         name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
@@ -121,19 +118,19 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
         attached[f"the output of {output_path} of block {layer}"] = [*output._forward_hooks.values()]
         attached[f"{output_path} of block {layer}"] = _other_forwards(output)
     for name, functions in attached.items():
-        # FSDP and transformers, which collects outputs, change nothing; ours are there for the length of a run.
+        # Hooks of FSDP and of transformers (which collect outputs) change nothing; ours belong to this run.
         ours = ("torch.distributed.", "transformers.", "oa_train.")
         foreign = [function for function in functions if not str(getattr(function, "__module__", "")).startswith(ours)]
         if foreign:
             raise ConfigurationError(
                 f"A function is attached to {name} ({foreign[0]}). It would have no effect, or a wrong one, in a "
-                "circuit of edges: every reader has an input of its own there, and nobody reads what passes here. "
+                "circuit of edges: every reader has an input of its own there, and nothing uses this tensor. "
                 "Remove it for the run, or take a circuit of nodes (level: nodes)."
             )
 
 
 def _other_forwards(module: nn.Module) -> list[Any]:
-    """Function that shadows the forward of a module's class, unless it is its compiled version."""
+    """Forward that replaces that of a module's class, if any; torch.compile's does not count."""
     forward = vars(module).get("forward")
     return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
@@ -141,7 +138,7 @@ def _other_forwards(module: nn.Module) -> list[Any]:
 class _Run:
     """Routes a model's reads and writes of the residual stream through the edge operations.
 
-    `scored` is the only token of each row whose logits are used; None if there are several.
+    `scored` is the only column of each row whose logits are used; None if there are several.
     """
 
     def __init__(
@@ -163,7 +160,7 @@ class _Run:
         self._writes: list[Write] = []
         self._buffers: Buffers
         self._projected: tuple[Tensor, ...] = ()
-        # The last layer's MLP is needed at that token only, unless it shares its norm with attention.
+        # Layer whose MLP runs at the scored token only: the last one, unless its MLP shares a norm with attention.
         self._alone: int | None = None
         if scored is not None and self._parts.family.mlp_input != self._parts.family.attention_norm:
             self._alone = graph.n_layers - 1
@@ -201,7 +198,7 @@ class _Run:
 
     @torch.no_grad()
     def _output(self, projection: nn.Module, heads: Tensor) -> Tensor:
-        """The attention output projection at protected tokens; nobody reads the others."""
+        """The attention output projection at protected tokens; its output at other tokens is not used."""
         weight, bias = weight_and_bias(projection)
         projected = F.linear(self._by_row(heads)[self._protected_tokens], weight, bias)
         everywhere = projected.new_zeros(*self._protected.shape, len(weight))
@@ -214,7 +211,7 @@ class _Run:
             self._write_embedding(stream)
         reading = ReadAttention(self._buffers, layer, stream, self._residual.attention[layer])
         self._projected = self._chain.run(reading)
-        # No gradient ever flows along the model's own stream.
+        # No gradient flows through the model's own residual stream.
         return hidden.detach()
 
     def _write_embedding(self, embedded: Float[Tensor, "row position d_model"]) -> None:
@@ -229,7 +226,7 @@ class _Run:
         training, norm = torch.is_grad_enabled(), self._residual.attention[0].norm
         rows, positions = (max(tensor.shape[dim] for tensor in constants) for dim in (0, 1))
         if self._residual.post_norms:
-            # A norm multiplies replacements with another scale at each token.
+            # A norm after attention scales replacements differently at each token.
             rows, positions = self._protected.shape
         return Needs(
             mask=training and self._mask.requires_grad,
@@ -243,7 +240,7 @@ class _Run:
         values = self._by_row(heads).unflatten(-1, (self._graph.n_heads, -1))
         projection, scale = self._parts.attention_outputs[layer], list[Tensor]()
         if self._residual.post_norms:
-            # A head writes its share of the attention output, times the norm's scale for the whole output.
+            # A head writes its term of the attention output, times the norm's scale for the sum.
             total = F.linear(self._by_row(heads), *weight_and_bias(projection))
             scale = [rms_norm_scale(self._residual.post_norms[layer], total)]
         self._writes.append(WriteHeads(self._buffers, layer, self._constants[Site("heads", layer)], projection))
@@ -259,7 +256,7 @@ class _Run:
         if layer == self._alone:
             everywhere = output.new_zeros(*self._protected.shape, output.shape[-1])
             everywhere = everywhere.index_put(self._scored, output.flatten(0, -2))
-            output = everywhere.flatten(0, 3 - output.dim())  # as flat as it comes
+            output = everywhere.flatten(0, 3 - output.dim())  # to as many dimensions as before
         self._writes.append(WriteMLP(self._buffers, layer, self._constants[Site("mlp", layer)]))
         self._chain.run(self._writes[-1], self._by_row(output))
         return output

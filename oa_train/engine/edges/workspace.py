@@ -1,7 +1,7 @@
 """Large tensors that are reused from one step to the next.
 
-The C library returns the memory of large tensors to the system, and the system zeroes every page that it hands out: on
-a CPU that takes a sixth of a step. Accelerators' allocators cache memory themselves.
+On a CPU the memory of large tensors is returned to the operating system, which zeroes each page that it hands out
+again: a sixth of the time of a step. Accelerators' allocators cache memory themselves.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from torch import nn
 
 from oa_train.shapes import Tensor
 
-# An odd number of cache lines between one entry and the next: sizes of models are multiples of large powers of two,
-# and products that go over many entries would find them all in the same few places of the cache.
+# Gap between entries, an odd number of cache lines: sizes of entries are multiples of large powers of two, and without
+# the gap products over many entries would compete for a few cache sets.
 BYTES_APART = 13 * 64
 
 
 class Workspace:
-    """At most one free tensor of each name; its taker owns it until it is given back."""
+    """A pool with at most one free tensor of each name; a tensor that was taken is not free until it is given back."""
 
     def __init__(self) -> None:
         self._free: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ class Workspace:
         stride = size + BYTES_APART // dtype.itemsize
         flat = self._free.pop(name, None)
         if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
-            # Evaluation may come first, and training cannot use its inference tensors.
+            # Not an inference tensor, even if evaluation comes first: training reuses it.
             with torch.inference_mode(False):
                 flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
         return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
@@ -53,7 +53,7 @@ _workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()
 
 
 def workspace_of(model: nn.Module) -> Workspace:
-    """The workspace of a model, which is gone when the model is."""
+    """The workspace of a model, freed with the model."""
     return _workspaces.setdefault(model, Workspace())
 
 

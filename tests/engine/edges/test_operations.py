@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.diagnostics.edge_reference import reference_edge_logits
 from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.engine.edges.run import run_edges
 from oa_train.engine.edges.workspace import Workspace, free_workspace, workspace_of
 from tests.builders import tiny_model
 from tests.engine.edges.helpers import ARCHETYPES, graph_of, mask_of, protected_batch, random_values
+from tests.engine.edges.reference import reference_edge_logits
 from tests.engine.edges.test_run import assert_same, results
 from tests.precision import WithoutSinglePrecision
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.diagnostics.edge_reference import reference_edge_logits
 from oa_train.engine.edges.run import edge_row_bytes, edges_called, run_edges
 from oa_train.engine.forward import as_written, model_inputs, scored_logits
 from oa_train.engine.nodes import node_taps
@@ -22,6 +21,7 @@ from tests.engine.edges.helpers import (
     random_values,
     values_of_kind,
 )
+from tests.engine.edges.reference import reference_edge_logits
 from tests.precision import WithoutSinglePrecision
 
 EXACT = {"rtol": 0, "atol": 1e-12}

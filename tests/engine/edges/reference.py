@@ -1,8 +1,8 @@
-"""The slow, obvious oracle that the engine for edges is tested against.
+"""The slow, obvious reference that the engine for edges is tested against.
 
-It shares nothing with it but the table of families and the order of edges; with the oracle for nodes it shares how the
-model is run. The input of every reader is summed source by source, by the names of edges; the model's own norm and its
-whole projection are applied to it, and the reader's part is picked from the result.
+The two share only the table of families and the order of edges. Here the input of every reader is summed source by
+source, by the names of edges; the model's own norm and its whole projection are applied to it, and the reader's part
+is picked from the result.
 """
 
 from collections.abc import Callable
