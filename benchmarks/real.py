@@ -2,7 +2,7 @@
 
     python -m benchmarks.real FOLDER                    all stages; started again, it goes on where it stopped
     python -m benchmarks.real FOLDER --stage nodes      some stages, each with those that it needs done
-    python -m benchmarks.real FOLDER --model DIRECTORY  a local copy of the model; by default that of `make real`
+    python -m benchmarks.real FOLDER --model DIRECTORY  a local copy of the model; by default the one of `make real`
 
 A stage is one command of `oa-train`. FOLDER gets the runs, `stages.json` with the command, minutes, CPU minutes and
 peak memory of each, and `table.md` with the figures of all that are done. A fit that was interrupted is resumed from
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real_model import real_model
 from oa_train.studies.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
