@@ -133,3 +133,9 @@ def check_kind(option: str, name: str) -> Kind:
     if name not in ablating:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, ablating)}")
     return ablating[name]
+
+
+def default_kinds(has_counterfactuals: bool) -> list[AblationKind]:
+    """Ablations that take something away, on prompts with or without counterfactuals."""
+    taking = [name for name, kind in KINDS.items() if not kind.restores]
+    return [name for name in taking if has_counterfactuals or not KINDS[name].paired]

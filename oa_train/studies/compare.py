@@ -11,7 +11,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, default_kinds
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
@@ -174,9 +174,7 @@ class Compare(Study[CompareSettings]):
         """Kinds of ablation that are compared."""
         if self.settings.ablations is not None:
             return self.settings.ablations
-        has_counterfactuals = self.batches[0].counterfactual_tokens is not None
-        taking = [name for name, kind in KINDS.items() if not kind.restores]
-        return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
+        return default_kinds(self.batches[0].counterfactual_tokens is not None)
 
     @cached_property
     def positions(self) -> int:

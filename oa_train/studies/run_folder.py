@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from oa_train.models.loading import LMSpec
 
 CONFIG_FILE = "config.yaml"
+# Inside the folder of a study: what a resumable one has done.
+PIECES = "pieces"
 FRONT = "front"
 VERSION = "version"
 
