@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.testing import assert_close
 
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError
+from oa_train.errors import ArtefactError, OaTrainError
 from oa_train.models.loading import CausalLM, LMSpec, load_model
 from oa_train.studies.scan import Scan, ScanSettings
 from oa_train.tasks import IOI
