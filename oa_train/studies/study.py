@@ -308,7 +308,7 @@ def criterion(trained: TrainedCircuit) -> str:
         return f"keep-probability above {threshold:g}"
     dropped = circuit.scores[~circuit.mask]
     if circuit.mask.any() and bool((circuit.scores[circuit.mask].min() >= dropped).all()):
-        return "those of the highest keep-probability"
+        return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g})"
     return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
 
 
