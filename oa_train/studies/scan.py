@@ -1,7 +1,7 @@
 """Every part of a selection ablated alone, under every ablation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
@@ -142,7 +142,7 @@ class Scan(Study[ScanSettings]):
     def pieces(self) -> Pieces:
         """Measured pieces, in the study's folder if it has one."""
         about = {
-            "settings": plain(asdict(replace(self.settings, dictionaries=[]))),
+            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level names them
             "units": list(self.parts),
             "level": self.level.header(),
             "ablations": self.kinds,

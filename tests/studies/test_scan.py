@@ -143,7 +143,7 @@ def test_bad_settings_are_told(model, task, settings, message):
         Scan(model, task, settings=ScanSettings(**settings)).run()
 
 
-@pytest.mark.parametrize("sites", [["neurons"], ["residual"], ["attention", "mlp"], ["embedding", "tokens"]])
+@pytest.mark.parametrize("sites", [["neurons"], ["residual"], ["attention"], ["tokens"], ["features"]])
 def test_other_kinds_of_site(model, task, sites):
     components = {"neurons": ["m0.n1", "m2.n127"], "residual": ["r1@S2", "r2@end"]}.get(sites[0], "*")
     settings = ScanSettings(
