@@ -14,6 +14,7 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.errors import ArtefactError, OaTrainError
+from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.loading import CausalLM, LMSpec, load_model
 from oa_train.studies.scan import Scan, ScanSettings
 from oa_train.tasks import IOI
@@ -145,9 +146,13 @@ def test_bad_settings_are_told(model, task, settings, message):
 
 @pytest.mark.parametrize("sites", [["neurons"], ["residual"], ["attention"], ["tokens"], ["features"]])
 def test_other_kinds_of_site(model, task, sites):
-    components = {"neurons": ["m0.n1", "m2.n127"], "residual": ["r1@S2", "r2@end"]}.get(sites[0], "*")
+    chosen = {"neurons": ["m0.n1", "m2.n127"], "residual": ["r1@S2", "r2@end"], "features": ["f2.1?"]}
     settings = ScanSettings(
-        sites=sites, components=components, fit=RefitSettings(steps=1), ablations=["optimal", "zero"]
+        sites=sites,
+        components=chosen.get(sites[0], "*"),
+        dictionaries=[DictionarySpec("tiny_r2")] if sites == ["features"] else [],
+        fit=RefitSettings(steps=1),
+        ablations=["optimal", "zero"],
     )
     findings = Scan(model, task, settings=settings).run()
     assert all(draw() is not None for draw in findings.figures.values())
