@@ -11,7 +11,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, check_suits
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
@@ -111,6 +111,7 @@ class Compare(Study[CompareSettings]):
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         # Of circuits of edges the components are ablated alone, not every edge.
+        check_suits(self.settings.ablations or [], self.source, self.batches)
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
         if components is None:
@@ -158,6 +159,7 @@ class Compare(Study[CompareSettings]):
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
                 "positions": self.positions,
+                "left_out": self.left_out,
                 "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
@@ -174,9 +176,15 @@ class Compare(Study[CompareSettings]):
         """Kinds of ablation that are compared."""
         if self.settings.ablations is not None:
             return self.settings.ablations
-        has_counterfactuals = self.batches[0].counterfactual_tokens is not None
-        taking = [name for name, kind in KINDS.items() if not kind.restores]
-        return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
+        return [name for name, kind in KINDS.items() if not kind.restores and name not in self.left_out]
+
+    @cached_property
+    def left_out(self) -> dict[AblationKind, str]:
+        """Kinds of ablation that nobody asked for and that cannot be made on the test prompts, with the reason."""
+        if self.settings.ablations is not None:
+            return {}
+        reasons = {name: kind.why_not(self.source, self.batches) for name, kind in KINDS.items()}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
 
     @cached_property
     def positions(self) -> int:
@@ -309,6 +317,9 @@ class Compare(Study[CompareSettings]):
                 f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
                 f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
             )
+        for reason in dict.fromkeys(self.left_out.values()):
+            kinds = [spoken(kind) for kind, other in self.left_out.items() if other == reason]
+            yield f"Left out: {' and '.join(kinds)} ablation, because {reason}."
         yield from (random_line(control, self.level.parts) for control in drawn)
         if len(self.circuits) > 1:
             numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]

@@ -33,7 +33,7 @@ from oa_train.studies.study import (
     spoken,
     statistics_stages,
 )
-from oa_train.studies.target import missed_target
+from oa_train.studies.target import missed_targets
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 
@@ -120,7 +120,7 @@ def finish(
         trained.save_constants(folder)
     study.circuits = refitted
     findings = study.run_in(run)
-    advice = [line for trained in refitted for line in missed_target(trained, RunFolder(Path(run)))]
+    advice = missed_targets(refitted, RunFolder(Path(run)))
     return Finished(refitted, replace(findings, shown=[*findings.shown, *advice]))
 
 
@@ -204,7 +204,7 @@ class Evaluate(Study[FinishSettings]):
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
-        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean ± 95 % interval"
+        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean and 95 % interval"
         return Findings(
             _entry_rows(trained.circuit),
             metrics,
