@@ -110,8 +110,8 @@ class Compare(Study[CompareSettings]):
             levels = [(run.name, run.circuit.level) for run in self.circuits]
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
+        check_suits(self.settings.ablations or [], self._unplanned, self.batches)
         # Of circuits of edges the components are ablated alone, not every edge.
-        check_suits(self.settings.ablations or [], self.source, self.batches)
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
         if components is None:
@@ -183,7 +183,7 @@ class Compare(Study[CompareSettings]):
         """Kinds of ablation that nobody asked for and that cannot be made on the test prompts, with the reason."""
         if self.settings.ablations is not None:
             return {}
-        reasons = {name: kind.why_not(self.source, self.batches) for name, kind in KINDS.items()}
+        reasons = {name: kind.why_not(self._unplanned, self.batches) for name, kind in KINDS.items()}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     @cached_property
@@ -199,6 +199,11 @@ class Compare(Study[CompareSettings]):
     def source(self) -> AblationSource:
         """Statistics from which ablations are made."""
         return AblationSource(self.model, self.task, self.level, self.positions, self.track)
+
+    @property
+    def _unplanned(self) -> AblationSource:
+        """A source for checks, which come before the stages of `source` are known."""
+        return AblationSource(self.model, self.task, self.level)
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:

@@ -26,8 +26,9 @@ def missed_targets(circuits: Sequence[TrainedCircuit], run: RunFolder) -> Iterat
         missed[number] = target
         name = f"circuit {number} of the front" if len(circuits) > 1 else "the circuit"
         expected = "" if circuit.scores is None else f", and its masks kept {written(float(circuit.scores.sum()))}"
+        asked = f"{target:,.0f}" if target == round(target) else written(target)
         yield (
-            f"target_size {target:,g} was missed: {name} has {len(circuit):,} {circuit.level.parts}{expected}"
+            f"target_size {asked} was missed: {name} has {len(circuit):,} {circuit.level.parts}{expected}"
             f"{' on average' if expected else ''}."
         )
         reasons |= dict.fromkeys(_reason(trained))

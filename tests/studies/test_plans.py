@@ -19,7 +19,7 @@ from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.minimal import Minimal, MinimalSettings
 from oa_train.studies.run_folder import RunFolder
 from oa_train.studies.study import criterion
-from oa_train.studies.target import missed_target
+from oa_train.studies.target import missed_targets
 from tests.builders import small_ioi
 from tests.test_progress import Told
 
@@ -128,13 +128,28 @@ def test_single_parts_of_a_large_model_are_left_out_and_that_is_said(model, task
 
 
 def test_a_missed_target_is_said_with_the_command_that_takes_it(model, tmp_path):
-    level = Nodes.of(model.config)
-    (asked, why, take, command) = missed_target(a_circuit(model, level, target_size=4), RunFolder(tmp_path))
-    assert asked == "target_size is 4; run has 7 components, so it was missed."
-    assert why.startswith("The masks of the best state kept 7.50 on average")
-    assert take.startswith("This takes exactly 4")
+    level, run = Nodes.of(model.config), RunFolder(tmp_path)
+    run.checkpoint("last").parent.mkdir()
+    run.checkpoint("last").touch()
+    missed, why, gives, command = missed_targets([a_circuit(model, level, target_size=4.0)], run)
+    assert missed == ("target_size 4 was missed: the circuit has 7 components, and its masks kept 7.50 on average.")
+    assert why.startswith("The penalty weight had not settled.")
+    assert gives.startswith("This gives the circuit exactly 4,")
+    assert command.endswith("last.ckpt --finish.size 4")  # the run ended before its first validation
+    run.checkpoint("best").touch()
+    *_, command = missed_targets([a_circuit(model, level, target_size=4)], run)
     assert command.endswith("best.ckpt --finish.size 4")
-    assert not list(missed_target(a_circuit(model, level, target_size=7), RunFolder(tmp_path)))
+    assert not list(missed_targets([a_circuit(model, level, target_size=7)], run))
+
+
+def test_missed_targets_of_a_front_are_said_by_circuit_with_the_reason_once(model, tmp_path):
+    circuits = [a_circuit(model, Nodes.of(model.config), target_size=size) for size in (2.0, 7.0, 4.0)]
+    first, second, why, gives, command = missed_targets(circuits, RunFolder(tmp_path))
+    assert first.startswith("target_size 2 was missed: circuit 0 of the front has 7 components")
+    assert second.startswith("target_size 4 was missed: circuit 2 of the front has 7 components")
+    assert why.startswith("The penalty weight")
+    assert gives.startswith("This gives every circuit of the front exactly 2,")
+    assert command.endswith("--finish.size 2  (or 4)")
 
 
 def test_it_is_said_how_the_entries_were_chosen(model):
