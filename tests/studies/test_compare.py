@@ -243,14 +243,14 @@ def test_a_task_without_counterfactuals_is_compared_without_them(module, trained
 
 def test_resample_is_left_out_where_a_prompt_has_no_partner(module, trained, tmp_path, monkeypatch):
     task = small_ioi(n_means=64)
-    draw, prompt = task.draw, task.prompt
+    prompt = task.prompt
 
     def longer(stream, index):
         drawn = prompt(stream, index)
-        longer = "Then, then, then, then," if stream == "test" and index < 3 else "Then,"
-        return replace(drawn, text=drawn.text.replace("Then,", longer, 1), counterfactual=None, spans={})
+        before = "Then, " * 7 if stream == "test" and index < 3 else ""
+        return replace(drawn, text=before + drawn.text, counterfactual=None, spans={})
 
-    monkeypatch.setattr(task, "draw", lambda random: replace(draw(random), spans={}))
+    monkeypatch.setattr("oa_train.tasks.donors.FURTHER_PROMPTS", 300)
     monkeypatch.setattr(task, "prompt", longer)
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
     findings = compare(module.frozen, task, [trained], tmp_path, settings)
