@@ -235,7 +235,7 @@ def test_every_python_block_compiles(page: Path) -> None:
 
 @on_every_page
 def test_every_command_exists(page: Path) -> None:
-    for command in re.findall(r"oa-train +([a-z]\w*)", page.read_text()):
+    for command in re.findall(r"oa-train +([a-z][\w-]*)", page.read_text()):
         assert command in COMMANDS, f"{page.name} has oa-train {command}"
 
 

@@ -18,7 +18,7 @@ from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable
 from oa_train.cli.output import show
-from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values
+from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values, make_paths_absolute
 from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
@@ -166,6 +166,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
+    make_paths_absolute(options)
     if runs:
         runs[0].check_model(str(options.lm.name))
     return options

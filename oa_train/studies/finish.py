@@ -202,7 +202,7 @@ class Evaluate(Study[FinishSettings]):
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
-        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean ± 95 % interval"
+        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean and 95 % interval"
         return Findings(
             _entry_rows(trained.circuit),
             metrics,

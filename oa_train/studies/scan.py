@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, default_kinds
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
 from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
@@ -26,6 +26,7 @@ from oa_train.progress import Stage
 from oa_train.shapes import Tensor
 from oa_train.studies.comparison_tables import alone_cells, intervals, label
 from oa_train.studies.findings import plain
+from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -117,12 +118,10 @@ class Scan(Study[ScanSettings]):
         loaded = [spec.load() for spec in settings.dictionaries]
         self.level = Nodes.of(self.model.config, settings.sites, patterns, loaded)
         self.parts = self.level.select(patterns)
+        unplanned = AblationSource(self.model, self.task, self.level)
+        self.chosen = chosen_kinds(settings.ablations, unplanned, self.batches)
+        self.kinds = self.chosen.kinds
         self.n_pieces = -(-len(self.parts) // settings.parts_at_once)
-
-    @cached_property
-    def kinds(self) -> list[AblationKind]:
-        """Kinds of ablation under which every unit is ablated."""
-        return self.settings.ablations or default_kinds(self.batches[0].counterfactual_tokens is not None)
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece under each ablation."""
@@ -166,7 +165,11 @@ class Scan(Study[ScanSettings]):
         return Findings(
             rows,
             metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
-            facts={"n_units": len(self.parts), "agreement": self._agreement(behaviours)},
+            facts={
+                "n_units": len(self.parts),
+                "left_out": self.chosen.left_out,
+                "agreement": self._agreement(behaviours),
+            },
             shown=list(self._shown(rows, behaviours)),
             figures=figures,
             table="scan",
@@ -251,6 +254,7 @@ class Scan(Study[ScanSettings]):
         if n_parts > MOST_LISTED:
             title += f": the {MOST_LISTED} of {n_parts} that matter most"
         yield Table(title, alone_cells(rows, len(self.kinds))[:MOST_LISTED])
+        yield from self.chosen.lines()
         threshold = f"critical (above {self.settings.threshold:g} nats)"
         yield Table(
             f"All {n_parts} units",

@@ -273,7 +273,10 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
 
 def estimates(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
     """Estimates of all measures of one circuit."""
-    return {name: estimate(getattr(behaviour, name)[index], behaviour.identities) for name in MEASURES}
+    return {
+        name: estimate(getattr(behaviour, name)[index], behaviour.identities, is_share=name == "accuracy")
+        for name in MEASURES
+    }
 
 
 def differences(
