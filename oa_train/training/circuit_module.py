@@ -310,7 +310,7 @@ class CircuitModule(FrozenModelModule):
             "ablation": self.ablation,
             "loss": self.loss,
             "selected": self.masks.selected,
-            "training": settings | self.penalties.of_circuit(number),
+            "training": settings | self.penalties.of_circuit(number) | {"masks": self.describe()["masks"]},
         }
         return Circuit.from_mask(self.level, mask, scores, provenance)
 
