@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -66,6 +67,14 @@ def archetype(shared_archetype: CausalLM) -> Iterator[CausalLM]:
     """A float64 model of each archetype in turn, which computes in float64 throughout."""
     with WithoutSinglePrecision():
         yield shared_archetype
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Lets values past the type checker of the tests, as they are let past in use."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Files that take longest, the longest first. With one process for each core a file that comes late ends alone.

@@ -218,6 +218,7 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert names_in(tmp_path) == ["file"]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_old_file_stays_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "file"
     replace_file(path, b"old")

@@ -20,7 +20,7 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.dictionary_layouts import READERS
-from oa_train.models.families import FAMILIES, Dimensions
+from oa_train.models.families import FAMILIES, Dimensions, Family
 from oa_train.models.loading import LMSpec
 from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
@@ -141,18 +141,29 @@ def test_every_loss_and_measure_is_named() -> None:
 
 
 def test_the_table_of_families_is_the_code_s() -> None:
-    rows = re.findall(r"^\| (`\w+`.*?)" + r" \| `([\w.]+)`" * 4 + r" \|$", COMPONENTS.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`\w+`.*?)" + r" \| `([\w.]+)`" * 3 + r" \| (`[\w.]+`|no neurons) \|$",
+        COMPONENTS.read_text(),
+        re.MULTILINE,
+    )
     listed = {
         name: (*places, cell) for cell, *places in rows for name in re.findall(r"`(\w+)`", cell) if name in FAMILIES
     }
     assert listed.keys() == FAMILIES.keys()
     for name, family in FAMILIES.items():
         *places, cell = listed[name]
-        assert places == [family.blocks, family.attention_output, family.mlp, family.down_projection], name
+        neurons = f"`{family.down_projection}`" if family.down_projection else "no neurons"
+        assert places == [family.blocks, family.attention_output, family.mlp, neurons], name
         assert ("post-norms" in cell) == family.post_norms
-        assert ("parallel" in cell) == bool(family.parallel)
-        for attribute in (family.parallel, family.requires):
-            assert not isinstance(attribute, str) or attribute in cell
+        choices = {attribute for attribute, changes in family.variants.items() if "parallel" in changes}
+        assert bool(re.search(r"\bparallel\b", cell)) == (family.parallel or bool(choices)), name
+        assert all(f"`{name.removeprefix('not ')}`" in cell for name in (*choices, *family.refuses)), name
+
+
+def test_every_field_of_a_family_is_explained() -> None:
+    section = (ROOT / "docs" / "extending.md").read_text().partition("## A model family")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert rows == [field.name for field in fields(Family)]
 
 
 def test_the_table_of_sites_is_the_code_s_in_its_order() -> None:

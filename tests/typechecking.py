@@ -46,6 +46,9 @@ def _checked(function: Callable[..., Any], typechecker: Callable[..., Any]) -> C
     def called(*args: Any, **kwargs: Any) -> Any:
         return (function if jaxtyping.config.jaxtyping_disable else checked)(*args, **kwargs)
 
+    # Of no file: messages name the deepest line in a user's files, which this would seem to be.
+    called.__code__ = called.__code__.replace(co_filename="<type checker>")
+
     return called
 
 

@@ -76,6 +76,7 @@ def _actions(parser: ArgumentParser) -> Iterator[Any]:
 def group_problem(key: str, value: object, parser: ArgumentParser) -> str:
     """Message for a single value in the place of a group of options."""
     inner = [name for name in option_names(parser) if name.startswith(f"{key}.")]
+    value = _parsed(value) if isinstance(value, str) else value  # from a command line a number is text
     return f"{key} is {value!r}; expected a group of options ({', '.join(inner[:3])}, ...) or a file that holds one."
 
 

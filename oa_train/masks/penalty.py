@@ -17,6 +17,9 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 # gone, which keeps the weight from overshooting.
 PROPORTIONAL_POWER = 4.0
 
+# Power of the odds in `smooth_size`.
+SHARPNESS = 4.0
+
 # The controller clamps size / goal to between 1 / e and e.
 LARGEST_ERROR = 1.0
 
@@ -95,8 +98,7 @@ class Penalty(nn.Module):
     def update(self, smooth: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
 
-        `size` is that of the discrete circuit with entries never ablated, `smooth` the number of other entries in it,
-        as a number that changes smoothly.
+        `size` is that of the discrete circuit with entries never ablated, `smooth` the `smooth_size` of the others.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
@@ -208,6 +210,17 @@ class TargetSize(Penalty):
     ) -> Float[Tensor, "*circuits"]:
         """The loss: the discrete circuit has the target size."""
         return loss
+
+
+@torch.no_grad()
+def smooth_size(probabilities: Float[Tensor, "*circuits entry"], threshold: float) -> Float[Tensor, "*circuits"]:
+    """Number of keep-probabilities above the threshold, counted so that it changes before one crosses over.
+
+    An entry counts by the fourth power of its odds against the threshold. The expected size would also count the many
+    entries that are nearly off; a weight that leads it to a target leads the circuit below it.
+    """
+    odds = probabilities.float().clamp(1e-6, 1 - 1e-6).logit() - math.log(threshold / (1 - threshold))
+    return torch.sigmoid(SHARPNESS * odds).sum(dim=-1)
 
 
 def _log_ratio(size: Tensor, goal: Tensor) -> Tensor:

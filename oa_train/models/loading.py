@@ -69,9 +69,14 @@ def builtin_models() -> dict[str, Path]:
 
 
 def from_anywhere(name: str) -> str:
-    """The name of a model, made absolute where it is the path of a local file or folder."""
+    """The name of a model or an adapter, made absolute where it is the path of one; a wrong path stays as typed."""
     path = Path(name).expanduser()
-    return str(path.absolute()) if name not in builtin_models() and path.exists() else name
+    is_local = any(path.glob("*config.json")) if path.is_dir() else _is_gguf(name) and path.is_file()
+    return str(path.absolute()) if is_local and name not in builtin_models() else name
+
+
+def _is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,7 @@ def locate(spec: LMSpec) -> dict[str, Any]:
     shared = {"local_files_only": spec.local_files_only, "trust_remote_code": spec.trust_remote_code}
     folder = builtin_models().get(spec.name, Path(spec.name).expanduser())
     looks_like_path = spec.name.startswith((".", "~", os.sep)) or spec.name.count("/") > 1
-    looks_like_gguf = spec.name.lower().endswith(".gguf")
-    if not (folder.exists() or looks_like_path or looks_like_gguf):
+    if not (folder.exists() or looks_like_path or _is_gguf(spec.name)):
         shared["local_files_only"] = spec.local_files_only or not hub_answers()
         where = {"revision": spec.revision or "main", **shared}
         if spec.gguf_file is None:
@@ -154,7 +158,7 @@ def locate(spec: LMSpec) -> dict[str, Any]:
         with loading(f"file {spec.gguf_file} of", spec):
             file = Path(str(cached_file(spec.name, spec.gguf_file, revision=where["revision"], **shared)))
         return {"pretrained_model_name_or_path": str(dequantised(file)), **shared}
-    if folder.is_file() and looks_like_gguf:
+    if folder.is_file() and _is_gguf(spec.name):
         return {"pretrained_model_name_or_path": str(dequantised(folder)), **shared}
     if next(folder.glob("adapter_*"), None):
         raise ModelError(_ADAPTER.format(f"The directory {spec.name!r}"))

@@ -37,6 +37,12 @@ _GROUP: Schema = {
     str: object,
 }
 _LOADER: Schema = {"given": COUNT, "given_in_epoch": COUNT, "world_size": SIZE, str: object}
+# A checkpoint without all of these was written with `save_weights_only`: for evaluation, not for a resume.
+_FOR_A_RESUME: dict[str, Schema] = {
+    "callbacks": {str: FREE},
+    "optimizer_states": [{"state": dict, "param_groups": [_GROUP], str: object}],
+    "lr_schedulers": [FREE],
+}
 _CHECKPOINT: Schema = {
     IDENTITY_KEY: {
         "identity": FREE,
@@ -67,10 +73,7 @@ _CHECKPOINT: Schema = {
         },
         str: FREE,
     },
-    # Without these three it was written with `save_weights_only`: for evaluation, not for a resume.
-    "callbacks?": {str: FREE},
-    "optimizer_states?": [{"state": dict, "param_groups": [_GROUP], str: object}],
-    "lr_schedulers?": [FREE],
+    **{f"{key}?": schema for key, schema in _FOR_A_RESUME.items()},
     str: object,
 }
 
@@ -185,6 +188,9 @@ def _mistake(checkpoint: Any) -> str | None:
     problem = mismatch(checkpoint, _CHECKPOINT, "its content")
     if problem is not None:
         return problem
+    missing = [key for key in _FOR_A_RESUME if key not in checkpoint]
+    if 0 < len(missing) < len(_FOR_A_RESUME):
+        return f"its content lacks {' and '.join(missing)}"
     written, own = checkpoint[_VERSION_KEY], lightning.__version__
     if Version(written).major != Version(own).major:  # Lightning would rewrite it
         return f"it was written with Lightning {written[:60]!r}, and this is {own}"

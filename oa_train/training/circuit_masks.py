@@ -21,9 +21,6 @@ LevelKind = Literal["nodes", "edges"]
 # Longest selection that a checkpoint lists by name; for longer ones it lists the patterns.
 MOST_LISTED = 2000
 
-# Power of the odds in `CircuitMasks.smooth_size`.
-SHARPNESS = 4.0
-
 
 class CircuitMasks(nn.Module):
     """A distribution over masks of some entries of a level, for several circuits; all other entries are always kept.
@@ -141,17 +138,6 @@ class CircuitMasks(nn.Module):
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
         """The discrete circuits: entries above the threshold, without dangling edges."""
         return self.level.prune(self.above_threshold())
-
-    @torch.no_grad()
-    def smooth_size(self) -> Float[Tensor, " circuit"]:
-        """Number of selected entries above the threshold, counted so that it changes before entries cross over.
-
-        An entry counts by the fourth power of its odds against the threshold. The expected size would also count the
-        many entries that are nearly off; a weight that leads it to a target leads the circuit below it.
-        """
-        probabilities = self.probabilities().float().clamp(1e-6, 1 - 1e-6)
-        odds = probabilities.logit() - torch.tensor(self.threshold).logit().item()
-        return torch.sigmoid(SHARPNESS * odds).sum(dim=1)
 
     def priced(self, masks: Bool[Tensor, "circuit entry"]) -> Bool[Tensor, "circuit selected"]:
         """The columns of masks that are penalised: those of the selected entries."""

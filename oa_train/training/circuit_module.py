@@ -19,6 +19,7 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
+from oa_train.masks.penalty import smooth_size
 from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
@@ -207,7 +208,7 @@ class CircuitModule(FrozenModelModule):
         if self.penalties.target_size is not None:  # else the weight is fixed, and sizes are not needed
             with torch.no_grad():
                 sizes = self.masks.priced(self.masks.discrete()).sum(dim=1) + self.masks.n_fixed
-                self.penalty.update(self.masks.smooth_size(), sizes)
+                self.penalty.update(smooth_size(self.masks.probabilities(), self.masks.threshold), sizes)
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
         """The discrete circuits: of the target size if there is one, those of the highest keep-probability."""
@@ -317,7 +318,7 @@ class CircuitModule(FrozenModelModule):
             "ablation": self.ablation,
             "loss": self.loss,
             "selected": self.masks.selected,
-            "training": settings | self.penalties.of_circuit(number),
+            "training": settings | self.penalties.of_circuit(number) | {"masks": self.describe()["masks"]},
         }
         return Circuit.from_mask(self.level, mask, scores, provenance)
 

@@ -15,8 +15,8 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 
 def configured(
     make_optimizer: OptimizerCallable, make_schedule: LRSchedulerCallable | None, groups: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The optimiser and its schedule, as Lightning takes them.
+) -> Optimizer | dict[str, Any]:
+    """The optimiser, or a dictionary of it and its schedule, as Lightning takes them.
 
     A schedule moves on after every optimiser step, but `ReduceLROnPlateau` after every epoch, by its monitor or by
     `val/objective`.
@@ -35,7 +35,7 @@ def configured(
     except (TypeError, ValueError) as problem:
         raise ConfigurationError(f"optimizer or lr_scheduler cannot be built: {problem}") from problem
     if schedule is None:
-        return {"optimizer": optimizer}
+        return optimizer
     options: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
     if isinstance(schedule, ReduceLROnPlateau):
         options |= {"interval": "epoch", "monitor": getattr(schedule, "monitor", "val/objective")}

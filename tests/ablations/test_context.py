@@ -269,7 +269,7 @@ def test_hidden_states_of_a_circuit_of_edges_are_refused(archetype):
     with ablated(archetype, circuit, small_constants(circuit)) as model:
         with pytest.raises(ConfigurationError, match="output_hidden_states is set in a call under a circuit of edges"):
             model(batch.tokens, output_hidden_states=True)
-        with pytest.raises(ConfigurationError, match="where no hidden state of a layer exists"):
+        with pytest.raises(ConfigurationError, match="where no layer has a hidden state"):
             generate(model, batch, output_hidden_states=True)
         model(batch.tokens, output_hidden_states=False)
 

@@ -66,7 +66,7 @@ READERS = "every query, key and value reads what its name says"
         ("olmo2", {"mlp": "mlp"}, ADDED),
         ("gemma3_text", {"mlp": "pre_feedforward_layernorm"}, ADDED),
         ("gpt2", {"parallel": True}, "every MLP reads what `parallel` says"),
-        ("gpt_neox", {"parallel": False}, "every MLP reads what `parallel` says"),
+        ("gpt_neox", {"variants": {}}, "every MLP reads what `parallel` says"),
         ("llama", {"post_norms": True}, "every block adds what `post_norms` says"),
         ("gemma3_text", {"post_norms": False}, "every block adds what `post_norms` says"),
         ("llama", {"down_projection": "self_attn.o_proj"}, NEURONS),

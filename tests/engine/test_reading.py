@@ -1,5 +1,7 @@
 """Values of units against plain hooks, prompt by prompt."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,9 +13,9 @@ from oa_train.models.families import check_family
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from tests.builders import random_batch, random_dictionary, random_values, traces
+from tests.engine.selections import plain_kinds
 
 EXACT = {"rtol": 0, "atol": 1e-12}
-KINDS = ["tokens", "embedding", "residual", "heads", "attention", "neurons", "mlp"]
 
 
 def read_alone(model, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
@@ -26,7 +28,11 @@ def read_alone(model, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
         return module.register_forward_pre_hook(lambda _, args: read.update({site: args[0].view(len(tokens), -1)}))
 
     def at_output(module: torch.nn.Module, site: Site):
-        return module.register_forward_hook(lambda _, __, output: read.update({site: output.view(len(tokens), -1)}))
+        def hook(_: torch.nn.Module, __: tuple, output: Any) -> None:
+            # gpt-oss adds its router's scores.
+            read[site] = (output[0] if isinstance(output, tuple) else output).view(len(tokens), -1)
+
+        return module.register_forward_hook(hook)
 
     handles = [
         at_output(model.get_input_embeddings(), Site("tokens")),
@@ -39,10 +45,11 @@ def read_alone(model, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
         handles += [
             at_input(projection, Site("heads", layer)),
             at_output(attention, Site("attention", layer)),
-            at_input(block.get_submodule(family.down_projection), Site("neurons", layer)),
             at_output(block.get_submodule(family.mlp), Site("mlp", layer)),
         ]
         handles += [at_input(block, Site("residual", layer))] if layer else []
+        if family.down_projection:
+            handles.append(at_input(block.get_submodule(family.down_projection), Site("neurons", layer)))
     model(input_ids=tokens.unsqueeze(0))
     for handle in handles:
         handle.remove()
@@ -51,7 +58,7 @@ def read_alone(model, tokens: torch.Tensor) -> dict[Site, torch.Tensor]:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
-    batch, level = random_batch([8, 5, 3], side), Nodes.of(any_model.config, KINDS)
+    batch, level = random_batch([8, 5, 3], side), Nodes.of(any_model.config, plain_kinds(any_model))
     before = traces(any_model)
     values = read_values(any_model, batch, level)
     assert traces(any_model) == before
@@ -67,7 +74,7 @@ def test_values_equal_plain_hooks_on_each_prompt_alone(any_model, side):
 def test_features_are_the_code_of_their_site(archetype):
     batch, dictionaries = random_batch([6, 4], "left"), [random_dictionary(site) for site in ("m0", "r1", "a2")]
     features = read_values(archetype, batch, Nodes.of(archetype.config, ["features"], (), dictionaries))
-    whole = read_values(archetype, batch, Nodes.of(archetype.config, KINDS))
+    whole = read_values(archetype, batch, Nodes.of(archetype.config, plain_kinds(archetype)))
     for dictionary, site in zip(
         dictionaries, (Site("mlp", 0), Site("residual", 1), Site("attention", 2)), strict=True
     ):

@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import pytest
 import torch
 from scipy import stats
@@ -165,14 +164,10 @@ def test_settings_out_of_range_are_refused(settings, said):
         HardConcrete(3, **settings)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_form_is_refused_with_the_nearest():
-    # The type checker of the tests would be faster than the check of the package.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ConfigurationError, match=r"form is 'publisht'\. Did you mean published\?"):
-            HardConcrete(2, form="publisht")
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ConfigurationError, match=r"form is 'publisht'\. Did you mean published\?"):
+        HardConcrete(2, form="publisht")
 
 
 def test_it_says_what_it_is():

@@ -7,7 +7,7 @@ import torch
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import check_threshold
-from oa_train.masks.penalty import PROPORTIONAL_POWER, NodeRegulariser, SizePenalty, TargetSize
+from oa_train.masks.penalty import PROPORTIONAL_POWER, NodeRegulariser, SizePenalty, TargetSize, smooth_size
 from oa_train.masks.uniform import UniformGradientSampling
 
 
@@ -39,7 +39,7 @@ def test_a_weight_that_is_negative_or_not_finite_is_refused(weight):
 
 def test_the_weight_of_the_size_penalty_never_moves():
     penalty, distribution = SizePenalty(0.4), UniformGradientSampling(5)
-    penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+    penalty.update(smooth_size_of(distribution), size_of(distribution))
     assert penalty.weight.item() == pytest.approx(0.4)
     assert not penalty.state_dict()
     assert penalty.objective(torch.tensor(0.5), kept_of(2, 5), 1).item() == pytest.approx(1.7)
@@ -53,6 +53,10 @@ def size_of(distribution) -> torch.Tensor:
     return distribution.threshold(0.5).sum()
 
 
+def smooth_size_of(distribution) -> torch.Tensor:
+    return smooth_size(distribution.keep_probability(), 0.5)
+
+
 def masks_of(*thetas: float) -> UniformGradientSampling:
     distribution = UniformGradientSampling(len(thetas))
     with torch.no_grad():
@@ -61,19 +65,29 @@ def masks_of(*thetas: float) -> UniformGradientSampling:
 
 
 def test_the_weight_follows_its_rule():
-    distribution = masks_of(0.9, 0.8, 0.6, 0.3)  # three are kept, 2.6 are expected
+    distribution = masks_of(
+        0.9, 0.8, 0.6, 0.3
+    )  # three are kept, 2.6 are expected; the fourth powers of the odds count 2.864
     penalty = TargetSize(2, 4, weight=0.1, warmup=2, rate=0.5)
     assert penalty.weight.item() == pytest.approx(0.1)
     moved = 0.0
     for goal in (3, 2, 2):  # from 4 to 2 in two steps, and no further
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+        penalty.update(smooth_size_of(distribution), size_of(distribution))
         moved += 0.5 * math.log(3 / goal)
-        expected = 0.1 * math.exp(moved) * (2.6 / goal) ** PROPORTIONAL_POWER
+        expected = 0.1 * math.exp(moved) * (2.86365 / goal) ** PROPORTIONAL_POWER
         assert penalty.weight.item() == pytest.approx(expected, rel=1e-5)
     value = penalty(distribution.keep_probability())
     assert value.item() == pytest.approx(expected * 2.6, rel=1e-5)
     (gradient,) = torch.autograd.grad(value, distribution.logits)
     assert gradient.tolist() == pytest.approx([expected * t * (1 - t) for t in (0.9, 0.8, 0.6, 0.3)], rel=1e-5)
+
+
+def test_entries_that_are_nearly_off_do_not_count_towards_the_size_that_is_steered():
+    probabilities = torch.tensor([4.0] * 5 + [-1.5] * 10).sigmoid()
+    assert probabilities.sum() > 6.5
+    assert smooth_size(probabilities, 0.5) == pytest.approx(5.0, abs=0.03)
+    assert smooth_size(torch.full((2, 15), 0.8), 0.8).tolist() == pytest.approx([7.5, 7.5], abs=1e-3)
+    assert smooth_size(torch.tensor([0.0, 1.0]), 0.5) == pytest.approx(1.0)
 
 
 def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule():
@@ -83,7 +97,7 @@ def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule
         TargetSize(12, 4, weight=0.1, warmup=5, always_kept=10),
     ]
     for penalty in penalties:
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution) + penalty.always_kept)
+        penalty.update(smooth_size_of(distribution), size_of(distribution) + penalty.always_kept)
     assert torch.equal(penalties[0].weight, penalties[1].weight)
 
 
@@ -92,7 +106,7 @@ def test_the_weight_stays_positive_and_finite_at_the_extremes(theta):
     distribution = masks_of(*[theta] * 8)
     penalty = TargetSize(4, 8, weight=0.05, warmup=1)
     for _ in range(500):
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+        penalty.update(smooth_size_of(distribution), size_of(distribution))
     assert 0 < penalty.weight.item() < math.inf
     assert (penalty.weight > 0.05) == (theta > 0.5)
 
@@ -101,12 +115,12 @@ def test_the_weight_lives_in_the_state():
     distribution = masks_of(0.9, 0.7, 0.2)
     first, second = (TargetSize(1, 3, weight=0.05, warmup=4) for _ in range(2))
     for _ in range(3):
-        first.update(distribution.keep_probability().sum(), size_of(distribution))
+        first.update(smooth_size_of(distribution), size_of(distribution))
     assert set(first.state_dict()) == {"log_weight", "excess", "steps"}
     assert not list(first.parameters())
     second.load_state_dict(first.state_dict())
     for penalty in (first, second):
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+        penalty.update(smooth_size_of(distribution), size_of(distribution))
     assert torch.equal(first.weight, second.weight)
 
 
@@ -133,7 +147,7 @@ def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_t
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+        penalty.update(smooth_size_of(distribution), size_of(distribution))
     kept = distribution.threshold(0.5)
     assert abs(int(kept.sum()) - target) <= max(1, 0.05 * target)
     most_useful = worth.topk(target).indices
@@ -206,9 +220,9 @@ def test_circuits_side_by_side_have_the_weights_that_they_have_alone():
     together = TargetSize([2, 3], 4, weight=[0.1, 0.4], warmup=2)
     alone = [TargetSize(2, 4, weight=0.1, warmup=2), TargetSize(3, 4, weight=0.4, warmup=2)]
     for _ in range(3):
-        together.update(probabilities.sum(dim=1), sizes)
+        together.update(smooth_size(probabilities, 0.5), sizes)
         for penalty, masks in zip(alone, several, strict=True):
-            penalty.update(masks.keep_probability().sum(), size_of(masks))
+            penalty.update(smooth_size_of(masks), size_of(masks))
     torch.testing.assert_close(together.weight, torch.stack([penalty.weight for penalty in alone]))
     torch.testing.assert_close(
         together(probabilities), torch.stack([p(m.keep_probability()) for p, m in zip(alone, several, strict=True)])
@@ -231,7 +245,7 @@ def test_entries_may_count_differently_in_what_is_paid_but_not_in_a_target_size(
     assert objective.item() == pytest.approx(0.5 + 0.2 * (1.0 + 0.1 + 0.1 + 2))
     weighted, plain = (TargetSize(3, 4, weight=0.1, warmup=1, relative=each) for each in (relative, None))
     for penalty in (weighted, plain):
-        penalty.update(distribution.keep_probability().sum(), size_of(distribution))
+        penalty.update(smooth_size_of(distribution), size_of(distribution))
         assert penalty.objective(torch.tensor(0.5), distribution.threshold(0.5), 0) == 0.5
     assert torch.equal(weighted.weight, plain.weight)
     assert weighted(distribution.keep_probability()).item() == pytest.approx(weighted.weight.item() * paid)

@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import pytest
 import torch
 from scipy import stats
@@ -193,11 +192,7 @@ def test_a_window_that_leaves_the_interval_is_refused(scale):
         UniformGradientSampling(2, window_scale=scale)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_an_unknown_normalization_is_refused_with_the_nearest():
-    # The type checker of the tests would be faster than the check of the package.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(ConfigurationError, match=r"'expectd'\. Did you mean expected\?"):
-            UniformGradientSampling(2, count_normalization="expectd")
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(ConfigurationError, match=r"'expectd'\. Did you mean expected\?"):
+        UniformGradientSampling(2, count_normalization="expectd")

@@ -6,7 +6,6 @@ import shutil
 import warnings
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,14 +41,6 @@ def saved(request, tmp_path_factory) -> Path:
 @pytest.fixture
 def damaged(saved, tmp_path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "model"))
-
-
-@pytest.fixture
-def unchecked():
-    """Lets values past the type checker of the tests, as they are let past in use."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def refused(spec: LMSpec) -> str:

@@ -12,7 +12,7 @@ from oa_train.errors import ModelError, TaskError
 from oa_train.models.families import FAMILIES
 from oa_train.models.loading import LMSpec
 from oa_train.tasks.encoding import PromptEncoder, bos_token_id, load_tokenizer
-from tests.builders import RARE, tiny_model
+from tests.builders import RARE, TINY_CONFIGS, tiny_model
 
 SENTENCE = "Then Anna and Paul met at the park."
 
@@ -263,7 +263,7 @@ def test_prompts_longer_than_the_table_of_positions_are_refused(tmp_path: Path, 
 def test_models_that_run_prompts_of_any_length_refuse_none(tmp_path: Path, family: str) -> None:
     model = tiny_model(family, torch.float32)
     load_tokenizer(LMSpec()).save_pretrained(tmp_path)
-    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    AutoConfig.for_model(family, **TINY_CONFIGS[family]).save_pretrained(tmp_path)
     assert (PromptEncoder.of(LMSpec(str(tmp_path))).n_positions is None) == (family not in TABLES)
     longer = torch.ones(1, getattr(model.config, "max_position_embeddings", 64) + 1, dtype=torch.long)
     with pytest.raises((IndexError, RuntimeError)) if family in TABLES else nullcontext():

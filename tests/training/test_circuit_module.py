@@ -120,6 +120,12 @@ def test_two_parameter_groups_with_their_learning_rates():
     assert sorted(trained) == sorted(id(p) for p in module.named_trainables().values())
 
 
+def test_a_circuit_says_which_masks_it_was_trained_with():
+    module = CircuitModule(masks=HardConcrete)
+    quiet_trainer(max_steps=1).fit(module, datamodule=TaskData(small_ioi()))
+    assert module.circuit().provenance["training"]["masks"] == HardConcrete(2).describe()
+
+
 def test_components_that_are_not_selected_are_always_kept():
     module = CircuitModule(components=["a*", "!a1.h2"])
     masks = module.masks.sample(few(batch_size=16).batch("train", 0).example_ids)

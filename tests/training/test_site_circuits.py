@@ -333,7 +333,11 @@ def without_model(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"sites": ["features"]}, ConfigurationError, "features, which are those of a dictionary; give dictionaries"),
+        (
+            {"sites": ["features"]},
+            ConfigurationError,
+            "features, which are those of a dictionary; set dictionaries as well",
+        ),
         ({"sites": ["neuron"]}, ConfigurationError, "'neuron'. Did you mean neurons"),
         ({"sites": []}, ConfigurationError, "expected kinds of site, each once"),
         ({"sites": ["mlp", "mlp"]}, ConfigurationError, "expected kinds of site, each once"),

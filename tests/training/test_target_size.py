@@ -1,7 +1,6 @@
 """Training to a target size: it is reached, resumes are exact, and checkpoints of other penalties are refused."""
 
 import warnings
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -162,13 +161,3 @@ def test_a_training_that_is_too_short_is_warned_of(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         train(tmp_path / "longer", 8)
     assert not [warning for warning in caught if "target_size" in str(warning.message)]
-
-
-def test_entries_that_are_nearly_off_do_not_count_towards_the_size_that_is_steered():
-    module = CircuitModule(target_size=5)
-    with torch.no_grad():
-        module.masks.distribution.logits.copy_(torch.tensor([4.0] * 5 + [-1.5] * 10))
-    assert module.masks.probabilities().sum() > 6.5
-    assert module.masks.smooth_size()[0] == pytest.approx(5.0, abs=0.03)
-    halves = CircuitModule(target_size=5, threshold=0.8, masks=partial(UniformGradientSampling, initial_logit=1.38629))
-    assert halves.masks.smooth_size()[0] == pytest.approx(7.5, abs=1e-3)

@@ -155,7 +155,8 @@ class _Loops:
         return normed
 
     def write_mlp(self, layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
             self.write_vector(f"m{layer}", output.view(*self.batch.tokens.shape, -1), Site("mlp", layer))
 
         return hook
