@@ -19,6 +19,9 @@ DEFAULT_ROOT = "runs"
 # The strategy that shards the frozen model; Lightning's of that name would shard what is trained as well.
 SHARDED = "fsdp"
 
+# Strategies that start processes by multiprocessing.
+_OF_NOTEBOOKS = ("ddp_spawn", "ddp_fork", "ddp_notebook")
+
 # Variables from which Lightning takes the rank of a process.
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -43,6 +46,12 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
         raise ConfigurationError(  # before anything is loaded; Lightning may want a GPU for it first
             f"trainer.strategy is {name!r}, which would shard masks and constants as well. For models too large "
             f"for one device there is {SHARDED}, which shards the frozen model; else ddp."
+        )
+    method = None if isinstance(config.strategy, str) else (config.strategy.get("init_args") or {}).get("start_method")
+    if name.startswith(_OF_NOTEBOOKS) or method not in (None, "popen"):
+        raise ConfigurationError(
+            f"trainer.strategy is {name!r}{f' with start_method {method}' if method else ''}, which is for notebooks: "
+            "here its processes would run on after a signal has ended the first one. Use ddp, which trains the same."
         )
     check_experiment(chosen.experiment)
     if writes:

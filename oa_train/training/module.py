@@ -244,6 +244,13 @@ class FrozenModelModule(lightning.LightningModule):
                 "The checkpoint holds what was trained and not the state of its optimiser, so no training can go on "
                 "from it; it was written with save_weights_only. Evaluate it, or resume from another one."
             )
+        groups = [len(group["params"]) for group in self.parameter_groups() if group["params"]]
+        stored = [len(group["params"]) for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+        if stored != groups:
+            raise CheckpointError(
+                f"The checkpoint's optimiser has groups of {stored} tensors; this module trains groups of {groups}.\n"
+                "The checkpoint is damaged or of another version; train anew."
+            )
         self._to_restore = record
         length, now = record.get("epoch_length"), self.data.epoch_length
         if length not in (None, now):

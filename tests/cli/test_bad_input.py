@@ -126,6 +126,14 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--trainer.precision 64-true", "trainer.precision is '64-true'; expected 32-true, bf16-mixed, bf16-true"),
         ("--trainer.precision fp12", "trainer.precision is 'fp12'; expected 32-true, bf16-mixed, bf16-true"),
         ("--trainer.strategy deepspeed", "would shard masks and constants as well. For models too large for one"),
+        *(
+            (f"--trainer.strategy {kind}", "which is for notebooks")
+            for kind in ("ddp_spawn", "ddp_fork", "ddp_notebook")
+        ),
+        (
+            "--trainer.strategy DDPStrategy --trainer.strategy.start_method fork",
+            "trainer.strategy is 'DDPStrategy' with start_method fork, which is for notebooks",
+        ),
         ("--trainer.strategy FSDPStrategy", "trainer.strategy is 'FSDPStrategy', which would shard masks"),
         ("--trainer.strategy ModelParallelStrategy", "there is fsdp, which shards the frozen model; else ddp"),
         ("--lm.device_map auto", "There is no option --lm.device_map. Masks and constants are on one device"),

@@ -1,11 +1,13 @@
 """Modules as users of Lightning handle them: loaded from checkpoints, with optimisers of choice, in notebooks."""
 
+import gc
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -69,6 +71,34 @@ def test_what_contradicts_a_checkpoint_is_refused(tmp_path):
         CircuitModule.load_from_checkpoint(path, component="a*")
     with pytest.raises(ConfigurationError, match="weights_only is False"):
         CircuitModule.load_from_checkpoint(path, weights_only=False)
+
+
+def test_groups_of_an_optimiser_that_contradict_the_module_are_refused(tmp_path):
+    fitted(tmp_path, CircuitModule(), 1)
+    content = read_checkpoint(tmp_path / "last.ckpt")
+    content["optimizer_states"][0]["param_groups"][0]["params"] = [0, 1]
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"groups of \[2, 4\] tensors; this module trains groups of \[1, 4\]"):
+        fitted(tmp_path / "on", CircuitModule(), 2, tmp_path / "other.ckpt")
+
+
+def test_memory_does_not_grow_with_steps():
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    class Count(Callback):
+        counts: ClassVar[list[int]] = []
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step in (10, 60):
+                self.counts.append(tensors())
+
+    module = CircuitModule(samples_per_prompt=1, target_size=7, target_warmup=5)
+    trainer = quiet_trainer(max_steps=60, limit_val_batches=0, callbacks=[Count()])
+    trainer.fit(module, datamodule=TaskData(small_ioi(batch_size=1, batches_per_epoch=60)))
+    first, last = Count.counts
+    assert last <= first
 
 
 def test_trust_is_never_taken_from_a_checkpoint(tmp_path):
