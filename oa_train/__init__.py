@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.run_folder import RunFolder as RunFolder
+    from oa_train.studies.scan import Scan as Scan
+    from oa_train.studies.scan import ScanSettings as ScanSettings
     from oa_train.studies.study import Findings as Findings
     from oa_train.studies.study import Study as Study
     from oa_train.studies.study import Table as Table
@@ -97,6 +99,8 @@ _HOMES = {
     "Question": "tasks.task",
     "RefitSettings": "ablations.fitting",
     "RunFolder": "studies.run_folder",
+    "Scan": "studies.scan",
+    "ScanSettings": "studies.scan",
     "ShardedStrategy": "training.strategies",
     "Site": "models.sites",
     "StopAtSignal": "training.interruption",

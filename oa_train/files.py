@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from oa_train.errors import RunError
+from oa_train.errors import ArtefactError, RunError
 
 
 def make_next_folder(parent: Path, prefix: str) -> Path:
@@ -76,3 +76,18 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file whole; NaN is refused because it is not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that `write_json` wrote.
+
+    Raises:
+        ArtefactError: it cannot be read, or holds no mapping.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ArtefactError(f"{path} cannot be read: {problem}") from problem
+    if not isinstance(document, dict):
+        raise ArtefactError(f"{path} holds a {type(document).__name__}; expected named values.")
+    return document

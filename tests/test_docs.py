@@ -26,6 +26,7 @@ from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
+from oa_train.studies.scan import ScanSettings
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
@@ -52,6 +53,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("Induction", Induction, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
+    ("scan", ScanSettings, (ScanSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]

@@ -40,7 +40,10 @@ class Ability:
     @property
     def estimates(self) -> dict[str, Estimate]:
         """Means with intervals, which take two prompts at least."""
-        return {"accuracy": estimate(self.accuracy), "logit_difference": estimate(self.logit_difference)}
+        return {
+            "accuracy": estimate(self.accuracy, is_share=True),
+            "logit_difference": estimate(self.logit_difference),
+        }
 
     @property
     def preferred(self) -> float:

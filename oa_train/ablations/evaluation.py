@@ -11,9 +11,8 @@ from oa_train.ablations.base import Ablation, replacements_of_copies
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.levels import masked_logits
+from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
-from oa_train.engine.values import Values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, measured
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
@@ -156,7 +155,7 @@ def _on_piece(
             values = shared.repeat(copies)
         else:
             values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
-        logits = _copies_logits(model, batch, level, masks[circuits], values)
+        logits = copies_logits(model, batch, level, masks[circuits], values)
         measures.append(_measures(clean, logits, batch, copies))
         advance(copies * len(batch))
     return {name: torch.cat([of_slice[name] for of_slice in measures]) for name in MEASURES}
@@ -181,11 +180,4 @@ def circuit_logits(
         recompute: see `masked_logits`.
     """
     values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
-    return _copies_logits(model, batch, level, masks, values, recompute)
-
-
-def _copies_logits(
-    model: CausalLM, batch: Batch, level: Level, masks: Tensor, values: Values, recompute: bool = False
-) -> Tensor:
-    rows = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
-    return masked_logits(model, batch.repeat(len(masks)), level, rows, values, recompute)
+    return copies_logits(model, batch, level, masks, values, recompute)

@@ -3,7 +3,7 @@
 To add an ablation, write a subclass of `Ablation` and enter it in `KINDS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +15,7 @@ from oa_train.ablations.means import StreamingMeans, value_sums
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation, OtherPrompts
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.errors import ConfigurationError, TaskError, nearest_names
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, counted, silent
@@ -36,6 +36,11 @@ class AblationSource:
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
         self.model, self.task, self.level, self._track = model, task, level, track
         self.slots = Slots(positions, level.spans)
+
+    @cached_property
+    def donors(self) -> Donors:
+        """Partners of prompts, with spans of the same lengths."""
+        return Donors(self.task, self.task.seed, [span for span in self.level.spans if span is not None])
 
     @cached_property
     def mean(self) -> Constants:
@@ -85,6 +90,7 @@ class Kind:
         learned: True if the constants are trained.
         total: True if replacements carry nothing about the prompt.
         paired: True if the task's prompts need counterfactuals.
+        partnered: True if they need partners (see `Donors`).
         restores: True if replacements are the model's own clean values, which alone change nothing.
     """
 
@@ -94,13 +100,18 @@ class Kind:
     learned: bool = False
     total: bool = True
     paired: bool = False
+    partnered: bool = False
     restores: bool = False
+
+    def why_not(self, source: AblationSource, batches: Iterable[Batch]) -> str | None:
+        """Why the ablation cannot be made on these prompts, for people; None if it can."""
+        if self.paired and any(batch.counterfactual_tokens is None for batch in batches):
+            return "the prompts have no counterfactuals"
+        return source.donors.why_lacking(batches) if self.partnered else None
 
 
 def _resample(source: AblationSource) -> Ablation:
-    spans = source.level.spans
-    donors = Donors(source.task, source.task.seed, [span for span in spans if span is not None])
-    return OtherPromptAblation(donors, spans)
+    return OtherPromptAblation(source.donors, source.level.spans)
 
 
 def _other_prompt(other_prompts: OtherPrompts) -> Callable[[AblationSource], Ablation]:
@@ -113,7 +124,7 @@ KINDS: dict[AblationKind, Kind] = {
         Kind("optimal", lambda source: source.mean, learned=True),
         Kind("mean", lambda source: source.mean),
         Kind("zero", lambda source: source.zero),
-        Kind("resample", _resample, constant=False),
+        Kind("resample", _resample, constant=False, partnered=True),
         Kind("noise", lambda source: NoiseAblation(source.mean, source.spread, source.task.seed), constant=False),
         Kind("counterfactual_mean", lambda source: source.counterfactual_mean, paired=True),
         Kind("counterfactual", _other_prompt(Batch.counterfactual), constant=False, total=False, paired=True),
@@ -133,3 +144,13 @@ def check_kind(option: str, name: str) -> Kind:
     if name not in ablating:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, ablating)}")
     return ablating[name]
+
+
+def check_suits(kinds: Sequence[AblationKind], source: AblationSource, batches: Sequence[Batch]) -> None:
+    """Check that ablations can be made on prompts; raises `TaskError` with the reason if not."""
+    for name in kinds:
+        if reason := KINDS[name].why_not(source, batches):
+            raise TaskError(
+                f"The task {source.task.name} has no {name.replace('_', ' ')} ablation: {reason}. Add such prompts, "
+                f"or choose another ablation ({', '.join(kind for kind, entry in KINDS.items() if entry.total)}, say)."
+            )

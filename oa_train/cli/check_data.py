@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table
-from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values
+from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values, make_paths_absolute
 from oa_train.cli.quiet import silence_libraries
 from oa_train.models.loading import load_model
 from oa_train.studies.study import Table
@@ -40,6 +41,7 @@ def check_data(words: Sequence[str]) -> dict[str, Any]:
     parser = _parser()
     options = parser.parse_args(list(words))
     check_values(parser, options)
+    make_paths_absolute(options)
     positive("n_prompts", options.n_prompts, least=2)
     task: Task = parser.instantiate_classes(options).data
     streams = _streams(task)
@@ -53,7 +55,7 @@ def check_data(words: Sequence[str]) -> dict[str, Any]:
     if options.run_model:
         abilities = _abilities(task, streams, options.n_prompts)
         figures["clean_model"] = [_ability_row(stream, ability) for stream, ability in abilities.items()]
-        print_table(Table(f"clean model {task.lm.name}", figures["clean_model"]))
+        print_table(Table(f"clean model {Path(task.lm.name).name}", figures["clean_model"]))
         _show_wrong(task, abilities)
         warning = abilities["validation"].warning
     for remark in [*task.remarks, *([warning] if warning else [])]:

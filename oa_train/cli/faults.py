@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import oa_train
 from oa_train.errors import FAULT, MISTAKE, ConfigurationError, OaTrainError, RunError, causes
-from oa_train.studies.run_folder import RunFolder
+from oa_train.studies.run_folder import PIECES, RunFolder
 from oa_train.training.interruption import Stopped
 
 # What to do about system errors on files.
@@ -164,8 +164,11 @@ class Claim:
         except Exception as problem:
             refused = isinstance(problem, ImportError) or explain(problem)[0] == MISTAKE
             # What is older is a copy of the resumed run's best.
-            checkpoints = self.run.path.glob("checkpoints/*.ckpt")
-            if refused and not any(path.stat().st_mtime >= self._begun for path in checkpoints):
+            done = [
+                *self.run.path.glob("checkpoints/*.ckpt"),
+                *self.run.path.glob(f"studies/*/{PIECES}/*.safetensors"),
+            ]
+            if refused and not any(path.stat().st_mtime >= self._begun for path in done):
                 shutil.rmtree(self.run.path, ignore_errors=True)
                 with suppress(OSError):  # another run has come in between
                     for folder in self.run.path.parents:

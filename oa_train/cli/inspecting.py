@@ -15,7 +15,7 @@ from oa_train.diagnostics.facts import DEFAULT_TOKENS, model_facts
 from oa_train.diagnostics.memory import StepSettings, Strategy
 from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
-from oa_train.models.loading import LMSpec, load_config, load_model
+from oa_train.models.loading import LMSpec, load_config, load_model, with_dtype
 from oa_train.studies.study import Table
 from oa_train.tasks.task import positive
 
@@ -48,7 +48,7 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
     silence_libraries()
     parser = _parser()
     options = parser.parse_args(list(words))
-    lm: LMSpec = parser.instantiate_classes(options).lm
+    lm = with_dtype(parser.instantiate_classes(options).lm)
     settings = _step(lm, options)
     facts = model_facts(lm, settings)
     facts["step"]["precision"] = options.precision

@@ -18,7 +18,13 @@ from oa_train.cli import slurm
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
 from oa_train.cli.output import console, show
-from oa_train.cli.parser import ExplainingLightningParser, add_config, add_model_and_task, check_values
+from oa_train.cli.parser import (
+    ExplainingLightningParser,
+    add_config,
+    add_model_and_task,
+    check_values,
+    make_paths_absolute,
+)
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.cli.runs import finished_results
@@ -128,6 +134,7 @@ class OaTrainCLI(LightningCLI):
         """Build the module, the task's datamodule and the trainer."""
         chosen = self.config[self.subcommand]
         check_values(self._parser(self.subcommand), chosen)
+        make_paths_absolute(chosen)
         check_trainer(chosen, writes=self._writes)
         if chosen.checkpoint_every < 1:
             raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")

@@ -16,7 +16,7 @@ import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by t
 from oa_train.cli.faults import own_error
 from oa_train.cli.messages import explained, group_problem, null_problems, option_names
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec
+from oa_train.models.loading import LMSpec, from_anywhere
 from oa_train.tasks.task import Task
 
 
@@ -66,3 +66,13 @@ def check_values(parser: ArgumentParser, options: Namespace) -> None:
             raise ConfigurationError(group_problem(group, value, parser))
     if problems := list(null_problems(parser, options)):
         raise ConfigurationError("\n".join(problems))
+
+
+def make_paths_absolute(options: Namespace) -> None:
+    """Make the paths of the model, its adapter and the prompts absolute, so that a run is found from anywhere."""
+    spec = LMSpec(**vars(options.lm))
+    for name in ("name", "gguf_file", "adapter"):
+        options.lm[name] = getattr(spec, name)
+    arguments = options.data.get("init_args") or Namespace()
+    if isinstance(arguments.get("path"), str):
+        arguments["path"] = from_anywhere(arguments["path"])

@@ -44,4 +44,5 @@ def silence_libraries() -> None:
                 # They keep the stream of the moment when they were imported, which may be closed by now; under
                 # --quiet it is another one.
                 handler.stream = sys.stderr
-    disable_progress_bar()
+    if not sys.stderr.isatty():  # the bars of downloads would fill a file
+        disable_progress_bar()

@@ -92,7 +92,12 @@ def _figures(counts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str,
     part = "edges" if "edges_total" in counts else "nodes"
     size = f"{counts[part]:,} of {counts[f'{part}_total']:,} {part}" if f"{part}_total" in counts else ""
     texts = {
-        name: f"{metric['mean']:.3g} ± {metric['ci95'][1] - metric['mean']:.1g}"
+        name: f"{metric['mean']:.3g} "
+        + (
+            "[{:.2g}, {:.2g}]".format(*metric["ci95"])  # of a share
+            if name == "accuracy"
+            else f"± {metric['ci95'][1] - metric['mean']:.1g}"
+        )
         for name in ("kl", "accuracy")
         if isinstance(metric := metrics.get(name), Mapping)
     }

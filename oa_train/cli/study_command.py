@@ -1,12 +1,15 @@
 """One command for every study: its options follow from its settings."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 
@@ -15,12 +18,13 @@ from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable
 from oa_train.cli.output import show
-from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values
+from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values, make_paths_absolute
 from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.loading import CausalLM, load_model
+from oa_train.progress import silent
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
 
@@ -58,21 +62,37 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     options = _options(parser, runs, rest)
     with building():
         chosen = parser.instantiate_classes(options)
-    if runs:
+    if kind.resumable and chosen.resume is not None:
+        runs = [RunFolder(Path(chosen.resume).absolute().parent.parent)]
+    elif runs:
         check_writable("--run", folders[0], runs[0].path / "studies")
     else:
         check_experiment(chosen.experiment)
         output_root("--output", chosen.output)
     circuits = _named_apart([run.trained_circuit() for run in runs], runs) if kind.asks_of != "none" else []
     study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
-    claim = None if runs else Claim(output_root("--output", chosen.output), chosen.experiment)
-    run = runs[0] if claim is None else claim.run
+    if kind.resumable and chosen.resume is not None:
+        study.resume(chosen.resume)
+    with _processes(kind) as rank:
+        if rank:
+            study.folder, study.track = Path(_from_first("")), silent
+            return study.answer()
+        return _carried_out(study, runs[0] if runs else None, parser, options)
+
+
+def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingParser, options: Namespace) -> Findings:
+    """Carry out a study in the folder of a run, by default a new one."""
+    claim = None if run else Claim(output_root("--output", options.output), options.experiment)
+    run = run or claim.run  # type: ignore[union-attr] # one of the two exists
     with nullcontext() if claim is None else claim.given_up_after_a_refusal():
         if claim is not None:
             plain = yaml.safe_load(parser.dump(options, skip_validation=True))
             run.save_config({name: value for name, value in plain.items() if name != "config"})
         record_in(run.path)
-        folder = study.claim(run.path)
+        folder = study.folder or study.claim(run.path)
+        if study.resumable:
+            track.say(f"What is done is kept in {folder}; interrupted, this goes on with --resume {folder}")
+        _from_first(str(folder))
         with terminable(), removed_if_empty(folder):
             findings = study.answer()
         try:
@@ -80,6 +100,29 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         finally:  # a table that could not be written is still shown
             show(findings)
     return findings
+
+
+@contextmanager
+def _processes(kind: type[Study[Any]]) -> Iterator[int]:
+    """The number of this process, 0 without torchrun, which shares out the work of a study that is kept in pieces."""
+    if not dist.is_torchelastic_launched():
+        yield 0
+        return
+    if not kind.resumable:
+        raise ConfigurationError(f"{kind.name} is not shared out over processes; run it without torchrun.")
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_first(text: str) -> str:
+    """The text of the first process, in all of them."""
+    texts = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(texts)
+    return texts[0]
 
 
 def _study_class(path: str) -> type[Study[Any]]:
@@ -105,6 +148,8 @@ def _parser(kind: type[Study[Any]]) -> ExplainingParser:
     if not needs_run:
         parser.add_argument("--output", type=str, default="runs", help="folder that gets a new run, without --run")
         parser.add_argument("--experiment", type=str, default=kind.name, help="name of the new run")
+    if kind.resumable:
+        parser.add_argument("--resume", type=str | None, default=None, help="folder of this study, if unfinished")
     parser.add_argument("--device", type=str, default="auto", help="device of the model: auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     add_model_and_task(parser, ("data",))
@@ -121,6 +166,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
         stored = ["--config", yaml.safe_dump(shared), "--run", str(runs[0].path)]
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
+    make_paths_absolute(options)
     if runs:
         runs[0].check_model(str(options.lm.name))
     return options
@@ -137,7 +183,11 @@ def _model(chosen: Any, circuits: Sequence[TrainedCircuit]) -> CausalLM:
     """Load the model on its device, and check that the circuits are of it."""
     device = chosen.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = (
+            f"cuda:{os.environ['LOCAL_RANK'] if dist.is_torchelastic_launched() else 0}"
+            if torch.cuda.is_available()
+            else "cpu"
+        )
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as problem:

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
+from oa_train.models.loading import LMSpec, with_dtype
 from oa_train.studies.run_folder import check_experiment, output_root
 from oa_train.training.strategies import ShardedStrategy
 
@@ -118,6 +119,8 @@ def _check_precision(chosen: Any) -> None:
             f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; "
             "the data type of the frozen model is --lm.dtype."
         )
+    if precision in TRUE_PRECISIONS:
+        dtype = with_dtype(LMSpec(**vars(chosen.lm))).dtype
     check_true_precision("trainer.precision", precision, dtype)
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if precision == "16-mixed" and not on_gpu:

@@ -43,7 +43,7 @@ def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
             "name": lm.name,
             "revision": lm.revision,
             "family": family.model_type,
-            "dtype": lm.dtype,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "parallel": graph.parallel,
             "post_norms": family.post_norms,
         },

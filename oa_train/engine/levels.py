@@ -5,10 +5,14 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch.distributed.fsdp import FSDPModule
+
 from oa_train.batches import Batch, TokenLayout
 from oa_train.engine.edges.run import edge_row_bytes, edges_called, run_edges
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
+from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.engine.values import Values
 from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
@@ -16,7 +20,7 @@ from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import tapped
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,13 @@ class Engine:
         run: logits of a batch under masks, one per row.
         called: context in which one call of the model is masked.
         row_bytes: bytes of a row of a batch, with or without a backward pass.
+        circuits: logits of several circuits on the same prompts.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
     called: Callable[[CausalLM, Any, Tensor, Values, TokenLayout], AbstractContextManager[None]]
     row_bytes: Callable[[CausalLM, Batch, bool], int]
+    circuits: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
 
 
 def _run_nodes(model: CausalLM, batch: Batch, nodes: Nodes, mask: Tensor, values: Values, recompute: bool) -> Tensor:
@@ -44,6 +50,28 @@ def _nodes_called(model: CausalLM, nodes: Nodes, mask: Tensor, values: Values, l
         yield
 
 
+def _node_circuits(
+    model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, values: Values, recompute: bool
+) -> Tensor:
+    """Rows of a circuit join the run where it first ablates something, if that saves work."""
+    if recompute or isinstance(model, FSDPModule) or saved_share(nodes, masks) <= 0:
+        return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute)
+    return prefix_logits(model, batch, nodes, masks, values).ablated.flatten(0, 1)
+
+
+def _edge_circuits(
+    model: CausalLM, batch: Batch, graph: Graph, masks: Tensor, values: Values, recompute: bool
+) -> Tensor:
+    return run_edges(*_repeated(model, batch, graph, masks, values), recompute)
+
+
+def _repeated(
+    model: CausalLM, batch: Batch, level: Any, masks: Tensor, values: Values
+) -> tuple[CausalLM, Batch, Any, Tensor, Values]:
+    rows = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
+    return model, batch.repeat(len(masks)), level, rows, values
+
+
 def _node_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
     """About what a row's activations take: of one block, or of all that a backward pass goes through, and logits."""
     sizes, width = Dimensions.of(model.config), batch.tokens.shape[1]
@@ -54,8 +82,8 @@ def _node_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
 
 
 ENGINES: dict[type[Level], Engine] = {
-    Nodes: Engine(_run_nodes, _nodes_called, _node_row_bytes),
-    Graph: Engine(run_edges, edges_called, edge_row_bytes),
+    Nodes: Engine(_run_nodes, _nodes_called, _node_row_bytes, _node_circuits),
+    Graph: Engine(run_edges, edges_called, edge_row_bytes, _edge_circuits),
 }
 
 
@@ -82,6 +110,29 @@ def masked_logits(
         RuntimeError: in a second backward pass through a run of edges, which frees and overwrites what it needs.
     """
     return ENGINES[type(level)].run(model, batch, level, mask, values, recompute)
+
+
+def copies_logits(
+    model: CausalLM,
+    batch: Batch,
+    level: Level,
+    masks: Bool[Tensor, "circuit entry"],
+    values: Values,
+    recompute: bool = False,
+) -> Float[Tensor, "row scored vocabulary"]:
+    """Like `masked_logits`, of S circuits on the same B prompts, laid out as `batch.repeat(S)`.
+
+    Circuits of nodes share their clean prefix where that saves work.
+
+    Args:
+        model: frozen causal language model.
+        batch: B prompts on the model's device.
+        level: level of the masks.
+        masks: a circuit in each row; false entries are ablated.
+        values: the replacements, for all rows or for S * B rows.
+        recompute: see `masked_logits`.
+    """
+    return ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
 
 
 def masked_call(

@@ -50,7 +50,7 @@ def prefix_logits(
     taps: list[Tap] = []
     for stage in range(growth.n_stages):
         present = growth.rows[: growth.counts[stage]]
-        sites = [site for site in nodes.sites if growth.stage_of(site) == stage]
+        sites = [site for site in nodes.sites if _stage(nodes, site) == stage]
         if sites:
             layout = rows.rows(slice(0, len(present))).layout
             mask = growth.masks[: len(present)]
@@ -62,6 +62,28 @@ def prefix_logits(
     return PrefixLogits(by_circuit[0], by_circuit[1:][growth.order.argsort()])
 
 
+def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
+    """Share of the work of plain runs that a shared prefix saves; negative where its clean rows cost more."""
+    n_blocks = nodes.dimensions.n_layers
+    # The token embedding costs next to nothing.
+    skipped = (_first_stages(nodes, masks) - 1).clamp(min=0).sum().item()
+    return skipped / (n_blocks * len(masks)) - 1 / len(masks)
+
+
+def _stage(nodes: Nodes, site: Site) -> int:
+    """Stage in which a site's tensor passes."""
+    return 0 if site.kind == "tokens" else 1 + SITE_KINDS[site.kind].rank(site.layer, nodes.by_layer)[0]
+
+
+def _first_stages(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
+    """Stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
+    first = torch.full((len(masks),), nodes.dimensions.n_layers + 1)
+    for group in reversed(nodes.groups):
+        ablates = (~masks[:, group.entries]).any(dim=1).cpu()
+        first[ablates] = _stage(nodes, group.site)
+    return first
+
+
 class _Growth:
     """Rows of a run at each stage.
 
@@ -71,9 +93,8 @@ class _Growth:
 
     def __init__(self, model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> None:
         self._n_prompts, device = len(batch), batch.tokens.device
-        self._by_layer = nodes.by_layer
         self.n_stages = nodes.dimensions.n_layers + 2
-        stages = self._first_stages(nodes, masks)
+        stages = _first_stages(nodes, masks)
         self.order: Int[Tensor, " circuit"] = stages.argsort(stable=True)
         joined = torch.stack([(stages <= stage).sum() for stage in range(self.n_stages)])
         self.counts: list[int] = ((1 + joined) * self._n_prompts).tolist()
@@ -85,20 +106,6 @@ class _Growth:
         of_circuits = self.order.to(device).unsqueeze(1) * self._n_prompts + prompts
         # Clean rows are replaced by nothing, so those of any circuit will do.
         self.value_rows = torch.cat([prompts, of_circuits.flatten()])
-
-    def stage_of(self, site: Site) -> int:
-        """Stage in which a site's tensor passes."""
-        if site.kind == "tokens":
-            return 0
-        return 1 + SITE_KINDS[site.kind].rank(site.layer, self._by_layer)[0]
-
-    def _first_stages(self, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
-        """Stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
-        first = torch.full((len(masks),), self.n_stages - 1)
-        for group in reversed(nodes.groups):
-            ablates = (~masks[:, group.entries]).any(dim=1).cpu()
-            first[ablates] = self.stage_of(group.site)
-        return first
 
     def growing(self, model: CausalLM) -> AbstractContextManager[None]:
         """Let rows join during one run of the model inside the context."""

@@ -23,12 +23,6 @@ SHARPNESS = 4.0
 # The controller clamps size / goal to between 1 / e and e.
 LARGEST_ERROR = 1.0
 
-# Relative distance from the target within which a size counts as reached; the nearest whole size always does.
-TOLERANCE = 0.05
-
-# Losses are clamped to plus or minus this many nats, so that every circuit of the right size ranks before all others.
-LARGEST_LOSS = 1000.0
-
 
 class NodeRegulariser(nn.Module):
     """A count of the edges at every node that saturates, so that nodes with few edges lose them all.
@@ -193,7 +187,6 @@ class TargetSize(Penalty):
         starts, targets = torch.broadcast_tensors(self.initial_weight, torch.tensor(target).float())
         self.target = nn.Buffer(targets.clone(), persistent=False)
         self.n_entries, self.warmup, self.rate, self.always_kept = n_entries, warmup, rate, always_kept
-        self.first_weight = nn.Buffer(starts.clone(), persistent=False)
         self.log_weight = nn.Buffer(starts.log())
         self.excess = nn.Buffer(torch.zeros_like(starts))
         self.steps = nn.Buffer(torch.tensor(0))
@@ -215,14 +208,8 @@ class TargetSize(Penalty):
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """The loss within 5 % of the target size; elsewhere more than any such loss, growing with the distance."""
-        sizes = kept.sum(dim=-1) + always_kept
-        distance, missed = (sizes - self.target).abs(), ~self.reached(sizes)
-        return loss.clamp(-LARGEST_LOSS, LARGEST_LOSS) + missed * LARGEST_LOSS * (2 + distance)
-
-    def reached(self, sizes: Int[Tensor, "*circuits"]) -> Bool[Tensor, "*circuits"]:
-        """True for circuits within 5 % of their target; the nearest whole size is always near enough."""
-        return (sizes - self.target).abs() <= (TOLERANCE * (self.target - self.always_kept)).clamp(min=0.5)
+        """The loss: the discrete circuit has the target size."""
+        return loss
 
 
 @torch.no_grad()

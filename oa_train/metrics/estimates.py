@@ -16,7 +16,11 @@ SMALLEST_WRITTEN = 1e-4
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` distinct prompts, its standard error, and its 95 % interval from Student's t distribution."""
+    """A mean over `n` distinct prompts, its standard error, and its 95 % interval.
+
+    The interval is from Student's t distribution; of a share of prompts, each of which is right or wrong, from
+    Wilson's score, which stays inside [0, 1] and has a width at 12 of 12 as well.
+    """
 
     mean: float
     stderr: float
@@ -24,11 +28,15 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        """The mean and half the width of its interval: "0.0235 ± 0.0030"."""
-        margin = self.ci95[1] - self.mean
+        """The mean and half the width of its interval, "0.0235 ± 0.0030", or its ends: "0.75 [0.47, 0.91]"."""
+        low, high = self.ci95
+        margin = (high - low) / 2
         if not margin > 0:
             return written(self.mean)
         digits = 1 - math.floor(math.log10(margin))
+        if not math.isclose(self.mean - low, high - self.mean, abs_tol=1e-9, rel_tol=1e-6):
+            shown = [_fixed(value, max(0, digits)) for value in (self.mean, low, high)]
+            return f"{shown[0]} [{shown[1]}, {shown[2]}]"
         largest = max(abs(self.mean), margin)
         if largest < SMALLEST_WRITTEN:
             exponent = math.floor(math.log10(largest))
@@ -42,13 +50,17 @@ class Estimate:
         return {"mean": self.mean, "stderr": self.stderr, "ci95": list(self.ci95), "n": self.n}
 
 
-def estimate(values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"] | None = None) -> Estimate:
+def estimate(
+    values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"] | None = None, *, is_share: bool = False
+) -> Estimate:
     """Mean of a figure from its values on at least two distinct prompts.
 
     Args:
         values: of each prompt.
         identities: equal for equal prompts, whose values are averaged first: repetition tells nothing new. By default
             all prompts are distinct.
+        is_share: the figure is the share of something, as accuracy is. Where every prompt has 0 or 1 the interval is
+            Wilson's.
 
     Raises:
         NotFiniteError: mean or error is not finite.
@@ -64,6 +76,9 @@ def estimate(values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"
             "task at least two distinct prompts."
         )
     mean, stderr = float(np.mean(array)), float(stats.sem(array))
+    if is_share and np.isin(array, (0, 1)).all():
+        wilson = stats.binomtest(int(array.sum()), len(array)).proportion_ci(method="wilson")
+        return Estimate(mean, stderr, (float(wilson.low), float(wilson.high)), len(array))
     margin = stderr * float(stats.t.ppf(0.975, len(array) - 1))
     if not math.isfinite(margin):
         raise NotFiniteError(f"A mean over {len(array)} prompts and its error are not finite: {mean} ± {margin}.")

@@ -3,8 +3,11 @@
 import hashlib
 import os
 import shutil
+import sys
+from contextlib import redirect_stderr
 from functools import lru_cache
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,10 @@ def _check(file: Path) -> None:
 
 def _fill(folder: Path, file: Path) -> None:
     """Dequantise into a folder that gets its name when it is complete."""
+    sys.stderr.write(
+        f"dequantising {file.name} ({file.stat().st_size / 1e6:,.0f} MB) into {folder.parent}; this happens once\n"
+    )
+    sys.stderr.flush()
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
@@ -100,7 +107,8 @@ def _read(file: Path) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(**where)
         check_config(config)
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **options)
+        with redirect_stderr(StringIO()):  # a bar of transformers' that cannot be turned off
+            loaded: Any = AutoModelForCausalLM.from_pretrained(**where, **options)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         model, report = loaded
         if report["missing_keys"]:

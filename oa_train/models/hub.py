@@ -34,8 +34,8 @@ def hub_answers() -> bool:
         if isinstance(getattr(problem, "reason", None), ssl.SSLError):
             return True
         warnings.warn(
-            f"{constants.ENDPOINT} does not answer within {PATIENCE:g} s, so only models that were downloaded before "
-            "can be loaded.",
+            f"{constants.ENDPOINT} does not answer within {PATIENCE:g} s, so only models and datasets that were "
+            "downloaded before can be loaded.",
             stacklevel=2,
         )
         return False

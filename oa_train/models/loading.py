@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from oa_train.errors import ConfigurationError, ModelError, OaTrainError, nearest_names
@@ -375,8 +376,10 @@ def fingerprint(model: CausalLM) -> str:
 def loading(kind: str, spec: LMSpec) -> Iterator[None]:
     """Turn any error that transformers raises into a ModelError; `kind` is "model" or "tokenizer of".
 
-    Damaged files and wrong values in them break its code anywhere, with errors of any class.
+    Damaged files and wrong values in them break its code anywhere, with errors of any class. Bars of the loading are
+    not shown, those of downloads are.
     """
+    hook = set_tqdm_hook(lambda factory, arguments, options: EmptyTqdm(*arguments, **options))
     try:
         yield
     except (OaTrainError, MemoryError):
@@ -391,6 +394,8 @@ def loading(kind: str, spec: LMSpec) -> Iterator[None]:
             "configuration, weights and tokenizer files, all whole, or the id of a model on the Hub that this machine "
             f"can reach. {near if near.startswith('Did you mean') else ''}".rstrip()
         ) from problem
+    finally:
+        set_tqdm_hook(hook)
 
 
 def _reason(problem: Exception) -> str:

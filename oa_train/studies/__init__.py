@@ -3,5 +3,6 @@
 # By command: the class, imported when it is used, and its line in the overview.
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
+    "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
 }

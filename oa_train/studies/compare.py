@@ -22,6 +22,7 @@ from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
+from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -110,6 +111,9 @@ class Compare(Study[CompareSettings]):
             levels = [(run.name, run.circuit.level) for run in self.circuits]
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
+        unplanned = AblationSource(self.model, self.task, self.level)
+        self.chosen = chosen_kinds(self.settings.ablations, unplanned, self.batches)
+        self.kinds = self.chosen.kinds
         # Of circuits of edges the components are ablated alone, not every edge.
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
@@ -158,6 +162,7 @@ class Compare(Study[CompareSettings]):
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
                 "positions": self.positions,
+                "left_out": self.chosen.left_out,
                 "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
@@ -168,15 +173,6 @@ class Compare(Study[CompareSettings]):
             circuit=first.circuit.counts(),
             table="comparison",
         )
-
-    @cached_property
-    def kinds(self) -> list[AblationKind]:
-        """Kinds of ablation that are compared."""
-        if self.settings.ablations is not None:
-            return self.settings.ablations
-        has_counterfactuals = self.batches[0].counterfactual_tokens is not None
-        taking = [name for name, kind in KINDS.items() if not kind.restores]
-        return [name for name in taking if has_counterfactuals or not KINDS[name].paired]
 
     @cached_property
     def positions(self) -> int:
@@ -309,6 +305,7 @@ class Compare(Study[CompareSettings]):
                 f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
                 f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
             )
+        yield from self.chosen.lines()
         yield from (random_line(control, self.level.parts) for control in drawn)
         if len(self.circuits) > 1:
             numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]

@@ -21,7 +21,7 @@ from oa_train.metrics.estimates import Estimate, written
 from oa_train.metrics.measures import Loss
 from oa_train.models.loading import CausalLM
 from oa_train.progress import Stage, Track, silent
-from oa_train.studies.run_folder import RunFolder, circuit_folders
+from oa_train.studies.run_folder import circuit_folders
 from oa_train.studies.study import (
     Findings,
     Row,
@@ -33,7 +33,6 @@ from oa_train.studies.study import (
     spoken,
     statistics_stages,
 )
-from oa_train.studies.target import missed_target
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 
@@ -60,8 +59,8 @@ class FinishSettings:
         refit: training of the constants for the discrete circuit.
         refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, keeping
             the better by validation. From the means a refit can end in a worse optimum.
-        size: entries of the circuit, those of the highest keep-probability, without dangling edges; by default all
-            above the module's threshold.
+        size: entries of the circuit, those of the highest keep-probability, without dangling edges; by default the
+            module's target size, and without one all above its threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
@@ -120,8 +119,7 @@ def finish(
         trained.save_constants(folder)
     study.circuits = refitted
     findings = study.run_in(run)
-    advice = [line for trained in refitted for line in missed_target(trained, RunFolder(Path(run)))]
-    return Finished(refitted, replace(findings, shown=[*findings.shown, *advice]))
+    return Finished(refitted, findings)
 
 
 def refit_stages(circuits: Sequence[TrainedCircuit], settings: FinishSettings, task: Task) -> list[Stage]:
@@ -204,7 +202,7 @@ class Evaluate(Study[FinishSettings]):
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
-        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean ± 95 % interval"
+        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean and 95 % interval"
         return Findings(
             _entry_rows(trained.circuit),
             metrics,

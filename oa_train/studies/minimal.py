@@ -15,7 +15,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import KINDS, AblationSource, check_suits
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
@@ -104,6 +104,7 @@ class Minimal(Study[MinimalSettings]):
                 f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
                 "with fit_constants."
             )
+        check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
 
     @cached_property
     def source(self) -> AblationSource:

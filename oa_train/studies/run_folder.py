@@ -25,11 +25,16 @@ if TYPE_CHECKING:
     from oa_train.models.loading import LMSpec
 
 CONFIG_FILE = "config.yaml"
+# Inside the folder of a study: what a resumable one has done.
+PIECES = "pieces"
 FRONT = "front"
 VERSION = "version"
 
 # Options of a model that a run folder may decide; code that comes with weights is not run because a file says so.
-_KEPT_OF_LM = ("name", "revision", "dtype", "attn_implementation", "bos", "local_files_only")
+_KEPT_OF_LM = (
+    *("name", "revision", "gguf_file", "adapter", "dtype", "quantization", "attn_implementation", "bos"),
+    "local_files_only",
+)
 
 _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 

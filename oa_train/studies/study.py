@@ -21,7 +21,7 @@ from oa_train.ablations.trained import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES
-from oa_train.errors import ConfigurationError, RunError
+from oa_train.errors import ArtefactError, ConfigurationError, RunError
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import save_figure
 from oa_train.files import make_next_folder, write_json
@@ -35,6 +35,7 @@ from oa_train.studies.findings import Findings as Findings
 from oa_train.studies.findings import Row as Row
 from oa_train.studies.findings import Table as Table
 from oa_train.studies.findings import plain, write_csv
+from oa_train.studies.run_folder import PIECES
 from oa_train.tasks.task import Stream, Task
 
 RESULTS_FILE = "results.json"
@@ -64,11 +65,15 @@ class Study(ABC, Generic[S]):
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
         asks_of: circuits that the study needs: `none`, `one`, or `several` (at least one).
+        resumable: it keeps what it has done in its folder (see `studies.pieces`) and can be continued there.
+        folder: its folder, once claimed.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
     asks_of: ClassVar[Literal["none", "one", "several"]] = "none"
+    resumable: ClassVar[bool] = False
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -167,7 +172,24 @@ class Study(ABC, Generic[S]):
 
     def claim(self, run: str | Path) -> Path:
         """Make the next free study folder of a run."""
-        return make_next_folder(Path(run) / "studies", self.name)
+        self.folder = make_next_folder(Path(run) / "studies", self.name)
+        return self.folder
+
+    def resume(self, folder: str | Path) -> Path:
+        """Go on in the folder of an unfinished study of the same kind.
+
+        Raises:
+            ArtefactError: it is no such folder, or the study was finished.
+        """
+        folder = Path(folder)
+        if not self.resumable or not (folder / PIECES).is_dir() or not folder.name.startswith(f"{self.name}_"):
+            raise ArtefactError(
+                f"{folder} is no folder of an unfinished {self.name}, as studies/{self.name}_0 of a run."
+            )
+        if (folder / RESULTS_FILE).exists():
+            raise ArtefactError(f"{folder} holds results already: this {self.name} was finished.")
+        self.folder = folder
+        return folder
 
     def write(self, findings: Findings, folder: Path) -> Findings:
         """Write results, table and figures, in this order.
@@ -251,7 +273,10 @@ def removed_if_empty(folder: Path) -> Iterator[None]:
 
 def estimates(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
     """Estimates of all measures of one circuit."""
-    return {name: estimate(getattr(behaviour, name)[index], behaviour.identities) for name in MEASURES}
+    return {
+        name: estimate(getattr(behaviour, name)[index], behaviour.identities, is_share=name == "accuracy")
+        for name in MEASURES
+    }
 
 
 def differences(
@@ -286,7 +311,7 @@ def criterion(trained: TrainedCircuit) -> str:
         return f"keep-probability above {threshold:g}"
     dropped = circuit.scores[~circuit.mask]
     if circuit.mask.any() and bool((circuit.scores[circuit.mask].min() >= dropped).all()):
-        return "those of the highest keep-probability"
+        return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g})"
     return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
 
 

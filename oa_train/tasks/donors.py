@@ -1,7 +1,7 @@
 """Partners of prompts for resample ablation: other prompts of equal length, whose activations replace theirs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -43,15 +43,7 @@ class Donors:
             TaskError: the prompts lack one of the spans, or the task has no other prompt with the lengths of one.
         """
         partners = []
-        tokens = [row[real] for row, real in zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)]
-        for number, lengths, row in zip(batch.example_ids.tolist(), self._lengths(batch), tokens, strict=True):
-            # A small file of prompts is trained on and drawn from, and no prompt is its own partner.
-            donors = self._with_lengths(lengths)
-            first = derive_seed(self._seed, "donor", number) % max(len(donors), 1)
-            others = itertools.chain(donors[first:], donors[:first])
-            partner = next(
-                (donor for donor in others if not torch.equal(donor.tokens[donor.attention_mask], row)), None
-            )
+        for lengths, partner in self._partners(batch):
             if partner is None:
                 raise self._without_partner(lengths)
             partners.append(partner)
@@ -71,6 +63,32 @@ class Donors:
             spans={name: in_columns([partner.spans[name] for partner in partners], nowhere) for name in names},
             counterfactual_tokens=None,
         )
+
+    def why_lacking(self, batches: Iterable[Batch]) -> str | None:
+        """How many prompts have no partner, and why, for people; None if all have one."""
+        pairs = [pair for batch in batches for pair in self._partners(batch)]
+        alone = [lengths for lengths, partner in pairs if partner is None]
+        if not alone:
+            return None
+        lengths = ", ".join(map(str, sorted({n_tokens for n_tokens, *_ in alone})))
+        spans = f", with the same in {' and '.join(map(repr, self._spans))}" if self._spans else ""
+        return (
+            f"{len(alone)} of {len(pairs)} prompts have no partner: no other prompt of the stream means has their "
+            f"number of tokens ({lengths}{spans})"
+        )
+
+    def _partners(self, batch: Batch) -> Iterator[tuple[tuple[int, ...], Batch | None]]:
+        """Lengths of each prompt, and its partner if there is one."""
+        tokens = [row[real] for row, real in zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)]
+        for number, lengths, row in zip(batch.example_ids.tolist(), self._lengths(batch), tokens, strict=True):
+            # A small file of prompts is trained on and drawn from, and no prompt is its own partner.
+            donors = self._with_lengths(lengths)
+            first = derive_seed(self._seed, "donor", number) % max(len(donors), 1)
+            others = itertools.chain(donors[first:], donors[:first])
+            yield (
+                lengths,
+                next((donor for donor in others if not torch.equal(donor.tokens[donor.attention_mask], row)), None),
+            )
 
     def _lengths(self, batch: Batch) -> list[tuple[int, ...]]:
         spans = [batch.layout.span(name).sum(dim=1) for name in self._spans]

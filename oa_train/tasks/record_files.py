@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
+from oa_train.models.hub import hub_answers
 
 HUB = "hf://"
 
@@ -219,6 +220,7 @@ def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
         ) from None
     try:
         if path.startswith(HUB):
+            datasets.config.HF_HUB_OFFLINE = not hub_answers()  # it would try again and again
             loaded = datasets.load_dataset(path.removeprefix(HUB), subset, streaming=True)
         else:
             loaded = datasets.load_from_disk(path)
@@ -228,8 +230,9 @@ def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
             for number, row in enumerate(rows, start=1):
                 yield Row(f"row {number}" + (f" of {split}" if named else ""), {**named, **row})
     except (OSError, ValueError, RuntimeError) as problem:
+        reason = str(problem.args[0] if problem.args else "").partition("\n")[0] or repr(problem)
         raise ArtefactError(
-            f"The dataset {path!r} cannot be read: {str(problem).splitlines()[0] if str(problem) else problem!r}\n"
+            f"The dataset {path!r} cannot be read: {reason}\n"
             "Check its name and the connection; offline, a dataset that has been downloaded before is read from the "
             "cache, and a folder that `save_to_disk` wrote is read by its path."
         ) from problem

@@ -40,14 +40,15 @@ class RecordFitter:
         fitted = []
         uneven = self._uneven(records)
         for record in records:
+            counts = len(self.several), len(self.overlapping)
             try:
                 if id(record) in uneven:
                     raise uneven[id(record)]
                 fitted.append(replace(record, prompt=self._prompt(record.prompt)))
-            except RowError as problem:
-                problems.append((record.place, problem))
-            except TaskError as problem:
-                problems.append((record.place, RowError("not for this tokenizer", str(problem))))
+            except (RowError, TaskError) as problem:
+                del self.several[counts[0] :], self.overlapping[counts[1] :]
+                error = problem if isinstance(problem, RowError) else RowError("not for this tokenizer", str(problem))
+                problems.append((record.place, error))
         return fitted
 
     @staticmethod
@@ -122,15 +123,21 @@ class RecordFitter:
     def _every(self, prompt: Prompt, right: "_Tail", wrong: Sequence["_Tail"]) -> Prompt:
         """The prompt up to the last token of its answer, with a question at each token before."""
         questions = []
-        for place, piece in enumerate(right.pieces):
+        for place, (piece, following) in enumerate(zip(right.pieces, (*right.pieces[1:], None), strict=True)):
             if not "".join(right.pieces[: place + 1]).strip():
                 continue  # a token that is only a space is the prompt's
+            if "" in (piece, following):
+                continue  # a part of a character, as one of the two bytes of "é", is no text that could be an answer
             rivals = [tail for tail in wrong if tail.ids[:place] == right.ids[:place] and len(tail.ids) > place]
             others = dict.fromkeys(tail.pieces[place] for tail in rivals if tail.ids[place] != right.ids[place])
             questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
-        self.several.append(f"{prompt.answers[0]!r} as {', '.join(map(repr, right.pieces))}")
+        if not questions:
+            raise RowError("an answer of which no token is whole characters", f"{right.ids} for {prompt.answers[0]!r}")
+        self.several.append(
+            f"{prompt.answers[0]!r} as {', '.join(repr(question.answers[0]) for question in questions)}"
+        )
         *earlier, last = questions
-        extended = self._extended(prompt, "".join(right.pieces[:-1]), last.answers, last.distractors)
+        extended = self._extended(prompt, last.text.removeprefix(prompt.text), last.answers, last.distractors)
         return replace(extended, earlier=(*prompt.earlier, *earlier))
 
     def _extended(self, prompt: Prompt, more: str, answers: tuple[str, ...], distractors: tuple[str, ...]) -> Prompt:
@@ -187,6 +194,9 @@ def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequenc
         if ids[: len(begun)] != begun or len(ids) == len(begun):
             detail = f"{shorten(answer)} after {shorten(text)} changes the prompt's last token"
             raise RowError("an answer that does not continue its prompt", detail)
+        if encoder.tokenizer.unk_token_id in ids[len(begun) :]:
+            detail = f"{shorten(answer)} after {shorten(text)}"
+            raise RowError("an answer with a word that this tokenizer does not know", detail)
         bounds = [len(text), *ends[len(begun) :]]
         pieces = tuple(whole[start:end] for start, end in itertools.pairwise(bounds))
         tails.append(_Tail(tuple(ids[len(begun) :]), pieces))

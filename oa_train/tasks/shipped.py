@@ -4,7 +4,8 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from oa_train.tasks.record_files import Fields, Row
+from oa_train.errors import TaskError
+from oa_train.tasks.record_files import Fields, Row, RowError, report
 from oa_train.tasks.records import Records
 
 
@@ -34,6 +35,14 @@ class ShippedRecords(Records):
         Raises:
             TaskError: the tokenizer splits the words that the task needs.
         """
+
+    def _refuse(self, problems: list[tuple[str, RowError]], n_rows: int, *options: Any) -> None:
+        if len(problems) == n_rows:
+            raise TaskError(
+                f"The task {self.name} cannot be posed to this tokenizer: none of its {n_rows} prompts can be used.\n"
+                f"{report(problems)}\nChoose a model whose tokenizer knows their words, or another task."
+            )
+        super()._refuse(problems, n_rows, *options)
 
     def _content(self, path: str | None, subset: str | None, rows: Any) -> tuple[str, Iterable[Row]]:
         return self.name, (Row(f"row {number}", row) for number, row in enumerate(self.rows(), start=1))

@@ -27,12 +27,12 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
 from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
-from oa_train.shapes import Float, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
-from oa_train.training.penalties import PenaltySettings, PenaltyWeight, ReachedSize, reached_sizes
+from oa_train.training.penalties import PenaltySettings, PenaltyWeight
 from oa_train.training.replacements import Replacements
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
@@ -73,12 +73,14 @@ class CircuitModule(FrozenModelModule):
             trains a circuit for each weight, side by side; a mapping has a weight for each kind of site.
         node_penalty: for edges, a surcharge on those of a head that has few, as a fraction of the penalty weight;
             above 0 it empties heads.
-        target_size: units or edges that the circuit is to have, those that are always kept included; the penalty
-            weight is moved until it has them. None keeps the weight fixed, a list trains a circuit for each size.
+        target_size: units or edges of the circuit, those that are always kept included: the penalty weight is moved
+            until about as many are kept, and those of the highest keep-probability are the circuit, exactly so many
+            (of edges fewer, if more would dangle). None keeps the weight fixed, a list trains a circuit for each size.
         target_warmup: optimiser steps in which the goal falls from all units or edges to the target size; less than
             half of the training, so that the masks have time to follow.
         samples_per_prompt: mask samples drawn for each prompt of a batch.
-        threshold: a unit or edge with a keep-probability above this is in the circuit; dangling edges are removed.
+        threshold: without a target size, a unit or edge with a keep-probability above this is in the circuit; dangling
+            edges are removed.
         mask_learning_rate: learning rate of the mask parameters, at the start if there is a schedule.
         constants_learning_rate: learning rate of the constants.
         optimizer: class of the optimiser, with its arguments but for `lr`; by default Adam, with a second beta of
@@ -208,9 +210,13 @@ class CircuitModule(FrozenModelModule):
                 sizes = self.masks.priced(self.masks.discrete()).sum(dim=1) + self.masks.n_fixed
                 self.penalty.update(smooth_size(self.masks.probabilities(), self.masks.threshold), sizes)
 
-    def reached_sizes(self) -> list[ReachedSize]:
-        """How near each circuit is to its target size; empty without one."""
-        return reached_sizes(self.penalty, self.masks.discrete().sum(dim=1))
+    def discrete(self) -> Bool[Tensor, "circuit entry"]:
+        """The discrete circuits: of the target size if there is one, those of the highest keep-probability."""
+        if self.penalties.target_size is None:
+            return self.masks.discrete()
+        sizes = [self.penalties.size_of(number) for number in range(self.n_circuits)]
+        masks = [self.masks.largest(number, size) for number, size in enumerate(sizes) if size is not None]
+        return torch.stack(masks).to(self.masks.selection.device)
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""
@@ -291,12 +297,14 @@ class CircuitModule(FrozenModelModule):
 
         Args:
             number: place in the lists of penalty weights or target sizes.
-            size: entries of the circuit, those of the highest keep-probability; all above the threshold by default.
+            size: entries of the circuit, those of the highest keep-probability; by default the target size, and
+                without one all above the threshold.
 
         Raises:
             ConfigurationError: see `CircuitMasks.check_size`.
         """
         scores, removed = self.masks.keep_probability()[number].cpu(), {}
+        size = self.penalties.size_of(number) if size is None else size
         if size is not None:
             mask = self.masks.largest(number, size)
         else:
@@ -315,10 +323,10 @@ class CircuitModule(FrozenModelModule):
         return Circuit.from_mask(self.level, mask, scores, provenance)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Evaluate the thresholded circuits."""
+        """Evaluate the discrete circuits."""
         clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
         # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
-        self._discrete = self.masks.discrete()
+        self._discrete = self.discrete()
         logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
         values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])
         self._evaluated.update(values.mean(dim=2), len(batch))
@@ -326,8 +334,8 @@ class CircuitModule(FrozenModelModule):
     test_step = validation_step
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "circuit prompt scored vocabulary"]:
-        """Logits of the thresholded circuits at the scored positions; `trainer.predict` runs the test prompts."""
-        logits = circuit_logits(self.frozen, batch, self.level, self.masks.discrete(), self.replacements.ablations())
+        """Logits of the discrete circuits at the scored positions; `trainer.predict` runs the test prompts."""
+        logits = circuit_logits(self.frozen, batch, self.level, self.discrete(), self.replacements.ablations())
         return logits.view(self.n_circuits, len(batch), *logits.shape[1:])
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:

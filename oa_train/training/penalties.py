@@ -7,63 +7,9 @@ import torch
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.penalty import NodeRegulariser, Penalty, SizePenalty, TargetSize
-from oa_train.shapes import Int, Tensor
 from oa_train.training.circuit_masks import CircuitMasks
 
 PenaltyWeight = float | list[float] | dict[str, float]
-
-
-@dataclass(frozen=True)
-class ReachedSize:
-    """How near a circuit is to the size that was asked for.
-
-    Attributes:
-        target: the size asked for.
-        size: the size of the discrete circuit.
-        reached: the two differ by at most 5 %.
-        penalty_weight: price of a kept entry now, in nats.
-        first_penalty_weight: the same at the start.
-        steps: optimiser steps so far.
-        warmup: those in which the goal falls to the target.
-    """
-
-    target: float
-    size: int
-    reached: bool
-    penalty_weight: float
-    first_penalty_weight: float
-    steps: int
-    warmup: int
-
-    @property
-    def reason(self) -> str:
-        """Why the target was missed, and what to do; empty if it was reached."""
-        if self.reached:
-            return ""
-        kept = f"the circuit has {self.size} of the {self.target:g} parts that target_size asks for"
-        if self.steps < 2 * self.warmup:
-            return (
-                f"{kept}: {max(0, self.steps - self.warmup)} of {self.steps} steps were left for the masks to settle "
-                f"after target_warmup ({self.warmup}). Train for {2 * self.warmup} steps or more, or lower "
-                "target_warmup."
-            )
-        way = "fallen" if self.size < self.target else "risen"
-        return (
-            f"{kept}: the penalty weight has {way} from {self.first_penalty_weight:.2g} to {self.penalty_weight:.2g}, "
-            "and the masks have not followed yet. Train for longer, or raise mask_learning_rate."
-        )
-
-
-def reached_sizes(penalty: Penalty, sizes: Int[Tensor, " circuit"]) -> list[ReachedSize]:
-    """How near circuits of these sizes are to their targets; empty for a penalty without a target."""
-    if not isinstance(penalty, TargetSize):
-        return []
-    numbers = (penalty.target, sizes, penalty.reached(sizes), penalty.weight, penalty.first_weight)
-    columns = [column.expand(len(sizes)).tolist() for column in numbers]
-    return [
-        ReachedSize(target, size, reached, weight, first, int(penalty.steps), penalty.warmup)
-        for target, size, reached, weight, first in zip(*columns, strict=True)
-    ]
 
 
 @dataclass(frozen=True)
@@ -111,6 +57,11 @@ class PenaltySettings:
         values = {"penalty_weight": self.penalty_weight, "target_size": self.target_size}
         asked = {name: value for name, value in values.items() if value is not None}
         return {name: value[number] if isinstance(value, list) else value for name, value in asked.items()}
+
+    def size_of(self, number: int) -> int | None:
+        """Target size of one circuit, if there is one."""
+        target = self.of_circuit(number).get("target_size")
+        return None if target is None else max(1, round(target))
 
     def settings(self) -> dict[str, Any]:
         """As plain values."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, Kind, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, Kind, check_kind, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Tensor
@@ -54,6 +54,10 @@ class Replacements(nn.Module):
 
     def prepare(self, source: AblationSource) -> None:
         """Gather what the ablation needs from the task's `means` prompts."""
+        task = source.task
+        if self.kind.partnered:
+            evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))
+            check_suits([self.kind.name], source, evaluated)
         made = self.kind.prepare(source)
         if self.constants is None:
             self._other, self._task = made.to(self.prepared.device), source.task

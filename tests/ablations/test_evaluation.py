@@ -13,7 +13,7 @@ from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.batches import Batch
 from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.levels import masked_logits
+from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.graph import Graph
@@ -78,16 +78,16 @@ def test_circuits_at_once_are_circuits_one_at_a_time(model, level, masks, task, 
 def test_the_rows_of_a_run_change_no_result(model, level, masks, task, rows_per_run, monkeypatch):
     widths = []
 
-    def counted(model, rows, *arguments):
-        widths.append(len(rows))
-        return masked_logits(model, rows, *arguments)
+    def counted(model, batch, level, masks, values):
+        widths.append(len(batch) * len(masks))
+        return copies_logits(model, batch, level, masks, values)
 
     batches = list(task.batches("test", 7, 4))
     different = [random_constants(level, 1, seed) for seed in range(len(masks))]
     for ablations in ([ablation("resample", model, task)], different):
         expected = circuit_behaviour(model, batches, level, masks, ablations)
         with monkeypatch.context() as patched:
-            patched.setattr(evaluation, "masked_logits", counted)
+            patched.setattr(evaluation, "copies_logits", counted)
             assert_same(circuit_behaviour(model, batches, level, masks, ablations, rows_per_run), expected)
     assert max(widths) <= max(rows_per_run, 4)
 
@@ -184,8 +184,8 @@ def test_edges_are_evaluated_in_pieces_that_fit(monkeypatch):
     runs = []
     monkeypatch.setattr("oa_train.engine.chunks.RUN_BYTES", 2**16)
     monkeypatch.setattr(
-        "oa_train.ablations.evaluation.masked_logits",
-        lambda *args: runs.append(len(args[1])) or masked_logits(*args),
+        "oa_train.ablations.evaluation.copies_logits",
+        lambda *args: runs.append(len(args[1]) * len(args[3])) or copies_logits(*args),
     )
     pieces = circuit_behaviour(model, batches, graph, masks, ablations)
     assert max(runs) < 5

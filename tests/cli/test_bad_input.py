@@ -122,6 +122,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0; expected 1 or more."),
         ("--trainer.val_check_interval 99", "trainer.val_check_interval is 99, but an epoch has 50 batches"),
         ("--trainer.precision bf16-true", "lm.dtype is float32; give --lm.dtype bfloat16. What is trained is float32"),
+        ("--trainer.precision bf16-true --lm.dtype auto", "a frozen model in bfloat16, and lm.dtype is float32"),
         ("--trainer.precision 64-true", "trainer.precision is '64-true'; expected 32-true, bf16-mixed, bf16-true"),
         ("--trainer.precision fp12", "trainer.precision is 'fp12'; expected 32-true, bf16-mixed, bf16-true"),
         ("--trainer.strategy deepspeed", "would shard masks and constants as well. For models too large for one"),

@@ -198,7 +198,8 @@ def test_runs_are_listed_with_their_figures(finished, capsys):
     assert (row["model"], row["task"]) == ("tiny", "IOI")
     assert row["size"] == f"{results['circuit']['nodes']} of 15 nodes"
     assert row["KL"].startswith(f"{results['metrics']['kl']['mean']:.3g} ± ")
-    assert row["accuracy"].startswith(f"{results['metrics']['accuracy']['mean']:.3g} ± ")
+    accuracy = results["metrics"]["accuracy"]
+    assert row["accuracy"] == f"{accuracy['mean']:.3g} " + "[{:.2g}, {:.2g}]".format(*accuracy["ci95"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", row["date"])
     assert (rows["cut/version_0"]["state"], rows["cut/version_0"]["model"]) == ("no checkpoint", "model")
     for text in (row["run"], row["size"], row["state"], "cut/version_0"):

@@ -3,14 +3,17 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 
 from oa_train.cli.main import main
+from oa_train.models.loading import LMSpec, builtin_models
 from oa_train.studies.run_folder import RunFolder, output_root
 from oa_train.studies.study import Study
 from tests.jobs.fits import ROOT
@@ -47,6 +50,35 @@ def refused(capsys, *words: str) -> str:
     assert "Traceback" not in said
     assert not list(Path().rglob("version_*"))
     return said
+
+
+def test_relative_paths_of_model_and_prompts_are_found_from_another_folder(monkeypatch):
+    shutil.copytree(builtin_models()["tiny"], "model")
+    prompts = "".join(
+        json.dumps({"prompt": f"Then, {a} and {b} went to the park. {a} gave a book to", "answer": b}) + "\n"
+        for a, b in permutations(("Anna", "Paul", "Tom", "Mary", "Peter"), 2)
+    )
+    Path("a.jsonl").write_text(prompts)
+    words = ["--data", "Records", "--data.path", "a.jsonl", "--lm.name", "model", "--trainer.max_steps", "1"]
+    words += ["--model", "CircuitModule", "--finish.refit.steps", "0", "--trainer.accelerator", "cpu", "--quiet"]
+    assert main(["fit", *words]) == 0
+    run = RunFolder(Path("runs/circuit/version_0").absolute())
+    config = run.config()
+    assert config["data"]["init_args"]["path"] == str(Path("a.jsonl").absolute())
+    assert config["lm"]["name"] == str(Path("model").absolute())
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["test", "--run", str(run.path), "--ckpt", "last", "--quiet"]) == 0
+
+
+def test_a_run_keeps_all_that_makes_its_model_but_no_leave_to_run_code(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    stored = {"name": "owner/model", "gguf_file": "a.gguf", "adapter": str(tmp_path / "adapter"), "dtype": "auto"}
+    run.save_config({"lm": stored | {"trust_remote_code": True}})
+    assert run.lm() == LMSpec(**stored)
+    run.save_config({"lm": {"name": "owner/model", "quantization": "4bit"}})
+    assert run.lm().quantization == "4bit"
 
 
 def test_a_tilde_is_the_home_directory_and_another_version_follows():

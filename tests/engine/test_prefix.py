@@ -5,8 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.levels import masked_logits
-from oa_train.engine.prefix import prefix_logits
+from oa_train.engine.levels import copies_logits, masked_logits
+from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.models.families import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap, tapped
@@ -93,3 +93,20 @@ def test_the_model_is_untouched_afterwards_and_after_an_exception(archetype):
         prefix_logits(archetype, batch, level, masks, values)
     assert traces(archetype) == before
     assert torch.equal(scored_logits(archetype, batch), clean)
+
+
+def test_circuits_share_a_prefix_where_that_saves_work(archetype, monkeypatch):
+    batch, level = random_batch([5, 7]), Nodes.of(archetype.config)
+    values, shared = random_values(level, 1, 7), []
+    monkeypatch.setattr(
+        "oa_train.engine.levels.prefix_logits", lambda *args: shared.append(len(args[3])) or prefix_logits(*args)
+    )
+    late = circuits(level, ("m2",), ("a2.h1",), ("m1",), ("a1.h0",))
+    early = circuits(level, ("m0",), ("a0.h1", "m2"))
+    # Of three blocks the late circuits skip two, two, one and one; the clean rows take three.
+    assert saved_share(level, late) == pytest.approx(6 / 12 - 1 / 4)
+    assert saved_share(level, early) < 0
+    for masks in (late, early):
+        whole = each_whole(archetype, batch, level, masks, values)
+        assert_close(copies_logits(archetype, batch, level, masks, values).view_as(whole), whole, **EXACT)
+    assert shared == [4]

@@ -99,10 +99,6 @@ def test_components_that_are_always_kept_count_in_the_target_and_not_in_the_rule
     for penalty in penalties:
         penalty.update(smooth_size_of(distribution), size_of(distribution) + penalty.always_kept)
     assert torch.equal(penalties[0].weight, penalties[1].weight)
-    loss = torch.tensor(0.25)
-    assert penalties[1].objective(loss, kept_of(2, 4), 10) == loss
-    # 5 % of the two components that remain to be chosen, not of twelve.
-    assert penalties[1].objective(loss, kept_of(3, 4), 10) > 1000
 
 
 @pytest.mark.parametrize("theta", [1e-6, 1 - 1e-6])
@@ -126,28 +122,6 @@ def test_the_weight_lives_in_the_state():
     for penalty in (first, second):
         penalty.update(smooth_size_of(distribution), size_of(distribution))
     assert torch.equal(first.weight, second.weight)
-
-
-@pytest.mark.parametrize(
-    ("target", "n_entries", "reached", "missed"),
-    [(7, 15, [7], [6, 8]), (7.5, 15, [7, 8], [6, 9]), (100, 156, [95, 105], [94, 106])],
-)
-def test_the_objective_puts_the_right_size_first_and_nearer_sizes_before_others(target, n_entries, reached, missed):
-    penalty = TargetSize(target, n_entries, weight=0.1, warmup=1)
-
-    def objective(loss: float, size: int) -> float:
-        return penalty.objective(torch.tensor(loss), kept_of(size, n_entries), 0).item()
-
-    for size in reached:
-        assert objective(0.125, size) == 0.125
-        # A loss can be negative (a logit difference) or infinite.
-        assert objective(-3.0, size) == -3.0
-    worst = max(objective(math.inf, size) for size in reached)
-    for size in missed:
-        assert worst < objective(-1e9, size) < math.inf
-        assert objective(1.0, size) < objective(2.0, size)
-    assert objective(5.0, missed[1]) < objective(0.0, missed[1] + 1) < objective(0.0, missed[1] + 2) < math.inf
-    assert objective(5.0, missed[0]) < objective(0.0, missed[0] - 1) < objective(math.inf, 0) < math.inf
 
 
 @pytest.mark.parametrize(

@@ -125,3 +125,19 @@ def test_an_interval_is_written_as_a_person_would(mean, margin, text):
 )
 def test_numbers_are_written_as_a_person_would(value, text):
     assert written(value) == text
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "text"),
+    [(12, 12, "1.00 [0.76, 1.00]"), (0, 12, "0.00 [0.00, 0.24]"), (9, 12, "0.75 [0.47, 0.91]")],
+)
+def test_a_share_of_right_prompts_has_an_honest_interval(right, n, text):
+    """Wilson's score by hand: (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)."""
+    p, z = right / n, stats.norm.ppf(0.975)
+    middle, margin = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    share = estimate(torch.tensor([1.0] * right + [0.0] * (n - right)), is_share=True)
+    expected = [(middle - margin) / (1 + z**2 / n), (middle + margin) / (1 + z**2 / n)]
+    assert share.as_json()["ci95"] == pytest.approx(expected, abs=1e-9)
+    assert str(share) == text
+    # Shares of several positions in a prompt are no longer right or wrong.
+    assert estimate(torch.tensor([1.0, 0.5]), is_share=True) == estimate(torch.tensor([1.0, 0.5]))

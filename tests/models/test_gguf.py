@@ -1,5 +1,6 @@
 """GGUF files: dequantised once, into a cache in which nothing unfinished is ever used."""
 
+import re
 import threading
 from pathlib import Path
 
@@ -85,9 +86,14 @@ def test_a_gguf_is_the_model_that_it_was_made_of_up_to_the_rounding_of_its_codes
     assert tokenizer.convert_ids_to_tokens(4) == "a"
 
 
-def test_a_gguf_gives_the_logits_of_its_dequantised_folder_and_is_dequantised_once(written, empty_cache, monkeypatch):
+def test_a_gguf_gives_the_logits_of_its_dequantised_folder_and_is_dequantised_once(
+    written, empty_cache, monkeypatch, capsys
+):
     tokens = torch.tensor([[1, 5, 6, 7]])
     model = load_model(LMSpec(str(written)))
+    # One line before it, and no bars of transformers.
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"dequantising {written.name} \(\d+ MB\) into {empty_cache}; this happens once", line)
     (folder,) = filter(Path.is_dir, empty_cache.iterdir())
     assert torch.equal(model(input_ids=tokens).logits, load_model(LMSpec(str(folder)))(input_ids=tokens).logits)
 

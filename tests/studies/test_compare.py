@@ -241,6 +241,26 @@ def test_a_task_without_counterfactuals_is_compared_without_them(module, trained
         compare(module.frozen, task, [trained], tmp_path, replace(settings, ablations=["counterfactual"]))
 
 
+def test_resample_is_left_out_where_a_prompt_has_no_partner(module, trained, tmp_path, monkeypatch):
+    task = small_ioi(n_means=64)
+    prompt = task.prompt
+
+    def longer(stream, index):
+        drawn = prompt(stream, index)
+        before = "Then, " * 7 if stream == "test" and index < 3 else ""
+        return replace(drawn, text=before + drawn.text, counterfactual=None, spans={})
+
+    monkeypatch.setattr("oa_train.tasks.donors.FURTHER_PROMPTS", 300)
+    monkeypatch.setattr(task, "prompt", longer)
+    settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
+    findings = compare(module.frozen, task, [trained], tmp_path, settings)
+    assert [row["ablation"] for row in findings.rows] == ["optimal", "mean", "zero", "noise"]
+    (line,) = (line for line in findings.shown if str(line).startswith("Left out: resample"))
+    assert line.startswith("Left out: resample ablation, because 3 of")
+    with pytest.raises(TaskError, match=r"no resample ablation: 3 of \d+ prompts have no partner"):
+        Compare(module.frozen, task, [trained], replace(settings, ablations=["resample"]))  # nothing has been run
+
+
 def test_the_published_circuit_is_compared_in_a_model_of_its_shape(tmp_path):
     lm = save_language_model("gpt2", tmp_path / "lm", n_layer=12, n_head=12, n_embd=24)
     model, task = load_model(lm), small_ioi(lm=lm, n_validation=4, n_test=4, n_means=4)

@@ -17,9 +17,7 @@ from oa_train.studies import compare as compare_module
 from oa_train.studies.compare import Compare, CompareSettings
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.minimal import Minimal, MinimalSettings
-from oa_train.studies.run_folder import RunFolder
 from oa_train.studies.study import criterion
-from oa_train.studies.target import missed_target
 from tests.builders import small_ioi
 from tests.test_progress import Told
 
@@ -127,18 +125,8 @@ def test_single_parts_of_a_large_model_are_left_out_and_that_is_said(model, task
     assert any("No component was ablated alone: the model has 15" in str(part) for part in findings.shown)
 
 
-def test_a_missed_target_is_said_with_the_command_that_takes_it(model, tmp_path):
-    level = Nodes.of(model.config)
-    (asked, why, take, command) = missed_target(a_circuit(model, level, target_size=4), RunFolder(tmp_path))
-    assert asked == "target_size is 4; run has 7 components, so it was missed."
-    assert why.startswith("The masks of the best state kept 7.50 on average")
-    assert take.startswith("This takes exactly 4")
-    assert command.endswith("best.ckpt --finish.size 4")
-    assert not list(missed_target(a_circuit(model, level, target_size=7), RunFolder(tmp_path)))
-
-
 def test_it_is_said_how_the_entries_were_chosen(model):
     trained = a_circuit(model, Nodes.of(model.config))
     assert criterion(trained) == "keep-probability above 0.5"
     few = Circuit.from_mask(trained.circuit.level, trained.circuit.scores > 0.8, trained.circuit.scores)
-    assert criterion(TrainedCircuit("run", few)) == "those of the highest keep-probability"
+    assert criterion(TrainedCircuit("run", few)) == "those of the highest keep-probability (7 are above 0.5)"

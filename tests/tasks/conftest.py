@@ -39,6 +39,7 @@ def letters_lm(tmp_path_factory: pytest.TempPathFactory) -> LMSpec:
     """One token a byte: no word is whole."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )

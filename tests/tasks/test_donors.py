@@ -97,3 +97,19 @@ def test_lengths_that_no_prompt_has_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_without_bos_nothing_of_a_partner_is_protected() -> None:
     task = small_ioi(lm=LMSpec(bos="none"))
     assert not Donors(task, 0)(task.batch("test", 0, 4)).protected.any()
+
+
+def test_prompts_without_a_partner_are_counted() -> None:
+    """Two sentences of three have lengths of their own among the means."""
+    task = Sentences(n_means=24)
+    donors = Donors(task, 0, ("thing",))
+    assert donors.why_lacking([task.batch("test", 0, 8)]) is None
+    alone = Sentences(n_means=24)
+    alone.prompt = lambda stream, index: Prompt(  # type: ignore[method-assign]
+        "Then Paul met" + " at the park" * (index % 3 if stream == "test" else 0) + " the ring", (" and",)
+    )
+    reason = Donors(alone, 0).why_lacking(alone.batches("test", 6))
+    # All means are one text, which is the text of the first and the fourth test prompt.
+    assert reason is not None
+    assert reason.startswith("6 of 6 prompts have no partner")
+    assert "their number of tokens (6, 9, 12)" in reason

@@ -232,7 +232,7 @@ def test_counterfactuals_are_extended_alike(letters_lm: LMSpec) -> None:
         ({"spans": "park"}, "a cell that is no JSON"),
         ({"split": "tset"}, "unknown split 'tset'. Did you mean test?"),
         ({"wrong_answer": rows()[0]["answer"]}, "an answer that is a wrong answer as well"),
-        ({"answer": "Xqzzt"}, "an answer that does not continue its prompt"),
+        ({"answer": "Xqzzt"}, "an answer with a word that this tokenizer does not know"),
         ({"earlier": [1]}, "an earlier question of the wrong form"),
     ],
 )

@@ -87,6 +87,23 @@ def test_of_several_names_every_takes_the_first(words_lm: LMSpec) -> None:
     assert answers == {(" Kyiv",)}
 
 
+def test_every_letter_of_a_capital_can_be_scored(letters_lm: LMSpec) -> None:
+    """Two bytes of "é" are no text, and are passed over; the letters around them are scored."""
+    task = Capitals(lm=letters_lm, answer_positions="every")
+    assert not task.left_out
+    answers = {}
+    for prompt in prompts(task):
+        country = prompt.text[slice(*prompt.spans["subject"])]
+        answers[country] = "".join(question.answers[0] for question in (*prompt.earlier, prompt))
+    assert answers["India"] == "New Delhi"
+    assert answers["Cameroon"] == "Yaound"
+    assert answers["Brazil"] == "Braslia"
+    assert f"{len(prompts(task))} of {len(prompts(task))} prompts" in next(
+        remark for remark in task.remarks if "several tokens" in remark
+    )
+    assert task.batch("train", 0).scored.shape[1] > 3
+
+
 def test_verbs_agree_with_the_subject_and_not_with_the_attractor(words_lm: LMSpec) -> None:
     task = Agreement(lm=words_lm)
     data = read_data("agreement")
@@ -127,7 +144,9 @@ def test_a_subject_is_in_one_stream(words_lm: LMSpec) -> None:
 
 
 def test_tokenizers_without_the_words_are_refused() -> None:
-    with pytest.raises(TaskError, match=r"capitals: \d+ of \d+ rows cannot be used"):
+    with pytest.raises(TaskError, match="task capitals cannot be posed to this tokenizer: none of its 496") as caught:
         Capitals()
+    assert "496 rows: an answer with a word that this tokenizer does not know" in str(caught.value)
+    assert "leave_out" not in str(caught.value)  # the user has no rows to mend
     with pytest.raises(TaskError, match=r"agreement cannot be posed to this tokenizer: 0 of the 31 nouns are single"):
         Agreement()

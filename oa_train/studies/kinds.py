@@ -1,0 +1,36 @@
+"""Kinds of ablation that a study compares."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
+from oa_train.batches import Batch
+from oa_train.studies.study import spoken
+
+
+@dataclass(frozen=True)
+class ChosenKinds:
+    """Kinds of ablation, and those that nobody asked for and that the prompts do not allow, with the reason."""
+
+    kinds: list[AblationKind]
+    left_out: dict[AblationKind, str]
+
+    def lines(self) -> Iterator[str]:
+        """Sentences about those that are left out."""
+        for reason in dict.fromkeys(self.left_out.values()):
+            kinds = [spoken(kind) for kind, other in self.left_out.items() if other == reason]
+            yield f"Left out: {' and '.join(kinds)} ablation, because {reason}."
+
+
+def chosen_kinds(asked: list[AblationKind] | None, source: AblationSource, batches: Sequence[Batch]) -> ChosenKinds:
+    """The kinds that were asked for, or all that take something away and that can be made on the prompts.
+
+    Raises:
+        TaskError: one that was asked for cannot.
+    """
+    if asked is not None:
+        check_suits(asked, source, batches)
+        return ChosenKinds(asked, {})
+    reasons = {name: kind.why_not(source, batches) for name, kind in KINDS.items()}
+    left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+    return ChosenKinds([name for name, kind in KINDS.items() if not kind.restores and name not in left_out], left_out)

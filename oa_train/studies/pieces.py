@@ -1,0 +1,90 @@
+"""Pieces of a long study, each written when it is done, so that an interruption costs one piece.
+
+    <study folder>/pieces/about.json      the question; pieces of another one are refused
+    <study folder>/pieces/<N>.safetensors
+
+Under torch.distributed the pieces are shared out over the processes, which see the same folder.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from oa_train.errors import ArtefactError
+from oa_train.files import read_json, replace_file, write_json
+from oa_train.shapes import Tensor
+from oa_train.studies.run_folder import PIECES
+
+ABOUT = "about.json"
+Piece = dict[str, Tensor]
+
+
+class Pieces:
+    """Pieces of the answer to one question.
+
+    Args:
+        folder: where they are kept, or None to keep them in memory.
+        about: the question, plain values.
+
+    Raises:
+        ArtefactError: the folder holds pieces of another question.
+    """
+
+    def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
+        self._folder = None if folder is None else folder / PIECES
+        self._rank, self._n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self._folder is None:
+            return
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / ABOUT
+        if file.exists():
+            changed = [name for name, value in read_json(file).items() if about.get(name) != value]
+            if changed:
+                raise ArtefactError(
+                    f"{self._folder} holds pieces of another study: {', '.join(changed)} differ. Resume with the "
+                    "options that it was started with, or start a new one without --resume."
+                )
+        elif self._rank == 0:
+            write_json(file, about)
+
+    def all(self, n_pieces: int, compute: Callable[[int], Piece]) -> Iterator[Piece]:
+        """Every piece in order: those that are missing are computed, then all are read.
+
+        Raises:
+            ArtefactError: a piece that was written is damaged.
+        """
+        own = range(self._rank, n_pieces, self._n_ranks)
+        if self._folder is None:
+            computed = {number: compute(number) for number in own}
+            if self._n_ranks > 1:
+                raise ArtefactError("Several processes need a folder that all of them see for their pieces.")
+            yield from computed.values()
+            return
+        for number in own:
+            if not self._file(number).exists():
+                tensors = {name: tensor.contiguous().cpu() for name, tensor in compute(number).items()}
+                replace_file(self._file(number), save(tensors))
+        if self._n_ranks > 1:
+            dist.barrier()
+        for number in range(n_pieces):
+            yield self._read(number)
+
+    def missing(self, n_pieces: int) -> list[int]:
+        """Numbers of the pieces that are still to be computed, by any process."""
+        return [number for number in range(n_pieces) if self._folder is None or not self._file(number).exists()]
+
+    def _file(self, number: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{number:04d}.safetensors"
+
+    def _read(self, number: int) -> Piece:
+        try:
+            return load_file(self._file(number))
+        except (OSError, SafetensorError) as problem:
+            raise ArtefactError(
+                f"The piece {self._file(number)} cannot be read: {problem}. Delete it and resume; it is made again."
+            ) from problem

@@ -1,0 +1,303 @@
+"""Every part of a selection ablated alone, under every ablation."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from oa_train.ablations.base import Ablation
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.errors import ConfigurationError
+from oa_train.figures.comparison import Panel, comparison_figure
+from oa_train.figures.scans import effect_maps, gap_figure
+from oa_train.figures.style import Figure
+from oa_train.metrics.estimates import written
+from oa_train.metrics.measures import MEASURES
+from oa_train.metrics.ranks import above, mean_ratio, median_ratio, rank_correlation
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
+from oa_train.progress import Stage
+from oa_train.shapes import Tensor
+from oa_train.studies.comparison_tables import alone_cells, intervals, label
+from oa_train.studies.findings import plain
+from oa_train.studies.kinds import chosen_kinds
+from oa_train.studies.pieces import Piece, Pieces
+from oa_train.studies.study import (
+    MOST_LISTED,
+    Findings,
+    Row,
+    Study,
+    Table,
+    differences,
+    estimates,
+    spoken,
+    statistics_stages,
+)
+
+# Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
+FLOOR = 1e-6
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """Settings of `scan`.
+
+    Attributes:
+        sites: kinds of site whose units are scanned: `heads`, `mlp`, `attention`, `neurons`, `residual`, `embedding`,
+            `tokens`, `features`.
+        components: shell patterns of the units that are scanned (`a*.h*`, `!m0`), also at a span (`m*@S2`).
+        dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
+        ablations: kinds of ablation; by default all for which the task has prompts.
+        positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
+            positions of the prompts.
+        fit: training of the constants of optimal ablation.
+        parts_at_once: units whose constants are trained together; bounds memory, changes no result. Each such piece
+            is written when it is done.
+        threshold: nats; a unit is critical if its KL divergence is larger.
+        false_discovery_rate: share of wrong ones that is allowed among the units called critical.
+    """
+
+    sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
+    components: str | list[str] = "*"
+    dictionaries: list[DictionarySpec] = field(default_factory=list)
+    ablations: list[AblationKind] | None = None
+    positions: int | Literal["every"] = 1
+    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25))
+    parts_at_once: int = 64
+    threshold: float = 0.01
+    false_discovery_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.parts_at_once < 1:
+            raise ConfigurationError(f"parts_at_once is {self.parts_at_once}; expected at least 1.")
+        if isinstance(self.positions, int) and self.positions < 1:
+            raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
+        if not self.threshold >= 0:
+            raise ConfigurationError(f"threshold is {self.threshold}; expected nats, at least 0.")
+        if not 0 < self.false_discovery_rate < 1:
+            raise ConfigurationError(
+                f"false_discovery_rate is {self.false_discovery_rate}; expected a share between 0 and 1."
+            )
+        if self.ablations is not None and not self.ablations:
+            raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
+        for kind in self.ablations or []:
+            check_kind("ablations", kind)
+        check_dictionaries(self.sites, len(self.dictionaries))
+
+
+class Scan(Study[ScanSettings]):
+    """Ablates every unit of a selection alone, under every ablation: how much does each matter?
+
+    Rows: one for each unit and ablation, with all measures, their paired differences to optimal ablation
+    (`x_minus_optimal`) and to the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL divergence
+    exceeds the threshold in a one-sided t-test, with p-values adjusted for false discoveries.
+
+    Per-prompt values stay in the study's folder: `pieces/<N>.safetensors`, tensors `<ablation>.<measure>` of [unit,
+    prompt], units in the order of the rows.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a kind of site does not exist in this model.
+        TaskError: the task has no prompts for an ablation that was asked for.
+    """
+
+    name = "scan"
+    Settings: ClassVar[type] = ScanSettings
+    resumable = True
+
+    def check(self) -> None:
+        """Select the units."""
+        super().check()
+        settings = self.settings
+        patterns = [settings.components] if isinstance(settings.components, str) else settings.components
+        loaded = [spec.load() for spec in settings.dictionaries]
+        self.level = Nodes.of(self.model.config, settings.sites, patterns, loaded)
+        self.parts = self.level.select(patterns)
+        unplanned = AblationSource(self.model, self.task, self.level)
+        self.chosen = chosen_kinds(settings.ablations, unplanned, self.batches)
+        self.kinds = self.chosen.kinds
+        self.n_pieces = -(-len(self.parts) // settings.parts_at_once)
+
+    def plan(self) -> list[Stage]:
+        """The clean model and statistics; then each piece under each ablation."""
+        stages = [Stage("the clean model", self.task.n_test)]
+        missing = self.pieces.missing(self.n_pieces)
+        stages += statistics_stages(self.kinds, self.task) if missing else []
+        for number in missing:
+            n_parts = len(self._names(number))
+            for kind in self.kinds:
+                if KINDS[kind].learned:
+                    passes = fit_passes(n_parts, self.settings.fit, self.task.n_validation, 1)
+                    stages.append(Stage("constants", passes))
+                stages.append(Stage("the test prompts", n_parts * self.task.n_test))
+        return stages
+
+    @cached_property
+    def pieces(self) -> Pieces:
+        """Measured pieces, in the study's folder if it has one."""
+        about = {
+            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level names them
+            "units": list(self.parts),
+            "level": self.level.header(),
+            "ablations": self.kinds,
+            "task": self.task.describe() | {"n_test": self.task.n_test, "n_means": self.task.n_means},
+            "fingerprint": self.fingerprint,
+        }
+        return Pieces(self.folder, about)
+
+    def run(self) -> Findings:
+        """Measure every unit, and put the results together."""
+        clean = self.clean_behaviour()
+        assert clean.identities is not None
+        pieces = list(self.pieces.all(self.n_pieces, self._measured))
+        behaviours = {kind: _gathered(pieces, kind, clean) for kind in self.kinds}
+        rows = list(self._rows(behaviours, clean))
+        figures: dict[str, Callable[[], Figure | None]] = {
+            "maps": partial(self._maps, behaviours),
+            "ranked": partial(self._ranked, rows),
+            "gaps": partial(self._gaps, behaviours),
+        }
+        return Findings(
+            rows,
+            metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
+            facts={
+                "n_units": len(self.parts),
+                "left_out": self.chosen.left_out,
+                "agreement": self._agreement(behaviours),
+            },
+            shown=list(self._shown(rows, behaviours)),
+            figures=figures,
+            table="scan",
+        )
+
+    def _names(self, number: int) -> Sequence[str]:
+        at_once = self.settings.parts_at_once
+        return self.parts[number * at_once : (number + 1) * at_once]
+
+    @cached_property
+    def _source(self) -> AblationSource:
+        longest, positions = max(int(batch.lengths.max()) for batch in self.batches), self.settings.positions
+        positions = longest if positions == "every" else positions
+        return AblationSource(self.model, self.task, self.level, positions, self.track)
+
+    @cached_property
+    def _prepared(self) -> dict[AblationKind, Ablation]:
+        """Ablations by kind; those by learned constants as their training starts."""
+        return {kind: KINDS[kind].prepare(self._source) for kind in self.kinds}
+
+    def _measured(self, number: int) -> Piece:
+        masks = torch.stack([~self.level.mask([name]) for name in self._names(number)])
+        assert self._prepared  # gathered before all stages that use them
+        described = (
+            f"units {number * self.settings.parts_at_once + 1} to {number * self.settings.parts_at_once + len(masks)}"
+        )
+        piece: Piece = {}
+        for kind in self.kinds:
+            ablations = self._fitted(masks, described) if KINDS[kind].learned else [self._prepared[kind]]
+            rows_per_run = self.settings.fit.rows_per_run
+            shown = f"{described} under {spoken(kind)} ablation"
+            behaviour = self.behaviour(self.level, masks, ablations, shown, rows_per_run)
+            piece |= {f"{kind}.{measure}": getattr(behaviour, measure) for measure in MEASURES}
+        return piece
+
+    def _fitted(self, masks: Tensor, described: str) -> Sequence[Ablation]:
+        source = self._source
+        return fit_constants(
+            self.model,
+            self.task,
+            self.level,
+            masks,
+            [source.mean],
+            self.settings.fit,
+            others=[source.mean, source.zero],
+            track=self.track,
+            description=f"fitting constants of {described}",
+        ).sets
+
+    def _rows(self, behaviours: Mapping[AblationKind, Behaviour], clean: Behaviour) -> Iterator[Row]:
+        tests = {
+            kind: above(behaviour.kl, self.settings.threshold, self.settings.false_discovery_rate)
+            for kind, behaviour in behaviours.items()
+        }
+        for index, name in enumerate(self.parts):
+            for kind, behaviour in behaviours.items():
+                critical, adjusted = tests[kind]
+                row = {"component": name, "ablation": kind, "total": KINDS[kind].total}
+                row |= estimates(behaviour, index) | differences(behaviour, clean, index, 0, "clean")
+                del row["kl_minus_clean"]
+                if "optimal" in behaviours:
+                    row |= differences(behaviour, behaviours["optimal"], index, index, "optimal")
+                yield row | {"critical": bool(critical[index]), "adjusted_p": float(adjusted[index])}
+
+    def _agreement(self, behaviours: Mapping[AblationKind, Behaviour]) -> list[dict[str, Any]]:
+        """How the KL divergences of all units under each pair of ablations go together."""
+        return [
+            {
+                "first": first,
+                "second": second,
+                "rank_correlation": rank_correlation(behaviours[first].kl, behaviours[second].kl).as_json(),
+                "median_ratio": median_ratio(behaviours[first].kl, behaviours[second].kl).as_json(),
+                "mean_ratio": mean_ratio(behaviours[first].kl, behaviours[second].kl).as_json(),
+            }
+            for number, first in enumerate(self.kinds)
+            for second in self.kinds[number + 1 :]
+        ]
+
+    def _shown(self, rows: Sequence[Row], behaviours: Mapping[AblationKind, Behaviour]) -> Iterator[Table | str]:
+        n_parts = len(self.parts)
+        title = f"KL divergence in nats with one unit ablated, on {self.prompts}"
+        if n_parts > MOST_LISTED:
+            title += f": the {MOST_LISTED} of {n_parts} that matter most"
+        yield Table(title, alone_cells(rows, len(self.kinds))[:MOST_LISTED])
+        yield from self.chosen.lines()
+        threshold = f"critical (above {self.settings.threshold:g} nats)"
+        yield Table(
+            f"All {n_parts} units",
+            [self._summary(kind, behaviours, rows, threshold) for kind in self.kinds],
+        )
+
+    def _summary(
+        self, kind: AblationKind, behaviours: Mapping[AblationKind, Behaviour], rows: Sequence[Row], threshold: str
+    ) -> dict[str, Any]:
+        kl = behaviours[kind].kl
+        cells = {
+            "ablation": label(kind),
+            "median KL": written(float(kl.mean(dim=1).median())),
+            threshold: str(sum(row["critical"] for row in rows if row["ablation"] == kind)),
+        }
+        if "optimal" in behaviours and kind != "optimal":
+            optimal = behaviours["optimal"].kl
+            cells["optimal's KL over its,\nmedian (95 % interval)"] = str(median_ratio(optimal, kl))
+            cells["rank correlation\nwith optimal"] = str(rank_correlation(optimal, kl))
+        return cells
+
+    def _maps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure:
+        tables = {}
+        for kind, behaviour in behaviours.items():
+            scores = torch.full((len(self.level),), torch.nan)
+            scores[[self.level.index(name) for name in self.parts]] = behaviour.kl.mean(dim=1).float()
+            laid_out = self.level.score_map(scores)
+            tables[label(kind)] = laid_out.table.numpy()
+        axes = laid_out.row_axis, laid_out.column_axis
+        return effect_maps(tables, laid_out.rows, laid_out.columns, axes, f"{self.subject}: one unit ablated")
+
+    def _ranked(self, rows: Sequence[Row]) -> Figure:
+        panel = Panel("one unit ablated", list(self.parts), intervals(rows), ranked=True)
+        return comparison_figure([panel], self.subject, {kind: label(kind) for kind in self.kinds})
+
+    def _gaps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure | None:
+        if "optimal" not in behaviours or len(behaviours) < 2:
+            return None
+        means = {kind: behaviour.kl.mean(dim=1).clamp(min=FLOOR).numpy() for kind, behaviour in behaviours.items()}
+        ratios = {kind: np.asarray(values / means["optimal"]) for kind, values in means.items() if kind != "optimal"}
+        return gap_figure(ratios, f"{self.subject}: {len(self.parts)} units, each ablated alone")
+
+
+def _gathered(pieces: Sequence[Piece], kind: AblationKind, clean: Behaviour) -> Behaviour:
+    measures = {name: torch.cat([piece[f"{kind}.{name}"] for piece in pieces]) for name in MEASURES}
+    return Behaviour(**measures, identities=clean.identities)
