@@ -5,8 +5,8 @@
     python -m benchmarks.real FOLDER --model DIRECTORY  a local copy of the model; by default the one of `make real`
 
 A stage is one command of `oa-train`. FOLDER gets the runs, `stages.json` with the command, minutes, CPU minutes and
-peak memory of each, and `table.md` with the figures of all that are done. A fit that was interrupted is resumed from
-its last checkpoint, everything else starts again.
+peak memory of each, `table.md` with the figures of all that are done, and `nodes.png`. A fit that was interrupted is
+resumed from its last checkpoint, everything else starts again.
 """
 
 import argparse
@@ -23,9 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_model import real_model
+from oa_train.figures.comparison import Interval
+from oa_train.figures.fronts import front_figure
+from oa_train.figures.style import save_figure
 from oa_train.studies.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
+SHOWN = ("optimal", "counterfactual", "resample", "mean", "noise", "zero")
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,26 @@ def _figure(value: dict[str, Any]) -> str:
     return f"{value['mean']:.3f} ({low:.3f} to {high:.3f})"
 
 
+def figure(progress: Progress, folder: Path) -> None:
+    """KL divergence of the three circuits of nodes under each ablation, if they have been compared."""
+    results = progress.of("nodes_compared")["results"]
+    if not results:
+        return
+    document = json.loads((Path(results) / "results.json").read_text())
+    rows, sizes = document["rows"], {run["name"]: run["n_nodes"] for run in document["runs"]}
+    kl = {
+        kind: [
+            Interval(row["kl"]["mean"], *row["kl"]["ci95"])
+            for run in sizes
+            for row in rows
+            if (row["run"], row["ablation"]) == (run, kind)
+        ]
+        for kind in SHOWN
+    }
+    title = "SmolLM2-135M, indirect object identification"
+    save_figure(front_figure([*sizes.values()], kl, 300, "heads and MLPs", title), folder / "nodes.png")
+
+
 def needed(names: Sequence[str]) -> list[Stage]:
     """The stages of these names and those that they are about, in order."""
     known = {stage.name: stage for stage in STAGES}
@@ -184,6 +208,7 @@ def main() -> None:
     for stage in needed(options.stage or [stage.name for stage in STAGES]):
         carry_out(stage, progress, folder, model)
         (folder / "table.md").write_text(table(progress))
+        figure(progress, folder)
     print(table(progress))
 
 

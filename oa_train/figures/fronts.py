@@ -21,7 +21,7 @@ def front_figure(
         parts: plural name of a part.
         title: of the figure.
     """
-    figure = new_figure(5.2, 3.6)
+    figure = new_figure(6.2, 3.6)
     axes = figure.subplots()
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     for ablation, intervals in kl.items():
@@ -34,7 +34,8 @@ def front_figure(
     axes.set_ylabel("KL divergence (nats)", fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.grid(alpha=0.3, linewidth=0.5)
-    legend = axes.legend(fontsize=FONT_SIZE - 1, title="everything else under", frameon=False)
-    legend.get_title().set_fontsize(FONT_SIZE - 1)
+    small = FONT_SIZE - 1
+    where: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": small}
+    figure.legend(title="everything else under", title_fontsize=small, **where)
     set_title(figure, title)
     return figure
