@@ -83,7 +83,7 @@ class TrainedCircuit:
     @property
     def size(self) -> str:
         """Size for titles: "7 of 15 components"."""
-        return f"{len(self.circuit)} of {len(self.circuit.level)} {self.circuit.level.parts}"
+        return f"{len(self.circuit):,} of {len(self.circuit.level):,} {self.circuit.level.parts}"
 
 
 def run_name(folder: str | Path) -> str:

@@ -309,10 +309,10 @@ def criterion(trained: TrainedCircuit) -> str:
     above = circuit.scores > threshold
     if bool((above == circuit.mask).all()):
         return f"keep-probability above {threshold:g}"
-    dropped = circuit.scores[~circuit.mask]
-    if circuit.mask.any() and bool((circuit.scores[circuit.mask].min() >= dropped).all()):
-        return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g})"
-    return f"keep-probability above {threshold:g}, without dangling {circuit.level.parts}"
+    without = "" if circuit.level.has_one_stream else f", without dangling {circuit.level.parts}"
+    if not bool((circuit.mask & ~above).any()) and without:
+        return f"keep-probability above {threshold:g}{without}"
+    return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g}){without}"
 
 
 def distinct_prompts(task: Task) -> dict[Stream, int]:
