@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -16,7 +17,7 @@ import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by t
 from oa_train.cli.faults import own_error
 from oa_train.cli.messages import explained, group_problem, null_problems, option_names
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec, from_anywhere
+from oa_train.models.loading import LMSpec
 from oa_train.tasks.task import Task
 
 
@@ -75,4 +76,5 @@ def make_paths_absolute(options: Namespace) -> None:
         options.lm[name] = getattr(spec, name)
     arguments = options.data.get("init_args") or Namespace()
     if isinstance(arguments.get("path"), str):
-        arguments["path"] = from_anywhere(arguments["path"])
+        path = Path(arguments["path"]).expanduser()
+        arguments["path"] = str(path.absolute()) if path.exists() else arguments["path"]

@@ -110,7 +110,9 @@ class IOI(GrammarTask):
         self.places = single_token_words(self.encoder, self.name, "places", MINIMUM_OTHERS)
         self.objects = single_token_words(self.encoder, self.name, "objects", MINIMUM_OTHERS)
         data = read_data("templates")
-        self.templates: tuple[str, ...] = tuple(data["templates" if sentences == "varied" else "literature"])
+        self.templates: tuple[str, ...] = tuple(
+            data["templates"] if sentences == "varied" else read_data("ioi_literature")
+        )
         self._openings: list[str] = data["openings"]
         self._openings_with_name: list[str] = data["openings_with_name"]
         self._places_with_name: list[str] = data["places_with_name"]

@@ -160,7 +160,7 @@ def test_the_whole_model_is_the_clean_model(model, level, masks, task):
 
 def test_losses_of_a_behaviour_have_the_sign_of_their_measure(model, level, masks, task):
     behaviour = circuit_behaviour(model, task.batches("test", 4), level, masks, [ablation("mean", model, task)])
-    assert {field.name for field in fields(Behaviour)} == set(MEASURES)
+    assert {field.name for field in fields(Behaviour)} == {*MEASURES, "identities"}
     for name, sign in LOSS_SIGNS.items():
         assert torch.equal(behaviour.loss(name), sign * getattr(behaviour, name))
     assert behaviour.loss("logit_difference")[2].mean() < behaviour.loss("logit_difference")[-1].mean()

@@ -175,7 +175,7 @@ def test_spans_of_other_lengths_are_refused():
     level = Nodes.of(model.config, ["mlp"], ["m1@s"])
     batch, longer = (with_spans(random_batch([7, 6]), s=at) for at in ((2, 3), (2, 3, 4)))
     with pytest.raises(
-        TaskError, match="span 's' has 2 tokens in prompt 0 of a batch and 3 in the prompt whose values"
+        TaskError, match="span 's' has 2 tokens in prompt 0 of a batch and 3 in the prompt that its replacements"
     ):
         OtherPromptAblation(lambda _: longer, ["s"]).replacements(batch, partial(read_values, model, level=level))
 

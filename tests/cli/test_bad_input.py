@@ -262,7 +262,10 @@ def test_checkpoints_of_something_else(capsys):
     ("words", "said"),
     [
         ("fitt", "There is no command 'fitt'. Did you mean fit?"),
-        ("", "Commands: demo, fit, validate, test, compare, minimal, study, runs, check-data, convert, inspect."),
+        (
+            "",
+            "Commands: demo, fit, validate, test, compare, scan, minimal, study, runs, check-data, convert, ",
+        ),
         ("--bogus", "There is no option --bogus"),
         ("compare", "compare needs --run"),
         ("compare --run nowhere", "--run is 'nowhere', a folder that does not exist."),

@@ -191,7 +191,7 @@ def test_a_study_claims_its_folder_before_the_work(run, monkeypatch, capsys):
 
 def test_a_study_that_fails_leaves_no_folder(run, monkeypatch, capsys):
     before = sorted((run / "studies").iterdir())
-    monkeypatch.setattr("oa_train.studies.minimal.circuit_behaviour", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr("oa_train.studies.study.circuit_behaviour", lambda *_: (_ for _ in ()).throw(MemoryError()))
     assert main(["minimal", "--run", str(run), "--device", "cpu"]) == 1
     assert sorted((run / "studies").iterdir()) == before
     capsys.readouterr()

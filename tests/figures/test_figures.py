@@ -14,6 +14,7 @@ from oa_train.figures.comparison import (
     MOST_ROWS,
     RANDOM_CIRCUITS,
     SMALLEST_KL,
+    Control,
     Interval,
     Panel,
     comparison_figure,
@@ -71,11 +72,11 @@ def test_a_map_of_any_size(tmp_path, shape):
         assert names == ([f"{letter}{i}" for i in range(n)] if n <= 60 else [])
     np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), table)
     n_entries = table.size - 1
-    assert len(axes.texts) == (n_entries if table.size <= 200 else 0)
+    assert len(axes.texts) == (n_entries if table.size <= 400 else 0)
     above = int((table > 0.25).sum())
-    framed = " (framed)" if table.size <= 200 else ""
+    framed = " (framed)" if table.size <= 400 else ""
     svg = saved(figure, tmp_path)
-    assert f"<!-- {above} of {n_entries} above the threshold 0.25{framed} -->" in svg
+    assert f"<!-- {above:,} of {n_entries:,} above the threshold 0.25{framed} -->" in svg
     assert "<!-- reader -->" in svg
     assert "<!-- source -->" in svg
 
@@ -93,7 +94,7 @@ def test_a_circuit_of_any_size(tmp_path, n_layers, n_heads):
     names = names_of(n_layers, n_heads)
     figure = circuit_drawing(n_layers, n_heads, names[::2], "the circuit of a task")
     found = texts(figure)
-    assert "the circuit of a task" in found
+    assert figure.get_suptitle() == "the circuit of a task"
     assert sum(text == "MLP" for text in found) == n_layers
     assert all(f"layer {layer}" in found for layer in range(n_layers))
     assert sum(text == f"h{n_heads - 1}" for text in found) == n_layers
@@ -126,9 +127,9 @@ def intervals(n: int, scale: float) -> list[Interval]:
     return [Interval(scale * (i + 1), scale * (i + 0.5), scale * (i + 2)) for i in range(n)]
 
 
-def two_panels(circuit, components, names, title: str = "", **options):
-    panels = [Panel("circuits", ["circuit"], circuit, **options), Panel("components", names, components)]
-    return comparison_figure(panels, title)
+def two_panels(circuit, components, names, title: str = "", controls=()):
+    panels = [Panel("circuits", ["circuit"], circuit), Panel("components", names, components)]
+    return comparison_figure(panels, title, controls=controls)
 
 
 @pytest.mark.parametrize(("n_layers", "n_heads"), SIZES[:2])
@@ -137,8 +138,10 @@ def test_a_comparison_of_any_size(tmp_path, n_layers, n_heads):
     scales = (("optimal", 0.01), ("mean", 0.1), ("zero", 1.0))
     circuit = {kind: intervals(1, scale) for kind, scale in scales}
     components = {kind: intervals(len(names), scale) for kind, scale in scales}
-    figure = two_panels(circuit, components, names, "three ablations", random_kl=[0.5, 0.7])
-    upper, lower = figure.axes
+    controls = [Control("7 kept", 0.1, [0.5, 0.7])]
+    figure = two_panels(circuit, components, names, "three ablations", controls)
+    upper, lower, control = figure.axes
+    assert [label.get_text() for label in control.get_yticklabels()] == ["7 kept"]
     assert [label.get_text() for label in lower.get_yticklabels()] == names
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["optimal", "mean", "zero", RANDOM_CIRCUITS]
     assert lower.get_xscale() == upper.get_xscale() == "log"
@@ -150,7 +153,7 @@ def test_a_comparison_of_any_size(tmp_path, n_layers, n_heads):
 def test_of_many_components_those_that_matter_most_are_drawn():
     names = names_of(12, 12)
     values = intervals(len(names), 0.01)[::-1]
-    figure = comparison_figure([Panel("one component ablated", names, {"optimal": values})], "")
+    figure = comparison_figure([Panel("one component ablated", names, {"optimal": values}, ranked=True)], "")
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == names[:MOST_ROWS]
     assert f"the {MOST_ROWS} of {len(names)} that matter most" in axes.get_title(loc="left")

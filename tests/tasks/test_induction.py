@@ -126,5 +126,9 @@ def test_words_of_the_whole_vocabulary_are_repeated_in_full(bytes_lm: LMSpec) ->
     assert batch.answers[0, :, 0].tolist() == row[1:25].tolist()
     with pytest.raises(TaskError, match=r"induction .* tokens of the vocabulary are words .* at least 100000 are"):
         Induction(lm=bytes_lm, length=50_001, repeated=49_999, vocabulary="model")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="vocabulary is 'words'; expected one of list, model"):
         Induction(vocabulary="words")

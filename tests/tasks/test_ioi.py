@@ -112,7 +112,7 @@ def test_sentences_of_the_literature_name_two_people_and_use_every_template() ->
     drawn = prompts(task)
     assert {len(people(prompt.text)) for prompt in drawn} == {3}
     scenes = [task.draw_scene(random.Random(number)) for number in range(400)]
-    assert {scene.template for scene in scenes} == set(read_data("templates")["literature"])
+    assert {scene.template for scene in scenes} == set(read_data("ioi_literature"))
     assert task.describe()["sentences"] == "literature"
 
 
