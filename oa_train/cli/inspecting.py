@@ -174,6 +174,9 @@ def _circuit_rows(facts: dict[str, Any]) -> Rows:
 
 def _memory_rows(facts: dict[str, Any]) -> Rows:
     memory, step = facts["step_bytes"], facts["step"]
+    if memory is None:
+        yield "node training step", "", "not estimated: what experts need depends on the tokens that they are given"
+        return
     rows = f"{step['batch_size']} prompts of {step['n_tokens']} tokens, {step['samples_per_prompt']} samples each"
     yield "node training step", _size(memory["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
     share = f", a share of 1 in {step['n_processes']}" if step["strategy"] == "fsdp" else ""

@@ -36,7 +36,7 @@ def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
     longest = getattr(config, "max_position_embeddings", None) or math.inf
     if settings.n_tokens > longest:
         raise ConfigurationError(f"n_tokens is {settings.n_tokens}; this model has {longest} positions.")
-    family, graph, memory = check_family(config.model_type), Graph.of(config), node_step_memory(model, settings)
+    family, graph, memory = check_family(config.model_type), Graph.of(config), _memory(model, settings)
     dimensions, parameters = find_parts(model).dimensions, list(model.parameters())
     return {
         "model": {
@@ -62,7 +62,7 @@ def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
         **_circuit_facts(model, graph, settings.n_tokens),
         "threads": {"used": torch.get_num_threads(), "cores": os.cpu_count()},
         "step": asdict(settings),
-        "step_bytes": {**asdict(memory), "total": memory.total},
+        "step_bytes": memory,
     }
 
 
@@ -104,3 +104,11 @@ def _trained(n_masks: int, n_constants: int, n_tokens: int) -> dict[str, int]:
         "constants_by_position": n_constants * n_tokens,
         "total_by_position": n_masks + n_constants * n_tokens,
     }
+
+
+def _memory(model: CausalLM, settings: StepSettings) -> dict[str, Any] | None:
+    """Bytes of a step by what they hold; None for mixtures of experts, whose shapes depend on the tokens."""
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return None
+    memory = node_step_memory(model, settings)
+    return {**asdict(memory), "total": memory.total}

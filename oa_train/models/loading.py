@@ -329,8 +329,8 @@ def freeze(model: CausalLM) -> CausalLM:
     """Put a model into evaluation mode, turn off the gradients of its weights, and fold its `residual_scale`."""
     model.eval().requires_grad_(False)
     fold_residual_scale(model)
-    if model.dtype is torch.float64:
-        model.set_experts_implementation("eager")  # others multiply in at most float32
+    if model.dtype is not torch.bfloat16:
+        model.set_experts_implementation("eager")  # products of all experts at once are made for bfloat16
     return model
 
 

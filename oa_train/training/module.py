@@ -12,6 +12,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim.swa_utils import SWALR
 
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
@@ -225,7 +226,9 @@ class FrozenModelModule(lightning.LightningModule):
     def _optimisation(self) -> list[str]:
         """Names of the optimiser and the schedule, whose states fit no others."""
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        return [type(part).__name__ for part in (*self.trainer.optimizers, *schedules)]
+        parts = (*self.trainer.optimizers, *schedules)
+        # StochasticWeightAveraging puts a schedule of its own in the place of the others.
+        return [type(part).__name__ for part in parts if not isinstance(part, SWALR)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, these components and this task, and is complete.

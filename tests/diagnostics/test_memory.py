@@ -10,6 +10,8 @@ from benchmarks.nodes import make_model
 from benchmarks.scaling import Arrangement, estimated, measure
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import unanswered
+from oa_train.cli.main import main
+from oa_train.diagnostics.facts import model_facts
 from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.diagnostics.memory import StepSettings, node_step_memory
 from oa_train.engine.forward import scored_logits
@@ -61,9 +63,20 @@ def assert_estimate(family: str, dtype: torch.dtype, n_prompts: int, n_tokens: i
     assert estimate.total == pytest.approx(peak, rel=0.15)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+WITH_EXPERTS = ("gpt_oss", "mixtral", "olmoe", "qwen3_moe")
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(WITH_EXPERTS)))
 def test_the_estimate_is_near_the_measured_peak(family):
     assert_estimate(family, torch.float32, 2, 16, 4)
+
+
+@pytest.mark.parametrize("family", WITH_EXPERTS)
+def test_memory_of_experts_is_not_estimated_and_everything_else_is_told(family, tmp_path, capsys):
+    AutoConfig.for_model(family, vocab_size=301, **TINY_CONFIGS[family]).save_pretrained(tmp_path)
+    assert model_facts(LMSpec(str(tmp_path)), StepSettings(2, 4, 1))["step_bytes"] is None
+    assert main(["inspect", "--lm.name", str(tmp_path)]) == 0
+    assert "not estimated: what experts need" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("family", ARCHETYPES)
@@ -112,7 +125,7 @@ def test_processes_that_share_a_model_need_less_and_are_gone_afterwards():
     assert all(parameter.is_meta for parameter in model.parameters())
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(RunError, match="on its own"):
+        with pytest.raises(RunError, match="outside of process groups"):
             node_step_memory(model, StepSettings(4, 12, 2, strategy="fsdp", n_processes=2))
     finally:
         torch.distributed.destroy_process_group()

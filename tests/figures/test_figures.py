@@ -77,8 +77,8 @@ def test_a_map_of_any_size(tmp_path, shape):
     framed = " (framed)" if table.size <= 400 else ""
     svg = saved(figure, tmp_path)
     assert f"<!-- {above:,} of {n_entries:,} above the threshold 0.25{framed} -->" in svg
-    assert "<!-- reader -->" in svg
-    assert "<!-- source -->" in svg
+    assert "<!-- reader" in svg
+    assert "<!-- source" in svg
 
 
 def test_a_map_frames_what_exceeds_the_threshold_and_leaves_blank_what_is_no_entry():
