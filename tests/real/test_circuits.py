@@ -68,12 +68,11 @@ def test_a_circuit_from_fit_to_compare(
         main(["compare", "--run", str(run), "--compare.random_circuits", "2", "--compare.random_fit.steps", "2"]) == 0
     )
     kl = {row["ablation"]: row["kl"]["mean"] for row in results(run, "compare_0")["rows"]}
-    assert kl["optimal"] < kl["mean"]
     assert kl["optimal"] < kl["zero"]
+    assert len(kl) == 7
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) < 400
-    for figure in ("comparison",):
-        assert (run / "studies" / "compare_0" / "figures" / f"{figure}.png").stat().st_size > 10_000
+    assert (run / "studies" / "compare_0" / "figures" / "comparison.png").stat().st_size > 10_000
 
 
 def test_own_prompts_from_a_file_to_a_circuit(
