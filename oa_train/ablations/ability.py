@@ -1,4 +1,4 @@
-"""How well the clean model does a task, asked before anything is trained."""
+"""Accuracy and logit difference of the clean model on a task, before anything is trained."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

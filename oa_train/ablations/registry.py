@@ -104,7 +104,7 @@ class Kind:
     restores: bool = False
 
     def why_not(self, source: AblationSource, batches: Iterable[Batch]) -> str | None:
-        """Why the ablation cannot be made on these prompts, for people; None if it can."""
+        """Reason why the ablation cannot be made on these prompts, for messages; None if it can."""
         if self.paired and any(batch.counterfactual_tokens is None for batch in batches):
             return "the prompts have no counterfactuals"
         return source.donors.why_lacking(batches) if self.partnered else None

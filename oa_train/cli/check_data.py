@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table
-from oa_train.cli.parser import ExplainingParser, add_model_and_task, check_values, make_paths_absolute
+from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values, make_paths_absolute
 from oa_train.cli.quiet import silence_libraries
 from oa_train.models.loading import load_model
 from oa_train.studies.study import Table
@@ -69,9 +69,8 @@ def _parser() -> ExplainingParser:
     parser = ExplainingParser(
         prog="oa-train check-data",
         description="Show the prompts of a task as a model reads them, and how well the model does on them.",
-        allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+    add_config(parser)
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     parser.add_argument("--shown", type=int, default=2, help="prompts of train, and of test, that are shown as tokens")
     parser.add_argument("--n_prompts", type=int, default=ENOUGH, help="most prompts of a stream that the model runs")

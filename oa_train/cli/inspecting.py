@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from oa_train.cli.bars import track
 from oa_train.cli.output import print_table
-from oa_train.cli.parser import ExplainingParser
+from oa_train.cli.parser import ExplainingParser, add_config
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.trainer import check_true_precision
 from oa_train.diagnostics.facts import DEFAULT_TOKENS, model_facts
@@ -108,9 +108,8 @@ def _parser() -> ExplainingParser:
     parser = ExplainingParser(
         prog="oa-train inspect",
         description="Show parts, edges, trained parameters and memory of a model, from its configuration alone.",
-        allow_abbrev=False,
     )
-    parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
+    add_config(parser)
     parser.add_class_arguments(LMSpec, "lm")
     for name, (kind, default, meaning) in OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)

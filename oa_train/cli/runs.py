@@ -29,8 +29,8 @@ def runs(words: Sequence[str]) -> list[dict[str, str]]:
     root = Path(chosen.output).expanduser()
     if not root.is_dir():
         raise ConfigurationError(f"--output is {chosen.output!r}; expected a folder that holds runs.")
-    found = sorted(root.rglob(CONFIG_FILE), key=lambda path: path.stat().st_mtime)
-    rows = [row for path in found for row in _rows(RunFolder(path.parent), root)]
+    configs = sorted(root.rglob(CONFIG_FILE), key=lambda path: path.stat().st_mtime)
+    rows = [row for path in configs for row in _rows(RunFolder(path.parent), root)]
     console.print(table_of(f"runs in {root}", rows) if rows else f"There are no runs in {root}.")
     return rows
 
@@ -58,7 +58,7 @@ def _results(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _rows(run: RunFolder, root: Path) -> Iterator[dict[str, str]]:
-    """One row for each circuit of a run, or for the run if it has none."""
+    """Rows of a run: one for each of its circuits, or one for the run if it has none."""
     try:
         config = read_config(run.config_path)
     except ConfigurationError:  # a configuration of something else

@@ -89,14 +89,14 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
 
 
 def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Where a layer begins among names of units ("a3.h0.q"), and its number; at most forty layers are named."""
+    """Ticks for names of units ("a3.h0.q"): the first unit and the number of each layer, of at most forty layers."""
     layers = [re.match(r"[a-z](\d+)", name) for name in names]
     firsts: dict[str, int] = {}
     for place, layer in enumerate(layers):
         if layer is not None:
             firsts.setdefault(layer[1], place)
-    every = 1 + (len(firsts) - 1) // 40
-    return list(firsts.values())[::every], list(firsts)[::every]
+    step = 1 + (len(firsts) - 1) // 40
+    return list(firsts.values())[::step], list(firsts)[::step]
 
 
 def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:

@@ -50,8 +50,8 @@ def effect_maps(
         below = axes.get_subplotspec().rowspan.stop * n_across + axes.get_subplotspec().colspan.start
         axes.tick_params(labelbottom=below >= len(tables))
         for names, set_ticks, turned in ((columns, axes.set_xticks, 90), (rows, axes.set_yticks, 0)):
-            every = 1 + (len(names) - 1) // MOST_NAMED
-            set_ticks(range(0, len(names), every), names[::every], fontsize=FONT_SIZE - 3, rotation=turned)
+            step = 1 + (len(names) - 1) // MOST_NAMED
+            set_ticks(range(0, len(names), step), names[::step], fontsize=FONT_SIZE - 3, rotation=turned)
     for axes in grid[:, 0]:
         axes.set_ylabel(axes_names[0], fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.8).set_label("KL divergence (nats)", fontsize=FONT_SIZE - 1)

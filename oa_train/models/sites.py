@@ -79,7 +79,7 @@ class SiteKind:
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Where a layer's tensor passes; raises `ConfigurationError` if a family has no such place."""
+        """Module and side at which a layer's tensor is tapped; raises `ConfigurationError` if a family has none."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:

@@ -22,15 +22,17 @@ class ChosenKinds:
             yield f"Left out: {' and '.join(kinds)} ablation, because {reason}."
 
 
-def chosen_kinds(asked: list[AblationKind] | None, source: AblationSource, batches: Sequence[Batch]) -> ChosenKinds:
+def chosen_kinds(
+    requested: list[AblationKind] | None, source: AblationSource, batches: Sequence[Batch]
+) -> ChosenKinds:
     """The kinds that were asked for, or all that take something away and that can be made on the prompts.
 
     Raises:
         TaskError: one that was asked for cannot.
     """
-    if asked is not None:
-        check_suits(asked, source, batches)
-        return ChosenKinds(asked, {})
+    if requested is not None:
+        check_suits(requested, source, batches)
+        return ChosenKinds(requested, {})
     reasons = {name: kind.why_not(source, batches) for name, kind in KINDS.items()}
     left_out = {name: reason for name, reason in reasons.items() if reason is not None}
     return ChosenKinds([name for name, kind in KINDS.items() if not kind.restores and name not in left_out], left_out)

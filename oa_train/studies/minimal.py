@@ -83,7 +83,7 @@ class Minimal(Study[MinimalSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """Check that there are parts to remove, and constants if the ablation is by constants."""
+        """Refuse a circuit without parts, and one of an ablation by constants that has none."""
         super().check()
         self.trained = self.circuits[0]
         self.kind = KINDS[self.trained.ablation]

@@ -31,13 +31,15 @@ class Pieces:
         about: the question, plain values.
 
     Raises:
-        ArtefactError: the folder holds pieces of another question.
+        ArtefactError: the folder holds pieces of another question, or several processes have none.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
         self._folder = None if folder is None else folder / PIECES
         self._rank, self._n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self._folder is None:
+            if self._n_ranks > 1:
+                raise ArtefactError("Several processes need a folder that all of them see for their pieces.")
             return
         self._folder.mkdir(exist_ok=True)
         file = self._folder / ABOUT
@@ -57,14 +59,10 @@ class Pieces:
         Raises:
             ArtefactError: a piece that was written is damaged.
         """
-        own = range(self._rank, n_pieces, self._n_ranks)
         if self._folder is None:
-            computed = {number: compute(number) for number in own}
-            if self._n_ranks > 1:
-                raise ArtefactError("Several processes need a folder that all of them see for their pieces.")
-            yield from computed.values()
+            yield from map(compute, range(n_pieces))
             return
-        for number in own:
+        for number in range(self._rank, n_pieces, self._n_ranks):
             if not self._file(number).exists():
                 tensors = {name: tensor.contiguous().cpu() for name, tensor in compute(number).items()}
                 replace_file(self._file(number), save(tensors))

@@ -235,7 +235,7 @@ class Scan(Study[ScanSettings]):
                 yield row | {"critical": bool(critical[index]), "adjusted_p": float(adjusted[index])}
 
     def _agreement(self, behaviours: Mapping[AblationKind, Behaviour]) -> list[dict[str, Any]]:
-        """How the KL divergences of all units under each pair of ablations go together."""
+        """Rank correlation and ratios of the KL divergences of all units, for each pair of ablations."""
         return [
             {
                 "first": first,

@@ -302,7 +302,7 @@ def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
 
 
 def criterion(trained: TrainedCircuit) -> str:
-    """How the entries of a circuit were chosen."""
+    """Rule by which the entries of a circuit were chosen, for titles."""
     circuit, threshold = trained.circuit, trained.training.get("threshold", 0.5)
     if circuit.scores is None:
         return "given"

@@ -65,7 +65,7 @@ class Donors:
         )
 
     def why_lacking(self, batches: Iterable[Batch]) -> str | None:
-        """How many prompts have no partner, and why, for people; None if all have one."""
+        """Message on the prompts without a partner: their number and the reason; None if all have one."""
         pairs = [pair for batch in batches for pair in self._partners(batch)]
         alone = [lengths for lengths, partner in pairs if partner is None]
         if not alone:

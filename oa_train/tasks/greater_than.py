@@ -92,7 +92,7 @@ class GreaterThan(GrammarTask):
         )
 
     def _tens(self, text: str, begin: str) -> tuple[Question, ...]:
-        """The question for the tens digit, where the second year goes on with one that is a token."""
+        """Earlier question that the tens digit of the second year answers, if that digit is a token of its own."""
         century, tens = begin[:2], begin[2:]
         if not tens or not all(self._continues(century, digit) for digit in DIGITS):
             return ()

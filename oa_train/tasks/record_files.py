@@ -24,7 +24,7 @@ Fields = dict[str, Any]
 
 
 class RowError(ValueError):
-    """Why a row cannot be used.
+    """A reason for which a row cannot be used.
 
     Attributes:
         problem: the kind of fault, which rows of a report are grouped by.
@@ -128,8 +128,8 @@ def _json(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=lambda name: None)
     except json.JSONDecodeError as problem:
-        found = shorten(text[max(0, problem.pos - 20) : problem.pos + 20])
-        raise RowError("not JSON", f"{problem.msg} at character {problem.pos + 1}, near {found}") from None
+        excerpt = shorten(text[max(0, problem.pos - 20) : problem.pos + 20])
+        raise RowError("not JSON", f"{problem.msg} at character {problem.pos + 1}, near {excerpt}") from None
     except RecursionError:
         raise RowError("not JSON", f"nested too deeply: {shorten(text)}") from None
 

@@ -22,7 +22,7 @@ class RecordFitter:
     overlapping: list[str] = field(default_factory=list)
 
     def remarks(self, n_prompts: int) -> Iterator[str]:
-        """How answers of several tokens are scored, for people."""
+        """Remark on how answers of several tokens are scored."""
         if self.several:
             at = (
                 "each of them"

@@ -92,7 +92,7 @@ class RecordReader:
         return list(kept.values())
 
     def remarks(self) -> Iterator[str]:
-        """What people should know about how the rows were read."""
+        """Remarks on how the rows were read, for the terminal."""
         if self.n_records > self.most:
             yield f"{self.most:,} of {self.n_records:,} prompts are used (max_prompts), those of the smallest hash."
         if self.n_repeated:

@@ -226,12 +226,12 @@ class Task(ABC):
         questions = [self._questions(prompt) for prompt in prompts]
         most = max(map(len, questions))
         # A prompt with fewer questions repeats its last one, with weight 0.
-        filled = [[*asked, *[asked[-1]] * (most - len(asked))] for asked in questions]
+        filled = [[*row, *[row[-1]] * (most - len(row))] for row in questions]
         return Batch(
             tokens=tokens,
             attention_mask=mask,
             scored=torch.tensor([self._columns(*pair, width) for pair in zip(filled, rows, strict=True)]),
-            weights=torch.tensor([[(i < len(asked)) / len(asked) for i in range(most)] for asked in questions]),
+            weights=torch.tensor([[(i < len(row)) / len(row) for i in range(most)] for row in questions]),
             answers=self._continuations(filled, lambda question: question.answers),
             distractors=self._continuations(filled, lambda question: question.distractors),
             counterfactual_tokens=self._counterfactuals(prompts, rows),

@@ -243,7 +243,7 @@ def _leaves(content: Any) -> Iterator[Any]:
 
 
 def record_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a checkpoint says about the training, with `identity` and `settings`.
+    """Record of the training in a checkpoint, with `identity` and `settings`.
 
     Raises:
         CheckpointError: it says nothing.

@@ -212,11 +212,8 @@ class CircuitModule(FrozenModelModule):
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
         """The discrete circuits: of the target size if there is one, those of the highest keep-probability."""
-        if self.penalties.target_size is None:
-            return self.masks.discrete()
-        sizes = [self.penalties.size_of(number) for number in range(self.n_circuits)]
-        masks = [self.masks.largest(number, size) for number, size in enumerate(sizes) if size is not None]
-        return torch.stack(masks).to(self.masks.selection.device)
+        masks = [self.masks.largest(number, size) for number, size in enumerate(self.penalties.target_sizes)]
+        return torch.stack(masks).to(self.masks.selection.device) if masks else self.masks.discrete()
 
     def _rows_of_step(self, batch: Batch, batch_idx: int) -> StepRows | None:
         """Rows that carry gradient in this batch's optimiser step, over all its batches and processes."""
@@ -304,7 +301,8 @@ class CircuitModule(FrozenModelModule):
             ConfigurationError: see `CircuitMasks.check_size`.
         """
         scores, removed = self.masks.keep_probability()[number].cpu(), {}
-        size = self.penalties.size_of(number) if size is None else size
+        if size is None and self.penalties.target_sizes:
+            size = self.penalties.target_sizes[number]
         if size is not None:
             mask = self.masks.largest(number, size)
         else:
@@ -325,8 +323,9 @@ class CircuitModule(FrozenModelModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the discrete circuits."""
         clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
-        # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
-        self._discrete = self.discrete()
+        if batch_idx == 0:
+            # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
+            self._discrete = self.discrete()
         logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
         values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])
         self._evaluated.update(values.mean(dim=2), len(batch))

@@ -79,7 +79,7 @@ class FrozenModelModule(lightning.LightningModule):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What is trained, as plain values; a checkpoint with another description is refused."""
+        """Description of the trained parts, as plain values; a checkpoint with another one is refused."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -55,13 +55,16 @@ class PenaltySettings:
     def of_circuit(self, number: int) -> dict[str, Any]:
         """Penalty weight, and target size if there is one, of one circuit."""
         values = {"penalty_weight": self.penalty_weight, "target_size": self.target_size}
-        asked = {name: value for name, value in values.items() if value is not None}
-        return {name: value[number] if isinstance(value, list) else value for name, value in asked.items()}
+        chosen = {name: value for name, value in values.items() if value is not None}
+        return {name: value[number] if isinstance(value, list) else value for name, value in chosen.items()}
 
-    def size_of(self, number: int) -> int | None:
-        """Target size of one circuit, if there is one."""
-        target = self.of_circuit(number).get("target_size")
-        return None if target is None else max(1, round(target))
+    @property
+    def target_sizes(self) -> list[int]:
+        """Target size of each circuit in whole entries; empty without one."""
+        if self.target_size is None:
+            return []
+        targets = self.target_size if isinstance(self.target_size, list) else [self.target_size] * self.n_circuits
+        return [max(1, round(target)) for target in targets]
 
     def settings(self) -> dict[str, Any]:
         """As plain values."""

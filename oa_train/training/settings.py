@@ -80,7 +80,7 @@ def rebuilt(module: type[Built], record: Mapping[str, Any], changes: Mapping[str
 
 
 def _distribution(**described: Any) -> Callable[[int], MaskDistribution]:
-    """What makes the masks of a description; only classes that have been imported are known."""
+    """The mask distribution of a description; only classes that have been imported are known."""
     name = described.pop("class")
     known, remaining = dict[str, type[MaskDistribution]](), [MaskDistribution]
     while remaining:
