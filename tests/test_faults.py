@@ -227,7 +227,8 @@ def test_a_process_that_is_killed_ends_the_others_which_say_how_to_go_on(fit, ki
 def test_a_folder_that_is_deleted_gets_the_state_once_more_and_ends_the_training(fit, deleted, n_processes):
     run = fit(*LONGER, "--checkpoint_every", "100000" if n_processes == 1 else "1", n_processes=n_processes)
     run.reach((run.folder / FIRST / "metrics.csv").exists)
-    shutil.rmtree(run.folder / deleted)
+    # Moved away first: a file that the run writes meanwhile would keep rmtree from removing the folder.
+    shutil.rmtree((run.folder / deleted).rename(run.folder / "deleted"))
     said = run.fails(
         f"The folder {FIRST}/checkpoints was deleted while the run wrote to it", RunFolder(FIRST).resume_command()
     )
