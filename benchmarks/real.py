@@ -1,4 +1,4 @@
-"""Circuits of a pretrained model: SmolLM2-135M on indirect object identification and on capitals.
+"""Circuits and a scan of a pretrained model: SmolLM2-135M on indirect object identification and on capitals.
 
     python -m benchmarks.real FOLDER                    all stages; started again, it goes on where it stopped
     python -m benchmarks.real FOLDER --stage nodes      some stages, each with those that it needs done
@@ -6,7 +6,7 @@
 
 A stage is one command of `oa-train`. FOLDER gets the runs, `stages.json` with the command, minutes, CPU minutes and
 peak memory of each, `table.md` with the figures of all that are done, and `nodes.png`. A fit that was interrupted is
-resumed from its last checkpoint, everything else starts again.
+resumed from its last checkpoint, a scan from the pieces that are done; everything else starts again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from oa_train.figures.style import save_figure
 from oa_train.studies.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
+AGREEMENT = ("median_ratio", "mean_ratio", "rank_correlation")
 SHOWN = ("optimal", "counterfactual", "resample", "mean", "noise", "zero")
 
 
@@ -72,6 +73,7 @@ STAGES = (
         "--run {run} --compare.random_circuits 0",
         of="capitals",
     ),
+    Stage("scan", "scan", "--config configs/scan_smollm2.yaml"),
 )
 
 
@@ -92,8 +94,12 @@ class Progress:
 
 
 def words_of(stage: Stage, progress: Progress, folder: Path, model: str) -> list[str]:
-    """The command line of a stage; a fit that has a checkpoint is resumed."""
+    """The command line of a stage; a fit that has a checkpoint is resumed, and a scan that has pieces."""
     command = ["--lm.name", model]
+    if stage.command == "scan":
+        pieces = sorted((folder / stage.name).glob("version_*/studies/scan_*/pieces"))
+        command += ["--output", str(folder), "--experiment", stage.name]
+        command += ["--resume", str(pieces[-1].parent)] if pieces else []
     if stage.command == "fit":
         command += ["--trainer.default_root_dir", str(folder), "--experiment", stage.name]
         state = _last_state(folder / stage.name)
@@ -145,7 +151,7 @@ def table(progress: Progress) -> str:
         results = json.loads((Path(facts["results"]) / "results.json").read_text())
         cost = f"{facts['minutes']:.0f} | {facts['memory_gib']:.1f}"
         for row in results["rows"]:
-            if row.get("ablation") is not None:
+            if row.get("ablation") is not None and row.get("component", "circuit") == "circuit":
                 kept = row.get("run", row.get("number", ""))
                 figures = " | ".join(_figure(row[key]) for key in ("kl", "accuracy", "logit_difference"))
                 lines.append(f"| {name} | {kept} | {row['ablation']} | {figures} | {cost} |")
@@ -156,6 +162,10 @@ def table(progress: Progress) -> str:
                 f"| {name} | {len(values)} random of {drawn['size']} | optimal | lowest {values[0]:.3g}, median "
                 f"{middle:.3g}; this circuit {drawn['run_kl']:.3g} | | | {cost} |"
             )
+        for pair in results.get("agreement", []):
+            if pair["first"] == "optimal":
+                shown = ", ".join(f"{key.replace('_', ' ')} {_figure(pair[key])}" for key in AGREEMENT)
+                lines.append(f"| {name} | {results['n_units']} units | {pair['second']} | {shown} | | | {cost} |")
         if "kl" in results["metrics"]:
             figures = " | ".join(_figure(results["metrics"][key]) for key in ("kl", "accuracy", "logit_difference"))
             lines.append(f"| {name} | {results['circuit']} | {results['ablation']} | {figures} | {cost} |")

@@ -26,6 +26,9 @@ from oa_train.progress import WITH_GRADIENTS, Advance, Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
 
+# Share of a loss by which an evaluation must lower it to count as an improvement.
+NOTICEABLE = 0.01
+
 
 @dataclass(frozen=True)
 class RefitSettings:
@@ -36,6 +39,8 @@ class RefitSettings:
         batch_size: prompts of a step, shared by all circuits.
         learning_rate: Adam's initial learning rate, with cosine decay to zero.
         evaluate_every: steps from one evaluation on the validation prompts to the next; the best constants are kept.
+        patience: evaluations in a row that lower a circuit's loss by less than 1 %, after which its constants are
+            trained no further; 0 trains all of them to the end.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
 
@@ -43,11 +48,13 @@ class RefitSettings:
     batch_size: int = 64
     learning_rate: float = 0.01
     evaluate_every: int = 25
+    patience: int = 0
     rows_per_run: int = ROWS_PER_RUN
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ConfigurationError(f"steps is {self.steps}; expected 0 or more.")
+        for name in ("steps", "patience"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         for name in ("batch_size", "learning_rate", "evaluate_every", "rows_per_run"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; expected more than 0.")
@@ -92,19 +99,23 @@ class FittedCircuits(nn.Module):
         model: CausalLM,
         batches: Iterable[Batch],
         sets: Sequence[Constants],
+        circuits: Sequence[int],
         clean: CleanLogits | None = None,
         advance: Advance = lambda done: None,
     ) -> Behaviour:
-        """Measures of every circuit under these constants."""
-        return circuit_behaviour(model, batches, self.level, self.masks, sets, self.rows_per_run, clean, advance)
+        """Measures of some circuits, each under its set of constants, or under the one set of all."""
+        chosen = sets if len(sets) == 1 else [sets[circuit] for circuit in circuits]
+        masks = self.masks[[*circuits]]
+        return circuit_behaviour(model, batches, self.level, masks, chosen, self.rows_per_run, clean, advance)
 
-    def runs(self, model: CausalLM, batch: Batch) -> Iterator["CircuitRun"]:
-        """The runs of a step on a batch, each within `rows_per_run` and memory."""
-        for piece, slices in chunks(model, self.level, batch, len(self.masks), self.rows_per_run, gradients=True):
+    def runs(self, model: CausalLM, batch: Batch, circuits: Sequence[int] | None = None) -> Iterator["CircuitRun"]:
+        """The runs of a step of all circuits, or of some, on a batch, each within `rows_per_run` and memory."""
+        circuits = range(len(self.masks)) if circuits is None else circuits
+        for piece, slices in chunks(model, self.level, batch, len(circuits), self.rows_per_run, gradients=True):
             with torch.no_grad():
                 clean = scored_logits(model, piece)
-            for circuits in slices:
-                yield CircuitRun(self, model, piece, clean, circuits, len(piece) / len(batch))
+            for chosen in slices:
+                yield CircuitRun(self, model, piece, clean, [*circuits[chosen]], len(piece) / len(batch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +126,7 @@ class CircuitRun:
     model: CausalLM
     batch: Batch
     clean: Float[Tensor, "batch scored vocabulary"]
-    circuits: slice
+    circuits: list[int]
     share: float
 
     def losses(self, *tables: Tensor) -> Float[Tensor, " circuit"]:
@@ -123,10 +134,10 @@ class CircuitRun:
 
         `tables` are the constants in the order of the parameters, which are the default.
         """
-        fitted, n_circuits = self.fitted, self.circuits.stop - self.circuits.start
+        fitted, n_circuits = self.fitted, len(self.circuits)
         sites = fitted.constants.by_site()
         by_site = dict(zip(sites, tables or sites.values(), strict=True))
-        numbers = [0] if len(fitted.constants) == 1 else range(len(fitted.masks))[self.circuits]
+        numbers = [0] if len(fitted.constants) == 1 else self.circuits
         sets = [
             Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
             for number in numbers
@@ -181,8 +192,16 @@ def fit_constants(
     others = candidates(starts, others)
     n_steps = settings.steps if fitted.has_constants else 0
     passes = fit_passes(len(masks), replace(settings, steps=n_steps), task.n_validation, len(others))
+    done = 0
     with track(passes, description) as advance:
-        _fit(model, task, fitted, replace(settings, steps=n_steps), others, advance)
+
+        def count(more: int) -> None:
+            nonlocal done
+            done += more
+            advance(more)
+
+        _fit(model, task, fitted, replace(settings, steps=n_steps), others, count)
+        advance(passes - done)  # of circuits whose training stopped early
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 
@@ -206,10 +225,16 @@ def _fit(
     advance: Advance,
 ) -> None:
     validation, clean = list(task.batches("validation", task.n_validation)), CleanLogits(model)
+    stagnation = torch.zeros(len(fitted.masks), dtype=torch.long)
+    active = [*range(len(fitted.masks))]
 
-    def offer(tables: TrainableConstants) -> None:
-        behaviour = fitted.behaviour(model, validation, tables.sets(), clean, advance)
-        fitted.best.offer(tables, behaviour.loss(fitted.loss).mean(dim=1))
+    def offer(tables: TrainableConstants) -> Float[Tensor, " circuit"]:
+        """Offer constants of the active circuits, and return the best loss of all circuits before."""
+        before, loss = fitted.best.loss.cpu(), torch.full_like(stagnation, torch.inf, dtype=torch.float)
+        behaviour = fitted.behaviour(model, validation, tables.sets(), active, clean, advance)
+        loss[active] = behaviour.loss(fitted.loss).mean(dim=1).float()
+        fitted.best.offer(tables, loss)
+        return before
 
     for constants in others:
         offer(fitted.candidate(constants))
@@ -221,7 +246,7 @@ def _fit(
         optimizer.zero_grad(set_to_none=True)
         batch = task.batch("refit", step, settings.batch_size).to(model.device)
         total = torch.zeros(len(fitted.masks), device=model.device)
-        for run in fitted.runs(model, batch):
+        for run in fitted.runs(model, batch, active):
             losses = run.losses()
             # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
             losses.sum().backward()
@@ -234,7 +259,14 @@ def _fit(
             )
         optimizer.step()
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == n_steps:
-            offer(fitted.constants)
+            before = offer(fitted.constants)
+            # A logit difference may have any sign.
+            improved = before - fitted.best.loss.cpu() > NOTICEABLE * before.abs()
+            stagnation = torch.where(improved, 0, stagnation + 1)
+            if settings.patience:
+                active = (stagnation < settings.patience).nonzero().flatten().tolist()
+            if not active:
+                break
 
 
 def cosine_decay(step: int, n_steps: float) -> float:

@@ -48,6 +48,15 @@ class AblationSource:
         return self._sums.means()
 
     @cached_property
+    def mean_by_position(self) -> Constants:
+        """Mean values at each position of the prompts."""
+        if self.slots.positions > 1:
+            return self.mean
+        longest = max(int(batch.lengths.max()) for batch in self.task.batches("means", self.task.n_means))
+        slots = Slots(longest, self.level.spans)
+        return self.sums(lambda batch: batch, "averaging activations by position", slots=slots).means()
+
+    @cached_property
     def counterfactual_mean(self) -> Constants:
         """Mean values on the counterfactual prompts."""
         return self.sums(Batch.counterfactual, "averaging activations on counterfactuals").means()
@@ -72,11 +81,12 @@ class AblationSource:
         prompts: Callable[[Batch], Batch],
         description: str,
         of: Callable[[Tensor], Tensor] = lambda value: value,
+        slots: Slots | None = None,
     ) -> StreamingMeans:
         """Sums of a function `of` the values on the `means` stream, whose batches `prompts` maps to other prompts."""
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in counted(self._track, batches, description))
-        return value_sums(self.model, shown, self.level, self.slots, of)
+        return value_sums(self.model, shown, self.level, slots or self.slots, of)
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Kind:
     Attributes:
         name: in configurations and results.
         prepare: makes the ablation for a model and a task; of a learned one, the initial constants.
-        constant: True if replacements are the same on every prompt, so that they can be stored.
+        constant: True if replacements are constants of `positions` slots, which runs store.
         learned: True if the constants are trained.
         total: True if replacements carry nothing about the prompt.
         paired: True if the task's prompts need counterfactuals.
@@ -123,6 +133,8 @@ KINDS: dict[AblationKind, Kind] = {
     for kind in (
         Kind("optimal", lambda source: source.mean, learned=True),
         Kind("mean", lambda source: source.mean),
+        # Not stored: how many positions there are is known once the prompts are.
+        Kind("mean_by_position", lambda source: source.mean_by_position, constant=False),
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False, partnered=True),
         Kind("noise", lambda source: NoiseAblation(source.mean, source.spread, source.task.seed), constant=False),

@@ -15,6 +15,7 @@ from oa_train.files import replace_file
 ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "optimal": ("#0072B2", "o"),
     "mean": ("#E69F00", "s"),
+    "mean_by_position": ("#B8860B", "p"),
     "zero": ("#555555", "x"),
     "resample": ("#009E73", "^"),
     "noise": ("#CC79A7", "v"),

@@ -12,17 +12,18 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.engine.direct import direct_attribution
 from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
 from oa_train.figures.style import Figure
-from oa_train.metrics.estimates import written
+from oa_train.metrics.estimates import Estimate, estimate, written
 from oa_train.metrics.measures import MEASURES
 from oa_train.metrics.ranks import above, mean_ratio, median_ratio, rank_correlation
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
-from oa_train.progress import Stage
+from oa_train.progress import Stage, counted
 from oa_train.shapes import Tensor
 from oa_train.studies.comparison_tables import alone_cells, intervals, label
 from oa_train.studies.findings import plain
@@ -68,7 +69,9 @@ class ScanSettings:
     dictionaries: list[DictionarySpec] = field(default_factory=list)
     ablations: list[AblationKind] | None = None
     positions: int | Literal["every"] = 1
-    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25))
+    fit: RefitSettings = field(
+        default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25, patience=1)
+    )
     parts_at_once: int = 64
     threshold: float = 0.01
     false_discovery_rate: float = 0.05
@@ -96,7 +99,9 @@ class Scan(Study[ScanSettings]):
 
     Rows: one for each unit and ablation, with all measures, their paired differences to optimal ablation
     (`x_minus_optimal`) and to the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL divergence
-    exceeds the threshold in a one-sided t-test, with p-values adjusted for false discoveries.
+    exceeds the threshold in a one-sided t-test, with p-values adjusted for false discoveries. `direct_attribution` is
+    the term of the clean logit difference that the unit writes itself (see `engine.direct`), whatever the ablation;
+    units that write nothing have none.
 
     Per-prompt values stay in the study's folder: `pieces/<N>.safetensors`, tensors `<ablation>.<measure>` of [unit,
     prompt], units in the order of the rows.
@@ -125,7 +130,7 @@ class Scan(Study[ScanSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece under each ablation."""
-        stages = [Stage("the clean model", self.task.n_test)]
+        stages = [Stage("the clean model", self.task.n_test), Stage("direct attribution", self.task.n_test)]
         missing = self.pieces.missing(self.n_pieces)
         stages += statistics_stages(self.kinds, self.task) if missing else []
         for number in missing:
@@ -154,9 +159,10 @@ class Scan(Study[ScanSettings]):
         """Measure every unit, and put the results together."""
         clean = self.clean_behaviour()
         assert clean.identities is not None
+        direct = self._direct(clean)
         pieces = list(self.pieces.all(self.n_pieces, self._measured))
         behaviours = {kind: _gathered(pieces, kind, clean) for kind in self.kinds}
-        rows = list(self._rows(behaviours, clean))
+        rows = list(self._rows(behaviours, clean, direct))
         figures: dict[str, Callable[[], Figure | None]] = {
             "maps": partial(self._maps, behaviours),
             "ranked": partial(self._ranked, rows),
@@ -219,7 +225,22 @@ class Scan(Study[ScanSettings]):
             description=f"fitting constants of {described}",
         ).sets
 
-    def _rows(self, behaviours: Mapping[AblationKind, Behaviour], clean: Behaviour) -> Iterator[Row]:
+    def _direct(self, clean: Behaviour) -> dict[str, Estimate | None]:
+        """Direct logit attribution of each unit."""
+        model, batches = self.model, counted(self.track, self.batches, "attributing the logit difference")
+        terms = torch.cat([direct_attribution(model, batch.to(model.device), self.level).cpu() for batch in batches])
+        by_unit = {name: terms[:, self.level.index(name)] for name in self.parts}
+        return {
+            name: None if bool(values.isnan().any()) else estimate(values, clean.identities)
+            for name, values in by_unit.items()
+        }
+
+    def _rows(
+        self,
+        behaviours: Mapping[AblationKind, Behaviour],
+        clean: Behaviour,
+        direct: Mapping[str, Estimate | None],
+    ) -> Iterator[Row]:
         tests = {
             kind: above(behaviour.kl, self.settings.threshold, self.settings.false_discovery_rate)
             for kind, behaviour in behaviours.items()
@@ -232,6 +253,8 @@ class Scan(Study[ScanSettings]):
                 del row["kl_minus_clean"]
                 if "optimal" in behaviours:
                     row |= differences(behaviour, behaviours["optimal"], index, index, "optimal")
+                if direct[name] is not None:
+                    row["direct_attribution"] = direct[name]
                 yield row | {"critical": bool(critical[index]), "adjusted_p": float(adjusted[index])}
 
     def _agreement(self, behaviours: Mapping[AblationKind, Behaviour]) -> list[dict[str, Any]]:
@@ -253,7 +276,9 @@ class Scan(Study[ScanSettings]):
         title = f"KL divergence in nats with one unit ablated, on {self.prompts}"
         if n_parts > MOST_LISTED:
             title += f": the {MOST_LISTED} of {n_parts} that matter most"
-        yield Table(title, alone_cells(rows, len(self.kinds))[:MOST_LISTED])
+        direct = {row["component"]: row.get("direct_attribution") for row in rows}
+        listed = alone_cells(rows, len(self.kinds))[:MOST_LISTED]
+        yield Table(title, [cells | {"direct\nattribution": direct[cells["ablated"]]} for cells in listed])
         yield from self.chosen.lines()
         threshold = f"critical (above {self.settings.threshold:g} nats)"
         yield Table(

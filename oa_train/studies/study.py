@@ -295,6 +295,7 @@ def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
     """Passes over the `means` prompts from which ablations of these kinds are made."""
     needed = {
         "averaging activations": {"optimal", "mean", "noise"},
+        "averaging activations by position": {"mean_by_position"},
         "measuring the spread of activations": {"noise"},
         "averaging activations on counterfactuals": {"counterfactual_mean"},
     }

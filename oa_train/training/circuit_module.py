@@ -58,9 +58,9 @@ class CircuitModule(FrozenModelModule):
         sites: kinds of site whose units the nodes are: `heads`, `mlp`, `attention`, `neurons`, `residual`,
             `embedding`, `tokens`, `features`.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
-        ablation: replacement of an ablated unit: `optimal` (constants that are trained), `mean`, `zero`, `resample`
-            (its value on another prompt of equal length), `noise` (Gaussian, with its mean and standard deviation),
-            `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
+        ablation: replacement of an ablated unit: `optimal` (constants that are trained), `mean`, `mean_by_position`,
+            `zero`, `resample` (its value on another prompt of equal length), `noise` (Gaussian, with its mean and
+            standard deviation), `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
         loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
             answers against distractors, which is maximised.
         positions: size of the constants' tables; 1 gives each unit one constant, P gives it one for each of the

@@ -220,7 +220,7 @@ class ConstantsModule(FrozenModelModule):
         for run in runs:
             # Several runs are recomputed in the backward pass, so that only one run's activations are alive at a time.
             lost = run.losses() if len(runs) == 1 else checkpoint(run.losses, *tables, use_reentrant=False)
-            total = total.index_add(0, torch.arange(*run.circuits.indices(len(total)), device=self.device), lost)
+            total = total.index_add(0, torch.tensor(run.circuits, device=self.device), lost)
         return total
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -193,3 +193,24 @@ def test_a_circuit_that_replaces_nothing_needs_no_steps(model, task, level, mean
     fitted = fit_constants(model, task, level, masks_of(level, "*"), [mean], settings)
     assert fitted.validation_loss.abs().max() < 1e-6
     assert moved(fitted.sets[0], mean) == set()
+
+
+def test_circuits_that_no_longer_improve_stop_and_leave_the_others_alone(model, task, level, mean):
+    masks = masks_of(level, "* !a0.h0", "* !m1", "a0* a1* m0", "*")
+    settings = RefitSettings(steps=24, batch_size=4, evaluate_every=3, patience=1)
+    together = fit_constants(model, task, level, masks, [mean], settings)
+    to_the_end = fit_constants(model, task, level, masks, [mean], replace(settings, patience=0))
+    assert (together.validation_loss >= to_the_end.validation_loss - 1e-6).all()
+    assert (together.validation_loss > to_the_end.validation_loss + 1e-4).any()
+    for index in range(len(masks)):
+        alone = fit_constants(model, task, level, masks[index : index + 1], [mean], settings)
+        assert_close(together.validation_loss[index], alone.validation_loss[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("patience", [1, 3])
+def test_training_ends_when_no_circuit_improves(model, task, level, mean, monkeypatch, patience):
+    steps, batch = [], task.batch
+    monkeypatch.setattr(task, "batch", lambda stream, step, size: steps.append(step) or batch(stream, step, size))
+    settings = RefitSettings(steps=40, batch_size=2, evaluate_every=2, patience=patience, learning_rate=1e-9)
+    fit_constants(model, task, level, masks_of(level, "* !m1", "* !a0"), [mean], settings)
+    assert steps == [*range(2 * patience)]

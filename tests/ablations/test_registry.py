@@ -26,7 +26,17 @@ from oa_train.progress import Track
 from tests.builders import batch_of, random_dictionary, small_ioi
 from tests.engine.selections import EVERY_KIND
 
-NAMES = ("optimal", "mean", "zero", "resample", "noise", "counterfactual_mean", "counterfactual", "clean")
+NAMES = (
+    "optimal",
+    "mean",
+    "mean_by_position",
+    "zero",
+    "resample",
+    "noise",
+    "counterfactual_mean",
+    "counterfactual",
+    "clean",
+)
 LEARNED, CONSTANT = "optimal", {"optimal", "mean", "zero", "counterfactual_mean"}
 NOT_TOTAL, PAIRED = {"counterfactual", "clean"}, {"counterfactual_mean", "counterfactual"}
 PATTERNS = ["m*@S2", "r2@end", "a*.h*@-1", "f1.3@S2", "m0.n1?@IO", "tokens@S1"]
@@ -122,8 +132,8 @@ def test_each_kind_of_ablation_runs_on_each_kind_of_site(model, kind, name):
 @pytest.mark.parametrize("n_positions", [1, 4])
 def test_each_kind_is_prepared_with_what_it_needs(model, plain, name, n_positions):
     ablation = KINDS[name].prepare(AblationSource(model, small_ioi(n_means=4), plain, n_positions))
-    assert isinstance(ablation, Constants) == KINDS[name].constant
-    if isinstance(ablation, Constants):
+    assert isinstance(ablation, Constants) == (KINDS[name].constant or name == "mean_by_position")
+    if KINDS[name].constant:
         assert ablation.n_positions == n_positions
         ablation.check_fits(plain)
 
@@ -193,6 +203,9 @@ def test_means_and_spreads_are_those_over_tokens(model, plain, n_positions, side
     batches = list(task.batches("means", 12))
     assert_statistic(source.mean, model, plain, prompts(batches), mean_of)
     assert_statistic(source.spread, model, plain, prompts(batches), spread_of)
+    by_position = source.mean_by_position
+    assert by_position.n_positions == (n_positions if n_positions > 1 else max(int(b.lengths.max()) for b in batches))
+    assert_statistic(by_position, model, plain, prompts(batches), mean_of)
     others = prompts([batch.counterfactual() for batch in batches])
     assert others != prompts(batches)
     assert_statistic(source.counterfactual_mean, model, plain, others, mean_of)
@@ -247,6 +260,7 @@ def test_statistics_are_gathered_once_and_when_needed(model, plain):
         KINDS[name].prepare(source)
     assert shown[1:] == [
         "averaging activations",
+        "averaging activations by position",
         "measuring the spread of activations",
         "averaging activations on counterfactuals",
     ]

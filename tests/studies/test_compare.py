@@ -254,7 +254,7 @@ def test_resample_is_left_out_where_a_prompt_has_no_partner(module, trained, tmp
     monkeypatch.setattr(task, "prompt", longer)
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
     findings = compare(module.frozen, task, [trained], tmp_path, settings)
-    assert [row["ablation"] for row in findings.rows] == ["optimal", "mean", "zero", "noise"]
+    assert [row["ablation"] for row in findings.rows] == ["optimal", "mean", "mean_by_position", "zero", "noise"]
     (line,) = (line for line in findings.shown if str(line).startswith("Left out: resample"))
     assert line.startswith("Left out: resample ablation, because 3 of")
     with pytest.raises(TaskError, match=r"no resample ablation: 3 of \d+ prompts have no partner"):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.engine.direct import direct_attribution
 from oa_train.errors import ArtefactError, OaTrainError
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.loading import CausalLM, LMSpec, load_model
@@ -40,7 +42,7 @@ def whole(model, task):
 
 def test_each_unit_is_measured_as_it_is_alone(model, task, whole):
     scan = Scan(model, task)
-    assert len(whole.rows) == 15 * 7
+    assert len(whole.rows) == 15 * 8
     batches, source = list(task.batches("test", 48)), AblationSource(model, task, scan.level)
     for name, kind in (("a1.h0", "mean"), ("m2", "zero"), ("a0.h3", "resample"), ("m1", "counterfactual")):
         mask = ~scan.level.mask([name]).unsqueeze(0)
@@ -48,6 +50,16 @@ def test_each_unit_is_measured_as_it_is_alone(model, task, whole):
         (row,) = whole.where(component=name, ablation=kind)
         assert row["kl"].mean == pytest.approx(behaviour.kl.mean().item(), rel=1e-4, abs=1e-7)
         assert row["accuracy"].mean == pytest.approx(behaviour.accuracy.mean().item())
+
+
+def test_each_unit_has_its_direct_attribution(model, task, whole):
+    level = Scan(model, task).level
+    terms = torch.cat([direct_attribution(model, batch, level) for batch in task.batches("test", 48)]).mean(dim=0)
+    for name, term in zip(level.names, terms.tolist(), strict=True):
+        for row in whole.where(component=name):
+            assert row["direct_attribution"].mean == pytest.approx(term, rel=1e-5)
+    residual = ScanSettings(sites=["residual"], ablations=["zero"])
+    assert all("direct_attribution" not in row for row in Scan(model, task, settings=residual).run().rows)
 
 
 def test_optimal_ablation_is_nowhere_worse(whole):
@@ -66,7 +78,7 @@ def test_critical_units_and_agreement(whole):
     assert 0.7 < pair["rank_correlation"]["value"] <= 1
     assert pair["median_ratio"]["value"] < 1
     summary = whole.shown[1]
-    assert len(summary.rows) == 7
+    assert len(summary.rows) == 8
 
 
 def test_the_size_of_a_piece_changes_no_result(model, task, whole):

@@ -1,0 +1,135 @@
+"""Direct logit attribution: how much of the answers' logit difference each unit writes itself.
+
+What a unit adds to the residual stream reaches the logits along two ways: later layers read it, and the final norm and
+the unembedding do. The second way alone is linear if the norm's scale is that of the clean run. So the logit
+difference splits into a term for each thing that is written, and a bias (Elhage et al. 2021).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from oa_train.batches import Batch
+from oa_train.engine.forward import scored_logits
+from oa_train.metrics.measures import measured
+from oa_train.models.families import Parts, find_parts
+from oa_train.models.loading import CausalLM
+from oa_train.models.residual import NormWeights, is_layer_norm, rms_norm_scale
+from oa_train.models.selection import Nodes
+from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.models.taps import Tap
+from oa_train.shapes import Float, Tensor
+
+# Kinds of site whose units write to the residual stream, with the modules that they write through: the first is the
+# last linear map, the second what adds its output (the map itself, or a norm after it).
+_WRITERS: dict[str, Callable[[Parts, int], tuple[nn.Module, nn.Module] | None]] = {
+    "heads": lambda parts, layer: (parts.attention_outputs[layer], parts.attentions[layer]),
+    "neurons": lambda parts, layer: (parts.down_projections[layer], parts.mlps[layer]),
+    "embedding": lambda parts, layer: None,
+    "attention": lambda parts, layer: None,
+    "mlp": lambda parts, layer: None,
+}
+
+
+def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Tensor, "row entry"]:
+    """Terms of the clean model's logit difference that each unit writes directly, in nats, averaged over positions.
+
+    Where the logit difference is not linear in the logits (several answers, or soft-capping), it is linearised at the
+    clean run. Norms after attention or an MLP keep the scale of the clean run, too.
+
+    Args:
+        model: frozen causal language model.
+        batch: prompts on the model's device.
+        nodes: the units. Those restricted to a span count there only, and those of kinds that write nothing (the
+            residual stream before a block, token embeddings, features of dictionaries) get NaN.
+    """
+    parts, rows = find_parts(model), torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
+    seen: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def scored(tensor: Tensor) -> Tensor:
+        """A module's tensor at the scored columns: [row, scored, width]."""
+        return tensor.detach().reshape(*batch.tokens.shape, -1)[rows, batch.scored]
+
+    def keep(module: nn.Module, side: str, tensor: Tensor) -> None:
+        seen[module, side] = scored(tensor)
+
+    written = {site: writer(parts, site.layer) for site in nodes.sites if (writer := _WRITERS.get(site.kind))}
+    taps = []
+    for site, modules in written.items():
+        module, side = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
+        taps.append(Tap(module, side, partial(keep, module, side)))
+        if modules is not None and _has_post_norm(*modules):
+            taps.append(Tap(modules[1], "input", partial(keep, modules[1], "input")))
+    direction = _direction(model, batch, parts, taps, scored)
+    attribution = torch.full((len(batch), len(nodes)), torch.nan, dtype=direction.dtype, device=direction.device)
+    for group in nodes.groups:
+        if group.site not in written:
+            continue
+        of_units = _of_units(group.site, nodes, parts, written[group.site], seen, direction)
+        inside = ~batch.protected if group.span is None else batch.layout.span(group.span) & ~batch.protected
+        total = (of_units * inside.gather(1, batch.scored).unsqueeze(-1)).sum(dim=1)
+        attribution[:, group.entries] = total if group.units is None else total[:, list(group.units)]
+    return attribution
+
+
+def _has_post_norm(projection: nn.Module, adding: nn.Module) -> bool:
+    return all(module is not projection for module in adding.modules())
+
+
+@torch.enable_grad()
+def _direction(
+    model: CausalLM, batch: Batch, parts: Parts, taps: list[Tap], scored: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "row scored d_model"]:
+    """Gradient of each prompt's logit difference with respect to what enters the final norm, whose scale is fixed."""
+    entering: list[Tensor] = []
+    leaving: list[Tensor] = []
+
+    def enter(residual: Tensor) -> None:
+        entering.append(scored(residual))
+
+    def leave(normed: Tensor) -> Tensor:
+        leaving.append(normed.detach().requires_grad_())
+        return leaving[0]
+
+    final = [Tap(parts.final_norm, "input", enter), Tap(parts.final_norm, "output", leave)]
+    logits = scored_logits(model, batch, [*taps, *final])
+    total = measured("logit_difference", logits, logits, batch).sum()
+    (gradient,) = torch.autograd.grad(total, leaving)
+    norm, residual = NormWeights.of(parts.final_norm), entering[0]
+    centred = is_layer_norm(parts.final_norm)
+    if centred:
+        residual = residual - residual.mean(dim=-1, keepdim=True)
+    factor = norm.factor(residual)
+    direction = scored(gradient).to(factor.dtype) * factor
+    if norm.gain is not None:
+        direction = direction * norm.gain.detach()
+    return direction - direction.mean(dim=-1, keepdim=True) if centred else direction
+
+
+def _of_units(
+    site: Site,
+    nodes: Nodes,
+    parts: Parts,
+    modules: tuple[nn.Module, nn.Module] | None,
+    seen: dict[tuple[nn.Module, str], Tensor],
+    direction: Float[Tensor, "row scored d_model"],
+) -> Float[Tensor, "row scored unit"]:
+    values = seen[SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)]
+    if modules is not None:
+        projection, adding = modules
+        if _has_post_norm(projection, adding):
+            direction = direction * rms_norm_scale(adding, seen[adding, "input"])
+        direction = _pulled_back(projection, values, direction)
+    terms: Tensor = (values.to(direction.dtype) * direction).unflatten(-1, nodes.sites[site]).sum(dim=-1)
+    return terms
+
+
+@torch.enable_grad()
+def _pulled_back(projection: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
+    """The transposed linear map applied to a direction; through autograd, so that weights of any format will do."""
+    entering = values.detach().requires_grad_()
+    output: Tensor = projection(entering.flatten(0, 1))
+    (gradient,) = torch.autograd.grad(output, entering, direction.flatten(0, 1).to(output.dtype))
+    return gradient.to(direction.dtype)
