@@ -55,7 +55,7 @@ def kept_logits(model: CausalLM, **inputs: torch.Tensor) -> torch.Tensor:
 
 
 def floor_step(
-    model: CausalLM, batch: Batch, logits: Callable[..., torch.Tensor] = last_logits
+    model: CausalLM, batch: Batch, logits: Callable[..., torch.Tensor] = last_logits, copies: int = SAMPLES
 ) -> Callable[[], object]:
     """Forward and backward of the plain model on as many rows as the masked part has.
 
@@ -63,12 +63,13 @@ def floor_step(
         model: frozen.
         batch: of prompts.
         logits: of the model at the last position.
+        copies: of each prompt.
     """
-    rows = batch.repeat(SAMPLES)
+    rows = batch.repeat(copies)
     embedding: Any = model.get_input_embeddings()
     shift = torch.zeros(model.config.hidden_size, requires_grad=True)
     with torch.no_grad():
-        clean = last_logits(model, input_ids=batch.tokens).repeat(SAMPLES, 1)
+        clean = last_logits(model, input_ids=batch.tokens).repeat(copies, 1)
 
     def step() -> None:
         embedded = embedding(rows.tokens) + shift
