@@ -7,9 +7,12 @@
 One prompt of 16 tokens, every head and MLP ablated alone. Contestants take turns in one process; seconds are of the
 processor. Each line of the output is one JSON object.
 
-    floor       plain Hugging Face forward and backward to a parameter added to the embedding, a row for each unit
+    hf floor    plain Hugging Face forward and backward to a parameter added to the embedding, a row for each unit,
+                with `logits_to_keep=1`
+    floor       the same with a contiguous slice before the unembedding, which is faster on a CPU
     step        our training step of all units' constants: clean run, shared prefixes, backward
-    forward     plain Hugging Face forward, a row for each unit, no gradient
+    hf forward  plain Hugging Face forward, a row for each unit, no gradient, with `logits_to_keep=1`
+    forward     the same with a contiguous slice
     evaluation  our evaluation of all units, measures included
 """
 
@@ -25,7 +28,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.real_model import real_model
-from benchmarks.timing import floor_step, plain_forward, random_tokens, side_by_side, summary
+from benchmarks.timing import floor_step, kept_logits, plain_forward, random_tokens, side_by_side, summary
 from oa_train import LMSpec, load_model
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
@@ -49,7 +52,7 @@ def model_of(options: argparse.Namespace) -> CausalLM:
 
 
 def contestants(model: CausalLM) -> dict[str, Callable[[], object]]:
-    """The four of the description."""
+    """Those of the description."""
     batch, level = random_tokens(1, 0), Nodes.of(model.config)
     masks = ~torch.eye(len(level), dtype=torch.bool)
     fitted = FittedCircuits(level, masks, [Constants.zeros(level)], "kl", rows_per_run=len(level))
@@ -60,8 +63,10 @@ def contestants(model: CausalLM) -> dict[str, Callable[[], object]]:
         fitted.zero_grad(set_to_none=True)
 
     return {
+        "hf floor": floor_step(model, batch, kept_logits, len(level)),
         "floor": floor_step(model, batch, copies=len(level)),
         "step": step,
+        "hf forward": plain_forward(model, batch.repeat(len(level)), kept_logits),
         "forward": plain_forward(model, batch.repeat(len(level))),
         "evaluation": lambda: circuit_behaviour(
             model, [batch], level, masks, fitted.constants.sets(), rows_per_run=len(level)
@@ -82,10 +87,13 @@ def main() -> None:
     about = {"python": platform.python_version(), "torch": torch.__version__, "arguments": sys.argv[1:]}
     print(json.dumps(about | {"units": len(Nodes.of(model.config))}), flush=True)
     times = side_by_side(contestants(model), options.repetitions, time.process_time)
-    for name, base in (("floor", "floor"), ("step", "floor"), ("forward", "forward"), ("evaluation", "forward")):
-        ratios = [own / other for own, other in zip(times[name], times[base], strict=True)]
-        ratio = {"ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
-        print(json.dumps({"row": name} | summary(times[name]) | ({} if name == base else ratio)), flush=True)
+    bases = {"step": ("hf floor", "floor"), "evaluation": ("hf forward", "forward")}
+    for name, of_row in times.items():
+        row: dict[str, object] = {"row": name} | summary(of_row)
+        for base in bases.get(name, ()):
+            ratios = [own / other for own, other in zip(of_row, times[base], strict=True)]
+            row[f"of {base}"] = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
