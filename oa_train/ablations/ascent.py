@@ -27,7 +27,8 @@ class AscentSettings:
     Attributes:
         steps: steps of each ascent.
         step_size: change of every mask entry in a step, in the direction of the sign of its gradient.
-        random_starts: ascents that begin at uniformly random values, beside the one that begins with all at 0.
+        random_starts: ascents that begin at uniformly random values, beside those that begin with all at 0 and at the
+            worst random subset.
         n_prompts: validation prompts, all of which every step runs on.
         rows_per_run: most rows (starts times prompts) of one model run; bounds memory, changes no result.
     """
@@ -48,10 +49,9 @@ class AscentSettings:
         if not 0 < self.step_size <= 1:
             raise ConfigurationError(f"step_size is {self.step_size}; expected more than 0 and at most 1.")
 
-    @property
-    def passes(self) -> int:
-        """Passes of `ascend` from all starts, counted as in `progress`; the last masks need no gradient."""
-        return (1 + self.random_starts) * self.n_prompts * (WITH_GRADIENTS * self.steps + 1)
+    def passes(self, n_starts: int) -> int:
+        """Passes of `ascend`, counted as in `progress`; the last masks need no gradient."""
+        return n_starts * self.n_prompts * (WITH_GRADIENTS * self.steps + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +109,21 @@ def ascend(
         highest, worst = torch.where(is_worse, losses, highest), torch.where(is_worse.unsqueeze(1), masks, worst)
         masks = (masks + settings.step_size * gradient.sign() * free).clamp(0, 1)
     return Ascended(worst.cpu(), highest.cpu(), first.cpu())
+
+
+def mean_losses(
+    model: CausalLM,
+    batches: Sequence[Batch],
+    level: Level,
+    masks: Float[Tensor, "start entry"],
+    ablation: Ablation,
+    loss: Loss = "kl",
+    rows_per_run: int = ROWS_PER_RUN,
+    advance: Advance = lambda done: None,
+) -> Float[Tensor, " start"]:
+    """Mean loss of each mask over some prompts, on the CPU; see `ascend`."""
+    args = model, batches, CleanLogits(model), level, masks.to(model.device), ablation.to(model.device)
+    return _losses(*args, rows_per_run, loss, False, advance)[0].cpu()
 
 
 def _losses(

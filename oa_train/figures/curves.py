@@ -56,7 +56,7 @@ def curve_figure(
     _scale(left, [point.mean for curve in curves for point in curve.kl])
     if bound is not None:
         left.axhline(bound, color="#555555", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-        left.text(0.0, bound, f"{bound:g} nats ", fontsize=FONT_SIZE - 2, va="bottom", color="#555555")
+        left.text(1.0, bound, f"{bound:g} nats", fontsize=FONT_SIZE - 2, va="bottom", ha="right", color="#555555")
     right.set_ylim(-0.03, 1.03)
     for axes, name in ((left, "KL divergence (nats)"), (right, "accuracy")):
         axes.set_ylabel(name, fontsize=FONT_SIZE)
@@ -81,7 +81,7 @@ def _draw(axes: Axes, fractions: Sequence[float], points: Sequence[Interval], ab
     colour, _ = ablation_style(ablation)
     axes.plot(fractions, [point.mean for point in points], color=colour, linestyle=line, linewidth=1.3)
     low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(fractions, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.fill_between(fractions, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
 def _scale(axes: Axes, means: Sequence[float]) -> None:

@@ -42,12 +42,9 @@ from oa_train.studies.rankings import (
     keep_probabilities,
     random_order,
     ranking_of_path,
+    told_apart,
 )
 from oa_train.studies.study import Findings, Study, Table, estimates, spoken, statistics_stages
-
-
-def _tenths() -> list[float]:
-    return [tenth / 10 for tenth in range(11)]
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ class CurveSettings:
     ranked_under: AblationKind | None = None
     attribution_loss: Loss = "cross_entropy"
     random_orders: int = 3
-    fractions: list[float] = field(default_factory=_tenths)
+    fractions: list[float] = field(default_factory=lambda: [tenth / 10 for tenth in range(11)])
     sizes: list[int] | None = None
     order: Literal["least", "most"] = "least"
     ablations: list[AblationKind] | None = None
@@ -185,11 +182,7 @@ class Curve(Study[CurveSettings]):
             elif name not in BUILT_IN:
                 under = self.settings.ranked_under
                 stored[name] = ranking_of_path(name, self.level, self.parts, self.fingerprint, under)
-        names = [ranking.name for ranking in stored.values()]
-        return {
-            name: ranking if names.count(ranking.name) == 1 else replace(ranking, name=name)
-            for name, ranking in stored.items()
-        }
+        return told_apart(stored)
 
     @property
     def _n_orders(self) -> int:

@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,15 @@ def keep_probabilities(trained: TrainedCircuit | None, level: Level, parts: Sequ
         raise ConfigurationError(f"rankings names scores, but {trained.name} was not trained and has none.")
     scores = dict(zip(trained.circuit.level.names, trained.circuit.scores.double().tolist(), strict=True))
     return Ranking(SCORES, _of_parts(f"The circuit of {trained.name}", scores, level, parts))
+
+
+def told_apart(rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
+    """The rankings, with their keys as names where two have the same."""
+    names = [ranking.name for ranking in rankings.values()]
+    return {
+        key: ranking if names.count(ranking.name) == 1 else replace(ranking, name=key)
+        for key, ranking in rankings.items()
+    }
 
 
 def random_order(n_parts: int, seed: int, draw: int) -> Ranking:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from oa_train.ablations.ascent import Ascended, AscentSettings, ascend
+from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
@@ -34,11 +34,12 @@ from oa_train.studies.study import (
     spoken,
     statistics_stages,
 )
+from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
 
 # Parts of the worst mask that are listed.
-MOST_CHANGED = 10
+MOST_LISTED_PARTS = 10
 
 
 @dataclass(frozen=True)
@@ -133,14 +134,12 @@ class Robustness(Study[RobustnessSettings]):
         settings, task = self.settings, self.task
         lacking = [kind for kind in self.kinds if not self._has_constants(kind)]
         stages = [Stage("the clean model", task.n_test), *statistics_stages(lacking, task)]
-        n_masks = 3 + settings.n_subsets * len(settings.densities)
-        n_vertices = 2 + settings.ascent.random_starts
+        n_subsets = settings.n_subsets * len(settings.densities)
         for kind in self.kinds:
             if KINDS[kind].learned and kind in lacking:
                 stages.append(Stage("constants", fit_passes(1, settings.fit, task.n_validation, 1)))
-            stages.append(Stage("the ascent", settings.ascent.passes))
-            stages.append(Stage("vertices", n_vertices * settings.ascent.n_prompts))
-            stages.append(Stage("the test prompts", n_masks * task.n_test))
+            stages += search_stages(settings.ascent, n_subsets)
+            stages.append(Stage("the test prompts", (3 + n_subsets) * task.n_test))
         return stages
 
     def run(self) -> Findings:
@@ -148,16 +147,15 @@ class Robustness(Study[RobustnessSettings]):
         clean = self.clean_behaviour()
         prepared = {kind: self._prepared(kind) for kind in self.kinds}
         subsets = self._subsets()
-        rows: list[Row] = []
-        worst_masks, facts = {}, {}
+        drawn = torch.stack([*subsets.values()]) if subsets else torch.zeros(0, len(self.level))
+        rows, searches = list[Row](), dict[AblationKind, WorstMask]()
         for kind in self.kinds:
-            ablation = self._fitted(prepared[kind]) if self._needs_fit(kind) else prepared[kind]
-            worst, vertex, facts[kind] = self._worst(kind, ablation)
-            masks = torch.stack([self.mask.float(), vertex, worst, *subsets.values()])
+            ablation = self._fitted() if self._needs_fit(kind) else prepared[kind]
+            searches[kind] = search = self._search(drawn, ablation)
+            masks = torch.cat([torch.stack([self.mask.float(), search.vertex, search.mask]), drawn])
             shown, rows_per_run = f"masks under {spoken(kind)} ablation", self.settings.ascent.rows_per_run
             behaviour = self.behaviour(self.level, masks, [ablation], shown, rows_per_run)
             rows += self._rows(kind, behaviour, list(subsets))
-            worst_masks[kind] = worst
         metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
         for kind in self.kinds:
             metrics |= self._metrics(kind, rows)
@@ -166,9 +164,9 @@ class Robustness(Study[RobustnessSettings]):
             metrics=metrics,
             facts={
                 "n_outside": int(self.outside.sum()),
-                "ablations": {kind: facts[kind] | self._spread(kind, rows) for kind in self.kinds},
+                "ablations": {kind: self._facts(kind, rows, searches[kind]) for kind in self.kinds},
             },
-            shown=list(self._shown(rows, facts)),
+            shown=list(self._shown(rows, searches)),
             figures={"subsets": partial(self._figure, rows)},
             circuit=self.trained.circuit.counts(),
             table="masks",
@@ -183,7 +181,7 @@ class Robustness(Study[RobustnessSettings]):
             return constants.of_level(self.level)
         return KINDS[kind].prepare(self.source)
 
-    def _fitted(self, start: Ablation) -> Ablation:
+    def _fitted(self) -> Ablation:
         """Learned constants of the circuit, trained with everything outside ablated."""
         source, masks = self.source, self.mask.unsqueeze(0)
         others, fit = [source.mean, source.zero], self.settings.fit
@@ -211,45 +209,9 @@ class Robustness(Study[RobustnessSettings]):
                 masks[density, draw] = (self.mask | (self.outside & kept)).float()
         return masks
 
-    def _starts(self) -> Float[Tensor, "start entry"]:
-        """Everything outside at 0, then at random values."""
-        starts = self.mask.float().repeat(1 + self.settings.ascent.random_starts, 1)
-        for number in range(1, len(starts)):
-            values = torch.rand(len(self.level), generator=torch_generator(self.task.seed, "ascent", number))
-            starts[number, self.outside] = values[self.outside]
-        return starts
-
-    def _worst(self, kind: AblationKind, ablation: Ablation) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """The worst mask, the worst one of zeros and ones, and how they were found, all on the ascent's prompts."""
-        ascent, loss = self.settings.ascent, self.settings.loss
-        batches = list(self.task.batches("validation", ascent.n_prompts))
-        with self.track(ascent.passes, f"ascending under {spoken(kind)} ablation") as advance:
-            free, starts = self.outside, self._starts()
-            args = self.model, batches, self.level, starts, free, ablation
-            ascended = ascend(*args, ascent, loss, advance)
-        # Rounded, the masks at which ascents ended; all off is among them, where nothing may be worse.
-        vertices = torch.cat([starts[:1], ascended.masks.round()])
-        still = AscentSettings(0, ascent.step_size, len(vertices) - 1, ascent.n_prompts, ascent.rows_per_run)
-        with self.track(still.passes, "evaluating vertices") as advance:
-            rounded = ascend(self.model, batches, self.level, vertices, free, ablation, still, loss, advance)
-        vertex = rounded.masks[rounded.losses.argmax()]
-        masks, losses = torch.cat([ascended.masks, rounded.masks]), torch.cat([ascended.losses, rounded.losses])
-        worst = masks[losses.argmax()]
-        return worst, vertex, self._found(ascended, rounded, worst, float(losses.max()))
-
-    def _found(self, ascended: Ascended, rounded: Ascended, worst: Tensor, loss: float) -> dict[str, Any]:
-        on = sorted(self.outside.nonzero().flatten().tolist(), key=lambda entry: -float(worst[entry]))
-        return {
-            "ascent": {
-                "prompts": self.settings.ascent.n_prompts,
-                "all_off": float(ascended.first_losses[0]),
-                "starts": ascended.first_losses.tolist(),
-                "ends": ascended.losses.tolist(),
-                "worst_vertex": float(rounded.losses.max()),
-                "worst": loss,
-            },
-            "worst_mask": {self.level.names[entry]: round(float(worst[entry]), 6) for entry in on},
-        }
+    def _search(self, subsets: Float[Tensor, "subset entry"], ablation: Ablation) -> WorstMask:
+        entries, settings = (self.level, self.mask, self.outside, subsets), self.settings
+        return worst_mask(self.model, self.task, *entries, ablation, settings.ascent, settings.loss, self.track)
 
     def _rows(self, kind: AblationKind, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
         named: list[tuple[str, float | None, int | None]] = [(mask, None, None) for mask in (ALL_OFF, VERTEX, WORST)]
@@ -274,24 +236,27 @@ class Robustness(Study[RobustnessSettings]):
                 by_density.setdefault(row["density"], []).append(row["kl"].mean)
         return by_density
 
-    def _spread(self, kind: AblationKind, rows: Sequence[Row]) -> dict[str, Any]:
+    def _spread(self, kind: AblationKind, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Spread of the random subsets' divergences at each density, in nats."""
+        names = ("lowest", "median", "highest")
+        return [
+            {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
+            for density, kl in self._random_kl(kind, rows).items()
+        ]
+
+    def _facts(self, kind: AblationKind, rows: Sequence[Row], search: WorstMask) -> dict[str, Any]:
         return {
-            "random_subsets": [
-                {
-                    "density": density,
-                    "n": len(kl),
-                    **dict(zip(("lowest", "median", "highest"), np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True)),
-                }
-                for density, kl in self._random_kl(kind, rows).items()
-            ]
+            "search": {"n_prompts": self.settings.ascent.n_prompts, **search.losses},
+            "worst_mask": most_kept(search.mask, self.outside, self.level.names),
+            "random_subsets": self._spread(kind, rows),
         }
 
-    def _shown(self, rows: Sequence[Row], facts: Mapping[AblationKind, Mapping[str, Any]]) -> Iterator[Table | str]:
+    def _shown(self, rows: Sequence[Row], searches: Mapping[AblationKind, WorstMask]) -> Iterator[Table | str]:
         for kind in self.kinds:
-            by_mask = {row["mask"]: row for row in rows if row["ablation"] == kind}
+            of_kind = [row for row in rows if row["ablation"] == kind]
+            by_mask = {row["mask"]: row for row in of_kind}
             cells = [self._cells(mask, by_mask[mask]) for mask in (ALL_OFF, VERTEX, WORST)]
-            for spread in self._spread(kind, rows)["random_subsets"]:
+            for spread in self._spread(kind, rows):
                 low, median, high = (written(spread[name]) for name in ("lowest", "median", "highest"))
                 name = f"{spread['n']} random subsets, {spread['density']:.0%} kept"
                 cells.append({"outside the circuit": name, "KL": f"{median} (median), {low} to {high}"})
@@ -300,8 +265,8 @@ class Robustness(Study[RobustnessSettings]):
                 f"KL divergence in nats on {self.prompts}, mean ± 95 % interval",
                 cells,
             )
-            yield self._sentence(kind, by_mask[WORST])
-            yield self._changed(facts[kind])
+            yield self._sentence(kind, max(of_kind, key=lambda row: row["kl"].mean), by_mask[WORST])
+            yield self._kept(searches[kind])
 
     def _cells(self, mask: str, row: Row) -> dict[str, Any]:
         return {
@@ -311,29 +276,29 @@ class Robustness(Study[RobustnessSettings]):
             "accuracy": f"{row['accuracy'].mean:.3f}",
         }
 
-    def _sentence(self, kind: AblationKind, worst: Row) -> str:
-        gap, n_outside, tolerance = worst["kl_minus_all_off"], int(self.outside.sum()), self.settings.tolerance
+    def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
+        """Judge the parts outside by the mask that hurts most on the test prompts, whichever it is."""
+        is_found = hardest["kl"].mean <= worst["kl"].mean
+        gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
         low, high = gap.ci95
-        judged = f"The {n_outside:,} {self.level.parts} outside are "
         if high <= tolerance:
-            judged += "irrelevant in every combination that was tried"
-        elif low > tolerance:
-            judged += "not irrelevant in every combination"
+            judged = "irrelevant in every combination that was tried"
         else:
-            judged += "perhaps not irrelevant in every combination"
+            judged = "not irrelevant in every combination" if low > tolerance else "not shown to be irrelevant"
+        what = "the worst partial ablation" if is_found else f"the mask that hurts most there ({hardest['mask']})"
         return (
-            f"{judged}: under {spoken(kind)} ablation the worst partial ablation adds {gap} nats to the KL divergence "
-            f"of all off ({tolerance:g} do not matter)."
+            f"The {int(self.outside.sum()):,} {self.level.parts} outside are {judged}: under {spoken(kind)} ablation "
+            f"{what} adds {gap} nats to the KL divergence of all off; {tolerance:g} do not matter."
         )
 
-    def _changed(self, facts: Mapping[str, Any]) -> str:
-        values = facts["worst_mask"]
+    def _kept(self, search: WorstMask) -> str:
+        values = most_kept(search.mask, self.outside, self.level.names)
         on = [f"{name} {value:.2f}" for name, value in values.items() if value > 0]
         if not on:
             return "The worst mask is all off."
-        more = f" and {len(on) - MOST_CHANGED} more" if len(on) > MOST_CHANGED else ""
-        n_off = sum(value == 0 for value in values.values())
-        return f"On in the worst mask: {', '.join(on[:MOST_CHANGED])}{more}; {n_off} of {len(values)} are all off."
+        more = f" and {len(on) - MOST_LISTED_PARTS} more" if len(on) > MOST_LISTED_PARTS else ""
+        n_off = len(values) - len(on)
+        return f"Kept most in the worst mask: {', '.join(on[:MOST_LISTED_PARTS])}{more}; {n_off} of {len(values)} off."
 
     def _figure(self, rows: Sequence[Row]) -> Figure:
         panels = []
