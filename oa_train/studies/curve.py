@@ -1,7 +1,7 @@
 """More and more of a model ablated, in an order of importance: where does its behaviour break?"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import ClassVar, Literal
 
