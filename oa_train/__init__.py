@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from oa_train.ablations.ascent import AscentSettings as AscentSettings
     from oa_train.ablations.constants import Constants as Constants
     from oa_train.ablations.context import ablated as ablated
     from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
@@ -38,11 +39,15 @@ if TYPE_CHECKING:
     from oa_train.models.sites import Site as Site
     from oa_train.studies.compare import Compare as Compare
     from oa_train.studies.compare import CompareSettings as CompareSettings
+    from oa_train.studies.curve import Curve as Curve
+    from oa_train.studies.curve import CurveSettings as CurveSettings
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
     from oa_train.studies.finish_constants import finish_constants as finish_constants
     from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
+    from oa_train.studies.robustness import Robustness as Robustness
+    from oa_train.studies.robustness import RobustnessSettings as RobustnessSettings
     from oa_train.studies.run_folder import RunFolder as RunFolder
     from oa_train.studies.scan import Scan as Scan
     from oa_train.studies.scan import ScanSettings as ScanSettings
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Agreement": "tasks.agreement",
     "AblationSource": "ablations.registry",
+    "AscentSettings": "ablations.ascent",
     "Batch": "batches",
     "BestCheckpoint": "training.callbacks",
     "Capitals": "tasks.capitals",
@@ -79,6 +85,8 @@ _HOMES = {
     "CompareSettings": "studies.compare",
     "Constants": "ablations.constants",
     "ConstantsModule": "training.constants_module",
+    "Curve": "studies.curve",
+    "CurveSettings": "studies.curve",
     "Dictionary": "models.dictionaries",
     "Findings": "studies.study",
     "FinishSettings": "studies.finish",
@@ -98,6 +106,8 @@ _HOMES = {
     "Prompt": "tasks.task",
     "Question": "tasks.task",
     "RefitSettings": "ablations.fitting",
+    "Robustness": "studies.robustness",
+    "RobustnessSettings": "studies.robustness",
     "RunFolder": "studies.run_folder",
     "Scan": "studies.scan",
     "ScanSettings": "studies.scan",

@@ -24,8 +24,10 @@ from oa_train.models.families import FAMILIES, Dimensions, Family
 from oa_train.models.loading import LMSpec
 from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
+from oa_train.studies.curve import CurveSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
+from oa_train.studies.robustness import RobustnessSettings
 from oa_train.studies.scan import ScanSettings
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
@@ -54,7 +56,9 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),
+    ("curve", CurveSettings, (CurveSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
+    ("robustness", RobustnessSettings, (RobustnessSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]
 
@@ -88,7 +92,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list):
-        return f"[{', '.join(value)}]"
+        return f"[{', '.join(map(str, value))}]"
     return value.__name__ if inspect.isclass(value) else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -73,7 +73,7 @@ def circuit_behaviour(
     model: CausalLM,
     batches: Iterable[Batch],
     level: Level,
-    masks: Bool[Tensor, "circuit entry"],
+    masks: Bool[Tensor, "circuit entry"] | Float[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
     rows_per_run: int = ROWS_PER_RUN,
     clean: CleanLogits | None = None,
@@ -85,7 +85,7 @@ def circuit_behaviour(
         model: frozen causal language model.
         batches: prompts, on any device.
         level: level of the masks.
-        masks: a circuit in each row; false entries are ablated.
+        masks: a circuit in each row; false entries are ablated, and numbers in [0, 1] mix.
         ablations: ablation of each circuit, or one for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
         clean: clean logits of the batches, where the same ones are evaluated again.

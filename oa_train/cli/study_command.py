@@ -34,6 +34,7 @@ FROM_RUN = ("seed_everything", "lm", "data")
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
+    "optional": "folder of a run, whose model, task, seed and circuit are used and which gets the results",
     "several": "folder of a finished run; of several, the first gives model and task and gets the results",
 }
 
@@ -54,7 +55,8 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         parser.exit()
-    if kind.asks_of != "none" and not folders:
+    needs_run = kind.asks_of in ("one", "several")
+    if needs_run and not folders:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
     if len(folders) > 1 and kind.asks_of != "several":
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
@@ -69,7 +71,9 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     else:
         check_experiment(chosen.experiment)
         output_root("--output", chosen.output)
-    circuits = _named_apart([run.trained_circuit() for run in runs], runs) if kind.asks_of != "none" else []
+    may_have = kind.asks_of == "optional"
+    with_circuits = [run for run in runs if needs_run or (may_have and (run.path / "circuit").is_dir())]
+    circuits = _named_apart([run.trained_circuit() for run in with_circuits], with_circuits)
     study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
     if kind.resumable and chosen.resume is not None:
         study.resume(chosen.resume)
@@ -142,7 +146,7 @@ def _study_class(path: str) -> type[Study[Any]]:
 def _parser(kind: type[Study[Any]]) -> ExplainingParser:
     parser = ExplainingParser(prog=f"oa-train {kind.name}", description=(kind.__doc__ or "").partition("\n")[0])
     add_config(parser)
-    needs_run = kind.asks_of != "none"
+    needs_run = kind.asks_of in ("one", "several")
     run_type = str if needs_run else str | None
     parser.add_argument("--run", type=run_type, required=needs_run, help=_RUN_HELP[kind.asks_of])
     if not needs_run:

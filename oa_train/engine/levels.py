@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.distributed.fsdp import FSDPModule
 
 from oa_train.batches import Batch, TokenLayout
@@ -54,7 +53,8 @@ def _node_circuits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, values: Values, recompute: bool
 ) -> Tensor:
     """Rows of a circuit join the run where it first ablates something, if that saves work."""
-    if recompute or isinstance(model, FSDPModule) or saved_share(nodes, masks) <= 0:
+    mixes = masks.is_floating_point()
+    if mixes or recompute or isinstance(model, FSDPModule) or saved_share(nodes, masks) <= 0:
         return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute)
     return prefix_logits(model, batch, nodes, masks, values).ablated.flatten(0, 1)
 
@@ -68,7 +68,8 @@ def _edge_circuits(
 def _repeated(
     model: CausalLM, batch: Batch, level: Any, masks: Tensor, values: Values
 ) -> tuple[CausalLM, Batch, Any, Tensor, Values]:
-    rows = masks.to(batch.tokens.device, torch.float32).repeat_interleave(len(batch), dim=0)
+    numbers = masks if masks.is_floating_point() else masks.float()
+    rows = numbers.to(batch.tokens.device).repeat_interleave(len(batch), dim=0)
     return model, batch.repeat(len(masks)), level, rows, values
 
 
@@ -116,19 +117,19 @@ def copies_logits(
     model: CausalLM,
     batch: Batch,
     level: Level,
-    masks: Bool[Tensor, "circuit entry"],
+    masks: Bool[Tensor, "circuit entry"] | Float[Tensor, "circuit entry"],
     values: Values,
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Like `masked_logits`, of S circuits on the same B prompts, laid out as `batch.repeat(S)`.
 
-    Circuits of nodes share their clean prefix where that saves work.
+    Circuits of nodes share their clean prefix where that saves work and no mask mixes.
 
     Args:
         model: frozen causal language model.
         batch: B prompts on the model's device.
         level: level of the masks.
-        masks: a circuit in each row; false entries are ablated.
+        masks: a circuit in each row; false entries are ablated. Of numbers, which mix, gradients flow to them.
         values: the replacements, for all rows or for S * B rows.
         recompute: see `masked_logits`.
     """

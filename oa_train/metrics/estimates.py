@@ -66,10 +66,7 @@ def estimate(
         NotFiniteError: mean or error is not finite.
         TaskError: all prompts are the same.
     """
-    array = values.double().numpy()
-    if identities is not None:
-        _, group, counts = np.unique(identities.numpy(), return_inverse=True, return_counts=True)
-        array = array if len(counts) == len(array) else np.bincount(group, array) / counts
+    array = of_distinct(values.unsqueeze(0), identities).squeeze(0).numpy()
     if len(array) < 2:
         raise TaskError(
             f"The {len(values)} prompts of an evaluation are all the same, so their mean has no interval. Give the "
@@ -83,6 +80,20 @@ def estimate(
     if not math.isfinite(margin):
         raise NotFiniteError(f"A mean over {len(array)} prompts and its error are not finite: {mean} ± {margin}.")
     return Estimate(mean, stderr, (mean - margin, mean + margin), len(array))
+
+
+def of_distinct(
+    values: Float[Tensor, "row prompt"], identities: Int[Tensor, " prompt"] | None
+) -> Float[Tensor, "row distinct"]:
+    """Values of distinct prompts, in float64: those of equal prompts are averaged; see `estimate`."""
+    values = values.double()
+    if identities is None:
+        return values
+    distinct, groups, counts = identities.unique(return_inverse=True, return_counts=True)
+    if len(distinct) == len(identities):
+        return values
+    averaged: Tensor = values.new_zeros(len(values), len(distinct)).index_add_(1, groups, values) / counts
+    return averaged
 
 
 def paired_difference(

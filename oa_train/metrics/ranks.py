@@ -34,7 +34,7 @@ def rank_correlation(
 
     The prompts are resampled, the parts are not.
     """
-    ranks = [stats.rankdata(means, axis=0) for means in _resampled_means(seed, first, second)]
+    ranks = [stats.rankdata(means, axis=0) for means in resampled_means(seed, first, second)]
     centred = [rank - rank.mean(axis=0) for rank in ranks]
     norms = np.sqrt((centred[0] ** 2).sum(axis=0) * (centred[1] ** 2).sum(axis=0))
     return _bootstrapped((centred[0] * centred[1]).sum(axis=0) / np.maximum(norms, np.finfo(float).tiny))
@@ -72,12 +72,12 @@ def above(
 
 
 def _ratios(first: Tensor, second: Tensor, seed: int) -> np.ndarray:
-    means = _resampled_means(seed, first, second)
+    means = resampled_means(seed, first, second)
     ratios: np.ndarray = means[0] / np.maximum(means[1], np.finfo(float).tiny)
     return ratios
 
 
-def _resampled_means(seed: int, *effects: Tensor) -> list[np.ndarray]:
+def resampled_means(seed: int, *effects: Tensor) -> list[np.ndarray]:
     """Mean effects [part, 1 + draw]: of all prompts, then of prompts drawn with replacement, the same for each."""
     n_prompts = effects[0].shape[1]
     draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)

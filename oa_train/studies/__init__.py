@@ -4,5 +4,10 @@
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
+    "curve": ("oa_train.studies.curve.Curve", "more and more ablated together, by importance: where does it break?"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
+    "robustness": (
+        "oa_train.studies.robustness.Robustness",
+        "is what lies outside a circuit irrelevant in any combination?",
+    ),
 }

@@ -11,7 +11,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
@@ -23,6 +23,7 @@ from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
 from oa_train.studies.kinds import chosen_kinds
+from oa_train.studies.options import check_ablations, check_positions
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -74,14 +75,8 @@ class CompareSettings:
             raise ConfigurationError(f"random_circuits is {self.random_circuits}; expected 0 or more.")
         if self.random_prompts < 1:
             raise ConfigurationError(f"random_prompts is {self.random_prompts}; expected at least 1.")
-        if isinstance(self.positions, int) and self.positions < 1:
-            raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
-        if self.ablations is not None and not self.ablations:
-            raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
-        for kind in self.ablations or []:
-            check_kind("ablations", kind)
-        if self.ablations is not None and len(set(self.ablations)) < len(self.ablations):
-            raise ConfigurationError(f"ablations names one of {', '.join(self.ablations)} twice.")
+        check_positions(self.positions)
+        check_ablations(self.ablations)
 
 
 class Compare(Study[CompareSettings]):

@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.engine.direct import direct_attribution
 from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Panel, comparison_figure
@@ -21,13 +21,13 @@ from oa_train.metrics.estimates import Estimate, estimate, written
 from oa_train.metrics.measures import MEASURES
 from oa_train.metrics.ranks import above, mean_ratio, median_ratio, rank_correlation
 from oa_train.models.dictionaries import DictionarySpec
-from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Tensor
 from oa_train.studies.comparison_tables import alone_cells, intervals, label
 from oa_train.studies.findings import plain
 from oa_train.studies.kinds import chosen_kinds
+from oa_train.studies.options import check_ablations, check_positions, n_positions, selected_units
 from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -79,18 +79,14 @@ class ScanSettings:
     def __post_init__(self) -> None:
         if self.parts_at_once < 1:
             raise ConfigurationError(f"parts_at_once is {self.parts_at_once}; expected at least 1.")
-        if isinstance(self.positions, int) and self.positions < 1:
-            raise ConfigurationError(f"positions is {self.positions}; expected at least 1, or every.")
+        check_positions(self.positions)
         if not self.threshold >= 0:
             raise ConfigurationError(f"threshold is {self.threshold}; expected nats, at least 0.")
         if not 0 < self.false_discovery_rate < 1:
             raise ConfigurationError(
                 f"false_discovery_rate is {self.false_discovery_rate}; expected a share between 0 and 1."
             )
-        if self.ablations is not None and not self.ablations:
-            raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
-        for kind in self.ablations or []:
-            check_kind("ablations", kind)
+        check_ablations(self.ablations)
         check_dictionaries(self.sites, len(self.dictionaries))
 
 
@@ -119,10 +115,8 @@ class Scan(Study[ScanSettings]):
         """Select the units."""
         super().check()
         settings = self.settings
-        patterns = [settings.components] if isinstance(settings.components, str) else settings.components
-        loaded = [spec.load() for spec in settings.dictionaries]
-        self.level = Nodes.of(self.model.config, settings.sites, patterns, loaded)
-        self.parts = self.level.select(patterns)
+        units = settings.sites, settings.components, settings.dictionaries
+        self.level, self.parts = selected_units(self.model.config, *units)
         unplanned = AblationSource(self.model, self.task, self.level)
         self.chosen = chosen_kinds(settings.ablations, unplanned, self.batches)
         self.kinds = self.chosen.kinds
@@ -187,8 +181,7 @@ class Scan(Study[ScanSettings]):
 
     @cached_property
     def _source(self) -> AblationSource:
-        longest, positions = max(int(batch.lengths.max()) for batch in self.batches), self.settings.positions
-        positions = longest if positions == "every" else positions
+        positions = n_positions(self.settings.positions, self.batches)
         return AblationSource(self.model, self.task, self.level, positions, self.track)
 
     @cached_property

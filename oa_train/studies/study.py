@@ -30,7 +30,7 @@ from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
 from oa_train.models.loading import CausalLM, fingerprint
 from oa_train.progress import Stage, Track, counted, silent
-from oa_train.shapes import Bool, Tensor
+from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.findings import Findings as Findings
 from oa_train.studies.findings import Row as Row
 from oa_train.studies.findings import Table as Table
@@ -64,14 +64,14 @@ class Study(ABC, Generic[S]):
     Attributes:
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
-        asks_of: circuits that the study needs: `none`, `one`, or `several` (at least one).
+        asks_of: circuits that the study needs: `none`, `one`, `several` (at least one), or `optional` (one or none).
         resumable: it keeps what it has done in its folder (see `studies.pieces`) and can be continued there.
         folder: its folder, once claimed.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
-    asks_of: ClassVar[Literal["none", "one", "several"]] = "none"
+    asks_of: ClassVar[Literal["none", "one", "several", "optional"]] = "none"
     resumable: ClassVar[bool] = False
     folder: Path | None = None
 
@@ -97,10 +97,12 @@ class Study(ABC, Generic[S]):
             ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
         """
         n_circuits, names = len(self.circuits), [circuit.name for circuit in self.circuits]
-        fits = {"none": n_circuits == 0, "one": n_circuits == 1, "several": n_circuits > 0}[self.asks_of]
+        most = {"none": 0, "one": 1, "optional": 1, "several": n_circuits}[self.asks_of]
+        fits = int(self.asks_of in ("one", "several")) <= n_circuits <= most
         if not fits or len(set(names)) < n_circuits:
             wanted = {"none": "no circuit", "one": "one circuit", "several": "circuits with different names"}
-            raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
+            expected = wanted.get(self.asks_of, "at most one circuit")
+            raise ConfigurationError(f"{self.name} expects {expected}; it was given {names}.")
 
     @abstractmethod
     def run(self) -> Findings:
@@ -149,7 +151,7 @@ class Study(ABC, Generic[S]):
     def behaviour(
         self,
         level: Level,
-        masks: Bool[Tensor, "circuit entry"],
+        masks: Bool[Tensor, "circuit entry"] | Float[Tensor, "circuit entry"],
         ablations: Sequence[Ablation],
         description: str,
         rows_per_run: int = ROWS_PER_RUN,

@@ -1,10 +1,12 @@
 """What studies say before they begin is what they then do; repeated prompts and missed sizes are said."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.evaluation import CleanLogits, circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
@@ -15,8 +17,10 @@ from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.studies import compare as compare_module
 from oa_train.studies.compare import Compare, CompareSettings
+from oa_train.studies.curve import Curve, CurveSettings
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.minimal import Minimal, MinimalSettings
+from oa_train.studies.robustness import Robustness, RobustnessSettings
 from oa_train.studies.study import criterion
 from tests.builders import small_ioi
 from tests.test_progress import Told
@@ -69,6 +73,20 @@ def test_minimal_does_what_it_says(model, task, ablation, refit):
     if KINDS[ablation].constant:
         trained = TrainedCircuit("run", trained.circuit, AblationSource(model, task, nodes).mean)
     check_plan(Minimal(model, task, [trained], MinimalSettings(refit, 0.0, 2, BRIEF)))
+
+
+@pytest.mark.parametrize(("kind", "refit"), [(Nodes, True), (Graph, False)])
+def test_curve_does_what_it_says(model, task, kind, refit):
+    settings = CurveSettings(ablations=["optimal", "noise"], fractions=[0.5], refit=refit, fit=BRIEF, random_orders=2)
+    check_plan(Curve(model, task, [a_circuit(model, kind.of(model.config))], settings))
+    check_plan(Curve(model, task, settings=replace(settings, rankings=["random"], components="m0")))
+
+
+@pytest.mark.parametrize("n_subsets", [0, 2])
+def test_robustness_does_what_it_says(model, task, n_subsets):
+    ascent = AscentSettings(steps=2, random_starts=1, n_prompts=3)
+    settings = RobustnessSettings(["optimal", "zero"], n_subsets, [0.2, 0.5], ascent, fit=BRIEF)
+    check_plan(Robustness(model, task, [a_circuit(model, Nodes.of(model.config), "zero")], settings))
 
 
 @pytest.mark.parametrize("start", ["trained", "mean", "both"])

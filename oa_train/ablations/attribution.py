@@ -1,0 +1,57 @@
+"""First-order estimate of what ablating each entry of a level does, from one backward pass a prompt."""
+
+from collections.abc import Iterable
+from functools import partial
+
+import torch
+
+from oa_train.ablations.base import Ablation
+from oa_train.batches import Batch
+from oa_train.engine.chunks import ROWS_PER_RUN, chunks
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import masked_logits
+from oa_train.engine.reading import read_values
+from oa_train.metrics.measures import Loss, loss_of
+from oa_train.models.levels import Level
+from oa_train.models.loading import CausalLM
+from oa_train.progress import WITH_GRADIENTS, Advance
+from oa_train.shapes import Float, Tensor
+
+
+def mask_gradients(
+    model: CausalLM,
+    batches: Iterable[Batch],
+    level: Level,
+    ablation: Ablation,
+    loss: Loss = "cross_entropy",
+    rows_per_run: int = ROWS_PER_RUN,
+    advance: Advance = lambda done: None,
+) -> Float[Tensor, "prompt entry"]:
+    """Gradient of each prompt's loss with respect to the mask where everything is kept, on the CPU.
+
+    Minus the gradient is the first-order effect of ablating an entry: attribution patching (Nanda, 2023), and of edges
+    edge attribution patching (Syed et al., 2023), for replacements of any ablation. The KL divergence from the clean
+    model is at its minimum there, so that its gradient is zero and tells nothing.
+
+    Args:
+        model: frozen causal language model.
+        batches: prompts, on any device.
+        level: level of the mask.
+        ablation: supplies the replacements.
+        loss: name of the loss.
+        rows_per_run: most prompts of one model run; bounds memory, changes no result.
+        advance: counts passes.
+    """
+    ablation, gradients = ablation.to(model.device), []
+    for batch in batches:
+        for whole, _ in chunks(model, level, batch.to(model.device), 1, rows_per_run, gradients=True):
+            for piece in whole.pieces(rows_per_run):
+                values = ablation.replacements(piece, partial(read_values, model, level=level))
+                dtype = torch.promote_types(model.dtype, torch.float32)
+                mask = torch.ones(len(piece), len(level), device=model.device, dtype=dtype, requires_grad=True)
+                with torch.no_grad():
+                    clean = scored_logits(model, piece)
+                losses = loss_of(loss, clean, masked_logits(model, piece, level, mask, values), piece)
+                gradients.append(torch.autograd.grad(losses.sum(), mask)[0].cpu())
+                advance(WITH_GRADIENTS * len(piece))
+    return torch.cat(gradients)

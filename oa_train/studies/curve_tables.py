@@ -1,0 +1,134 @@
+"""Curves of a model that is ablated more and more: their rows, key figures and tables."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.errors import ConfigurationError
+from oa_train.figures.comparison import Interval
+from oa_train.figures.curves import DrawnCurve
+from oa_train.metrics.curves import area, holds_until, recovery_area
+from oa_train.metrics.estimates import Estimate
+from oa_train.metrics.measures import MEASURES
+from oa_train.shapes import Float, Tensor
+from oa_train.studies.comparison_tables import label
+from oa_train.studies.study import differences, estimates, interval
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredCurve:
+    """Behaviour under one ablation along one order.
+
+    Attributes:
+        ranking: name of the ranking.
+        draw: number of a random order; None for others, and for the mean of all random ones.
+        ablation: what is ablated by.
+        behaviour: of every point, the clean model first and everything ablated last.
+    """
+
+    ranking: str
+    draw: int | None
+    ablation: AblationKind
+    behaviour: Behaviour
+
+    def figures(
+        self, fractions: Float[Tensor, " point"], broken_by: Literal["kl", "accuracy"], bound: float
+    ) -> dict[str, Estimate]:
+        """Areas, and the last fraction before the curve breaks; no recovery where there is nothing to recover."""
+        measured, identities = self.behaviour, self.behaviour.identities
+        lost = measured.kl if broken_by == "kl" else measured.accuracy[:1] - measured.accuracy
+        recovery = recovery_area(fractions, measured.logit_difference, identities)
+        return {
+            "kl_area": area(fractions, measured.kl, identities),
+            **({} if recovery is None else {"recovery_area": recovery}),
+            "holds_until": holds_until(fractions, lost, bound, identities),
+        }
+
+    def rows(self, ablated: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """A row for each point; `ablated` is the number of units that it ablates."""
+        for point, number in enumerate(ablated):
+            row: dict[str, Any] = {"ranking": self.ranking, "draw": self.draw, "ablation": self.ablation}
+            row |= {"total": KINDS[self.ablation].total, "fraction": number / ablated[-1], "ablated": number}
+            row |= {"kept": ablated[-1] - number, **estimates(self.behaviour, point)}
+            row |= differences(self.behaviour, self.behaviour, point, 0, "clean")
+            del row["kl_minus_clean"]
+            yield row
+
+    def drawn(self) -> DrawnCurve:
+        """As figures draw it."""
+        points = [estimates(self.behaviour, point) for point in range(len(self.behaviour.kl))]
+        by_measure: dict[str, list[Interval]] = {
+            measure: [interval(of_point[measure]) for of_point in points] for measure in ("kl", "accuracy")
+        }
+        return DrawnCurve(self.ranking, self.ablation, label(self.ablation), by_measure["kl"], by_measure["accuracy"])
+
+
+def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[int] | None) -> list[int]:
+    """Numbers of ablated parts in ascending order, from 0 to all: by the fraction ablated, or the number kept.
+
+    Raises:
+        ConfigurationError: a size is none.
+    """
+    for size in sizes or ():
+        if not 0 <= size <= n_parts:
+            raise ConfigurationError(f"sizes names {size}; {n_parts} parts are selected.")
+    of_fractions = {int(fraction * n_parts + 0.5) for fraction in fractions}
+    numbers = of_fractions if sizes is None else {n_parts - size for size in sizes}
+    return sorted(numbers | {0, n_parts})
+
+
+def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
+    """The curves, with one in place of all draws of a ranking under an ablation: their mean, prompt by prompt."""
+    groups: dict[tuple[str, AblationKind], list[MeasuredCurve]] = {}
+    for curve in curves:
+        groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
+    return [
+        replace(group[0], draw=None, behaviour=_mean([curve.behaviour for curve in group]))
+        for group in groups.values()
+    ]
+
+
+def _mean(behaviours: Sequence[Behaviour]) -> Behaviour:
+    stacked = {name: torch.stack([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
+    means = {name: values.mean(dim=0) for name, values in stacked.items()}
+    return Behaviour(**means, identities=behaviours[0].identities)
+
+
+def chosen_points(behaviour: Behaviour, points: Sequence[int], clean: Behaviour) -> Behaviour:
+    """The clean model, followed by some of the circuits that were evaluated."""
+    measures = {name: torch.cat([getattr(clean, name), getattr(behaviour, name)[list(points)]]) for name in MEASURES}
+    return Behaviour(**measures, identities=clean.identities)
+
+
+def summary_cells(
+    curves: Sequence[MeasuredCurve], figures: Sequence[Mapping[str, Estimate]], holds: str
+) -> list[dict[str, Any]]:
+    """A row for each ranking and ablation."""
+    return [
+        {
+            "ranking": curve.ranking,
+            "ablation": label(curve.ablation),
+            "area under\nKL": of_curve["kl_area"],
+            "recovered\nlogit difference": of_curve.get("recovery_area"),
+            holds: _share(of_curve["holds_until"]),
+        }
+        for curve, of_curve in zip(curves, figures, strict=True)
+    ]
+
+
+def _share(estimate: Estimate) -> str:
+    low, high = estimate.ci95
+    return f"{estimate.mean:.0%}" if low == high else f"{estimate.mean:.0%} [{low:.0%}, {high:.0%}]"
+
+
+def point_cells(curves: Sequence[MeasuredCurve], ablated: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each point, with a column for each ranking."""
+    return [
+        {"ablated": f"{number:,} ({number / ablated[-1]:.0%})"}
+        | {curve.ranking: estimates(curve.behaviour, point)["kl"] for curve in curves}
+        for point, number in enumerate(ablated)
+    ]

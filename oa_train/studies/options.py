@@ -1,0 +1,53 @@
+"""Options that several studies have in common: which units, which ablations, which positions."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from oa_train.ablations.registry import KINDS, AblationKind, check_kind
+from oa_train.batches import Batch
+from oa_train.errors import ConfigurationError
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.selection import Nodes
+
+
+def patterns_of(components: str | list[str]) -> list[str]:
+    """The patterns of an option that may be one or a list."""
+    return [components] if isinstance(components, str) else components
+
+
+def selected_units(
+    config: Any, sites: Sequence[str], components: str | list[str], dictionaries: Sequence[DictionarySpec]
+) -> tuple[Nodes, tuple[str, ...]]:
+    """Level of the kinds of site, and the units of it that are selected.
+
+    Raises:
+        ConfigurationError: a pattern matches nothing, or a kind of site does not exist in this model.
+    """
+    patterns = patterns_of(components)
+    level = Nodes.of(config, sites, patterns, [spec.load() for spec in dictionaries])
+    return level, level.select(patterns)
+
+
+def check_positions(positions: int | Literal["every"] | None) -> None:
+    """Refuse a number of positions below 1 with a `ConfigurationError`."""
+    if isinstance(positions, int) and positions < 1:
+        raise ConfigurationError(f"positions is {positions}; expected at least 1, or every.")
+
+
+def n_positions(positions: int | Literal["every"], batches: Sequence[Batch]) -> int:
+    """Positions that constants tell apart."""
+    return max(int(batch.lengths.max()) for batch in batches) if positions == "every" else positions
+
+
+def check_ablations(ablations: list[AblationKind] | None) -> None:
+    """Refuse an empty list of kinds of ablation, an unknown kind, or one that is there twice.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    if ablations is not None and not ablations:
+        raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
+    for kind in ablations or []:
+        check_kind("ablations", kind)
+    if ablations is not None and len(set(ablations)) < len(ablations):
+        raise ConfigurationError(f"ablations names one of {', '.join(ablations)} twice.")

@@ -1,0 +1,309 @@
+"""Robustness of a circuit: are the parts outside of it irrelevant in any combination, not only all ablated?"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from oa_train.ablations.ascent import AscentSettings
+from oa_train.ablations.base import Ablation
+from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
+from oa_train.errors import ConfigurationError
+from oa_train.figures.style import Figure
+from oa_train.figures.subsets import Subsets, subsets_figure
+from oa_train.metrics.estimates import Estimate, written
+from oa_train.metrics.measures import Loss, check_loss
+from oa_train.progress import Stage
+from oa_train.seeds import torch_generator
+from oa_train.shapes import Bool, Float, Tensor
+from oa_train.studies.comparison_tables import label
+from oa_train.studies.options import check_ablations
+from oa_train.studies.study import (
+    Findings,
+    Row,
+    Study,
+    Table,
+    differences,
+    estimates,
+    interval,
+    spoken,
+    statistics_stages,
+)
+from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
+
+ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
+
+# Parts of the worst mask that are listed.
+MOST_LISTED_PARTS = 10
+
+
+@dataclass(frozen=True)
+class RobustnessSettings:
+    """Settings of `robustness`.
+
+    Attributes:
+        ablations: kinds of ablation of the parts outside; by default the circuit's own.
+        n_subsets: random subsets of the parts outside that are kept, for each density; 0 for none.
+        densities: probabilities with which each part outside is kept.
+        ascent: the search for the worst mask.
+        loss: loss that the worst mask makes large.
+        tolerance: nats that do not matter: the parts outside count as irrelevant if the whole 95 % interval of what
+            the worst mask adds to the KL divergence is at or below it.
+        fit: training of the constants of a learned ablation that the circuit has no constants of.
+    """
+
+    ablations: list[AblationKind] | None = None
+    n_subsets: int = 32
+    densities: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 0.9])
+    ascent: AscentSettings = field(default_factory=AscentSettings)
+    loss: Loss = "kl"
+    tolerance: float = 0.01
+    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
+
+    def __post_init__(self) -> None:
+        check_ablations(self.ablations)
+        check_loss("loss", self.loss)
+        if self.n_subsets < 0:
+            raise ConfigurationError(f"n_subsets is {self.n_subsets}; expected 0 or more.")
+        for density in self.densities:
+            if not 0 <= density <= 1:
+                raise ConfigurationError(f"densities names {density}; expected probabilities between 0 and 1.")
+        if len(set(self.densities)) < len(self.densities):
+            raise ConfigurationError(f"densities names one of {', '.join(map(str, self.densities))} twice.")
+        if not self.tolerance >= 0:
+            raise ConfigurationError(f"tolerance is {self.tolerance}; expected 0 or more.")
+
+
+class Robustness(Study[RobustnessSettings]):
+    """Keeps the parts outside a circuit in many combinations: is the circuit as good in all of them?
+
+    A circuit is judged with everything outside ablated. Here random subsets of the outside are kept, and the worst
+    partial ablation is sought: mask values in [0, 1] of the parts outside, the same for all prompts, by projected
+    gradient ascent on validation prompts. All are reported on the test prompts. The circuit itself is always kept, and
+    so are parts that its training could not leave out.
+
+    Rows: one for each ablation and mask (`all off`, `random subset` with its `density` and `draw`, `worst vertex`,
+    whose values are 0 or 1, and `worst`), with the measures and their paired differences to all off
+    (`x_minus_all_off`).
+
+    Raises:
+        ConfigurationError: nothing is outside the circuit, or there are more ascent prompts than validation prompts.
+        TaskError: the task has no prompts for an ablation that was asked for.
+    """
+
+    name = "robustness"
+    Settings: ClassVar[type] = RobustnessSettings
+    asks_of = "one"
+
+    def check(self) -> None:
+        """Refuse a circuit with nothing outside."""
+        super().check()
+        self.trained = self.circuits[0]
+        self.level, self.mask = self.trained.circuit.level, self.trained.circuit.mask
+        self.outside: Bool[Tensor, " entry"] = ~self.mask & self.level.selected(self.trained.selected)
+        if not self.outside.any():
+            raise ConfigurationError(
+                f"{self.trained.name} keeps all {self.level.parts} that it could leave out, so there is nothing "
+                "outside of it."
+            )
+        self.kinds = self.settings.ablations or [self.trained.ablation]
+        check_suits(self.kinds, AblationSource(self.model, self.task, self.level), self.batches)
+        n_prompts, n_validation = self.settings.ascent.n_prompts, self.task.n_validation
+        if n_prompts > n_validation:
+            raise ConfigurationError(
+                f"ascent.n_prompts is {n_prompts}, but there are {n_validation} validation prompts. Lower it, or "
+                "raise n_validation of the task."
+            )
+
+    @cached_property
+    def source(self) -> AblationSource:
+        """Statistics from which ablations are made."""
+        return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
+
+    def _has_constants(self, kind: AblationKind) -> bool:
+        """True if the circuit has constants of this ablation."""
+        return kind == self.trained.ablation and self.trained.constants is not None
+
+    def plan(self) -> list[Stage]:
+        """The clean model and statistics; then of each ablation constants, the ascent and the test prompts."""
+        settings, task = self.settings, self.task
+        lacking = [kind for kind in self.kinds if not self._has_constants(kind)]
+        stages = [Stage("the clean model", task.n_test), *statistics_stages(lacking, task)]
+        n_subsets = settings.n_subsets * len(settings.densities)
+        for kind in self.kinds:
+            if KINDS[kind].learned and kind in lacking:
+                stages.append(Stage("constants", fit_passes(1, settings.fit, task.n_validation, 1)))
+            stages += search_stages(settings.ascent, n_subsets)
+            stages.append(Stage("the test prompts", (3 + n_subsets) * task.n_test))
+        return stages
+
+    def run(self) -> Findings:
+        """Evaluate the random subsets and the worst mask under each ablation."""
+        clean = self.clean_behaviour()
+        prepared = {kind: self._prepared(kind) for kind in self.kinds}
+        subsets = self._subsets()
+        drawn = torch.stack([*subsets.values()]) if subsets else torch.zeros(0, len(self.level))
+        rows, searches = list[Row](), dict[AblationKind, WorstMask]()
+        for kind in self.kinds:
+            ablation = self._fitted() if self._needs_fit(kind) else prepared[kind]
+            searches[kind] = search = self._search(drawn, ablation)
+            masks = torch.cat([torch.stack([self.mask.float(), search.vertex, search.mask]), drawn])
+            shown, rows_per_run = f"masks under {spoken(kind)} ablation", self.settings.ascent.rows_per_run
+            behaviour = self.behaviour(self.level, masks, [ablation], shown, rows_per_run)
+            rows += self._rows(kind, behaviour, list(subsets))
+        metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
+        for kind in self.kinds:
+            metrics |= self._metrics(kind, rows)
+        return Findings(
+            rows,
+            metrics=metrics,
+            facts={
+                "n_outside": int(self.outside.sum()),
+                "ablations": {kind: self._facts(kind, rows, searches[kind]) for kind in self.kinds},
+            },
+            shown=list(self._shown(rows, searches)),
+            figures={"subsets": partial(self._figure, rows)},
+            circuit=self.trained.circuit.counts(),
+            table="masks",
+        )
+
+    def _needs_fit(self, kind: AblationKind) -> bool:
+        return KINDS[kind].learned and not self._has_constants(kind)
+
+    def _prepared(self, kind: AblationKind) -> Ablation:
+        constants = self.trained.constants
+        if constants is not None and self._has_constants(kind):
+            return constants.of_level(self.level)
+        return KINDS[kind].prepare(self.source)
+
+    def _fitted(self) -> Ablation:
+        """Learned constants of the circuit, trained with everything outside ablated."""
+        source, masks = self.source, self.mask.unsqueeze(0)
+        others, fit = [source.mean, source.zero], self.settings.fit
+        starts = [source.mean]
+        described = "fitting constants of the circuit"
+        return fit_constants(
+            self.model,
+            self.task,
+            self.level,
+            masks,
+            starts,
+            fit,
+            others=others,
+            track=self.track,
+            description=described,
+        ).sets[0]
+
+    def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
+        """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""
+        masks = {}
+        for density in self.settings.densities:
+            for draw in range(1, self.settings.n_subsets + 1):
+                generator = torch_generator(self.task.seed, "subset of the outside", str(density), draw)
+                kept = torch.rand(len(self.level), generator=generator) < density
+                masks[density, draw] = (self.mask | (self.outside & kept)).float()
+        return masks
+
+    def _search(self, subsets: Float[Tensor, "subset entry"], ablation: Ablation) -> WorstMask:
+        entries, settings = (self.level, self.mask, self.outside, subsets), self.settings
+        return worst_mask(self.model, self.task, *entries, ablation, settings.ascent, settings.loss, self.track)
+
+    def _rows(self, kind: AblationKind, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
+        named: list[tuple[str, float | None, int | None]] = [(mask, None, None) for mask in (ALL_OFF, VERTEX, WORST)]
+        named += [(RANDOM, density, draw) for density, draw in drawn]
+        for number, (mask, density, draw) in enumerate(named):
+            row: dict[str, Any] = {"mask": mask, "density": density, "draw": draw, "ablation": kind}
+            row |= {"total": KINDS[kind].total} | estimates(behaviour, number)
+            yield row | differences(behaviour, behaviour, number, 0, "all_off")
+
+    def _metrics(self, kind: AblationKind, rows: Sequence[Row]) -> dict[str, Estimate]:
+        by_mask = {row["mask"]: row for row in rows if row["ablation"] == kind}
+        names = {ALL_OFF: "all_off", VERTEX: "worst_vertex", WORST: "worst"}
+        metrics = {f"{name}_{kind}_kl": by_mask[mask]["kl"] for mask, name in names.items()}
+        gaps = {f"{name}_minus_all_off_{kind}_kl": by_mask[mask]["kl_minus_all_off"] for mask, name in names.items()}
+        del gaps[f"all_off_minus_all_off_{kind}_kl"]
+        return metrics | gaps
+
+    def _random_kl(self, kind: AblationKind, rows: Sequence[Row]) -> dict[float, list[float]]:
+        by_density: dict[float, list[float]] = {}
+        for row in rows:
+            if row["ablation"] == kind and row["mask"] == RANDOM:
+                by_density.setdefault(row["density"], []).append(row["kl"].mean)
+        return by_density
+
+    def _spread(self, kind: AblationKind, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Spread of the random subsets' divergences at each density, in nats."""
+        names = ("lowest", "median", "highest")
+        return [
+            {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
+            for density, kl in self._random_kl(kind, rows).items()
+        ]
+
+    def _facts(self, kind: AblationKind, rows: Sequence[Row], search: WorstMask) -> dict[str, Any]:
+        return {
+            "search": {"n_prompts": self.settings.ascent.n_prompts, **search.losses},
+            "worst_mask": most_kept(search.mask, self.outside, self.level.names),
+            "random_subsets": self._spread(kind, rows),
+        }
+
+    def _shown(self, rows: Sequence[Row], searches: Mapping[AblationKind, WorstMask]) -> Iterator[Table | str]:
+        for kind in self.kinds:
+            of_kind = [row for row in rows if row["ablation"] == kind]
+            by_mask = {row["mask"]: row for row in of_kind}
+            cells = [self._cells(mask, by_mask[mask]) for mask in (ALL_OFF, VERTEX, WORST)]
+            for spread in self._spread(kind, rows):
+                low, median, high = (written(spread[name]) for name in ("lowest", "median", "highest"))
+                name = f"{spread['n']} random subsets, {spread['density']:.0%} kept"
+                cells.append({"outside the circuit": name, "KL": f"{median} (median), {low} to {high}"})
+            yield Table(
+                f"{self.trained.size}, everything else under {label(kind)} ablation\n"
+                f"KL divergence in nats on {self.prompts}, mean ± 95 % interval",
+                cells,
+            )
+            yield self._sentence(kind, max(of_kind, key=lambda row: row["kl"].mean), by_mask[WORST])
+            yield self._kept(searches[kind])
+
+    def _cells(self, mask: str, row: Row) -> dict[str, Any]:
+        return {
+            "outside the circuit": mask,
+            "KL": row["kl"],
+            "KL minus\nall off": None if mask == ALL_OFF else row["kl_minus_all_off"],
+            "accuracy": f"{row['accuracy'].mean:.3f}",
+        }
+
+    def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
+        """Judge the parts outside by the mask that hurts most on the test prompts, whichever it is."""
+        is_found = hardest["kl"].mean <= worst["kl"].mean
+        gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
+        low, high = gap.ci95
+        if high <= tolerance:
+            judged = "irrelevant in every combination that was tried"
+        else:
+            judged = "not irrelevant in every combination" if low > tolerance else "not shown to be irrelevant"
+        what = "the worst partial ablation" if is_found else f"the mask that hurts most there ({hardest['mask']})"
+        return (
+            f"The {int(self.outside.sum()):,} {self.level.parts} outside are {judged}: under {spoken(kind)} ablation "
+            f"{what} adds {gap} nats to the KL divergence of all off; {tolerance:g} do not matter."
+        )
+
+    def _kept(self, search: WorstMask) -> str:
+        values = most_kept(search.mask, self.outside, self.level.names)
+        on = [f"{name} {value:.2f}" for name, value in values.items() if value > 0]
+        if not on:
+            return "The worst mask is all off."
+        more = f" and {len(on) - MOST_LISTED_PARTS} more" if len(on) > MOST_LISTED_PARTS else ""
+        n_off = len(values) - len(on)
+        return f"Kept most in the worst mask: {', '.join(on[:MOST_LISTED_PARTS])}{more}; {n_off} of {len(values)} off."
+
+    def _figure(self, rows: Sequence[Row]) -> Figure:
+        panels = []
+        for kind in self.kinds:
+            by_mask = {row["mask"]: row for row in rows if row["ablation"] == kind}
+            marked = {mask: interval(by_mask[mask]["kl"]) for mask in (ALL_OFF, VERTEX, WORST)}
+            panels.append(Subsets(f"{label(kind)} ablation", self._random_kl(kind, rows), marked))
+        return subsets_figure(panels, f"{self.subject}: {self.trained.size}, and the rest in many combinations")

@@ -1,0 +1,115 @@
+"""The search for the mask of the parts outside a circuit that hurts most."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from oa_train.ablations.ascent import AscentSettings, ascend, mean_losses
+from oa_train.ablations.base import Ablation
+from oa_train.metrics.measures import Loss
+from oa_train.models.levels import Level
+from oa_train.models.loading import CausalLM
+from oa_train.progress import Stage, Track
+from oa_train.seeds import torch_generator
+from oa_train.shapes import Bool, Float, Tensor
+from oa_train.tasks.task import Task
+
+
+@dataclass(frozen=True, eq=False)
+class WorstMask:
+    """The worst mask that was found, on the prompts of the search.
+
+    Attributes:
+        mask: of all entries, in [0, 1].
+        vertex: the worst mask of zeros and ones.
+        losses: mean losses by what they are of: `all_off`, `starts` and `ends` of the ascents, the worst of the
+            `random_subsets`, `worst_vertex` and `worst`.
+    """
+
+    mask: Float[Tensor, " entry"]
+    vertex: Float[Tensor, " entry"]
+    losses: Mapping[str, Any]
+
+
+def search_stages(ascent: AscentSettings, n_subsets: int) -> list[Stage]:
+    """Stages of `worst_mask`."""
+    n_starts = 1 + ascent.random_starts + min(n_subsets, 1)
+    screening = [Stage("screening random subsets", n_subsets * ascent.n_prompts)] if n_subsets else []
+    return [
+        *screening,
+        Stage("ascending", ascent.passes(n_starts)),
+        Stage("evaluating vertices", n_starts * ascent.n_prompts),
+    ]
+
+
+def worst_mask(
+    model: CausalLM,
+    task: Task,
+    level: Level,
+    circuit: Bool[Tensor, " entry"],
+    outside: Bool[Tensor, " entry"],
+    subsets: Float[Tensor, "subset entry"],
+    ablation: Ablation,
+    ascent: AscentSettings,
+    loss: Loss,
+    track: Track,
+) -> WorstMask:
+    """Search for the mask of the parts outside a circuit that hurts most, on validation prompts.
+
+    Ascents begin with everything outside ablated, at random values, and at the worst of some random subsets. Where
+    they ended is also rounded, which gives masks of zeros and ones.
+
+    Args:
+        model: frozen causal language model.
+        task: prompts, and the seed of the random values.
+        level: level of the masks.
+        circuit: entries that are kept; the others are 0 in a start unless they are outside.
+        outside: entries that may change.
+        subsets: masks that keep random subsets of the outside; none is allowed.
+        ablation: supplies the replacements.
+        ascent: the ascents.
+        loss: name of the loss that is to become large.
+        track: progress.
+    """
+    batches = list(task.batches("validation", ascent.n_prompts))
+
+    def evaluated(masks: Tensor, description: str) -> Tensor:
+        with track(len(masks) * ascent.n_prompts, description) as advance:
+            return mean_losses(model, batches, level, masks, ablation, loss, ascent.rows_per_run, advance)
+
+    all_off = circuit.float()
+    starts, losses = [all_off], dict[str, Any]()
+    for number in range(1, ascent.random_starts + 1):
+        values = torch.rand(len(level), generator=torch_generator(task.seed, "ascent", number))
+        starts.append(torch.where(outside, values, all_off))
+    if len(subsets):
+        of_subsets = evaluated(subsets, "screening random subsets")
+        starts.append(subsets[of_subsets.argmax()])
+        losses["random_subsets"] = float(of_subsets.max())
+    with track(ascent.passes(len(starts)), "ascending") as advance:
+        ascended = ascend(model, batches, level, torch.stack(starts), outside, ablation, ascent, loss, advance)
+    rounded = ascended.masks.round()
+    of_rounded = evaluated(rounded, "evaluating vertices")
+    is_vertex = torch.tensor([True] + [False] * ascent.random_starts + [True] * min(len(subsets), 1))
+    vertices = torch.cat([torch.stack(starts)[is_vertex], rounded])
+    of_vertices = torch.cat([ascended.first_losses[is_vertex], of_rounded])
+    masks, of_masks = torch.cat([ascended.masks, rounded]), torch.cat([ascended.losses, of_rounded])
+    losses |= {
+        "all_off": float(ascended.first_losses[0]),
+        "starts": ascended.first_losses.tolist(),
+        "ends": ascended.losses.tolist(),
+        "worst_vertex": float(of_vertices.max()),
+        "worst": float(of_masks.max()),
+    }
+    return WorstMask(masks[of_masks.argmax()], vertices[of_vertices.argmax()], losses)
+
+
+def most_kept(
+    mask: Float[Tensor, " entry"], outside: Bool[Tensor, " entry"], names: Sequence[str]
+) -> dict[str, float]:
+    """Values of a mask outside a circuit by name, the largest first."""
+    entries = outside.nonzero().flatten()
+    order = entries[mask[entries].argsort(descending=True, stable=True)]
+    return {names[entry]: round(float(mask[entry]), 6) for entry in order.tolist()}
