@@ -4,5 +4,6 @@
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
+    "interact": ("oa_train.studies.interact.Interact", "units ablated together: which back each other up?"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
 }
