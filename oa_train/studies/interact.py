@@ -209,8 +209,12 @@ class Interact(Study[InteractSettings]):
         rows = [joint.cells | estimates(together, len(sets) - len(joints) + n) for n, joint in enumerate(joints)]
         for loss in LOSS_SIGNS:
             effects = _effects(together, clean, loss)
-            by_set = {(name,): values for name, values in zip(self.singles, _effects(alone, clean, loss), strict=True)}
-            by_set |= {self.primary: effects[0]} if len(self.primary) > 1 else {}
+            by_set: dict[tuple[str, ...], Tensor] = {}
+            by_set |= {
+                (name,): values for name, values in zip(self.singles, _effects(alone, clean, loss), strict=True)
+            }
+            if len(self.primary) > 1:
+                by_set[self.primary] = effects[0]
             for row, joint, both in zip(rows, joints, effects[len(sets) - len(joints) :], strict=True):
                 values = joint.compared(both, [by_set[member] for member in joint.members])
                 row |= {f"{loss}_{name}": estimate(value, clean.identities) for name, value in values.items()}

@@ -112,7 +112,7 @@ class InteractionView:
 
 
 def _are_conditional(rows: Sequence[Row]) -> bool:
-    return rows[0]["form"] == "conditional"
+    return bool(rows[0]["form"] == "conditional")
 
 
 def _short(names: Sequence[str]) -> str:

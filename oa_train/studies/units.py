@@ -54,9 +54,8 @@ class UnitAblations:
     @cached_property
     def source(self) -> AblationSource:
         """Statistics from which the ablations are made."""
-        study, positions = self.study, self.positions
-        if positions == "every":
-            positions = max(int(batch.lengths.max()) for batch in study.batches)
+        study, longest = self.study, max(int(batch.lengths.max()) for batch in self.study.batches)
+        positions = longest if self.positions == "every" else self.positions
         return AblationSource(study.model, study.task, self.level, positions, study.track)
 
     @cached_property
