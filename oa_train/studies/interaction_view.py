@@ -88,7 +88,7 @@ class InteractionView:
             significant[[first, second], [second, first]] = row["significant"]
         title = (
             f"{self.subject}: {spoken(self.settings.ablation)} ablation of pairs\n"
-            f"diagonal: single effects; framed: beyond ±{self.settings.threshold:g} nats"
+            f"diagonal: single effects; framed: significantly beyond ±{self.settings.threshold:g} nats"
         )
         label = f"joint effect minus single effects ({self._effect}, nats)"
         return interaction_map(
@@ -107,7 +107,8 @@ class InteractionView:
             [interval(row[self.settings.interaction]) for row in rows],
             [row["significant"] for row in rows],
             f"{axis} ({self._effect}, nats)",
-            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {what}",
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {what}\n"
+            f"blue: significantly beyond ±{self.settings.threshold:g} nats",
         )
 
 
