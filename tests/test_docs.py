@@ -25,6 +25,7 @@ from oa_train.models.loading import LMSpec
 from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
+from oa_train.studies.interact import InteractSettings
 from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.scan import ScanSettings
 from oa_train.tasks.grammar import GrammarTask
@@ -54,6 +55,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),
+    ("interact", InteractSettings, (InteractSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]
