@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
     from oa_train.studies.finish_constants import finish_constants as finish_constants
+    from oa_train.studies.interact import Interact as Interact
+    from oa_train.studies.interact import InteractSettings as InteractSettings
     from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.robustness import Robustness as Robustness
@@ -96,6 +98,8 @@ _HOMES = {
     "HardConcrete": "masks.hard_concrete",
     "IOI": "tasks.ioi",
     "Induction": "tasks.induction",
+    "Interact": "studies.interact",
+    "InteractSettings": "studies.interact",
     "KINDS": "ablations.registry",
     "LMSpec": "models.loading",
     "LastCheckpoint": "training.callbacks",

@@ -26,6 +26,7 @@ from oa_train.models.sites import SITE_KINDS
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.curve import CurveSettings
 from oa_train.studies.finish import FinishSettings
+from oa_train.studies.interact import InteractSettings
 from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.robustness import RobustnessSettings
 from oa_train.studies.scan import ScanSettings
@@ -57,6 +58,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),
     ("curve", CurveSettings, (CurveSettings(),)),
+    ("interact", InteractSettings, (InteractSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("robustness", RobustnessSettings, (RobustnessSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),

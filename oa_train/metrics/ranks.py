@@ -1,11 +1,13 @@
 """Comparisons of effects over many parts: rank correlations, ratios, and which effects exceed a threshold."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from oa_train.metrics.estimates import Estimate
 from oa_train.shapes import Bool, Float, Tensor
 
 N_DRAWS = 1000
@@ -67,6 +69,23 @@ def above(
     # A part whose effect is the same on every prompt has no error: its sign decides.
     scores = np.divide(means, errors, out=np.copysign(np.inf, means), where=errors > 0)
     p_values = np.where(means == 0, 1.0, stats.t.sf(scores, values.shape[1] - 1))
+    adjusted = stats.false_discovery_control(p_values)
+    return adjusted <= false_discovery_rate, adjusted
+
+
+def beyond(
+    estimates: Sequence[Estimate], threshold: float, false_discovery_rate: float = 0.05
+) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
+    """Figures that are larger than a threshold in size, on either side of 0, and their adjusted p-values.
+
+    Twice the p-value of a one-sided t-test on the side of the mean, adjusted like those of `above`. It is the usual
+    two-sided test where the threshold is 0.
+    """
+    excess = np.array([abs(value.mean) - threshold for value in estimates])
+    errors = np.array([value.stderr for value in estimates])
+    scores = np.divide(excess, errors, out=np.copysign(np.inf, excess), where=errors > 0)
+    degrees = np.array([value.n - 1 for value in estimates])
+    p_values = np.where(excess == 0, 1.0, np.minimum(1.0, 2 * stats.t.sf(scores, degrees)))
     adjusted = stats.false_discovery_control(p_values)
     return adjusted <= false_discovery_rate, adjusted
 

@@ -34,6 +34,19 @@ def check_positions(positions: int | Literal["every"] | None) -> None:
         raise ConfigurationError(f"positions is {positions}; expected at least 1, or every.")
 
 
+def check_unit_options(
+    parts_at_once: int, positions: int | Literal["every"], threshold: float, false_discovery_rate: float
+) -> None:
+    """Refuse values of these options that cannot work with a `ConfigurationError`."""
+    check_positions(positions)
+    if parts_at_once < 1:
+        raise ConfigurationError(f"parts_at_once is {parts_at_once}; expected at least 1.")
+    if not threshold >= 0:
+        raise ConfigurationError(f"threshold is {threshold}; expected nats, at least 0.")
+    if not 0 < false_discovery_rate < 1:
+        raise ConfigurationError(f"false_discovery_rate is {false_discovery_rate}; expected a share between 0 and 1.")
+
+
 def n_positions(positions: int | Literal["every"], batches: Sequence[Batch]) -> int:
     """Positions that constants tell apart."""
     return max(int(batch.lengths.max()) for batch in batches) if positions == "every" else positions

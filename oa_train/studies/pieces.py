@@ -53,22 +53,22 @@ class Pieces:
         elif self._rank == 0:
             write_json(file, about)
 
-    def all(self, n_pieces: int, compute: Callable[[int], Piece]) -> Iterator[Piece]:
-        """Every piece in order: those that are missing are computed, then all are read.
+    def all(self, n_pieces: int, compute: Callable[[int], Piece], first: int = 0) -> Iterator[Piece]:
+        """Pieces from `first` on, in order: those that are missing are computed, then all are read.
 
         Raises:
             ArtefactError: a piece that was written is damaged.
         """
         if self._folder is None:
-            yield from map(compute, range(n_pieces))
+            yield from map(compute, range(first, n_pieces))
             return
-        for number in range(self._rank, n_pieces, self._n_ranks):
+        for number in range(first + self._rank, n_pieces, self._n_ranks):
             if not self._file(number).exists():
                 tensors = {name: tensor.contiguous().cpu() for name, tensor in compute(number).items()}
                 replace_file(self._file(number), save(tensors))
         if self._n_ranks > 1:
             dist.barrier()
-        for number in range(n_pieces):
+        for number in range(first, n_pieces):
             yield self._read(number)
 
     def missing(self, n_pieces: int) -> list[int]:

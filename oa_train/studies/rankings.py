@@ -116,13 +116,16 @@ def ranking_of_path(
     """
     path = Path(text).expanduser()
     if path.is_dir():
-        return Ranking(run_name(path), _scores_of_scan(path, level, parts, fingerprint, ablation))
+        effects = effects_of_scan(path, level, parts, fingerprint, ablation)
+        return Ranking(run_name(path), torch.tensor([*effects.values()], dtype=torch.float64))
     return Ranking(path.name, _scores_of_csv(path, level, parts))
 
 
-def _scores_of_scan(
-    folder: Path, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationKind | None
-) -> Tensor:
+def effects_of_scan(
+    path: str | Path, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationKind | None
+) -> dict[str, float]:
+    """KL divergence in nats of each part ablated alone, from a finished scan; see `ranking_of_path`."""
+    folder = Path(path).expanduser()
     file = folder / "results.json"
     if not file.is_file():
         raise ArtefactError(f"The ranking {folder} has no results.json: expected the folder of a finished scan.")
@@ -143,11 +146,9 @@ def _scores_of_scan(
     except (KeyError, TypeError, ValueError, StopIteration) as problem:
         raise ArtefactError(f"The ranking {file} is damaged: it has no rows of a scan ({problem!r}).") from problem
     if kind not in by_kind:
-        raise ArtefactError(
-            f"The ranking {folder} has no {kind} ablation, by which ranked_under asks to rank. "
-            f"{nearest_names(kind, by_kind)}"
-        )
-    return _of_parts(f"The ranking {folder}", by_kind[kind], level, parts)
+        raise ArtefactError(f"The ranking {folder} has no {kind} ablation. {nearest_names(kind, by_kind)}")
+    scores = _of_parts(f"The ranking {folder}", by_kind[kind], level, parts)
+    return dict(zip(parts, scores.tolist(), strict=True))
 
 
 def _scores_of_csv(path: Path, level: Level, parts: Sequence[str]) -> Tensor:

@@ -8,26 +8,22 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.engine.direct import direct_attribution
-from oa_train.errors import ConfigurationError
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, estimate, written
-from oa_train.metrics.measures import MEASURES
 from oa_train.metrics.ranks import above, mean_ratio, median_ratio, rank_correlation
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
-from oa_train.shapes import Tensor
 from oa_train.studies.comparison_tables import alone_cells, intervals, label
 from oa_train.studies.findings import plain
 from oa_train.studies.kinds import chosen_kinds
-from oa_train.studies.options import check_ablations, check_positions, n_positions, selected_units
+from oa_train.studies.options import check_ablations, check_unit_options, selected_units
 from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -37,9 +33,9 @@ from oa_train.studies.study import (
     Table,
     differences,
     estimates,
-    spoken,
     statistics_stages,
 )
+from oa_train.studies.unit_ablations import UnitAblations, gathered
 
 # Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
 FLOOR = 1e-6
@@ -77,15 +73,7 @@ class ScanSettings:
     false_discovery_rate: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.parts_at_once < 1:
-            raise ConfigurationError(f"parts_at_once is {self.parts_at_once}; expected at least 1.")
-        check_positions(self.positions)
-        if not self.threshold >= 0:
-            raise ConfigurationError(f"threshold is {self.threshold}; expected nats, at least 0.")
-        if not 0 < self.false_discovery_rate < 1:
-            raise ConfigurationError(
-                f"false_discovery_rate is {self.false_discovery_rate}; expected a share between 0 and 1."
-            )
+        check_unit_options(self.parts_at_once, self.positions, self.threshold, self.false_discovery_rate)
         check_ablations(self.ablations)
         check_dictionaries(self.sites, len(self.dictionaries))
 
@@ -155,7 +143,7 @@ class Scan(Study[ScanSettings]):
         assert clean.identities is not None
         direct = self._direct(clean)
         pieces = list(self.pieces.all(self.n_pieces, self._measured))
-        behaviours = {kind: _gathered(pieces, kind, clean) for kind in self.kinds}
+        behaviours = {kind: gathered(pieces, kind, clean) for kind in self.kinds}
         rows = list(self._rows(behaviours, clean, direct))
         figures: dict[str, Callable[[], Figure | None]] = {
             "maps": partial(self._maps, behaviours),
@@ -180,43 +168,13 @@ class Scan(Study[ScanSettings]):
         return self.parts[number * at_once : (number + 1) * at_once]
 
     @cached_property
-    def _source(self) -> AblationSource:
-        positions = n_positions(self.settings.positions, self.batches)
-        return AblationSource(self.model, self.task, self.level, positions, self.track)
-
-    @cached_property
-    def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; those by learned constants as their training starts."""
-        return {kind: KINDS[kind].prepare(self._source) for kind in self.kinds}
+    def _ablations(self) -> UnitAblations:
+        return UnitAblations(self, self.level, self.kinds, self.settings.fit, self.settings.positions)
 
     def _measured(self, number: int) -> Piece:
         masks = torch.stack([~self.level.mask([name]) for name in self._names(number)])
-        assert self._prepared  # gathered before all stages that use them
-        described = (
-            f"units {number * self.settings.parts_at_once + 1} to {number * self.settings.parts_at_once + len(masks)}"
-        )
-        piece: Piece = {}
-        for kind in self.kinds:
-            ablations = self._fitted(masks, described) if KINDS[kind].learned else [self._prepared[kind]]
-            rows_per_run = self.settings.fit.rows_per_run
-            shown = f"{described} under {spoken(kind)} ablation"
-            behaviour = self.behaviour(self.level, masks, ablations, shown, rows_per_run)
-            piece |= {f"{kind}.{measure}": getattr(behaviour, measure) for measure in MEASURES}
-        return piece
-
-    def _fitted(self, masks: Tensor, described: str) -> Sequence[Ablation]:
-        source = self._source
-        return fit_constants(
-            self.model,
-            self.task,
-            self.level,
-            masks,
-            [source.mean],
-            self.settings.fit,
-            others=[source.mean, source.zero],
-            track=self.track,
-            description=f"fitting constants of {described}",
-        ).sets
+        first = number * self.settings.parts_at_once
+        return self._ablations.measured(masks, f"units {first + 1} to {first + len(masks)}")
 
     def _direct(self, clean: Behaviour) -> dict[str, Estimate | None]:
         """Direct logit attribution of each unit."""
@@ -314,8 +272,3 @@ class Scan(Study[ScanSettings]):
         means = {kind: behaviour.kl.mean(dim=1).clamp(min=FLOOR).numpy() for kind, behaviour in behaviours.items()}
         ratios = {kind: np.asarray(values / means["optimal"]) for kind, values in means.items() if kind != "optimal"}
         return gap_figure(ratios, f"{self.subject}: {len(self.parts)} units, each ablated alone")
-
-
-def _gathered(pieces: Sequence[Piece], kind: AblationKind, clean: Behaviour) -> Behaviour:
-    measures = {name: torch.cat([piece[f"{kind}.{name}"] for piece in pieces]) for name in MEASURES}
-    return Behaviour(**measures, identities=clean.identities)

@@ -44,6 +44,8 @@ SPARED = {
     ("digit_sum", "mean"): set(),
     ("digit_sum", "resample"): set(),
     ("digit_sum", "counterfactual"): {"input->m1", "m1->m3"},
+    ("backup_induction", "mean"): set(),
+    ("backup_induction", "resample"): {"input->a1.h0<q>", "input->a1.h0<k>"},
     ("pair_induction", "mean"): set(),
     ("pair_induction", "resample"): set(),
     ("pair_induction", "counterfactual"): {

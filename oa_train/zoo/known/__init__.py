@@ -4,6 +4,7 @@ Each solves a task by a few edges and has parts besides that are active and have
 circuits can be held to the truth.
 """
 
+from oa_train.zoo.known.backup_induction import BackupInduction as BackupInduction
 from oa_train.zoo.known.case_induction import CaseInduction as CaseInduction
 from oa_train.zoo.known.digit_sum import DigitSum as DigitSum
 from oa_train.zoo.known.model import KnownModel as KnownModel

@@ -7,6 +7,7 @@ from pathlib import Path
 from oa_train.models.graph import Graph
 from oa_train.models.loading import LMSpec
 from oa_train.tasks import Task
+from oa_train.zoo.known.backup_induction import BackupInduction, build_backup_induction
 from oa_train.zoo.known.case_induction import CaseInduction, build_case_induction
 from oa_train.zoo.known.digit_sum import DigitSum, build_digit_sum
 from oa_train.zoo.known.model import KnownModel
@@ -21,8 +22,11 @@ KNOWN_MODELS: dict[str, Callable[[int], KnownModel]] = {
     "two_hops": build_two_hops,
     "digit_sum": build_digit_sum,
     "pair_induction": build_pair_induction,
+    "backup_induction": build_backup_induction,
 }
-KNOWN_TASKS: dict[str, type[Task]] = {task.name: task for task in (CaseInduction, TwoHops, DigitSum, PairInduction)}
+KNOWN_TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (CaseInduction, TwoHops, DigitSum, PairInduction, BackupInduction)
+}
 
 EDGES_FILE = "edges.json"
 

@@ -143,6 +143,18 @@ class Wiring:
         key.bias[turning] = size
         query.bias[turning], query.bias[turning + len(self._frequencies)] = size * angles.cos(), size * angles.sin()
 
+    def rest_on_first(self, layer: int, head: int, hushed_by: str | None = None) -> None:
+        """Let a head attend to the first token, the BOS, where nothing matches; of the BOS it copies nothing.
+
+        Half the score of a match draws it there, and one and a half where the subspace `hushed_by` of its own token
+        holds a one-hot vector: then the head is silent though something matches. In models with a table of positions.
+        """
+        query, key, dimension = self.weights.query(layer, head), self.weights.key(layer, head), self._still()[-1]
+        key.weight[dimension] = self._score_size(1.0) * self.vector("position", 0)
+        query.bias[dimension] = 0.5 * self._score_size(1.0)
+        if hushed_by is not None:
+            query.weight[dimension] = self._score_size(1.0) * self.basis(hushed_by).sum(dim=0)
+
     def _score_size(self, product: float) -> float:
         """Factor on query and key that turns a product of the two into a score of `SHARPNESS`."""
         return float((SHARPNESS * self.d_head**0.5 / product) ** 0.5)

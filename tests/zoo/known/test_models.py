@@ -8,32 +8,53 @@ from oa_train.models.graph import Graph
 from oa_train.zoo.known import KNOWN_MODELS
 from tests.known import known_case
 
-N_EDGES = {"case_induction": 262, "two_hops": 309, "digit_sum": 297, "pair_induction": 190}
-N_MEANT = {"case_induction": 9, "two_hops": 11, "digit_sum": 7, "pair_induction": 9}
+N_EDGES = {"case_induction": 262, "two_hops": 309, "digit_sum": 297, "pair_induction": 190, "backup_induction": 309}
+N_MEANT = {"case_induction": 9, "two_hops": 11, "digit_sum": 7, "pair_induction": 9, "backup_induction": 9}
 
 # Sources of each model: one that writes a constant it relies on; the source of the sign and the MLP that reads it; two
 # that cancel each other; some that write where nothing reads.
-CONSTANT = {"case_induction": "a0.h0", "two_hops": "a0.h1", "digit_sum": "a0.h1", "pair_induction": "a0.h0"}
-SIGN = {"case_induction": "a1.h1", "two_hops": "a1.h1", "digit_sum": "a0.h2", "pair_induction": "a0.h1"}
-ABSOLUTE = {"case_induction": "m1", "two_hops": "m2", "digit_sum": "m2", "pair_induction": "m1"}
+CONSTANT = {
+    "case_induction": "a0.h0",
+    "two_hops": "a0.h1",
+    "digit_sum": "a0.h1",
+    "pair_induction": "a0.h0",
+    "backup_induction": "a0.h0",
+}
+SIGN = {
+    "case_induction": "a1.h1",
+    "two_hops": "a1.h1",
+    "digit_sum": "a0.h2",
+    "pair_induction": "a0.h1",
+    "backup_induction": "a1.h1",
+}
+ABSOLUTE = {
+    "case_induction": "m1",
+    "two_hops": "m2",
+    "digit_sum": "m2",
+    "pair_induction": "m1",
+    "backup_induction": "m2",
+}
 CANCELLING = {
     "case_induction": ("a1.h2", "a1.h3"),
     "two_hops": ("a3.h0", "a3.h1"),
     "digit_sum": ("a1.h0", "a1.h1"),
     "pair_induction": ("a1.h2", "a1.h3"),
+    "backup_induction": ("a2.h2", "a3.h2"),
 }
 JUNK = {
     "case_induction": ("a0.h1", "a0.h2", "a2.h1", "a2.h3"),
     "two_hops": ("a0.h2", "a1.h2", "a2.h2", "a3.h2"),
     "digit_sum": ("a1.h2", "a2.h1", "a3.h0", "a3.h2"),
     "pair_induction": ("a0.h2", "a0.h3", "a2.h1", "a2.h2"),
+    "backup_induction": ("a0.h2", "a1.h2", "a2.h1", "a3.h1"),
 }
-# Nodes on the way that was written by hand.
+# Nodes on the way that was written by hand, without the one that has a backup.
 TRUE = {
     "case_induction": ("m0", "a1.h0", "a2.h0", "m2"),
     "two_hops": ("a0.h0", "a1.h0", "a2.h0", "m3"),
     "digit_sum": ("a0.h0", "m1", "a2.h0", "m3"),
     "pair_induction": ("m0", "a1.h0", "a1.h1", "a2.h0", "m2"),
+    "backup_induction": ("m0", "a1.h0", "m3"),
 }
 
 every_model = pytest.mark.parametrize("name", KNOWN_MODELS)

@@ -1,0 +1,78 @@
+"""Options of the study `interact`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from oa_train.ablations.fitting import RefitSettings
+from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.errors import ConfigurationError
+from oa_train.metrics.measures import Loss, check_loss
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
+from oa_train.studies.options import check_unit_options
+
+
+@dataclass(frozen=True)
+class InteractSettings:
+    """Settings of `interact`.
+
+    Attributes:
+        sites: kinds of site whose units are ablated, as of `scan`.
+        components: shell patterns of the units of which pairs are made, and whose effect given `primary` is measured.
+        dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
+        pairs: `all`, pairs of two names each, or none: all, unless there are groups or a primary set.
+        groups: lists of names or patterns; the units of each are ablated together.
+        primary: names or patterns of a set; the effect of every other unit is measured with and without it.
+        most_pairs: of more units, pairs are made of those with the largest single effects, as many as this allows.
+        scan: folder of a finished scan, whose single effects choose those units; by default they are measured.
+        ablation: kind of ablation; of `optimal` every set of units gets constants of its own.
+        effect: loss by whose rise effects are ranked and tested: `kl`, `logit_difference` (its fall) or
+            `cross_entropy`. The table has all of them.
+        positions: size of the tables of constants, as of `scan`.
+        fit: training of the constants of optimal ablation.
+        parts_at_once: sets whose constants are trained together; bounds memory, changes no result. Each such piece is
+            written when it is done.
+        threshold: nats; an interaction is significant if it is larger in size.
+        false_discovery_rate: share of wrong ones that is allowed among the significant interactions.
+    """
+
+    sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
+    components: str | list[str] = "*"
+    dictionaries: list[DictionarySpec] = field(default_factory=list)
+    pairs: list[list[str]] | Literal["all"] | None = None
+    groups: list[list[str]] = field(default_factory=list)
+    primary: str | list[str] = field(default_factory=list)
+    most_pairs: int = 120
+    scan: str | None = None
+    ablation: AblationKind = "optimal"
+    effect: Loss = "kl"
+    positions: int | Literal["every"] = 1
+    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25))
+    parts_at_once: int = 64
+    threshold: float = 0.01
+    false_discovery_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_unit_options(self.parts_at_once, self.positions, self.threshold, self.false_discovery_rate)
+        check_kind("ablation", self.ablation)
+        check_loss("effect", self.effect)
+        check_dictionaries(self.sites, len(self.dictionaries))
+        if self.most_pairs < 1:
+            raise ConfigurationError(f"most_pairs is {self.most_pairs}; expected at least 1.")
+        if isinstance(self.pairs, str) and self.pairs != "all":
+            raise ConfigurationError(f"pairs is {self.pairs!r}; expected all, or a list of pairs of names.")
+        for pair in self.pairs if isinstance(self.pairs, list) else []:
+            if len(pair) != 2:
+                raise ConfigurationError(f"pairs has {pair}; expected two names in each. Larger sets are groups.")
+        if not self.all_pairs and not self.pairs and not self.groups and not self.primary:
+            raise ConfigurationError("pairs is empty, and there are no groups and no primary set. Name one of them.")
+
+    @property
+    def all_pairs(self) -> bool:
+        """True if pairs are made of all units."""
+        return self.pairs == "all" or (self.pairs is None and not self.groups and not self.primary)
+
+    @property
+    def interaction(self) -> str:
+        """Column by which rows are ranked."""
+        return f"{self.effect}_interaction"
