@@ -4,5 +4,9 @@
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
+    "sufficient": (
+        "oa_train.studies.sufficient.Sufficient",
+        "which few parts are enough? greedy, to a stated recovery",
+    ),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
 }

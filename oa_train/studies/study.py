@@ -64,14 +64,14 @@ class Study(ABC, Generic[S]):
     Attributes:
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
-        asks_of: circuits that the study needs: `none`, `one`, or `several` (at least one).
+        asks_of: circuits that the study needs: `none`, `one`, `several` (at least one), or `optional` (one or none).
         resumable: it keeps what it has done in its folder (see `studies.pieces`) and can be continued there.
         folder: its folder, once claimed.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
-    asks_of: ClassVar[Literal["none", "one", "several"]] = "none"
+    asks_of: ClassVar[Literal["none", "one", "several", "optional"]] = "none"
     resumable: ClassVar[bool] = False
     folder: Path | None = None
 
@@ -97,9 +97,19 @@ class Study(ABC, Generic[S]):
             ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
         """
         n_circuits, names = len(self.circuits), [circuit.name for circuit in self.circuits]
-        fits = {"none": n_circuits == 0, "one": n_circuits == 1, "several": n_circuits > 0}[self.asks_of]
+        fits = {
+            "none": n_circuits == 0,
+            "one": n_circuits == 1,
+            "several": n_circuits > 0,
+            "optional": n_circuits <= 1,
+        }[self.asks_of]
         if not fits or len(set(names)) < n_circuits:
-            wanted = {"none": "no circuit", "one": "one circuit", "several": "circuits with different names"}
+            wanted = {
+                "none": "no circuit",
+                "one": "one circuit",
+                "several": "circuits with different names",
+                "optional": "one circuit or none",
+            }
             raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
 
     @abstractmethod
@@ -192,7 +202,7 @@ class Study(ABC, Generic[S]):
         return folder
 
     def write(self, findings: Findings, folder: Path) -> Findings:
-        """Write results, table and figures, in this order.
+        """Write results, a circuit that was found, table and figures, in this order.
 
         Returns:
             The findings, which now name the folder.
@@ -202,6 +212,9 @@ class Study(ABC, Generic[S]):
         """
         try:
             write_json(folder / RESULTS_FILE, self.document(findings, folder.parent.parent))
+            if findings.trained is not None:
+                findings.trained.save_circuit(folder)
+                findings.trained.save_constants(folder)
             if findings.rows:
                 write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
             for name, draw in findings.figures.items():

@@ -264,7 +264,7 @@ def test_checkpoints_of_something_else(capsys):
         ("fitt", "There is no command 'fitt'. Did you mean fit?"),
         (
             "",
-            "Commands: demo, fit, validate, test, compare, scan, minimal, study, runs, check-data, convert, ",
+            "Commands: demo, fit, validate, test, compare, scan, sufficient, minimal, study, runs, check-data, ",
         ),
         ("--bogus", "There is no option --bogus"),
         ("compare", "compare needs --run"),
