@@ -27,6 +27,7 @@ from oa_train.studies.compare import CompareSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.scan import ScanSettings
+from oa_train.studies.sufficient import SufficientSettings
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
@@ -54,6 +55,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),
+    ("sufficient", SufficientSettings, (SufficientSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]

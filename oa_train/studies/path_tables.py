@@ -23,7 +23,7 @@ MOST_NAMED = 4
 
 
 def recovery_of(behaviour: Behaviour, clean: Behaviour, index: int, measure: RecoveryMeasure) -> Estimate:
-    """Share that a circuit closes of the gap between everything ablated, a behaviour's circuit 0, and the clean model."""
+    """Share of the gap between everything ablated, a behaviour's circuit 0, and the clean model that one closes."""
     values, whole = getattr(behaviour, measure), getattr(clean, measure)[0]
     return ratio_of_means(values[index] - values[0], whole - values[0], clean.identities)
 
