@@ -79,6 +79,7 @@ class Sufficient(Study[SufficientSettings]):
         own = "optimal" if self.start is None else self.start.ablation
         self.kind = check_kind("ablation", settings.ablation or own)
         check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
+        self._own = self._own_constants()
 
     def _level(self, patterns: Sequence[str]) -> Nodes:
         settings = self.settings
@@ -89,7 +90,7 @@ class Sufficient(Study[SufficientSettings]):
         if not isinstance(level, Nodes):
             raise ConfigurationError(
                 f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost every "
-                f"edge does nothing without others on its path, so that a search one by one has no way to begin. "
+                "edge does nothing without others on its path, so that a search one by one has no way to begin. "
                 "minimal tests each edge of a circuit; fit with --model.level edges finds circuits of edges."
             )
         if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(level.kinds):
@@ -108,12 +109,14 @@ class Sufficient(Study[SufficientSettings]):
     @cached_property
     def ablation(self) -> Ablation:
         """Ablation of the search; of a learned one, fixed constants."""
-        constants = self._own_constants
-        return self.kind.prepare(self.source) if constants is None else constants
+        return self.kind.prepare(self.source) if self._own is None else self._own
 
-    @property
     def _own_constants(self) -> Constants | None:
-        """The run's constants, if they are of the ablation."""
+        """The run's constants, if they are of the ablation.
+
+        Raises:
+            ConfigurationError: they tell more positions apart than was asked for.
+        """
         if self.start is None or self.start.constants is None or self.start.ablation != self.kind.name:
             return None
         return self.start.constants.of_level(self.level).with_positions(
@@ -125,9 +128,9 @@ class Sufficient(Study[SufficientSettings]):
         return min(self.settings.search_prompts, self.task.n_validation)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then at most so much for the search, its curve and the constants."""
+        """The clean model and statistics; then the search if it moves every unit, its curve and the constants."""
         settings, task = self.settings, self.task
-        kinds = [self.kind.name] if self.kind.learned or self._own_constants is None else []
+        kinds = [self.kind.name] if self.kind.learned or self._own is None else []
         stages = [*statistics_stages(kinds, task), Stage("the clean model", self._n_search)]
         stages += [Stage("the search", self._most_circuits * self._n_search), Stage("the clean model", task.n_test)]
         n_points = min(settings.curve_points, 1 + self._most_steps)
@@ -156,7 +159,7 @@ class Sufficient(Study[SufficientSettings]):
         return 2 + first + (self._most_steps - 1) * tried + 2 * settings.pairs
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say what the search costs at most, and what it screens."""
+        """Say what the search costs if it moves every unit, and what it screens."""
         super().announce(stages)
         settings, n_units = self.settings, self._n_movable
         tried = min(settings.candidates, n_units)
@@ -164,7 +167,7 @@ class Sufficient(Study[SufficientSettings]):
         if tried < n_units:
             first = "all in the first one" if self._scores is None else "first by the run's keep-probabilities"
             line += f", {first}, then those that promised most"
-        self.track.say(f"{line}; it ends when recovery {settings.recovery:g} is reached, so all this is at most")
+        self.track.say(f"{line}; the cost is that of moving all of them, and it ends earlier at {settings.recovery:g}")
 
     @property
     def _scores(self) -> Float[Tensor, " entry"] | None:
@@ -220,7 +223,7 @@ class Sufficient(Study[SufficientSettings]):
         clean = clean_behaviour(self.model, shown, logits)
         most = self._most_circuits * n_prompts
 
-        with self.track(most, "searching on validation prompts, at most") as advance:
+        with self.track(most, "searching on validation prompts") as advance:
 
             def within(more: int) -> None:
                 nonlocal most
@@ -319,7 +322,7 @@ class Sufficient(Study[SufficientSettings]):
         listed = [measured[number] for number in evenly(len(measured), MOST_LISTED)]
         of = f"of the {spoken(settings.measure)}" if settings.measure != "kl" else "in KL divergence"
         title = (
-            f"{last['size']} of {int(self.free.sum()):,} units recover {settings.recovery:g} {of} under "
+            f"{last['size']} of {int(self.free.sum()):,} units, found to recover {settings.recovery:g} {of} under "
             f"{spoken(self.kind.name)} ablation of the others\nMeasured on {self.prompts}, with 95 % intervals"
         )
         if len(listed) < len(rows):

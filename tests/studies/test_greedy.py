@@ -50,17 +50,17 @@ def test_a_group_takes_few_circuits():
     assert steps[1].tried < 12 + 25  # all alone, then halves
 
 
-def backups(masks):
-    """Needs 0, and 1 or 2 unless both are gone together with 3, which harms without them."""
+def balanced(masks):
+    """0 is needed, 1 and 2 balance each other, and every unit adds a little."""
     zero, one, two = masks[:, 0], masks[:, 1], masks[:, 2]
     return (0.95 * zero * (one == two)).double() + (0.05 * masks.double().mean(dim=1))
 
 
 def test_two_that_balance_each_other_are_removed_as_a_pair():
-    steps = searched(backups, EVERYTHING)
+    steps = searched(balanced, EVERYTHING)
     assert units(steps[-1]) == {0}
     assert "remove pair" in [step.move for step in steps]
-    stuck = searched(backups, EVERYTHING, pairs=0)
+    stuck = searched(balanced, EVERYTHING, pairs=0)
     assert units(stuck[-1]) == {0, 1, 2}
 
 
@@ -90,7 +90,7 @@ def test_few_candidates_follow_the_scores_and_are_enough():
     assert units(steps[-1]) == {0, 1, 2, 3}
     assert all(step.screened and step.tried <= 3 for step in steps[1:])
     turned = searched(weighted, NOTHING, scores=-scores, candidates=2, pairs=0)
-    assert units(turned[-1]) >= {0, 1, 2, 3} - {3}
+    assert units(turned[-1]) >= {0, 1, 2}
     without = searched(weighted, NOTHING, candidates=2, pairs=0)
     assert (without[1].tried, without[1].screened) == (12, False)  # nothing says where to begin
     assert units(without[-1]) == {0, 1, 2, 3}

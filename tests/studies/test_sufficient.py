@@ -184,7 +184,7 @@ def test_under_optimal_ablation_the_set_gets_constants_of_its_own(model, task, t
 
 def test_only_selected_units_are_moved(model, task):
     findings = Sufficient(model, task, settings=replace(MEANS, components=["a1*"], direction="remove")).run()
-    assert set(findings.facts["names"]) < {f"a1.h{head}" for head in range(4)}
+    assert set(findings.facts["names"]) <= {f"a1.h{head}" for head in range(4)}
     assert findings.facts["n_units"] == 4
     assert len(findings.trained.circuit) == len(findings.facts["names"]) + 11
 
@@ -223,6 +223,9 @@ def test_what_has_no_answer_is_refused(model, task):
     run = a_run(model, task, ("m0",))
     with pytest.raises(ConfigurationError, match="but the circuit of run is of heads, mlp"):
         Sufficient(model, task, [run], SufficientSettings(sites=["attention"]))
+    by_position = replace(run, constants=run.constants.with_positions(3))
+    with pytest.raises(ConfigurationError, match="tell 3 positions apart"):
+        Sufficient(model, task, [by_position], SufficientSettings(positions=2))
     with pytest.raises(ConfigurationError, match="one circuit or none"):
         Sufficient(model, task, [run, run])
     useless = replace(MEANS, components="a2.h1", measure="accuracy")
@@ -238,7 +241,7 @@ def test_on_the_command_line_and_the_set_is_compared(tmp_path, monkeypatch, caps
     words = ["--sufficient.ablation", "mean", "--sufficient.recovery", "0.7", "--device", "cpu"]
     assert main(["sufficient", "--data", "IOI", *FEW, *words]) == 0
     said = capsys.readouterr()
-    assert "units recover 0.7" in said.out
+    assert "units, found to recover 0.7 in KL divergence" in said.out
     assert "the search may move 15 units and tries 15 a round on 8 prompts" in said.err
     study = Path("runs/sufficient/version_0/studies/sufficient_0")
     results = json.loads((study / "results.json").read_text())
