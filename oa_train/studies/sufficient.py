@@ -312,7 +312,7 @@ class Sufficient(Study[SufficientSettings]):
         """Labels of the figure's axes, and its title."""
         return (
             f"units kept, of {int(self.free.sum()):,}",
-            f"recovery ({spoken(self.settings.measure)})",
+            f"recovery ({spoken(self.settings.measure).replace('kl', 'KL divergence')})",
             f"{self.subject}: all other units under {spoken(self.kind.name)} ablation",
         )
 
