@@ -195,8 +195,6 @@ def test_only_selected_units_are_moved(model, task):
         ({"recovery": 0.0}, "recovery is 0.0; expected a share above 0"),
         ({"recovery": 1.1}, "recovery is 1.1"),
         ({"recovery": float("nan")}, "recovery is nan"),
-        ({"direction": "removed"}, "Did you mean remove"),
-        ({"measure": "acuracy"}, "Did you mean accuracy"),
         ({"ablation": "mena"}, "Did you mean mean"),
         ({"ablation": "clean"}, "puts the model's own values back"),
         ({"components": []}, "selects no unit"),
@@ -254,8 +252,13 @@ def test_on_the_command_line_and_the_set_is_compared(tmp_path, monkeypatch, caps
     capsys.readouterr()
     # The run of a study has a model and a task, and no circuit.
     assert main(["sufficient", "--run", "runs/sufficient/version_0", *words]) == 0
-    assert main(["sufficient", "--run", "nowhere"]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    for wrong, told in (
+        (["--run", "nowhere"], "does not exist"),
+        (["--data", "IOI", "--sufficient.direction", "removed"], "direction"),
+        (["--data", "IOI", "--sufficient.measure", "acuracy"], "measure"),
+    ):
+        assert main(["sufficient", *wrong]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_run_of_another_model_is_refused(model, tmp_path, monkeypatch, capsys):
