@@ -81,13 +81,14 @@ def test_several_at_once_end_at_the_same_set():
     first, last = searched(of_all(3, 7), EVERYTHING), searched(of_all(3, 7), EVERYTHING, at_once=8)
     assert units(first[-1]) == units(last[-1]) == {3, 7}
     assert len(last) < len(first)
-    assert units(searched(weighted, NOTHING, at_once=8)[-1]) == {0, 1, 2, 3}
+    (step,) = searched(weighted, NOTHING, at_once=8)[1:]
+    assert step.restored == (0, 1, 2, 3)
 
 
 def test_few_candidates_follow_the_scores_and_are_enough():
     scores = -torch.arange(12).float()
-    steps = searched(weighted, NOTHING, scores=scores, candidates=2, pairs=0)
-    assert units(steps[-1]) == {0, 1, 2, 3}
+    steps = searched(lambda masks: weighted(masks.flip(1)), NOTHING, scores=-scores, candidates=2, pairs=0)
+    assert units(steps[-1]) == {8, 9, 10, 11}
     assert all(step.screened and step.tried <= 3 for step in steps[1:])
     turned = searched(weighted, NOTHING, scores=-scores, candidates=2, pairs=0)
     assert units(turned[-1]) >= {0, 1, 2}
