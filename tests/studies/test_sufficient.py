@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,7 +76,8 @@ def test_no_smaller_set_of_a_known_model_is_enough(name):
 @pytest.mark.parametrize("name", ["case_induction", "two_hops", "digit_sum", "pair_induction"])
 def test_the_set_of_a_known_model_is_its_circuit(name, kind, direction):
     case = known_case(name)
-    few = type(case.task)(lm=case.task.lm, n_means=64, n_validation=12, n_test=6)
+    few = copy(case.task)
+    few.n_means, few.n_validation, few.n_test = 64, 12, 6
     settings = SufficientSettings(direction=direction, ablation=kind, search_prompts=12, curve_points=2)
     findings = Sufficient(case.model, few, settings=settings).run()
     assert set(findings.facts["names"]) == {edge.split("->")[0] for edge in case.known.edges} - {"input"}
