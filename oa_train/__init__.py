@@ -57,6 +57,8 @@ if TYPE_CHECKING:
     from oa_train.studies.study import Study as Study
     from oa_train.studies.study import Table as Table
     from oa_train.studies.study import estimates as estimates
+    from oa_train.studies.sufficient import Sufficient as Sufficient
+    from oa_train.studies.sufficient import SufficientSettings as SufficientSettings
     from oa_train.tasks.agreement import Agreement as Agreement
     from oa_train.tasks.capitals import Capitals as Capitals
     from oa_train.tasks.grammar import GrammarTask as GrammarTask
@@ -119,6 +121,8 @@ _HOMES = {
     "Site": "models.sites",
     "StopAtSignal": "training.interruption",
     "Study": "studies.study",
+    "Sufficient": "studies.sufficient",
+    "SufficientSettings": "studies.sufficient",
     "Table": "studies.study",
     "Task": "tasks.task",
     "TaskData": "training.data",

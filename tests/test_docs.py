@@ -30,6 +30,7 @@ from oa_train.studies.interact import InteractSettings
 from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.robustness import RobustnessSettings
 from oa_train.studies.scan import ScanSettings
+from oa_train.studies.sufficient import SufficientSettings
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
@@ -59,6 +60,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("scan", ScanSettings, (ScanSettings(),)),
     ("curve", CurveSettings, (CurveSettings(),)),
     ("interact", InteractSettings, (InteractSettings(),)),
+    ("sufficient", SufficientSettings, (SufficientSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("robustness", RobustnessSettings, (RobustnessSettings(),)),
     ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),

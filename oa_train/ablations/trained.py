@@ -87,6 +87,10 @@ class TrainedCircuit:
 
 
 def run_name(folder: str | Path) -> str:
-    """Name of a run in tables and figures: experiment/version, followed by front/N for one of its circuits."""
-    parts = Path(folder).absolute().parts
-    return "/".join(parts[-4:] if parts[-2:-1] == ("front",) else parts[-2:])
+    """Name of a run in tables and figures: experiment/version, followed by front/N for one of its circuits.
+
+    And by studies/<name>_<K> for a circuit that a study found.
+    """
+    path = Path(folder).absolute()
+    own = "/".join(path.parts[-2:])
+    return f"{run_name(path.parent.parent)}/{own}" if path.parent.name in ("front", "studies") else own

@@ -31,10 +31,13 @@ from oa_train.studies.study import Findings, Study, removed_if_empty
 # Options that a study takes over from the run that it is about.
 FROM_RUN = ("seed_everything", "lm", "data")
 
+# Studies that ask of these cannot do without a run.
+NEEDING_RUNS = ("one", "several")
+
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
-    "optional": "folder of a run, whose model, task, seed and circuit are used and which gets the results",
+    "optional": "folder of a run, whose model, task, seed and circuit (if any) are used and which gets the results",
     "several": "folder of a finished run; of several, the first gives model and task and gets the results",
 }
 
@@ -55,8 +58,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     if {"-h", "--help"} & set(rest):
         parser.print_help()
         parser.exit()
-    needs_run = kind.asks_of in ("one", "several")
-    if needs_run and not folders:
+    if kind.asks_of in NEEDING_RUNS and not folders:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
     if len(folders) > 1 and kind.asks_of != "several":
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
@@ -71,9 +73,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     else:
         check_experiment(chosen.experiment)
         output_root("--output", chosen.output)
-    may_have = kind.asks_of == "optional"
-    with_circuits = [run for run in runs if needs_run or (may_have and (run.path / "circuit").is_dir())]
-    circuits = _named_apart([run.trained_circuit() for run in with_circuits], with_circuits)
+    circuits = _circuits(kind, runs)
     study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
     if kind.resumable and chosen.resume is not None:
         study.resume(chosen.resume)
@@ -146,7 +146,7 @@ def _study_class(path: str) -> type[Study[Any]]:
 def _parser(kind: type[Study[Any]]) -> ExplainingParser:
     parser = ExplainingParser(prog=f"oa-train {kind.name}", description=(kind.__doc__ or "").partition("\n")[0])
     add_config(parser)
-    needs_run = kind.asks_of in ("one", "several")
+    needs_run = kind.asks_of in NEEDING_RUNS
     run_type = str if needs_run else str | None
     parser.add_argument("--run", type=run_type, required=needs_run, help=_RUN_HELP[kind.asks_of])
     if not needs_run:
@@ -174,6 +174,14 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
     if runs:
         runs[0].check_model(str(options.lm.name))
     return options
+
+
+def _circuits(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
+    """The circuits that a study asks of."""
+    if kind.asks_of == "none":
+        return []
+    having = [run for run in runs if not (kind.asks_of == "optional" and run.is_of_a_study)]
+    return _named_apart([run.trained_circuit() for run in having], having)
 
 
 def _named_apart(circuits: Sequence[TrainedCircuit], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:

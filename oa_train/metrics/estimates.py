@@ -109,6 +109,26 @@ def paired_difference(
     return estimate(first.double() - second.double(), identities)
 
 
+def ratio_of_means(
+    numerator: Float[Tensor, " prompt"],
+    denominator: Float[Tensor, " prompt"],
+    identities: Int[Tensor, " prompt"] | None = None,
+) -> Estimate:
+    """Mean of the numerator over that of the denominator, on the same prompts.
+
+    Its error is that of the linearised ratio (the delta method), to which each prompt contributes what is left of its
+    numerator after the ratio's share of its denominator.
+
+    Raises:
+        NotFiniteError: the denominator's mean is 0.
+    """
+    below = estimate(denominator, identities).mean
+    if below == 0:
+        raise NotFiniteError(f"A ratio over {len(denominator)} prompts has the denominator 0.")
+    ratio = estimate(numerator, identities).mean / below
+    return estimate(ratio + (numerator.double() - ratio * denominator.double()) / below, identities)
+
+
 def written(value: float, digits: int = 3) -> str:
     """A number as a person writes it: "0.0235", "1,240", "0"; with a power of ten only below 0.0001."""
     if value == 0 or not math.isfinite(value):

@@ -6,6 +6,10 @@ STUDIES: dict[str, tuple[str, str]] = {
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
     "curve": ("oa_train.studies.curve.Curve", "more and more ablated together, by importance: where does it break?"),
     "interact": ("oa_train.studies.interact.Interact", "units ablated together: which back each other up?"),
+    "sufficient": (
+        "oa_train.studies.sufficient.Sufficient",
+        "which few parts are enough? greedy, to a stated recovery",
+    ),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
     "robustness": (
         "oa_train.studies.robustness.Robustness",

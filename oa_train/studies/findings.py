@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
 from oa_train.files import replace_file
@@ -39,6 +40,8 @@ class Findings:
         figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
             results are on disk.
         circuit: sizes of the circuit in question.
+        trained: a circuit that the study found, written to `circuit/` and `constants/` in its folder, so that the
+            folder can be used as that of a run.
         table: name of the CSV file.
         folder: study folder, once written.
     """
@@ -49,6 +52,7 @@ class Findings:
     shown: Sequence[Table | str] = ()
     figures: Mapping[str, Callable[[], Figure | None]] = field(default_factory=dict)
     circuit: Mapping[str, int] | None = None
+    trained: TrainedCircuit | None = None
     table: str = "rows"
     folder: Path | None = None
 

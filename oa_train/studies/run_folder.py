@@ -4,7 +4,7 @@
     config.yaml  run.log  checkpoints/{best,last}.ckpt
     circuit/ constants/             of one circuit
     front/<N>/{circuit,constants}/  of several
-    studies/<name>_<K>/
+    studies/<name>_<K>/             circuit/ constants/ as well, where a study found a circuit
 """
 
 import os
@@ -28,6 +28,7 @@ CONFIG_FILE = "config.yaml"
 # Inside the folder of a study: what a resumable one has done.
 PIECES = "pieces"
 FRONT = "front"
+STUDIES = "studies"
 VERSION = "version"
 
 # Options of a model that a run folder may decide; code that comes with weights is not run because a file says so.
@@ -41,7 +42,7 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, or `RUN/front/N`, one of the circuits that a run has trained.
+    """A run folder, or that of a circuit of it: `RUN/front/N`, or `RUN/studies/<name>_<K>` where a study found one.
 
     Attributes:
         path: the folder.
@@ -80,9 +81,15 @@ class RunFolder:
 
     @property
     def run(self) -> Path:
-        """The run: RUN of RUN/front/N, else the folder itself."""
-        is_part = self.path.parent.name == FRONT and not (self.path / CONFIG_FILE).exists()
-        return self.path.parent.parent if is_part else self.path
+        """The run: RUN of RUN/front/N or RUN/studies/<name>_<K>, else the folder itself."""
+        of_a_study = self.path.parent.name == STUDIES and (self.path / "circuit").is_dir()
+        is_part = (self.path.parent.name == FRONT or of_a_study) and not (self.path / CONFIG_FILE).exists()
+        return RunFolder(self.path.parent.parent).run if is_part else self.path
+
+    @property
+    def is_of_a_study(self) -> bool:
+        """True if a study made the run folder, which has no circuit."""
+        return not (self.path / "circuit").exists() and "model" not in self.config()
 
     @property
     def config_path(self) -> Path:

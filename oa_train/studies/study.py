@@ -97,12 +97,20 @@ class Study(ABC, Generic[S]):
             ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
         """
         n_circuits, names = len(self.circuits), [circuit.name for circuit in self.circuits]
-        most = {"none": 0, "one": 1, "optional": 1, "several": n_circuits}[self.asks_of]
-        fits = int(self.asks_of in ("one", "several")) <= n_circuits <= most
+        fits = {
+            "none": n_circuits == 0,
+            "one": n_circuits == 1,
+            "several": n_circuits > 0,
+            "optional": n_circuits <= 1,
+        }[self.asks_of]
         if not fits or len(set(names)) < n_circuits:
-            wanted = {"none": "no circuit", "one": "one circuit", "several": "circuits with different names"}
-            expected = wanted.get(self.asks_of, "at most one circuit")
-            raise ConfigurationError(f"{self.name} expects {expected}; it was given {names}.")
+            wanted = {
+                "none": "no circuit",
+                "one": "one circuit",
+                "several": "circuits with different names",
+                "optional": "one circuit or none",
+            }
+            raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
 
     @abstractmethod
     def run(self) -> Findings:
@@ -194,7 +202,7 @@ class Study(ABC, Generic[S]):
         return folder
 
     def write(self, findings: Findings, folder: Path) -> Findings:
-        """Write results, table and figures, in this order.
+        """Write results, a circuit that was found, table and figures, in this order.
 
         Returns:
             The findings, which now name the folder.
@@ -204,6 +212,9 @@ class Study(ABC, Generic[S]):
         """
         try:
             write_json(folder / RESULTS_FILE, self.document(findings, folder.parent.parent))
+            if findings.trained is not None:
+                findings.trained.save_circuit(folder)
+                findings.trained.save_constants(folder)
             if findings.rows:
                 write_csv(folder / "tables" / f"{findings.table}.csv", findings.flat_rows())
             for name, draw in findings.figures.items():

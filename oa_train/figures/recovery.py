@@ -1,0 +1,63 @@
+"""Recovery of the model's behaviour by sets of units, against their size."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from oa_train.figures.comparison import Interval
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+
+# Colour and marker of the part of a search that restores units, and of that which removes them.
+STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
+
+# Recovery far below that of ablating everything is not drawn.
+LOWEST = -0.5
+
+
+def recovery_figure(
+    paths: Mapping[str, tuple[Sequence[int], Sequence[Interval]]],
+    trained: tuple[Sequence[int], Sequence[Interval]],
+    target: float,
+    chosen: int,
+    labels: tuple[str, str],
+    title: str,
+) -> Figure:
+    """Recovery along the path of a search, with 95 % intervals as bands.
+
+    Args:
+        paths: sizes and recoveries of the sets, by a key of `STYLES`.
+        trained: sizes and recoveries of the sets whose constants were trained; may be empty.
+        target: recovery that was asked for, drawn as a line.
+        chosen: size of the set that was found, marked.
+        labels: of the axes, that of sizes first.
+        title: of the figure.
+    """
+    figure = new_figure(6.2, 3.8)
+    axes = figure.subplots()
+    for name, (sizes, intervals) in paths.items():
+        colour, marker = STYLES[name]
+        order = sorted(range(len(sizes)), key=lambda number: sizes[number])
+        x = [sizes[number] for number in order]
+        axes.plot(
+            x, [intervals[n].mean for n in order], color=colour, marker=marker, markersize=3, linewidth=1, label=name
+        )
+        low, high = [intervals[n].low for n in order], [intervals[n].high for n in order]
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    if trained[0]:
+        means = [interval.mean for interval in trained[1]]
+        lengths = [[i.mean - i.low for i in trained[1]], [i.high - i.mean for i in trained[1]]]
+        style: dict[str, Any] = {"fmt": "D", "markersize": 4, "elinewidth": 1, "capsize": 2, "color": "#1B1B1B"}
+        axes.errorbar(trained[0], means, lengths, label="constants trained for the set", **style)
+    axes.axhline(target, color="#555555", linewidth=0.8, linestyle=":", label=f"asked for: {target:g}")
+    axes.axvline(chosen, color="#009E73", linewidth=1.0, linestyle="--", label=f"found: {chosen}")
+    lowest, highest = axes.get_ylim()
+    axes.set_ylim(max(lowest, LOWEST), highest)
+    axes.set_xlabel(labels[0], fontsize=FONT_SIZE)
+    axes.set_ylabel(labels[1], fontsize=FONT_SIZE)
+    axes.tick_params(labelsize=FONT_SIZE - 1)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=FONT_SIZE - 1, frameon=False)
+    set_title(figure, title)
+    return figure

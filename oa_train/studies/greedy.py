@@ -1,0 +1,236 @@
+"""Greedy search for a small set of units that is enough.
+
+Units are restored until the set is enough, then removed for as long as it stays enough. Where no single unit can be
+moved, pairs are tried, and then a group that only helps together.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, product
+from typing import Literal
+
+import torch
+
+from oa_train.shapes import Bool, Float, Tensor
+
+# Recovery of circuits [circuit, entry].
+Measure = Callable[[Bool[Tensor, "circuit entry"]], Float[Tensor, " circuit"]]
+Move = Literal["start", "restore", "restore pair", "restore group", "remove", "remove pair", "swap"]
+
+# Recoveries that differ by less are equal: float32 knows no better.
+ROUNDING = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One move of a search.
+
+    Attributes:
+        move: its kind; a swap removes two units for one that it restores.
+        restored: entries that it put back.
+        removed: entries that it took out.
+        mask: the set after it.
+        recovery: of that set, as the search measured it.
+        tried: circuits that were measured to find it.
+        units: units that could have been moved.
+        screened: it was chosen among some of them only.
+    """
+
+    move: Move
+    restored: tuple[int, ...]
+    removed: tuple[int, ...]
+    mask: Bool[Tensor, " entry"]
+    recovery: float
+    tried: int = 1
+    units: int = 0
+    screened: bool = False
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits of a search; see `SufficientSettings`."""
+
+    candidates: int
+    at_once: int = 1
+    pairs: int = 0
+    least_gain: float = 0.0
+
+
+@dataclass(eq=False)
+class GreedySearch:
+    """A search for a small set whose recovery reaches a target.
+
+    Attributes:
+        measure: recovery of circuits, 1 with all units kept.
+        free: entries that may be moved; all others stay as they are.
+        target: recovery that is enough.
+        budget: its limits.
+        scores: of all entries, higher for those that are rather kept. They say which units the first rounds try;
+            without them the first round of either direction tries all.
+        told: is given every step.
+    """
+
+    measure: Measure
+    free: Bool[Tensor, " entry"]
+    target: float
+    budget: Budget
+    scores: Float[Tensor, " entry"] | None = None
+    told: Callable[[Step], None] = lambda step: None
+    steps: list[Step] = field(default_factory=list)
+    # Circuits that the last attempt to remove anything measured.
+    tried_in_vain: int = 0
+
+    def run(self, start: Bool[Tensor, " entry"]) -> list[Step]:
+        """Restore, then remove; the last step has the set that was found."""
+        # The last known change in recovery by moving each unit out of the set [0], and into it [1].
+        self._changes = torch.full((2, len(self.free)), torch.nan, dtype=torch.float64)
+        self._tried, self._screened = 0, False
+        (recovery,) = self._measured([start])
+        self._mask, self._recovery = start, recovery
+        self._note("start", (), ())
+        while not self._is_enough(self._recovery):
+            self._single(True) or self._pair(True) or self._group()
+        while self._single(False) or self._pair(False) or self._swap():
+            pass
+        self.tried_in_vain = self._tried
+        return self.steps
+
+    def _is_enough(self, recovery: float) -> bool:
+        return recovery >= self.target - ROUNDING
+
+    def _measured(self, masks: Sequence[Tensor]) -> list[float]:
+        self._tried += len(masks)
+        recoveries: list[float] = self.measure(torch.stack(list(masks))).tolist()
+        return recoveries
+
+    def _note(self, move: Move, restored: Sequence[int], removed: Sequence[int], units: int = 0) -> None:
+        step = Step(
+            move, tuple(restored), tuple(removed), self._mask, self._recovery, self._tried, units, self._screened
+        )
+        self._tried, self._screened = 0, False
+        self.steps.append(step)
+        self.told(step)
+
+    def _moved(self, units: Sequence[int]) -> Bool[Tensor, " entry"]:
+        """The set with these units moved, into it or out of it."""
+        mask = self._mask.clone()
+        mask[list(units)] = ~mask[list(units)]
+        return mask
+
+    def _is_good(self, restoring: bool, change: float) -> bool:
+        return change > self.budget.least_gain if restoring else self._is_enough(self._recovery + change)
+
+    def _queue(self, restoring: bool) -> list[int]:
+        """Units that can be moved: those whose last move looked good, those never tried, then all others."""
+        units: list[int] = (self.free & (self._mask != restoring)).nonzero().flatten().tolist()
+        changes = self._changes[int(restoring)].tolist()
+        prior = [0.0] * len(changes) if self.scores is None else (self.scores * (1 if restoring else -1)).tolist()
+
+        def place(unit: int) -> tuple[int, float]:
+            if math.isnan(changes[unit]):
+                return 1, -prior[unit]
+            return (0 if self._is_good(restoring, changes[unit]) else 2), -changes[unit]
+
+        return sorted(units, key=place)
+
+    def _chunks(self, queue: Sequence[int], restoring: bool) -> Iterator[tuple[int, ...]]:
+        unranked = self.scores is None and bool(self._changes[int(restoring), list(queue)].isnan().any())
+        size = max(1, len(queue)) if unranked else self.budget.candidates
+        return (tuple(queue[first : first + size]) for first in range(0, len(queue), size))
+
+    def _single(self, restoring: bool) -> bool:
+        """Move the best unit of the first chunk of candidates that has a good one, or several at once."""
+        queue = self._queue(restoring)
+        for chunk in self._chunks(queue, restoring):
+            recoveries = dict(zip(chunk, self._measured([self._moved([unit]) for unit in chunk]), strict=True))
+            for unit, recovery in recoveries.items():
+                self._changes[int(restoring), unit] = recovery - self._recovery
+            good = [unit for unit in chunk if self._is_good(restoring, recoveries[unit] - self._recovery)]
+            if good:
+                good.sort(key=lambda unit: -recoveries[unit])
+                units, recovery = self._as_many(good[: self.budget.at_once], recoveries[good[0]], restoring)
+                self._screened = len(chunk) < len(queue)
+                self._take("restore" if restoring else "remove", units, recovery, len(queue))
+                return True
+        return False
+
+    def _as_many(self, units: Sequence[int], first: float, restoring: bool) -> tuple[Sequence[int], float]:
+        """How many of the units, the best first, move at once: all, half of them, a quarter, ..., or one.
+
+        The fewest whose restoring is enough, or those that recover most; as many as can be removed.
+        """
+        counts = [len(units) >> halvings for halvings in range(len(units).bit_length() - 1)]
+        masks = [self._moved(units[:count]) for count in counts]
+        recoveries = dict(zip([*counts, 1], [*(self._measured(masks) if masks else []), first], strict=True))
+        enough = [count for count, recovery in recoveries.items() if self._is_enough(recovery)]
+        if restoring:
+            count = min(enough) if enough else max(recoveries, key=lambda count: recoveries[count])
+        else:
+            count = max(enough)
+        return units[:count], recoveries[count]
+
+    def _take(self, move: Move, units: Sequence[int], recovery: float, n_queued: int) -> None:
+        restored = [unit for unit in units if not self._mask[unit]]
+        removed = [unit for unit in units if self._mask[unit]]
+        for unit in units:  # to move it back would undo the change
+            into = int(not self._mask[unit])
+            self._changes[1 - into, unit] = -self._changes[into, unit] if len(units) == 1 else torch.nan
+        self._mask, self._recovery = self._moved(units), recovery
+        self._note(move, restored, removed, n_queued)
+
+    def _best(self, groups: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], float]:
+        recoveries = self._measured([self._moved(units) for units in groups])
+        best = max(range(len(groups)), key=lambda number: recoveries[number])
+        return groups[best], recoveries[best]
+
+    def _pair(self, restoring: bool) -> bool:
+        """Move two units at once, where that is good."""
+        queue = self._queue(restoring)
+        most = (1 + math.isqrt(1 + 8 * self.budget.pairs)) // 2
+        pairs = list(combinations(queue[:most], 2)) if self.budget.pairs else []
+        if not pairs:
+            return False
+        pair, recovery = self._best(pairs)
+        if not self._is_good(restoring, recovery - self._recovery):
+            return False
+        self._screened = most < len(queue)
+        self._take("restore pair" if restoring else "remove pair", pair, recovery, len(queue))
+        return True
+
+    def _swap(self) -> bool:
+        """Remove two units for one that comes back."""
+        kept, ablated = self._queue(False), self._queue(True)
+        most = max((n for n in range(self.budget.pairs) if n * n * (n - 1) // 2 <= self.budget.pairs), default=0)
+        swaps = [(*pair, unit) for pair, unit in product(combinations(kept[:most], 2), ablated[:most])]
+        if not swaps:
+            return False
+        swap, recovery = self._best(swaps)
+        if not self._is_enough(recovery):
+            return False
+        self._screened = most < max(len(kept), len(ablated))
+        self._take("swap", swap, recovery, len(kept))
+        return True
+
+    def _group(self) -> bool:
+        """Restore a group of which no unit can be spared for half of the recovery that is missing.
+
+        Halves of the units are tried in turn (QuickXplain, Junker, 2004): a group of k among n units takes about
+        k log(n / k) circuits.
+        """
+        queue = self._queue(True)
+        wanted = min((self._recovery + self.target) / 2, self.target - ROUNDING)
+
+        def needed(beside: list[int], is_new: bool, units: list[int]) -> list[int]:
+            if is_new and self._measured([self._moved(beside)])[0] >= wanted:
+                return []
+            if len(units) == 1:
+                return units
+            first, second = units[: len(units) // 2], units[len(units) // 2 :]
+            of_second = needed([*beside, *first], True, second)
+            return [*needed([*beside, *of_second], bool(of_second), first), *of_second]
+
+        group = needed([], False, queue)
+        (recovery,) = self._measured([self._moved(group)])
+        self._take("restore group", group, recovery, len(queue))
+        return True

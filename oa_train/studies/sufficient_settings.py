@@ -1,0 +1,78 @@
+"""Settings of the search for a minimal sufficient set."""
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from oa_train.ablations.fitting import RefitSettings
+from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
+from oa_train.studies.path_tables import RecoveryMeasure
+
+Direction = Literal["restore", "remove"]
+
+
+@dataclass(frozen=True)
+class SufficientSettings:
+    """Settings of `sufficient`.
+
+    Attributes:
+        direction: `restore` starts from everything ablated, `remove` from everything kept, or from the run's circuit.
+        recovery: share of the gap between everything ablated and the clean model that the set recovers.
+        measure: of that gap: `kl` (1 - KL / KL of everything ablated), `logit_difference` or `accuracy`.
+        ablation: of everything outside the set; by default the run's, or `optimal`.
+        sites: kinds of site whose units are candidates; with a run, those of its circuit.
+        components: shell patterns of the candidates; all other units are kept.
+        dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
+        positions: size of the tables of constants; by default the run's, or 1, which pools all positions.
+        candidates: units that a round of the search tries, those whose last trial promised most; if none of them can
+            be moved, the next ones.
+        at_once: most units that a round moves.
+        pairs: most pairs, and swaps, that are tried where no single unit can be moved; 0 for none.
+        least_gain: recovery; a unit that brings no more is not restored for it.
+        search_prompts: validation prompts of the search, at most `n_validation`.
+        curve_points: most steps that are measured on the test prompts.
+        fit: training of the constants of the set, under `optimal`.
+        fit_every: measured steps from one whose constants are trained as well to the next; by default those of the
+            last, the set that was found, alone.
+    """
+
+    direction: Direction = "restore"
+    recovery: float = 0.9
+    measure: RecoveryMeasure = "kl"
+    ablation: AblationKind | None = None
+    sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
+    components: str | list[str] = "*"
+    dictionaries: list[DictionarySpec] = field(default_factory=list)
+    positions: int | None = None
+    candidates: int = 16
+    at_once: int = 1
+    pairs: int = 128
+    least_gain: float = 0.001
+    search_prompts: int = 64
+    curve_points: int = 32
+    fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
+    fit_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.recovery <= 1:
+            raise ConfigurationError(f"recovery is {self.recovery}; expected a share above 0 and at most 1.")
+        for name, known in (("direction", get_args(Direction)), ("measure", get_args(RecoveryMeasure))):
+            if getattr(self, name) not in known:
+                raise ConfigurationError(
+                    f"{name} is {getattr(self, name)!r}. {nearest_names(getattr(self, name), known)}"
+                )
+        if self.ablation is not None:
+            check_kind("ablation", self.ablation)
+        for name in ("candidates", "at_once", "positions", "fit_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("search_prompts", "curve_points"):
+            if getattr(self, name) < 2:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 2.")
+        if self.pairs < 0:
+            raise ConfigurationError(f"pairs is {self.pairs}; expected 0 or more.")
+        if not 0 <= self.least_gain < 1:
+            raise ConfigurationError(f"least_gain is {self.least_gain}; expected a share of at least 0 and below 1.")
+        check_dictionaries(self.sites, len(self.dictionaries))
