@@ -35,6 +35,7 @@ from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
 from oa_train.tasks.ioi import IOI
+from oa_train.tasks.records import Records
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
@@ -55,6 +56,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("Every task that draws its prompts", GrammarTask, ()),
     ("IOI", IOI, ()),
     ("Induction", Induction, ()),
+    ("Records", Records, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),

@@ -42,6 +42,6 @@ def test_the_lines_of_the_page_run(run):
 
 def test_a_model_that_has_moved_is_named_anew(run):
     run.save_config({"lm": {"name": "/gone/model"}})
-    with pytest.raises(ArtefactError, match=r"/gone/model, which is not there.*--lm.name FOLDER"):
+    with pytest.raises(ArtefactError, match=r"/gone/model, which is not there(.|\n)*--lm.name FOLDER"):
         run.lm()
     assert run.lm("tiny").name == "tiny"

@@ -119,6 +119,14 @@ class Kind:
             return "the prompts have no counterfactuals"
         return source.donors.why_lacking(batches) if self.partnered else None
 
+    def __reduce__(self) -> tuple[Callable[[AblationKind], "Kind"], tuple[AblationKind]]:
+        # By name: functions of a kind may be lambdas, and a spawned process gets its modules pickled.
+        return _kind, (self.name,)
+
+
+def _kind(name: AblationKind) -> Kind:
+    return KINDS[name]
+
 
 def _resample(source: AblationSource) -> Ablation:
     return OtherPromptAblation(source.donors, source.level.spans)

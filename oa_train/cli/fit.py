@@ -47,9 +47,6 @@ def _expand_run(words: Sequence[str]) -> list[str]:
         return list(words)
     run = RunFolder.find(folder, whole=True)
     config = stored_config(run, words)
-    if not any(word.split("=")[0] == "--lm.name" for word in words):
-        lm = config.get("lm")
-        run.check_model(str(lm.get("name", "")) if isinstance(lm, dict) else "")
     name = name or "best"
     path = run.checkpoint(name) if name in ("best", "last") else Path(name)
     if name == "best" and not path.is_file() and run.checkpoint("last").is_file():

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -29,6 +29,7 @@ from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.cli.runs import finished_results
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
+from oa_train.cli.training_lines import training_bar
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.studies.finish import Finished, FinishSettings, finish
 from oa_train.studies.finish_constants import finish_constants
@@ -213,7 +214,7 @@ class OaTrainCLI(LightningCLI):
         last = LastCheckpoint(run / "checkpoints", self._get(self.config_init, "checkpoint_every"))
         yield from (BestCheckpoint(run / "checkpoints"), last, StopAtSignal(last, self._signals), MaskImages())
         if config.enable_progress_bar is not False:
-            yield RichProgressBar()
+            yield training_bar()
 
     def _trainer(self, **kwargs: Any) -> Any:
         with self._given_up_after_a_refusal():

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.studies.run_folder import RunFolder, read_config
+from oa_train.studies.run_folder import RunFolder, is_gone, read_config
 
 # Arguments of a module or task that follow an option at the top.
 LINKED = {"lm": "lm", "seed": "seed_everything"}
@@ -68,14 +68,28 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
 
 
 def stored_config(run: RunFolder, words: Sequence[str]) -> dict[str, Any]:
-    """Configuration of a run, unless it asks to run a model's own code: folders are passed on, trust is not."""
+    """Configuration of a run, unless it asks to run a model's own code: folders are passed on, trust is not.
+
+    A model that the command line does not name, and that is not where it was, is looked for (see `RunFolder.lm`).
+    """
     config = run.config()
     if _trusts(config) and not any(word.startswith("--lm.trust_remote_code") for word in words):
         raise ConfigurationError(
             f"{run.config_path} asks to run code that comes with the model. If you trust it, say so on the command "
             "line: --lm.trust_remote_code true."
         )
+    lm = config.get("lm")
+    if isinstance(lm, dict) and is_gone(str(lm.get("name", ""))) and not _names_model(words):
+        lm["name"] = run.lm().name
     return config
+
+
+def _names_model(words: Sequence[str]) -> bool:
+    """True if a command line, or a configuration file that it names, says which model is used."""
+    files = [read_config(Path(path)).get("lm") for path in take_options(words, "--config", "-c")[0]]
+    return any(word.partition("=")[0] == "--lm.name" for word in words) or any(
+        isinstance(lm, dict) and "name" in lm for lm in files
+    )
 
 
 def _trusts(content: object) -> bool:

@@ -171,8 +171,6 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
     options = parser.parse_args([*stored, *words])
     check_values(parser, options)
     make_paths_absolute(options)
-    if runs:
-        runs[0].check_model(str(options.lm.name))
     return options
 
 

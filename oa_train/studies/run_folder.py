@@ -123,31 +123,20 @@ class RunFolder:
         """The model of the run, without leave to run code of its own.
 
         Args:
-            name: where the model is now, if it has moved; a copy of the same weights will do.
+            name: where the model is now, if it has moved; a copy of the same weights will do. Without it, a folder
+                that is gone is looked for by the fingerprint of its weights (see `models.moved`), which is warned of.
 
         Raises:
-            ArtefactError: it is not where it was.
+            ArtefactError: it is not where it was, and was not found; the message says where it was looked for.
         """
         from oa_train.models.loading import LMSpec
+        from oa_train.studies.run_model import located
 
         stored = {key: value for key, value in dict(self.config().get("lm") or {}).items() if key in _KEPT_OF_LM}
         spec = LMSpec(**stored)
-        if name is None:
-            self.check_model(spec.name)
-        return spec if name is None else replace(spec, name=name)
-
-    def check_model(self, name: str) -> None:
-        """Check that a local model of the run is where the run says.
-
-        Raises:
-            ArtefactError: it is not; the message says how to name it.
-        """
-        folder = Path(name).expanduser()
-        if folder.is_absolute() and not folder.exists():
-            raise ArtefactError(
-                f"{self.path} is of the model {name}, which is not there. Say where it is now, or where a copy is: "
-                "--lm.name FOLDER (from Python `run.lm(FOLDER)`). It is told by its weights, not by its path."
-            )
+        if name is not None:
+            return replace(spec, name=name)
+        return located(self, spec) if is_gone(spec.name) else spec
 
     def save_config(self, config: dict[str, Any]) -> None:
         """Write the configuration."""
@@ -219,6 +208,12 @@ class RunFolder:
             sentence = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
             return [sentence, f"  {self.resume_command(kept)}"]
         return ["No checkpoint had been written yet. This starts again:", f"  {self.start_command()}"]
+
+
+def is_gone(name: str) -> bool:
+    """True if the name of a model is the path of one that does not exist."""
+    path = Path(name).expanduser()
+    return path.is_absolute() and not path.exists()
 
 
 def circuit_folders(run: Path, n_circuits: int) -> list[Path]:

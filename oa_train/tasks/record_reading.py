@@ -105,7 +105,10 @@ class RecordReader:
         if earlier is None:
             return
         if record.split != earlier.split:
-            detail = f"{record.split} here and {earlier.split} in {earlier.place}: {shorten(record.prompt.text)}"
+            detail = (
+                f"{record.split or 'none'} here and {earlier.split or 'none'} in {earlier.place}: "
+                f"{shorten(record.prompt.text)}"
+            )
             raise RowError("the same prompt in two splits", detail)
         if record.prompt.answers != earlier.prompt.answers:
             detail = f"{list(record.prompt.answers)} here and {list(earlier.prompt.answers)} in {earlier.place}"

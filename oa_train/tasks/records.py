@@ -98,7 +98,9 @@ class Records(Task):
         self, problems: list[tuple[str, RowError]], n_rows: int, bad_rows: BadRows, example: Fields | None
     ) -> None:
         if n_rows == 0:
-            raise TaskError(f"{self.source} has no rows.")
+            raise TaskError(
+                f"{self.source} has no rows. Expected one for each prompt, with the fields `prompt` and `answer`."
+            )
         if not problems:
             return
         if bad_rows == "stop" or len(problems) == n_rows:
@@ -106,7 +108,8 @@ class Records(Task):
             extra = " Fields that are of no use here are named in --data.ignored_fields." if unknown else ""
             raise TaskError(
                 f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
-                f"Mend them, or leave them out with --data.bad_rows leave_out.{extra}{_other_layouts(example)}"
+                f"Mend them, or leave them out with --data.bad_rows leave_out.{extra}"
+                f"{_other_layouts(example, self.layout)}"
             )
         self.left_out = problems
         self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
@@ -162,7 +165,8 @@ class Records(Task):
         return {**super().describe(), "prompts": digest.hexdigest(), "n_distinct_prompts": n_prompts}
 
 
-def _other_layouts(fields: Fields | None) -> str:
+def _other_layouts(fields: Fields | None, named: str) -> str:
     """Advice for a row that is not of the layout that was named, if it is of others."""
-    names = [name for name, layout in LAYOUTS.items() if fields is not None and layout.fits(fields)]
+    fitting = [name for name, layout in LAYOUTS.items() if fields is not None and layout.fits(fields)]
+    names = [] if named in fitting else fitting
     return f"\nThe fields are those of --data.layout {' or '.join(names)}." if names else ""

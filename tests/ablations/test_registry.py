@@ -1,5 +1,6 @@
 """Every kind of ablation on the built-in model; means and spreads against plain ones over tokens."""
 
+import pickle
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import partial
@@ -280,3 +281,8 @@ def test_optimal_is_at_most_mean_and_zero_on_prompts_of_one_length():
     mean, zero = (circuit_behaviour(model, validation, level, masks, [other]).kl.mean(dim=1) for other in others)
     assert (optimal <= torch.minimum(mean, zero) + 1e-6).all()
     assert (optimal[2] < 0.8 * mean[2]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+def test_a_kind_reaches_another_process_by_its_name(kind):
+    assert pickle.loads(pickle.dumps(kind)) is kind

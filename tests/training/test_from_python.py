@@ -167,3 +167,23 @@ def test_a_notebook_gets_what_its_process_has_trained(plugins):
     quiet_trainer(max_steps=2, limit_val_batches=0).fit(alone, datamodule=TaskData(small_ioi()))
     assert_same_state(module, alone)
     assert module.trained_circuits()[0].circuit.provenance["task"] == small_ioi().describe()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "kind", [partial(CircuitModule, target_size=7, target_warmup=1), partial(ConstantsModule, keep="m*")]
+)
+def test_processes_that_are_spawned_hand_back_all_that_they_have_trained(tmp_path, kind):
+    module, task = kind(seed=3), small_ioi(n_validation=8, n_means=8, batches_per_epoch=2)
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val/objective")
+    callbacks = [best, ModelCheckpoint(tmp_path / "steps", filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+    options = {"strategy": "ddp_spawn", "devices": 2, "enable_checkpointing": True, "callbacks": callbacks}
+    trainer = quiet_trainer(max_steps=3, **options)
+    trainer.fit(module, datamodule=TaskData(task))
+    trained_class = type(module)
+    assert_same_state(module, trained_class.load_from_checkpoint(tmp_path / "steps/step=3.ckpt"))
+    loaded = trained_class.load_from_checkpoint(best.best_model_path)
+    figures = read_checkpoint(Path(best.best_model_path))["oa_train"]["figures"]
+    assert {name: figure.item() for name, figure in trainer.callback_metrics.items()}.keys() >= figures.keys()
+    for trained in (module, loaded):
+        assert trained.trained_circuits()[0].circuit.provenance["task"] == task.describe()

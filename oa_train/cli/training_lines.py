@@ -1,0 +1,71 @@
+"""Progress of a training in lines, where output goes to a file."""
+
+import math
+import time
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich.console import Console
+
+from oa_train.cli.bars import BETWEEN_LINES, track
+from oa_train.progress import duration
+from oa_train.training.steps import planned_steps
+
+# Seconds of training before its first line, which tells how long it takes.
+BEFORE_FIRST_LINE = 10.0
+
+
+def training_bar() -> ProgressBar:
+    """A bar on a terminal, lines elsewhere."""
+    return RichProgressBar() if Console().is_terminal else TrainingLines()
+
+
+class TrainingLines(ProgressBar):
+    """A line on stderr now and then, with steps, the metrics that a bar would show, and the time that is left.
+
+    Lightning's own bars repaint, which fills a file.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_enabled, self._begun, self._next, self._first_step = True, 0.0, math.inf, 0
+
+    def disable(self) -> None:
+        """Say nothing, in processes other than the first."""
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        """Say how far the training is."""
+        self._is_enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the time."""
+        self._begun, self._first_step = time.monotonic(), trainer.global_step
+        self._next = self._begun + BEFORE_FIRST_LINE
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Print a line if it is time."""
+        now, done = time.monotonic(), trainer.global_step - self._first_step
+        if now < self._next or done < 1:
+            return
+        self._next = now + BETWEEN_LINES
+        total = planned_steps(trainer, int(self.total_train_batches))
+        ends = total > trainer.global_step and not math.isinf(total)
+        left = (now - self._begun) / done * (total - trainer.global_step)
+        of = f" of {total:,}" if ends else ""
+        self._say(f"step {trainer.global_step:,}{of}", trainer, f"{duration(left)} left" if ends else "")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the last line."""
+        done = trainer.global_step - self._first_step
+        self._say(f"{done:,} steps in {duration(time.monotonic() - self._begun)}", trainer, "")
+
+    def _say(self, steps: str, trainer: Trainer, left: str) -> None:
+        if self._is_enabled:
+            metrics = [f"{name} {_number(value)}" for name, value in trainer.progress_bar_metrics.items()]
+            track.say(f"training: {', '.join(filter(None, [steps, *metrics, left]))}")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
