@@ -16,6 +16,7 @@ from oa_train.files import read_json
 from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.studies.study import RESULTS_FILE
 
 SCORES, ATTRIBUTION, RANDOM = "scores", "attribution", "random"
 BUILT_IN = (SCORES, ATTRIBUTION, RANDOM)
@@ -115,7 +116,7 @@ def ranking_of_path(
         ArtefactError: it is neither, is damaged, is of another model, or ranks other parts.
     """
     path = Path(text).expanduser()
-    if path.is_dir():
+    if path.is_dir() or path.name == RESULTS_FILE:
         effects = effects_of_scan(path, level, parts, fingerprint, ablation)
         return Ranking(run_name(path), torch.tensor([*effects.values()], dtype=torch.float64))
     return Ranking(path.name, _scores_of_csv(path, level, parts))
@@ -126,7 +127,8 @@ def effects_of_scan(
 ) -> dict[str, float]:
     """KL divergence in nats of each part ablated alone, from a finished scan; see `ranking_of_path`."""
     folder = Path(path).expanduser()
-    file = folder / "results.json"
+    folder = folder.parent if folder.name == RESULTS_FILE else folder
+    file = folder / RESULTS_FILE
     if not file.is_file():
         raise ArtefactError(f"The ranking {folder} has no results.json: expected the folder of a finished scan.")
     results = read_json(file)
