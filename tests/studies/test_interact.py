@@ -139,8 +139,12 @@ def test_pairs_are_screened_by_single_effects_and_that_is_said(model, task, tmp_
     with pytest.raises(OaTrainError, match="is of the model"):
         Interact(other.model, other.task, settings=InteractSettings(scan=str(file)))
     with pytest.raises(OaTrainError, match=r"ranks a0.h0, .* which this selection does not have"):
-        Interact(model, task, settings=InteractSettings(scan=str(file), sites=["attention", "mlp", "residual"]))
-    with pytest.raises(OaTrainError, match="has no results.json"):
+        Interact(
+            model,
+            task,
+            settings=InteractSettings(scan=str(file), ablation="mean", sites=["attention", "mlp", "residual"]),
+        )
+    with pytest.raises(OaTrainError, match=r"has no results\.json"):
         Interact(model, task, settings=InteractSettings(scan=str(tmp_path)))
 
 
