@@ -10,7 +10,14 @@ import torch
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table
-from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values, make_paths_absolute
+from oa_train.cli.parser import (
+    ExplainingParser,
+    add_config,
+    add_model_and_task,
+    check_values,
+    link_model,
+    make_paths_absolute,
+)
 from oa_train.cli.quiet import silence_libraries
 from oa_train.models.loading import load_model
 from oa_train.studies.study import Table
@@ -75,7 +82,8 @@ def _parser() -> ExplainingParser:
     parser.add_argument("--shown", type=int, default=2, help="prompts of train, and of test, that are shown as tokens")
     parser.add_argument("--n_prompts", type=int, default=ENOUGH, help="most prompts of a stream that the model runs")
     parser.add_argument("--run_model", type=bool, default=True, help="false: load the tokenizer alone")
-    add_model_and_task(parser, ("data",))
+    add_model_and_task(parser)
+    link_model(parser)
     return parser
 
 

@@ -23,6 +23,7 @@ from oa_train.cli.parser import (
     add_config,
     add_model_and_task,
     check_values,
+    link_model,
     make_paths_absolute,
 )
 from oa_train.cli.quiet import silence_libraries
@@ -106,14 +107,16 @@ class OaTrainCLI(LightningCLI):
         super()._set_seed()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the trainer and the module; the task takes the place of Lightning's datamodule."""
+        """Add the trainer; module and task follow."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the model's name, the task, and the settings of the end of a fit."""
-        add_model_and_task(parser, ("model", "data"))
+        # The task first, in the place of Lightning's datamodule: bad prompts are refused before the model is loaded.
+        add_model_and_task(parser)
+        parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
+        link_model(parser, ("model", "data"))
         for name, kind, default, meaning in (
             ("experiment", str, "circuit", "results go to <default_root_dir>/<experiment>/version_<N>"),
             ("checkpoint_every", int, 25, "optimiser steps between two writes of checkpoints/last.ckpt"),

@@ -49,10 +49,14 @@ def add_config(parser: ArgumentParser) -> None:
     parser.add_argument("-c", "--config", action="config", help="configuration file; may be given several times")
 
 
-def add_model_and_task(parser: ArgumentParser, targets: Iterable[str]) -> None:
-    """Add the groups `lm` and `data`, and link `lm` and `seed` of the targets to the top-level options."""
+def add_model_and_task(parser: ArgumentParser) -> None:
+    """Add the groups `lm` and `data`; see `link_model`."""
     parser.add_class_arguments(LMSpec, "lm")
     parser.add_subclass_arguments(Task, "data", required=True)
+
+
+def link_model(parser: ArgumentParser, targets: Iterable[str] = ("data",)) -> None:
+    """Link `lm` and `seed` of the targets to the top-level options."""
     for target in targets:
         for field in fields(LMSpec):
             parser.link_arguments(f"lm.{field.name}", f"{target}.init_args.lm.{field.name}")

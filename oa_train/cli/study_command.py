@@ -18,7 +18,14 @@ from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable
 from oa_train.cli.output import show
-from oa_train.cli.parser import ExplainingParser, add_config, add_model_and_task, check_values, make_paths_absolute
+from oa_train.cli.parser import (
+    ExplainingParser,
+    add_config,
+    add_model_and_task,
+    check_values,
+    link_model,
+    make_paths_absolute,
+)
 from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
@@ -156,7 +163,8 @@ def _parser(kind: type[Study[Any]]) -> ExplainingParser:
         parser.add_argument("--resume", type=str | None, default=None, help="folder of this study, if unfinished")
     parser.add_argument("--device", type=str, default="auto", help="device of the model: auto, cpu, cuda, cuda:1")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
-    add_model_and_task(parser, ("data",))
+    add_model_and_task(parser)
+    link_model(parser)
     parser.add_class_arguments(kind.Settings, kind.name)
     return parser
 
