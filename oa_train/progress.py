@@ -18,6 +18,9 @@ WITH_GRADIENTS = 2
 # Seconds of work before its duration is estimated, and of an estimate that is worth saying.
 MEASURED, WORTH_SAYING = 1.0, 10.0
 
+# Share of a stage after which its own pace counts, and no longer that of all stages so far.
+PACED = 0.05
+
 T = TypeVar("T")
 
 
@@ -59,23 +62,27 @@ class _Planned(Track):
 
     def __init__(self, shown: Track, stages: Sequence[Stage]) -> None:
         self._shown, self.stages = shown, list(stages)
-        self._number, self._start, self._said = 0, 0.0, 0.0
+        self._number, self._done, self._start, self._said = 0, 0, 0.0, 0.0
 
     @contextmanager
     def __call__(self, passes: int, description: str) -> Iterator[Advance]:
         self._number += 1
         numbered = f"{self._number} of {max(self._number, len(self.stages))}  {description}"
-        begun, later = time.monotonic(), sum(stage.passes for stage in self.stages[self._number :])
-        self._start, done = self._start or begun, 0
+        later = sum(stage.passes for stage in self.stages[self._number :])
+        begun, done = time.monotonic(), 0
+        self._start = self._start or begun
         with self._stage(passes, numbered if len(self.stages) > 1 else description) as advance:
 
             def count(more: int) -> None:
                 nonlocal done
-                done += more
+                done, self._done = done + more, self._done + more
                 advance(more)
                 now = time.monotonic()
+                # The first passes of a stage are often much slower than the others.
+                its_own = done >= PACED * passes or self._done == done
+                pace = (now - begun) / done if its_own else (now - self._start) / self._done
                 if now - begun >= MEASURED:
-                    self._estimated(now - self._start, (now - begun) / done * (passes - done + later))
+                    self._estimated(now - self._start, pace * (passes - done + later))
 
             yield count
 

@@ -46,9 +46,12 @@ def test_stages_are_numbered_and_their_whole_time_is_said_after_the_first_step(c
         advance(0)
     with track(90, "evaluating") as advance:
         clock[0] += 20
-        advance(2)  # 10 s a pass: more than said
+        advance(2)  # too few to tell: at the pace of all so far, 6 s
+        clock[0] += 80
+        advance(8)  # 10 s a pass: more than said
     assert [description for description, *_ in told.stages_told] == ["1 of 2  averaging", "2 of 2  evaluating"]
-    assert told.lines == ["this takes about 3 min", "this takes about 15 min, 15 min from now"]
+    later = ["this takes about 9 min, 9 min from now", "this takes about 15 min, 13 min from now"]
+    assert told.lines == ["this takes about 3 min", *later]
 
 
 def test_short_work_is_not_estimated_and_one_stage_not_numbered(clock):
