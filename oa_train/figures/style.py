@@ -15,7 +15,7 @@ from oa_train.files import replace_file
 ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "optimal": ("#0072B2", "o"),
     "mean": ("#E69F00", "s"),
-    "mean_by_position": ("#B8860B", "p"),
+    "mean_by_position": ("#56B4E9", "p"),
     "zero": ("#555555", "x"),
     "resample": ("#009E73", "^"),
     "noise": ("#CC79A7", "v"),
@@ -23,7 +23,7 @@ ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "counterfactual": ("#D55E00", "D"),
 }
 # For ablations that have no style of their own.
-OTHER_STYLES = (("#7B4FA3", "<"), ("#56B4E9", ">"), ("#A6761D", "h"), ("#1B1B1B", "*"))
+OTHER_STYLES = (("#7B4FA3", "<"), ("#A6761D", "h"), ("#1B1B1B", "*"))
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
 DOTS_PER_INCH = 160

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oa_train.ablations.registry import AblationKind
-from oa_train.ablations.trained import TrainedCircuit, run_name
+from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.files import read_json
 from oa_train.models.levels import Level
@@ -118,7 +118,8 @@ def ranking_of_path(
     path = Path(text).expanduser()
     if path.is_dir() or path.name == RESULTS_FILE:
         effects = effects_of_scan(path, level, parts, fingerprint, ablation)
-        return Ranking(run_name(path), torch.tensor([*effects.values()], dtype=torch.float64))
+        name = path.name if path.is_dir() else path.parent.name
+        return Ranking(name, torch.tensor([*effects.values()], dtype=torch.float64))
     return Ranking(path.name, _scores_of_csv(path, level, parts))
 
 

@@ -205,7 +205,7 @@ def test_a_scan_ranks_by_its_optimal_ablation_or_another(model, task, tmp_path):
     settings = CurveSettings(rankings=[folder], ablations=["zero"], fractions=[])
     names = Nodes.of(model.config).names
     by_optimal = Curve(model, task, settings=settings).run().facts["rankings"][0]
-    assert by_optimal["name"] == "run/scan_0"
+    assert by_optimal["name"] == "scan_0"
     assert by_optimal["ascending"] == [names[n] for n in sorted(range(15), key=lambda n: n * 7 % 15)]
     by_mean = Curve(model, task, settings=replace(settings, ranked_under="mean")).run().facts["rankings"][0]
     assert by_mean["ascending"] != by_optimal["ascending"]
