@@ -1,4 +1,4 @@
-"""Several trained circuits beside each other: each under every ablation, and their overlap."""
+"""Several trained circuits: each under every ablation, and their overlap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ SMALLEST_KL = 1e-4
 def agreement_figure(
     names: Sequence[str], kl: Mapping[str, Sequence[float]], jaccard: Sequence[Sequence[float]]
 ) -> Figure:
-    """Two tables in colour: KL divergence of each circuit under each ablation, and overlap of every two circuits.
+    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
 
     Args:
         names: the circuits.

@@ -1,4 +1,4 @@
-"""Effects of every part of a model under several ablations: heat maps, and how they compare with optimal ablation."""
+"""Effects of every part of a model under several ablations: heat maps, and ratios to optimal ablation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_ti
 
 # Beyond this many rows or columns only some are named.
 MOST_NAMED = 24
-# Maps beside each other.
+# Maps in a row.
 MOST_COLUMNS = 4
 
 

@@ -1,4 +1,4 @@
-"""Divergence of a circuit when parts outside of it are kept in many combinations."""
+"""KL divergence of a circuit with parts outside it kept in many combinations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Subsets:
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
-    """KL divergence with random subsets of the outside kept, a row for each density, beside the marked masks.
+    """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
 
     Args:
         panels: one for each ablation, from top to bottom.

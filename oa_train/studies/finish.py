@@ -1,4 +1,4 @@
-"""The end of a fit: constants are refitted to the discrete circuits, and everything is evaluated and written."""
+"""The end of a fit: refit of the constants for the discrete circuits, evaluation, and writing of all results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,7 +44,7 @@ MOST_ROWS = 2000
 # Entries of a circuit that are named on the terminal.
 MOST_NAMED = 10
 
-# Several circuits are also evaluated under these, which shows what learning the constants is worth.
+# Several circuits are also evaluated under these, to compare with learned constants.
 BASELINES: tuple[AblationKind, ...] = ("mean", "zero")
 
 # Settings of a training that set the size of a circuit.
@@ -198,7 +198,7 @@ class Evaluate(Study[FinishSettings]):
     def _single(self, trained: TrainedCircuit) -> Findings:
         clean, metrics = estimates(self.clean_behaviour()), estimates(self._behaviour(self.ablation, "the circuit"))
         cells = [
-            {"": spoken(name), "circuit": value, "whole model": clean[name] if name != "kl" else 0}
+            {"": spoken(name), "circuit": value, "clean model": clean[name] if name != "kl" else 0}
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}

@@ -1,4 +1,4 @@
-"""Interactions of units as tables for people, and as figures draw them."""
+"""Tables and figures of interactions of units."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interactio
 
 @dataclass(frozen=True)
 class InteractionView:
-    """Tables and figures of rows of `interact`, which are either all conditional or none of them.
+    """Tables and figures of rows of `interact`, either all conditional or none.
 
     Attributes:
-        settings: of the study.
-        level: of the units.
+        settings: settings of the study.
+        level: level of the units.
         primary: names of the primary set.
         subject: model and task, for titles.
         prompts: the test prompts, for titles.
@@ -45,7 +45,7 @@ class InteractionView:
         return {"kl": "KL divergence"}.get(self.settings.effect, spoken(self.settings.effect))
 
     def shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """The first rows as a table, and how many are significant."""
+        """A table of the first rows, and the number of significant ones."""
         if not rows:
             return
         settings, conditional = self.settings, _are_conditional(rows)
@@ -69,8 +69,8 @@ class InteractionView:
         what = "grow" if conditional else "are larger together than apart"
         yield (
             f"{signs.count(1)} of {len(rows):,} effects {what} by more than {settings.threshold:g} nats, "
-            f"{signs.count(-1)} {'shrink' if conditional else 'are smaller'} (at most "
-            f"{100 * settings.false_discovery_rate:g} % of them wrongly found)"
+            f"{signs.count(-1)} {'shrink' if conditional else 'are smaller'} "
+            f"(false discovery rate {100 * settings.false_discovery_rate:g} %)"
         )
 
     def map(self, rows: Sequence[Row], single: Mapping[str, Estimate]) -> Figure | None:
@@ -117,5 +117,5 @@ def _are_conditional(rows: Sequence[Row]) -> bool:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Names of a set, of a large one the first."""
+    """Names of a set; the first one and a count if there are more than three."""
     return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

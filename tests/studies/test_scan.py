@@ -131,7 +131,7 @@ def test_pieces_of_another_question_are_refused(model, task, tmp_path):
     again.resume(folder)
     with pytest.raises(ArtefactError, match=r"0000.safetensors cannot be read.*Delete it and resume"):
         again.answer()
-    with pytest.raises(ArtefactError, match="no folder of an unfinished scan"):
+    with pytest.raises(ArtefactError, match="not the folder of an unfinished scan"):
         again.resume(tmp_path)
 
 
