@@ -1,13 +1,13 @@
-"""How well training finds circuits of edges that are known.
+"""Agreement of trained circuits of edges with known ones.
 
     python -m benchmarks.known_circuits             every known model, five seeds, optimal ablation
     python -m benchmarks.known_circuits --quick     one model, one seed, a short training
     python -m benchmarks.known_circuits --ablation optimal --ablation mean --masks HardConcrete
 
-A seed draws the parts of a model that have no share in its task, the prompts, and the mask samples. What is true is
-computed for each model, seed and kind of ablation (`oa_train.zoo.truth`). Each line of the output is one JSON
+A seed draws the parts of a model that are irrelevant to its task, the prompts, and the mask samples. The true circuit
+is computed for each model, seed and kind of ablation (`oa_train.zoo.truth`). Each line of the output is one JSON
 object: precision, recall and F1 of the discrete circuit, AUROC and average precision of the keep-probabilities, the
-edges that are missing or too many, and KL divergence in nats with the constants as they were trained.
+missing and superfluous edges, and KL divergence in nats with the trained constants.
 """
 
 import argparse

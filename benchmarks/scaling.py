@@ -3,17 +3,17 @@
     python -m benchmarks.scaling            GPT-2-small shape, random weights
     python -m benchmarks.scaling --quick    a small shape
 
-Every arrangement is a `Trainer.fit` in processes of its own. All are run in turn, and that several times over, because
-machines drift: speeds are compared within a round, and the medians over rounds are reported. Each process has the same
+Every arrangement is a `Trainer.fit` in processes of its own. All are run in turn, in several rounds, because machines
+drift: speeds are compared within a round, and medians over rounds are reported. Each process has the same
 batch whatever the arrangement, so two processes do twice the work in a step. With `--accelerator gpu` the arrangements
 are those of as many GPUs as there are. Each line of the output is one JSON object:
 
-    steps_per_second       of `Trainer.fit`, everything included that comes between two steps
+    steps_per_second       of `Trainer.fit`, including everything between two steps
     prompts_per_second     of all processes together
     ratio                  of prompts per second to those of the first arrangement, in the same round
     weights_bytes          the frozen model, or the process's share of it
-    above_weights_bytes    most bytes that all other tensors took at one time, as torch's allocator saw it
-    estimated_bytes        the same, as `oa-train inspect` foretells it
+    above_weights_bytes    peak bytes of all other tensors, by torch's allocator
+    estimated_bytes        the same, as estimated by `oa-train inspect`
 """
 
 import argparse
@@ -137,7 +137,7 @@ class Measurement(lightning.Callback):
 
 
 def _trained(trainer: Any, module: Any) -> list[torch.Tensor]:
-    """What lives between two steps beside the model: parameters, gradients, moments."""
+    """Bytes kept between two steps besides the model: parameters, gradients, moments."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]

@@ -28,10 +28,10 @@ from oa_train.progress import silent
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
 
-# Options that a study takes over from the run that it is about.
+# Options that a study takes from its run.
 FROM_RUN = ("seed_everything", "lm", "data")
 
-# Studies that ask of these cannot do without a run.
+# Values of `asks_of` that require a run.
 NEEDING_RUNS = ("one", "several")
 
 _RUN_HELP = {
@@ -43,7 +43,7 @@ _RUN_HELP = {
 
 
 def own_study(words: list[str]) -> Findings:
-    """Run a study that is named by its class."""
+    """Run a study given by the import path of its class."""
     if not words or words[0].startswith("-"):
         raise ConfigurationError("study needs the class of a study first: oa-train study package.module.Class --help")
     return run_study(words[0], words[1:])
@@ -108,7 +108,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
 
 @contextmanager
 def _processes(kind: type[Study[Any]]) -> Iterator[int]:
-    """The number of this process, 0 without torchrun, which shares out the work of a study that is kept in pieces."""
+    """Rank of this process, 0 without torchrun; torchrun distributes the pieces of a study."""
     if not dist.is_torchelastic_launched():
         yield 0
         return
@@ -175,7 +175,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
 
 
 def _circuits(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
-    """The circuits that a study asks of."""
+    """The circuits that a study is about."""
     if kind.asks_of == "none":
         return []
     having = [run for run in runs if not (kind.asks_of == "optional" and run.is_of_a_study)]

@@ -143,7 +143,7 @@ def test_pieces_of_another_question_are_refused(model, task, tmp_path):
         ({"sites": ["features"]}, "dictionaries"),
         ({"ablations": ["optimum"]}, "Did you mean optimal"),
         ({"ablations": []}, "ablations is empty"),
-        ({"ablations": ["clean"]}, "puts the model's own values back"),
+        ({"ablations": ["clean"]}, "restores the model's own values"),
         ({"parts_at_once": 0}, "parts_at_once is 0"),
         ({"positions": 0}, "positions is 0"),
         ({"threshold": -1.0}, "threshold is -1.0"),

@@ -198,7 +198,7 @@ def test_only_selected_units_are_moved(model, task):
         ({"recovery": 1.1}, "recovery is 1.1"),
         ({"recovery": float("nan")}, "recovery is nan"),
         ({"ablation": "mena"}, "Did you mean mean"),
-        ({"ablation": "clean"}, "puts the model's own values back"),
+        ({"ablation": "clean"}, "restores the model's own values"),
         ({"components": []}, "selects no unit"),
         ({"components": ["a1*", "!a1*"]}, "selects no unit"),
         ({"components": ["a9*"]}, "a9"),
