@@ -95,7 +95,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
         record_in(run.path)
         folder = study.folder or study.claim(run.path)
         if study.resumable:
-            track.say(f"What is done is kept in {folder}; interrupted, this goes on with --resume {folder}")
+            track.say(f"Finished pieces are kept in {folder}; if interrupted, resume with --resume {folder}")
         _from_first(str(folder))
         with terminable(), removed_if_empty(folder):
             findings = study.answer()

@@ -196,16 +196,16 @@ class RunFolder:
             return [f"Nothing is left in {self.run}. Start again with the command that started this run."]
         kept = self.last_state()
         if resumed_from is not None and (kept is None or kept != self.checkpoint("last")):
-            sentence = f"No further state had been written. This goes on from {resumed_from} once more:"
+            sentence = f"No further state had been written. This resumes from {resumed_from} once more:"
             return [sentence, f"  {self.resume_command(resumed_from)}"]
         if kept is not None and "StochasticWeightAveraging" in self.config_path.read_text(encoding="utf-8"):
             exactness = "but not exactly as it would have: the averages of StochasticWeightAveraging begin anew:"
             return [
-                f"This goes on from {kept}, in a new version of the run, {exactness}",
+                f"This resumes from {kept}, in a new version of the run, {exactness}",
                 f"  {self.resume_command(kept)}",
             ]
         if kept is not None:
-            sentence = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
+            sentence = f"Nothing up to {kept} is lost. This resumes from there, in a new version of the run:"
             return [sentence, f"  {self.resume_command(kept)}"]
         return ["No checkpoint had been written yet. This starts again:", f"  {self.start_command()}"]
 
