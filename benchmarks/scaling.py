@@ -184,12 +184,12 @@ def run_job(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     )
     trainer.fit(module, datamodule=TaskData(task))
     if trainer.is_global_zero:
-        found = {
+        measured = {
             "seconds": measurement.seconds,
             "weights_bytes": measurement.weights,
             "above_weights_bytes": measurement.above_weights,
         }
-        (folder / "measured.json").write_text(json.dumps(found))
+        (folder / "measured.json").write_text(json.dumps(measured))
 
 
 def measure(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: int) -> dict[str, Any]:
@@ -197,12 +197,12 @@ def measure(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     words = ["--job", json.dumps(asdict(arrangement)), "--folder", str(folder), "--accelerator", accelerator]
     command = [sys.executable, "-m", "benchmarks.scaling", *words, "--steps", str(n_timed)]
     subprocess.run(command, check=True)  # noqa: S603 (our own command line)
-    found: dict[str, Any] = json.loads((folder / "measured.json").read_text())
-    return found
+    measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
+    return measured
 
 
 def estimated(arrangement: Arrangement, folder: Path) -> int:
-    """Bytes above the weights that `oa-train inspect` foretells."""
+    """Bytes above the weights as estimated by `oa-train inspect`."""
     settings = StepSettings(
         PROMPTS,
         POSITIONS,
@@ -224,13 +224,13 @@ def compare(shape: str, accelerator: str, rounds: int, n_timed: int) -> list[dic
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_model(shape, folder / "model")
-        found = [[measure(way, folder, accelerator, n_timed) for way in ways] for _ in range(rounds)]
-        foretold = [estimated(way, folder) for way in ways]
+        measured = [[measure(way, folder, accelerator, n_timed) for way in ways] for _ in range(rounds)]
+        estimates = [estimated(way, folder) for way in ways]
     rows = []
     for number, way in enumerate(ways):
-        times = [one[number]["seconds"] for one in found]
-        ratios = [way.processes * one[0]["seconds"] / one[number]["seconds"] for one in found]
-        last = found[-1][number]
+        times = [in_round[number]["seconds"] for in_round in measured]
+        ratios = [way.processes * in_round[0]["seconds"] / in_round[number]["seconds"] for in_round in measured]
+        last = measured[-1][number]
         rows.append(
             {
                 "name": way.name,
@@ -241,7 +241,7 @@ def compare(shape: str, accelerator: str, rounds: int, n_timed: int) -> list[dic
                 "ratio": round(statistics.median(ratios), 3),
                 "weights_bytes": last["weights_bytes"],
                 "above_weights_bytes": last["above_weights_bytes"],
-                "estimated_bytes": foretold[number],
+                "estimated_bytes": estimates[number],
                 "rounds": rounds,
             }
         )

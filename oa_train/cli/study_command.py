@@ -85,7 +85,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
 
 
 def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingParser, options: Namespace) -> Findings:
-    """Carry out a study in the folder of a run, by default a new one."""
+    """Run a study in the folder of a run, by default a new one."""
     claim = None if run else Claim(output_root("--output", options.output), options.experiment)
     run = run or claim.run  # type: ignore[union-attr] # one of the two exists
     with nullcontext() if claim is None else claim.given_up_after_a_refusal():
@@ -113,7 +113,7 @@ def _processes(kind: type[Study[Any]]) -> Iterator[int]:
         yield 0
         return
     if not kind.resumable:
-        raise ConfigurationError(f"{kind.name} is not shared out over processes; run it without torchrun.")
+        raise ConfigurationError(f"{kind.name} cannot be distributed over processes; run it without torchrun.")
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
@@ -122,7 +122,7 @@ def _processes(kind: type[Study[Any]]) -> Iterator[int]:
 
 
 def _from_first(text: str) -> str:
-    """The text of the first process, in all of them."""
+    """Text of the first process, broadcast to all."""
     texts = [text]
     if dist.is_initialized():
         dist.broadcast_object_list(texts)

@@ -128,8 +128,8 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
 
 def _draw_controls(axes: Axes, controls: Sequence[Control]) -> None:
     for row, control in enumerate(controls):
-        shown = np.maximum(control.random_kl, SMALLEST_KL)
-        axes.plot(shown, np.full(len(shown), row), "|", color="#999999", label=RANDOM_CIRCUITS)
+        clipped = np.maximum(control.random_kl, SMALLEST_KL)
+        axes.plot(clipped, np.full(len(clipped), row), "|", color="#999999", label=RANDOM_CIRCUITS)
         colour, marker = ablation_style("optimal")
         axes.plot(max(control.run_kl, SMALLEST_KL), row, marker, color=colour, markersize=4)
     title = "random circuits and the run's (blue), constants trained alike"

@@ -43,8 +43,8 @@ def effect_maps(
     for axes in grid.flat[len(tables) :]:
         axes.set_axis_off()
     for axes, (name, table) in zip(grid.flat, tables.items(), strict=False):
-        shown = np.where(np.isnan(table), np.nan, np.maximum(table, lowest))
-        image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+        clipped = np.where(np.isnan(table), np.nan, np.maximum(table, lowest))
+        image = axes.imshow(clipped, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
         axes.set_facecolor("#F2F2F2")
         axes.set_title(name, fontsize=FONT_SIZE)
         below = axes.get_subplotspec().rowspan.stop * n_across + axes.get_subplotspec().colspan.start

@@ -45,7 +45,7 @@ MOST_ROWS = 2000
 MOST_NAMED = 10
 
 # Several circuits are also evaluated under these, to compare with learned constants.
-BASELINES: tuple[AblationKind, ...] = ("mean", "zero")
+REFERENCES: tuple[AblationKind, ...] = ("mean", "zero")
 
 # Settings of a training that set the size of a circuit.
 PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
@@ -245,7 +245,7 @@ class Evaluate(Study[FinishSettings]):
     @property
     def _kinds(self) -> list[AblationKind]:
         """Ablations under which several circuits are evaluated."""
-        return [self.ablation, *(kind for kind in BASELINES if kind != self.ablation)]
+        return [self.ablation, *(kind for kind in REFERENCES if kind != self.ablation)]
 
     def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]

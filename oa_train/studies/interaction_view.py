@@ -57,19 +57,21 @@ class InteractionView:
                 else written(row[f"{settings.effect}_{name}"].mean)
                 for name, title in (GROWTH if conditional else TOGETHER).items()
             }
-            | {f"beyond\n±{settings.threshold:g}": "yes" if row["significant"] else ""}
+            | {f"significant\n(±{settings.threshold:g})": "yes" if row["significant"] else ""}
             for row in rows[:MOST_LISTED]
         ]
         title = f"Units ablated together and alone under {spoken(settings.ablation)} ablation"
         if conditional:
-            title = f"One unit under {spoken(settings.ablation)} ablation, alone and beside {_short(self.primary)}"
+            title = (
+                f"One unit under {spoken(settings.ablation)} ablation, alone and with {_short(self.primary)} ablated"
+            )
         listed = f": the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
         yield Table(f"{title}, {self._effect} in nats on {self.prompts}{listed}", cells)
         signs = [np.sign(row[settings.interaction].mean) for row in rows if row["significant"]]
-        what = "grow" if conditional else "are larger together than apart"
+        verb = "grow" if conditional else "exceed the sum of single effects"
         yield (
-            f"{signs.count(1)} of {len(rows):,} effects {what} by more than {settings.threshold:g} nats, "
-            f"{signs.count(-1)} {'shrink' if conditional else 'are smaller'} "
+            f"{signs.count(1)} of {len(rows):,} effects {verb} by more than {settings.threshold:g} nats, "
+            f"{signs.count(-1)} {'shrink' if conditional else 'fall below it'} "
             f"(false discovery rate {100 * settings.false_discovery_rate:g} %)"
         )
 
@@ -98,7 +100,7 @@ class InteractionView:
     def bars(self, rows: Sequence[Row]) -> Figure:
         """Interactions of the first rows, with intervals."""
         conditional = _are_conditional(rows)
-        what = f"each unit beside {_short(self.primary)}" if conditional else "units together"
+        units = f"each unit with {_short(self.primary)} ablated" if conditional else "units together"
         axis = (
             "effect given the primary set minus effect alone" if conditional else "joint effect minus single effects"
         )
@@ -107,7 +109,7 @@ class InteractionView:
             [interval(row[self.settings.interaction]) for row in rows],
             [row["significant"] for row in rows],
             f"{axis} ({self._effect}, nats)",
-            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {what}\n"
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {units}\n"
             f"blue: significantly beyond ±{self.settings.threshold:g} nats",
         )
 

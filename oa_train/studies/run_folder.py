@@ -31,7 +31,7 @@ FRONT = "front"
 STUDIES = "studies"
 VERSION = "version"
 
-# Options of a model that a run folder may decide; code that comes with weights is not run because a file says so.
+# Model options that are taken from a run folder; `trust_remote_code` never is.
 _KEPT_OF_LM = (
     *("name", "revision", "gguf_file", "adapter", "dtype", "quantization", "attn_implementation", "bos"),
     "local_files_only",
@@ -42,7 +42,7 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, or that of a circuit of it: `RUN/front/N`, or `RUN/studies/<name>_<K>` where a study found one.
+    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one.
 
     Attributes:
         path: the folder.
@@ -52,7 +52,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, experiment: str) -> "RunFolder":
-        """Claim the next version of an experiment; two processes never get the same.
+        """Claim the next version of an experiment; no two processes get the same one.
 
         Args:
             root: from `output_root`.

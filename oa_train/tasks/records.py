@@ -105,7 +105,7 @@ class Records(Task):
             return
         if bad_rows == "stop" or len(problems) == n_rows:
             unknown = any(problem.problem.startswith("unknown field") for _, problem in problems)
-            extra = " Fields that are of no use here are named in --data.ignored_fields." if unknown else ""
+            extra = " To skip fields, name them in --data.ignored_fields." if unknown else ""
             raise TaskError(
                 f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
                 f"Fix them, or leave them out with --data.bad_rows leave_out.{extra}"
@@ -123,12 +123,12 @@ class Records(Task):
                 setattr(self, option, size)
                 if size < WIDE_BELOW and stream != "means":
                     self.remarks.append(
-                        f"{option} is {size}, all that there are: the intervals of {stream} figures are wide."
+                        f"{option} is {size}, all that there are: the intervals of {stream} metrics are wide."
                     )
         if self.streams["train"] is self.streams["refit"]:
             self.remarks.append(
-                f"train, refit and means share {len(self.streams['train'])} prompts, which training sees again and "
-                "again; no validation or test prompt is among them."
+                f"train, refit and means share {len(self.streams['train'])} prompts, which training repeats; "
+                "no validation or test prompt is among them."
             )
 
     def size(self, stream: Stream) -> int | None:
@@ -156,7 +156,7 @@ class Records(Task):
         return prompts[self._order[stream, epoch][place]]
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the prompts: a hash of them with their streams, and not the file's path."""
+        """Everything that determines the prompts: a hash of them with their streams, not the file's path."""
         digest = blake2b(digest_size=8)
         for stream, prompts in self.streams.items():
             for prompt in prompts:
