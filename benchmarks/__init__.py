@@ -1,1 +1,1 @@
-"""Timings, side by side; see each module for what it measures."""
+"""Benchmarks; each module's docstring lists its measurements."""

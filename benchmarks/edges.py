@@ -1,11 +1,11 @@
-"""How much edge-level training costs beyond the model itself.
+"""Cost of edge-level training relative to the plain model.
 
     python -m benchmarks.edges            three families at the size of GPT-2 small, random weights
     python -m benchmarks.edges --quick    the same at a small size, under a minute
     python -m benchmarks.edges --growth   a small width with more and more layers and heads
 
 Everything is timed side by side in one process of one thread, as in `benchmarks.nodes`. Each line of the output is one
-JSON object; memory is the most that tensors above the weights take at one time, in a step that starts from nothing.
+JSON object; memory is the peak of all tensors other than the weights, in a step from a fresh start.
 
     floor_hf         plain Hugging Face forward and backward to a parameter added to the embedding, on all rows, with
                      `logits_to_keep=1`
@@ -18,7 +18,7 @@ JSON object; memory is the most that tensors above the weights take at one time,
     ugs              whole step with UGS masks over edges: clean forward, masks without dangling edges, forward, KL
                      divergence and size, backward, Adam for masks and constants
     hard_concrete    the same with hard concrete masks
-    recompute        as `ugs`; what readers read is mixed again in the backward pass
+    recompute        as `ugs`; the inputs of readers are recomputed in the backward pass
     evaluation       forward on all rows with masks over edges
 """
 
@@ -193,7 +193,7 @@ def measure(config: dict[str, Any], repetitions: int) -> Iterator[dict[str, obje
 
 
 def ratios(median: dict[str, float], name: str) -> dict[str, float]:
-    """What one contestant takes beside the plain model, called as Hugging Face offers it, and with our unembedding."""
+    """Cost of one contestant relative to the plain model, with Hugging Face's unembedding and with ours."""
     bases = {
         "ratio_to_floor_plus_clean": median["floor_hf"] + median["clean_hf"],
         "strict_ratio_to_floor_plus_clean": median["floor"] + median["clean"],

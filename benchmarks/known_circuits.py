@@ -1,13 +1,13 @@
-"""How well training finds circuits of edges that are known.
+"""Agreement of trained circuits of edges with known ones.
 
     python -m benchmarks.known_circuits             every known model, five seeds, optimal ablation
     python -m benchmarks.known_circuits --quick     one model, one seed, a short training
     python -m benchmarks.known_circuits --ablation optimal --ablation mean --masks HardConcrete
 
-A seed draws the parts of a model that have no share in its task, the prompts, and the mask samples. What is true is
-computed for each model, seed and kind of ablation (`oa_train.zoo.truth`). Each line of the output is one JSON
+A seed draws the parts of a model that are irrelevant to its task, the prompts, and the mask samples. The true circuit
+is computed for each model, seed and kind of ablation (`oa_train.zoo.truth`). Each line of the output is one JSON
 object: precision, recall and F1 of the discrete circuit, AUROC and average precision of the keep-probabilities, the
-edges that are missing or too many, and KL divergence in nats with the constants as they were trained.
+missing and superfluous edges, and KL divergence in nats with the trained constants.
 """
 
 import argparse
@@ -64,17 +64,17 @@ def trained(
 def row(
     known: KnownModel, lm: LMSpec, options: argparse.Namespace, ablation: str, masks: str, seed: int
 ) -> dict[str, object]:
-    """Train on one model, and compare with what is true."""
+    """Train on one model, and compare with the true circuit."""
     task = KNOWN_TASKS[known.name](lm=lm, seed=seed, batch_size=8, batches_per_epoch=options.steps)
     start = time.perf_counter()
     module = trained(lm, task, options, ablation, masks, seed)
     seconds = time.perf_counter() - start
-    graph, found = Graph.of(known.model.config), module.masks.discrete()
+    graph, circuit = Graph.of(known.model.config), module.masks.discrete()
     scores = module.masks.keep_probability()[0]
     truth = find_truth(module.frozen, task, known.edges, ablation, QUICK if options.quick else None)
     true = truth.sets[0]
     ablations = module.replacements.ablations()
-    kl = circuit_behaviour(module.frozen, task.batches("test", 512), graph, found, ablations).kl.mean()
+    kl = circuit_behaviour(module.frozen, task.batches("test", 512), graph, circuit, ablations).kl.mean()
     return {
         "model": known.name,
         "family": known.model.config.model_type,
@@ -83,10 +83,10 @@ def row(
         "seed": seed,
         "edges_total": len(graph),
         "true": len(true),
-        "found": int(found.sum()),
-        **{name: round(value, 4) for name, value in truth.recovery(found[0], scores).as_json().items()},
-        "missing": sorted(set(true) - set(graph.kept(found[0]))),
-        "too_many": sorted(set(graph.kept(found[0])) - set(true)),
+        "found": int(circuit.sum()),
+        **{name: round(value, 4) for name, value in truth.recovery(circuit[0], scores).as_json().items()},
+        "missing": sorted(set(true) - set(graph.kept(circuit[0]))),
+        "too_many": sorted(set(graph.kept(circuit[0])) - set(true)),
         "kl": round(float(kl), 5),
         "truth_margin": round(truth.margin, 3),
         "true_sets": len(truth.sets),

@@ -1,10 +1,10 @@
-"""How much node-level training costs beyond the model itself.
+"""Cost of node-level training relative to the plain model.
 
     python -m benchmarks.nodes            GPT-2-small shape, random weights
     python -m benchmarks.nodes --quick    a small shape, some seconds
 
-Everything is timed side by side in one process, round-robin, and reported as medians and ratios: machines differ and
-drift, ratios of neighbours hardly do. Each line of the output is one JSON object.
+Everything is timed round-robin in one process, and reported as medians and ratios: machines differ and drift, ratios
+of neighbouring turns hardly do. Each line of the output is one JSON object.
 
     floor          plain Hugging Face forward and backward to a parameter added to the embedding, frozen weights,
                    logits at the last position only, KL divergence; as many rows as the masked part has. The
@@ -95,7 +95,7 @@ def masked_part(module: CircuitModule, batch: Batch) -> Callable[[], object]:
 
 
 def whole_step(module: CircuitModule, task: RandomTokens) -> Callable[[], object]:
-    """What one call of `training_step` and the optimiser do, in a bare loop."""
+    """One call of `training_step` and of the optimisers, in a bare loop."""
     optimizer = module.configure_optimizers()
     numbers = iter(range(1_000_000))
 

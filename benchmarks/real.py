@@ -1,12 +1,12 @@
 """Circuits and a scan of a pretrained model: SmolLM2-135M on indirect object identification and on capitals.
 
-    python -m benchmarks.real FOLDER                    all stages; started again, it goes on where it stopped
-    python -m benchmarks.real FOLDER --stage nodes      some stages, each with those that it needs done
+    python -m benchmarks.real FOLDER                    all stages; started again, it resumes where it stopped
+    python -m benchmarks.real FOLDER --stage nodes      some stages, and those that they need
     python -m benchmarks.real FOLDER --model DIRECTORY  a local copy of the model; by default the one of `make real`
 
 A stage is one command of `oa-train`. FOLDER gets the runs, `stages.json` with the command, minutes, CPU minutes and
-peak memory of each, `table.md` with the figures of all that are done, and `nodes.png`. A fit that was interrupted is
-resumed from its last checkpoint, a scan from the pieces that are done; everything else starts again.
+peak memory of each, `table.md` with the results of finished stages, and `nodes.png`. An interrupted fit resumes from
+its last checkpoint, a scan from its finished pieces; everything else starts again.
 """
 
 import argparse
@@ -78,7 +78,7 @@ STAGES = (
 
 
 class Progress:
-    """What has been done, kept in `stages.json`."""
+    """Finished stages, kept in `stages.json`."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "stages.json"

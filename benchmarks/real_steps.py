@@ -1,13 +1,13 @@
-"""What a training step costs on a pretrained model beyond the model itself, and what threads do to it.
+"""Cost of a training step on a pretrained model relative to the plain model, and its scaling with threads.
 
     python -m benchmarks.real_steps               nodes, edges, growth with heads, and `Trainer.fit`
     python -m benchmarks.real_steps --only nodes  one of them: nodes, edges, heads or trainer
     python -m benchmarks.real_steps --only threads
 
 The model is that of `make real`, SmolLM2-135M; the prompts are of indirect object identification, 4 x 2 mask samples.
-Contestants take turns, in one order and then in the other, so that whatever else the machine does meets all of them; a
-ratio is that of one turn, and its median and quartiles are over turns. Seconds are of the processor, by all threads of
-the process, because a machine's other work stretches those of the clock. Each line of the output is one JSON object.
+Contestants take turns, in one order and then in reverse, so that other load on the machine affects all alike; a
+ratio is that of one turn, with median and quartiles over turns. Seconds are CPU seconds of all threads of the process,
+because other load stretches wall time. Each line of the output is one JSON object.
 
     floor      Hugging Face's own forward and backward to a parameter added to the embedding, on all 8 rows, logits at
                the scored position, KL divergence
@@ -16,10 +16,10 @@ the process, because a machine's other work stretches those of the clock. Each l
     heads      an edge step again, of random weights in the same shape, with other numbers of heads of the same total
                width
     trainer    a step inside `Trainer.fit` with the loggers and callbacks of `oa-train fit`, against the same in a bare
-               loop; `total` is of all steps together, with what is done in a few of them only, `clock` the same by
-               the clock
-    threads    a node step with two threads against one with a single thread, in processes of their own, by the clock
-               and by the processor
+               loop; `total` is of all steps together, including occasional work such as logging, `clock` the same in
+               wall time
+    threads    a node step with two threads against one with a single thread, in separate processes, in wall time and
+               CPU time
 """
 
 import argparse

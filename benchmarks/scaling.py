@@ -3,17 +3,17 @@
     python -m benchmarks.scaling            GPT-2-small shape, random weights
     python -m benchmarks.scaling --quick    a small shape
 
-Every arrangement is a `Trainer.fit` in processes of its own. All are run in turn, and that several times over, because
-machines drift: speeds are compared within a round, and the medians over rounds are reported. Each process has the same
+Every arrangement is a `Trainer.fit` in processes of its own. All are run in turn, in several rounds, because machines
+drift: speeds are compared within a round, and medians over rounds are reported. Each process has the same
 batch whatever the arrangement, so two processes do twice the work in a step. With `--accelerator gpu` the arrangements
 are those of as many GPUs as there are. Each line of the output is one JSON object:
 
-    steps_per_second       of `Trainer.fit`, everything included that comes between two steps
+    steps_per_second       of `Trainer.fit`, including everything between two steps
     prompts_per_second     of all processes together
     ratio                  of prompts per second to those of the first arrangement, in the same round
     weights_bytes          the frozen model, or the process's share of it
-    above_weights_bytes    most bytes that all other tensors took at one time, as torch's allocator saw it
-    estimated_bytes        the same, as `oa-train inspect` foretells it
+    above_weights_bytes    peak bytes of all other tensors, by torch's allocator
+    estimated_bytes        the same, as estimated by `oa-train inspect`
 """
 
 import argparse
@@ -137,7 +137,7 @@ class Measurement(lightning.Callback):
 
 
 def _trained(trainer: Any, module: Any) -> list[torch.Tensor]:
-    """What lives between two steps beside the model: parameters, gradients, moments."""
+    """Bytes kept between two steps besides the model: parameters, gradients, moments."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
@@ -184,12 +184,12 @@ def run_job(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     )
     trainer.fit(module, datamodule=TaskData(task))
     if trainer.is_global_zero:
-        found = {
+        measured = {
             "seconds": measurement.seconds,
             "weights_bytes": measurement.weights,
             "above_weights_bytes": measurement.above_weights,
         }
-        (folder / "measured.json").write_text(json.dumps(found))
+        (folder / "measured.json").write_text(json.dumps(measured))
 
 
 def measure(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: int) -> dict[str, Any]:
@@ -197,12 +197,12 @@ def measure(arrangement: Arrangement, folder: Path, accelerator: str, n_timed: i
     words = ["--job", json.dumps(asdict(arrangement)), "--folder", str(folder), "--accelerator", accelerator]
     command = [sys.executable, "-m", "benchmarks.scaling", *words, "--steps", str(n_timed)]
     subprocess.run(command, check=True)  # noqa: S603 (our own command line)
-    found: dict[str, Any] = json.loads((folder / "measured.json").read_text())
-    return found
+    measured: dict[str, Any] = json.loads((folder / "measured.json").read_text())
+    return measured
 
 
 def estimated(arrangement: Arrangement, folder: Path) -> int:
-    """Bytes above the weights that `oa-train inspect` foretells."""
+    """Bytes above the weights as estimated by `oa-train inspect`."""
     settings = StepSettings(
         PROMPTS,
         POSITIONS,
@@ -224,13 +224,13 @@ def compare(shape: str, accelerator: str, rounds: int, n_timed: int) -> list[dic
     with TemporaryDirectory() as name:
         folder = Path(name)
         make_model(shape, folder / "model")
-        found = [[measure(way, folder, accelerator, n_timed) for way in ways] for _ in range(rounds)]
-        foretold = [estimated(way, folder) for way in ways]
+        measured = [[measure(way, folder, accelerator, n_timed) for way in ways] for _ in range(rounds)]
+        estimates = [estimated(way, folder) for way in ways]
     rows = []
     for number, way in enumerate(ways):
-        times = [one[number]["seconds"] for one in found]
-        ratios = [way.processes * one[0]["seconds"] / one[number]["seconds"] for one in found]
-        last = found[-1][number]
+        times = [in_round[number]["seconds"] for in_round in measured]
+        ratios = [way.processes * in_round[0]["seconds"] / in_round[number]["seconds"] for in_round in measured]
+        last = measured[-1][number]
         rows.append(
             {
                 "name": way.name,
@@ -241,7 +241,7 @@ def compare(shape: str, accelerator: str, rounds: int, n_timed: int) -> list[dic
                 "ratio": round(statistics.median(ratios), 3),
                 "weights_bytes": last["weights_bytes"],
                 "above_weights_bytes": last["above_weights_bytes"],
-                "estimated_bytes": foretold[number],
+                "estimated_bytes": estimates[number],
                 "rounds": rounds,
             }
         )

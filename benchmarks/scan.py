@@ -1,11 +1,11 @@
-"""What a step of a scan costs beside the model run whole for every unit.
+"""Cost of a step of a scan relative to a full run of the model for every unit.
 
     python -m benchmarks.scan                     GPT-2-small shape, random weights, 156 heads and MLPs
     python -m benchmarks.scan --quick             a small shape, some seconds
-    python -m benchmarks.scan --model DIRECTORY   a model of one's own; `--model real` is that of `make real`
+    python -m benchmarks.scan --model DIRECTORY   your own model; `--model real` is that of `make real`
 
-One prompt of 16 tokens, every head and MLP ablated alone. Contestants take turns in one process; seconds are of the
-processor. Each line of the output is one JSON object.
+One prompt of 16 tokens, every head and MLP ablated alone. Contestants take turns in one process; seconds are CPU
+seconds. Each line of the output is one JSON object.
 
     hf floor    plain Hugging Face forward and backward to a parameter added to the embedding, a row for each unit,
                 with `logits_to_keep=1`

@@ -1,4 +1,4 @@
-"""What the timings have in common: prompts of random tokens, the plain model's own costs, contestants side by side."""
+"""Shared by the timings: prompts of random tokens, costs of the plain model, round-robin timing of contestants."""
 
 import os
 import statistics

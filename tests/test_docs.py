@@ -65,7 +65,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("sufficient", SufficientSettings, (SufficientSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("robustness", RobustnessSettings, (RobustnessSettings(),)),
-    ("Training of given constants", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
+    ("Training constants for fixed circuits", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]
 
 # Given once at the top of a configuration, or filled in by the module.

@@ -1,4 +1,4 @@
-"""The mask that hurts most: projected gradient ascent on the loss, over mask entries in [0, 1]."""
+"""The worst mask: projected gradient ascent on the loss, over mask entries in [0, 1]."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class AscentSettings:
     Attributes:
         steps: steps of each ascent.
         step_size: change of every mask entry in a step, in the direction of the sign of its gradient.
-        random_starts: ascents that begin at uniformly random values, beside those that begin with all at 0 and at the
-            worst random subset.
-        n_prompts: validation prompts, all of which every step runs on.
+        random_starts: ascents from uniformly random values, besides those from all zeros and from the worst random
+            subset.
+        n_prompts: validation prompts; every step runs on all of them.
         rows_per_run: most rows (starts times prompts) of one model run; bounds memory, changes no result.
     """
 
@@ -56,12 +56,12 @@ class AscentSettings:
 
 @dataclass(frozen=True, eq=False)
 class Ascended:
-    """Worst masks that ascents came by, and their mean losses on the prompts of the ascent.
+    """Worst masks of several ascents, and their mean losses on the prompts of the ascent.
 
     Attributes:
-        masks: of each ascent, the mask of the largest loss.
-        losses: of these masks.
-        first_losses: of the masks that the ascents began with.
+        masks: for each ascent, the mask with the largest loss.
+        losses: losses of these masks.
+        first_losses: losses of the starts.
     """
 
     masks: Float[Tensor, "start entry"]
@@ -82,18 +82,18 @@ def ascend(
 ) -> Ascended:
     """Raise the mean loss on some prompts by changing mask entries, which stay in [0, 1] and are the same for all.
 
-    A step adds `step_size` times the sign of the gradient, and cuts off what leaves [0, 1]. Masks are tried at every
-    step, and the worst one is kept, so that the result is never better than the start.
+    A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
+    so its loss is never below that of the start.
 
     Args:
         model: frozen causal language model.
         batches: the prompts, on any device; each step runs on all of them.
         level: level of the masks.
-        starts: mask that each ascent begins with, in [0, 1].
+        starts: initial mask of each ascent, in [0, 1].
         free: entries that may change.
         ablation: supplies the replacements.
         settings: steps and their size.
-        loss: name of the loss that is to become large.
+        loss: name of the loss to maximise.
         advance: counts passes.
     """
     device, ablation, clean = model.device, ablation.to(model.device), CleanLogits(model)

@@ -1,4 +1,4 @@
-"""First-order estimate of what ablating each entry of a level does, from one backward pass a prompt."""
+"""Attribution: first-order estimate of the effect of ablating each entry, from one backward pass per prompt."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -27,11 +27,11 @@ def mask_gradients(
     rows_per_run: int = ROWS_PER_RUN,
     advance: Advance = lambda done: None,
 ) -> Float[Tensor, "prompt entry"]:
-    """Gradient of each prompt's loss with respect to the mask where everything is kept, on the CPU.
+    """Gradient of each prompt's loss with respect to the mask at the clean model, on the CPU.
 
     Minus the gradient is the first-order effect of ablating an entry: attribution patching (Nanda, 2023), and of edges
     edge attribution patching (Syed et al., 2023), for replacements of any ablation. The KL divergence from the clean
-    model is at its minimum there, so that its gradient is zero and tells nothing.
+    model is at its minimum there, so its gradient is zero and uninformative.
 
     Args:
         model: frozen causal language model.

@@ -1,8 +1,8 @@
 """Training the constants of fixed circuits, any number of them in parallel.
 
 Each circuit has its own constants, and each step runs all circuits on the same prompts, as copies in one batch. The
-circuits are independent, so this equals training them one after another. Circuits that ablate nothing in common, each
-component alone for instance, share one set of tables.
+circuits are independent, so this equals training them one after another. Circuits that ablate disjoint sets of units,
+such as each component alone, share one set of tables.
 """
 
 import math
@@ -26,7 +26,7 @@ from oa_train.progress import WITH_GRADIENTS, Advance, Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
 
-# Share of a loss by which an evaluation must lower it to count as an improvement.
+# Relative decrease of the loss that counts as an improvement.
 NOTICEABLE = 0.01
 
 
@@ -39,8 +39,8 @@ class RefitSettings:
         batch_size: prompts of a step, shared by all circuits.
         learning_rate: Adam's initial learning rate, with cosine decay to zero.
         evaluate_every: steps from one evaluation on the validation prompts to the next; the best constants are kept.
-        patience: evaluations in a row that lower a circuit's loss by less than 1 %, after which its constants are
-            trained no further; 0 trains all of them to the end.
+        patience: evaluations in a row that lower a circuit's loss by less than 1 %, after which the training of its
+            constants stops; 0 never stops early.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
     """
 
@@ -103,13 +103,13 @@ class FittedCircuits(nn.Module):
         clean: CleanLogits | None = None,
         advance: Advance = lambda done: None,
     ) -> Behaviour:
-        """Measures of some circuits, each under its set of constants, or under the one set of all."""
+        """Measures of some circuits, each under its own constants, or all under one set."""
         chosen = sets if len(sets) == 1 else [sets[circuit] for circuit in circuits]
         masks = self.masks[[*circuits]]
         return circuit_behaviour(model, batches, self.level, masks, chosen, self.rows_per_run, clean, advance)
 
     def runs(self, model: CausalLM, batch: Batch, circuits: Sequence[int] | None = None) -> Iterator["CircuitRun"]:
-        """The runs of a step of all circuits, or of some, on a batch, each within `rows_per_run` and memory."""
+        """Model runs of a step of all circuits, or of some, on a batch, each within `rows_per_run` and memory."""
         circuits = range(len(self.masks)) if circuits is None else circuits
         for piece, slices in chunks(model, self.level, batch, len(circuits), self.rows_per_run, gradients=True):
             with torch.no_grad():
@@ -180,8 +180,8 @@ def fit_constants(
         starts: initial constants of each circuit, or one set for all.
         settings: steps, learning rate and so on; circuits that replace nothing are not trained.
         loss: name of the loss.
-        others: alternatives, such as zeros or means, that are kept for a circuit if they do better, so that the result
-            is never worse on the validation prompts.
+        others: alternatives, such as zeros or means, that are kept for a circuit if they do better on the validation
+            prompts, so that there the result is never worse.
         track: progress.
         description: text of the progress bar.
 
@@ -206,7 +206,7 @@ def fit_constants(
 
 
 def candidates(starts: Sequence[Constants], others: Sequence[Constants]) -> list[Constants]:
-    """The other constants without that from which every training starts, which is evaluated anyway."""
+    """The other constants without the common start, which is evaluated anyway."""
     return [constants for constants in others if any(start is not constants for start in starts)]
 
 

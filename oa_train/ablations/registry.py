@@ -1,4 +1,4 @@
-"""The ablations by name, and how each is prepared for a model and a task.
+"""Kinds of ablation by name, and their preparation for a model and a task.
 
 To add an ablation, write a subclass of `Ablation` and enter it in `KINDS`.
 """
@@ -158,8 +158,8 @@ def check_kind(option: str, name: str) -> Kind:
     ablating = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
     if name in KINDS and name not in ablating:
         raise ConfigurationError(
-            f"{option} is {name!r}, which puts the model's own values back and so ablates nothing. It serves to "
-            f"restore units where others are ablated. Expected one of {', '.join(ablating)}."
+            f"{option} is {name!r}, which restores the model's own values and so ablates nothing. It is for "
+            f"restoring units while others are ablated. Expected one of {', '.join(ablating)}."
         )
     if name not in ablating:
         raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, ablating)}")
@@ -167,7 +167,7 @@ def check_kind(option: str, name: str) -> Kind:
 
 
 def check_suits(kinds: Sequence[AblationKind], source: AblationSource, batches: Sequence[Batch]) -> None:
-    """Check that ablations can be made on prompts; raises `TaskError` with the reason if not."""
+    """Check that the prompts allow these ablations; raises `TaskError` with the reason if not."""
     for name in kinds:
         if reason := KINDS[name].why_not(source, batches):
             raise TaskError(

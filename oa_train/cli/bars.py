@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; elsewhere, a line now and then."""
+"""Progress bars on a terminal; elsewhere, a line every few seconds."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""`oa-train check-data`: the prompts of a task as a model reads them, and how well it does on them."""
+"""`oa-train check-data`: prompts of a task as a model reads them, and the clean model's results on them."""
 
 import statistics
 from collections.abc import Sequence
@@ -25,13 +25,13 @@ from oa_train.tasks.record_files import report, shorten
 from oa_train.tasks.records import Records
 from oa_train.tasks.task import Prompt, Question, Stream, Task, positive
 
-# Prompts of a task that draws them without end which are looked at for lengths.
+# Prompts whose lengths are measured, of a task that draws without end.
 DRAWN = 512
 
-# Prompts on which the model is wrong that are listed.
+# Most wrongly answered prompts that are listed.
 MOST_WRONG = 10
 
-# Streams of which prompts are shown, and those that the model runs on.
+# Streams whose prompts are shown, and streams that the model runs on.
 _SHOWN: tuple[Stream, ...] = ("train", "test")
 _RUN: tuple[Stream, ...] = ("train", "validation", "test")
 
@@ -80,7 +80,9 @@ def _parser() -> ExplainingParser:
     add_config(parser)
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of all draws")
     parser.add_argument("--shown", type=int, default=2, help="prompts of train, and of test, that are shown as tokens")
-    parser.add_argument("--n_prompts", type=int, default=ENOUGH, help="most prompts of a stream that the model runs")
+    parser.add_argument(
+        "--n_prompts", type=int, default=ENOUGH, help="most prompts of a stream that the model runs on"
+    )
     parser.add_argument("--run_model", type=bool, default=True, help="false: load the tokenizer alone")
     add_model_and_task(parser)
     link_model(parser)

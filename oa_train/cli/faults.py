@@ -1,4 +1,4 @@
-"""Errors from outside this package: their messages, their exit statuses, and how to resume after them."""
+"""Errors from outside this package: messages, exit statuses, and commands that resume."""
 
 import errno
 import re
@@ -18,7 +18,7 @@ from oa_train.errors import FAULT, MISTAKE, ConfigurationError, OaTrainError, Ru
 from oa_train.studies.run_folder import PIECES, RunFolder
 from oa_train.training.interruption import Stopped
 
-# What to do about system errors on files.
+# Advice on system errors on files.
 _ELSEWHERE = "or name another folder with --trainer.default_root_dir"
 _MISSING = "Check its path, and whether something deletes or moves it"
 _OF_FILES: dict[int, str] = {
@@ -139,7 +139,7 @@ def told_how_to_resume(
         if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
             with suppress(OSError):
                 save_config()
-        # Other processes report only what the first cannot know of.
+        # Other processes report only what the first cannot know.
         goes_on = not isinstance(problem, Exception) or explain(problem)[0] == FAULT
         if goes_on and (save_config is not None or (isinstance(problem, Exception) and own_error(problem) is None)):
             for line in run().how_to_resume(resumed_from):
@@ -195,7 +195,7 @@ def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterato
 
 
 def _machine(problem: BaseException) -> str | None:
-    """Message for want of memory, and for other processes that are lost."""
+    """Message for a lack of memory, and for lost processes."""
     text, is_runtime = str(problem), isinstance(problem, RuntimeError)
     if (
         isinstance(problem, MemoryError)

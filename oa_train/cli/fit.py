@@ -9,7 +9,7 @@ from oa_train.cli.precheck import stored_config, take_option, take_options
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.run_folder import RunFolder
 
-# Options that an evaluation of a run leaves out: they matter while training only.
+# Options that an evaluation of a run leaves out: they only affect training.
 _OF_TRAINING = ("callbacks", "logger", "enable_checkpointing")
 
 

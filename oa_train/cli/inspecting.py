@@ -1,4 +1,4 @@
-"""`oa-train inspect`: parts of a model, cost of a circuit of it, and the self-check of its family's entry."""
+"""`oa-train inspect`: parts of a model, memory of a training step, and the self-check of its family's entry."""
 
 import json
 import math
@@ -130,7 +130,7 @@ def _check_row(check: Check) -> dict[str, Any]:
         "result": "passed" if check.passed else "failed",
         "figure": check.problem or f"{check.figure:.2g}",
         "at most": f"{check.tolerance:g}",
-        "what should hold": check.name,
+        "check": check.name,
     }
 
 

@@ -25,10 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("oa_train.cli.fit.test", "evaluate a run on held-out prompts"),
     **STUDIES,
     "study": ("oa_train.cli.study_command.own_study", "a study of your own: study package.module.Class"),
-    "runs": ("oa_train.cli.runs.runs", "list runs with their main figures"),
+    "runs": ("oa_train.cli.runs.runs", "list runs with their main results"),
     "check-data": (
         "oa_train.cli.check_data.check_data",
-        "prompts as a model reads them, and how well it does on them",
+        "prompts as a model reads them, and its accuracy on them",
     ),
     "convert": ("oa_train.cli.convert.convert_command", "convert a circuit or constants of an earlier layout"),
     "inspect": ("oa_train.cli.inspecting.inspect_command", "parts, edges and memory of a model; --check tests it"),
@@ -39,7 +39,7 @@ QUIET = ("-q", "--quiet")
 # Options that ask for output and nothing else, to which --quiet does not apply.
 _ASKING = ("-h", "--help", "--version", "--print_config", "--json")
 
-# Characters of a line of a message from its beginning and its end, if it is longer than both: it may quote a text.
+# Characters kept at the beginning and the end of a long line of a message, which may quote a text.
 _HEAD, _TAIL = 700, 300
 
 
@@ -98,7 +98,7 @@ def _overview() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"oa-train {__version__}")
-    # Removed from the command line before any parser sees it; here only to be listed.
+    # Removed from the command line before any parser sees it; added only for --help.
     parser.add_argument(*QUIET, action="store_true", help="with any command: print nothing but errors")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (_, summary) in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Checks of a command line that need neither torch nor a model: files, and what stands in them."""
+"""Checks of a command line that need neither torch nor a model: files and their contents."""
 
 import argparse
 from collections.abc import Mapping, Sequence

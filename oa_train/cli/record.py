@@ -13,7 +13,7 @@ from typing import Any
 
 LOG_FILE = "run.log"
 
-# Messages of this package; its only handler writes the log, because the terminal has been written to already.
+# Messages of this package; its only handler writes the log, because the terminal has them already.
 log = logging.getLogger("oa_train.log")
 
 # Libraries whose notices are logged.

@@ -1,4 +1,4 @@
-"""`oa-train runs`: the runs under a folder with their main figures, read from their files without torch."""
+"""`oa-train runs`: the runs under a folder with their main results, read from their files without torch."""
 
 import argparse
 import json
@@ -36,7 +36,7 @@ def runs(words: Sequence[str]) -> list[dict[str, str]]:
 
 
 def finished_results(run: RunFolder) -> dict[str, Any] | None:
-    """Results with which a training of this run was finished, None if it was not, or if what it left is damaged."""
+    """Results of the end of a training of this run; None if it is not finished, or its files are damaged."""
     results = _results(run)
     numbers = {str(row["number"]) for row in (results or {}).get("rows", ()) if "number" in row}
     folders = [run.path / FRONT / number for number in numbers] or [run.path]

@@ -109,7 +109,7 @@ def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[P
         except CheckpointError:
             messages.append(f"{checkpoint} is damaged and is passed over.")
             continue
-        return checkpoint, [*messages, f"SLURM has started job {job} again; it goes on from {checkpoint}."]
+        return checkpoint, [*messages, f"SLURM has started job {job} again; it resumes from {checkpoint}."]
     return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
 
 

@@ -35,10 +35,10 @@ from oa_train.progress import silent
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
 
-# Options that a study takes over from the run that it is about.
+# Options that a study takes from its run.
 FROM_RUN = ("seed_everything", "lm", "data")
 
-# Studies that ask of these cannot do without a run.
+# Values of `asks_of` that require a run.
 NEEDING_RUNS = ("one", "several")
 
 _RUN_HELP = {
@@ -50,7 +50,7 @@ _RUN_HELP = {
 
 
 def own_study(words: list[str]) -> Findings:
-    """Run a study that is named by its class."""
+    """Run a study given by the import path of its class."""
     if not words or words[0].startswith("-"):
         raise ConfigurationError("study needs the class of a study first: oa-train study package.module.Class --help")
     return run_study(words[0], words[1:])
@@ -92,7 +92,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
 
 
 def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingParser, options: Namespace) -> Findings:
-    """Carry out a study in the folder of a run, by default a new one."""
+    """Run a study in the folder of a run, by default a new one."""
     claim = None if run else Claim(output_root("--output", options.output), options.experiment)
     run = run or claim.run  # type: ignore[union-attr] # one of the two exists
     with nullcontext() if claim is None else claim.given_up_after_a_refusal():
@@ -102,7 +102,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
         record_in(run.path)
         folder = study.folder or study.claim(run.path)
         if study.resumable:
-            track.say(f"What is done is kept in {folder}; interrupted, this goes on with --resume {folder}")
+            track.say(f"Finished pieces are kept in {folder}; if interrupted, resume with --resume {folder}")
         _from_first(str(folder))
         with terminable(), removed_if_empty(folder):
             findings = study.answer()
@@ -115,12 +115,12 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
 
 @contextmanager
 def _processes(kind: type[Study[Any]]) -> Iterator[int]:
-    """The number of this process, 0 without torchrun, which shares out the work of a study that is kept in pieces."""
+    """Rank of this process, 0 without torchrun; torchrun distributes the pieces of a study."""
     if not dist.is_torchelastic_launched():
         yield 0
         return
     if not kind.resumable:
-        raise ConfigurationError(f"{kind.name} is not shared out over processes; run it without torchrun.")
+        raise ConfigurationError(f"{kind.name} cannot be distributed over processes; run it without torchrun.")
     dist.init_process_group("gloo")
     try:
         yield dist.get_rank()
@@ -129,7 +129,7 @@ def _processes(kind: type[Study[Any]]) -> Iterator[int]:
 
 
 def _from_first(text: str) -> str:
-    """The text of the first process, in all of them."""
+    """Text of the first process, broadcast to all."""
     texts = [text]
     if dist.is_initialized():
         dist.broadcast_object_list(texts)
@@ -183,7 +183,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
 
 
 def _circuits(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
-    """The circuits that a study asks of."""
+    """The circuits that a study is about."""
     if kind.asks_of == "none":
         return []
     having = [run for run in runs if not (kind.asks_of == "optional" and run.is_of_a_study)]

@@ -87,7 +87,7 @@ def trainer_changes(config: Any) -> dict[str, Any]:
     """Arguments of Lightning's trainer that differ from the options."""
     changes: dict[str, Any] = {}
     if config.enable_model_summary is None:
-        # It lists the frozen model's modules; it is shown when it is asked for.
+        # The summary lists the frozen model's modules; it is shown on request.
         changes["enable_model_summary"] = False
     if config.precision in TRUE_PRECISIONS:
         # The model has been loaded in this type; Lightning would cast what is trained as well.

@@ -1,4 +1,4 @@
-"""Progress of a training in lines, where output goes to a file."""
+"""Progress of a training in lines, for output to a file."""
 
 import math
 import time
@@ -12,7 +12,7 @@ from oa_train.cli.bars import BETWEEN_LINES, track
 from oa_train.progress import duration
 from oa_train.training.steps import planned_steps
 
-# Seconds of training before its first line, which tells how long it takes.
+# Seconds of training before the first line, which estimates the duration.
 BEFORE_FIRST_LINE = 10.0
 
 
@@ -40,7 +40,7 @@ class TrainingLines(ProgressBar):
         self._is_enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the time."""
+        """Start the clock."""
         self._begun, self._first_step = time.monotonic(), trainer.global_step
         self._next = self._begun + BEFORE_FIRST_LINE
 

@@ -1,8 +1,8 @@
-"""Direct logit attribution: how much of the answers' logit difference each unit writes itself.
+"""Direct logit attribution: the term of the logit difference that each unit writes directly.
 
-What a unit adds to the residual stream reaches the logits along two ways: later layers read it, and the final norm and
-the unembedding do. The second way alone is linear if the norm's scale is that of the clean run. So the logit
-difference splits into a term for each thing that is written, and a bias (Elhage et al. 2021).
+The output of a unit reaches the logits through later layers, and directly through the final norm and the unembedding.
+The direct path is linear once the scale of the final norm is fixed at that of the clean run. So the logit difference
+is a sum of one term for each output that is written to the residual stream, and a bias (Elhage et al. 2021).
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
 
-# Kinds of site whose units write to the residual stream, with the modules that they write through: the first is the
-# last linear map, the second what adds its output (the map itself, or a norm after it).
+# Kinds of site whose units write to the residual stream, with the modules they write through: the last linear map, and
+# the module whose output is added (the map itself, or a norm after it).
 _WRITERS: dict[str, Callable[[Parts, int], tuple[nn.Module, nn.Module] | None]] = {
     "heads": lambda parts, layer: (parts.attention_outputs[layer], parts.attentions[layer]),
     "neurons": lambda parts, layer: (parts.down_projections[layer], parts.mlps[layer]),
@@ -42,8 +42,8 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     Args:
         model: frozen causal language model.
         batch: prompts on the model's device.
-        nodes: the units. Those restricted to a span count there only, and those of kinds that write nothing (the
-            residual stream before a block, token embeddings, features of dictionaries) get NaN.
+        nodes: the units. Those at a span count there only; those of kinds that do not write to the residual stream
+            (the stream before a block, token embeddings, features of dictionaries) get NaN.
     """
     parts, rows = find_parts(model), torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
     seen: dict[tuple[nn.Module, str], Tensor] = {}
@@ -82,7 +82,7 @@ def _has_post_norm(projection: nn.Module, adding: nn.Module) -> bool:
 def _direction(
     model: CausalLM, batch: Batch, parts: Parts, taps: list[Tap], scored: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "row scored d_model"]:
-    """Gradient of each prompt's logit difference with respect to what enters the final norm, whose scale is fixed."""
+    """Gradient of each prompt's logit difference with respect to the final norm's input, its scale fixed."""
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
@@ -128,7 +128,7 @@ def _of_units(
 
 @torch.enable_grad()
 def _pulled_back(projection: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
-    """The transposed linear map applied to a direction; through autograd, so that weights of any format will do."""
+    """The transposed linear map applied to a direction; through autograd, so that weights may have any format."""
     entering = values.detach().requires_grad_()
     output: Tensor = projection(entering.flatten(0, 1))
     (gradient,) = torch.autograd.grad(output, entering, direction.flatten(0, 1).to(output.dtype))

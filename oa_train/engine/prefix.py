@@ -1,4 +1,4 @@
-"""Runs of several circuits that share the clean layers before the first layer that each ablates.
+"""Runs of several circuits that share the clean prefix before the first layer that each ablates.
 
 The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of
 the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow accordingly. So a
@@ -35,7 +35,7 @@ class PrefixLogits:
 def prefix_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"], values: Values
 ) -> PrefixLogits:
-    """Like `masked_logits` for several circuits on the same prompts, but shares clean layers.
+    """Like `masked_logits` for several circuits on the same prompts, but with shared clean layers.
 
     Args:
         model: frozen causal language model.
@@ -63,7 +63,7 @@ def prefix_logits(
 
 
 def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
-    """Share of the work of plain runs that a shared prefix saves; negative where its clean rows cost more."""
+    """Fraction of the work of plain runs that a shared prefix saves; negative if its clean rows cost more."""
     n_blocks = nodes.dimensions.n_layers
     # The token embedding costs next to nothing.
     skipped = (_first_stages(nodes, masks) - 1).clamp(min=0).sum().item()
@@ -104,7 +104,7 @@ class _Growth:
         self.masks = torch.cat([kept, ordered.repeat_interleave(self._n_prompts, dim=0)])
         prompts = torch.arange(self._n_prompts, device=device)
         of_circuits = self.order.to(device).unsqueeze(1) * self._n_prompts + prompts
-        # Clean rows are replaced by nothing, so those of any circuit will do.
+        # Nothing is replaced in clean rows, so the values of any circuit will do.
         self.value_rows = torch.cat([prompts, of_circuits.flatten()])
 
     def growing(self, model: CausalLM) -> AbstractContextManager[None]:
@@ -124,7 +124,7 @@ class _Growth:
             prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
 
             def by_row(value: Any) -> Any:
-                # The model passes every block what it computed for the rows at the start.
+                # The model passes every block the inputs that it computed for the initial rows.
                 per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
                 return value[prompts] if per_row else value
 

@@ -1,4 +1,4 @@
-"""Several trained circuits beside each other: each under every ablation, and their overlap."""
+"""Several trained circuits: each under every ablation, and their overlap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ SMALLEST_KL = 1e-4
 def agreement_figure(
     names: Sequence[str], kl: Mapping[str, Sequence[float]], jaccard: Sequence[Sequence[float]]
 ) -> Figure:
-    """Two tables in colour: KL divergence of each circuit under each ablation, and overlap of every two circuits.
+    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
 
     Args:
         names: the circuits.
@@ -41,9 +41,9 @@ def agreement_figure(
 
 
 def _table(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str) -> None:
-    shown = np.maximum(values, norm.vmin or 0)
-    axes.imshow(shown, norm=norm, cmap=colours, aspect="auto")
+    clipped = np.maximum(values, norm.vmin or 0)
+    axes.imshow(clipped, norm=norm, cmap=colours, aspect="auto")
     for (row, column), value in np.ndenumerate(values):
-        dark = float(norm(shown[row, column])) > 0.6
+        dark = float(norm(clipped[row, column])) > 0.6
         write(axes, column, row, form.format(value), color="white" if dark else "black")
     axes.tick_params(length=0)

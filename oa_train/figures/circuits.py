@@ -16,7 +16,7 @@ def circuit_drawing(
 
     Layer 0 is at the bottom, below it the name of the embedding.
     """
-    # Deep models are drawn more closely, so that the figure fits a page.
+    # Deep models are drawn more densely, so that the figure fits a page.
     height = 0.6 if n_layers <= 12 else 0.34
     figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)))
     axes = figure.subplots()

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
-# Divergences are drawn on a logarithmic axis; smaller ones stand at its edge.
+# Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
 SMALLEST_KL = 1e-5
 
 # More rows than this cannot be told apart on a page; those that matter most are shown.
@@ -32,7 +32,7 @@ Rows = Mapping[str, Sequence[Interval]]
 
 
 def error_bars(intervals: Sequence[Interval], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
-    """Means, and the lengths of their bars [below or above, interval], with everything below `smallest` at it."""
+    """Means, and lengths of their error bars [below or above, interval], both clipped at `smallest`."""
     ends = np.array([(interval.mean, interval.low, interval.high) for interval in intervals])
     means, low, high = np.maximum(ends, smallest).T
     return means, np.maximum([means - low, high - means], 0)
@@ -55,7 +55,7 @@ class Panel:
     ranked: bool = False
 
     def in_order(self) -> "Panel":
-        """The panel as it is drawn."""
+        """The panel with its rows in the order in which they are drawn."""
         if not self.ranked or not self.names:
             return self
         first = next(iter(self.rows.values()))
@@ -70,7 +70,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Control:
-    """Random circuits beside a run's circuit after the same training: their divergences, and a name."""
+    """KL divergences of a run's circuit and of random circuits after the same training, under a name."""
 
     name: str
     run_kl: float
@@ -128,8 +128,8 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
 
 def _draw_controls(axes: Axes, controls: Sequence[Control]) -> None:
     for row, control in enumerate(controls):
-        shown = np.maximum(control.random_kl, SMALLEST_KL)
-        axes.plot(shown, np.full(len(shown), row), "|", color="#999999", label=RANDOM_CIRCUITS)
+        clipped = np.maximum(control.random_kl, SMALLEST_KL)
+        axes.plot(clipped, np.full(len(clipped), row), "|", color="#999999", label=RANDOM_CIRCUITS)
         colour, marker = ablation_style("optimal")
         axes.plot(max(control.run_kl, SMALLEST_KL), row, marker, color=colour, markersize=4)
     title = "random circuits and the run's (blue), constants trained alike"

@@ -1,4 +1,4 @@
-"""Behaviour of a model against the share of it that is ablated."""
+"""Behaviour of a model against the ablated share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
-# Line styles of rankings, in the order in which they come.
+# Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
 # A logarithmic axis is drawn where divergences differ by more than this factor.
@@ -43,7 +43,7 @@ def curve_figure(
         curves: to draw.
         fractions: ablated share at each point.
         title: of the figure.
-        order: which units go first, for the axis.
+        order: `the least` or `the most`, for the label of the axis.
         bound: a KL divergence in nats that is drawn as a line.
     """
     figure = new_figure(8.6, 3.6)
@@ -85,7 +85,7 @@ def _draw(axes: Axes, fractions: Sequence[float], points: Sequence[Interval], ab
 
 
 def _scale(axes: Axes, means: Sequence[float]) -> None:
-    """A logarithmic axis down to small divergences and a linear one from there to zero, if they differ by much."""
+    """Set a symlog axis if the divergences differ by a large factor."""
     positive = [mean for mean in means if mean > 0]
     if positive and max(positive) > LOGARITHMIC_FROM * min(positive):
         axes.set_yscale("symlog", linthresh=max(SMALLEST_LINEAR, min(positive)), linscale=0.4)

@@ -57,7 +57,7 @@ def interaction_map(
 def interaction_bars(
     names: Sequence[str], values: Sequence[Interval], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
-    """Ranked bars with 95 % intervals, the first on top; those that are significant in colour.
+    """Ranked bars with 95 % intervals, the first on top; significant ones in colour.
 
     Args:
         names: of the bars; as many as can be read are drawn.

@@ -15,16 +15,16 @@ from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
 MOST_LABELLED = 400
 # Beyond this many rows or columns their names cannot be read.
 MOST_NAMED = 60
-# Inches of a cell, by whether it holds a number.
+# Size in inches of a cell with a number, and of one without.
 LABELLED_CELL, NAMED_CELL = 0.42, 0.16
 
 
 def score_map(
     table: np.ndarray, rows: Sequence[str], columns: Sequence[str], axes_names: tuple[str, str], threshold: float
 ) -> Figure:
-    """Keep-probabilities as a table, its first row at the bottom.
+    """Heat map of keep-probabilities, the first row at the bottom.
 
-    It is blank where there is no entry, and framed where one exceeds the threshold.
+    Cells without an entry are blank, and cells above the threshold are framed.
 
     Args:
         table: [row, column] values between 0 and 1; NaN where there is no entry.
@@ -63,7 +63,7 @@ def score_map(
 
 
 def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
-    """Numbers of the units of each layer: layer 0 at the bottom, a column for each head and one for MLPs.
+    """Heat map of the number of units in each layer: layer 0 at the bottom, a column for each head and one for MLPs.
 
     Args:
         table: [layer, column] counts.

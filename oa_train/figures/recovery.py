@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import FONT_SIZE, new_figure, set_title
 
-# Colour and marker of the part of a search that restores units, and of that which removes them.
+# Colour and marker of the two phases of a search: units are restored, units are removed.
 STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
 
-# Recovery far below that of ablating everything is not drawn.
+# Recovery far below 0 (everything ablated) is not drawn.
 LOWEST = -0.5
 
 
@@ -28,9 +28,9 @@ def recovery_figure(
     Args:
         paths: sizes and recoveries of the sets, by a key of `STYLES`.
         trained: sizes and recoveries of the sets whose constants were trained; may be empty.
-        target: recovery that was asked for, drawn as a line.
-        chosen: size of the set that was found, marked.
-        labels: of the axes, that of sizes first.
+        target: target recovery, drawn as a line.
+        chosen: size of the final set, drawn as a line.
+        labels: labels of the axes, that of sizes first.
         title: of the figure.
     """
     figure = new_figure(6.2, 3.8)
@@ -49,8 +49,8 @@ def recovery_figure(
         lengths = [[i.mean - i.low for i in trained[1]], [i.high - i.mean for i in trained[1]]]
         style: dict[str, Any] = {"fmt": "D", "markersize": 4, "elinewidth": 1, "capsize": 2, "color": "#1B1B1B"}
         axes.errorbar(trained[0], means, lengths, label="constants trained for the set", **style)
-    axes.axhline(target, color="#555555", linewidth=0.8, linestyle=":", label=f"asked for: {target:g}")
-    axes.axvline(chosen, color="#009E73", linewidth=1.0, linestyle="--", label=f"found: {chosen}")
+    axes.axhline(target, color="#555555", linewidth=0.8, linestyle=":", label=f"target: {target:g}")
+    axes.axvline(chosen, color="#009E73", linewidth=1.0, linestyle="--", label=f"final set: {chosen}")
     lowest, highest = axes.get_ylim()
     axes.set_ylim(max(lowest, LOWEST), highest)
     axes.set_xlabel(labels[0], fontsize=FONT_SIZE)

@@ -1,4 +1,4 @@
-"""Effects of every part of a model under several ablations: heat maps, and how they compare with optimal ablation."""
+"""Effects of every part of a model under several ablations: heat maps, and ratios to optimal ablation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,7 +11,7 @@ from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_ti
 
 # Beyond this many rows or columns only some are named.
 MOST_NAMED = 24
-# Maps beside each other.
+# Maps in a row.
 MOST_COLUMNS = 4
 
 
@@ -43,8 +43,8 @@ def effect_maps(
     for axes in grid.flat[len(tables) :]:
         axes.set_axis_off()
     for axes, (name, table) in zip(grid.flat, tables.items(), strict=False):
-        shown = np.where(np.isnan(table), np.nan, np.maximum(table, lowest))
-        image = axes.imshow(shown, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
+        clipped = np.where(np.isnan(table), np.nan, np.maximum(table, lowest))
+        image = axes.imshow(clipped, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest", origin="lower")
         axes.set_facecolor("#F2F2F2")
         axes.set_title(name, fontsize=FONT_SIZE)
         below = axes.get_subplotspec().rowspan.stop * n_across + axes.get_subplotspec().colspan.start

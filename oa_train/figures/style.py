@@ -1,4 +1,4 @@
-"""Colours, sizes and texts that all figures share."""
+"""Colours, sizes and text that all figures share."""
 
 import io
 import textwrap
@@ -40,19 +40,19 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def set_title(figure: Figure, title: str) -> None:
-    """A title over the whole figure, on as many lines as its width asks for."""
+    """Set a title over the whole figure, wrapped to its width."""
     characters = max(24, int(11 * figure.get_figwidth()))
     lines = [textwrap.fill(line, characters) for line in title.split("\n")]
     figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: int = FONT_SIZE - 2, **options: Any) -> None:
-    """Write a text centred at a point."""
+    """Write text centred at a point."""
     axes.text(x, y, text, ha="center", va="center", fontsize=size, **options)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure whole, as PNG, SVG or PDF, as the file name says."""
+    """Write a figure atomically, as PNG, SVG or PDF by the suffix of the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix("."))

@@ -1,4 +1,4 @@
-"""Divergence of a circuit when parts outside of it are kept in many combinations."""
+"""KL divergence of a circuit with parts outside it kept in many combinations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Subsets:
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
-    """KL divergence with random subsets of the outside kept, a row for each density, beside the marked masks.
+    """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
 
     Args:
         panels: one for each ablation, from top to bottom.
@@ -44,8 +44,8 @@ def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
     all_axes = figure.subplots(len(panels), 1, height_ratios=n_rows, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw(axes, panel)
-    shown = [value for panel in panels for value in _means(panel) if value > 0]
-    linear = max(SMALLEST_LINEAR, min(shown, default=0.0))
+    positive = [value for panel in panels for value in _means(panel) if value > 0]
+    linear = max(SMALLEST_LINEAR, min(positive, default=0.0))
     for axes in all_axes:
         axes.set_xscale("symlog", linthresh=linear, linscale=0.4)
         axes.set_xlim(left=-0.15 * linear)

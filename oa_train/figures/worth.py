@@ -12,7 +12,7 @@ from oa_train.figures.style import FONT_SIZE, new_figure, set_title
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
-# The axis is logarithmic, on either side of zero; between minus and plus this, or the tolerance, it is linear.
+# The axis is symlog: linear between minus and plus this, or the tolerance if larger.
 LINEAR_BELOW = 1e-4
 
 
@@ -25,7 +25,7 @@ def worth_figure(
         names: the parts in descending order of worth; the first ones have a row each.
         worth: of each part, in nats; may be negative.
         verdicts: of each part, a key of `COLOURS`.
-        tolerance: nats that do not matter, drawn as a line.
+        tolerance: negligible worth in nats, drawn as a line.
         title: of the figure.
     """
     n_rows = min(len(names), MOST_ROWS)
@@ -38,7 +38,7 @@ def worth_figure(
         rows.set_title(f"the {n_rows} that are worth most", fontsize=FONT_SIZE, loc="left")
         _draw(axes, worth, verdicts, tolerance)
         axes.set_title(f"all {len(names)}, by rank", fontsize=FONT_SIZE, loc="left")
-    # The most valuable parts stand on top, so this corner is free; the last axes have all verdicts.
+    # The parts of greatest worth are on top, so this corner is free; the last axes have all verdicts.
     (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
     figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
     set_title(figure, title)

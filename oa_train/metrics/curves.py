@@ -1,4 +1,4 @@
-"""Figures of a curve over the share of a model that is ablated: areas, and how far it holds.
+"""Summary statistics of a curve over the ablated fraction: areas, and the fraction at which it breaks.
 
 Intervals are percentiles over resampled prompts, the same prompts at every point.
 """
@@ -18,8 +18,8 @@ def area(
     """Area under the mean of the prompts' curves, by trapezoids.
 
     Args:
-        fractions: ascending share that is ablated at each point.
-        values: of each prompt at each point.
+        fractions: ablated fraction at each point, ascending.
+        values: value of each prompt at each point.
         identities: see `estimates.estimate`.
     """
     means = _means(values, identities)
@@ -29,14 +29,14 @@ def area(
 def recovery_area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate | None:
-    """Area under the share of a measure that is recovered: 1 as at the first point, 0 as at the last.
+    """Area under the recovery of a measure: 1 at the first point, 0 at the last.
 
-    The share at a point is (m - m_last) / (m_first - m_last), of means over prompts, with the clean model first and
+    Recovery at a point is (m - m_last) / (m_first - m_last), of means over prompts, with the clean model first and
     everything ablated last: the normalised faithfulness of the literature (Hanna et al., 2024), here averaged over
     sizes as in MIB (Mueller et al., 2025).
 
     Returns:
-        None if the measure is not larger at the first point than at the last in every resampling, so that there is
+        None if in some resampling the measure is not larger at the first point than at the last, so that there is
         nothing to recover.
     """
     means = _means(values, identities)
@@ -57,7 +57,7 @@ def holds_until(
 
     Args:
         fractions: ascending share that is ablated at each point.
-        rise: what must not exceed the bound, of each prompt at each point; the first is taken to hold.
+        rise: rise of a measure for each prompt at each point; the first point counts as within the bound.
         bound: in the unit of `rise`.
         identities: see `estimates.estimate`.
     """

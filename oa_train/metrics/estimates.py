@@ -1,4 +1,4 @@
-"""Means with their uncertainty, paired differences, and how numbers are written."""
+"""Means with their uncertainty, paired differences, and the formatting of numbers."""
 
 import math
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ SMALLEST_WRITTEN = 1e-4
 class Estimate:
     """A mean over `n` distinct prompts, its standard error, and its 95 % interval.
 
-    The interval is from Student's t distribution; of a share of prompts, each of which is right or wrong, from
-    Wilson's score, which stays inside [0, 1] and has a width at 12 of 12 as well.
+    The interval is from Student's t distribution; for a proportion of prompts it is Wilson's score interval, which
+    stays inside [0, 1] and has a width even at 12 of 12.
     """
 
     mean: float
@@ -53,14 +53,13 @@ class Estimate:
 def estimate(
     values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"] | None = None, *, is_share: bool = False
 ) -> Estimate:
-    """Mean of a figure from its values on at least two distinct prompts.
+    """Mean of a measure from its values on at least two distinct prompts.
 
     Args:
-        values: of each prompt.
-        identities: equal for equal prompts, whose values are averaged first: repetition tells nothing new. By default
-            all prompts are distinct.
-        is_share: the figure is the share of something, as accuracy is. Where every prompt has 0 or 1 the interval is
-            Wilson's.
+        values: value of each prompt.
+        identities: equal for equal prompts, whose values are averaged first: a repetition adds no information. By
+            default all prompts are distinct.
+        is_share: the measure is a proportion, like accuracy. If every value is 0 or 1 the interval is Wilson's.
 
     Raises:
         NotFiniteError: mean or error is not finite.
@@ -116,8 +115,7 @@ def ratio_of_means(
 ) -> Estimate:
     """Mean of the numerator over that of the denominator, on the same prompts.
 
-    Its error is that of the linearised ratio (the delta method), to which each prompt contributes what is left of its
-    numerator after the ratio's share of its denominator.
+    Its error is that of the linearised ratio (the delta method): of the residuals numerator - ratio * denominator.
 
     Raises:
         NotFiniteError: the denominator's mean is 0.
@@ -139,5 +137,5 @@ def written(value: float, digits: int = 3) -> str:
 
 
 def _fixed(value: float, decimals: int) -> str:
-    """A number with so many decimals and no negative zero."""
+    """A number with `decimals` decimals and no negative zero."""
     return f"{round(value, decimals) + 0.0:,.{decimals}f}"

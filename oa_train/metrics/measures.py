@@ -1,4 +1,4 @@
-"""The measures by which an ablated model is judged, a value for each prompt, and the losses made of them."""
+"""Measures of an ablated model, one value per prompt, and the losses made of them."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -21,7 +21,7 @@ MEASURES: dict[str, _Measure] = {
 
 Loss = Literal["kl", "cross_entropy", "logit_difference"]
 
-# A loss is minimised, and of these the logit difference is the one that should be large.
+# A loss is minimised; the logit difference is to be large, so its sign is flipped.
 LOSS_SIGNS: dict[Loss, int] = {"kl": 1, "cross_entropy": 1, "logit_difference": -1}
 
 
@@ -52,7 +52,7 @@ def loss_of(
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """Loss of every prompt: a measure, with its sign turned where more of it is better.
+    """Loss of every prompt: a measure, with its sign flipped if more is better.
 
     `kl` is the divergence from the clean model and `cross_entropy` that of the task's answers. `logit_difference`, of
     answers against distractors, has no bound: a circuit that is surer than the model is better.

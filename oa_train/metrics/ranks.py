@@ -25,7 +25,7 @@ class Bootstrapped:
         return f"{self.value:.3g} ({self.ci95[0]:.3g} to {self.ci95[1]:.3g})"
 
     def as_json(self) -> dict[str, Any]:
-        """As in a results file."""
+        """The object in a results file."""
         return {"value": self.value, "ci95": list(self.ci95)}
 
 
@@ -52,7 +52,7 @@ def median_ratio(
 def mean_ratio(
     first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"], seed: int = 0
 ) -> Bootstrapped:
-    """Mean over parts of the ratio of two ablations' mean effects, each at most 1 as Li & Janson (2024) have it."""
+    """Mean over parts of the ratio of two ablations' mean effects, each clipped at 1 as in Li & Janson (2024)."""
     return _bootstrapped(_ratios(first, second, seed).clip(max=1).mean(axis=0))
 
 
@@ -61,8 +61,8 @@ def above(
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
     """Parts whose mean effect exceeds a threshold, and their adjusted p-values.
 
-    A one-sided t-test over prompts for each part; p-values are adjusted by Benjamini and Hochberg, so that among the
-    parts found at most this share is expected to be found wrongly.
+    A one-sided t-test over prompts for each part, with p-values adjusted to the false discovery rate (Benjamini and
+    Hochberg).
     """
     values = effects.double().numpy() - threshold
     means, errors = values.mean(axis=1), stats.sem(values, axis=1)
@@ -76,7 +76,7 @@ def above(
 def beyond(
     estimates: Sequence[Estimate], threshold: float, false_discovery_rate: float = 0.05
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
-    """Figures that are larger than a threshold in size, on either side of 0, and their adjusted p-values.
+    """Estimates whose absolute value exceeds a threshold, and their adjusted p-values.
 
     Twice the p-value of a one-sided t-test on the side of the mean, adjusted like those of `above`. It is the usual
     two-sided test where the threshold is 0.

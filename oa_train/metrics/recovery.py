@@ -1,4 +1,4 @@
-"""Agreement of a circuit, or of the scores of its parts, with the circuit that is known to be true."""
+"""Agreement of a circuit, or of the scores of its parts, with the true circuit."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,11 +15,11 @@ from oa_train.shapes import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Recovery:
-    """Agreement of a circuit with the true one; the best of each figure is 1.
+    """Agreement of a circuit with the true one; 1 is the best of each metric.
 
     Attributes:
-        precision: share of the circuit that is true; 0 for an empty one.
-        recall: share of the true circuit that is in it.
+        precision: share of the circuit that is in the true one; 0 for an empty circuit.
+        recall: share of the true circuit that is in the circuit.
         f1: harmonic mean of the two.
         auroc: chance that a true part has a higher score than another; ties count half. None without scores.
         average_precision: area under precision over recall, for thresholds on the scores. None without scores.
@@ -32,7 +32,7 @@ class Recovery:
     average_precision: float | None = None
 
     def as_json(self) -> dict[str, float | None]:
-        """The figures by name."""
+        """The metrics by name."""
         return asdict(self)
 
 
@@ -41,7 +41,7 @@ def recovery(
 ) -> Recovery:
     """Compare a circuit with the true one.
 
-    Scores are of all entries, higher for those that are rather kept, in any range.
+    Scores are of all entries, higher for those to keep first, in any range.
 
     Raises:
         ValueError: all entries are true, or none is.

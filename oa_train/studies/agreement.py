@@ -1,4 +1,4 @@
-"""Agreement of several circuits: their overlap, and the spread of metrics over seeds."""
+"""Agreement of several circuits: overlap, and spread of metrics over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from oa_train.circuits.circuit import jaccard
 
 
 def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
-    """Overlap of every two circuits: shared components over components in either."""
+    """Jaccard overlap of every two circuits: shared components over components in either."""
     return [[jaccard(first.circuit, second.circuit) for second in runs] for first in runs]
 
 
@@ -22,7 +22,7 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
     Args:
         runs: the runs; those that differ in nothing but their seed form a group.
         kl: KL divergence of each run's circuit in nats, by its name.
-        ablation: under which that was measured.
+        ablation: kind of ablation under which it was measured.
 
     Returns:
         For each group of at least two: names and seeds of its runs, the ablations, mean, standard deviation and 95 %
@@ -36,7 +36,7 @@ def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation
 
 
 def _all_but_the_seed(run: TrainedCircuit) -> str:
-    # A model is told by its fingerprint: its path differs from one machine to another.
+    # A model is identified by its fingerprint: its path differs from one machine to another.
     varying = ("seed", "edges_before_removal", *(["model"] if "fingerprint" in run.circuit.provenance else []))
     provenance = {key: value for key, value in run.circuit.provenance.items() if key not in varying}
     task = {key: value for key, value in provenance["task"].items() if key != "seed"}

@@ -50,13 +50,13 @@ class CompareSettings:
         ablations: kinds of ablation; by default all for which the task has prompts.
         components: a shell pattern, or a list of them, of the components that are also ablated alone; an empty list
             for none. By default all of them if they are at most 64.
-        positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
-            positions of the prompts; by default as many as the runs distinguish.
+        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have; by
+            default as many as the runs'.
         fit: training of the constants of each component alone.
-        circuit_fit: training of the constants of a run's circuit that has none, or none for this task, for KL
-            divergence, or for a table of this size.
-        random_circuits: random circuits of each run's size that are given optimal constants; 0 for none. The run's
-            own circuit is given the same training, so that they can be compared.
+        circuit_fit: training of constants for a run's circuit that has none for this task, for KL divergence and for a
+            table of this size.
+        random_circuits: random circuits of each run's size whose constants are trained; 0 for none. As a control, the
+            run's own circuit gets the same training.
         random_fit: that training.
         random_prompts: test prompts on which random circuits are evaluated, at most `n_test`.
     """
@@ -82,9 +82,9 @@ class CompareSettings:
 class Compare(Study[CompareSettings]):
     """Compares ablations on the same held-out prompts.
 
-    Each circuit is tested under every ablation, whatever it was trained under. Under optimal ablation it keeps its own
-    constants if they were trained on this task, for KL divergence and for a table of this size; otherwise it is given
-    new ones.
+    Each circuit is evaluated under every ablation, not only the one it was trained under. Under optimal ablation it
+    keeps its own constants if they were trained on this task, for KL divergence and for a table of this size; else new
+    ones are trained.
 
     Rows: one for each circuit and ablation (`component` is "circuit"), then one for each component and ablation, each
     with the measures and their paired differences to optimal ablation (`x_minus_optimal`).
@@ -99,7 +99,7 @@ class Compare(Study[CompareSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """Circuits must share a level, and patterns match something."""
+        """Refuse circuits of different levels, and patterns that match nothing."""
         super().check()
         self.level = self.circuits[0].circuit.level
         if any(run.circuit.level != self.level for run in self.circuits):
@@ -171,7 +171,7 @@ class Compare(Study[CompareSettings]):
 
     @cached_property
     def positions(self) -> int:
-        """Positions that constants distinguish."""
+        """Number of positions that constants tell apart."""
         positions = self.settings.positions
         if positions == "every":
             positions = max(int(batch.lengths.max()) for batch in self.batches)
@@ -185,12 +185,12 @@ class Compare(Study[CompareSettings]):
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; those by learned constants as their training starts."""
+        """Ablations by kind; of a learned one, the initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
-        """A run of each size of circuit, which random circuits stand beside."""
+        """One run for each size of circuit, to compare with random circuits."""
         if not self.settings.random_circuits or "optimal" not in self.kinds:
             return []
         return list({len(run.circuit): run for run in reversed(self.circuits)}.values())
@@ -232,7 +232,7 @@ class Compare(Study[CompareSettings]):
         return behaviours
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
-        """Optimal constants of each run: its own if they fit the question, else trained from its own or the means."""
+        """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
         starts = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
         chosen = [starts[index] for index in lacking]

@@ -1,4 +1,4 @@
-"""Rows of a comparison of ablations as tables for people, and as figures draw them."""
+"""Rows of a comparison of ablations, converted for tables and figures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,7 +56,7 @@ def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
 
 
 def seeds_line(group: Mapping[str, Any]) -> str:
-    """Mean and spread over runs that differ in their seed."""
+    """Sentence on mean and spread over runs that differ in their seed."""
     kl, size = group["kl"], group["size"]
     return (
         f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "

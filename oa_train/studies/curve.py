@@ -1,4 +1,4 @@
-"""More and more of a model ablated, in an order of importance: where does its behaviour break?"""
+"""A growing share of a model ablated in order of importance: where does its behaviour break?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,22 +58,22 @@ class CurveSettings:
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         rankings: `scores`, the keep-probabilities of the run's circuit; `attribution`, the first-order effect of
             ablating each unit; `random`; or paths, of the folder of a finished scan or of a CSV file with the columns
-            `component` and `score`. By default the scores, if there are some, attribution and random.
-        ranked_under: ablation of which attribution takes the replacements (by default mean) and a scan the
-            divergences (by default optimal).
+            `component` and `score`. By default scores if the run has them, attribution and random.
+        ranked_under: ablation whose replacements attribution uses (by default mean), and whose KL divergences are
+            taken from a scan (by default optimal).
         attribution_loss: loss whose gradient attribution takes, `cross_entropy` or `logit_difference`.
-        random_orders: random orders, with which `random` is averaged.
+        random_orders: random orders over which `random` is averaged.
         fractions: shares of the units that are ablated, together with 0 and 1.
         sizes: numbers of units that are kept, instead of `fractions`.
-        order: whether the `least` or the `most` important units are ablated first.
+        order: ablate the `least` or the `most` important units first.
         ablations: kinds of ablation; by default all for which the task has prompts.
-        positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
-            positions of the prompts; by default as many as the run distinguishes, else 1.
-        refit: train optimal constants for every point. Otherwise all points share the run's own, or without such those
+        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have; by
+            default as many as the run's, else 1.
+        refit: train optimal constants for every point. Otherwise all points share the run's, or, if it has none, those
             trained with all selected units ablated.
         fit: training of these constants.
-        broken_by: what tells where the curve breaks: `kl` in nats, or `accuracy` that is lost.
-        bound: how much of it is allowed.
+        broken_by: measure by which the curve breaks: `kl` in nats, or the loss of `accuracy`.
+        bound: value of it at which the curve breaks.
     """
 
     sites: list[str] | None = None
@@ -120,18 +120,18 @@ class CurveSettings:
 
 
 class Curve(Study[CurveSettings]):
-    """Ablates more and more of the selected units together, the least important first: where does behaviour break?
+    """Ablates a growing share of the selected units, the least important first: where does behaviour break?
 
-    Whatever is not selected is kept. Nothing ablated is the clean model, and everything ablated is the same point for
-    all rankings.
+    All other units are kept. The first point, nothing ablated, is the clean model; the last one, everything ablated,
+    is the same for all rankings.
 
     Rows: one for each ranking (and `draw` of a random one), fraction and ablation, with the measures and their paired
-    differences to the clean model (`x_minus_clean`). Metrics: of each ranking and ablation the area under the KL
-    divergence over the fraction (`<ranking>_<ablation>_kl_area`), that under the recovered share of the logit
-    difference (`..._recovery_area`), and the last fraction before the bound is exceeded (`..._holds_until`).
+    differences to the clean model (`x_minus_clean`). Metrics: for each ranking and ablation the area under the KL
+    divergence over the fraction (`<ranking>_<ablation>_kl_area`), that under the recovery of the logit difference
+    (`..._recovery_area`), and the last fraction before the bound is exceeded (`..._holds_until`).
 
     Raises:
-        ConfigurationError: a pattern matches nothing, a ranking or size does not fit, or scores lack a run.
+        ConfigurationError: a pattern matches nothing, a ranking or size does not fit, or there is no run for scores.
         ArtefactError: a ranking is of another model or of other units.
         TaskError: the task has no prompts for an ablation that was asked for.
     """
@@ -141,7 +141,7 @@ class Curve(Study[CurveSettings]):
     asks_of = "optional"
 
     def check(self) -> None:
-        """Select the units, read the rankings that are stored, and lay out the points."""
+        """Select the units, read stored rankings, and lay out the points."""
         super().check()
         settings = self.settings
         self.trained = self.circuits[0] if self.circuits else None
@@ -158,10 +158,10 @@ class Curve(Study[CurveSettings]):
             check_suits([self.ranked_under], source, self.batches)
             if KINDS[self.ranked_under].learned and self._own_constants is None:
                 raise ConfigurationError(
-                    f"ranked_under is {self.ranked_under}, but there is no run with constants of it for attribution "
-                    "to take. Give --run, or choose another ablation."
+                    f"ranked_under is {self.ranked_under}, but there is no run whose constants attribution could use. "
+                    "Give --run, or choose another ablation."
                 )
-        assert self._stored is not None  # read now: what does not fit is told before any work
+        assert self._stored is not None  # read now: a ranking that does not fit is an error before any work
         self.ablated = numbers_ablated(len(self.parts), settings.fractions, settings.sizes)
 
     def _selection(self) -> tuple[Level, tuple[str, ...]]:
@@ -190,12 +190,12 @@ class Curve(Study[CurveSettings]):
 
     @property
     def _n_circuits(self) -> int:
-        """Everything ablated, and the points of each order in between."""
+        """Number of circuits: everything ablated, and the intermediate points of each order."""
         return 1 + self._n_orders * (len(self.ablated) - 2)
 
     @property
     def _own_constants(self) -> Ablation | None:
-        """The run's learned constants, if they are of the level."""
+        """The run's learned constants, if they are of this level."""
         trained = self.trained
         if trained is None or trained.constants is None or not KINDS[trained.ablation].learned:
             return None
@@ -228,10 +228,10 @@ class Curve(Study[CurveSettings]):
                 points = [*range(1 + number * n_between, 1 + (number + 1) * n_between), 0]
                 curves.append(MeasuredCurve(order.name, order.draw, kind, chosen_points(behaviour, points, clean)))
         drawn = pooled(curves)
-        key_figures = [curve.figures(self._fractions, self.settings.broken_by, self.settings.bound) for curve in drawn]
+        summaries = [curve.summary(self._fractions, self.settings.broken_by, self.settings.bound) for curve in drawn]
         metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
-        for curve, figures in zip(drawn, key_figures, strict=True):
-            metrics |= {f"{curve.ranking}_{curve.ablation}_{name}": value for name, value in figures.items()}
+        for curve, summary in zip(drawn, summaries, strict=True):
+            metrics |= {f"{curve.ranking}_{curve.ablation}_{name}": value for name, value in summary.items()}
         return Findings(
             [row for curve in curves for row in curve.rows(self.ablated)],
             metrics=metrics,
@@ -242,13 +242,13 @@ class Curve(Study[CurveSettings]):
                     {"name": order.name, "draw": order.draw, "ascending": order.names(self.parts)} for order in orders
                 ],
             },
-            shown=list(self._shown(drawn, key_figures)),
+            shown=list(self._shown(drawn, summaries)),
             figures={"curve": partial(self._figure, drawn)},
             table="curve",
         )
 
     def _shown(
-        self, curves: Sequence[MeasuredCurve], figures: Sequence[Mapping[str, Estimate]]
+        self, curves: Sequence[MeasuredCurve], summaries: Sequence[Mapping[str, Estimate]]
     ) -> Iterator[Table | str]:
         settings, first = self.settings, self.kinds[0]
         yield Table(
@@ -256,17 +256,15 @@ class Curve(Study[CurveSettings]):
             point_cells([curve for curve in curves if curve.ablation == first], self.ablated),
         )
         unit = "nats of KL" if settings.broken_by == "kl" else "accuracy lost"
-        holds = f"ablated within\n{settings.bound:g} {unit}"
-        yield Table(
-            f"All of the curve, {self._which} first, with 95 % intervals", summary_cells(curves, figures, holds)
-        )
+        holds = f"holds until\n{settings.bound:g} {unit}"
+        yield Table(f"Curves with {self._which} first, 95 % intervals", summary_cells(curves, summaries, holds))
         yield from self.chosen.lines()
         if RANDOM in self.rankings and settings.random_orders > 1:
-            yield f"random is the mean of {settings.random_orders} orders; the table on disk has each."
+            yield f"random is the mean of {settings.random_orders} orders; tables/curve.csv has each."
 
     @property
     def _which(self) -> str:
-        """The units that go first."""
+        """Units that are ablated first, for titles."""
         return f"the {self.settings.order} important of {len(self.parts):,} {self.level.parts}"
 
     def _figure(self, curves: Sequence[MeasuredCurve]) -> Figure:
@@ -279,7 +277,7 @@ class Curve(Study[CurveSettings]):
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; those by learned constants as their training starts."""
+        """Ablations by kind; of a learned one, the initial constants."""
         return {kind: KINDS[kind].prepare(self._source) for kind in self.kinds}
 
     @cached_property
@@ -310,7 +308,7 @@ class Curve(Study[CurveSettings]):
         return orders
 
     def _attribution(self) -> Ranking:
-        """Mean size of the first-order effect on the validation prompts."""
+        """Mean absolute first-order effect on the validation prompts."""
         kind = KINDS[self.ranked_under]
         own = self._own_constants if kind.learned else None
         ablation = kind.prepare(self._source) if own is None else own
@@ -321,7 +319,7 @@ class Curve(Study[CurveSettings]):
         return Ranking(ATTRIBUTION, gradients[:, self._entries].abs().double().mean(dim=0))
 
     def _masks(self, orders: Sequence[Ranking]) -> Bool[Tensor, "circuit entry"]:
-        """Everything ablated; then of each order the points in between."""
+        """Everything ablated; then the intermediate points of each order."""
         masks = torch.ones(self._n_circuits, len(self.level), dtype=torch.bool)
         masks[0, self._entries] = False
         row = 1

@@ -1,4 +1,4 @@
-"""Curves of a model that is ablated more and more: their rows, key figures and tables."""
+"""Behaviour along the curves of `curve`: rows, summary statistics and tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ class MeasuredCurve:
     Attributes:
         ranking: name of the ranking.
         draw: number of a random order; None for others, and for the mean of all random ones.
-        ablation: what is ablated by.
+        ablation: kind of ablation.
         behaviour: of every point, the clean model first and everything ablated last.
     """
 
@@ -35,10 +35,10 @@ class MeasuredCurve:
     ablation: AblationKind
     behaviour: Behaviour
 
-    def figures(
+    def summary(
         self, fractions: Float[Tensor, " point"], broken_by: Literal["kl", "accuracy"], bound: float
     ) -> dict[str, Estimate]:
-        """Areas, and the last fraction before the curve breaks; no recovery where there is nothing to recover."""
+        """Areas, and the last fraction before the curve breaks; no `recovery_area` if there is nothing to recover."""
         measured, identities = self.behaviour, self.behaviour.identities
         lost = measured.kl if broken_by == "kl" else measured.accuracy[:1] - measured.accuracy
         recovery = recovery_area(fractions, measured.logit_difference, identities)
@@ -59,7 +59,7 @@ class MeasuredCurve:
             yield row
 
     def drawn(self) -> DrawnCurve:
-        """As figures draw it."""
+        """The curve for the figure."""
         points = [estimates(self.behaviour, point) for point in range(len(self.behaviour.kl))]
         by_measure: dict[str, list[Interval]] = {
             measure: [interval(of_point[measure]) for of_point in points] for measure in ("kl", "accuracy")
@@ -71,7 +71,7 @@ def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[in
     """Numbers of ablated parts in ascending order, from 0 to all: by the fraction ablated, or the number kept.
 
     Raises:
-        ConfigurationError: a size is none.
+        ConfigurationError: a size is not between 0 and the number of parts.
     """
     for size in sizes or ():
         if not 0 <= size <= n_parts:
@@ -82,7 +82,7 @@ def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[in
 
 
 def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
-    """The curves, with one in place of all draws of a ranking under an ablation: their mean, prompt by prompt."""
+    """The curves, with the draws of a ranking under an ablation replaced by their mean, prompt by prompt."""
     groups: dict[tuple[str, AblationKind], list[MeasuredCurve]] = {}
     for curve in curves:
         groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
@@ -99,24 +99,24 @@ def _mean(behaviours: Sequence[Behaviour]) -> Behaviour:
 
 
 def chosen_points(behaviour: Behaviour, points: Sequence[int], clean: Behaviour) -> Behaviour:
-    """The clean model, followed by some of the circuits that were evaluated."""
+    """Behaviour of the clean model, then of the circuits with these numbers."""
     measures = {name: torch.cat([getattr(clean, name), getattr(behaviour, name)[list(points)]]) for name in MEASURES}
     return Behaviour(**measures, identities=clean.identities)
 
 
 def summary_cells(
-    curves: Sequence[MeasuredCurve], figures: Sequence[Mapping[str, Estimate]], holds: str
+    curves: Sequence[MeasuredCurve], summaries: Sequence[Mapping[str, Estimate]], holds: str
 ) -> list[dict[str, Any]]:
     """A row for each ranking and ablation."""
     return [
         {
             "ranking": curve.ranking,
             "ablation": label(curve.ablation),
-            "area under\nKL": of_curve["kl_area"],
-            "recovered\nlogit difference": of_curve.get("recovery_area"),
-            holds: _share(of_curve["holds_until"]),
+            "KL area": summary["kl_area"],
+            "recovery area,\nlogit difference": summary.get("recovery_area"),
+            holds: _share(summary["holds_until"]),
         }
-        for curve, of_curve in zip(curves, figures, strict=True)
+        for curve, summary in zip(curves, summaries, strict=True)
     ]
 
 

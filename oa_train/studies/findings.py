@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people: rows of texts, numbers and estimates under a title."""
+    """A table for the terminal: rows of texts, numbers and estimates under a title."""
 
     title: str
     rows: Sequence[Row]
@@ -34,14 +34,14 @@ class Findings:
 
     Attributes:
         rows: the study's table, written to `results.json` and `tables/<table>.csv`.
-        metrics: key figures by name.
+        metrics: estimates of the main results by name.
         facts: further keys of `results.json`; plain values and estimates.
         shown: tables and lines for the terminal.
         figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
             results are on disk.
-        circuit: sizes of the circuit in question.
-        trained: a circuit that the study found, written to `circuit/` and `constants/` in its folder, so that the
-            folder can be used as that of a run.
+        circuit: sizes of the circuit.
+        trained: a circuit that the study produced, written to `circuit/` and `constants/` in its folder, which can be
+            used like that of a run.
         table: name of the CSV file.
         folder: study folder, once written.
     """

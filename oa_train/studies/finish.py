@@ -1,4 +1,4 @@
-"""The end of a fit: constants are refitted to the discrete circuits, and everything is evaluated and written."""
+"""The end of a fit: refit of the constants for the discrete circuits, evaluation, and writing of all results."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,8 +44,8 @@ MOST_ROWS = 2000
 # Entries of a circuit that are named on the terminal.
 MOST_NAMED = 10
 
-# Several circuits are also evaluated under these, which shows what learning the constants is worth.
-BASELINES: tuple[AblationKind, ...] = ("mean", "zero")
+# Several circuits are also evaluated under these, to compare with learned constants.
+REFERENCES: tuple[AblationKind, ...] = ("mean", "zero")
 
 # Settings of a training that set the size of a circuit.
 PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
@@ -198,7 +198,7 @@ class Evaluate(Study[FinishSettings]):
     def _single(self, trained: TrainedCircuit) -> Findings:
         clean, metrics = estimates(self.clean_behaviour()), estimates(self._behaviour(self.ablation, "the circuit"))
         cells = [
-            {"": spoken(name), "circuit": value, "whole model": clean[name] if name != "kl" else 0}
+            {"": spoken(name), "circuit": value, "clean model": clean[name] if name != "kl" else 0}
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
@@ -245,7 +245,7 @@ class Evaluate(Study[FinishSettings]):
     @property
     def _kinds(self) -> list[AblationKind]:
         """Ablations under which several circuits are evaluated."""
-        return [self.ablation, *(kind for kind in BASELINES if kind != self.ablation)]
+        return [self.ablation, *(kind for kind in REFERENCES if kind != self.ablation)]
 
     def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]

@@ -1,6 +1,6 @@
-"""Greedy search for a small set of units that is enough.
+"""Greedy search for a small sufficient set of units.
 
-Units are restored until the set is enough, then removed for as long as it stays enough. Where no single unit can be
+Units are restored until the set is sufficient, then removed while it stays sufficient. When no single unit can be
 moved, pairs are tried, and then a group that only helps together.
 """
 
@@ -18,7 +18,7 @@ from oa_train.shapes import Bool, Float, Tensor
 Measure = Callable[[Bool[Tensor, "circuit entry"]], Float[Tensor, " circuit"]]
 Move = Literal["start", "restore", "restore pair", "restore group", "remove", "remove pair", "swap"]
 
-# Recoveries that differ by less are equal: float32 knows no better.
+# Recoveries that differ by less are equal: float32 cannot tell them apart.
 ROUNDING = 1e-5
 
 
@@ -27,14 +27,14 @@ class Step:
     """One move of a search.
 
     Attributes:
-        move: its kind; a swap removes two units for one that it restores.
-        restored: entries that it put back.
-        removed: entries that it took out.
-        mask: the set after it.
-        recovery: of that set, as the search measured it.
-        tried: circuits that were measured to find it.
-        units: units that could have been moved.
-        screened: it was chosen among some of them only.
+        move: kind of move; a swap removes two units and restores one.
+        restored: entries that were restored.
+        removed: entries that were removed.
+        mask: the set after the move.
+        recovery: recovery of that set on the prompts of the search.
+        tried: number of circuits evaluated in the step.
+        units: number of units that could have been moved.
+        screened: True if only some of them were tried.
     """
 
     move: Move
@@ -64,11 +64,11 @@ class GreedySearch:
     Attributes:
         measure: recovery of circuits, 1 with all units kept.
         free: entries that may be moved; all others stay as they are.
-        target: recovery that is enough.
-        budget: its limits.
-        scores: of all entries, higher for those that are rather kept. They say which units the first rounds try;
+        target: recovery at which a set is sufficient.
+        budget: limits of the search.
+        scores: scores of all entries, higher for those to keep first. They order the candidates of the first rounds;
             without them the first round of either direction tries all.
-        told: is given every step.
+        on_step: called with every step.
     """
 
     measure: Measure
@@ -76,14 +76,14 @@ class GreedySearch:
     target: float
     budget: Budget
     scores: Float[Tensor, " entry"] | None = None
-    told: Callable[[Step], None] = lambda step: None
+    on_step: Callable[[Step], None] = lambda step: None
     steps: list[Step] = field(default_factory=list)
-    # Circuits that the last attempt to remove anything measured.
+    # Circuits evaluated in the last round, which removed nothing.
     tried_in_vain: int = 0
 
     def run(self, start: Bool[Tensor, " entry"]) -> list[Step]:
-        """Restore, then remove; the last step has the set that was found."""
-        # The last known change in recovery by moving each unit out of the set [0], and into it [1].
+        """Restore, then remove; the last step has the final set."""
+        # Last known change in recovery from moving each unit out of the set [0], and into it [1].
         self._changes = torch.full((2, len(self.free)), torch.nan, dtype=torch.float64)
         self._tried, self._screened = 0, False
         (recovery,) = self._measured([start])
@@ -110,10 +110,10 @@ class GreedySearch:
         )
         self._tried, self._screened = 0, False
         self.steps.append(step)
-        self.told(step)
+        self.on_step(step)
 
     def _moved(self, units: Sequence[int]) -> Bool[Tensor, " entry"]:
-        """The set with these units moved, into it or out of it."""
+        """The set with these units flipped."""
         mask = self._mask.clone()
         mask[list(units)] = ~mask[list(units)]
         return mask
@@ -140,7 +140,7 @@ class GreedySearch:
         return (tuple(queue[first : first + size]) for first in range(0, len(queue), size))
 
     def _single(self, restoring: bool) -> bool:
-        """Move the best unit of the first chunk of candidates that has a good one, or several at once."""
+        """Move the best unit, or several, of the first chunk of candidates in which any is good."""
         queue = self._queue(restoring)
         for chunk in self._chunks(queue, restoring):
             recoveries = dict(zip(chunk, self._measured([self._moved([unit]) for unit in chunk]), strict=True))
@@ -156,9 +156,9 @@ class GreedySearch:
         return False
 
     def _as_many(self, units: Sequence[int], first: float, restoring: bool) -> tuple[Sequence[int], float]:
-        """How many of the units, the best first, move at once: all, half of them, a quarter, ..., or one.
+        """The units to move at once, the best first, and their recovery: all of them, half, a quarter, ..., or one.
 
-        The fewest whose restoring is enough, or those that recover most; as many as can be removed.
+        Restoring: the fewest that are sufficient, else those that recover most. Removing: as many as can go.
         """
         counts = [len(units) >> halvings for halvings in range(len(units).bit_length() - 1)]
         masks = [self._moved(units[:count]) for count in counts]
@@ -185,7 +185,7 @@ class GreedySearch:
         return groups[best], recoveries[best]
 
     def _pair(self, restoring: bool) -> bool:
-        """Move two units at once, where that is good."""
+        """Move the best pair of units, if it is good."""
         queue = self._queue(restoring)
         most = (1 + math.isqrt(1 + 8 * self.budget.pairs)) // 2
         pairs = list(combinations(queue[:most], 2)) if self.budget.pairs else []
@@ -199,7 +199,7 @@ class GreedySearch:
         return True
 
     def _swap(self) -> bool:
-        """Remove two units for one that comes back."""
+        """Remove two units and restore one."""
         kept, ablated = self._queue(False), self._queue(True)
         most = max((n for n in range(self.budget.pairs) if n * n * (n - 1) // 2 <= self.budget.pairs), default=0)
         swaps = [(*pair, unit) for pair, unit in product(combinations(kept[:most], 2), ablated[:most])]
@@ -213,7 +213,7 @@ class GreedySearch:
         return True
 
     def _group(self) -> bool:
-        """Restore a group of which no unit can be spared for half of the recovery that is missing.
+        """Restore a group in which every unit is needed to close half of the gap to the target.
 
         Halves of the units are tried in turn (QuickXplain, Junker, 2004): a group of k among n units takes about
         k log(n / k) circuits.

@@ -1,4 +1,4 @@
-"""Units ablated together: does their joint effect differ from the sum of their single effects?"""
+"""Units ablated together: their joint effect beside the sum of their single effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -32,17 +32,17 @@ from oa_train.studies.unit_ablations import UnitAblations, gathered
 class Interact(Study[InteractSettings]):
     """Ablates units together: does their joint effect differ from the sum of their single effects?
 
-    An effect is what an ablation costs: KL divergence, or the rise of another loss over the clean model's. Rows: first
-    pairs and groups, the largest interaction first, with the measures of the joint ablation, and of each loss the
+    The effect of an ablation is the KL divergence, or the rise of another loss over the clean model's. Rows: first
+    pairs and groups, the largest interaction first, with the measures of the joint ablation, and for each loss the
     joint effect (`x_joint`), the sum of the single ones (`x_apart`) and the paired difference of the two
-    (`x_interaction`). Above 0, units back each other up; below 0, they share what they do. Then, with a primary set,
-    every other unit by how much its effect grows once that set is ablated: its effect alone (`x_alone`), given the
-    set (`x_conditional`), and the growth, which is the interaction of the unit and the set.
+    (`x_interaction`). Above 0, units back each other up; below 0, their effects overlap. Then, with a primary set,
+    every other unit by the growth of its effect once that set is ablated: its effect alone (`x_alone`), given the set
+    (`x_conditional`), and the growth, which is the interaction of the unit and the set.
 
     Raises:
         ConfigurationError: an unknown unit; a pair of a unit with itself, a group of fewer than two, a selection of no
             unit, or a primary set that leaves none; a scan of other units.
-        ArtefactError: `scan` is no finished scan of this model.
+        ArtefactError: `scan` is not a finished scan of this model.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -166,7 +166,7 @@ class Interact(Study[InteractSettings]):
 
     @property
     def _ranked(self) -> Sequence[str]:
-        """Units among which those of pairs are chosen by their own effects."""
+        """Units ranked by their single effects, of which the first are paired."""
         return self.units if self.settings.all_pairs else ()
 
     def _in_order(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ class Interact(Study[InteractSettings]):
         return UnitAblations(self, self.level, [settings.ablation], settings.fit, settings.positions)
 
     def _measured(self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int) -> Behaviour:
-        """Behaviour with each set ablated, in pieces of which the first has the number `first`."""
+        """Behaviour with each set ablated, in pieces numbered from `first`."""
         at_once = self.settings.parts_at_once
 
         def measure(number: int) -> Piece:
@@ -227,7 +227,7 @@ class Interact(Study[InteractSettings]):
 
 
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
-    """What each ablation costs: the rise of a loss over the clean model's."""
+    """Effect of each ablation: the rise of a loss over the clean model's."""
     return behaviour.loss(loss).double() - clean.loss(loss).double()
 
 

@@ -18,22 +18,22 @@ class InteractSettings:
 
     Attributes:
         sites: kinds of site whose units are ablated, as of `scan`.
-        components: shell patterns of the units of which pairs are made, and whose effect given `primary` is measured.
+        components: shell patterns of the units that are paired, and whose effect given `primary` is measured.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         pairs: `all`, pairs of two names each, or none: all, unless there are groups or a primary set.
         groups: lists of names or patterns; the units of each are ablated together.
         primary: names or patterns of a set; the effect of every other unit is measured with and without it.
-        most_pairs: of more units, pairs are made of those with the largest single effects, as many as this allows.
-        scan: folder of a finished scan, whose single effects choose those units; by default they are measured.
-        ablation: kind of ablation; of `optimal` every set of units gets constants of its own.
-        effect: loss by whose rise effects are ranked and tested: `kl`, `logit_difference` (its fall) or
+        most_pairs: most pairs; with more units, those with the largest single effects are paired.
+        scan: folder of a finished scan, whose single effects select those units; by default they are measured.
+        ablation: kind of ablation; under `optimal` every set of units has its own constants.
+        effect: loss whose rise is the effect that is ranked and tested: `kl`, `logit_difference` (its fall) or
             `cross_entropy`. The table has all of them.
-        positions: size of the tables of constants, as of `scan`.
+        positions: positions that constants tell apart, as of `scan`.
         fit: training of the constants of optimal ablation.
         parts_at_once: sets whose constants are trained together; bounds memory, changes no result. Each such piece is
             written when it is done.
-        threshold: nats; an interaction is significant if it is larger in size.
-        false_discovery_rate: share of wrong ones that is allowed among the significant interactions.
+        threshold: nats; an interaction is significant if its absolute value is significantly larger.
+        false_discovery_rate: expected share of false positives among the significant interactions.
     """
 
     sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])

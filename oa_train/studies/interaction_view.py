@@ -1,4 +1,4 @@
-"""Interactions of units as tables for people, and as figures draw them."""
+"""Tables and figures of interactions of units."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interactio
 
 @dataclass(frozen=True)
 class InteractionView:
-    """Tables and figures of rows of `interact`, which are either all conditional or none of them.
+    """Tables and figures of rows of `interact`, either all conditional or none.
 
     Attributes:
-        settings: of the study.
-        level: of the units.
+        settings: settings of the study.
+        level: level of the units.
         primary: names of the primary set.
         subject: model and task, for titles.
         prompts: the test prompts, for titles.
@@ -45,7 +45,7 @@ class InteractionView:
         return {"kl": "KL divergence"}.get(self.settings.effect, spoken(self.settings.effect))
 
     def shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """The first rows as a table, and how many are significant."""
+        """A table of the first rows, and the number of significant ones."""
         if not rows:
             return
         settings, conditional = self.settings, _are_conditional(rows)
@@ -57,20 +57,22 @@ class InteractionView:
                 else written(row[f"{settings.effect}_{name}"].mean)
                 for name, title in (GROWTH if conditional else TOGETHER).items()
             }
-            | {f"beyond\n±{settings.threshold:g}": "yes" if row["significant"] else ""}
+            | {f"significant\n(±{settings.threshold:g})": "yes" if row["significant"] else ""}
             for row in rows[:MOST_LISTED]
         ]
         title = f"Units ablated together and alone under {spoken(settings.ablation)} ablation"
         if conditional:
-            title = f"One unit under {spoken(settings.ablation)} ablation, alone and beside {_short(self.primary)}"
+            title = (
+                f"One unit under {spoken(settings.ablation)} ablation, alone and with {_short(self.primary)} ablated"
+            )
         listed = f": the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
         yield Table(f"{title}, {self._effect} in nats on {self.prompts}{listed}", cells)
         signs = [np.sign(row[settings.interaction].mean) for row in rows if row["significant"]]
-        what = "grow" if conditional else "are larger together than apart"
+        verb = "grow" if conditional else "exceed the sum of single effects"
         yield (
-            f"{signs.count(1)} of {len(rows):,} effects {what} by more than {settings.threshold:g} nats, "
-            f"{signs.count(-1)} {'shrink' if conditional else 'are smaller'} (at most "
-            f"{100 * settings.false_discovery_rate:g} % of them wrongly found)"
+            f"{signs.count(1)} of {len(rows):,} effects {verb} by more than {settings.threshold:g} nats, "
+            f"{signs.count(-1)} {'shrink' if conditional else 'fall below it'} "
+            f"(false discovery rate {100 * settings.false_discovery_rate:g} %)"
         )
 
     def map(self, rows: Sequence[Row], single: Mapping[str, Estimate]) -> Figure | None:
@@ -98,7 +100,7 @@ class InteractionView:
     def bars(self, rows: Sequence[Row]) -> Figure:
         """Interactions of the first rows, with intervals."""
         conditional = _are_conditional(rows)
-        what = f"each unit beside {_short(self.primary)}" if conditional else "units together"
+        units = f"each unit with {_short(self.primary)} ablated" if conditional else "units together"
         axis = (
             "effect given the primary set minus effect alone" if conditional else "joint effect minus single effects"
         )
@@ -107,7 +109,7 @@ class InteractionView:
             [interval(row[self.settings.interaction]) for row in rows],
             [row["significant"] for row in rows],
             f"{axis} ({self._effect}, nats)",
-            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {what}\n"
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {units}\n"
             f"blue: significantly beyond ±{self.settings.threshold:g} nats",
         )
 
@@ -117,5 +119,5 @@ def _are_conditional(rows: Sequence[Row]) -> bool:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Names of a set, of a large one the first."""
+    """Names of a set; the first one and a count if there are more than three."""
     return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

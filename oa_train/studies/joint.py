@@ -1,4 +1,4 @@
-"""Sets of units that are ablated together, what their effect is compared with, and which pairs are worth a look."""
+"""Sets of units that are ablated together, and the screening of pairs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Joint:
     """Sets of units whose joint effect is compared with the sum of the effects of each set.
 
     Attributes:
-        form: `pair` or `group` of single units, or `conditional`: the primary set, then a unit.
+        form: `pair` or `group` of single units, or `conditional`: the primary set and a unit.
         members: names of the units of each set.
     """
 
@@ -58,7 +58,7 @@ class Joint:
 
     @property
     def cells(self) -> dict[str, Any]:
-        """How a row names it."""
+        """Columns that identify the row."""
         if self.form != "conditional":
             return {"form": self.form, "units": AND.join(self.units)}
         primary, (unit,) = self.members
@@ -67,9 +67,9 @@ class Joint:
     def compared(
         self, joint: Float[Tensor, " prompt"], members: Sequence[Float[Tensor, " prompt"]]
     ) -> dict[str, Float[Tensor, " prompt"]]:
-        """The joint effect, the sum of the members' effects, and how much larger the joint one is.
+        """The joint effect, the sum of the members' effects, and the difference of the two.
 
-        Of a conditional also the unit's effect alone, and its effect given the primary set.
+        For a conditional also the unit's effect alone, and its effect given the primary set.
         """
         apart = sum(members[1:], members[0])
         values = {"joint": joint, "apart": apart, "interaction": joint - apart}
@@ -79,17 +79,17 @@ class Joint:
 
 
 def n_screened(n_units: int, most_pairs: int) -> int:
-    """Units of which all pairs are made within a budget of pairs."""
+    """Most units whose pairs number at most `most_pairs`."""
     return min(n_units, (1 + isqrt(1 + 8 * most_pairs)) // 2)
 
 
 def ranked_units(effects: Mapping[str, float], n_units: int) -> list[str]:
-    """The units with the largest effects, those first; ties go to the first."""
+    """The units with the largest effects, in descending order; ties in mask order."""
     return sorted(effects, key=lambda name: -effects[name])[:n_units]
 
 
 def screening_line(effects: Mapping[str, float], chosen: Sequence[str], scanned: AblationKind | None) -> str | None:
-    """Says which units and pairs were left out, and for what; None if all were taken."""
+    """Sentence about the units and pairs that were screened out; None if there are none."""
     n_units, n_chosen = len(effects), len(chosen)
     if n_chosen == n_units or not n_chosen:
         return None

@@ -10,7 +10,7 @@ from oa_train.studies.study import spoken
 
 @dataclass(frozen=True)
 class ChosenKinds:
-    """Kinds of ablation, and those that nobody asked for and that the prompts do not allow, with the reason."""
+    """Kinds of ablation of a study, and the reason for each default kind that the prompts do not allow."""
 
     kinds: list[AblationKind]
     left_out: dict[AblationKind, str]
@@ -25,10 +25,10 @@ class ChosenKinds:
 def chosen_kinds(
     requested: list[AblationKind] | None, source: AblationSource, batches: Sequence[Batch]
 ) -> ChosenKinds:
-    """The kinds that were asked for, or all that take something away and that can be made on the prompts.
+    """The requested kinds, or by default all that ablate and that the prompts allow.
 
     Raises:
-        TaskError: one that was asked for cannot.
+        TaskError: the prompts do not allow a requested kind.
     """
     if requested is not None:
         check_suits(requested, source, batches)

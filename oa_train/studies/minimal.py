@@ -1,7 +1,7 @@
 """Minimality and completeness of a circuit.
 
 Minimal: each of its parts is needed, tested by removing them one at a time.
-Complete: nothing outside of it can do the task, tested by ablating all of its parts and keeping everything else.
+Complete: nothing outside it can do the task, tested by ablating all of its parts and keeping everything else.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,11 +44,11 @@ class MinimalSettings:
     """Settings of `minimal`.
 
     Attributes:
-        refit: train constants for the circuit without each part, and as a control the whole circuit's for as long.
+        refit: refit the constants for the circuit without each part and, as a control, for the whole circuit.
             Otherwise the run's constants are used, which were not trained for the part's absence.
-        tolerance: in nats: a part is superfluous if the whole 95 % interval of the KL divergence that its removal adds
-            is at or below it.
-        random_complements: random circuits of equal size whose parts are ablated as well, for comparison; 0 for none.
+        tolerance: negligible worth in nats: a part is superfluous if the whole 95 % interval of its worth is at or
+            below it.
+        random_complements: random circuits of equal size that are ablated for comparison; 0 for none.
         fit: training of the constants of circuits without a part, and of complements.
     """
 
@@ -64,10 +64,10 @@ class MinimalSettings:
 
 
 class Minimal(Study[MinimalSettings]):
-    """Measures the worth of each part of a circuit, and of the model without the circuit.
+    """Measures the worth of each part of a circuit, and evaluates its complement.
 
-    All of this is done under the ablation that the circuit was trained under. Parts that its training could not leave
-    out are not removed; they stay in the complement too.
+    The ablation is that of the circuit's training. Parts that the training could not ablate are never removed; the
+    complement keeps them too.
 
     Rows: the circuit without each of its parts, in descending order of worth, with the measures, their paired
     differences to the whole circuit (`x_minus_circuit`), a verdict, and the number of edges that dangle without it.
@@ -112,7 +112,7 @@ class Minimal(Study[MinimalSettings]):
         return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
 
     def plan(self) -> list[Stage]:
-        """Circuits without a part, the clean model, complements; then the superfluous parts together, if there are."""
+        """Circuits without a part, the clean model, complements."""
         settings, task, without = self.settings, self.task, 1 + int((self.mask & self.removable).sum())
         complements = 1 + settings.random_complements
         by_own_values = self.kind.learned or self.trained.constants is not None
@@ -267,8 +267,8 @@ class Minimal(Study[MinimalSettings]):
             yield f"superfluous: {', '.join(names[:MOST_LISTED])}{more}"
         if together is not None:
             yield (
-                f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats, "
-                f"{written(apart)} when summed one by one"
+                f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats; "
+                f"the sum of their single worths is {written(apart)}"
             )
 
     def _figure(self, rows: Sequence[Row], kl: float) -> Figure:
@@ -287,7 +287,7 @@ def verdict(increase: Estimate, tolerance: float) -> Verdict:
 
     Args:
         increase: KL divergence without the part minus that with it, in nats.
-        tolerance: nats that do not matter.
+        tolerance: negligible worth in nats.
 
     Returns:
         `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
@@ -314,4 +314,4 @@ def _complement_table(figures: Mapping[str, Row], random: Sequence[Row]) -> Tabl
         }
         for name, measures in named.items()
     ]
-    return Table("The circuit, and the model without it", cells)
+    return Table("The circuit and its complement", cells)

@@ -1,4 +1,4 @@
-"""Options that several studies have in common: which units, which ablations, which positions."""
+"""Options that several studies share: units, ablations, positions."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,14 +11,14 @@ from oa_train.models.selection import Nodes
 
 
 def patterns_of(components: str | list[str]) -> list[str]:
-    """The patterns of an option that may be one or a list."""
+    """The patterns of an option that is a pattern or a list of patterns."""
     return [components] if isinstance(components, str) else components
 
 
 def selected_units(
     config: Any, sites: Sequence[str], components: str | list[str], dictionaries: Sequence[DictionarySpec]
 ) -> tuple[Nodes, tuple[str, ...]]:
-    """Level of the kinds of site, and the units of it that are selected.
+    """The level of these kinds of site, and its selected units.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a kind of site does not exist in this model.

@@ -15,7 +15,7 @@ from oa_train.studies.study import estimates, interval
 
 RecoveryMeasure = Literal["kl", "logit_difference", "accuracy"]
 
-# Accuracy has ties; the divergence, which counts this much beside it, breaks them.
+# Accuracy has ties; the KL divergence, with this weight, breaks them.
 TIE_BREAK = 1e-6
 
 # Units of one step that are named on the terminal.
@@ -23,7 +23,7 @@ MOST_NAMED = 4
 
 
 def recovery_of(behaviour: Behaviour, clean: Behaviour, index: int, measure: RecoveryMeasure) -> Estimate:
-    """Share of the gap between everything ablated, a behaviour's circuit 0, and the clean model that one closes."""
+    """Recovery by a circuit: share of the gap between everything ablated (circuit 0) and the clean model."""
     values, whole = getattr(behaviour, measure), getattr(clean, measure)[0]
     return ratio_of_means(values[index] - values[0], whole - values[0], clean.identities)
 
@@ -31,7 +31,7 @@ def recovery_of(behaviour: Behaviour, clean: Behaviour, index: int, measure: Rec
 def recoveries(
     behaviour: Behaviour, clean: Behaviour, nothing: Behaviour, measure: RecoveryMeasure
 ) -> Float[Tensor, " circuit"]:
-    """Recovery of each circuit; ties of accuracy are broken by the divergence."""
+    """Recovery of each circuit; ties of accuracy are broken by the KL divergence."""
 
     def of(name: str) -> Tensor:
         values, whole, none = (getattr(b, name).double().mean(dim=1) for b in (behaviour, clean, nothing))
@@ -42,14 +42,14 @@ def recoveries(
 
 
 def evenly(n_steps: int, most: int) -> list[int]:
-    """At most so many steps, evenly spread, with the first and the last."""
+    """Numbers of at most `most` steps, evenly spread, with the first and the last."""
     if n_steps <= most:
         return list(range(n_steps))
     return [round(number * (n_steps - 1) / (most - 1)) for number in range(most)]
 
 
 def step_cells(row: Row) -> Mapping[str, Any]:
-    """A measured step in a table for people."""
+    """A step in the printed table."""
     moved = [*(f"+{name}" for name in row["restored"].split()), *(f"-{name}" for name in row["removed"].split())]
     more = f" and {len(moved) - MOST_NAMED} more" if len(moved) > MOST_NAMED else ""
     return {
@@ -78,9 +78,9 @@ def step_rows(
         level: of the masks.
         free: entries that could be moved.
         clean: behaviour of the model itself.
-        measured: by prefix of the columns, which steps were measured, and the behaviour with everything ablated
+        measured: by prefix of the columns, numbers of the evaluated steps, and the behaviour with everything ablated
             followed by that of those steps.
-        measure: in which recovery is told.
+        measure: measure of the recovery.
     """
     for number, step in enumerate(steps):
         row: dict[str, Any] = {
@@ -103,7 +103,7 @@ def step_rows(
 
 
 def searched(steps: Sequence[Step], n_prompts: int, tried_in_vain: int) -> dict[str, Any]:
-    """What a search tried and what it left out."""
+    """Counts of a search, for `results.json`."""
     moves = [step.move for step in steps[1:]]
     return {
         "prompts": n_prompts,
@@ -123,9 +123,9 @@ def searched_lines(search: Mapping[str, Any], pairs: int) -> Iterator[str]:
         f"rounds ({moves})"
     )
     if search["screened_rounds"]:
-        yield f"{search['screened_rounds']} rounds tried only some of the units: those that had promised most"
-    yield "No unit of the set can go by itself" + (
-        ", nor could any of the pairs and swaps that were tried." if pairs else "."
+        yield f"{search['screened_rounds']} rounds tried only some of the units: those that did best when last tried"
+    yield "No single unit of the set can be removed" + (
+        ", nor any of the pairs and swaps that were tried." if pairs else "."
     )
 
 

@@ -1,9 +1,9 @@
 """Pieces of a long study, each written when it is done, so that an interruption costs one piece.
 
-    <study folder>/pieces/about.json      the question; pieces of another one are refused
+    <study folder>/pieces/about.json      identity of the study; pieces of another one are refused
     <study folder>/pieces/<N>.safetensors
 
-Under torch.distributed the pieces are shared out over the processes, which see the same folder.
+Under torch.distributed the pieces are distributed over the processes, which share the folder.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,14 +24,14 @@ Piece = dict[str, Tensor]
 
 
 class Pieces:
-    """Pieces of the answer to one question.
+    """Pieces of the results of one study.
 
     Args:
-        folder: where they are kept, or None to keep them in memory.
-        about: the question, plain values.
+        folder: study folder, or None to keep the pieces in memory.
+        about: identity of the study, as plain values.
 
     Raises:
-        ArtefactError: the folder holds pieces of another question, or several processes have none.
+        ArtefactError: the folder holds pieces of another study, or there are several processes and no folder.
     """
 
     def __init__(self, folder: Path | None, about: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Pieces:
         self._rank, self._n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self._folder is None:
             if self._n_ranks > 1:
-                raise ArtefactError("Several processes need a folder that all of them see for their pieces.")
+                raise ArtefactError("Several processes need a shared folder for their pieces.")
             return
         self._folder.mkdir(exist_ok=True)
         file = self._folder / ABOUT
@@ -54,7 +54,7 @@ class Pieces:
             write_json(file, about)
 
     def all(self, n_pieces: int, compute: Callable[[int], Piece], first: int = 0) -> Iterator[Piece]:
-        """Pieces from `first` on, in order: those that are missing are computed, then all are read.
+        """Pieces from `first` on, in order: missing ones are computed, then all are read.
 
         Raises:
             ArtefactError: a piece that was written is damaged.

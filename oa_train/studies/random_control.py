@@ -1,4 +1,4 @@
-"""Random circuits beside a run's circuit, all after the same training of their constants."""
+"""Control: random circuits of equal size, their constants trained like those of the run's circuit."""
 
 import statistics
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def beside_random_circuits(
         run: the run.
         source: model, task and means.
         n_circuits: random circuits.
-        fit: training of the constants of each of them, and anew of the run's circuit.
+        fit: training of the constants of each of them and of the run's circuit.
         n_prompts: test prompts on which they are compared.
         track: progress.
 
@@ -70,12 +70,12 @@ def beside_random_circuits(
 
 
 def random_line(control: Mapping[str, Any], parts: str) -> str:
-    """The comparison in words."""
+    """Sentence about the comparison."""
     kl, run_kl = control["kl"], control["run_kl"]
     as_good = sum(value <= run_kl for value in kl)
     verdict = "none of them is as good" if not as_good else f"{as_good} of them are as good or better"
     return (
-        f"{len(kl)} random circuits of {control['size']:,} {parts}, on {control['n_prompts']} prompts and each after "
-        f"{control['steps']} steps of training its constants: median KL {statistics.median(kl):.3g}, lowest "
+        f"{len(kl)} random circuits of {control['size']:,} {parts}, on {control['n_prompts']} prompts, constants "
+        f"trained for {control['steps']} steps: median KL {statistics.median(kl):.3g}, lowest "
         f"{min(kl):.3g}; the run's circuit after the same training {run_kl:.3g}: {verdict}"
     )

@@ -41,7 +41,7 @@ class Ranking:
 
     @property
     def ascending(self) -> Int[Tensor, " part"]:
-        """Numbers of the parts, the least important first; of equal ones the last, as `Level.largest` keeps them."""
+        """Numbers of the parts, the least important first; ties in descending order, as in `Level.largest`."""
         return self.scores.argsort(descending=True, stable=True).flip(0)
 
     def names(self, parts: Sequence[str]) -> list[str]:
@@ -50,10 +50,10 @@ class Ranking:
 
 
 def check_names(rankings: Sequence[str]) -> None:
-    """Refuse rankings that are neither built in nor a scan's folder or a CSV file, and those named twice.
+    """Refuse rankings that are neither built in nor a path, duplicates, and an empty list.
 
     Raises:
-        ConfigurationError: one is, or there are none.
+        ConfigurationError: there is such a ranking, or none at all.
     """
     if not rankings:
         raise ConfigurationError(f"rankings is empty; name at least one of {', '.join(BUILT_IN)}, or a path.")
@@ -72,7 +72,8 @@ def keep_probabilities(trained: TrainedCircuit | None, level: Level, parts: Sequ
     """Keep-probabilities of a run's circuit.
 
     Raises:
-        ConfigurationError: there is no such circuit, it was not trained, or it has none of some part.
+        ConfigurationError: there is no circuit, or it was not trained.
+        ArtefactError: a part has no keep-probability.
     """
     if trained is None:
         raise ConfigurationError(
@@ -86,7 +87,7 @@ def keep_probabilities(trained: TrainedCircuit | None, level: Level, parts: Sequ
 
 
 def told_apart(rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
-    """The rankings, with their keys as names where two have the same."""
+    """The rankings; those with equal names are renamed to their keys."""
     names = [ranking.name for ranking in rankings.values()]
     return {
         key: ranking if names.count(ranking.name) == 1 else replace(ranking, name=key)
@@ -95,7 +96,7 @@ def told_apart(rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
 
 
 def random_order(n_parts: int, seed: int, draw: int) -> Ranking:
-    """A random order; the same number gives the same one."""
+    """A random order, determined by the seed and the number of the draw."""
     order = torch.randperm(n_parts, generator=torch_generator(seed, "random ranking", draw))
     return Ranking(RANDOM, order.double(), draw)
 
@@ -109,8 +110,8 @@ def ranking_of_path(
         text: path of a scan's study folder, or of a CSV file with the columns `component` (or `edge`) and `score`.
         level: level of the parts.
         parts: names of the parts that are ranked.
-        fingerprint: of the model, which a scan must be of.
-        ablation: of the scan's divergences; by default `optimal`, or the first it has.
+        fingerprint: fingerprint of the model, which a scan must match.
+        ablation: kind of ablation in the scan; by default `optimal`, or the first it has.
 
     Raises:
         ArtefactError: it is neither, is damaged, is of another model, or ranks other parts.
@@ -182,7 +183,7 @@ def _scores_of_csv(path: Path, level: Level, parts: Sequence[str]) -> Tensor:
 
 
 def _of_parts(whose: str, scores: Mapping[str, float], level: Level, parts: Sequence[str]) -> Tensor:
-    """Scores of the parts in their order; others of the level may have some as well."""
+    """Scores of the parts, in their order; scores of other parts of the level are ignored."""
     known = set(level.names)
     unknown, missing = [name for name in scores if name not in known], [name for name in parts if name not in scores]
     if unknown:

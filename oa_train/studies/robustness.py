@@ -1,4 +1,4 @@
-"""Robustness of a circuit: are the parts outside of it irrelevant in any combination, not only all ablated?"""
+"""Robustness of a circuit: are the parts outside irrelevant in every combination, not only when all are ablated?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,9 +52,9 @@ class RobustnessSettings:
         densities: probabilities with which each part outside is kept.
         ascent: the search for the worst mask.
         loss: loss that the worst mask makes large.
-        tolerance: nats that do not matter: the parts outside count as irrelevant if the whole 95 % interval of what
-            the worst mask adds to the KL divergence is at or below it.
-        fit: training of the constants of a learned ablation that the circuit has no constants of.
+        tolerance: negligible rise in KL divergence, in nats: the parts outside are irrelevant if the whole 95 %
+            interval of the worst mask's rise is at or below it.
+        fit: training of constants for a learned ablation that the circuit has no constants of.
     """
 
     ablations: list[AblationKind] | None = None
@@ -80,12 +80,12 @@ class RobustnessSettings:
 
 
 class Robustness(Study[RobustnessSettings]):
-    """Keeps the parts outside a circuit in many combinations: is the circuit as good in all of them?
+    """Keeps the parts outside a circuit in many combinations: does the circuit do as well in all of them?
 
-    A circuit is judged with everything outside ablated. Here random subsets of the outside are kept, and the worst
-    partial ablation is sought: mask values in [0, 1] of the parts outside, the same for all prompts, by projected
-    gradient ascent on validation prompts. All are reported on the test prompts. The circuit itself is always kept, and
-    so are parts that its training could not leave out.
+    A circuit is usually evaluated with everything outside ablated. Here random subsets of the outside are kept, and
+    the worst mask is searched for: values in [0, 1] for the parts outside, the same for all prompts, by projected
+    gradient ascent on validation prompts. All masks are evaluated on the test prompts. The circuit itself is always
+    kept, and so are parts that its training could not ablate.
 
     Rows: one for each ablation and mask (`all off`, `random subset` with its `density` and `draw`, `worst vertex`,
     whose values are 0 or 1, and `worst`), with the measures and their paired differences to all off
@@ -109,7 +109,7 @@ class Robustness(Study[RobustnessSettings]):
         if not self.outside.any():
             raise ConfigurationError(
                 f"{self.trained.name} keeps all {self.level.parts} that it could leave out, so there is nothing "
-                "outside of it."
+                "outside it."
             )
         self.kinds = self.settings.ablations or [self.trained.ablation]
         check_suits(self.kinds, AblationSource(self.model, self.task, self.level), self.batches)
@@ -277,18 +277,18 @@ class Robustness(Study[RobustnessSettings]):
         }
 
     def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
-        """Judge the parts outside by the mask that hurts most on the test prompts, whichever it is."""
+        """Verdict on the parts outside, by the mask that hurts most on the test prompts."""
         is_found = hardest["kl"].mean <= worst["kl"].mean
         gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
         low, high = gap.ci95
         if high <= tolerance:
-            judged = "irrelevant in every combination that was tried"
+            verdict = "irrelevant in every combination that was tried"
         else:
-            judged = "not irrelevant in every combination" if low > tolerance else "not shown to be irrelevant"
-        what = "the worst partial ablation" if is_found else f"the mask that hurts most there ({hardest['mask']})"
+            verdict = "not irrelevant in every combination" if low > tolerance else "not shown to be irrelevant"
+        mask = "the worst mask" if is_found else f"the mask that hurts most on the test prompts ({hardest['mask']})"
         return (
-            f"The {int(self.outside.sum()):,} {self.level.parts} outside are {judged}: under {spoken(kind)} ablation "
-            f"{what} adds {gap} nats to the KL divergence of all off; {tolerance:g} do not matter."
+            f"The {int(self.outside.sum()):,} {self.level.parts} outside are {verdict}: under {spoken(kind)} ablation "
+            f"{mask} adds {gap} nats to the KL divergence of all off (tolerance {tolerance:g})."
         )
 
     def _kept(self, search: WorstMask) -> str:

@@ -31,7 +31,7 @@ FRONT = "front"
 STUDIES = "studies"
 VERSION = "version"
 
-# Options of a model that a run folder may decide; code that comes with weights is not run because a file says so.
+# Model options that are taken from a run folder; `trust_remote_code` never is.
 _KEPT_OF_LM = (
     *("name", "revision", "gguf_file", "adapter", "dtype", "quantization", "attn_implementation", "bos"),
     "local_files_only",
@@ -42,7 +42,7 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder, or that of a circuit of it: `RUN/front/N`, or `RUN/studies/<name>_<K>` where a study found one.
+    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one.
 
     Attributes:
         path: the folder.
@@ -52,7 +52,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, experiment: str) -> "RunFolder":
-        """Claim the next version of an experiment; two processes never get the same.
+        """Claim the next version of an experiment; no two processes get the same one.
 
         Args:
             root: from `output_root`.
@@ -196,16 +196,16 @@ class RunFolder:
             return [f"Nothing is left in {self.run}. Start again with the command that started this run."]
         kept = self.last_state()
         if resumed_from is not None and (kept is None or kept != self.checkpoint("last")):
-            sentence = f"No further state had been written. This goes on from {resumed_from} once more:"
+            sentence = f"No further state had been written. This resumes from {resumed_from} once more:"
             return [sentence, f"  {self.resume_command(resumed_from)}"]
         if kept is not None and "StochasticWeightAveraging" in self.config_path.read_text(encoding="utf-8"):
             exactness = "but not exactly as it would have: the averages of StochasticWeightAveraging begin anew:"
             return [
-                f"This goes on from {kept}, in a new version of the run, {exactness}",
+                f"This resumes from {kept}, in a new version of the run, {exactness}",
                 f"  {self.resume_command(kept)}",
             ]
         if kept is not None:
-            sentence = f"Nothing up to {kept} is lost. This goes on from there, in a new version of the run:"
+            sentence = f"Nothing up to {kept} is lost. This resumes from there, in a new version of the run:"
             return [sentence, f"  {self.resume_command(kept)}"]
         return ["No checkpoint had been written yet. This starts again:", f"  {self.start_command()}"]
 

@@ -10,7 +10,7 @@ from oa_train.models.loading import LMSpec
 from oa_train.models.moved import SIZES, Identity, find_moved, places
 from oa_train.studies.run_folder import FRONT, RunFolder
 
-# What names the weights of the model, in the folder of a run.
+# Files in a run folder that hold the model's fingerprint.
 _IDENTIFYING = (
     f"circuit/{HEADER_FILE}",
     f"constants/{HEADER_FILE}",
@@ -20,7 +20,7 @@ _IDENTIFYING = (
 
 
 def located(run: RunFolder, spec: LMSpec) -> LMSpec:
-    """The specification of a run's model, whose folder is gone, with the one that holds its weights now.
+    """The specification of a run's model whose path is gone, with the folder that holds its weights now.
 
     It is looked for by the fingerprint of the weights (see `models.moved`), and named in a warning.
 

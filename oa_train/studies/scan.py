@@ -1,4 +1,4 @@
-"""Every part of a selection ablated alone, under every ablation."""
+"""Every unit of a selection ablated alone, under every ablation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,13 +51,12 @@ class ScanSettings:
         components: shell patterns of the units that are scanned (`a*.h*`, `!m0`), also at a span (`m*@S2`).
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         ablations: kinds of ablation; by default all for which the task has prompts.
-        positions: size of the tables of constants: 1 pools all positions, P distinguishes P of them, `every` all
-            positions of the prompts.
+        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have.
         fit: training of the constants of optimal ablation.
         parts_at_once: units whose constants are trained together; bounds memory, changes no result. Each such piece
             is written when it is done.
-        threshold: nats; a unit is critical if its KL divergence is larger.
-        false_discovery_rate: share of wrong ones that is allowed among the units called critical.
+        threshold: nats; a unit is critical if its KL divergence is significantly larger.
+        false_discovery_rate: expected share of false positives among the critical units.
     """
 
     sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
@@ -83,9 +82,9 @@ class Scan(Study[ScanSettings]):
 
     Rows: one for each unit and ablation, with all measures, their paired differences to optimal ablation
     (`x_minus_optimal`) and to the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL divergence
-    exceeds the threshold in a one-sided t-test, with p-values adjusted for false discoveries. `direct_attribution` is
-    the term of the clean logit difference that the unit writes itself (see `engine.direct`), whatever the ablation;
-    units that write nothing have none.
+    exceeds the threshold in a one-sided t-test, with p-values adjusted for the false discovery rate.
+    `direct_attribution` is the unit's direct logit attribution in the clean run (see `engine.direct`), the same under
+    every ablation; units that do not write to the residual stream have none.
 
     Per-prompt values stay in the study's folder: `pieces/<N>.safetensors`, tensors `<ablation>.<measure>` of [unit,
     prompt], units in the order of the rows.
@@ -138,7 +137,7 @@ class Scan(Study[ScanSettings]):
         return Pieces(self.folder, about)
 
     def run(self) -> Findings:
-        """Measure every unit, and put the results together."""
+        """Measure every unit, and assemble the findings."""
         clean = self.clean_behaviour()
         assert clean.identities is not None
         direct = self._direct(clean)

@@ -1,4 +1,4 @@
-"""Studies: questions asked of a model, answered as rows, metrics and figures, and written in one format.
+"""Studies: questions about a model, answered in rows, metrics and figures that are written in one format.
 
     <run>/studies/<name>_<K>/results.json, tables/<table>.csv, figures/<figure>.png
 
@@ -65,7 +65,7 @@ class Study(ABC, Generic[S]):
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
         asks_of: circuits that the study needs: `none`, `one`, `several` (at least one), or `optional` (one or none).
-        resumable: it keeps what it has done in its folder (see `studies.pieces`) and can be continued there.
+        resumable: True if it writes pieces to its folder (see `studies.pieces`) and can be resumed there.
         folder: its folder, once claimed.
     """
 
@@ -117,17 +117,17 @@ class Study(ABC, Generic[S]):
         """Answer the question. Nothing is written."""
 
     def plan(self) -> Sequence[Stage]:
-        """Stages of the work, where they can be told in advance: they are then numbered, and the time is estimated."""
+        """Stages of the work, if known in advance: they are numbered, and the remaining time is estimated."""
         return []
 
     def answer(self) -> Findings:
-        """Say what the work is, and do it. Nothing is written."""
+        """Announce the work, and do it. Nothing is written."""
         if not self.track.stages:
             self.announce(self.plan())
         return self.run()
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say what work of these stages costs, and number them from now on."""
+        """Print the cost of these stages, and number them from now on."""
         if stages:
             self.track = self.track.planned(stages)
             self.track.say(self._cost(stages))
@@ -186,15 +186,15 @@ class Study(ABC, Generic[S]):
         return self.folder
 
     def resume(self, folder: str | Path) -> Path:
-        """Go on in the folder of an unfinished study of the same kind.
+        """Resume in the folder of an unfinished study of the same kind.
 
         Raises:
-            ArtefactError: it is no such folder, or the study was finished.
+            ArtefactError: it is not such a folder, or the study is finished.
         """
         folder = Path(folder)
         if not self.resumable or not (folder / PIECES).is_dir() or not folder.name.startswith(f"{self.name}_"):
             raise ArtefactError(
-                f"{folder} is no folder of an unfinished {self.name}, as studies/{self.name}_0 of a run."
+                f"{folder} is not the folder of an unfinished {self.name}, such as studies/{self.name}_0 of a run."
             )
         if (folder / RESULTS_FILE).exists():
             raise ArtefactError(f"{folder} holds results already: this {self.name} was finished.")
@@ -202,10 +202,10 @@ class Study(ABC, Generic[S]):
         return folder
 
     def write(self, findings: Findings, folder: Path) -> Findings:
-        """Write results, a circuit that was found, table and figures, in this order.
+        """Write results, a trained circuit if there is one, table and figures, in this order.
 
         Returns:
-            The findings, which now name the folder.
+            The findings, with their folder.
 
         Raises:
             RunError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""The minimal sufficient set: a few units that alone recover a stated share of what the model does."""
+"""Sufficient sets: a few units that alone reach a stated recovery of the model's behaviour."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -45,18 +45,18 @@ from oa_train.studies.sufficient_settings import SufficientSettings as Sufficien
 
 
 class Sufficient(Study[SufficientSettings]):
-    """Finds a small set of units that alone recover a stated share of the model's behaviour.
+    """Finds a small set of units that alone reach a stated recovery of the model's behaviour.
 
-    Units are restored until the set is enough on the validation prompts, then removed for as long as it stays enough.
-    The path is measured on the test prompts. Under `optimal` the search uses fixed constants, the means or the run's;
-    the set that is found is given constants of its own.
+    Units are restored until the set is sufficient on the validation prompts, then removed while it stays sufficient.
+    The path is evaluated on the test prompts. Under `optimal` the search uses fixed constants, the means or the run's;
+    then constants are trained for the final set.
 
     Rows: one for each step of the search, with the units that it moved, the recovery on the validation prompts and, if
-    measured, the recovery and all measures on the test prompts (`trained_x` with constants trained for the set).
+    evaluated, the recovery and all measures on the test prompts (`trained_x` with constants trained for the set).
 
     Raises:
         ConfigurationError: nothing is selected, the run's circuit is of edges or of other sites, or ablating the
-            selection takes nothing away.
+            selection leaves the measure as it is.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -89,8 +89,8 @@ class Sufficient(Study[SufficientSettings]):
         level = self.start.circuit.level
         if not isinstance(level, Nodes):
             raise ConfigurationError(
-                f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost every "
-                "edge does nothing without others on its path, so that a search one by one has no way to begin. "
+                f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost no "
+                "edge does anything without others on its path, so a greedy search cannot start. "
                 "minimal tests each edge of a circuit; fit with --model.level edges finds circuits of edges."
             )
         if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(level.kinds):
@@ -108,14 +108,14 @@ class Sufficient(Study[SufficientSettings]):
 
     @cached_property
     def ablation(self) -> Ablation:
-        """Ablation of the search; of a learned one, fixed constants."""
+        """Ablation of the search; for a learned one, fixed constants."""
         return self.kind.prepare(self.source) if self._own is None else self._own
 
     def _own_constants(self) -> Constants | None:
-        """The run's constants, if they are of the ablation.
+        """The run's constants, if it was trained under this ablation.
 
         Raises:
-            ConfigurationError: they tell more positions apart than was asked for.
+            ConfigurationError: they tell more positions apart than `positions`.
         """
         if self.start is None or self.start.constants is None or self.start.ablation != self.kind.name:
             return None
@@ -128,7 +128,7 @@ class Sufficient(Study[SufficientSettings]):
         return min(self.settings.search_prompts, self.task.n_validation)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then the search if it moves every unit, its curve and the constants."""
+        """The clean model and statistics; then the longest search, its curve and the constants."""
         settings, task = self.settings, self.task
         kinds = [self.kind.name] if self.kind.learned or self._own is None else []
         stages = [*statistics_stages(kinds, task), Stage("the clean model", self._n_search)]
@@ -143,7 +143,7 @@ class Sufficient(Study[SufficientSettings]):
 
     @property
     def _n_movable(self) -> int:
-        """Units that the search may move one by one from where it starts."""
+        """Number of units that the search may move from its start."""
         return int((self._first & self.free if self.settings.direction == "remove" else self.free).sum())
 
     @property
@@ -152,22 +152,22 @@ class Sufficient(Study[SufficientSettings]):
 
     @property
     def _most_circuits(self) -> int:
-        """Circuits of a search whose rounds succeed with their first candidates, and that moves every unit."""
+        """Circuits of a search that moves every unit, in rounds that succeed with their first candidates."""
         n_units, settings = self._n_movable, self.settings
         tried = min(settings.candidates, n_units) + settings.at_once.bit_length() - 1
         first = n_units if self._scores is None else tried
         return 2 + first + (self._most_steps - 1) * tried + 2 * settings.pairs
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say what the search costs if it moves every unit, and what it screens."""
+        """Say what the search costs if it moves every unit, and how it screens."""
         super().announce(stages)
         settings, n_units = self.settings, self._n_movable
         tried = min(settings.candidates, n_units)
         line = f"the search may move {n_units:,} units and tries {tried} a round on {self._n_search} prompts"
         if tried < n_units:
             first = "all in the first one" if self._scores is None else "first by the run's keep-probabilities"
-            line += f", {first}, then those that promised most"
-        self.track.say(f"{line}; the cost is that of moving all of them, and it ends earlier at {settings.recovery:g}")
+            line += f", {first}, then those that did best when last tried"
+        self.track.say(f"{line}; the cost is that of moving all, but the search ends at {settings.recovery:g}")
 
     @property
     def _scores(self) -> Float[Tensor, " entry"] | None:
@@ -181,7 +181,7 @@ class Sufficient(Study[SufficientSettings]):
         return torch.ones_like(self.free) if self.start is None else self.start.circuit.mask | ~self.free
 
     def run(self) -> Findings:
-        """Search on the validation prompts, and measure on the test prompts."""
+        """Search on the validation prompts, and evaluate on the test prompts."""
         _ = self.ablation  # statistics are gathered before all stages that use them
         if self.kind.learned:
             _ = self.source.mean
@@ -196,7 +196,7 @@ class Sufficient(Study[SufficientSettings]):
         )
         measured = {"": (points, curve)} | ({} if trained is None else {"trained_": (fitted, trained)})
         rows = list(step_rows(steps, self.level, self.free, clean, measured, self.settings.measure))
-        found = self._found(steps[-1], constants)
+        trained_set = self._trained_set(steps[-1], constants)
         metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
         metrics |= {f"nothing_{name}": value for name, value in estimates(curve).items()}
         metrics |= {name: value for name, value in rows[-1].items() if isinstance(value, Estimate)}
@@ -211,8 +211,8 @@ class Sufficient(Study[SufficientSettings]):
             },
             shown=list(self._shown(rows, steps)),
             figures={"recovery": partial(path_figure, rows, self.settings.recovery, *self._labels)},
-            circuit=found.circuit.counts(),
-            trained=found,
+            circuit=trained_set.circuit.counts(),
+            trained=trained_set,
             table="steps",
         )
 
@@ -263,7 +263,7 @@ class Sufficient(Study[SufficientSettings]):
         return self.behaviour(self.level, stacked, [self.ablation], "the sets on test prompts", rows)
 
     def _trained(self, masks: Sequence[Tensor]) -> tuple[Behaviour, Constants]:
-        """The same with constants trained for each, and those of the last set."""
+        """The same as `_curve` with constants trained for each set, and the constants of the last one."""
         stacked, source, fit = torch.stack([~self.free, *masks]), self.source, self.settings.fit
         assert isinstance(self.ablation, Constants)
         sets = fit_constants(
@@ -280,7 +280,7 @@ class Sufficient(Study[SufficientSettings]):
         described = "sets with constants of their own"
         return self.behaviour(self.level, stacked, sets, described, fit.rows_per_run), sets[-1]
 
-    def _found(self, last: Step, constants: Constants | None) -> TrainedCircuit:
+    def _trained_set(self, last: Step, constants: Constants | None) -> TrainedCircuit:
         """The set as a circuit, with its constants if the ablation has some."""
         task = self.task
         provenance = {
@@ -322,7 +322,7 @@ class Sufficient(Study[SufficientSettings]):
         listed = [measured[number] for number in evenly(len(measured), MOST_LISTED)]
         of = f"of the {spoken(settings.measure)}" if settings.measure != "kl" else "in KL divergence"
         title = (
-            f"{last['size']} of {int(self.free.sum()):,} units, found to recover {settings.recovery:g} {of} under "
+            f"{last['size']} of {int(self.free.sum()):,} units, which recover {settings.recovery:g} {of} under "
             f"{spoken(self.kind.name)} ablation of the others\nMeasured on {self.prompts}, with 95 % intervals"
         )
         if len(listed) < len(rows):
@@ -330,9 +330,9 @@ class Sufficient(Study[SufficientSettings]):
         yield Table(title, [step_cells(row) for row in listed])
         names = self.level.kept(steps[-1].mask & self.free)
         more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-        yield f"found: {', '.join(names[:MOST_LISTED])}{more}"
+        yield f"set: {', '.join(names[:MOST_LISTED])}{more}"
         yield from searched_lines(searched(steps, self._n_search, self._tried_in_vain), settings.pairs)
         if "trained_recovery" in last:
-            yield f"with constants trained for it, and for ablating everything: recovery {last['trained_recovery']}"
+            yield f"with constants trained for the set and for everything ablated: recovery {last['trained_recovery']}"
         if last["recovery"].ci95[1] < settings.recovery:
-            yield f"On the test prompts it recovers less than {settings.recovery:g}: give the search more prompts."
+            yield f"On the test prompts it recovers less than {settings.recovery:g}: raise search_prompts."

@@ -1,4 +1,4 @@
-"""Settings of the search for a minimal sufficient set."""
+"""Settings of the search for a sufficient set."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -19,23 +19,23 @@ class SufficientSettings:
 
     Attributes:
         direction: `restore` starts from everything ablated, `remove` from everything kept, or from the run's circuit.
-        recovery: share of the gap between everything ablated and the clean model that the set recovers.
-        measure: of that gap: `kl` (1 - KL / KL of everything ablated), `logit_difference` or `accuracy`.
-        ablation: of everything outside the set; by default the run's, or `optimal`.
+        recovery: recovery at which a set is sufficient: the share of the gap between everything ablated and the clean
+            model.
+        measure: measure of that gap: `kl` (1 - KL / KL with everything ablated), `logit_difference` or `accuracy`.
+        ablation: kind of ablation of everything outside the set; by default the run's, or `optimal`.
         sites: kinds of site whose units are candidates; with a run, those of its circuit.
         components: shell patterns of the candidates; all other units are kept.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
-        positions: size of the tables of constants; by default the run's, or 1, which pools all positions.
-        candidates: units that a round of the search tries, those whose last trial promised most; if none of them can
+        positions: positions that constants tell apart; by default as many as the run's, or 1, which pools them.
+        candidates: units that a round of the search tries, those that did best when last tried; if none of them can
             be moved, the next ones.
         at_once: most units that a round moves.
-        pairs: most pairs, and swaps, that are tried where no single unit can be moved; 0 for none.
-        least_gain: recovery; a unit that brings no more is not restored for it.
+        pairs: most pairs, and swaps, that are tried when no single unit can be moved; 0 for none.
+        least_gain: gain in recovery that a single unit must exceed to be restored.
         search_prompts: validation prompts of the search, at most `n_validation`.
-        curve_points: most steps that are measured on the test prompts.
+        curve_points: most steps that are evaluated on the test prompts.
         fit: training of the constants of the set, under `optimal`.
-        fit_every: measured steps from one whose constants are trained as well to the next; by default those of the
-            last, the set that was found, alone.
+        fit_every: also train constants for every n-th of these steps; by default for the final set alone.
     """
 
     direction: Direction = "restore"

@@ -1,4 +1,4 @@
-"""Ablations of any sets of units, each under several kinds of ablation."""
+"""Sets of units ablated under several kinds of ablation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from oa_train.studies.study import Study, spoken
 
 @dataclass(frozen=True, eq=False)
 class UnitAblations:
-    """The ablations of a study, by which it ablates any sets of units.
+    """The ablations of a study, for any sets of units.
 
     Attributes:
-        study: gives model, prompts and progress.
-        level: of the units.
+        study: supplies model, prompts and progress.
+        level: level of the units.
         kinds: kinds of ablation.
         fit: training of constants, for kinds that are learned.
-        positions: size of the tables of constants; `every` distinguishes all positions of the test prompts.
+        positions: positions that constants tell apart; `every` is as many as the test prompts have.
     """
 
     study: Study[Any]
@@ -45,7 +45,7 @@ class UnitAblations:
 
     @cached_property
     def prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; those by learned constants as their training starts."""
+        """Ablations by kind; of a learned one, the initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     def measured(self, masks: Bool[Tensor, "circuit entry"], described: str) -> Piece:
@@ -75,6 +75,6 @@ class UnitAblations:
 
 
 def gathered(pieces: Sequence[Mapping[str, Tensor]], kind: AblationKind, clean: Behaviour) -> Behaviour:
-    """Behaviour under a kind from the pieces of `UnitAblations.measured`, on the prompts of the clean model's."""
+    """Behaviour under a kind of ablation, from the pieces of `UnitAblations.measured`."""
     measures = {name: torch.cat([piece[f"{kind}.{name}"] for piece in pieces]) for name in MEASURES}
     return Behaviour(**measures, identities=clean.identities)

@@ -19,12 +19,12 @@ from oa_train.tasks.task import Task
 
 @dataclass(frozen=True, eq=False)
 class WorstMask:
-    """The worst mask that was found, on the prompts of the search.
+    """The worst mask on the prompts of the search.
 
     Attributes:
         mask: of all entries, in [0, 1].
         vertex: the worst mask of zeros and ones.
-        losses: mean losses by what they are of: `all_off`, `starts` and `ends` of the ascents, the worst of the
+        losses: mean losses by name: `all_off`, `starts` and `ends` of the ascents, the worst of the
             `random_subsets`, `worst_vertex` and `worst`.
     """
 
@@ -58,19 +58,19 @@ def worst_mask(
 ) -> WorstMask:
     """Search for the mask of the parts outside a circuit that hurts most, on validation prompts.
 
-    Ascents begin with everything outside ablated, at random values, and at the worst of some random subsets. Where
-    they ended is also rounded, which gives masks of zeros and ones.
+    Ascents start with everything outside ablated, at random values, and at the worst of the random subsets. Their
+    results are also rounded to masks of zeros and ones.
 
     Args:
         model: frozen causal language model.
         task: prompts, and the seed of the random values.
         level: level of the masks.
-        circuit: entries that are kept; the others are 0 in a start unless they are outside.
+        circuit: entries that are kept; entries that are neither kept nor outside stay 0.
         outside: entries that may change.
-        subsets: masks that keep random subsets of the outside; none is allowed.
+        subsets: masks that keep random subsets of the outside; may be empty.
         ablation: supplies the replacements.
         ascent: the ascents.
-        loss: name of the loss that is to become large.
+        loss: name of the loss to maximise.
         track: progress.
     """
     batches = list(task.batches("validation", ascent.n_prompts))

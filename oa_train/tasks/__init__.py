@@ -1,4 +1,4 @@
-"""Tasks: what the model is asked, and which continuations are right.
+"""Tasks: prompts, and the right and wrong continuations.
 
 A task is a source of prompts and makes batches of token ids of them. It knows no weights and no training.
 """

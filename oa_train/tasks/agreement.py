@@ -14,7 +14,7 @@ MINIMUM_VERBS = 2
 
 
 class Agreement(ShippedRecords):
-    """Choose the number of a verb whose subject stands before another noun, the attractor.
+    """Choose the number of a verb whose subject is followed by another noun, the attractor.
 
     Answers are the forms of common verbs that agree with the subject, distractors those that do not. Attractors are in
     either number. The counterfactual has the subject in the other number. All prompts of a subject are in the same

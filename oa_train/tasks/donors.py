@@ -19,7 +19,7 @@ FURTHER_PROMPTS = 20_000
 class Donors:
     """Draws a partner for every prompt: one of equal length from the stream `means`, which shares no text with it.
 
-    The partner depends on the seed and the prompt's number alone, not on its batch.
+    The partner depends only on the seed and the prompt's number, not on its batch.
 
     Args:
         task: source of the donors.
@@ -40,7 +40,7 @@ class Donors:
         """The partners of a batch's prompts, each in its prompt's columns, with spans of its own.
 
         Raises:
-            TaskError: the prompts lack one of the spans, or the task has no other prompt with the lengths of one.
+            TaskError: the prompts lack one of the spans, or a prompt has no partner of equal lengths.
         """
         partners = []
         for lengths, partner in self._partners(batch):

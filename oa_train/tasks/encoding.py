@@ -128,7 +128,7 @@ class PromptEncoder:
         return rows
 
     def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Ids of texts as `encode` gives them, and for each id where its characters end in the text.
+        """Ids of texts as in `encode`, and for each id the end of its characters in the text.
 
         Raises:
             TaskError: as of `encode`; the tokenizer is a slow one, which does not tell which characters tokens cover.

@@ -15,8 +15,8 @@ CENTURIES = tuple(str(century) for century in range(10, 19))
 # Without the first decade of a century, in which no tens digit is too small.
 DECADES = tuple(century + tens for century in CENTURIES for tens in DIGITS[1:])
 
-# How a year may be cut: its first digits, the endings that complete them, and the ending of the counterfactual,
-# after which (nearly) every other one is an answer.
+# Splits of a year: its first digits, the endings that complete them, and the ending of the counterfactual, after
+# which (nearly) every other one is an answer.
 CUTS = (
     (CENTURIES, YEARS, "01"),
     (DECADES, DIGITS, "0"),
@@ -27,13 +27,13 @@ MINIMUM_YEARS = 20
 
 
 class GreaterThan(GrammarTask):
-    """Predict the year in which a period ends, after the year of its start.
+    """Predict the end year of a period from its start year.
 
-    The text ends before the last token of the second year, whose first digits are those of the start. Answers are all
-    last tokens that make a later year, distractors all others. Where a tokenizer has tokens of two digits, as GPT-2's,
-    the text ends with the century ("1732 to the year 17"). Where the last digit is a token of its own it ends with the
-    decade ("1732 to the year 173"), and if the digit before is one too, that is an earlier question, whose answers are
-    the digits with which a later year can go on (3 and above), its distractors those with which none can.
+    The text ends before the last token of the end year, whose first digits are those of the start. Answers are all
+    last tokens that make a later year, distractors all others. If the tokenizer has two-digit tokens, like GPT-2's,
+    the text ends with the century ("1732 to the year 17"). If the last digit is a token of its own, it ends with the
+    decade ("1732 to the year 173"); if the tens digit is one too, it is an earlier question, whose answers are the
+    digits that a later year can have (3 and above), its distractors those that it cannot.
 
     The counterfactual starts in the second year of the same century, or in the first of the same decade. Spans:
     `noun`, `year` (the last token of the start), `end` (the last token).
@@ -43,7 +43,7 @@ class GreaterThan(GrammarTask):
 
     Attributes:
         nouns: events that are single tokens.
-        years: the endings of years that are one token after the first digits, by these.
+        years: endings of years that are one token after the first digits, by first digits.
         starts: first digits and endings of the years in which a period may start.
     """
 

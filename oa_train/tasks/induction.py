@@ -16,16 +16,16 @@ OPENING = "Words:"
 
 
 class Induction(GrammarTask):
-    """Rows of words of which some are repeated at the end.
+    """Rows of words, some of which are repeated at the end.
 
     In "Words: river stone cloud window stone" the answer is " cloud", the word that followed "stone" before;
     distractors are the other words of the row. The counterfactual has another word at the first "stone", so that
-    nothing tells what follows the last one. With `answer_positions: every` each word that comes back is a question.
+    nothing predicts what follows the last one. With `answer_positions: every` each repeated word is a question.
     Spans: `first` (where the last word stood before), `after` (the word that followed it there, the answer), `end`
     (the last token).
 
-    Random tokens that are repeated as a whole, on which induction heads are usually measured, are `vocabulary: model`,
-    `repeated` one less than `length`, and `answer_positions: every`.
+    For the repeated random tokens on which induction heads are usually measured, set `vocabulary: model`, `repeated`
+    to one less than `length`, and `answer_positions: every`.
 
     Args:
         length: distinct words in the row, before those that are repeated.
@@ -64,7 +64,7 @@ class Induction(GrammarTask):
             self.words = vocabulary_words(self.encoder, self.name, minimum)
 
     def draw(self, random: random.Random) -> Prompt:
-        """Draw the words and which of them come back."""
+        """Draw the words and those that are repeated."""
         drawn = random.sample(self.words, self.length + self.repeated)
         row, replacements = drawn[: self.length], drawn[self.length :]
         place = random.randrange(self.length - self.repeated)  # a word of the row follows those that come back

@@ -25,10 +25,10 @@ class Scene:
     Attributes:
         template: the template that the frame was made from.
         frame: the template with everything filled in but the three mentions {A}, {B} and {S}.
-        indirect_object: who receives the thing; the answer.
-        subject: who gives it, and is named twice.
+        indirect_object: name of the receiver; the answer.
+        subject: name of the giver, which occurs twice.
         unrelated: three other people, for a text in which nobody is named twice.
-        subject_first: whether the subject is named before the indirect object (BABA) or after (ABBA).
+        subject_first: True if the subject is named before the indirect object (BABA), False if after (ABBA).
     """
 
     template: str
@@ -60,7 +60,7 @@ class Scene:
 
 
 class IOI(GrammarTask):
-    """Indirect object identification: of two people one is named again and gives something to the other.
+    """Indirect object identification: one of two people is named again and gives something to the other.
 
     The counterfactual names three other people in the same sentence. Spans: `IO` (the indirect object), `S1` and `S2`
     (first and second mention of the subject), `end` (the last token).

@@ -1,4 +1,4 @@
-"""Layouts of files of prompts: which fields the rows of each have, and how they become the fields of `Records`."""
+"""Layouts of files of prompts: the fields of their rows, and the conversion to the fields of `Records`."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 from oa_train.errors import nearest_names
 from oa_train.tasks.record_files import Fields, RowError, shared_length, shorten
 
-# The fields of a prompt: those that `Records` reads, `Task.save` writes, and every other layout is turned into.
+# The fields of a prompt, which `Records` reads, `Task.save` writes, and every other layout is converted to.
 OWN_FIELDS = (
     "prompt",
     "answer",

@@ -17,17 +17,17 @@ HUB = "hf://"
 # A longer line is no prompt: most often a whole JSON file without line breaks.
 MOST_CHARACTERS = 1_000_000
 
-# Rows of a problem that a message lists; it counts the others.
+# Rows that a message lists for each problem; the others are counted.
 MOST_LISTED = 10
 
 Fields = dict[str, Any]
 
 
 class RowError(ValueError):
-    """A reason for which a row cannot be used.
+    """Reason why a row cannot be used.
 
     Attributes:
-        problem: the kind of fault, which rows of a report are grouped by.
+        problem: kind of problem, by which a report groups rows.
         detail: the field and its value.
     """
 
@@ -42,8 +42,8 @@ class Row:
     """A row of a file.
 
     Attributes:
-        place: where it stands ("line 3").
-        content: its fields, or why it has none.
+        place: place in the file ("line 3").
+        content: fields, or the reason why there are none.
     """
 
     place: str
@@ -89,7 +89,7 @@ def shorten(value: object, most: int = 80) -> str:
 
 
 def shared_length(sequences: Sequence[Sequence[object]]) -> int:
-    """Number of elements that all sequences begin with."""
+    """Length of the common prefix of all sequences."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in takewhile(lambda column: all(element == column[0] for element in column), columns))
 

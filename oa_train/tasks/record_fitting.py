@@ -22,7 +22,7 @@ class RecordFitter:
     overlapping: list[str] = field(default_factory=list)
 
     def remarks(self, n_prompts: int) -> Iterator[str]:
-        """Remark on how answers of several tokens are scored."""
+        """Remarks on how answers of several tokens are scored."""
         if self.several:
             at = (
                 "each of them"
@@ -53,7 +53,7 @@ class RecordFitter:
 
     @staticmethod
     def _uneven(records: Sequence[Record]) -> dict[int, RowError]:
-        """Records that lack what most have, or have what most lack."""
+        """Records that lack a field most have, or have a field most lack."""
         uneven: dict[int, RowError] = {}
         parts = {
             "counterfactual": lambda prompt: prompt.counterfactual is not None,
@@ -158,7 +158,7 @@ class RecordFitter:
         )
 
     def _check(self, prompt: Prompt) -> None:
-        """Refuse what could not be made a batch of."""
+        """Refuse a prompt that cannot be put into a batch."""
         for question in (*prompt.earlier, prompt):
             for piece in (*question.answers, *question.distractors):
                 if self.encoder.continuation(question.text, piece) is None:
@@ -204,5 +204,5 @@ def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequenc
 
 
 def _shared(tails: Sequence[_Tail]) -> int:
-    """Number of tokens that all begin with."""
+    """Length of the common token prefix of all answers."""
     return shared_length([tail.ids for tail in tails])

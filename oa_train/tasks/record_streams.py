@@ -1,4 +1,4 @@
-"""Records cut into streams."""
+"""Split of records into streams."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from oa_train.seeds import derive_seed
 from oa_train.tasks.record_reading import Record
 from oa_train.tasks.task import Prompt, Stream, stream_of
 
-# Fewer prompts cannot be cut into streams: validation and test have two each at least.
+# Fewer prompts cannot be split: validation and test need at least two each.
 FEWEST = 20
 
-# From so many prompts on every stream has prompts of its own, by `stream_of`; the smallest ones then have about 200.
+# From this number of prompts on the streams are disjoint, by `stream_of`; the smallest then have about 200.
 MANY = 2000
 
 # Of fewer prompts, shares of test and of validation; train, refit and means share the rest.
@@ -20,7 +20,7 @@ TEST_SHARE = VALIDATION_SHARE = 0.2
 
 
 def cut_into_streams(records: Sequence[Record], source: str) -> dict[Stream, list[Prompt]]:
-    """The prompts of each stream; evaluation streams are in the order of a hash, so that a part of one is fair."""
+    """The prompts of each stream, in hash order, so that the first N are a fair sample."""
     named = [record for record in records if record.split is not None]
     if named and len(named) < len(records):
         bare = next(record for record in records if record.split is None)
@@ -52,8 +52,8 @@ def _named_streams(records: Sequence[Record]) -> dict[Stream, list[Record]]:
 def _cut_streams(records: Sequence[Record], source: str) -> dict[Stream, list[Record]]:
     if len(records) < FEWEST:
         raise TaskError(
-            f"{source} has {len(records)} prompts; expected at least {FEWEST}, to have some to train on and others to "
-            "test on. Add prompts, or a column `split` with train, validation and test."
+            f"{source} has {len(records)} prompts; expected at least {FEWEST}, for training and "
+            "testing on different ones. Add prompts, or a column `split` with train, validation and test."
         )
     parts: dict[Stream, list[Record]] = defaultdict(list)
     groups: dict[str, list[Record]] = defaultdict(list)
@@ -65,7 +65,7 @@ def _cut_streams(records: Sequence[Record], source: str) -> dict[Stream, list[Re
         return parts
     before = 0
     for name in sorted(groups, key=lambda name: derive_seed("stream", name)):
-        # Where the middle of the group falls decides, so that a large one is not always cut to one side.
+        # The middle of a group decides its stream, so that large groups do not all fall to one side.
         middle = (before + len(groups[name]) / 2) / len(records)
         stream: Stream = "train"
         if middle < TEST_SHARE:

@@ -1,4 +1,4 @@
-"""Prompts from a file: one's own, or those of other packages and benchmarks."""
+"""Prompts from a file: your own, or those of other packages and benchmarks."""
 
 import json
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ WIDE_BELOW = 100
 
 
 class Records(Task):
-    """Prompts from a file of one's own, or of a benchmark.
+    """Prompts from a file of your own, or of a benchmark.
 
     Answers may be written with or without their leading space, and may be several tokens long: they are scored at the
     first token in which answers and wrong answers differ, or at all of them with `answer_positions: every`. Streams
@@ -32,15 +32,15 @@ class Records(Task):
         layout: names of the fields; a key of `LAYOUTS`.
         rows: the rows themselves, in place of `path`.
         subset: configuration of a dataset of the Hub.
-        bad_rows: `stop` at rows that cannot be used, with all of them named, or `leave_out` these.
+        bad_rows: `stop` with an error that lists all unusable rows, or `leave_out` these.
         leading_space: `auto` puts a space in front of an answer where one belongs, `as_written` changes nothing.
-        max_prompts: of a longer file so many prompts are kept: those with the smallest hash of their text.
-        ignored_fields: fields that are not read.
+        max_prompts: most prompts that are kept: those with the smallest hash of their text.
+        ignored_fields: fields that are skipped; other unknown fields are an error.
         **options: the options of every task (see `Task`).
 
     Attributes:
         streams: the prompts of each stream.
-        places: where each prompt stands in the file, by its text.
+        places: place of each prompt in the file, by its text.
         left_out: rows that were left out, with places.
 
     Raises:
@@ -105,17 +105,17 @@ class Records(Task):
             return
         if bad_rows == "stop" or len(problems) == n_rows:
             unknown = any(problem.problem.startswith("unknown field") for _, problem in problems)
-            extra = " Fields that are of no use here are named in --data.ignored_fields." if unknown else ""
+            extra = " To skip fields, name them in --data.ignored_fields." if unknown else ""
             raise TaskError(
                 f"{self.source}: {len(problems)} of {n_rows} rows cannot be used.\n{report(problems)}\n"
-                f"Mend them, or leave them out with --data.bad_rows leave_out.{extra}"
+                f"Fix them, or leave them out with --data.bad_rows leave_out.{extra}"
                 f"{_other_layouts(example, self.layout)}"
             )
         self.left_out = problems
         self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
 
     def _check_sizes(self) -> None:
-        """Cap the sizes of evaluations at the prompts that exist, and say what follows from few ones."""
+        """Cap evaluation sizes at the number of prompts, and remark on small ones."""
         options: dict[str, Stream] = {"n_validation": "validation", "n_test": "test", "n_means": "means"}
         for option, stream in options.items():
             size = len(self.streams[stream])
@@ -123,12 +123,12 @@ class Records(Task):
                 setattr(self, option, size)
                 if size < WIDE_BELOW and stream != "means":
                     self.remarks.append(
-                        f"{option} is {size}, all that there are: the intervals of {stream} figures are wide."
+                        f"{option} is {size}, all that there are: the intervals of {stream} metrics are wide."
                     )
         if self.streams["train"] is self.streams["refit"]:
             self.remarks.append(
-                f"train, refit and means share {len(self.streams['train'])} prompts, which training sees again and "
-                "again; no validation or test prompt is among them."
+                f"train, refit and means share {len(self.streams['train'])} prompts, which training repeats; "
+                "no validation or test prompt is among them."
             )
 
     def size(self, stream: Stream) -> int | None:
@@ -156,7 +156,7 @@ class Records(Task):
         return prompts[self._order[stream, epoch][place]]
 
     def describe(self) -> dict[str, Any]:
-        """Everything that determines the prompts: a hash of them with their streams, and not the file's path."""
+        """Everything that determines the prompts: a hash of them with their streams, not the file's path."""
         digest = blake2b(digest_size=8)
         for stream, prompts in self.streams.items():
             for prompt in prompts:

@@ -47,7 +47,7 @@ class Prompt(Question):
     Attributes:
         text: the prompt, up to and including the token that predicts the last answer.
         answers: right continuations of the whole text.
-        distractors: wrong ones.
+        distractors: wrong continuations of it.
         counterfactual: the prompt with other content, with equally many tokens; None when the task has none.
         earlier: questions that the text itself goes on to answer, from left to right.
         spans: named parts of the text: the first character of each and the one after its last, or a substring that
@@ -87,8 +87,8 @@ class Task(ABC):
         seed: other seeds give other prompts, where prompts are drawn.
         batch_size: prompts in a training batch.
         batches_per_epoch: training batches between two validations.
-        n_validation: prompts that validation uses.
-        n_test: prompts that the final evaluation uses.
+        n_validation: prompts of a validation.
+        n_test: prompts of the final evaluation.
         n_means: prompts over which mean ablation averages.
         padding_side: where shorter prompts of a batch are padded.
         evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
@@ -97,7 +97,7 @@ class Task(ABC):
     Attributes:
         name: name of the task in configurations and artefacts.
         encoder: turns texts into token ids.
-        remarks: sentences that people should read before they trust figures: what was left out, added, or is scarce.
+        remarks: sentences to read before trusting results: what was left out, added, or is scarce.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.

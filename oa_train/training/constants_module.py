@@ -55,7 +55,7 @@ class ConstantsModule(FrozenModelModule):
     Args:
         lm: the frozen model; the built-in one by default.
         seed: recorded only; nothing here is random.
-        circuit: folder of a circuit, or of a run that has one; everything outside of it is ablated.
+        circuit: folder of a circuit, or of a run that has one; everything outside it is ablated.
         keep: names or shell patterns of the units that are kept, all others being ablated.
         alone: names or shell patterns of units, each of which is ablated alone (`*` for all).
         sites: with `keep` and `alone`, kinds of site whose units these are; see `CircuitModule`.

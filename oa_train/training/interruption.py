@@ -46,7 +46,7 @@ class StopAtSignal(Checkpoint):
 
     A handler only notes the signal. At the end of the next batch that completed an optimiser step, or after the
     validation that follows it, all processes learn whether any has noted one. Then all write `last.ckpt` together and
-    raise `Stopped`; a resume goes on bit for bit. Before the training begins there is nothing to write: a single
+    raise `Stopped`; a resume continues bit for bit. Before the training begins there is nothing to write: a single
     process ends at once, several end when all are ready to begin.
 
     Lightning's own handlers of these signals are disabled meanwhile: they would talk to other processes at any

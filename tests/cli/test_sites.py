@@ -164,7 +164,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "sites of edges": ({"level": "edges", "sites": ["neurons"]}, "sites is ['neurons'], and level is edges"),
     "a weight of another kind": ({"penalty_weight": {"heads": 0.1}}, "expected one for each kind that can be ablated"),
     "no weight": ({"penalty_weight": {"heads": 0.0, "mlp": 0.0}}, "has no kind of site with a weight above 0"),
-    "clean": ({"ablation": "clean"}, "ablation is 'clean', which puts the model's own values back"),
+    "clean": ({"ablation": "clean"}, "ablation is 'clean', which restores the model's own values"),
     "penalty": ({"penalty": 0.1}, "CircuitModule has no argument 'penalty'; it is called 'penalty_weight' now."),
     "graph": ({"graph": "edges"}, "CircuitModule has no argument 'graph'; it is called 'level' now."),
     "checkpointing": ({"activation_checkpointing": True}, "it is called 'recompute' now."),

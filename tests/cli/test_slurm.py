@@ -68,7 +68,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_goes_on_to_the_last_bit(tmp_p
     assert 0 < read_checkpoint(job / LAST)["global_step"] < 60
     assert not list(job.rglob("hpc_ckpt*"))
     said = finished(start(job, environment=environment | {"SLURM_RESTART_COUNT": "1"}), job)
-    assert said.count(f"SLURM has started job 4242 again; it goes on from {LAST}.") == 1
+    assert said.count(f"SLURM has started job 4242 again; it resumes from {LAST}.") == 1
     finished(start(whole), whole)
     assert_ended_alike(job / SECOND, whole / FIRST, LAST)
     assert recorded(job / SECOND)["slurm_job"] == "4242"
@@ -93,7 +93,7 @@ def test_all_tasks_of_a_job_end_and_go_on_together_and_it_is_requeued_once(tmp_p
     assert [task.wait(timeout=SECONDS) for task in first] == [143, 143], (job / "said.txt").read_text()
     assert (tmp_path / "asked.txt").read_text() == "requeue 4242\n"
     said = [finished(task, job) for task in tasks(SLURM_RESTART_COUNT="1")]
-    assert said[-1].count(f"SLURM has started job 4242 again; it goes on from {LAST}.") == 1
+    assert said[-1].count(f"SLURM has started job 4242 again; it resumes from {LAST}.") == 1
     finished(start(whole, n_processes=2), whole)
     assert_ended_alike(job / SECOND, whole / FIRST, LAST)
 
@@ -122,7 +122,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
         (folder / "hpc_ckpt_1.ckpt").write_bytes(b"of another job")
     assert "SLURM has" not in fit()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert f"it goes on from {LAST}." in fit()
+    assert f"it resumes from {LAST}." in fit()
     assert recorded(runs[1])["resumed_from"] == str(LAST)
     # A run of another configuration does not.
     assert "it begins as it did" in fit("--model.penalty_weight", "0.3")
@@ -141,7 +141,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     assert recorded(runs[5])["resumed_from"] == str(LAST)
     # The checkpoint that a job began with is taken when it has none of its own.
     given = str(runs[0] / "checkpoints" / "best.ckpt")
-    assert "again; it goes on from runs" in fit("--ckpt_path", given)
+    assert "again; it resumes from runs" in fit("--ckpt_path", given)
     monkeypatch.setenv("SLURM_JOB_ID", "4244")
     assert "it begins as it did" in fit("--ckpt_path", given)
     assert recorded(runs[7])["resumed_from"] == given

@@ -260,7 +260,7 @@ def test_rankings_that_do_not_fit_are_refused(model, task, run, tmp_path):
         ({"attribution_loss": "kl"}, "gradient is zero where everything is kept"),
         ({"ablations": ["optimum"]}, "Did you mean optimal"),
         ({"ranked_under": "means"}, "ranked_under is 'means'"),
-        ({"ranked_under": "optimal"}, "no run with constants"),
+        ({"ranked_under": "optimal"}, "no run whose constants"),
         ({"positions": 0}, "positions is 0"),
     ],
 )
@@ -284,7 +284,7 @@ def test_on_the_command_line(run, model, tmp_path, monkeypatch, capsys):
     ]
     assert main([*command, "--curve.components", "a*"]) == 0
     said = capsys.readouterr().out
-    for words in ("the least important of 12 components", "attribution", "random", "ablated within"):
+    for words in ("the least important of 12 components", "attribution", "random", "holds until"):
         assert words in said
     folder = Path("runs/curve/version_0/studies/curve_0")
     results = json.loads((folder / "results.json").read_text())

@@ -195,7 +195,7 @@ def test_it_does_what_it_says_and_goes_on_where_it_stopped(model, task, tmp_path
         ({"components": "m1"}, "selects m1; expected at least two units"),
         ({"components": ["*", "!*"], "primary": "m1"}, "selects no unit; expected at least one unit"),
         ({"ablation": "optimum"}, "Did you mean optimal"),
-        ({"ablation": "clean"}, "puts the model's own values back"),
+        ({"ablation": "clean"}, "restores the model's own values"),
         ({"most_pairs": 0}, "most_pairs is 0"),
         ({"threshold": nan}, "threshold is nan"),
         ({"parts_at_once": 0}, "parts_at_once is 0"),

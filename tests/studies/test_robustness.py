@@ -196,7 +196,7 @@ def test_what_cannot_be_asked_is_refused(model, task, source):
         ({"densities": [0.5, 0.5]}, "twice"),
         ({"n_subsets": -1}, "n_subsets is -1"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
-        ({"ablations": ["clean"]}, "puts the model's own values back"),
+        ({"ablations": ["clean"]}, "restores the model's own values"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             RobustnessSettings(**settings)

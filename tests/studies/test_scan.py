@@ -131,7 +131,7 @@ def test_pieces_of_another_question_are_refused(model, task, tmp_path):
     again.resume(folder)
     with pytest.raises(ArtefactError, match=r"0000.safetensors cannot be read.*Delete it and resume"):
         again.answer()
-    with pytest.raises(ArtefactError, match="no folder of an unfinished scan"):
+    with pytest.raises(ArtefactError, match="not the folder of an unfinished scan"):
         again.resume(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_pieces_of_another_question_are_refused(model, task, tmp_path):
         ({"sites": ["features"]}, "dictionaries"),
         ({"ablations": ["optimum"]}, "Did you mean optimal"),
         ({"ablations": []}, "ablations is empty"),
-        ({"ablations": ["clean"]}, "puts the model's own values back"),
+        ({"ablations": ["clean"]}, "restores the model's own values"),
         ({"parts_at_once": 0}, "parts_at_once is 0"),
         ({"positions": 0}, "positions is 0"),
         ({"threshold": -1.0}, "threshold is -1.0"),

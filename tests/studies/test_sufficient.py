@@ -198,7 +198,7 @@ def test_only_selected_units_are_moved(model, task):
         ({"recovery": 1.1}, "recovery is 1.1"),
         ({"recovery": float("nan")}, "recovery is nan"),
         ({"ablation": "mena"}, "Did you mean mean"),
-        ({"ablation": "clean"}, "puts the model's own values back"),
+        ({"ablation": "clean"}, "restores the model's own values"),
         ({"components": []}, "selects no unit"),
         ({"components": ["a1*", "!a1*"]}, "selects no unit"),
         ({"components": ["a9*"]}, "a9"),
@@ -241,7 +241,7 @@ def test_on_the_command_line_and_the_set_is_compared(tmp_path, monkeypatch, caps
     words = ["--sufficient.ablation", "mean", "--sufficient.recovery", "0.7", "--device", "cpu"]
     assert main(["sufficient", "--data", "IOI", *FEW, *words]) == 0
     said = capsys.readouterr()
-    assert "units, found to recover 0.7 in KL divergence" in said.out
+    assert "units, which recover 0.7 in KL divergence" in said.out
     assert "the search may move 15 units and tries 15 a round on 8 prompts" in said.err
     study = Path("runs/sufficient/version_0/studies/sufficient_0")
     results = json.loads((study / "results.json").read_text())

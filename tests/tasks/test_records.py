@@ -131,7 +131,7 @@ def test_few_prompts_are_cut_60_20_20_and_shared_by_what_is_trained() -> None:
     assert task.streams["train"] == task.streams["refit"] == task.streams["means"]
     assert len({prompt.text for prompt in all_prompts(task)}) == 50
     assert (task.n_validation, task.n_test, task.n_means) == (10, 10, 30)
-    assert "n_test is 10, all that there are: the intervals of test figures are wide." in task.remarks
+    assert "n_test is 10, all that there are: the intervals of test metrics are wide." in task.remarks
 
 
 def test_many_prompts_go_to_the_ten_classes(monkeypatch: pytest.MonkeyPatch) -> None:
