@@ -12,7 +12,7 @@ from tests.jobs.fits import ROOT
 
 PAGE = ROOT / "docs" / "protocol.md"
 FEW = {
-    "fit": ["--trainer.max_steps", "8", "--finish.refit.steps", "2"],
+    "fit": ["--trainer.max_steps", "8", "--finish.size", "7", "--finish.refit.steps", "2"],
     "scan": ["--scan.fit.steps", "2", "--scan.fit.batch_size", "4"],
     "curve": ["--curve.fit.steps", "2", "--curve.fit.batch_size", "4"],
     "interact": ["--interact.fit.steps", "1", "--interact.fit.batch_size", "2", "--interact.most_pairs", "6"],
