@@ -16,8 +16,8 @@ from oa_train.ablations.noise import NoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation, OtherPrompts
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError, nearest_names
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors

@@ -25,8 +25,8 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
-from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
+from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.metrics.behaviour import is_correct
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.seeds import derive_seed, python_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks import IOI, GreaterThan, Induction, Prompt, Task

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from oa_train.models.loading import LMSpec, builtin_models, load_model
+from oa_train.models.loading import load_model
+from oa_train.models.spec import LMSpec, builtin_models
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_words
 from oa_train.zoo import tiny
