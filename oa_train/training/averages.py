@@ -36,7 +36,7 @@ class CircuitMeans(Metric):
         return self.total / self.count
 
 
-def each_and_mean(figures: Mapping[str, Float[Tensor, " circuit"]]) -> dict[str, Float[Tensor, ""]]:
+def each_and_mean(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
     shown = {name: values.float().mean() for name, values in figures.items()}
     for name, values in figures.items():
