@@ -34,7 +34,7 @@ class AblationSource:
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
-        self.model, self.task, self.level, self._track = model, task, level, track
+        self.model, self.task, self.level, self.track = model, task, level, track
         self.slots = Slots(positions, level.spans)
 
     @cached_property
@@ -85,7 +85,7 @@ class AblationSource:
     ) -> StreamingMeans:
         """Sums of a function `of` the values on the `means` stream, whose batches `prompts` maps to other prompts."""
         batches = list(self.task.batches("means", self.task.n_means))
-        shown = (prompts(batch) for batch in counted(self._track, batches, description))
+        shown = (prompts(batch) for batch in counted(self.track, batches, description))
         return value_sums(self.model, shown, self.level, slots or self.slots, of)
 
 
