@@ -56,9 +56,9 @@ from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.frozen import CausalLM, freeze
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM, freeze
 from oa_train.models.selection import Nodes
 
 SIZE_WEIGHT = 1e-4

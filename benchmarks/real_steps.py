@@ -47,8 +47,9 @@ from oa_train.batches import Batch
 from oa_train.cli.quiet import silence_libraries
 from oa_train.engine.forward import model_inputs
 from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.frozen import CausalLM, freeze
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, freeze, load_config
+from oa_train.models.loading import load_config
 from oa_train.tasks.ioi import IOI
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO

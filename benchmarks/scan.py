@@ -33,7 +33,7 @@ from oa_train import LMSpec, load_model
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import FittedCircuits
-from oa_train.models.loading import CausalLM, freeze
+from oa_train.models.frozen import CausalLM, freeze
 from oa_train.models.selection import Nodes
 
 SHAPES = {

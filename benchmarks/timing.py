@@ -12,7 +12,7 @@ import torch
 
 from oa_train.batches import Batch
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 
 PROMPTS, SAMPLES, POSITIONS = 2, 4, 16
 ALLOCATORS: dict[str, dict[str, str]] = {

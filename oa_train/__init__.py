@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from oa_train.models.dictionaries import Dictionary as Dictionary
     from oa_train.models.dictionaries import load_dictionary as load_dictionary
     from oa_train.models.graph import Graph as Graph
-    from oa_train.models.loading import LMSpec as LMSpec
     from oa_train.models.loading import load_model as load_model
     from oa_train.models.selection import Nodes as Nodes
     from oa_train.models.sites import Site as Site
+    from oa_train.models.spec import LMSpec as LMSpec
     from oa_train.studies.compare import Compare as Compare
     from oa_train.studies.compare import CompareSettings as CompareSettings
     from oa_train.studies.curve import Curve as Curve
@@ -103,7 +103,7 @@ _HOMES = {
     "Interact": "studies.interact",
     "InteractSettings": "studies.interact",
     "KINDS": "ablations.registry",
-    "LMSpec": "models.loading",
+    "LMSpec": "models.spec",
     "LastCheckpoint": "training.callbacks",
     "Minimal": "studies.minimal",
     "MinimalSettings": "studies.minimal",

@@ -20,8 +20,9 @@ from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.engine.values import Values
 from oa_train.models.dictionaries import Dictionary
+from oa_train.models.frozen import CausalLM, freeze
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM, LMSpec, builtin_models, freeze
+from oa_train.models.spec import LMSpec, builtin_models
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_data, read_words
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from oa_train.models.families import FAMILIES
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from tests.builders import tiny_model
 from tests.precision import WithoutSinglePrecision
 

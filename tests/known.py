@@ -12,9 +12,11 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.batches import Batch
 from oa_train.engine.reading import read_values
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import Task
 from oa_train.zoo.known import KNOWN_TASKS, KnownModel, write_known
 

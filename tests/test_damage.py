@@ -21,8 +21,8 @@ from oa_train.ablations.constants import Constants
 from oa_train.artefacts import ARTEFACT_VERSION, HEADER_FILE, TENSOR_FILE, load_artefact, tensor_bytes
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, OaTrainError
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.training.callbacks import LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint

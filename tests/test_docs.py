@@ -20,9 +20,10 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.dictionary_layouts import READERS
-from oa_train.models.families import FAMILIES, Dimensions, Family
-from oa_train.models.loading import LMSpec
+from oa_train.models.families import FAMILIES, Family
+from oa_train.models.parts import Dimensions
 from oa_train.models.sites import SITE_KINDS
+from oa_train.models.spec import LMSpec
 from oa_train.studies.compare import CompareSettings
 from oa_train.studies.curve import CurveSettings
 from oa_train.studies.finish import FinishSettings

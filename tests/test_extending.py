@@ -19,8 +19,9 @@ from oa_train.diagnostics.selfcheck import self_check
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.errors import ModelError
-from oa_train.models.families import FAMILIES, Family, find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.families import FAMILIES, Family
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.sites import SITE_KINDS, Site
 from tests.builders import quiet_trainer, random_constants, random_mask, small_ioi, tiny_model
 from tests.precision import WithoutSinglePrecision

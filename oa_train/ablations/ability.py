@@ -9,7 +9,7 @@ from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.measures import measured
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.progress import Advance, Track, silent
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.tasks.task import Stream, Task

@@ -14,8 +14,8 @@ from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import Loss, loss_of
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.progress import WITH_GRADIENTS, Advance
 from oa_train.shapes import Bool, Float, Tensor
 

@@ -14,9 +14,10 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import as_written
 from oa_train.engine.levels import masked_call
 from oa_train.errors import ArtefactError, ConfigurationError
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.taps import replaced_attributes
+from oa_train.models.weights import fingerprint
 from oa_train.shapes import Bool, Tensor
 
 Spans = Mapping[str, Bool[Tensor, "row position"]]

@@ -19,12 +19,13 @@ from oa_train.artefacts import (
 )
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
-from oa_train.models.loading import LMSpec, load_config
+from oa_train.models.loading import load_config
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 
 OLD_VERSION = 1
 _SIZES: Schema = {"n_layers": SIZE, "n_heads": SIZE, "provenance": PROVENANCE}

@@ -20,8 +20,8 @@ from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss, loss_of
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.progress import WITH_GRADIENTS, Advance, Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task

@@ -11,8 +11,8 @@ from oa_train.ablations.constants import Constants, Slots
 from oa_train.batches import Batch
 from oa_train.engine.reading import read_values
 from oa_train.engine.values import Values
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Int, Tensor
 

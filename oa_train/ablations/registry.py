@@ -16,8 +16,8 @@ from oa_train.ablations.noise import NoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation, OtherPrompts
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError, nearest_names
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
@@ -34,7 +34,7 @@ class AblationSource:
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
-        self.model, self.task, self.level, self._track = model, task, level, track
+        self.model, self.task, self.level, self.track = model, task, level, track
         self.slots = Slots(positions, level.spans)
 
     @cached_property
@@ -85,7 +85,7 @@ class AblationSource:
     ) -> StreamingMeans:
         """Sums of a function `of` the values on the `means` stream, whose batches `prompts` maps to other prompts."""
         batches = list(self.task.batches("means", self.task.n_means))
-        shown = (prompts(batch) for batch in counted(self._track, batches, description))
+        shown = (prompts(batch) for batch in counted(self.track, batches, description))
         return value_sums(self.model, shown, self.level, slots or self.slots, of)
 
 

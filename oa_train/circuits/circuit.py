@@ -19,9 +19,9 @@ from oa_train.artefacts import (
     save_artefact,
 )
 from oa_train.errors import ArtefactError, OaTrainError, UnknownNameError, nearest_names
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS
 from oa_train.shapes import Bool, Float, Tensor

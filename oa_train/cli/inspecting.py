@@ -15,7 +15,8 @@ from oa_train.diagnostics.facts import DEFAULT_TOKENS, model_facts
 from oa_train.diagnostics.memory import StepSettings, Strategy
 from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
-from oa_train.models.loading import LMSpec, load_config, load_model, with_dtype
+from oa_train.models.loading import load_config, load_model, with_dtype
+from oa_train.models.spec import LMSpec
 from oa_train.studies.study import Table
 from oa_train.tasks.task import positive
 

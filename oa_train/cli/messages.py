@@ -13,7 +13,7 @@ from oa_train.cli.faults import place_outside, reasons
 from oa_train.cli.precheck import LINKED
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.masks.base import MaskDistribution
-from oa_train.models.families import WITHOUT_DEVICE_MAP
+from oa_train.models.parts import WITHOUT_DEVICE_MAP
 from oa_train.tasks.task import Task
 from oa_train.training.module import FrozenModelModule
 

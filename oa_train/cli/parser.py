@@ -17,7 +17,7 @@ import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by t
 from oa_train.cli.faults import own_error
 from oa_train.cli.messages import explained, group_problem, null_problems, option_names
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks.task import Task
 
 

@@ -30,7 +30,8 @@ from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.models.loading import CausalLM, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
 from oa_train.progress import silent
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec, with_dtype
+from oa_train.models.loading import with_dtype
+from oa_train.models.spec import LMSpec
 from oa_train.studies.run_folder import check_experiment, output_root
 from oa_train.training.strategies import ShardedStrategy
 

@@ -9,10 +9,13 @@ import torch
 
 from oa_train.diagnostics.memory import StepSettings, node_step_memory
 from oa_train.errors import ConfigurationError
-from oa_train.models.families import check_family, find_parts
+from oa_train.models.families import check_family
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, LMSpec, empty_model
+from oa_train.models.loading import empty_model
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 
 DEFAULT_TOKENS = 32
 

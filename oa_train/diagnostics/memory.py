@@ -22,7 +22,7 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.errors import RunError
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.models.selection import Nodes
 from oa_train.models.sharding import shard
 from oa_train.shapes import Tensor

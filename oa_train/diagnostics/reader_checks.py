@@ -12,9 +12,10 @@ from oa_train.batches import Batch
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.engine.values import Values
-from oa_train.models.families import check_family, find_parts
+from oa_train.models.families import check_family
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, tapped
 from oa_train.progress import Advance
 from oa_train.shapes import Bool, Float, Tensor

@@ -14,8 +14,9 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.engine.forward import as_written
 from oa_train.engine.values import Values
-from oa_train.models.families import check_family, find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.families import check_family
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.shapes import Float, Tensor

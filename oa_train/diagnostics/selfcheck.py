@@ -19,12 +19,15 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
-from oa_train.models.families import check_family, find_parts, is_parallel
+from oa_train.models.families import check_family
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, LMSpec, check_finite, fingerprint
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.models.taps import Tap, tapped
+from oa_train.models.weights import check_finite, fingerprint
 from oa_train.progress import Advance, Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
@@ -265,7 +268,7 @@ def _wrong_parallel(trial: _Trial) -> float:
         taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), batch.layout)
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
-    parallel = is_parallel(trial.model.config)
+    parallel = trial.parts.family.parallel
     pairs = enumerate(zip(*runs, strict=True))
     return sum(torch.equal(before[row], after[row]) != parallel for row, (before, after) in pairs)
 

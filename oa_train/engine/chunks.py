@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from oa_train.batches import Batch
 from oa_train.engine.levels import ENGINES
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 
 # Default rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
 ROWS_PER_RUN = 128

@@ -14,8 +14,8 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.metrics.measures import measured
-from oa_train.models.families import Parts, find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import NormWeights, is_layer_norm, rms_norm_scale
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from oa_train.batches import Batch
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
 from oa_train.shapes import Float, Int, Tensor
 

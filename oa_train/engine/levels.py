@@ -13,10 +13,10 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.engine.values import Values
-from oa_train.models.families import Dimensions
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import tapped
 from oa_train.shapes import Bool, Float, Tensor

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from oa_train.batches import TokenLayout
 from oa_train.engine.values import Values
 from oa_train.errors import TaskError
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Group, Nodes
 from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap

@@ -16,8 +16,8 @@ from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.values import Values
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap, changed_calls

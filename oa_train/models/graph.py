@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from oa_train.errors import ConfigurationError, UnknownNameError, nearest_names, unknown_name
 from oa_train.models.edge_layout import EdgeLayout
-from oa_train.models.families import Dimensions, is_parallel, n_kv_heads
+from oa_train.models.families import check_config
 from oa_train.models.levels import Level, ScoreMap
+from oa_train.models.parts import Dimensions, n_kv_heads
 from oa_train.models.pruning import within_budget, without_dangling
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site, matching
@@ -46,7 +47,9 @@ class Graph(EdgeLayout, Level):
         """The graph of a model with this Hugging Face configuration."""
         sizes = Dimensions.of(config)
         groups = n_kv_heads(config)
-        return _graph(sizes.n_layers, sizes.n_heads, groups, is_parallel(config), sizes.d_head, sizes.d_model)
+        return _graph(
+            sizes.n_layers, sizes.n_heads, groups, check_config(config).parallel, sizes.d_head, sizes.d_model
+        )
 
     @cached_property
     def sources(self) -> tuple[str, ...]:

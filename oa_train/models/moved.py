@@ -13,7 +13,9 @@ from huggingface_hub import constants
 
 from oa_train.errors import OaTrainError
 from oa_train.models.gguf import cache_folder
-from oa_train.models.loading import LMSpec, fingerprint, load_config, load_model
+from oa_train.models.loading import load_config, load_model
+from oa_train.models.spec import LMSpec
+from oa_train.models.weights import fingerprint
 
 # Folders above a run that are looked at: its experiment, the root of all runs, and what holds that.
 ABOVE_A_RUN = 3

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from oa_train.errors import ModelError
-from oa_train.models.families import Lookup, find_parts, looked_up
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
+from oa_train.models.lookup import Lookup, looked_up
+from oa_train.models.parts import find_parts
 from oa_train.shapes import Float, Tensor
 
 

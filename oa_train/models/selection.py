@@ -16,8 +16,8 @@ import torch
 
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.dictionaries import Dictionary, reload_dictionary
-from oa_train.models.families import Dimensions
 from oa_train.models.levels import Level, ScoreMap
+from oa_train.models.parts import Dimensions
 from oa_train.models.sites import (
     DEFAULT_SITES,
     SITE_KINDS,

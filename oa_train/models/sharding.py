@@ -3,8 +3,8 @@
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 
 
 def shard(model: CausalLM, mesh: DeviceMesh) -> None:

@@ -2,7 +2,7 @@
 
 A unit is what can be ablated: a head, an MLP, a neuron, the residual stream before a block, a feature of a sparse
 dictionary. To add a kind of site, add an entry to `SITE_KINDS` (and, if it needs a module that no other kind needs,
-its path to `models.families`).
+its path to `models.families` and its modules to `models.parts`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from torch import nn
 
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.models.dictionaries import Dictionary
-from oa_train.models.families import Dimensions, Parts
+from oa_train.models.parts import Dimensions, Parts
 from oa_train.shapes import Bool, Float, Tensor
 
 # The module whose input or output is the tensor of a site.

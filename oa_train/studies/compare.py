@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.errors import ConfigurationError
@@ -22,8 +22,9 @@ from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.kinds import chosen_kinds
-from oa_train.studies.options import check_ablations, check_positions
+from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -114,7 +115,7 @@ class Compare(Study[CompareSettings]):
         components = self.settings.components
         if components is None:
             components = ["*"] if len(self.nodes) <= MOST_ALONE else []
-        self.alone = self.nodes.select([components] if isinstance(components, str) else components)
+        self.alone = self.nodes.select(patterns_of(components))
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; circuits, components and random circuits, under each ablation."""
@@ -172,11 +173,9 @@ class Compare(Study[CompareSettings]):
     @cached_property
     def positions(self) -> int:
         """Number of positions that constants tell apart."""
-        positions = self.settings.positions
-        if positions == "every":
-            positions = max(int(batch.lengths.max()) for batch in self.batches)
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
-        return positions or max(trained, default=1)
+        own = max(trained, default=1)
+        return n_positions(self.settings.positions or own, self.batches)
 
     @cached_property
     def source(self) -> AblationSource:
@@ -266,18 +265,8 @@ class Compare(Study[CompareSettings]):
     ) -> list[Constants]:
         if not len(masks):
             return []
-        source = self.source
-        return fit_constants(
-            self.model,
-            self.task,
-            level,
-            masks,
-            [source.mean] if starts is None else starts,
-            settings,
-            others=[source.mean, source.zero],
-            track=self.track,
-            description=f"fitting constants of {parts}",
-        ).sets
+        described = f"fitting constants of {parts}"
+        return fitted_constants(self.source, masks, settings, described, starts=starts, level=level)
 
     def _shown(
         self,

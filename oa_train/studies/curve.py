@@ -9,7 +9,7 @@ import torch
 
 from oa_train.ablations.attribution import mask_gradients
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.curves import curve_figure
@@ -30,6 +30,7 @@ from oa_train.studies.curve_tables import (
     pooled,
     summary_cells,
 )
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of, selected_units
 from oa_train.studies.rankings import (
@@ -334,15 +335,6 @@ class Curve(Study[CurveSettings]):
         """Learned constants of each point, or one set for all of them."""
         if not self.settings.refit and self._own_constants is not None:
             return [self._own_constants]
-        source = self._source
-        return fit_constants(
-            self.model,
-            self.task,
-            self.level,
-            masks if self.settings.refit else masks[:1],
-            [source.mean],
-            self.settings.fit,
-            others=[source.mean, source.zero],
-            track=self.track,
-            description="fitting constants of all points" if self.settings.refit else "fitting constants",
-        ).sets
+        if self.settings.refit:
+            return fitted_constants(self._source, masks, self.settings.fit, "fitting constants of all points")
+        return fitted_constants(self._source, masks[:1], self.settings.fit, "fitting constants")

@@ -19,7 +19,7 @@ from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.metrics.measures import Loss
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
 from oa_train.studies.run_folder import circuit_folders
 from oa_train.studies.study import (

@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.figures.comparison import Interval, Panel, comparison_figure
 from oa_train.figures.style import Figure
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
 from oa_train.studies.finish import Evaluate, Finished, FinishSettings
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates, interval

@@ -1,7 +1,6 @@
 """Units ablated together: their joint effect beside the sum of their single effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, ClassVar
@@ -9,8 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import fit_passes
-from oa_train.ablations.registry import KINDS, AblationSource, check_suits
+from oa_train.ablations.registry import AblationSource, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import estimate
@@ -18,14 +16,13 @@ from oa_train.metrics.measures import LOSS_SIGNS, Loss
 from oa_train.metrics.ranks import beyond
 from oa_train.progress import Stage
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.findings import plain
 from oa_train.studies.interact_settings import InteractSettings as InteractSettings
 from oa_train.studies.interaction_view import InteractionView
 from oa_train.studies.joint import Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.rankings import effects_of_scan
-from oa_train.studies.study import Findings, Study, estimates, statistics_stages
+from oa_train.studies.study import Findings, Study, estimates
 from oa_train.studies.unit_ablations import UnitAblations, gathered
 
 
@@ -103,25 +100,12 @@ class Interact(Study[InteractSettings]):
         stages, settings = [Stage("the clean model", self.task.n_test)], self.settings
         sizes = [*_sizes(len(self.singles), settings.parts_at_once), *_sizes(self._n_sets, settings.parts_at_once)]
         missing = self.pieces.missing(len(sizes))
-        stages += statistics_stages([settings.ablation], self.task) if missing else []
-        for number in missing:
-            if KINDS[settings.ablation].learned:
-                passes = fit_passes(sizes[number], settings.fit, self.task.n_validation, 1)
-                stages.append(Stage("constants", passes))
-            stages.append(Stage("the test prompts", sizes[number] * self.task.n_test))
-        return stages
+        return stages + self._ablations.stages([sizes[number] for number in missing])
 
     @cached_property
     def pieces(self) -> Pieces:
         """Measured pieces, in the study's folder if it has one."""
-        about = {
-            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level names them
-            "units": list(self.singles),
-            "level": self.level.header(),
-            "task": self.task.describe() | {"n_test": self.task.n_test, "n_means": self.task.n_means},
-            "fingerprint": self.fingerprint,
-        }
-        return Pieces(self.folder, about)
+        return self._ablations.pieces(self.singles)
 
     def run(self) -> Findings:
         """Measure single units, choose the pairs, measure the sets, and compare."""

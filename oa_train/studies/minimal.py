@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationSource, check_suits
@@ -23,6 +22,7 @@ from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
@@ -211,33 +211,26 @@ class Minimal(Study[MinimalSettings]):
         if not self.settings.refit:
             return [self._own()]
         assert self.trained.constants is not None
-        return self._fitted(masks, self.trained.constants, [], "fitting constants without a part")
-
-    def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        if not self.kind.learned:
-            return [self._own()]
-        means = self.source.mean
-        return self._fitted(masks, means, [means, self.source.zero], "fitting constants of complements")
-
-    def _own(self) -> Ablation:
-        """The circuit's own ablation."""
-        return self.kind.prepare(self.source) if self.trained.constants is None else self.trained.constants
-
-    def _fitted(
-        self, masks: Bool[Tensor, "circuit entry"], start: Constants, others: Sequence[Constants], description: str
-    ) -> list[Ablation]:
         fitted = fit_constants(
             self.model,
             self.task,
             self.level,
             masks,
-            [start],
+            [self.trained.constants],
             self.settings.fit,
-            others=others,
             track=self.track,
-            description=description,
+            description="fitting constants without a part",
         )
-        return list(fitted.sets)
+        return [*fitted.sets]
+
+    def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
+        if not self.kind.learned:
+            return [self._own()]
+        return [*fitted_constants(self.source, masks, self.settings.fit, "fitting constants of complements")]
+
+    def _own(self) -> Ablation:
+        """The circuit's own ablation."""
+        return self.kind.prepare(self.source) if self.trained.constants is None else self.trained.constants
 
     def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
         return self.behaviour(self.level, masks, ablations, description, self.settings.fit.rows_per_run)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.random import random_circuits
 from oa_train.progress import Stage, Track
+from oa_train.studies.fitted import fitted_constants
 from oa_train.tasks.task import Task
 
 
@@ -43,17 +44,8 @@ def beside_random_circuits(
     model, task, level, size = source.model, source.task, run.circuit.level, len(run.circuit)
     drawn = random_circuits(level, size, n_circuits, task.seed, run.selected)
     masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
-    sets = fit_constants(
-        model,
-        task,
-        level,
-        masks,
-        [source.mean] * len(masks),
-        fit,
-        others=[source.mean, source.zero],
-        track=track,
-        description="fitting constants of random circuits",
-    ).sets
+    starts = [source.mean] * len(masks)
+    sets = fitted_constants(source, masks, fit, "fitting constants of random circuits", starts=starts)
     with track(len(masks) * n_prompts, "evaluating random circuits") as advance:
         prompts = task.batches("test", n_prompts)
         behaviour = circuit_behaviour(model, prompts, level, masks, sets, fit.rows_per_run, advance=advance)

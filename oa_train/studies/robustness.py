@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
@@ -22,6 +22,7 @@ from oa_train.progress import Stage
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.comparison_tables import label
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import check_ablations
 from oa_train.studies.study import (
     Findings,
@@ -183,21 +184,8 @@ class Robustness(Study[RobustnessSettings]):
 
     def _fitted(self) -> Ablation:
         """Learned constants of the circuit, trained with everything outside ablated."""
-        source, masks = self.source, self.mask.unsqueeze(0)
-        others, fit = [source.mean, source.zero], self.settings.fit
-        starts = [source.mean]
-        described = "fitting constants of the circuit"
-        return fit_constants(
-            self.model,
-            self.task,
-            self.level,
-            masks,
-            starts,
-            fit,
-            others=others,
-            track=self.track,
-            description=described,
-        ).sets[0]
+        masks, described = self.mask.unsqueeze(0), "fitting constants of the circuit"
+        return fitted_constants(self.source, masks, self.settings.fit, described)[0]
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
         """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""

@@ -22,7 +22,7 @@ from oa_train.files import make_next_folder, replace_file
 
 if TYPE_CHECKING:
     from oa_train.ablations.trained import TrainedCircuit
-    from oa_train.models.loading import LMSpec
+    from oa_train.models.spec import LMSpec
 
 CONFIG_FILE = "config.yaml"
 # Inside the folder of a study: what a resumable one has done.
@@ -129,7 +129,7 @@ class RunFolder:
         Raises:
             ArtefactError: it is not where it was, and was not found; the message says where it was looked for.
         """
-        from oa_train.models.loading import LMSpec
+        from oa_train.models.spec import LMSpec
         from oa_train.studies.run_model import located
 
         stored = {key: value for key, value in dict(self.config().get("lm") or {}).items() if key in _KEPT_OF_LM}

@@ -6,8 +6,8 @@ from contextlib import suppress
 from oa_train.artefacts import HEADER_FILE
 from oa_train.errors import ArtefactError
 from oa_train.files import read_json
-from oa_train.models.loading import LMSpec
 from oa_train.models.moved import SIZES, Identity, find_moved, places
+from oa_train.models.spec import LMSpec
 from oa_train.studies.run_folder import FRONT, RunFolder
 
 # Files in a run folder that hold the model's fingerprint.

@@ -1,7 +1,7 @@
 """Every unit of a selection ablated alone, under every ablation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_passes
+from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.engine.direct import direct_attribution
 from oa_train.figures.comparison import Panel, comparison_figure
@@ -21,7 +21,6 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
 from oa_train.studies.comparison_tables import alone_cells, intervals, label
-from oa_train.studies.findings import plain
 from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_unit_options, selected_units
 from oa_train.studies.pieces import Piece, Pieces
@@ -33,7 +32,6 @@ from oa_train.studies.study import (
     Table,
     differences,
     estimates,
-    statistics_stages,
 )
 from oa_train.studies.unit_ablations import UnitAblations, gathered
 
@@ -113,28 +111,12 @@ class Scan(Study[ScanSettings]):
         """The clean model and statistics; then each piece under each ablation."""
         stages = [Stage("the clean model", self.task.n_test), Stage("direct attribution", self.task.n_test)]
         missing = self.pieces.missing(self.n_pieces)
-        stages += statistics_stages(self.kinds, self.task) if missing else []
-        for number in missing:
-            n_parts = len(self._names(number))
-            for kind in self.kinds:
-                if KINDS[kind].learned:
-                    passes = fit_passes(n_parts, self.settings.fit, self.task.n_validation, 1)
-                    stages.append(Stage("constants", passes))
-                stages.append(Stage("the test prompts", n_parts * self.task.n_test))
-        return stages
+        return stages + self._ablations.stages([len(self._names(number)) for number in missing])
 
     @cached_property
     def pieces(self) -> Pieces:
         """Measured pieces, in the study's folder if it has one."""
-        about = {
-            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level names them
-            "units": list(self.parts),
-            "level": self.level.header(),
-            "ablations": self.kinds,
-            "task": self.task.describe() | {"n_test": self.task.n_test, "n_means": self.task.n_means},
-            "fingerprint": self.fingerprint,
-        }
-        return Pieces(self.folder, about)
+        return self._ablations.pieces(self.parts)
 
     def run(self) -> Findings:
         """Measure every unit, and assemble the findings."""

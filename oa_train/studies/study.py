@@ -27,8 +27,9 @@ from oa_train.figures.style import save_figure
 from oa_train.files import make_next_folder, write_json
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
 from oa_train.metrics.measures import MEASURES
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM, fingerprint
+from oa_train.models.weights import fingerprint
 from oa_train.progress import Stage, Track, counted, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.findings import Findings as Findings

@@ -9,7 +9,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
-from oa_train.ablations.fitting import fit_constants, fit_passes
+from oa_train.ablations.fitting import fit_passes
 from oa_train.ablations.registry import AblationSource, check_kind, check_suits
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
@@ -20,7 +20,9 @@ from oa_train.models.sites import DEFAULT_SITES
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.findings import plain
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.greedy import Budget, GreedySearch, Step
+from oa_train.studies.options import patterns_of
 from oa_train.studies.path_tables import (
     TIE_BREAK,
     evenly,
@@ -69,7 +71,7 @@ class Sufficient(Study[SufficientSettings]):
         super().check()
         settings = self.settings
         self.start = self.circuits[0] if self.circuits else None
-        patterns = [settings.components] if isinstance(settings.components, str) else settings.components
+        patterns = patterns_of(settings.components)
         self.level = self._level(patterns)
         self.free = self.level.selected(patterns)
         if self.start is not None:
@@ -264,19 +266,9 @@ class Sufficient(Study[SufficientSettings]):
 
     def _trained(self, masks: Sequence[Tensor]) -> tuple[Behaviour, Constants]:
         """The same as `_curve` with constants trained for each set, and the constants of the last one."""
-        stacked, source, fit = torch.stack([~self.free, *masks]), self.source, self.settings.fit
+        stacked, fit = torch.stack([~self.free, *masks]), self.settings.fit
         assert isinstance(self.ablation, Constants)
-        sets = fit_constants(
-            self.model,
-            self.task,
-            self.level,
-            stacked,
-            [self.ablation],
-            fit,
-            others=[source.mean, source.zero],
-            track=self.track,
-            description="fitting constants of sets",
-        ).sets
+        sets = fitted_constants(self.source, stacked, fit, "fitting constants of sets", starts=[self.ablation])
         described = "sets with constants of their own"
         return self.behaviour(self.level, stacked, sets, described, fit.rows_per_run), sets[-1]
 

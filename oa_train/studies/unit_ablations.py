@@ -1,7 +1,7 @@
 """Sets of units ablated under several kinds of ablation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -9,14 +9,17 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.fitting import RefitSettings, fit_constants
+from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.metrics.measures import MEASURES
 from oa_train.models.levels import Level
+from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.findings import plain
+from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import n_positions
-from oa_train.studies.pieces import Piece
-from oa_train.studies.study import Study, spoken
+from oa_train.studies.pieces import Piece, Pieces
+from oa_train.studies.study import Study, spoken, statistics_stages
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,30 +51,42 @@ class UnitAblations:
         """Ablations by kind; of a learned one, the initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
+    def pieces(self, units: Sequence[str]) -> Pieces:
+        """Measured pieces, in the study's folder if it has one; `units` are those that the study ablates."""
+        study, task = self.study, self.study.task
+        about = {
+            "settings": plain({**asdict(study.settings), "dictionaries": None}),  # the level names them
+            "units": list(units),
+            "level": self.level.header(),
+            "ablations": list(self.kinds),
+            "task": task.describe() | {"n_test": task.n_test, "n_means": task.n_means},
+            "fingerprint": study.fingerprint,
+        }
+        return Pieces(study.folder, about)
+
+    def stages(self, sizes: Sequence[int]) -> list[Stage]:
+        """Statistics, then constants and test prompts of pieces of these sizes, under each kind."""
+        task = self.study.task
+        stages = statistics_stages(self.kinds, task) if sizes else []
+        for size in sizes:
+            for kind in self.kinds:
+                if KINDS[kind].learned:
+                    stages.append(Stage("constants", fit_passes(size, self.fit, task.n_validation, 1)))
+                stages.append(Stage("the test prompts", size * task.n_test))
+        return stages
+
     def measured(self, masks: Bool[Tensor, "circuit entry"], described: str) -> Piece:
         """Measures of circuits under each kind, as tensors `<kind>.<measure>` of [circuit, prompt]."""
         assert self.prepared  # gathered before all stages that use them
         piece: Piece = {}
         for kind in self.kinds:
-            ablations = self._fitted(masks, described) if KINDS[kind].learned else [self.prepared[kind]]
+            ablations: Sequence[Ablation] = [self.prepared[kind]]
+            if KINDS[kind].learned:
+                ablations = fitted_constants(self.source, masks, self.fit, f"fitting constants of {described}")
             shown = f"{described} under {spoken(kind)} ablation"
             behaviour = self.study.behaviour(self.level, masks, ablations, shown, self.fit.rows_per_run)
             piece |= {f"{kind}.{measure}": getattr(behaviour, measure) for measure in MEASURES}
         return piece
-
-    def _fitted(self, masks: Tensor, described: str) -> Sequence[Ablation]:
-        source = self.source
-        return fit_constants(
-            self.study.model,
-            self.study.task,
-            self.level,
-            masks,
-            [source.mean],
-            self.fit,
-            others=[source.mean, source.zero],
-            track=self.study.track,
-            description=f"fitting constants of {described}",
-        ).sets
 
 
 def gathered(pieces: Sequence[Mapping[str, Tensor]], kind: AblationKind, clean: Behaviour) -> Behaviour:

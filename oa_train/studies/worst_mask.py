@@ -9,8 +9,8 @@ import torch
 from oa_train.ablations.ascent import AscentSettings, ascend, mean_losses
 from oa_train.ablations.base import Ablation
 from oa_train.metrics.measures import Loss
+from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM
 from oa_train.progress import Stage, Track
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor

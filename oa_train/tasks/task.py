@@ -12,7 +12,7 @@ import torch
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.files import replace_file
-from oa_train.models.loading import BUILT_IN, LMSpec
+from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Bool, Int, Tensor
 from oa_train.tasks.encoding import PaddingSide, PromptEncoder, Span, Tokenizer, needs_space

@@ -1,5 +1,7 @@
 """Metrics of several circuits, averaged over prompts and processes."""
 
+from collections.abc import Mapping
+
 import torch
 from torchmetrics import Metric
 
@@ -32,3 +34,12 @@ class CircuitMeans(Metric):
     def compute(self) -> Float[Tensor, "figure circuit"]:
         """The means over all prompts so far."""
         return self.total / self.count
+
+
+def each_and_mean(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
+    shown = {name: values.float().mean() for name, values in figures.items()}
+    for name, values in figures.items():
+        if len(values) > 1:
+            shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
+    return shown

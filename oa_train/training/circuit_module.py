@@ -1,6 +1,6 @@
 """Training of circuits: sparse masks and optimal-ablation constants together."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,10 +25,10 @@ from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
-from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
+from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.training.averages import CircuitMeans
+from oa_train.training.averages import CircuitMeans, each_and_mean
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
@@ -265,28 +265,20 @@ class CircuitModule(FrozenModelModule):
             "train/size": self.masks.probabilities().detach().sum(dim=1) + self.masks.n_fixed,
         }
         self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
-        for name, value in self._each_and_mean(figures).items():
+        for name, value in each_and_mean(figures).items():
             self.log(name, value, prog_bar=name in (measure, "train/size"), batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
         return (lost + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
-    def _each_and_mean(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
-        shown = {name: values.float().mean() for name, values in figures.items()}
-        for name, values in figures.items() if self.n_circuits > 1 else ():
-            shown |= {f"{name}/{number}": value for number, value in enumerate(values.float())}
-        return shown
-
     def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
         """The discrete circuits (see `circuit`) with the constants that were trained beside the masks."""
         table = self.replacements.constants
-        sets = (
-            [None] * self.n_circuits if table is None else [constants.detach().to("cpu") for constants in table.sets()]
-        )
         circuits = [self.circuit(number, size) for number in range(self.n_circuits)]
+        if table is None:
+            return [TrainedCircuit(str(number), circuit, None) for number, circuit in enumerate(circuits)]
         return [
-            TrainedCircuit(str(number), circuit, constants and replace(constants, provenance=circuit.provenance))
-            for number, (circuit, constants) in enumerate(zip(circuits, sets, strict=True))
+            TrainedCircuit(str(number), circuit, replace(own.detach().to("cpu"), provenance=circuit.provenance))
+            for number, (circuit, own) in enumerate(zip(circuits, table.sets(), strict=True))
         ]
 
     def circuit(self, number: int = 0, size: int | None = None) -> Circuit:
@@ -341,7 +333,7 @@ class CircuitModule(FrozenModelModule):
         """Log the measures and sizes of all circuits; returns them."""
         figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.compute(), strict=True))}
         self._evaluated.reset()
-        shown = self._each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
+        shown = each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
         for name, value in shown.items():
             self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)
         return figures

@@ -23,9 +23,9 @@ from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.metrics.measures import LOSS_SIGNS, Loss, check_loss
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.levels import Level
-from oa_train.models.loading import BUILT_IN, LMSpec
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_kinds
+from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans

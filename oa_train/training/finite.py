@@ -7,7 +7,7 @@ import torch
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import NotFiniteError
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.shapes import Tensor
 
 

@@ -17,8 +17,11 @@ from torch.optim.swa_utils import SWALR
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
 from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
 from oa_train.models.sharding import shard
+from oa_train.models.spec import LMSpec
+from oa_train.models.weights import fingerprint
 from oa_train.progress import Track, silent
 from oa_train.tasks.task import Task
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, check_state, read_checkpoint, record_of

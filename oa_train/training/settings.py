@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.masks.base import MaskDistribution
 from oa_train.models.dictionaries import DictionarySpec
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 
 Built = TypeVar("Built")
 

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from oa_train.engine.reading import read_values
 from oa_train.models.dictionaries import Dictionary, save_dictionary
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 from oa_train.tasks import IOI, Task

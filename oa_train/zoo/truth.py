@@ -19,8 +19,8 @@ from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.recovery import Recovery, recovery
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor

@@ -15,9 +15,11 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
 from oa_train.errors import ArtefactError
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, fingerprint, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
+from oa_train.models.weights import fingerprint
 from tests.builders import small_ioi
 
 NODES = ("a0.h0", "m0", "a1.h2", "a2.h1")

@@ -17,8 +17,9 @@ from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import Induction
 from tests.builders import random_batch, random_constants, small_ioi, tiny_model
 

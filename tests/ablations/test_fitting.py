@@ -16,9 +16,10 @@ from oa_train.ablations.registry import AblationSource
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.progress import Track
 from tests.builders import small_ioi
 

@@ -11,8 +11,9 @@ from oa_train.ablations.prompts import OtherPromptAblation
 from oa_train.batches import Batch
 from oa_train.engine.reading import read_values
 from oa_train.errors import TaskError
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Task, donors
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import stream_of

@@ -20,9 +20,10 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.reading import read_values
 from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.progress import Track
 from tests.builders import batch_of, random_dictionary, small_ioi
 from tests.engine.selections import EVERY_KIND

@@ -10,8 +10,8 @@ from oa_train.artefacts import Artefact, save_artefact
 from oa_train.circuits.circuit import Circuit, jaccard
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, UnknownNameError
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 
 

@@ -9,8 +9,9 @@ from oa_train.ablations.registry import AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_config, load_model
+from oa_train.models.loading import load_config, load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from tests.builders import small_ioi
 
 FEW = ["--data.n_test", "8", "--data.n_validation", "8", "--data.n_means", "8", "--minimal.fit.steps", "1"]

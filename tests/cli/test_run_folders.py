@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from oa_train.cli.main import main
-from oa_train.models.loading import LMSpec, builtin_models
+from oa_train.models.spec import LMSpec, builtin_models
 from oa_train.studies.run_folder import RunFolder, output_root
 from oa_train.studies.study import Study
 from tests.jobs.fits import ROOT

@@ -19,9 +19,12 @@ from oa_train.engine.levels import masked_logits
 from oa_train.errors import RunError
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.families import FAMILIES, Dimensions
-from oa_train.models.loading import CausalLM, LMSpec, empty_model, freeze
+from oa_train.models.families import FAMILIES
+from oa_train.models.frozen import CausalLM, freeze
+from oa_train.models.loading import empty_model
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
 from tests.builders import TINY_CONFIGS, small_ioi
 from tests.conftest import ARCHETYPES

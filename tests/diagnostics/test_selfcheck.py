@@ -11,7 +11,8 @@ from oa_train.diagnostics import selfcheck
 from oa_train.diagnostics.selfcheck import COMPARISONS, COUNTS, self_check
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES
-from oa_train.models.loading import LMSpec, freeze
+from oa_train.models.frozen import freeze
+from oa_train.models.spec import LMSpec
 from oa_train.tasks.encoding import load_tokenizer
 from tests.builders import BOS, TINY_CONFIGS, VOCABULARY, tiny_model
 

@@ -1,7 +1,7 @@
 """Selections of units of every kind for tests of the engine."""
 
-from oa_train.models.families import find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS
 from tests.builders import random_dictionary

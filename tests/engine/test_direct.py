@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from oa_train.engine.direct import direct_attribution
 from oa_train.engine.forward import scored_logits
 from oa_train.metrics.measures import measured
-from oa_train.models.families import find_parts
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap
 from tests.builders import random_batch, traces, with_spans

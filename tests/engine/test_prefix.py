@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import copies_logits, masked_logits
 from oa_train.engine.prefix import prefix_logits, saved_share
-from oa_train.models.families import find_parts
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap, tapped
 from tests.builders import random_batch, random_constants, random_values, traces, with_spans

@@ -17,7 +17,8 @@ from oa_train.engine.reading import read_values
 from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.dictionaries import Dictionary
-from oa_train.models.families import FAMILIES, find_parts
+from oa_train.models.families import FAMILIES
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap, tapped

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.models.dictionaries import DictionarySpec
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from oa_train.training.strategies import ShardedStrategy

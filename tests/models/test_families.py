@@ -11,8 +11,9 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ModelError
-from oa_train.models.families import FAMILIES, Dimensions, check_config, check_family, find_parts, is_parallel
-from oa_train.models.loading import freeze
+from oa_train.models.families import FAMILIES, check_config, check_family
+from oa_train.models.frozen import freeze
+from oa_train.models.parts import Dimensions, find_parts
 from oa_train.models.residual import find_residual_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import Tap, tapped
@@ -83,7 +84,7 @@ def test_a_scaled_residual_is_folded_into_the_weights():
     ],
 )
 def test_parallel_blocks_are_told_from_others(family, options, parallel):
-    assert is_parallel(AutoConfig.for_model(family, **options)) is parallel
+    assert check_config(AutoConfig.for_model(family, **options)).parallel is parallel
 
 
 def test_post_norms_are_named():

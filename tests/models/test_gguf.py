@@ -10,7 +10,8 @@ from filelock import FileLock
 
 from oa_train.errors import ModelError
 from oa_train.models import gguf as cache
-from oa_train.models.loading import LMSpec, load_config, load_model
+from oa_train.models.loading import load_config, load_model
+from oa_train.models.spec import LMSpec
 from oa_train.tasks.encoding import load_tokenizer
 from tests.builders import GROUPED, VOCABULARY, tiny_model
 

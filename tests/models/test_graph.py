@@ -7,8 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from oa_train.errors import ConfigurationError, ModelError, UnknownNameError
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 
 NEOX = {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 8}

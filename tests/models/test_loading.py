@@ -12,19 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from oa_train.errors import ConfigurationError, ModelError
-from oa_train.models.families import find_parts
-from oa_train.models.loading import (
-    LMSpec,
-    builtin_models,
-    check_finite,
-    empty_model,
-    fingerprint,
-    freeze,
-    load_config,
-    load_model,
-    model_of_config,
-    with_dtype,
-)
+from oa_train.models.frozen import freeze
+from oa_train.models.loading import empty_model, load_config, load_model, model_of_config, with_dtype
+from oa_train.models.parts import find_parts
+from oa_train.models.spec import LMSpec, builtin_models
+from oa_train.models.weights import check_finite, fingerprint
 from tests.builders import tiny_model
 
 WEIGHTS = "model.safetensors"

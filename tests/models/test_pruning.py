@@ -6,8 +6,8 @@ import torch
 
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
-from oa_train.models.families import Dimensions
 from oa_train.models.graph import Graph
+from oa_train.models.parts import Dimensions
 from oa_train.models.pruning import within_budget, without_dangling
 from oa_train.models.selection import Nodes
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from oa_train.models.families import find_parts
+from oa_train.models.parts import find_parts
 from oa_train.models.residual import (
     NormWeights,
     find_residual_parts,

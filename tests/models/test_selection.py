@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from oa_train.errors import ArtefactError, ConfigurationError, UnknownNameError
 from oa_train.models.dictionaries import Dictionary, DictionarySpec, save_dictionary
-from oa_train.models.families import Dimensions
+from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
 from tests.builders import tiny_model

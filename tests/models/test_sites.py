@@ -11,7 +11,8 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.models.dictionaries import Dictionary
-from oa_train.models.families import FAMILIES, Dimensions, find_parts
+from oa_train.models.families import FAMILIES
+from oa_train.models.parts import Dimensions, find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site, SiteKind, check_site_kinds, site_of_name
 from tests.builders import random_batch, random_values, tiny_model

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from benchmarks.real_model import real_model
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
+from oa_train.models.spec import LMSpec
 
 
 @pytest.fixture(scope="session")

@@ -12,10 +12,11 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationSource
 from oa_train.cli.main import main
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
-from oa_train.models.loading import CausalLM, LMSpec
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI
 
 pytestmark = pytest.mark.real

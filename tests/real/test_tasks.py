@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from oa_train.ablations.ability import clean_ability
-from oa_train.models.loading import CausalLM, LMSpec
+from oa_train.models.frozen import CausalLM
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Agreement, Capitals, GreaterThan, Induction, Task
 
 pytestmark = pytest.mark.real

@@ -18,9 +18,12 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import OaTrainError
 from oa_train.metrics.measures import measured
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, LMSpec, fingerprint, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
+from oa_train.models.weights import fingerprint
 from oa_train.studies.curve import Curve, CurveSettings
 from tests.builders import small_ioi
 from tests.known import known_case

@@ -15,8 +15,10 @@ from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.cli.main import main
 from oa_train.errors import OaTrainError
 from oa_train.metrics.recovery import recovery
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.studies.interact import Interact, InteractSettings
 from oa_train.studies.joint import n_screened
 from oa_train.studies.scan import Scan, ScanSettings

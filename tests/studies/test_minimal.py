@@ -22,8 +22,9 @@ from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.estimates import Estimate, paired_difference
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.studies.minimal import Minimal, MinimalSettings, verdict
 from tests.builders import small_ioi
 

@@ -20,9 +20,11 @@ from oa_train.engine.levels import copies_logits, masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.studies.robustness import Robustness, RobustnessSettings
 from oa_train.zoo.known.digit_sum import DIGITS

@@ -14,8 +14,9 @@ from oa_train.cli.main import main
 from oa_train.cli.precheck import stored_config
 from oa_train.errors import ArtefactError
 from oa_train.models import moved
-from oa_train.models.loading import LMSpec, builtin_models, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.moved import places
+from oa_train.models.spec import LMSpec, builtin_models
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.circuit_module import CircuitModule

@@ -17,7 +17,9 @@ from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.engine.direct import direct_attribution
 from oa_train.errors import ArtefactError, OaTrainError
 from oa_train.models.dictionaries import DictionarySpec
-from oa_train.models.loading import CausalLM, LMSpec, load_model
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import load_model
+from oa_train.models.spec import LMSpec
 from oa_train.studies.scan import Scan, ScanSettings
 from oa_train.tasks import IOI
 from tests.jobs.fits import torchrun

@@ -18,8 +18,9 @@ from oa_train.cli.main import main
 from oa_train.errors import ConfigurationError, OaTrainError
 from oa_train.metrics.estimates import ratio_of_means
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
+from oa_train.models.spec import LMSpec
 from oa_train.studies.compare import Compare, CompareSettings
 from oa_train.studies.sufficient import Sufficient, SufficientSettings
 from tests.builders import small_ioi

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from tests.builders import byte_level_tokenizer, training_text
 
 

@@ -7,7 +7,7 @@ import torch
 
 from oa_train.batches import Batch
 from oa_train.errors import TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Prompt, Stream, Task, donors
 from oa_train.tasks.donors import Donors
 from tests.builders import small_ioi

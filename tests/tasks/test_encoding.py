@@ -10,7 +10,7 @@ from transformers import AutoConfig, Gemma3Config, GPT2Config, PreTrainedTokeniz
 
 from oa_train.errors import ModelError, TaskError
 from oa_train.models.families import FAMILIES
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks.encoding import PromptEncoder, bos_token_id, load_tokenizer
 from tests.builders import RARE, TINY_CONFIGS, tiny_model
 

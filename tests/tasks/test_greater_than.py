@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from oa_train.errors import TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import GreaterThan
 from oa_train.tasks.vocabulary import read_words
 from tests.builders import RARE

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import Induction
 from tests.builders import RARE
 

@@ -4,7 +4,7 @@ import re
 import pytest
 
 from oa_train.errors import ConfigurationError, TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Prompt
 from oa_train.tasks.vocabulary import read_data, read_words
 from tests.builders import RARE

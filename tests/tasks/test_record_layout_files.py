@@ -9,7 +9,7 @@ import pytest
 
 from oa_train.errors import ArtefactError
 from oa_train.models.hub import hub_answers
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import Prompt, Records
 
 Row = dict[str, Any]

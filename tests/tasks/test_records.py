@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, TaskError, UnknownNameError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Induction, Prompt, Records
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.record_files import MOST_CHARACTERS

@@ -14,7 +14,8 @@ from transformers import GPT2Config
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError, ModelError, TaskError
-from oa_train.models.loading import BUILT_IN, LMSpec, load_model
+from oa_train.models.loading import load_model
+from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.tasks import IOI, GrammarTask, GreaterThan, Induction, Prompt, Question, Stream, Task
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.encoding import load_tokenizer

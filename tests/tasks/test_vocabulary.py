@@ -1,7 +1,7 @@
 import pytest
 
 from oa_train.errors import TaskError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks.encoding import PromptEncoder
 from oa_train.tasks.vocabulary import read_data, read_words, single_token_words
 from tests.builders import RARE

@@ -15,8 +15,8 @@ from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.models.families import FAMILIES
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec
 from oa_train.models.pruning import without_dangling
+from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 
 from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule

@@ -11,7 +11,7 @@ from oa_train.cli.main import main
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.divergence import kl_divergence
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.training.checkpoints import read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule

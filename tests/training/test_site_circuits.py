@@ -12,8 +12,8 @@ from oa_train.ablations.constants import Constants
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.models.dictionaries import DictionarySpec, save_dictionary
-from oa_train.models.loading import LMSpec
 from oa_train.models.sites import Site
+from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule

@@ -4,7 +4,7 @@ import pytest
 
 from oa_train.metrics.recovery import recovery
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from oa_train.zoo.known import KNOWN_MODELS, KNOWN_TASKS, write_known

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from oa_train.models.loading import LMSpec, builtin_models, load_model
+from oa_train.models.loading import load_model
+from oa_train.models.spec import LMSpec, builtin_models
+from oa_train.seeds import python_generator
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_words
-from oa_train.zoo import tiny
-from oa_train.zoo.tiny import EXAMPLE, HELD_OUT_TEMPLATES, Recipe, SceneIOI
+from oa_train.zoo import tiny, tiny_training
+from oa_train.zoo.tiny import EXAMPLE
+from oa_train.zoo.tiny_prompts import HELD_OUT_TEMPLATES, SceneIOI, pair_held_out
+from oa_train.zoo.tiny_training import Recipe
 
 TINY = builtin_models()["tiny"]
 SHORT = Recipe(steps=40, warmup=5, ioi=8, greater_than=1, induction=1, learning_rate=5e-3)
@@ -84,7 +88,7 @@ def test_the_tokenizer_knows_every_word(name: str) -> None:
 
 
 def test_held_out_scenes_never_enter_training() -> None:
-    tasks = tiny._training_tasks(LMSpec("tiny"), Recipe(), seed=0)
+    tasks = tiny_training._training_tasks(LMSpec("tiny"), Recipe(), seed=0)
     task = tasks[0][0]
     assert isinstance(task, SceneIOI)
     seen = []
@@ -93,14 +97,14 @@ def test_held_out_scenes_never_enter_training() -> None:
         task.prompt("train", index)
     assert len(seen) >= 500
     assert not any(scene.template in HELD_OUT_TEMPLATES for scene in seen)
-    assert not any(tiny.pair_held_out(scene) for scene in seen)
+    assert not any(pair_held_out(scene) for scene in seen)
     assert len({scene.template for scene in seen}) == len(task.templates) - len(HELD_OUT_TEMPLATES)
 
 
 def test_about_a_tenth_of_the_pairs_is_held_out_in_both_roles() -> None:
     task = SceneIOI(LMSpec("tiny"), lambda _: True)
-    scenes = [task.draw_scene(tiny.python_generator("scene", index)) for index in range(2000)]
-    share = sum(map(tiny.pair_held_out, scenes)) / len(scenes)
+    scenes = [task.draw_scene(python_generator("scene", index)) for index in range(2000)]
+    share = sum(map(pair_held_out, scenes)) / len(scenes)
     assert 0.07 < share < 0.13
 
 
@@ -111,7 +115,7 @@ def test_words_of_held_out_templates_stand_in_others() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     recipe = Recipe(steps=100, warmup=10, final=0.05)
-    rates = [tiny._rate(step, recipe) for step in range(100)]
+    rates = [tiny_training._rate(step, recipe) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 1
     assert all(later > earlier for earlier, later in pairwise(rates[:10]))
     assert all(later < earlier for earlier, later in pairwise(rates[10:]))
@@ -128,7 +132,7 @@ def test_the_loss_is_half_of_all_tokens_and_half_of_the_answers() -> None:
         for row in rows:
             log_probabilities = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
             each.append([-log_probabilities[place, token].item() for place, token in enumerate(row[1:])])
-        loss = tiny._loss(model, tokens, mask).item()
+        loss = tiny_training._loss(model, tokens, mask).item()
     expected = 0.5 * sum(map(sum, each)) / 5 + 0.5 * (each[0][-1] + each[1][-1]) / 2
     assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -149,7 +153,7 @@ def test_a_short_run_learns_is_repeatable_and_writes_a_model(tmp_path: Path) -> 
 def test_training_lowers_the_loss_and_other_seeds_differ() -> None:
     tokenizer = tiny.make_tokenizer()
     with tiny.one_thread():
-        runs = [tiny.train(tiny.make_model(tokenizer, seed), LMSpec("tiny"), SHORT, seed) for seed in (0, 1)]
+        runs = [tiny_training.train(tiny.make_model(tokenizer, seed), LMSpec("tiny"), SHORT, seed) for seed in (0, 1)]
     assert all(sum(losses[-5:]) < 0.9 * sum(losses[:5]) for losses in runs)
     assert runs[0] != runs[1]
 

@@ -30,9 +30,9 @@ from oa_train.engine.edges.workspace import workspace_of
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError
-from oa_train.models.families import Parts, find_parts
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
+from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import ResidualParts, find_residual_parts, is_layer_norm, rms_norm_scale, weight_and_bias
 from oa_train.models.sites import Site
 from oa_train.models.taps import Tap, recomputed, replaced_forwards, tapped

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from oa_train.models.loading import CausalLM, model_of_config
+from oa_train.models.frozen import CausalLM
+from oa_train.models.loading import model_of_config
 from oa_train.zoo.known.weights import EPSILON
 from oa_train.zoo.tokenizer import BOS, PAD, SPECIAL
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.tasks import GrammarTask
 from oa_train.tasks.vocabulary import require_enough
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec
+from oa_train.models.spec import LMSpec
 from oa_train.tasks import Task
 from oa_train.zoo.known.backup_induction import BackupInduction, build_backup_induction
 from oa_train.zoo.known.case_induction import CaseInduction, build_case_induction

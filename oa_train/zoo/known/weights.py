@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from oa_train.models.families import check_family, find_parts
-from oa_train.models.loading import CausalLM
+from oa_train.models.families import check_family
+from oa_train.models.frozen import CausalLM
+from oa_train.models.parts import find_parts
 from oa_train.models.residual import find_residual_parts, weight_and_bias
 from oa_train.shapes import Float, Tensor
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.zoo.known.weights import HandWrittenWeights
 from oa_train.zoo.tokenizer import BOS, SPECIAL

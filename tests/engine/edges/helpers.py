@@ -4,8 +4,8 @@ import torch
 
 from oa_train.batches import Batch, unanswered
 from oa_train.engine.values import Values
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
 from tests.builders import BOS, PAD, VOCABULARY, random_mask
 
 ARCHETYPES = ["gpt2", "gpt_neo", "llama", "gemma2"]

@@ -14,9 +14,10 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.diagnostics.reference import run_with_hooks
 from oa_train.engine.values import Values
-from oa_train.models.families import Dimensions, Family, check_config
+from oa_train.models.families import Family, check_config
+from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.loading import CausalLM
+from oa_train.models.parts import Dimensions
 from oa_train.models.sites import Site
 from oa_train.shapes import Float, Tensor
 

@@ -12,7 +12,8 @@ from oa_train.engine.edges.run import edges_called, run_edges
 from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.errors import ConfigurationError, ModelError
-from oa_train.models.families import check_family, find_parts
+from oa_train.models.families import check_family
+from oa_train.models.parts import find_parts
 from oa_train.models.residual import find_residual_parts
 from oa_train.models.selection import Nodes
 from tests.builders import tiny_model

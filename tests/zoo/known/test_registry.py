@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from oa_train.models.graph import Graph
-from oa_train.models.loading import LMSpec, load_model
+from oa_train.models.loading import load_model
+from oa_train.models.spec import LMSpec
 from oa_train.zoo.known.__main__ import main
 from oa_train.zoo.known.registry import EDGES_FILE, KNOWN_MODELS, KNOWN_TASKS, write_known
 

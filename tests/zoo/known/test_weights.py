@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from oa_train.models.loading import CausalLM
+from oa_train.models.frozen import CausalLM
 from oa_train.models.residual import find_residual_parts, head_weights, weight_and_bias
 from oa_train.zoo.known.families import gpt2, gpt_neox, llama
 from oa_train.zoo.known.weights import HandWrittenWeights
