@@ -74,6 +74,28 @@ STAGES = (
         of="capitals",
     ),
     Stage("scan", "scan", "--config configs/scan_smollm2.yaml"),
+    Stage(
+        "curve",
+        "curve",
+        "--run {run}/front/1 --data.n_test 32 --data.n_validation 8 --curve.rankings [scores,attribution,random] "
+        "--curve.random_orders 1 --curve.fractions [0.2,0.4,0.6,0.8] --curve.ablations [optimal,mean,zero] "
+        "--curve.fit.steps 20 --curve.fit.batch_size 4 --curve.fit.evaluate_every 20",
+        of="nodes",
+    ),
+    Stage(
+        "robustness",
+        "robustness",
+        "--run {run}/front/1 --data.n_test 64 --robustness.n_subsets 8 --robustness.densities [0.25,0.5,0.75] "
+        "--robustness.ascent.steps 20 --robustness.ascent.step_size 0.1 --robustness.ascent.n_prompts 8 "
+        "--robustness.ascent.random_starts 1",
+        of="nodes",
+    ),
+    Stage(
+        "interact",
+        "interact",
+        "--run {run} --data.n_test 32 --interact.scan {run}/studies/scan_0 --interact.ablation mean",
+        of="scan",
+    ),
 )
 
 
