@@ -46,7 +46,8 @@ _NO_MEMORY = re.compile(r"out of memory|allocate memory|enough memory|bad_alloc|
 _LOWER = """\
 A step needs less with a smaller --data.batch_size, --model.samples_per_prompt (circuits) or --model.rows_per_run
 (constants), --model.recompute true and --lm.dtype bfloat16; evaluation needs less with a smaller
---data.evaluation_batch_size. `oa-train inspect` estimates a step."""
+--data.evaluation_batch_size, a study with a smaller fit.rows_per_run, a scan or interact also with a smaller
+parts_at_once. `oa-train inspect` estimates a step."""
 
 _NO_PEER = re.compile(r"gloo/|connection (closed|reset) by peer|nccl (error|communicator)|broken pipe", re.IGNORECASE)
 _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
