@@ -128,6 +128,9 @@ class _Growth:
                 per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
                 return value[prompts] if per_row else value
 
-            return (grown, *tree_map(by_row, tuple(others))), tree_map(by_row, kwargs)
+            changed = tree_map(by_row, kwargs)
+            if isinstance(kwargs.get("alibi"), Tensor):  # has a row for each prompt and head
+                changed["alibi"] = kwargs["alibi"].unflatten(0, (self.counts[0], -1))[prompts].flatten(0, 1)
+            return (grown, *tree_map(by_row, tuple(others))), changed
 
         return join

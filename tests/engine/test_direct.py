@@ -21,11 +21,11 @@ def terms(model, batch, *kinds: str) -> torch.Tensor:
 
 
 @pytest.fixture
-def model(common_model, monkeypatch):
+def model(any_model, monkeypatch):
     """A model whose logits are linear in what the final norm returns: soft-capping is taken away."""
-    if getattr(common_model.config, "final_logit_softcapping", None):
-        monkeypatch.setattr(common_model.config, "final_logit_softcapping", None)
-    return common_model
+    if getattr(any_model.config, "final_logit_softcapping", None):
+        monkeypatch.setattr(any_model.config, "final_logit_softcapping", None)
+    return any_model
 
 
 def logit_difference(model, batch, *taps: Tap) -> torch.Tensor:

@@ -41,11 +41,11 @@ def assert_prefix(model, batch, level: Nodes, masks: torch.Tensor, values, leave
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_circuits_of_different_layers_are_each_alone_in_value_and_gradient(common_model, side):
-    batch, level = random_batch([7, 5], side), Nodes.of(common_model.config, ["embedding", "residual", "heads", "mlp"])
+def test_circuits_of_different_layers_are_each_alone_in_value_and_gradient(any_model, side):
+    batch, level = random_batch([7, 5], side), Nodes.of(any_model.config, ["embedding", "residual", "heads", "mlp"])
     masks = circuits(level, ("m2",), ("a0.h1", "m2"), ("r3",), (), ("a1", "m1"), ("input",), ("m0", "a2.h3"))
     values = random_values(level, 2 * len(masks), 7)
-    assert_prefix(common_model, batch, level, masks, values, list(values.values()))
+    assert_prefix(any_model, batch, level, masks, values, list(values.values()))
 
 
 @pytest.mark.parametrize("lengths", [[6], [5, 7], [4, 4, 4]])

@@ -12,7 +12,8 @@ from tests.builders import quiet_trainer
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", KNOWN_MODELS)
+# Where a part has a backup either of the two will do, so more than one circuit is right.
+@pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if name != "backup_induction"])
 def test_edges_of_known_models_are_found_and_no_others(name, tmp_path):
     known, lm = write_known(name, tmp_path), LMSpec(str(tmp_path))
     module = CircuitModule(lm=lm, level="edges", penalty_weight=0.04)
