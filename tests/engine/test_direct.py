@@ -6,6 +6,7 @@ from torch.testing import assert_close
 
 from oa_train.engine.direct import direct_attribution
 from oa_train.engine.forward import scored_logits
+from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import measured
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
@@ -49,7 +50,9 @@ def test_what_is_written_adds_up_to_the_logit_difference(model, side):
 @pytest.mark.parametrize(("parts", "whole"), [("heads", "attention"), ("neurons", "mlp")])
 def test_units_of_a_layer_add_up_to_it_but_for_the_bias_of_their_projection(model, parts, whole):
     if parts not in plain_kinds(model):
-        pytest.skip("Mixtures of experts have no neurons.")
+        with pytest.raises(ConfigurationError, match="no sites of the kind 'neurons'"):
+            terms(model, random_batch([7, 5]), parts)
+        return
     batch, found = random_batch([7, 5]), find_parts(model)
     projections = found.attention_outputs if parts == "heads" else found.down_projections
     biases = [bias for projection in projections if (bias := projection.bias) is not None]
