@@ -26,9 +26,11 @@ def chunks(
     """Pieces of a batch, each with slices of the circuits; the circuits of a slice run on the piece together.
 
     A run has at most `rows_per_run` rows, circuits times prompts; `gradients` is True if a backward pass follows.
+    Prompts are split first: circuits on the same prompts share their clean prefix, whose cost a run of few circuits
+    would not recover.
     """
     row_bytes = ENGINES[type(level)].row_bytes(model, batch, gradients)
-    within_memory = max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize
-    for piece in batch.pieces(within_memory):
-        at_once = max(1, min(rows_per_run, within_memory) // len(piece))
+    most_rows = min(rows_per_run, max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize)
+    for piece in batch.pieces(max(1, most_rows // max(1, n_circuits))):
+        at_once = max(1, most_rows // len(piece))
         yield piece, [slice(first, min(first + at_once, n_circuits)) for first in range(0, n_circuits, at_once)]

@@ -37,12 +37,12 @@ def test_runs_of_nodes_cover_every_circuit_and_prompt_once_within_the_rows(model
     batch = random_batch([4, 6, 3, 5, 4])
     pieces = list(chunks(model, Nodes.of(model.config), batch, n_circuits, rows_per_run))
     assert sorted(pairs(pieces, n_circuits)) == everything(5, n_circuits)
-    ((piece, slices),) = pieces
-    assert piece is batch
-    # A circuit is never cut, so a run has one at least.
-    most = max(1, rows_per_run // 5)
-    assert [circuits.stop - circuits.start for circuits in slices[:-1]] == [min(most, n_circuits)] * (len(slices) - 1)
-    assert len(slices) == -(-n_circuits // most)
+    for piece, slices in pieces:
+        assert all(len(piece) * (circuits.stop - circuits.start) <= rows_per_run for circuits in slices)
+    # All circuits run together on as many prompts as the rows allow; only for more circuits than rows are they cut.
+    together = max(1, rows_per_run // n_circuits)
+    assert [len(piece) for piece, _ in pieces[:-1]] == [together] * (len(pieces) - 1)
+    assert all(len(slices) == max(1, -(-n_circuits // rows_per_run)) for _, slices in pieces)
 
 
 @pytest.mark.parametrize("gradients", [False, True])
