@@ -32,6 +32,8 @@ from oa_train.cli.runs import finished_results
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
 from oa_train.cli.training_lines import training_bar
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
+from oa_train.models.loading import load_config
+from oa_train.models.spec import LMSpec
 from oa_train.studies.finish import Finished, FinishSettings, finish
 from oa_train.studies.finish_constants import finish_constants
 from oa_train.studies.run_folder import RunFolder
@@ -157,6 +159,7 @@ class OaTrainCLI(LightningCLI):
         if chosen.ckpt_path is not None:
             self._checkpoint = _read_named(chosen.ckpt_path)  # before the model is loaded
         with building():
+            load_config(LMSpec(**vars(chosen.lm)))  # a model that does not exist is told before its tokenizer
             super().instantiate_classes()
         self.datamodule = TaskData(self.datamodule)
 

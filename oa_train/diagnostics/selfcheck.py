@@ -19,7 +19,7 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
-from oa_train.models.families import check_family
+from oa_train.models.families import check_config, check_family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.models.parts import find_parts
@@ -268,7 +268,7 @@ def _wrong_parallel(trial: _Trial) -> float:
         taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), batch.layout)
         scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
         runs.append(outputs)
-    parallel = trial.parts.family.parallel
+    parallel = check_config(trial.model.config).parallel
     pairs = enumerate(zip(*runs, strict=True))
     return sum(torch.equal(before[row], after[row]) != parallel for row, (before, after) in pairs)
 

@@ -55,10 +55,13 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     def keep(module: nn.Module, side: str, tensor: Tensor) -> None:
         seen[module, side] = scored(tensor)
 
-    written = {site: writer(parts, site.layer) for site in nodes.sites if (writer := _WRITERS.get(site.kind))}
+    written: dict[Site, tuple[nn.Module, nn.Module] | None] = {}
     taps = []
-    for site, modules in written.items():
+    for site in nodes.sites:
+        if site.kind not in _WRITERS:
+            continue
         module, side = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
+        modules = written[site] = _WRITERS[site.kind](parts, site.layer)
         taps.append(Tap(module, side, partial(keep, module, side)))
         if modules is not None and _has_post_norm(*modules):
             taps.append(Tap(modules[1], "input", partial(keep, modules[1], "input")))

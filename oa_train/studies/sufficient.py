@@ -15,14 +15,14 @@ from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.estimates import Estimate, written
-from oa_train.models.selection import Nodes
+from oa_train.models.levels import Level
 from oa_train.models.sites import DEFAULT_SITES
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.findings import plain
 from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.greedy import Budget, GreedySearch, Step
-from oa_train.studies.options import patterns_of
+from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.path_tables import (
     TIE_BREAK,
     evenly,
@@ -83,21 +83,21 @@ class Sufficient(Study[SufficientSettings]):
         check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
         self._own = self._own_constants()
 
-    def _level(self, patterns: Sequence[str]) -> Nodes:
+    def _level(self, patterns: list[str]) -> Level:
         settings = self.settings
         if self.start is None:
-            dictionaries = [spec.load() for spec in settings.dictionaries]
-            return Nodes.of(self.model.config, settings.sites, patterns, dictionaries)
+            return selected_units(self.model.config, settings.sites, patterns, settings.dictionaries)[0]
         level = self.start.circuit.level
-        if not isinstance(level, Nodes):
+        if not level.has_one_stream:
             raise ConfigurationError(
                 f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost no "
                 "edge does anything without others on its path, so a greedy search cannot start. "
                 "minimal tests each edge of a circuit; fit with --model.level edges finds circuits of edges."
             )
-        if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(level.kinds):
+        kinds, _ = level.entry_kinds
+        if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(kinds):
             raise ConfigurationError(
-                f"sites is {settings.sites}, but the circuit of {self.start.name} is of {', '.join(level.kinds)}. "
+                f"sites is {settings.sites}, but the circuit of {self.start.name} is of {', '.join(kinds)}. "
                 "Leave sites out, or leave --run out and name the model with --lm.name."
             )
         return level

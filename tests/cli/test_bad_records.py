@@ -46,16 +46,16 @@ BAD = {
     "missing_field": (without("answer"), ["line 3", "'answer'", "leave them out with --data.bad_rows leave_out.\n"]),
     "missing_counterfactual": (
         without("counterfactual"),
-        ["line 3", "`counterfactual` is not as in other rows", "Mend"],
+        ["line 3", "`counterfactual` is not as in other rows", "Fix"],
     ),
     "unknown_field": (with_a_last(answr="Lucy"), ["line 21", "unknown field 'answr'", "--data.ignored_fields"]),
     "clean_is_counterfactual": (
         with_a_last(prompt=SAME, counterfactual=SAME),
-        ["line 21", "the counterfactual is the prompt itself", "Mend"],
+        ["line 21", "the counterfactual is the prompt itself", "Fix"],
     ),
     "other_length": (
         with_a_last(counterfactual="Then, Anna met Lucy. Anna gave a pen and a book to"),
-        ["line 21", "the counterfactual has another number of tokens than its prompt", "tokens in", "Mend"],
+        ["line 21", "the counterfactual has another number of tokens than its prompt", "tokens in", "Fix"],
     ),
     "empty": (b"", ["prompts.jsonl has no rows. Expected one for each prompt, with the fields `prompt`"]),
     "blank_lines": (
@@ -64,15 +64,15 @@ BAD = {
     ),
     "long_line": (
         GOOD.encode() + b'{"prompt": "' + b"x" * 10_000_000 + b'"}',
-        ["line 21", "longer than 1,000,000 characters", "10,000,014 characters", "Mend"],
+        ["line 21", "longer than 1,000,000 characters", "10,000,014 characters", "Fix"],
     ),
     "two_splits": (
         GOOD.encode() + IN_TWO.encode(),
-        ["line 21", "the same prompt in two splits", "train here and none in line 1", "Mend"],
+        ["line 21", "the same prompt in two splits", "train here and none in line 1", "Fix"],
     ),
     "no_continuation": (
         with_a_last(answer="ly", prompt="Then, Anna was real"),
-        ["line 21", "an answer with a word that this tokenizer does not know", "Mend"],
+        ["line 21", "an answer with a word that this tokenizer does not know", "Fix"],
     ),
     "utf_16": (GOOD.encode("utf-16"), ["UTF-16; expected UTF-8. Save it as UTF-8"]),
     "latin_1": (with_a_last() + b"\n\xe9", ["line 22", "0xe9 is not UTF-8", "iconv -f latin1"]),

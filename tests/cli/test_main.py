@@ -48,10 +48,13 @@ def test_commands_describe_their_options(command, capsys):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_parses_and_prints_itself(config, capsys):
-    assert main(["fit", "--config", str(config), "--print_config"]) == 0
+    command = "scan" if config.stem.startswith("scan") else "fit"
+    assert main([command, "--config", str(config), "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["class_path"].startswith("oa_train.")
-    assert "lm" not in printed["model"]["init_args"]
+    assert printed["data"]["class_path"].startswith("oa_train.")
+    if command == "fit":
+        assert printed["model"]["class_path"].startswith("oa_train.")
+        assert "lm" not in printed["model"]["init_args"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
