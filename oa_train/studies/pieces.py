@@ -72,8 +72,9 @@ class Pieces:
             yield self._read(number)
 
     def missing(self, n_pieces: int) -> list[int]:
-        """Numbers of the pieces that are still to be computed, by any process."""
-        return [number for number in range(n_pieces) if self._folder is None or not self._file(number).exists()]
+        """Numbers of the pieces that this process is still to compute."""
+        own = range(self._rank, n_pieces, self._n_ranks)
+        return [number for number in own if self._folder is None or not self._file(number).exists()]
 
     def _file(self, number: int) -> Path:
         assert self._folder is not None
