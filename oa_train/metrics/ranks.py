@@ -12,6 +12,9 @@ from oa_train.shapes import Bool, Float, Tensor
 
 N_DRAWS = 1000
 
+# Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
+FLOOR = 1e-6
+
 
 @dataclass(frozen=True)
 class Bootstrapped:
@@ -92,7 +95,7 @@ def beyond(
 
 def _ratios(first: Tensor, second: Tensor, seed: int) -> np.ndarray:
     means = resampled_means(seed, first, second)
-    ratios: np.ndarray = means[0] / np.maximum(means[1], np.finfo(float).tiny)
+    ratios: np.ndarray = np.maximum(means[0], FLOOR) / np.maximum(means[1], FLOOR)
     return ratios
 
 

@@ -16,7 +16,7 @@ from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, estimate, written
-from oa_train.metrics.ranks import above, mean_ratio, median_ratio, rank_correlation
+from oa_train.metrics.ranks import FLOOR, above, mean_ratio, median_ratio, rank_correlation
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
@@ -34,9 +34,6 @@ from oa_train.studies.study import (
     estimates,
 )
 from oa_train.studies.unit_ablations import UnitAblations, gathered
-
-# Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
-FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
