@@ -70,7 +70,7 @@ def test_a_circuit_from_fit_to_compare(
     )
     kl = {row["ablation"]: row["kl"]["mean"] for row in results(run, "compare_0")["rows"]}
     assert kl["optimal"] < kl["zero"]
-    assert len(kl) == 7
+    assert len(kl) == 8
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) < 400
     assert (run / "studies" / "compare_0" / "figures" / "comparison.png").stat().st_size > 10_000
