@@ -8,7 +8,6 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
-from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.metrics.measures import Loss, loss_of
@@ -44,14 +43,13 @@ def mask_gradients(
     """
     ablation, gradients = ablation.to(model.device), []
     for batch in batches:
-        for whole, _ in chunks(model, level, batch.to(model.device), 1, rows_per_run, gradients=True):
-            for piece in whole.pieces(rows_per_run):
-                values = ablation.replacements(piece, partial(read_values, model, level=level))
-                dtype = torch.promote_types(model.dtype, torch.float32)
-                mask = torch.ones(len(piece), len(level), device=model.device, dtype=dtype, requires_grad=True)
-                with torch.no_grad():
-                    clean = scored_logits(model, piece)
-                losses = loss_of(loss, clean, masked_logits(model, piece, level, mask, values), piece)
-                gradients.append(torch.autograd.grad(losses.sum(), mask)[0].cpu())
-                advance(WITH_GRADIENTS * len(piece))
+        for piece, _ in chunks(model, level, batch.to(model.device), 1, rows_per_run, gradients=True):
+            values = ablation.replacements(piece, partial(read_values, model, level=level))
+            dtype = torch.promote_types(model.dtype, torch.float32)
+            mask = torch.ones(len(piece), len(level), device=model.device, dtype=dtype, requires_grad=True)
+            # With everything kept these are the clean logits.
+            logits = masked_logits(model, piece, level, mask, values)
+            losses = loss_of(loss, logits.detach(), logits, piece)
+            gradients.append(torch.autograd.grad(losses.sum(), mask)[0].cpu())
+            advance(WITH_GRADIENTS * len(piece))
     return torch.cat(gradients)

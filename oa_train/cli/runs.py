@@ -58,7 +58,7 @@ def _results(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _rows(run: RunFolder, root: Path) -> Iterator[dict[str, str]]:
-    """Rows of a run: one for each of its circuits, or one for the run if it has none."""
+    """A row for each circuit of a run, or for the run if it has no circuits."""
     try:
         config = read_config(run.config_path)
     except ConfigurationError:  # a configuration of something else

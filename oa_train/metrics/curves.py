@@ -40,10 +40,10 @@ def recovery_area(
         nothing to recover.
     """
     means = _means(values, identities)
-    lost = means[0] - means[-1]
-    if not lost.min() > 0:
+    gaps = means[0] - means[-1]
+    if not gaps.min() > 0:
         return None
-    shares = (means - means[-1]) / lost
+    shares = (means - means[-1]) / gaps
     return _bootstrapped(np.trapezoid(shares, fractions.double().numpy(), axis=0), values, identities)
 
 

@@ -1,4 +1,4 @@
-"""Where the files of a model are, and what is wrong with those that cannot be loaded."""
+"""Paths of a model's files, and errors of those that cannot be loaded."""
 
 import json
 import os

@@ -31,7 +31,7 @@ SIZES = {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_m
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run knows of its model.
+    """Fingerprint, family and sizes of a run's model.
 
     Attributes:
         fingerprint: digest of the weights.

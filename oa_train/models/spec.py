@@ -1,4 +1,4 @@
-"""What to load: a model by name, with the options of loading it."""
+"""Specification of a model: its name and the options of loading it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -40,12 +40,12 @@ class MeasuredCurve:
     ) -> dict[str, Estimate]:
         """Areas, and the last fraction before the curve breaks; no `recovery_area` if there is nothing to recover."""
         measured, identities = self.behaviour, self.behaviour.identities
-        lost = measured.kl if broken_by == "kl" else measured.accuracy[:1] - measured.accuracy
+        rise = measured.kl if broken_by == "kl" else measured.accuracy[:1] - measured.accuracy
         recovery = recovery_area(fractions, measured.logit_difference, identities)
         return {
             "kl_area": area(fractions, measured.kl, identities),
             **({} if recovery is None else {"recovery_area": recovery}),
-            "holds_until": holds_until(fractions, lost, bound, identities),
+            "holds_until": holds_until(fractions, rise, bound, identities),
         }
 
     def rows(self, ablated: Sequence[int]) -> Iterator[dict[str, Any]]:

@@ -54,8 +54,8 @@ class Interact(Study[InteractSettings]):
         patterns, primary = patterns_of(settings.components), patterns_of(settings.primary)
         pairs = settings.pairs if isinstance(settings.pairs, list) else []
         named = [name for names in (*pairs, *settings.groups) for name in names]
-        every = [*patterns, *primary, *named]
-        self.level, _ = selected_units(self.model.config, settings.sites, every, settings.dictionaries)
+        all_patterns = [*patterns, *primary, *named]
+        self.level, _ = selected_units(self.model.config, settings.sites, all_patterns, settings.dictionaries)
         self.units, self.primary = self.level.select(patterns), self.level.select(primary)
         if len(self.units) < 1 + settings.all_pairs:
             raise ConfigurationError(

@@ -83,7 +83,7 @@ class Minimal(Study[MinimalSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """Refuse a circuit without parts, and one of an ablation by constants that has none."""
+        """Refuse a circuit without parts, or without the constants that its ablation needs."""
         super().check()
         self.trained = self.circuits[0]
         self.kind = KINDS[self.trained.ablation]

@@ -191,8 +191,8 @@ class Sufficient(Study[SufficientSettings]):
         clean = self.clean_behaviour()
         points = evenly(len(steps), self.settings.curve_points)
         curve = self._curve([steps[point].mask for point in points])
-        every = self.settings.fit_every
-        fitted = sorted({*(points[::every] if every else ()), len(steps) - 1})
+        stride = self.settings.fit_every
+        fitted = sorted({*(points[::stride] if stride else ()), len(steps) - 1})
         trained, constants = (
             self._trained([steps[point].mask for point in fitted]) if self.kind.learned else (None, None)
         )

@@ -255,20 +255,20 @@ class CircuitModule(FrozenModelModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the circuits' losses and penalties; see `masked_loss`."""
-        lost, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
-        measure, means, paid = f"train/{self.loss}", self.over_processes(lost), penalty.detach()
-        self.check_finite({measure: means, "train/penalty": paid}, "Parts of the loss", batch)
+        losses, penalty = self.masked_loss(batch, self.clean_logits(batch), self._rows_of_step(batch, batch_idx))
+        measure, means, penalties = f"train/{self.loss}", self.over_processes(losses), penalty.detach()
+        self.check_finite({measure: means, "train/penalty": penalties}, "Parts of the loss", batch)
         figures = {
             measure: LOSS_SIGNS[self.loss] * means,
-            "train/penalty": paid,
+            "train/penalty": penalties,
             "train/penalty_weight": self.penalty.weight.expand(self.n_circuits),
             "train/size": self.masks.probabilities().detach().sum(dim=1) + self.masks.n_fixed,
         }
-        self.log("train/loss", (means + paid).mean(), prog_bar=True, batch_size=len(batch))
+        self.log("train/loss", (means + penalties).mean(), prog_bar=True, batch_size=len(batch))
         for name, value in each_and_mean(figures).items():
             self.log(name, value, prog_bar=name in (measure, "train/size"), batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
-        return (lost + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        return (losses + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
         """The discrete circuits (see `circuit`) with the constants that were trained beside the masks."""
