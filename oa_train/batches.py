@@ -11,6 +11,12 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 TensorFunction = Callable[[Tensor], Tensor]
 
+# A span of all real tokens.
+WHOLE = "every"
+
+# Tokens beside or inside a named span, by what follows its name: `subject_last` is the last token of `subject`.
+_DERIVED = ("_first", "_last", "_next")
+
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
@@ -31,18 +37,27 @@ class TokenLayout:
     continued: bool = False
 
     def span(self, name: str) -> Bool[Tensor, "row position"]:
-        """Tokens of a span: a named one, or `-1` for each row's last real token, `-2` for the one before it.
+        """Tokens of a span.
+
+        That is a named one, its first or last token or the one after it (`subject_first`, `subject_last`,
+        `subject_next`), `-1` for each row's last real token, `-2` for the one before it, or `every` for all tokens.
 
         Raises:
             TaskError: the prompts have no span of that name, or one of them has no token in it that may be ablated.
         """
-        if name in self.spans:
-            inside = self.spans[name]
+        base, derived = name, ""
+        if name not in self.spans:
+            derived = next((suffix for suffix in _DERIVED if name.endswith(suffix)), "")
+            base = name.removesuffix(derived)
+        if base in self.spans:
+            inside = self._derived(self.spans[base], derived)
+        elif name == WHOLE:
+            inside = self.real
         elif name.startswith("-") and name[1:].isdigit():
             from_the_end = self.real.long().flip(1).cumsum(dim=1).flip(1)
             inside = self.real & (from_the_end == int(name[1:]))
         else:
-            known = f"{nearest_names(name, self.spans)} " if self.spans else "These prompts name no spans. "
+            known = f"{nearest_names(base, self.spans)} " if self.spans else "These prompts name no spans. "
             raise TaskError(
                 f"There is no span {name!r} in these prompts. {known}-1 is the last token of every prompt."
             )
@@ -55,6 +70,16 @@ class TokenLayout:
                 "beginning-of-sequence token never is). Choose another span, or leave such prompts out."
             )
         return inside
+
+    def _derived(self, span: Bool[Tensor, "row position"], which: str) -> Bool[Tensor, "row position"]:
+        """The tokens of a span, its first, its last, or the one after its last."""
+        columns = torch.arange(span.shape[1], device=span.device)
+        if which == "_first":
+            return span & (columns == span.long().argmax(dim=1, keepdim=True))
+        last = torch.where(span, columns, -1).amax(dim=1, keepdim=True)
+        if which == "_last":
+            return span & (columns == last)
+        return self.real & (columns == last + 1) & (last >= 0) if which else span
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,10 +1,12 @@
 """Gaussian noise in place of a unit's value."""
 
+from functools import partial
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from oa_train.ablations.base import Ablation, ValuesOf
-from oa_train.ablations.constants import Constants
+from oa_train.ablations.constants import Constants, Tables
 from oa_train.batches import Batch
 from oa_train.engine.values import Values
 from oa_train.models.sites import Site
@@ -38,7 +40,7 @@ class NoiseAblation(Ablation):
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
         """Draw noise for every row and column; no model is run."""
         means, spreads = self._mean.replacements(batch), self._spread.replacements(batch)
-        drawn = self._draws(batch)
+        drawn = _standard_normal(self._mean.tables, batch, self._seed)
         spans, width = self._mean.slots.spans, batch.tokens.shape[1]
         # Each span has a centre of its own and the same draws.
         tensors = {
@@ -50,26 +52,70 @@ class NoiseAblation(Ablation):
         columns = torch.arange(width, device=batch.tokens.device).expand(len(batch), -1)
         return Values(tensors, {span: number * width + columns for number, span in enumerate(spans)})
 
-    def _draws(self, batch: Batch) -> dict[Site, Float[Tensor, "row position unit width"]]:
-        """Standard normal numbers for each row's real tokens, which do not depend on padding.
 
-        Sites that share a stream are drawn together.
+class AddedNoiseAblation(Ablation):
+    """Adds Gaussian noise to each unit's clean value, as causal tracing corrupts subjects (Meng et al. 2022).
+
+    Args:
+        deviation: standard deviation of the noise in every dimension.
+        seed: of the random numbers; a prompt's draw is seeded by its number as well.
+    """
+
+    def __init__(self, deviation: Constants, seed: int) -> None:
+        self._deviation, self._seed = deviation, seed
+
+    @classmethod
+    def of_spread(cls, means: Constants, spread: Constants, scale: float, seed: int) -> "AddedNoiseAblation":
+        """Noise of `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
+
+        Args:
+            means: mean in every dimension.
+            spread: standard deviation in every dimension.
+            scale: 3 in causal tracing.
+            seed: of the random numbers.
         """
-        together: dict[str, list[Site]] = {}
-        for site in self._mean.tables:
-            together.setdefault(_STREAMS.get(site.kind, site.key), []).append(site)
-        return {
-            site: drawn
-            for stream, sites in together.items()
-            for site, drawn in zip(sites, self._draw(stream, sites, batch), strict=True)
-        }
+        return cls(spread.mapped_with(means, partial(_overall, scale)), seed)
 
-    def _draw(self, stream: str, sites: list[Site], batch: Batch) -> list[Float[Tensor, "row position unit width"]]:
-        table = self._mean.tables[sites[0]]
-        rows = []
-        for number, length in zip(batch.example_ids.tolist(), batch.lengths.tolist(), strict=True):
-            generator = torch_generator(self._seed, "noise", stream, number, device=table.device)
-            rows.append(torch.randn(length, len(sites), *table.shape[1:], generator=generator, device=table.device))
-        drawn = pad_sequence(rows, batch_first=True)
-        aligned = drawn[torch.arange(len(batch), device=table.device).unsqueeze(1), batch.positions]
-        return list(aligned.to(table.dtype).unbind(dim=2))
+    def to(self, device: torch.device | str) -> "AddedNoiseAblation":
+        """Copy the standard deviations to a device."""
+        return AddedNoiseAblation(self._deviation.to(device), self._seed)
+
+    def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
+        """Clean values with noise for every row and column; runs the clean model."""
+        clean, deviations = values_of(batch), self._deviation.replacements(batch)
+        drawn = _standard_normal(self._deviation.tables, batch, self._seed)
+        (span,) = self._deviation.slots.spans
+        return Values({site: clean[site] + deviations.at(site, span) * drawn[site] for site in deviations})
+
+
+def _overall(scale: float, spread: Tensor, mean: Tensor) -> Tensor:
+    """`scale` times the standard deviation of all numbers of a unit, from those of its dimensions."""
+    squares = (spread.square() + mean.square()).mean(dim=-1, keepdim=True)
+    return (scale * (squares - mean.mean(dim=-1, keepdim=True).square()).sqrt()).expand_as(spread)
+
+
+def _standard_normal(tables: Tables, batch: Batch, seed: int) -> dict[Site, Float[Tensor, "row position unit width"]]:
+    """Standard normal numbers for each row's real tokens, which do not depend on padding.
+
+    Sites that share a stream are drawn together.
+    """
+    together: dict[str, list[Site]] = {}
+    for site in tables:
+        together.setdefault(_STREAMS.get(site.kind, site.key), []).append(site)
+    return {
+        site: drawn
+        for stream, sites in together.items()
+        for site, drawn in zip(sites, _draw(stream, sites, tables[sites[0]], batch, seed), strict=True)
+    }
+
+
+def _draw(
+    stream: str, sites: list[Site], table: Tensor, batch: Batch, seed: int
+) -> list[Float[Tensor, "row position unit width"]]:
+    rows = []
+    for number, length in zip(batch.example_ids.tolist(), batch.lengths.tolist(), strict=True):
+        generator = torch_generator(seed, "noise", stream, number, device=table.device)
+        rows.append(torch.randn(length, len(sites), *table.shape[1:], generator=generator, device=table.device))
+    drawn = pad_sequence(rows, batch_first=True)
+    aligned = drawn[torch.arange(len(batch), device=table.device).unsqueeze(1), batch.positions]
+    return list(aligned.to(table.dtype).unbind(dim=2))

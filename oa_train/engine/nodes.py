@@ -40,9 +40,10 @@ def node_taps(
     some of the sites.
 
     Raises:
-        TaskError: a span is missing, or spans of one unit share a token.
+        TaskError: a span is missing, or a row ablates a unit at two spans that share a token.
     """
-    parts, spans = find_parts(model), _spans(nodes, layout)
+    parts, spans = find_parts(model), {name: layout.span(name) for name in nodes.spans if name is not None}
+    _check_overlaps(nodes, mask, spans)
     by_site: dict[Site, list[Group]] = {}
     for group in nodes.groups:
         if sites is None or group.site in sites:
@@ -54,16 +55,21 @@ def node_taps(
     ]
 
 
-def _spans(nodes: Nodes, layout: TokenLayout) -> dict[str, Bool[Tensor, "row position"]]:
-    """Tokens of every span of a selection."""
-    spans = {name: layout.span(name) for name in nodes.spans if name is not None}
+def _check_overlaps(
+    nodes: Nodes, mask: Float[Tensor, "row entry"], spans: dict[str, Bool[Tensor, "row position"]]
+) -> None:
+    """Refuse to replace a unit twice at one token; its spans may overlap where rows ablate it at one of them only."""
     for first, second in nodes.span_pairs:
-        if bool((spans[first] & spans[second]).any()):
-            raise TaskError(
-                f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
-                "unit must not overlap. Select the unit at one of them."
-            )
-    return spans
+        overlapping = (spans[first] & spans[second]).any(dim=1)
+        if not bool(overlapping.any()):
+            continue
+        numbers = [nodes.spans.index(first), nodes.spans.index(second)]
+        for units in nodes.replaced(mask >= 1).values():
+            if bool((units[:, numbers].all(dim=1).any(dim=1) & overlapping).any()):
+                raise TaskError(
+                    f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
+                    "unit must not overlap. Select the unit at one of them."
+                )
 
 
 def _mixer(

@@ -1,0 +1,236 @@
+"""Causal tracing: clean values restored in runs whose subject is corrupted (Meng et al. 2022; Li & Janson 2024).
+
+A traced run is one row of a mask over a single selection: the token embeddings of the subject are replaced by a
+corruption, and in some layers what attention, the MLP or the block adds up to is replaced, at a span, by its value in
+the clean run. The share of the lost probability that comes back says how much of the fact passes there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from oa_train.ablations.base import Ablation
+from oa_train.batches import Batch
+from oa_train.engine.chunks import ROWS_PER_RUN, chunks
+from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import copies_logits
+from oa_train.engine.reading import read_values
+from oa_train.engine.values import Values
+from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.metrics.measures import measured
+from oa_train.models.frozen import CausalLM
+from oa_train.models.selection import AT, Nodes
+from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.progress import Advance
+from oa_train.shapes import Bool, Float, Tensor
+
+# Kinds of site that can be restored, with the distance from a block's index to that of its site: what block l leaves
+# in the residual stream is what enters block l + 1.
+RESTORABLE = {"attention": 0, "mlp": 0, "residual": 1}
+
+# What is corrupted: the output of the token embedding, without that of positions.
+CORRUPTED = Site("tokens")
+
+SUBJECT = "subject"
+
+# Corruption of the subjects of a batch in some runs: [run or 1, row or 1, position or 1, d_model].
+Corruption = Callable[[Batch, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """What is restored in a run.
+
+    Attributes:
+        kind: key of `RESTORABLE`.
+        span: where; see `TokenLayout.span`.
+        window: number of neighbouring layers that are restored.
+        layer: index of the block in their middle.
+    """
+
+    kind: str
+    span: str
+    window: int
+    layer: int
+
+    def layers(self, n_layers: int) -> range:
+        """The restored blocks; fewer at both ends of the model."""
+        reach = self.window // 2
+        return range(max(0, self.layer - reach), min(n_layers, self.layer + reach + 1))
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """The traced runs of a model: every layer, for each kind of site, span and window.
+
+    Attributes:
+        n_layers: of the model.
+        kinds: kinds of site that are restored, keys of `RESTORABLE`.
+        spans: where.
+        windows: odd numbers of neighbouring layers that are restored together.
+        subject: span whose tokens are corrupted.
+    """
+
+    n_layers: int
+    kinds: tuple[str, ...]
+    spans: tuple[str, ...]
+    windows: tuple[int, ...] = (1,)
+    subject: str = SUBJECT
+
+    def __post_init__(self) -> None:
+        for kind in self.kinds:
+            if kind not in RESTORABLE:
+                raise ConfigurationError(f"restore names {kind!r}. {nearest_names(kind, RESTORABLE)}")
+        for window in self.windows:
+            if window < 1 or window % 2 == 0:
+                raise ConfigurationError(f"windows names {window}; expected odd numbers of layers, such as 1 or 5.")
+        for name, values in {"restore": self.kinds, "at": self.spans, "windows": self.windows}.items():
+            if not values or len(set(values)) < len(values):
+                raise ConfigurationError(f"{name} is {list(values)}; expected at least one, each once.")
+
+    @cached_property
+    def runs(self) -> tuple[TracedRun, ...]:
+        """What each run restores; one more run, the last, restores nothing."""
+        return tuple(
+            TracedRun(kind, span, window, layer)
+            for kind in self.kinds
+            for span in self.spans
+            for window in self.windows
+            for layer in range(self.n_layers)
+        )
+
+    def __len__(self) -> int:
+        return len(self.runs) + 1
+
+    def level(self, config: Any) -> Nodes:
+        """The selection of the subject's token embeddings and of everything that is restored somewhere."""
+        patterns = [
+            f"{SITE_KINDS[kind].site_name.format(layer='*')}{AT}{s}" for kind in self.kinds for s in self.spans
+        ]
+        return Nodes.of(config, [CORRUPTED.kind, *self.kinds], [f"{CORRUPTED.kind}{AT}{self.subject}", *patterns])
+
+    def masks(self, level: Nodes) -> Bool[Tensor, "run entry"]:
+        """A mask for each run; false entries are replaced, by the corruption or by clean values."""
+        masks = torch.ones(len(self), len(level), dtype=torch.bool)
+        masks[:, level.index(f"{CORRUPTED.kind}{AT}{self.subject}")] = False
+        for number, run in enumerate(self.runs):
+            for layer in run.layers(self.n_layers):
+                name = SITE_KINDS[run.kind].site_name.format(layer=layer + RESTORABLE[run.kind])
+                masks[number, level.index(f"{name}{AT}{run.span}")] = False
+        return masks
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values from which `of_description` rebuilds it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_description(cls, description: dict[str, Any]) -> "Tracing":
+        """The tracing of a description."""
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in description.items()
+        }
+        return cls(**arguments)
+
+
+class Tracer:
+    """Runs a model with corrupted subjects and restored values.
+
+    Args:
+        model: frozen causal language model.
+        tracing: the runs.
+        rows_per_run: most rows (runs times prompts) of one model run; bounds memory, changes no result.
+    """
+
+    def __init__(self, model: CausalLM, tracing: Tracing, rows_per_run: int = ROWS_PER_RUN) -> None:
+        self.model, self.tracing, self.rows_per_run = model, tracing, rows_per_run
+        self.level = tracing.level(model.config)
+        self.masks = tracing.masks(self.level)
+
+    def pieces(self, batch: Batch, gradients: bool = False) -> "list[Piece]":
+        """Pieces of a batch on the model's device, with clean values and the runs that fit into memory at once."""
+        pieces = chunks(self.model, self.level, batch, len(self.masks), self.rows_per_run, gradients)
+        return [Piece(self, prompts, slices) for prompts, slices in pieces]
+
+    @torch.no_grad()
+    def probabilities(
+        self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
+    ) -> Float[Tensor, "run prompt"]:
+        """Probability of each prompt's answers in every run, in float32, on the CPU; `advance` counts rows."""
+        parts = []
+        for piece in self.pieces(batch.to(self.model.device)):
+            of_piece = []
+            for runs in piece.slices:
+                of_piece.append(piece.probabilities(runs, corruption(piece.batch, runs)).cpu())
+                advance(of_piece[-1].numel())
+            parts.append(torch.cat(of_piece))
+        return torch.cat(parts, dim=1)
+
+
+class Piece:
+    """Some prompts of a batch, their clean values and probabilities, and slices of the runs that fit into memory."""
+
+    def __init__(self, tracer: Tracer, batch: Batch, slices: Sequence[slice]) -> None:
+        self._tracer, self.batch, self.slices = tracer, batch, slices
+        with torch.no_grad():
+            self.clean = answer_probability(scored_logits(tracer.model, batch), batch)
+            self._values = read_values(tracer.model, batch, tracer.level)
+
+    def logits(
+        self,
+        runs: slice,
+        corruption: Float[Tensor, "run_or_1 row_or_1 position_or_1 d_model"],
+        recompute: bool = False,
+    ) -> Float[Tensor, "run_x_row scored vocabulary"]:
+        """Logits of some runs on the prompts, laid out as `Batch.repeat`, with gradients to the corruption."""
+        tracer = self._tracer
+        masks = tracer.masks[runs]
+        corrupted = corruption.expand(len(masks), len(self.batch), -1, -1).flatten(0, 1).unsqueeze(2)
+        values = self._values.repeat(len(masks))
+        values = Values({**values, CORRUPTED: corrupted})
+        return copies_logits(tracer.model, self.batch, tracer.level, masks, values, recompute)
+
+    def probabilities(
+        self,
+        runs: slice,
+        corruption: Float[Tensor, "run_or_1 row_or_1 position_or_1 d_model"],
+        recompute: bool = False,
+    ) -> Float[Tensor, "run prompt"]:
+        """Probability of the answers in some runs, with gradients to the corruption."""
+        logits = self.logits(runs, corruption, recompute)
+        copies = len(logits) // len(self.batch)
+        return answer_probability(logits, self.batch.repeat(copies)).view(copies, -1)
+
+
+def answer_probability(logits: Float[Tensor, "batch scored vocabulary"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Probability of each prompt's answers; the geometric mean over its scored positions."""
+    return measured("cross_entropy", logits, logits, batch).neg().exp()
+
+
+def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str = SUBJECT) -> Corruption:
+    """The corruption, the same in all runs, that an ablation of the subject's token embeddings makes.
+
+    Args:
+        ablation: any, prepared for `tokens_level`.
+        model: frozen causal language model.
+        level: `tokens_level` of the model.
+        subject: span of the subject.
+    """
+
+    def corruption(batch: Batch, runs: slice) -> Tensor:
+        values = ablation.replacements(batch, lambda prompts: read_values(model, prompts, level))
+        return values.at(CORRUPTED, subject).squeeze(2).unsqueeze(0)
+
+    return corruption
+
+
+def corrupted_by_constants(constants: Float[Tensor, "run d_model"]) -> Corruption:
+    """The corruption by a constant of each run's own."""
+    return lambda batch, runs: constants[runs].to(batch.tokens.device)[:, None, None]
+
+
+def tokens_level(config: Any, subject: str = SUBJECT) -> Nodes:
+    """The selection of the subject's token embeddings alone."""
+    return Nodes.of(config, [CORRUPTED.kind], [f"{CORRUPTED.kind}{AT}{subject}"])
