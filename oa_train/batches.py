@@ -157,8 +157,8 @@ class Batch:
             return self
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
-    def rows(self, chosen: slice) -> "Batch":
-        """A slice of the rows, padded as before."""
+    def rows(self, chosen: slice | Bool[Tensor, " batch"]) -> "Batch":
+        """Some of the rows, padded as before: a slice of them, or those with a flag."""
         return self._map(lambda tensor: tensor[chosen])
 
     def pieces(self, most: int) -> "Iterator[Batch]":

@@ -149,13 +149,14 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
         raise ArtefactError(
             f"The circuit is of a model with {circuit.level.describe()}; this one has {own.describe()}."
         )
-    _check_fingerprint(model, "circuit", circuit.provenance)
+    check_fingerprint(model, "circuit", circuit.provenance)
     if constants is not None:
         constants.check_fits(circuit.level)
-        _check_fingerprint(model, "constants", constants.provenance)
+        check_fingerprint(model, "constants", constants.provenance)
 
 
-def _check_fingerprint(model: CausalLM, artefact: str, provenance: Mapping[str, Any]) -> None:
+def check_fingerprint(model: CausalLM, artefact: str, provenance: Mapping[str, Any]) -> None:
+    """Refuse the provenance of an artefact of another model with an `ArtefactError`; `artefact` is its name."""
     wanted = provenance.get("fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         name = provenance.get("model", "another model")

@@ -209,6 +209,13 @@ def answer_probability(logits: Float[Tensor, "batch scored vocabulary"], batch: 
     return measured("cross_entropy", logits, logits, batch).neg().exp()
 
 
+def probability_lost(
+    clean: Float[Tensor, " prompt"], traced: Float[Tensor, "run prompt"]
+) -> Float[Tensor, "run prompt"]:
+    """Probability that the answers lose, at least 0: a run that is surer than the model has lost nothing."""
+    return (clean - traced).clamp(min=0)
+
+
 def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str = SUBJECT) -> Corruption:
     """The corruption, the same in all runs, that an ablation of the subject's token embeddings makes.
 

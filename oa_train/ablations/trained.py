@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from oa_train.ablations.constants import Constants
+from oa_train.ablations.context import check_belongs
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, nearest_names
+from oa_train.models.frozen import CausalLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +20,10 @@ class TrainedCircuit:
         name: in tables and figures; experiment and version for the circuit of a run.
         circuit: the circuit.
         constants: replacements of the ablated units; None for an ablation without constants.
+        noun: for messages.
     """
+
+    noun: ClassVar[str] = "circuit"
 
     name: str
     circuit: Circuit
@@ -38,6 +43,16 @@ class TrainedCircuit:
             raise ArtefactError(f"{folder} was trained under the ablation {name!r}. {nearest_names(name, KINDS)}")
         kind = KINDS[name]
         return cls(run_name(folder), circuit, Constants.load(folder / "constants") if kind.constant else None)
+
+    def check_belongs(self, model: CausalLM) -> None:
+        """Refuse another model than the circuit's with an `ArtefactError`."""
+        check_belongs(model, self.circuit, self.constants)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Digest of the model's weights; None for a circuit written by hand."""
+        fingerprint: str | None = self.circuit.provenance.get("fingerprint")
+        return fingerprint
 
     def save_circuit(self, folder: Path) -> None:
         """Write `circuit/` into a folder."""

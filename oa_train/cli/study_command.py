@@ -13,7 +13,6 @@ import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 
-from oa_train.ablations.context import check_belongs
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable
@@ -81,8 +80,8 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
     else:
         check_experiment(chosen.experiment)
         output_root("--output", chosen.output)
-    circuits = _circuits(kind, runs)
-    study = kind(_model(chosen, circuits), chosen.data, circuits, chosen[kind.name], track)
+    trained = _trained(kind, runs)
+    study = kind(_model(chosen, trained), chosen.data, trained, chosen[kind.name], track)
     if kind.resumable and chosen.resume is not None:
         study.resume(chosen.resume)
     with _processes(kind) as rank:
@@ -183,23 +182,26 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
     return options
 
 
-def _circuits(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
-    """The circuits that a study is about."""
+def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
+    """What a study is about: what its runs have trained."""
     if kind.asks_of == "none":
         return []
     having = [run for run in runs if not (kind.asks_of == "optional" and run.is_of_a_study)]
-    return _named_apart([run.trained_circuit() for run in having], having)
+    of_circuits = kind.FromRun is TrainedCircuit
+    return _named_apart(
+        [run.trained_circuit() if of_circuits else kind.FromRun.load(run.path) for run in having], having
+    )
 
 
-def _named_apart(circuits: Sequence[TrainedCircuit], runs: Sequence[RunFolder]) -> list[TrainedCircuit]:
-    """The circuits, named by the paths of their runs where their names are not unique."""
-    if len({circuit.name for circuit in circuits}) == len(circuits):
-        return list(circuits)
-    return [replace(circuit, name=str(run.path)) for circuit, run in zip(circuits, runs, strict=True)]
+def _named_apart(trained: Sequence[Any], runs: Sequence[RunFolder]) -> list[Any]:
+    """What was trained, named by the paths of the runs where its names are not unique."""
+    if len({part.name for part in trained}) == len(trained):
+        return list(trained)
+    return [replace(part, name=str(run.path)) for part, run in zip(trained, runs, strict=True)]
 
 
-def _model(chosen: Any, circuits: Sequence[TrainedCircuit]) -> CausalLM:
-    """Load the model on its device, and check that the circuits are of it."""
+def _model(chosen: Any, trained: Sequence[Any]) -> CausalLM:
+    """Load the model on its device, and check that what was trained is of it."""
     device = chosen.device
     if device == "auto":
         device = (
@@ -214,6 +216,6 @@ def _model(chosen: Any, circuits: Sequence[TrainedCircuit]) -> CausalLM:
         raise ConfigurationError(f"--device {device!r} cannot be used: {first}") from problem
     model = load_model(chosen.lm)
     torch.nn.Module.to(model, device)
-    for trained in circuits:
-        check_belongs(model, trained.circuit, trained.constants)
+    for part in trained:
+        part.check_belongs(model)
     return model

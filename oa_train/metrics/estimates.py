@@ -13,6 +13,9 @@ from oa_train.shapes import Float, Int, Tensor
 # Numbers below this are written with a power of ten.
 SMALLEST_WRITTEN = 1e-4
 
+# Narrower intervals, as a share of the mean, are rounding errors of float32 and are left out.
+NARROWEST_WRITTEN = 1e-6
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -31,7 +34,7 @@ class Estimate:
         """The mean and half the width of its interval, "0.0235 ± 0.0030", or its ends: "0.75 [0.47, 0.91]"."""
         low, high = self.ci95
         margin = (high - low) / 2
-        if not margin > 0:
+        if not margin > NARROWEST_WRITTEN * abs(self.mean):
             return written(self.mean)
         digits = 1 - math.floor(math.log10(margin))
         if not math.isclose(self.mean - low, high - self.mean, abs_tol=1e-9, rel_tol=1e-6):

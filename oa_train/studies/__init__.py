@@ -10,6 +10,7 @@ STUDIES: dict[str, tuple[str, str]] = {
         "oa_train.studies.sufficient.Sufficient",
         "which few parts are enough? greedy, to a stated recovery",
     ),
+    "trace": ("oa_train.studies.trace.Trace", "where is a fact recalled? clean values restored, subject corrupted"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
     "robustness": (
         "oa_train.studies.robustness.Robustness",

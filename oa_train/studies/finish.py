@@ -117,7 +117,7 @@ def finish(
     refitted = refit(model, task, circuits, settings, study.track)
     for trained, folder in zip(refitted, folders, strict=True):
         trained.save_constants(folder)
-    study.circuits = refitted
+    study.from_runs = list(refitted)
     findings = study.run_in(run)
     return Finished(refitted, findings)
 

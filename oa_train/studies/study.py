@@ -55,7 +55,7 @@ class Study(ABC, Generic[S]):
     Args:
         model: frozen causal language model.
         task: source of prompts.
-        circuits: circuits of this model that the study is about.
+        from_runs: what the study is about, as runs have trained it: of the class `FromRun`, circuits by default.
         settings: an instance of `Settings`; its defaults if omitted.
         track: progress.
 
@@ -65,13 +65,16 @@ class Study(ABC, Generic[S]):
     Attributes:
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
-        asks_of: circuits that the study needs: `none`, `one`, `several` (at least one), or `optional` (one or none).
+        FromRun: class of what the study is about.
+        asks_of: how many of them the study needs: `none`, `one`, `several` (at least one), or `optional` (one or
+            none).
         resumable: True if it writes pieces to its folder (see `studies.pieces`) and can be resumed there.
         folder: its folder, once claimed.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type]
+    FromRun: ClassVar[type[Any]] = TrainedCircuit
     asks_of: ClassVar[Literal["none", "one", "several", "optional"]] = "none"
     resumable: ClassVar[bool] = False
     folder: Path | None = None
@@ -80,38 +83,43 @@ class Study(ABC, Generic[S]):
         self,
         model: CausalLM,
         task: Task,
-        circuits: Sequence[TrainedCircuit] = (),
+        from_runs: Sequence[Any] = (),
         settings: S | None = None,
         track: Track = silent,
     ) -> None:
         self.model = model
         self.task = task
-        self.circuits = list(circuits)
+        self.from_runs = list(from_runs)
         self.settings: S = settings if settings is not None else self.Settings()
         self.track = track
         self.check()
 
     def check(self) -> None:
-        """Refuse unsuitable circuits or settings before anything is computed.
+        """Refuse unsuitable settings, or what was trained, before anything is computed.
 
         Raises:
-            ConfigurationError: the circuits are not as many as the study needs, or two have the same name.
+            ConfigurationError: there is not as much as the study needs, or two have the same name.
         """
-        n_circuits, names = len(self.circuits), [circuit.name for circuit in self.circuits]
+        n_trained, names, noun = len(self.from_runs), [trained.name for trained in self.from_runs], self.FromRun.noun
         fits = {
-            "none": n_circuits == 0,
-            "one": n_circuits == 1,
-            "several": n_circuits > 0,
-            "optional": n_circuits <= 1,
+            "none": n_trained == 0,
+            "one": n_trained == 1,
+            "several": n_trained > 0,
+            "optional": n_trained <= 1,
         }[self.asks_of]
-        if not fits or len(set(names)) < n_circuits:
+        if not fits or len(set(names)) < n_trained:
             wanted = {
-                "none": "no circuit",
-                "one": "one circuit",
-                "several": "circuits with different names",
-                "optional": "one circuit or none",
+                "none": f"no {noun}",
+                "one": f"one {noun}",
+                "several": f"{noun}s with different names",
+                "optional": f"one {noun} or none",
             }
             raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
+
+    @property
+    def circuits(self) -> list[TrainedCircuit]:
+        """What a study of circuits is about."""
+        return self.from_runs
 
     @abstractmethod
     def run(self) -> Findings:
@@ -268,8 +276,8 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the model's weights, from a circuit if it has one: weights of a sharded model cannot be read."""
-        known = (circuit.circuit.provenance.get("fingerprint") for circuit in self.circuits)
+        """Digest of the model's weights, of what was trained if known: weights of a sharded model cannot be read."""
+        known = (trained.fingerprint for trained in self.from_runs)
         return next(filter(None, known), None) or fingerprint(self.model)
 
 

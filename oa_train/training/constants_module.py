@@ -1,19 +1,18 @@
 """Training of constants alone: for a fixed circuit, or for units that are each ablated alone, in one job."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
-from oa_train.ablations.fitting import FittedCircuits, cosine_decay
+from oa_train.ablations.fitting import FittedCircuits
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
@@ -30,9 +29,9 @@ from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule
-from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
-from oa_train.training.steps import planned_steps, share_of_step
+from oa_train.training.steps import share_of_step
 
 # Relative improvement of at least one circuit's loss that counts as progress.
 LEAST_PROGRESS = 0.01
@@ -120,7 +119,7 @@ class ConstantsModule(FrozenModelModule):
         check_site_kinds("sites", sites)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
-        super().__init__(arguments, optimizer, lr_scheduler or self._cosine_decay)
+        super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
         self.loss: Loss = loss
         self.positions = positions
         self.learning_rate = learning_rate
@@ -172,15 +171,6 @@ class ConstantsModule(FrozenModelModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The constants of all circuits."""
         return [{"params": list(self.fitted.constants.parameters()), "lr": self.learning_rate}]
-
-    def _cosine_decay(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        n_steps = planned_steps(self.trainer, self.data.epoch_length)
-        if not math.isfinite(n_steps):
-            raise ConfigurationError(
-                "The learning rate of the constants falls to zero over the training, which therefore needs an end: "
-                "give trainer.max_epochs or trainer.max_steps, or another lr_scheduler."
-            )
-        return LambdaLR(optimizer, lambda step: cosine_decay(step, n_steps))
 
     def on_train_start(self) -> None:
         """Restore what Lightning does not; end at once if patience had run out."""

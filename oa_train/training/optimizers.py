@@ -1,12 +1,15 @@
 """The optimiser and the schedule of learning rates, as a configuration names them, and their rates after a resume."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from oa_train.ablations.fitting import cosine_decay
 from oa_train.errors import ConfigurationError
+from oa_train.training.steps import planned_steps
 
 # Lightning's types of these names, without the deprecated alias of Callable.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -40,6 +43,21 @@ def configured(
     if isinstance(schedule, ReduceLROnPlateau):
         options |= {"interval": "epoch", "monitor": getattr(schedule, "monitor", "val/objective")}
     return {"optimizer": optimizer, "lr_scheduler": options}
+
+
+def decaying_to_zero(module: Any, optimizer: Optimizer) -> LambdaLR:
+    """Schedule of a module's learning rates: cosine decay to zero over the whole training.
+
+    Raises:
+        ConfigurationError: nothing ends the training.
+    """
+    n_steps = planned_steps(module.trainer, module.data.epoch_length)
+    if not math.isfinite(n_steps):
+        raise ConfigurationError(
+            "The learning rate falls to zero over the training, which therefore needs an end: give "
+            "trainer.max_epochs or trainer.max_steps, or another lr_scheduler."
+        )
+    return LambdaLR(optimizer, lambda step: cosine_decay(step, n_steps))
 
 
 def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:

@@ -1,0 +1,88 @@
+"""Constants by which causal tracing corrupts subjects: one for each traced run, that which hurts it least."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from oa_train.ablations.context import check_fingerprint
+from oa_train.ablations.tracing import Tracing
+from oa_train.ablations.trained import run_name
+from oa_train.artefacts import (
+    PROVENANCE,
+    SIZE,
+    Artefact,
+    Schema,
+    check_header,
+    check_tensor,
+    load_artefact,
+    save_artefact,
+)
+from oa_train.errors import ArtefactError, OaTrainError
+from oa_train.models.frozen import CausalLM
+from oa_train.shapes import Float, Tensor
+
+FOLDER, _TABLE = "tracing", "constants"
+_TRACING: Schema = {"n_layers": SIZE, "kinds": [str], "spans": [str], "windows": [SIZE], "subject": str}
+_HEADER: Schema = {"tracing": _TRACING, "provenance": PROVENANCE}
+
+
+@dataclass(frozen=True, eq=False)
+class TracingConstants:
+    """The corruption of each traced run, trained to lose as little as possible while its values are restored.
+
+    Attributes:
+        name: in tables and figures.
+        tracing: the runs.
+        table: constants, that of the run which restores nothing last.
+        provenance: model, task and run that they come from, as plain data.
+        noun: for messages.
+    """
+
+    noun: ClassVar[str] = "set of tracing constants"
+
+    name: str
+    tracing: Tracing
+    table: Float[Tensor, "run d_model"]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Digest of the model's weights."""
+        fingerprint: str | None = self.provenance.get("fingerprint")
+        return fingerprint
+
+    def check_belongs(self, model: CausalLM) -> None:
+        """Refuse another model with an `ArtefactError`."""
+        check_fingerprint(model, "tracing constants", self.provenance)
+
+    def save(self, run: str | Path) -> Path:
+        """Write `tracing/` into a run folder."""
+        header = {"tracing": self.tracing.describe(), "provenance": dict(self.provenance)}
+        return save_artefact(Path(run) / FOLDER, FOLDER, Artefact(header, {_TABLE: self.table}))
+
+    @classmethod
+    def load(cls, run: str | Path) -> "TracingConstants":
+        """Read `tracing/` of a run folder.
+
+        Raises:
+            ArtefactError: it is missing, damaged, of another version, or holds something else.
+        """
+        folder = Path(run) / FOLDER
+        if not folder.is_dir():
+            raise ArtefactError(
+                f"{run} has no tracing constants. Give a finished run of TracingModule (oa-train fit --model "
+                "TracingModule ...), or leave the run out and choose corruptions that are not trained."
+            )
+        artefact = load_artefact(folder, FOLDER)
+        check_header(folder, FOLDER, artefact.header, _HEADER)
+        try:
+            tracing = Tracing.of_description(artefact.header["tracing"])
+        except OaTrainError as problem:
+            raise ArtefactError(f"{folder} contradicts itself: {problem}") from problem
+        table = artefact.tensors.get(_TABLE)
+        check_tensor(folder, _TABLE, table, [len(tracing), None], torch.float32)
+        assert table is not None
+        return cls(run_name(run), tracing, table, artefact.header["provenance"])

@@ -1,0 +1,81 @@
+"""Causal tracing: recovery by layer, as lines and as heat maps."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from oa_train.figures.comparison import Interval
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+
+# Profile of each corruption over the layers.
+Profiles = Mapping[str, Sequence[Interval]]
+
+MOST_TICKS = 16
+
+
+def profile_figure(panels: Mapping[tuple[str, str], Profiles], labels: Mapping[str, str], title: str) -> Figure:
+    """Recovered share by layer with 95 % bands: a row of panels for each restored kind, a column for each place.
+
+    Args:
+        panels: by kind and place, the profile of each corruption.
+        labels: of the corruptions, for the legend.
+        title: of the figure.
+    """
+    kinds, places = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
+    figure = new_figure(1.2 + 3.1 * len(places), 0.9 + 2.0 * len(kinds))
+    grid = figure.subplots(len(kinds), len(places), squeeze=False, sharex=True, sharey=True)
+    for row, kind in enumerate(kinds):
+        for column, place in enumerate(places):
+            axes = grid[row, column]
+            axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
+            for name, points in panels.get((kind, place), {}).items():
+                colour, marker = ablation_style(name)
+                layers = range(len(points))
+                low, high = [point.low for point in points], [point.high for point in points]
+                means = [point.mean for point in points]
+                axes.plot(
+                    layers, means, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=labels[name]
+                )
+                axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.tick_params(labelsize=FONT_SIZE - 1)
+            axes.grid(color="#E5E5E5", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axes.set_title(place, fontsize=FONT_SIZE)
+            if column == 0:
+                axes.set_ylabel(f"{kind}\nrecovered share", fontsize=FONT_SIZE - 1)
+            if row == len(kinds) - 1:
+                axes.set_xlabel("layer in the middle of the window", fontsize=FONT_SIZE - 1)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    set_title(figure, title)
+    return figure
+
+
+def recovery_maps(
+    tables: Mapping[str, np.ndarray], rows: Sequence[str], title: str, highest: float | None = None
+) -> Figure:
+    """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
+
+    Args:
+        tables: by name, [row, layer].
+        rows: names of the rows.
+        title: of the figure.
+        highest: end of the colour scale; by default that of the values.
+    """
+    longest, n_layers = max(map(len, rows)), next(iter(tables.values())).shape[1]
+    width = min(max(2.2, 0.13 * n_layers), 5.0)
+    figure = new_figure(1.4 + 0.07 * longest + len(tables) * (width + 0.2), 1.4 + 0.24 * len(rows))
+    grid = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    top = max(1e-3, max(float(table.max()) for table in tables.values())) if highest is None else highest
+    for axes, (name, table) in zip(grid, tables.items(), strict=True):
+        image = axes.imshow(table, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
+        axes.set_title(name, fontsize=FONT_SIZE)
+        axes.set_yticks(range(len(rows)), rows, fontsize=FONT_SIZE - 2)
+        step = 1 + (n_layers - 1) // MOST_TICKS
+        axes.set_xticks(range(0, n_layers, step), range(0, n_layers, step), fontsize=FONT_SIZE - 2)
+        axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
+    figure.colorbar(image, ax=grid, shrink=0.9).set_label("recovered share", fontsize=FONT_SIZE - 1)
+    set_title(figure, title)
+    return figure

@@ -1,0 +1,167 @@
+"""Rows, tables and figures of `trace`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from oa_train.ablations.tracing import TracedRun, Tracing
+from oa_train.batches import WHOLE
+from oa_train.figures.comparison import Interval
+from oa_train.figures.style import Figure
+from oa_train.figures.tracing import profile_figure, recovery_maps
+from oa_train.metrics.estimates import Estimate, estimate
+from oa_train.metrics.ranks import rank_correlation
+from oa_train.metrics.tracing import Identities, effective_layers, recovered, recovered_bootstrap
+from oa_train.shapes import Float, Tensor
+from oa_train.studies.study import Row, Table, interval, spoken
+
+# What a restored kind is called in tables.
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """Outcome of every traced run on every known prompt.
+
+    Attributes:
+        tracing: the runs; the last one of the tensors restores nothing.
+        probabilities: of the answers, by corruption: [draw, run, prompt].
+        lost: probability that the answers lose, by corruption, averaged over draws: [run, prompt].
+        identities: of the prompts.
+    """
+
+    tracing: Tracing
+    probabilities: Mapping[str, Float[Tensor, "draw run prompt"]]
+    lost: Mapping[str, Float[Tensor, "run prompt"]]
+    identities: Identities
+
+    def rows(self) -> Iterator[Row]:
+        """A row for each corruption and run."""
+        for name, lost in self.lost.items():
+            probabilities = self.probabilities[name].mean(dim=0)
+            intervals = recovered_bootstrap(lost[:-1], lost[-1], self.identities)
+            for number, run in enumerate(self.tracing.runs):
+                low, high = intervals[number]
+                yield {"corruption": name, "restored": run.kind, "at": run.span, "window": run.window} | {
+                    "layer": run.layer,
+                    "recovered": recovered(lost[number], lost[-1], self.identities),
+                    "bootstrap_low": low,
+                    "bootstrap_high": high,
+                    "probability": estimate(probabilities[number], self.identities),
+                }
+            yield {
+                "corruption": name,
+                "restored": NOTHING,
+                "probability": estimate(probabilities[-1], self.identities),
+            }
+
+    def _groups(self) -> Iterator[tuple[TracedRun, slice]]:
+        """The first run of every kind, span and window, and the slice of its runs."""
+        n_layers = self.tracing.n_layers
+        for first in range(0, len(self.tracing.runs), n_layers):
+            yield self.tracing.runs[first], slice(first, first + n_layers)
+
+    def localisation(self) -> Iterator[dict[str, Any]]:
+        """Where each profile over the layers peaks, and over how many layers it is spread."""
+        for first, runs in self._groups():
+            for name, lost in self.lost.items():
+                peak = int(lost[runs].mean(dim=1).argmin())
+                yield {"restored": first.kind, "at": first.span, "window": first.window, "corruption": name} | {
+                    "peak": peak,
+                    "recovered": recovered(lost[runs][peak], lost[-1], self.identities),
+                    "effective_layers": effective_layers(lost[runs], lost[-1], self.identities),
+                }
+
+    def agreement(self) -> list[dict[str, Any]]:
+        """Rank correlation of the recovery of all runs, for each pair of corruptions."""
+        return [
+            {
+                "first": first,
+                "second": second,
+                "rank_correlation": rank_correlation(-self.lost[first][:-1], -self.lost[second][:-1]).as_json(),
+            }
+            for first, second in combinations(self.lost, 2)
+        ]
+
+    def tables(self, clean: Estimate) -> Iterator[Table | str]:
+        """Tables for the terminal."""
+        nothing = [
+            {"corruption": spoken(name), "probability of the answer": estimate(p.mean(dim=0)[-1], self.identities)}
+            for name, p in self.probabilities.items()
+        ]
+        yield Table(
+            "The subject corrupted and nothing restored, mean and 95 % interval",
+            [{"corruption": "none", "probability of the answer": clean}, *nothing],
+        )
+        yield Table(
+            "Share of the lost probability that comes back, by layer",
+            [
+                {"restored": line["restored"], "at": place(line["at"]), "layers": line["window"]}
+                | {"corruption": spoken(line["corruption"]), "peak layer": line["peak"]}
+                | {"recovered at the peak": line["recovered"], "effective layers": line["effective_layers"]}
+                for line in self.localisation()
+            ],
+        )
+        pairs = [
+            {"": f"{spoken(first)} and {spoken(second)}"}
+            | {
+                "rank correlation (95 % interval)": str(
+                    rank_correlation(-self.lost[first][:-1], -self.lost[second][:-1])
+                )
+            }
+            for first, second in combinations(self.lost, 2)
+        ]
+        if pairs:
+            yield Table(f"Agreement on {len(self.tracing.runs)} restored places", pairs)
+
+
+def place(span: str) -> str:
+    """A span in tables and figures."""
+    if span == WHOLE:
+        return "every token"
+    if span.startswith("-"):
+        return "last token" if span == "-1" else f"token {span}"
+    for suffix, words in {
+        "_last": "last token of {}",
+        "_first": "first token of {}",
+        "_next": "token after {}",
+    }.items():
+        if span.endswith(suffix):
+            return words.format(span.removesuffix(suffix))
+    return span
+
+
+def profiles(rows: Sequence[Row], title: str) -> Figure:
+    """Recovery by layer, a panel for each kind, place and window."""
+    panels: dict[tuple[str, str], dict[str, list[Interval]]] = {}
+    several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
+    for row in rows:
+        if row["restored"] != NOTHING:
+            where = place(row["at"]) + (f", {row['window']} layers" if several else "")
+            panels.setdefault((row["restored"], where), {}).setdefault(row["corruption"], []).append(
+                interval(row["recovered"])
+            )
+    labels = {row["corruption"]: f"{spoken(row['corruption'])} corruption" for row in rows}
+    return profile_figure(panels, labels, title)
+
+
+def place_maps(rows: Sequence[Row], title: str) -> Figure:
+    """Heat maps of recovery: places by layers, a map for each kind and corruption."""
+    tables: dict[str, dict[str, list[float]]] = {}
+    several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
+    for row in rows:
+        if row["restored"] != NOTHING:
+            name = f"{row['restored']}, {spoken(row['corruption'])}" + (f", {row['window']} layers" if several else "")
+            tables.setdefault(name, {}).setdefault(place(row["at"]), []).append(row["recovered"].mean)
+    names = list(next(iter(tables.values())))
+    return recovery_maps({key: np.array([*lines.values()]) for key, lines in tables.items()}, names, title)
+
+
+def token_maps(tables: Mapping[str, np.ndarray], tokens: Sequence[str], answer: str, subject: str) -> Figure:
+    """Heat maps of recovery at every token of one prompt, whose corrupted tokens have an asterisk."""
+    return recovery_maps(
+        tables, tokens, f"{subject}: one prompt, answered by {answer!r}; corrupted tokens have a *", 1.0
+    )

@@ -1,0 +1,201 @@
+"""Training of the constants by which causal tracing corrupts subjects."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from oa_train.ablations.registry import AblationSource
+from oa_train.ablations.tracing import (
+    CORRUPTED,
+    SUBJECT,
+    Corruption,
+    Tracer,
+    Tracing,
+    corrupted_by_constants,
+    probability_lost,
+    tokens_level,
+)
+from oa_train.ablations.tracing_constants import TracingConstants
+from oa_train.batches import Batch
+from oa_train.engine.chunks import ROWS_PER_RUN
+from oa_train.models.parts import Dimensions
+from oa_train.models.spec import BUILT_IN, LMSpec
+from oa_train.shapes import Float, Tensor
+from oa_train.training.averages import CircuitMeans
+from oa_train.training.best import BestSlices
+from oa_train.training.module import FrozenModelModule
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
+from oa_train.training.settings import as_list, check_positive
+from oa_train.training.steps import share_of_step
+from oa_train.training.summed import summed
+
+_TABLE = "table"
+
+
+class TracingModule(FrozenModelModule):
+    """Finds the constants that, in place of a subject's token embeddings, hurt each traced run least.
+
+    Every run restores some clean values (see `ablations.tracing`), and has a constant of its own, shared by all
+    prompts and all tokens of the subject. Its loss is the probability that the answers lose: the mean over prompts of
+    max(0, P - P'), with the clean model's probability P and the run's P' (Li & Janson 2024).
+
+    Args:
+        lm: the frozen model; the built-in one by default.
+        seed: recorded only; nothing here is random.
+        restore: what is restored, each by itself: `attention`, `mlp` (what they add to the residual stream),
+            `residual` (what a block leaves there).
+        at: spans at which it is restored, each by itself: one that the prompts name, its `_first` or `_last` token or
+            the token `_next` to it (`subject_last`), `-1` for the last token of the prompt, `every`.
+        windows: odd numbers of neighbouring layers that are restored together.
+        subject: span whose tokens are corrupted.
+        learning_rate: learning rate at the start.
+        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
+            whole training.
+        rows_per_run: most rows (runs times prompts) whose activations are kept at once; bounds memory, changes no
+            result.
+        recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
+
+    Raises:
+        ConfigurationError: an argument has a value that cannot work.
+        ModelError: the model cannot be loaded.
+    """
+
+    keeps_best = True
+
+    def __init__(
+        self,
+        *,
+        lm: LMSpec = BUILT_IN,
+        seed: int = 0,
+        restore: str | list[str] = ["attention", "mlp"],  # noqa: B006 (never changed)
+        at: str | list[str] = ["-1", f"{SUBJECT}_last"],  # noqa: B006 (never changed)
+        windows: list[int] = [5],  # noqa: B006 (never changed)
+        subject: str = SUBJECT,
+        learning_rate: float = 0.01,
+        optimizer: OptimizerCallable | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        rows_per_run: int = ROWS_PER_RUN,
+        recompute: bool = False,
+    ) -> None:
+        arguments = dict(locals())
+        check_positive(learning_rate=learning_rate, rows_per_run=rows_per_run)
+        chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(as_list(at)), tuple(windows), subject)
+        Tracing(1, *chosen)  # refuses wrong names before the model is loaded
+        super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
+        self.learning_rate, self.recompute = learning_rate, recompute
+        self.tracing = Tracing(Dimensions.of(self.frozen.config).n_layers, *chosen)
+        self._rows_per_run = rows_per_run
+        zeros = torch.zeros(len(self.tracing), Dimensions.of(self.frozen.config).d_model)
+        self.constants = nn.Parameter(zeros)
+        self.started: Tensor
+        self.register_buffer("started", torch.tensor(False))
+        self.best = BestSlices({_TABLE: zeros})
+        # The first validation compares the trained constants with those at the start.
+        self._start: Tensor | None = None
+        self._losses = CircuitMeans(2, len(self.tracing))
+
+    @property
+    def tracer(self) -> Tracer:
+        """Runs the model."""
+        return Tracer(self.frozen, self.tracing, self._rows_per_run)
+
+    def describe(self) -> dict[str, Any]:
+        """What is restored and corrupted."""
+        return {"tracing": self.tracing.describe()}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The constants of all runs."""
+        return [{"params": [self.constants], "lr": self.learning_rate}]
+
+    def on_fit_start(self) -> None:
+        """Start every constant at the mean embedding of the subjects' tokens, unless it was restored."""
+        if bool(self.started) and self.best.known():
+            return
+        level = tokens_level(self.frozen.config, self.tracing.subject)
+        source = AblationSource(self.frozen, self.data.task, level, track=self.track)
+        start = source.mean.tables[CORRUPTED][0].to(self.constants).expand_as(self.constants).clone()
+        self.share_from_first_process([start])
+        self._start = start
+        if not bool(self.started):
+            with torch.no_grad():
+                self.constants.copy_(start)
+            self.started.fill_(True)
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[slice, Any]]:
+        """Runs, with a function that computes their share of the loss on the batch."""
+        for piece in self.tracer.pieces(batch, gradients=True):
+            for runs in piece.slices:
+
+                def lost(piece: Any = piece, runs: slice = runs) -> Float[Tensor, " run"]:
+                    probabilities = piece.probabilities(runs, self.constants[runs][:, None, None], self.recompute)
+                    return probability_lost(piece.clean, probabilities).sum(dim=1) / len(batch)
+
+                yield runs, lost
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of all runs."""
+        parts = list(self._parts(batch))
+        values, loss = summed([lost for _, lost in parts], [self.constants])
+        losses = torch.zeros(len(self.tracing), device=self.device)
+        for (runs, _), value in zip(parts, values, strict=True):
+            losses[runs] += value
+        means = self.over_processes(losses)
+        self.check_finite({"train/loss": means}, "Losses", batch)
+        self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
+        # A sum over runs, so that a run's gradient is that of its own mean, however many run beside it.
+        return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses of the current constants and, at the first validation, of the start."""
+        self._evaluate(batch, [self.constants.detach(), *([] if self._start is None else [self._start])])
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Losses of the best constants."""
+        self._evaluate(batch, [self._best()])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, "run prompt"]:
+        """Probabilities of the answers in every run under the best constants."""
+        return self.tracer.probabilities(batch, corrupted_by_constants(self._best()))
+
+    def _evaluate(self, batch: Batch, tables: list[Tensor]) -> None:
+        losses = [self._lost(batch, corrupted_by_constants(table)) for table in tables]
+        self._losses.update(torch.stack(losses).to(self.device), len(batch))
+
+    @torch.no_grad()
+    def _lost(self, batch: Batch, corruption: Corruption) -> Float[Tensor, " run"]:
+        tracer = self.tracer
+        clean = torch.cat([piece.clean for piece in tracer.pieces(batch)]).cpu()
+        return probability_lost(clean, tracer.probabilities(batch, corruption)).mean(dim=1)
+
+    def _mean_losses(self) -> Float[Tensor, "table run"]:
+        losses: Tensor = self._losses.compute()
+        self._losses.reset()
+        return losses
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep each run's best constants; the best checkpoint minimises the mean of their losses."""
+        losses = self._mean_losses()
+        if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
+            return
+        if self._start is not None:
+            self.best.offer({_TABLE: self._start}, losses[1])
+            self._start = None
+        self.best.offer({_TABLE: self.constants}, losses[0])
+        self.log("val/probability_lost", losses[0].mean(), prog_bar=True, sync_dist=True)
+        self.log("val/objective", self.best.loss.mean(), sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Report the mean over runs."""
+        self.log("test/probability_lost", self._mean_losses()[0].mean(), sync_dist=True)
+
+    def _best(self) -> Float[Tensor, "run d_model"]:
+        return self.best.tensors()[_TABLE] if self.best.known() else self.constants.detach()
+
+    def tracing_constants(self, name: str = "tracing") -> TracingConstants:
+        """The best constants by validation, or the last ones without any."""
+        table = self._best().float().cpu().clone()
+        return TracingConstants(name, self.tracing, table, self.provenance())
