@@ -116,14 +116,14 @@ def clean_behaviour(model: CausalLM, batches: Iterable[Batch], clean: CleanLogit
 
 
 def _gathered(pieces: Iterable[tuple[Batch, dict[str, Tensor]]]) -> Behaviour:
-    identities, measures = zip(*((_identities(batch), measures) for batch, measures in pieces), strict=True)
+    identities, measures = zip(*((prompt_identities(batch), measures) for batch, measures in pieces), strict=True)
     return Behaviour(
         **{name: torch.cat([of_piece[name] for of_piece in measures], dim=1).cpu() for name in MEASURES},
         identities=torch.cat(identities),
     )
 
 
-def _identities(batch: Batch) -> Int[Tensor, " prompt"]:
+def prompt_identities(batch: Batch) -> Int[Tensor, " prompt"]:
     """A hash of each prompt's tokens."""
     rows = zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)
     digests = (blake2b(tokens[real].numpy().tobytes(), digest_size=8).digest() for tokens, real in rows)

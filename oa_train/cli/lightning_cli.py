@@ -37,6 +37,7 @@ from oa_train.models.loading import load_config
 from oa_train.models.spec import LMSpec
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.finish_constants import finish_constants
+from oa_train.studies.finish_lens import finish_lenses
 from oa_train.studies.finish_tracing import finish_tracing
 from oa_train.studies.run_folder import RunFolder
 from oa_train.studies.study import Findings
@@ -46,6 +47,7 @@ from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, none_left_behind
+from oa_train.training.lens_module import LensModule
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
 from oa_train.training.tracing_module import TracingModule
@@ -308,6 +310,9 @@ class OaTrainCLI(LightningCLI):
         if isinstance(module, TracingModule):
             constants, losses = module.tracing_constants(run_name(run)), module.best.loss.cpu()
             return finish_tracing(module.frozen, task, constants, losses, run, module.track)
+        if isinstance(module, LensModule):
+            lenses, kl = module.trained_lenses(run_name(run)), module.validation_losses()
+            return finish_lenses(module.frozen, task, lenses, kl, run, module.track)
         return None
 
     def _recorded(self) -> dict[str, Any]:

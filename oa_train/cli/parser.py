@@ -13,6 +13,7 @@ import oa_train.masks.uniform
 import oa_train.tasks
 import oa_train.training.circuit_module
 import oa_train.training.constants_module
+import oa_train.training.lens_module
 import oa_train.training.tracing_module
 import oa_train.zoo.known  # noqa: F401 (imported so that classes are known by their bare names)
 from oa_train.cli.faults import own_error

@@ -46,6 +46,7 @@ _RUN_HELP = {
     "one": "folder of a finished run; it gets the results",
     "optional": "folder of a run, whose model, task, seed and circuit (if any) are used and which gets the results",
     "several": "folder of a finished run; of several, the first gives model and task and gets the results",
+    "any": "folder of a run; of several, the first gives model, task and seed and gets the results",
 }
 
 
@@ -67,7 +68,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         parser.exit()
     if kind.asks_of in NEEDING_RUNS and not folders:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
-    if len(folders) > 1 and kind.asks_of != "several":
+    if len(folders) > 1 and kind.asks_of not in ("several", "any"):
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
     runs = [RunFolder.find(folder) for folder in folders]
     options = _options(parser, runs, rest)
@@ -186,7 +187,7 @@ def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
     """What a study is about: what its runs have trained."""
     if kind.asks_of == "none":
         return []
-    having = [run for run in runs if not (kind.asks_of == "optional" and run.is_of_a_study)]
+    having = [run for run in runs if not (kind.asks_of in ("optional", "any") and run.is_of_a_study)]
     of_circuits = kind.FromRun is TrainedCircuit
     return _named_apart(
         [run.trained_circuit() if of_circuits else kind.FromRun.load(run.path) for run in having], having

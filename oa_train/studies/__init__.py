@@ -11,6 +11,11 @@ STUDIES: dict[str, tuple[str, str]] = {
         "which few parts are enough? greedy, to a stated recovery",
     ),
     "trace": ("oa_train.studies.trace.Trace", "where is a fact recalled? clean values restored, subject corrupted"),
+    "compare_lenses": (
+        "oa_train.studies.compare_lenses.CompareLenses",
+        "what do middle layers already know? lenses at every layer",
+    ),
+    "lens": ("oa_train.studies.lens.ReadPrompt", "one prompt's predictions, layer by layer"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
     "robustness": (
         "oa_train.studies.robustness.Robustness",

@@ -66,8 +66,8 @@ class Study(ABC, Generic[S]):
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
         FromRun: class of what the study is about.
-        asks_of: how many of them the study needs: `none`, `one`, `several` (at least one), or `optional` (one or
-            none).
+        asks_of: how many of them the study needs: `none`, `one`, `several` (at least one), `optional` (one or none),
+            or `any` (any number).
         resumable: True if it writes pieces to its folder (see `studies.pieces`) and can be resumed there.
         folder: its folder, once claimed.
     """
@@ -75,7 +75,7 @@ class Study(ABC, Generic[S]):
     name: ClassVar[str]
     Settings: ClassVar[type]
     FromRun: ClassVar[type[Any]] = TrainedCircuit
-    asks_of: ClassVar[Literal["none", "one", "several", "optional"]] = "none"
+    asks_of: ClassVar[Literal["none", "one", "several", "optional", "any"]] = "none"
     resumable: ClassVar[bool] = False
     folder: Path | None = None
 
@@ -106,6 +106,7 @@ class Study(ABC, Generic[S]):
             "one": n_trained == 1,
             "several": n_trained > 0,
             "optional": n_trained <= 1,
+            "any": True,
         }[self.asks_of]
         if not fits or len(set(names)) < n_trained:
             wanted = {
@@ -113,6 +114,7 @@ class Study(ABC, Generic[S]):
                 "one": f"one {noun}",
                 "several": f"{noun}s with different names",
                 "optional": f"one {noun} or none",
+                "any": f"{noun}s with different names, or none",
             }
             raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
 

@@ -1,0 +1,85 @@
+"""Lenses: divergence and agreement by layer, and the predictions of one prompt."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from oa_train.figures.comparison import Interval
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+
+# Colours of lenses in order of appearance, distinguishable without red and green.
+COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
+MARKERS = "osD^vpPx"
+
+# Characters of a token in a cell.
+MOST_CHARACTERS = 9
+
+
+def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str) -> Figure:
+    """KL divergence and agreement of each lens by layer, with 95 % bands.
+
+    Args:
+        lines: by lens, intervals of `kl` and `agreement` at each layer.
+        layers: numbers of the layers.
+        title: of the figure.
+    """
+    figure = new_figure(8.8, 3.6)
+    left, right = figure.subplots(1, 2)
+    for number, (name, measures) in enumerate(lines.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        for axes, measure in ((left, "kl"), (right, "agreement")):
+            points = measures[measure]
+            axes.plot(
+                layers, [p.mean for p in points], color=colour, marker=marker, markersize=3, linewidth=1.2, label=name
+            )
+            axes.fill_between(
+                layers, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
+            )
+    left.set_yscale("log")
+    left.set_ylabel("KL divergence from the model (nats)", fontsize=FONT_SIZE)
+    right.set_ylabel("same top token as the model", fontsize=FONT_SIZE)
+    right.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    right.set_ylim(-0.02, 1.02)
+    for axes in (left, right):
+        axes.set_xlabel("layer that is read", fontsize=FONT_SIZE)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=FONT_SIZE - 1)
+        axes.grid(color="#E5E5E5", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    set_title(figure, title)
+    return figure
+
+
+def prediction_grid(
+    words: Sequence[Sequence[str]],
+    probabilities: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+) -> Figure:
+    """Top token of every layer at every position, coloured by its probability; the first layer at the bottom.
+
+    Args:
+        words: top tokens, [layer][position].
+        probabilities: theirs, [layer, position].
+        rows: names of the layers.
+        columns: the prompt's tokens.
+        title: of the figure.
+    """
+    figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(probabilities):
+        text = words[row][column]
+        text = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+        write(axes, column, row, text, color="white" if value > 0.6 else "black", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, fontsize=FONT_SIZE - 2)
+    axes.set_xticks(range(len(columns)), columns, fontsize=FONT_SIZE - 1, rotation=45, ha="right", parse_math=False)
+    axes.set_ylabel("layer", fontsize=FONT_SIZE)
+    figure.colorbar(image, ax=axes).set_label("probability of the top token", fontsize=FONT_SIZE - 1)
+    set_title(figure, title)
+    return figure

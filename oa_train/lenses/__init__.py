@@ -1,0 +1,1 @@
+"""Lenses: predictions read from the residual stream of middle layers."""

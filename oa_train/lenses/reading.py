@@ -1,0 +1,91 @@
+"""Predictions of lenses, and how far they are from the model's."""
+
+from collections.abc import Iterator
+
+import torch
+
+from oa_train.batches import Batch
+from oa_train.engine.tail import read_out, scored_stream
+from oa_train.errors import TaskError
+from oa_train.lenses.lens import Lens
+from oa_train.metrics.divergence import kl_divergence
+from oa_train.models.frozen import CausalLM
+from oa_train.shapes import Float, Tensor
+
+# Default number of predictions (starts times tokens) that are computed at once.
+PREDICTIONS = 1024
+
+
+class Tokens:
+    """The scored tokens of a batch, as lenses see them.
+
+    Args:
+        model: frozen causal language model.
+        batch: prompts on its device; scored positions of weight 0 are left out.
+        attention: keep what attention adds, for the resample lens and means.
+
+    Attributes:
+        logits: of the model, [token, vocabulary].
+        residuals: what enters each block and, last, the final norm, [place, token, d_model].
+        attention: what each attention layer adds, [layer, token, d_model], or None.
+        weights: of each token in its prompt's average; those of a prompt sum to 1.
+        rows: prompt of each token.
+    """
+
+    def __init__(self, model: CausalLM, batch: Batch, attention: bool = False) -> None:
+        stream = scored_stream(model, batch, attention)
+        counted = batch.weights > 0
+        self.logits: Float[Tensor, "token vocabulary"] = stream.logits[counted]
+        self.residuals: Float[Tensor, "place token d_model"] = stream.residuals[:, counted]
+        self.attention: Float[Tensor, "layer token d_model"] | None = None
+        if stream.attention is not None:
+            self.attention = stream.attention[:, counted]
+        self.weights: Float[Tensor, " token"] = batch.weights[counted]
+        self.rows: Tensor = counted.nonzero()[:, 0]
+        self._n_rows = len(batch)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def partners(self) -> Float[Tensor, "layer token d_model"]:
+        """What attention adds at a token of the next prompt of the batch (the first's for the last).
+
+        Raises:
+            TaskError: the batch has one prompt only.
+        """
+        assert self.attention is not None
+        if self._n_rows < 2:
+            raise TaskError("A batch of one prompt has no other prompt to resample from; choose a larger batch size.")
+        counts = torch.bincount(self.rows, minlength=self._n_rows)
+        firsts = counts.cumsum(0) - counts
+        within = torch.arange(len(self.rows), device=self.rows.device) - firsts[self.rows]
+        others = (self.rows + 1) % self._n_rows
+        return self.attention[:, firsts[others] + within % counts[others]]
+
+    def by_prompt(self, values: Float[Tensor, "start token"]) -> Float[Tensor, "start prompt"]:
+        """Each prompt's average over its tokens."""
+        totals = values.new_zeros(len(values), self._n_rows)
+        return totals.index_add_(1, self.rows, values * self.weights.to(values.dtype))
+
+    def pieces(self, n_starts: int, most: int = PREDICTIONS) -> Iterator[slice]:
+        """Slices of the tokens, of at most `most` predictions each."""
+        at_once = max(1, most // max(1, n_starts))
+        for first in range(0, len(self), at_once):
+            yield slice(first, min(first + at_once, len(self)))
+
+
+def lens_logits(
+    lens: Lens, model: CausalLM, tokens: Tokens, piece: slice, partners: Tensor | None = None
+) -> Float[Tensor, "start token vocabulary"]:
+    """Predictions of a lens at a slice of the tokens, with gradients to its parameters."""
+    others = None if partners is None else partners[:, piece]
+    final = lens(model, tokens.residuals[lens.starts][:, piece], others)
+    logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
+    return logits
+
+
+def divergence_from(
+    target: Float[Tensor, "*start token vocabulary"], logits: Float[Tensor, "start token vocabulary"]
+) -> Float[Tensor, "start token"]:
+    """KL divergence of a lens's predictions from those of the model or of another lens, in nats."""
+    return kl_divergence(target.expand_as(logits), logits)

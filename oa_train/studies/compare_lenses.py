@@ -1,0 +1,183 @@
+"""How well lenses predict the model from its middle layers."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from oa_train.ablations.evaluation import prompt_identities
+from oa_train.errors import ConfigurationError
+from oa_train.figures.lenses import lens_figure
+from oa_train.figures.style import Figure
+from oa_train.lenses.lens import Lens
+from oa_train.lenses.reading import PREDICTIONS, Tokens, divergence_from, lens_logits
+from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.estimates import Estimate, estimate, paired_difference
+from oa_train.progress import Stage, counted
+from oa_train.shapes import Float, Tensor
+from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
+from oa_train.studies.study import Findings, Row, Study, Table, interval, spoken
+
+# Layers in the table on the terminal.
+MOST_LAYERS = 10
+
+# Whose divergence the others' are compared with, the first of them that is there.
+REFERENCES = ("oca", "oca_shared", "tuned", "logit")
+
+
+@dataclass(frozen=True)
+class CompareLensesSettings:
+    """Settings of `compare_lenses`.
+
+    Attributes:
+        lenses: kinds of lens; by default those of the runs, and `logit`, `mean` and `resample`.
+        layers: layers that are read; by default those of the runs' lenses, or all.
+        tuned_lens: folder of a tuned lens in the layout of AlignmentResearch (`config.json`, `params.pt`).
+        predictions_at_once: predictions (layers times scored positions) of one run; bounds memory, changes no result.
+    """
+
+    lenses: list[str] | None = None
+    layers: list[int] | None = None
+    tuned_lens: str | None = None
+    predictions_at_once: int = PREDICTIONS
+
+    def __post_init__(self) -> None:
+        if self.predictions_at_once < 1:
+            raise ConfigurationError(f"predictions_at_once is {self.predictions_at_once}; expected at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """What one lens reads on every prompt: averages over its scored positions.
+
+    Attributes:
+        kl: divergence of the prediction from the model's, in nats.
+        agreement: share of positions with the model's top token.
+        depth: first layer from which on the top token is the model's, the number of layers where it never is.
+    """
+
+    kl: Float[Tensor, "start prompt"]
+    agreement: Float[Tensor, "start prompt"]
+    depth: Float[Tensor, " prompt"]
+
+
+class CompareLenses(Study[CompareLensesSettings]):
+    """Reads the residual stream of every layer by several lenses: what do middle layers already know?
+
+    Rows: one for each lens and layer, with `kl` (of the prediction from the model's, in nats), `agreement` (share of
+    scored positions with the model's top token) and the paired difference of the divergence to that of the reference,
+    `kl_minus_oca` for example. Metrics: `depth_<lens>`, the first layer from which on the lens has the model's top
+    token (prediction depth, Belrose et al. 2023).
+
+    Raises:
+        ConfigurationError: a lens is not trained, or has no such layer.
+    """
+
+    name = "compare_lenses"
+    Settings: ClassVar[type] = CompareLensesSettings
+    FromRun: ClassVar[type[Any]] = TrainedLenses
+    asks_of = "any"
+
+    def check(self) -> None:
+        """Choose lenses and layers."""
+        super().check()
+        self.layers = chosen_layers(self.model, self.settings.layers, self.from_runs)
+        self.kinds = chosen_kinds(self.settings.lenses, self.from_runs)
+
+    def plan(self) -> list[Stage]:
+        """The means, and the test prompts."""
+        means = [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
+        return [*means, Stage("reading", self.task.n_test)]
+
+    def run(self) -> Findings:
+        """Read every test prompt by every lens."""
+        settings = self.settings
+        lenses = chosen_lenses(
+            self.model, self.task, self.kinds, self.layers, self.from_runs, settings.tuned_lens, self.track
+        )
+        identities = torch.cat([prompt_identities(batch) for batch in self.batches])
+        readings = self._readings(lenses)
+        reference = next((name for name in REFERENCES if name in readings), next(iter(readings)))
+        rows = list(self._rows(readings, reference, identities))
+        depths = {f"depth_{name}": estimate(read.depth, identities) for name, read in readings.items()}
+        return Findings(
+            rows,
+            metrics=depths,
+            facts={"layers": self.layers, "reference": reference},
+            shown=list(self._shown(rows, depths, list(readings))),
+            figures={"layers": partial(self._figure, rows, list(readings))},
+            table="lenses",
+        )
+
+    @torch.no_grad()
+    def _readings(self, lenses: Mapping[str, Lens]) -> dict[str, Readings]:
+        parts: dict[str, list[Readings]] = {name: [] for name in lenses}
+        needs_partners = any(lens.needs_partners for lens in lenses.values())
+        for batch in counted(self.track, self.batches, "reading every layer"):
+            tokens = Tokens(self.model, batch.to(self.model.device), attention=needs_partners)
+            partners = tokens.partners() if needs_partners else None
+            for name, lens in lenses.items():
+                parts[name].append(self._read(lens, tokens, partners if lens.needs_partners else None))
+        return {
+            name: Readings(
+                *(torch.cat([getattr(part, of) for part in of_lens], dim=-1) for of in ("kl", "agreement", "depth"))
+            )
+            for name, of_lens in parts.items()
+        }
+
+    def _read(self, lens: Lens, tokens: Tokens, partners: Tensor | None) -> Readings:
+        kl, agrees = [], []
+        for piece in tokens.pieces(len(self.layers), self.settings.predictions_at_once):
+            logits = lens_logits(lens, self.model, tokens, piece, partners)
+            kl.append(divergence_from(tokens.logits[piece], logits))
+            agrees.append(logits.argmax(dim=-1) == tokens.logits[piece].argmax(dim=-1))
+        agreement = torch.cat(agrees, dim=1)
+        settled = agreement.flip(0).cumprod(dim=0).sum(dim=0)  # layers, from the last one down, that all agree
+        layers = torch.tensor([*self.layers, self.layers[-1] + 1], device=settled.device)
+        depth = layers[len(self.layers) - settled].float()
+        values = torch.cat([torch.cat(kl, dim=1).float(), agreement.float(), depth.unsqueeze(0)])
+        averages = tokens.by_prompt(values).cpu()
+        n_layers = len(self.layers)
+        return Readings(averages[:n_layers], averages[n_layers:-1], averages[-1])
+
+    def _rows(self, readings: Mapping[str, Readings], reference: str, identities: Tensor) -> Iterator[Row]:
+        for name, read in readings.items():
+            for number, layer in enumerate(self.layers):
+                row: dict[str, Any] = {
+                    "lens": name,
+                    "layer": layer,
+                    "kl": estimate(read.kl[number], identities),
+                    "agreement": estimate(read.agreement[number], identities, is_share=True),
+                }
+                difference = paired_difference(read.kl[number], readings[reference].kl[number], identities)
+                yield row | {f"kl_minus_{reference}": difference}
+
+    def _shown(self, rows: Sequence[Row], depths: Mapping[str, Estimate], names: Sequence[str]) -> Iterator[Table]:
+        step = -(-len(self.layers) // MOST_LAYERS)
+        shown = {*self.layers[::step], self.layers[-1]}
+        for measure, title in (
+            ("kl", "KL divergence of the lens from the model, in nats"),
+            ("agreement", "Share of positions with the model's top token"),
+        ):
+            cells = [
+                {"layer": layer} | {spoken(row["lens"]): row[measure] for row in rows if row["layer"] == layer}
+                for layer in self.layers
+                if layer in shown
+            ]
+            yield Table(f"{title}, on {self.prompts}", cells)
+        yield Table(
+            "First layer from which on the top token is the model's",
+            [{"lens": spoken(name), "prediction depth": depths[f"depth_{name}"]} for name in names],
+        )
+
+    def _figure(self, rows: Sequence[Row], names: Sequence[str]) -> Figure:
+        lines = {
+            spoken(name): {
+                measure: [interval(row[measure]) for row in rows if row["lens"] == name]
+                for measure in ("kl", "agreement")
+            }
+            for name in names
+        }
+        return lens_figure(lines, self.layers, f"{self.subject}: predictions read from the residual stream")
