@@ -23,6 +23,10 @@ CHARACTERS_AT_ONCE = 1_000_000
 # From this number of documents on each belongs to one stream; the smallest then have about 20.
 MANY_DOCUMENTS = 200
 
+# Streams that a small corpus is cut into, with the fewest windows of each: two have a standard error.
+LEAST: dict[Stream, int] = {"train": 1, "validation": 2, "test": 2}
+CUT = tuple(LEAST)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -84,7 +88,8 @@ class Corpus:
         seen: set[bytes] = set()
         for part in parts:
             limit = end + self.max_tokens
-            for documents in _batches(self._distinct(part, seen)):
+            distinct = self._distinct(part, seen)
+            for documents in _batches(distinct):
                 for document, ids in zip(
                     documents, self.encoder.encode_plain([document.text for document in documents]), strict=True
                 ):
@@ -98,7 +103,7 @@ class Corpus:
                         hashed = stream_of(document.text)
                         self.sections.append(Section(document.place, start, end, document.split, hashed))
                 if end == limit:
-                    self.is_cut = True
+                    self.is_cut |= next(distinct, None) is not None
                     break
         self.tokens = torch.cat(pieces) if pieces else self.tokens
         return self
@@ -192,13 +197,11 @@ class Windows:
             TaskError: some documents have a `split` and some have none, or a stream has too few windows.
         """
         parts = self._by_split(source) or self._by_document() or self._by_blocks()
-        for stream in ("train", "validation", "test"):
-            least = 1 if stream == "train" else 2
-            if len(parts.get(stream, ())) < least:
-                sizes = ", ".join(f"{len(windows)} of {name}" for name, windows in parts.items() if windows)
-                raise TaskError(
-                    f"{source} gives {sizes or 'no'} windows; expected at least {least} of {stream}. {advice}"
-                )
+        sizes = {stream: len(parts.get(stream, ())) for stream in CUT}
+        if any(size < LEAST[stream] for stream, size in sizes.items()):
+            shown = ", ".join(f"{size} for {stream}" for stream, size in sizes.items())
+            least = ", ".join(str(LEAST[stream]) for stream in CUT)
+            raise TaskError(f"{source} gives too few windows: {shown}; expected at least {least}. {advice}")
         ordered = {
             stream: sorted(windows, key=lambda number: self.seed(number, "order")) for stream, windows in parts.items()
         }
@@ -249,9 +252,8 @@ class Windows:
         n_validation = max(2, round(VALIDATION_SHARE * len(self)))
         borders = (max(0, len(self) - n_test - n_validation), max(0, len(self) - n_test))
         blocks = zip((0, *borders), (*borders, len(self)), strict=True)
-        streams: tuple[Stream, ...] = ("train", "validation", "test")
         parts: dict[Stream, list[int]] = {}
-        for stream, (first, end) in zip(streams, blocks, strict=True):
+        for stream, (first, end) in zip(CUT, blocks, strict=True):
             # The last answer of a window is the first token of the next one, which is another stream's here.
             continues = 0 < end < len(self) and bool(self.sections[end - 1] == self.sections[end])
             parts[stream] = list(range(first, end - continues))

@@ -152,35 +152,33 @@ class Text(FiniteTask):
     def _remarks(self) -> list[str]:
         windows, corpus = self.windows, self.windows.corpus
         n_documents, n_tokens = len(corpus.sections), len(corpus.tokens)
-        shown = "1 document" if n_documents == 1 else f"{n_documents:,} documents"
-        remarks = [
-            f"{len(windows):,} windows of at most {self.context_length} tokens, from {shown} with {n_tokens:,} tokens."
-        ]
+        shown, longest = _documents(n_documents), f"{self.context_length:,}"
+        remarks = [f"{len(windows):,} windows of at most {longest} tokens, from {shown} with {n_tokens:,} tokens."]
         n_short = n_documents - windows.n_documents
         n_used = sum(corpus.sections[number].n_tokens for number in windows.sections.unique().tolist())
         if n_short:
             remarks.append(
-                f"{n_short} of {shown} are shorter than {self.least_tokens} tokens and left out "
+                f"{n_short} of {shown} are shorter than {self.least_tokens:,} tokens and left out "
                 f"({n_tokens - n_used:,} tokens)."
             )
         # The last answer of a document is in no window.
         n_ends = n_used - windows.n_documents - int(windows.lengths.sum())
         if n_ends:
             remarks.append(
-                f"{n_ends:,} tokens at the ends of documents are left out: fewer than {self.least_tokens} remained."
+                f"{n_ends:,} tokens at the ends of documents are left out: fewer than {self.least_tokens:,} remained."
             )
         if corpus.n_repeated:
-            remarks.append(f"{corpus.n_repeated} documents repeat an earlier one and are used once.")
+            remarks.append(f"{_documents(corpus.n_repeated)} left out: repetitions of earlier ones.")
         if corpus.n_empty:
-            remarks.append(f"{corpus.n_empty} documents have no text and are left out.")
+            remarks.append(f"{_documents(corpus.n_empty)} left out: no text.")
         if corpus.is_cut:
             remarks.append(
                 f"Only the first {corpus.max_tokens:,} tokens are read (max_tokens), of each split of a dataset."
             )
         if windows.are_blocks:
             remarks.append(
-                f"Streams are blocks of the text, with train first and test last: {windows.n_documents} documents are "
-                "too few to share out whole."
+                f"Streams are blocks of the text, with train first and test last: there are too few documents "
+                f"({windows.n_documents}) to share them out whole."
             )
         return remarks
 
@@ -286,3 +284,7 @@ class Text(FiniteTask):
         for stream, numbers in self.streams.items():
             digest.update(f"{stream} {numbers}".encode())
         return digest.hexdigest()
+
+
+def _documents(number: int) -> str:
+    return f"{number:,} document{'s' * (number != 1)}"
