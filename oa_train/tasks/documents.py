@@ -1,5 +1,6 @@
 """Documents of a corpus: plain text files, and rows of files and datasets with a field of text."""
 
+import codecs
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from oa_train.tasks.task import Stream
 
 # A whole book may be a row: the longest that the parser of CSV takes on every system.
 LONGEST = 2**31 - 1
+
+# Bytes at the beginning of a file that tell whether it is text.
+BEGINNING = 8192
 
 # Rows that are read before a field that none of them has is an error.
 ROWS_WITHOUT = 100
@@ -162,9 +166,16 @@ def listed_documents(texts: Sequence[str]) -> list[Iterator[Document]]:
 
 def _checked_lines(file: Path) -> Iterator[str]:
     """Lines of a text file that end in one character; refuses what is no text."""
+    with file.open("rb") as content:
+        beginning = content.read(BEGINNING)
+    if b"\0" in beginning and not beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        # Before a byte that is not UTF-8 is taken for one of another encoding.
+        raise _binary(file, beginning[: beginning.index(b"\0")].count(b"\n") + 1)
     for number, line in enumerate(read_lines(file), start=1):
         if "\0" in line:
-            raise ArtefactError(
-                f"{file}, line {number}: a NUL byte, in {shorten(line)}. The file is binary; expected text in UTF-8."
-            )
+            raise _binary(file, number)
         yield line[:-2] + "\n" if line.endswith("\r\n") else line
+
+
+def _binary(file: Path, line: int) -> ArtefactError:
+    return ArtefactError(f"{file}, line {line}: a NUL byte, so the file is binary; expected text in UTF-8.")

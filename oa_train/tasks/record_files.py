@@ -87,7 +87,7 @@ def check_subset(path: str, subset: str | None) -> None:
 
 
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
-    """Raise a ConfigurationError that names the nearest files of these suffixes if there is no such file.
+    """Raise a ConfigurationError that names the nearest folders and files of these suffixes if there is no such file.
 
     Args:
         file: the file.
@@ -96,7 +96,8 @@ def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> 
     """
     if not file.is_file():
         known = READERS if suffixes is None else suffixes
-        names = sorted(other.name for other in file.parent.glob("*") if other.suffix in known)
+        others = (other for other in file.parent.glob("*") if not other.name.startswith("."))
+        names = sorted(other.name for other in others if other.suffix in known or other.is_dir())
         near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
         raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
 

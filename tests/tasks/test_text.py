@@ -1,5 +1,6 @@
 """Windows of text: their tokens, answers and borders, their streams, and what is refused."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -454,7 +455,9 @@ BAD: dict[str, tuple[bytes | None, list[str], list[str]]] = {
     ),
     "json.jsonl": (b'{"text": "a"}\n{"text": ', [], ["json.jsonl, line 2: not JSON"]),
     "latin.txt": (b"good\nna\xefve\n", [], ["latin.txt, line 2: byte 0xef is not UTF-8", "iconv"]),
-    "binary.txt": (b"good\nELF\0\0\1\n", [], ["binary.txt, line 2: a NUL byte", "The file is binary"]),
+    "binary.txt": (b"good\nELF\0\0\1\n", [], ["binary.txt, line 2: a NUL byte, so the file is binary"]),
+    "late.txt": (b"good\n" * 2000 + b"\0", [], ["late.txt, line 2001: a NUL byte"]),
+    "packed.gz": (gzip.compress(GOOD.encode()), [], ["packed.gz, line ", "a NUL byte, so the file is binary"]),
     "utf16.txt": ("text".encode("utf-16"), [], ["UTF-16; expected UTF-8"]),
     "short.txt": (
         b"Then Anna went",
