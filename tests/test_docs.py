@@ -38,6 +38,7 @@ from oa_train.tasks.induction import Induction
 from oa_train.tasks.ioi import IOI
 from oa_train.tasks.records import Records
 from oa_train.tasks.task import Task
+from oa_train.tasks.text import Text
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
 
@@ -58,6 +59,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("IOI", IOI, ()),
     ("Induction", Induction, ()),
     ("Records", Records, ()),
+    ("Text", Text, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),

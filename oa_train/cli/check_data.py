@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
+from oa_train.batches import Batch
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table
 from oa_train.cli.parser import (
@@ -24,12 +25,19 @@ from oa_train.studies.study import Table
 from oa_train.tasks.record_files import report, shorten
 from oa_train.tasks.records import Records
 from oa_train.tasks.task import Prompt, Question, Stream, Task, positive
+from oa_train.tasks.text import Text
 
 # Prompts whose lengths are measured, of a task that draws without end.
 DRAWN = 512
 
 # Most wrongly answered prompts that are listed.
 MOST_WRONG = 10
+
+# Most tokens of a prompt that are shown, half of them from its end.
+MOST_TOKENS = 200
+
+# Most scored positions of a window of text that are listed.
+MOST_SCORED = 5
 
 # Streams whose prompts are shown, and streams that the model runs on.
 _SHOWN: tuple[Stream, ...] = ("train", "test")
@@ -63,8 +71,9 @@ def check_data(words: Sequence[str]) -> dict[str, Any]:
         abilities = _abilities(task, streams, options.n_prompts)
         figures["clean_model"] = [_ability_row(stream, ability) for stream, ability in abilities.items()]
         print_table(Table(f"clean model {Path(task.lm.name).name}", figures["clean_model"]))
-        _show_wrong(task, abilities)
-        warning = abilities["validation"].warning
+        if not isinstance(task, Text):  # no model predicts all of a text
+            _show_wrong(task, abilities)
+            warning = abilities["validation"].warning
     for remark in [*task.remarks, *([warning] if warning else [])]:
         console.print(f"- {remark}", soft_wrap=True)
     if isinstance(task, Records) and task.left_out:
@@ -104,7 +113,11 @@ def _stream_rows(task: Task, streams: Streams) -> list[dict[str, Any]]:
     train = {prompt.text for prompt in streams["train"]}
     for stream, prompts in streams.items():
         texts = {prompt.text for prompt in prompts}
-        lengths = [len(ids) for ids in task.encoder.encode(sorted(texts))]
+        lengths = (
+            task.lengths(stream)
+            if isinstance(task, Text)
+            else [len(ids) for ids in task.encoder.encode(sorted(texts))]
+        )
         drawn = task.size(stream) is None
         row: dict[str, Any] = {"stream": f"{stream} (as train)" if stream != "train" and texts == train else stream}
         row["prompts"] = "drawn" if drawn else len(prompts)
@@ -134,21 +147,48 @@ def _ability_row(stream: Stream, ability: Ability) -> dict[str, Any]:
 
 def _show_prompt(task: Task, stream: Stream, number: int, prompt: Prompt) -> None:
     """Print a prompt in tokens: `|` ends each, `>` marks scored ones, brackets a token that is never ablated."""
-    ids = task.encoder.encode([prompt.text])[0]
-    questions = [*prompt.earlier, prompt] if task.answer_positions == "every" else [prompt]
-    scored = {len(task.encoder.encode([question.text])[0]) - 1 for question in questions}
-    place = f", {task.places[prompt.text]}" if isinstance(task, Records) else ""
-    lines = [f"{stream} {number}{place}", f"  tokens          {_tokens(task, ids, scored)}"]
-    lines += [f"  scored          {_scored(question)}" for question in questions]
+    batch = task.batch(stream, number, 1)
+    ids = batch.tokens[batch.attention_mask].tolist()
+    first = int(batch.attention_mask[0].long().argmax())
+    scored = [column - first for column in batch.scored[batch.weights > 0].tolist()]
+    # Marks at every token would hide the text.
+    marked = set(scored) if len(scored) < len(ids) / 2 or len(ids) < MOST_TOKENS // 4 else set()
+    place = _place(task, stream, number, prompt)
+    lines = [f"{stream} {number}" + (f", {place}" if place else ""), f"  tokens          {_tokens(task, ids, marked)}"]
+    if isinstance(task, Text):
+        lines += [f"  scored          {line}" for line in _scored_tokens(task, batch, ids, scored)]
+    else:
+        questions = [*prompt.earlier, prompt] if task.answer_positions == "every" else [prompt]
+        lines += [f"  scored          {_scored(question)}" for question in questions]
     flags = task.encoder.span_flags([prompt.text], [prompt.spans])[0]
     for name, inside in flags.items():
         places = [place for place, is_in in enumerate(inside) if is_in]
-        marked = _tokens(task, [ids[place] for place in places])
-        lines.append(f"  {f'span {name}':<15} {marked}  ({_range(places)})")
+        inside_span = _tokens(task, [ids[place] for place in places])
+        lines.append(f"  {f'span {name}':<15} {inside_span}  ({_range(places)})")
     if prompt.counterfactual is not None:
         other = task.encoder.encode([prompt.counterfactual])[0]
         lines.append(f"  counterfactual  {_tokens(task, other)}")
     console.print("\n".join(lines), soft_wrap=True)
+
+
+def _place(task: Task, stream: Stream, number: int, prompt: Prompt) -> str:
+    """Where a prompt stands in a file; empty for prompts that are drawn."""
+    if isinstance(task, Text):
+        return task.place(stream, number)
+    return task.places[prompt.text] if isinstance(task, Records) else ""
+
+
+def _scored_tokens(task: Task, batch: Batch, ids: Sequence[int], scored: Sequence[int]) -> list[str]:
+    """Lines on the scored positions of a window: the first ones, or the last one where there are many."""
+    answers = batch.answers[0, :, 0].tolist()
+    pairs = [
+        f"after {task.tokenizer.decode([ids[place]])!r} (token {place}): {task.tokenizer.decode([answer])!r}"
+        for place, answer in zip(scored, answers, strict=False)
+    ]
+    if len(pairs) == len(ids) - (ids[0] == task.bos_token_id):
+        return [f"all {len(pairs)} positions, each by the token that follows; {pairs[-1]}"]
+    more = [f"and {len(pairs) - MOST_SCORED} more"] if len(pairs) > MOST_SCORED else []
+    return [*pairs[:MOST_SCORED], *more]
 
 
 def _tokens(task: Task, ids: Sequence[int], scored: set[int] | None = None) -> str:
@@ -157,6 +197,9 @@ def _tokens(task: Task, ids: Sequence[int], scored: set[int] | None = None) -> s
         text = str(task.tokenizer.decode([token])).replace("\n", "\\n")
         text = f"[{text}]" if place == 0 and token == task.bos_token_id else text
         shown.append(f"{text}>" if place in (scored or ()) else text)
+    if len(shown) > MOST_TOKENS:
+        half = MOST_TOKENS // 2
+        shown[half:-half] = [f" ... {len(shown) - 2 * half} tokens ... "]
     return "|".join(shown)
 
 
@@ -183,7 +226,7 @@ def _show_wrong(task: Task, abilities: dict[Stream, Ability]) -> None:
                 prompt = task.prompt(stream, number)
                 row = {"prompt": shorten(prompt.text, 70), "answer": repr(prompt.answers[0])}
                 row |= {"predicted": repr(task.tokenizer.decode([top])), "logit difference": f"{difference:.2f}"}
-                place = task.places[prompt.text] if isinstance(task, Records) else f"{stream} {number}"
+                place = _place(task, stream, number, prompt) or f"{stream} {number}"
                 wrong.append((difference, {"where": place} | row))
     wrong.sort(key=lambda row: row[0])
     if wrong:

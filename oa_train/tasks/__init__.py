@@ -14,3 +14,4 @@ from oa_train.tasks.task import Prompt as Prompt
 from oa_train.tasks.task import Question as Question
 from oa_train.tasks.task import Stream as Stream
 from oa_train.tasks.task import Task as Task
+from oa_train.tasks.text import Text as Text

@@ -118,12 +118,21 @@ class PromptEncoder:
         Raises:
             TaskError: a token has no row in the model's embedding.
         """
-        rows = [self._opening(ids) + ids for ids in self._plain(texts)]
+        return [self._opening(ids) + ids for ids in self.encode_plain(texts)]
+
+    def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts without special tokens and without a BOS in front.
+
+        Raises:
+            TaskError: a token has no row in the model's embedding.
+        """
+        rows = self._plain(texts)
         for text, row in zip(texts, rows, strict=True):
             token = max(row, default=0)
             if token >= self.vocabulary_size:
+                beginning = repr(text) if len(text) < 500 else f"{text[:100]!r}..."
                 raise TaskError(
-                    f"The token {self.tokenizer.convert_ids_to_tokens(token)!r} of the prompt {text!r} has the id "
+                    f"The token {self.tokenizer.convert_ids_to_tokens(token)!r} of the prompt {beginning} has the id "
                     f"{token}, but the model's vocabulary has {self.vocabulary_size} tokens: it was added to the "
                     "tokenizer and not to the model. Leave it out of the prompts, or resize the model's embedding."
                 )
@@ -250,7 +259,10 @@ class PromptEncoder:
         return self.continuation("", f" {word}") is not None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        if not texts:
+            return []
+        # A text may be longer than the model's context, as long as no prompt is.
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _opening(self, ids: list[int]) -> list[int]:

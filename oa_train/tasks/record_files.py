@@ -1,9 +1,10 @@
-"""Rows of files: JSON Lines, JSON, CSV, Parquet and datasets of the Hub, one at a time and with their line numbers."""
+"""Rows and lines of files: JSON Lines, JSON, CSV, Parquet and datasets of the Hub, with their line numbers."""
 
 import codecs
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, takewhile
 from pathlib import Path
@@ -50,12 +51,13 @@ class Row:
     content: Fields | RowError
 
 
-def read_rows(path: str, subset: str | None = None) -> Iterator[Row]:
+def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTERS) -> Iterator[Row]:
     """Rows of a file by its suffix, of a folder that `datasets` has saved, or of `hf://owner/name` on the Hub.
 
     Args:
         path: the file, folder or dataset.
         subset: configuration of a dataset of the Hub.
+        longest: characters of the longest line of JSON Lines, or cell of a table, that is read.
 
     Raises:
         ConfigurationError: there is no such file, or its format is not known.
@@ -63,23 +65,41 @@ def read_rows(path: str, subset: str | None = None) -> Iterator[Row]:
     """
     if path.startswith(HUB):
         return _dataset_rows(path, subset)
+    check_subset(path, subset)
     file = Path(path).expanduser()
-    if subset is not None:
-        raise ConfigurationError(
-            f"data.subset is for datasets of the Hub ({HUB}owner/name), and data.path is {path!r}."
-        )
     if file.is_dir():
         return _dataset_rows(str(file), None)
-    if not file.is_file():
-        names = sorted(other.name for other in file.parent.glob("*") if other.suffix in READERS)
-        near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
-        raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
+    check_file(file, path)
     if file.suffix.lower() not in READERS:
         raise ConfigurationError(
             f"data.path is {path!r}, and {file.suffix or 'no suffix'!r} is no known format; expected "
             f"{', '.join(READERS)}, a folder saved by `datasets`, or {HUB}owner/name."
         )
-    return READERS[file.suffix.lower()](file)
+    return READERS[file.suffix.lower()](file, longest)
+
+
+def check_subset(path: str, subset: str | None) -> None:
+    """Raise a ConfigurationError if a subset is named of what is no dataset of the Hub."""
+    if subset is not None and not path.startswith(HUB):
+        raise ConfigurationError(
+            f"data.subset is for datasets of the Hub ({HUB}owner/name), and data.path is {path!r}."
+        )
+
+
+def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
+    """Raise a ConfigurationError that names the nearest folders and files of these suffixes if there is no such file.
+
+    Args:
+        file: the file.
+        path: the file as its user wrote it.
+        suffixes: the suffixes, those of `READERS` by default.
+    """
+    if not file.is_file():
+        known = READERS if suffixes is None else suffixes
+        others = (other for other in file.parent.glob("*") if not other.name.startswith("."))
+        names = sorted(other.name for other in others if other.suffix in known or other.is_dir())
+        near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
+        raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
 
 
 def shorten(value: object, most: int = 80) -> str:
@@ -107,8 +127,12 @@ def report(problems: Iterable[tuple[str, RowError]]) -> str:
     return "\n".join(lines)
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, with or without a byte order mark."""
+def read_lines(file: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        ArtefactError: a line is not UTF-8.
+    """
     with file.open("rb") as content:
         for number, raw in enumerate(content, start=1):
             if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -134,16 +158,16 @@ def _json(text: str) -> Any:
         raise RowError("not JSON", f"nested too deeply: {shorten(text)}") from None
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
-    for number, line in enumerate(_lines(file), start=1):
+def _json_lines(file: Path, longest: int) -> Iterator[Row]:
+    for number, line in enumerate(read_lines(file), start=1):
         if line.strip():
-            yield _row(f"line {number}", line)
+            yield _row(f"line {number}", line, longest)
 
 
-def _row(place: str, line: str) -> Row:
+def _row(place: str, line: str, longest: int) -> Row:
     try:
-        if len(line) > MOST_CHARACTERS:
-            raise RowError(f"longer than {MOST_CHARACTERS:,} characters", f"{len(line):,} characters, {shorten(line)}")
+        if len(line) > longest:
+            raise RowError(f"longer than {longest:,} characters", f"{len(line):,} characters, {shorten(line)}")
         content = _json(line)
         if not isinstance(content, dict):
             advice = " (name a JSON array .json)" if line.lstrip().startswith("[") else ""
@@ -153,10 +177,10 @@ def _row(place: str, line: str) -> Row:
     return Row(place, content)
 
 
-def _json_document(file: Path) -> Iterator[Row]:
+def _json_document(file: Path, longest: int) -> Iterator[Row]:
     """Rows of a JSON array, or of the array `prompts` in a JSON object."""
     try:
-        document = _json("".join(_lines(file)))
+        document = _json("".join(read_lines(file)))
     except RowError as problem:
         raise ArtefactError(f"{file} is {problem}. Name a file with one object a line .jsonl.") from None
     rows = document.get("prompts") if isinstance(document, dict) else document
@@ -170,10 +194,10 @@ def _json_document(file: Path) -> Iterator[Row]:
         yield Row(f"row {number}", content if valid else RowError("not a JSON object", shorten(content)))
 
 
-def _csv(file: Path) -> Iterator[Row]:
+def _csv(file: Path, longest: int) -> Iterator[Row]:
     # Cells stay strings: pandas would read the answers "None" and "NA" as missing and "007" as 7.
-    reader = csv.reader(_lines(file), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
-    csv.field_size_limit(MOST_CHARACTERS)
+    reader = csv.reader(read_lines(file), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+    csv.field_size_limit(longest)
     names: list[str] | None = None
     while True:
         place = f"line {reader.line_num + 1}"
@@ -195,7 +219,7 @@ def _csv(file: Path) -> Iterator[Row]:
         yield Row(place, {name: cell for name, cell in zip(names, cells, strict=True) if cell})
 
 
-def _parquet(file: Path) -> Iterator[Row]:
+def _parquet(file: Path, longest: int) -> Iterator[Row]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -211,24 +235,45 @@ def _parquet(file: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
-    """Rows of a dataset, streamed from the Hub or saved in a folder; the names of its splits are the rows' `split`."""
+    for rows in dataset_splits(path, subset):
+        yield from rows
+
+
+def dataset_splits(path: str, subset: str | None = None) -> list[Iterator[Row]]:
+    """Rows of each split of a dataset, streamed from the Hub or saved in a folder; split names are the rows' `split`.
+
+    Raises:
+        ConfigurationError: the package `datasets` is missing.
+        ArtefactError: the dataset cannot be read.
+    """
     try:
         import datasets
     except ImportError:
         raise ConfigurationError(
             f"{path!r} is a dataset, which `datasets` reads: pip install 'oa_train[records]'."
         ) from None
-    try:
+    with _reading(path):
         if path.startswith(HUB):
             datasets.config.HF_HUB_OFFLINE = not hub_answers()  # it would try again and again
             loaded = datasets.load_dataset(path.removeprefix(HUB), subset, streaming=True)
         else:
             loaded = datasets.load_from_disk(path)
-        splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
-        for split, rows in splits.items():
-            named = {} if split is None or len(splits) == 1 else {"split": split}
-            for number, row in enumerate(rows, start=1):
-                yield Row(f"row {number}" + (f" of {split}" if named else ""), {**named, **row})
+    splits = loaded if isinstance(loaded, Mapping) else {None: loaded}
+    return [_split_rows(path, rows, None if len(splits) == 1 else split) for split, rows in splits.items()]
+
+
+def _split_rows(path: str, rows: Iterable[Fields], split: str | None) -> Iterator[Row]:
+    named = {} if split is None else {"split": split}
+    with _reading(path):
+        for number, row in enumerate(rows, start=1):
+            yield Row(f"row {number}" + (f" of {split}" if named else ""), {**named, **row})
+
+
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Turn errors of `datasets` into an ArtefactError."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as problem:
         reason = str(problem.args[0] if problem.args else "").partition("\n")[0] or repr(problem)
         raise ArtefactError(
@@ -238,7 +283,7 @@ def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
         ) from problem
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_document,
     ".csv": _csv,

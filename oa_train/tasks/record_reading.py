@@ -156,7 +156,7 @@ class RecordReader:
                 earlier=tuple(_question(value) for value in _parsed(fields.get("earlier")) or ()),
                 spans=_spans(_parsed(fields.get("spans")) or {}, len(text)),
             ),
-            _stream(fields["split"]),
+            stream_named(fields["split"]),
             text if group is None else str(group),
         )
 
@@ -231,7 +231,12 @@ def _question(value: Any) -> Question:
         raise RowError("an earlier question of the wrong form", f"{shorten(value)}; expected {expected}") from None
 
 
-def _stream(split: Any) -> Stream | None:
+def stream_named(split: Any) -> Stream | None:
+    """The stream that the name of a split means; None for no name.
+
+    Raises:
+        RowError: the name is unknown.
+    """
     if split is None:
         return None
     stream = SPLIT_NAMES.get(str(split).strip().lower())

@@ -6,21 +6,18 @@ from hashlib import blake2b
 from typing import Any, ClassVar, Literal, get_args
 
 from oa_train.errors import ConfigurationError, TaskError, unknown_name
-from oa_train.seeds import python_generator
+from oa_train.tasks.finite import FiniteTask
 from oa_train.tasks.layouts import LAYOUTS
 from oa_train.tasks.record_files import Fields, Row, RowError, read_rows, report
 from oa_train.tasks.record_fitting import RecordFitter
 from oa_train.tasks.record_reading import LeadingSpace, RecordReader
 from oa_train.tasks.record_streams import cut_into_streams
-from oa_train.tasks.task import Prompt, Stream, Task, check_choice, positive
+from oa_train.tasks.task import Prompt, Stream, check_choice, positive
 
 BadRows = Literal["stop", "leave_out"]
 
-# Fewer prompts leave wide intervals: at 100 the standard error of an accuracy of 0.8 is 0.04.
-WIDE_BELOW = 100
 
-
-class Records(Task):
+class Records(FiniteTask):
     """Prompts from a file of your own, or of a benchmark.
 
     Answers may be written with or without their leading space, and may be several tokens long: they are scored at the
@@ -81,10 +78,9 @@ class Records(Task):
         fitted = fitter.fit(records, reader.problems)
         self._refuse(reader.problems, reader.n_rows, bad_rows, reader.misfit)
         self.remarks += [*reader.remarks(), *fitter.remarks(len(fitted))]
-        self.streams = cut_into_streams(fitted, self.source)
+        self.streams: dict[Stream, list[Prompt]] = cut_into_streams(fitted, self.source)
         self.places = {record.prompt.text: record.place for record in fitted}
-        self._check_sizes()
-        self._order: dict[tuple[Stream, int], list[int]] = {}
+        self.cap_sizes()
 
     def _content(
         self, path: str | None, subset: str | None, rows: list[dict[str, Any]] | None
@@ -114,46 +110,13 @@ class Records(Task):
         self.left_out = problems
         self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
 
-    def _check_sizes(self) -> None:
-        """Cap evaluation sizes at the number of prompts, and remark on small ones."""
-        options: dict[str, Stream] = {"n_validation": "validation", "n_test": "test", "n_means": "means"}
-        for option, stream in options.items():
-            size = len(self.streams[stream])
-            if getattr(self, option) > size:
-                setattr(self, option, size)
-                if size < WIDE_BELOW and stream != "means":
-                    self.remarks.append(
-                        f"{option} is {size}, all that there are: the intervals of {stream} metrics are wide."
-                    )
-        if self.streams["train"] is self.streams["refit"]:
-            self.remarks.append(
-                f"train, refit and means share {len(self.streams['train'])} prompts, which training repeats; "
-                "no validation or test prompt is among them."
-            )
-
-    def size(self, stream: Stream) -> int | None:
-        """Number of prompts of a stream."""
-        return len(self.streams[stream])
-
     def prompt(self, stream: Stream, index: int) -> Prompt:
         """Prompt number `index` of a stream; train and refit go through their prompts again, in another order.
 
         Raises:
             TaskError: a stream that is not trained on has no prompt of this number.
         """
-        prompts = self.streams[stream]
-        if stream not in ("train", "refit"):
-            if index >= len(prompts):
-                raise TaskError(f"{self.source} has {len(prompts)} prompts in the stream {stream!r}, none {index}.")
-            return prompts[index]
-        epoch, place = divmod(index, len(prompts))
-        if (stream, epoch) not in self._order:
-            order = list(range(len(prompts)))
-            python_generator(self.seed, self.name, stream, epoch).shuffle(order)
-            # A batch touches two epochs at most.
-            self._order = {key: kept for key, kept in self._order.items() if key[0] != stream or key[1] == epoch - 1}
-            self._order[stream, epoch] = order
-        return prompts[self._order[stream, epoch][place]]
+        return self.streams[stream][self.place_of(stream, index)]
 
     def describe(self) -> dict[str, Any]:
         """Everything that determines the prompts: a hash of them with their streams, not the file's path."""

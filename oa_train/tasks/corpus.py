@@ -1,0 +1,260 @@
+"""Tokens of a corpus, cut into windows that cross no document's border and dealt to streams."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import get_args
+
+import numpy as np
+import torch
+
+from oa_train.errors import TaskError
+from oa_train.seeds import derive_seed
+from oa_train.shapes import Int, Tensor
+from oa_train.tasks.documents import Document
+from oa_train.tasks.encoding import PromptEncoder
+from oa_train.tasks.record_streams import TEST_SHARE, VALIDATION_SHARE
+from oa_train.tasks.task import Stream, stream_of
+
+# Characters that are given to the tokenizer at a time: its objects for each token would fill the memory.
+CHARACTERS_AT_ONCE = 1_000_000
+
+# From this number of documents on each belongs to one stream; the smallest then have about 20.
+MANY_DOCUMENTS = 200
+
+# Streams that a small corpus is cut into, with the fewest windows of each: two have a standard error.
+LEAST: dict[Stream, int] = {"train": 1, "validation": 2, "test": 2}
+CUT = tuple(LEAST)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A document's range of a corpus's tokens.
+
+    Attributes:
+        place: where the document stands.
+        start: its first token.
+        end: the token after its last.
+        split: its stream, if the corpus says so.
+        hashed: the stream that its text is hashed into.
+    """
+
+    place: str
+    start: int
+    end: int
+    split: Stream | None
+    hashed: Stream
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens."""
+        return self.end - self.start
+
+
+@dataclass
+class Corpus:
+    """Documents as tokens, one after another.
+
+    Args:
+        encoder: the model's.
+        max_tokens: most tokens of each part that are kept; the rest is not read.
+
+    Attributes:
+        tokens: ids of all tokens, without BOS.
+        sections: the documents.
+        n_repeated: documents that repeat an earlier one, which are left out.
+        n_empty: documents of white space only.
+        is_cut: there was more than `max_tokens`.
+    """
+
+    encoder: PromptEncoder
+    max_tokens: int
+    tokens: Int[Tensor, " token"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.int32))
+    sections: list[Section] = field(default_factory=list)
+    n_repeated: int = 0
+    n_empty: int = 0
+    is_cut: bool = False
+
+    def read(self, parts: Iterable[Iterator[Document]]) -> "Corpus":
+        """Tokenise the documents of all parts.
+
+        Raises:
+            ArtefactError: a document cannot be read.
+            TaskError: a token has no row in the model's embedding.
+        """
+        pieces: list[Tensor] = []
+        end = 0
+        seen: set[bytes] = set()
+        for part in parts:
+            limit = end + self.max_tokens
+            distinct = self._distinct(part, seen)
+            for documents in _batches(distinct):
+                for document, ids in zip(
+                    documents, self.encoder.encode_plain([document.text for document in documents]), strict=True
+                ):
+                    # The BOS in front of the first window is the text's own.
+                    plain = ids[1:] if ids[:1] == [self.encoder.bos] else ids
+                    kept = torch.tensor(plain[: limit - end], dtype=torch.int32)
+                    self.is_cut |= len(kept) < len(plain)
+                    if len(kept):
+                        pieces.append(kept)
+                        start, end = end, end + len(kept)
+                        hashed = stream_of(document.text)
+                        self.sections.append(Section(document.place, start, end, document.split, hashed))
+                if end == limit:
+                    self.is_cut |= next(distinct, None) is not None
+                    break
+        self.tokens = torch.cat(pieces) if pieces else self.tokens
+        return self
+
+    def _distinct(self, documents: Iterator[Document], seen: set[bytes]) -> Iterator[Document]:
+        for document in documents:
+            if not document.text.strip():
+                self.n_empty += 1
+                continue
+            digest = blake2b(document.text.encode(), digest_size=16).digest()
+            if digest in seen:
+                self.n_repeated += 1
+                continue
+            seen.add(digest)
+            yield document
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of a corpus. Token `starts + j + 1` answers token `starts + j`, and `lengths` tokens are answered.
+
+    Attributes:
+        corpus: the tokens.
+        starts: first token of each window.
+        lengths: tokens of each, without BOS and without the last answer.
+        sections: number of its document.
+    """
+
+    corpus: Corpus
+    starts: Int[Tensor, " window"]
+    lengths: Int[Tensor, " window"]
+    sections: Int[Tensor, " window"]
+
+    @classmethod
+    def cut(cls, corpus: Corpus, longest: int, least: int) -> "Windows":
+        """Cut every document into windows of `longest` tokens; the last one of a document may be as short as `least`.
+
+        Tokens are counted without BOS. The token after a window, its last answer, is the first one of the next.
+        """
+        starts, lengths, sections = [], [], []
+        for number, section in enumerate(corpus.sections):
+            for start in range(section.start, section.end - 1, longest):
+                length = min(longest, section.end - 1 - start)
+                if length >= least:
+                    starts.append(start)
+                    lengths.append(length)
+                    sections.append(number)
+        columns = (torch.tensor(column, dtype=torch.long) for column in (starts, lengths, sections))
+        return cls(corpus, *columns)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def ids(self, number: int) -> list[int]:
+        """Token ids of a window and its last answer."""
+        start, length = int(self.starts[number]), int(self.lengths[number])
+        ids: list[int] = self.corpus.tokens[start : start + length + 1].tolist()
+        return ids
+
+    def seed(self, number: int, *key: int | str) -> int:
+        """Seed that a key and a window's tokens decide, wherever the window stands."""
+        return derive_seed(*key, np.asarray(self.ids(number), dtype="<i4").tobytes().hex())
+
+    def place(self, number: int) -> str:
+        """Where a window stands: its document, and its tokens counted from the document's first."""
+        section = self.corpus.sections[int(self.sections[number])]
+        first = int(self.starts[number]) - section.start
+        return ", ".join(filter(None, (section.place, f"tokens {first} to {first + int(self.lengths[number]) - 1}")))
+
+    def deal(self, source: str, advice: str) -> dict[Stream, list[int]]:
+        """The windows of each stream, in hash order, so that the first N are a fair sample.
+
+        Args:
+            source: name of the corpus, for messages.
+            advice: how to get more windows, for messages.
+
+        Raises:
+            TaskError: some documents have a `split` and some have none, or a stream has too few windows.
+        """
+        parts = self._by_split(source) or self._by_document() or self._by_blocks()
+        sizes = {stream: len(parts.get(stream, ())) for stream in CUT}
+        if any(size < LEAST[stream] for stream, size in sizes.items()):
+            shown = ", ".join(f"{size} for {stream}" for stream, size in sizes.items())
+            least = ", ".join(str(LEAST[stream]) for stream in CUT)
+            raise TaskError(f"{source} gives too few windows: {shown}; expected at least {least}. {advice}")
+        ordered = {
+            stream: sorted(windows, key=lambda number: self.seed(number, "order")) for stream, windows in parts.items()
+        }
+        return {stream: ordered.get(stream) or ordered["train"] for stream in get_args(Stream)}
+
+    @property
+    def are_blocks(self) -> bool:
+        """True if streams are blocks of consecutive windows, for want of documents."""
+        return not self._is_split and self.n_documents < MANY_DOCUMENTS
+
+    @property
+    def n_documents(self) -> int:
+        """Documents with a window."""
+        return len(self.sections.unique())
+
+    @property
+    def _is_split(self) -> bool:
+        return any(section.split is not None for section in self.corpus.sections)
+
+    def _by_split(self, source: str) -> dict[Stream, list[int]]:
+        if not self._is_split:
+            return {}
+        parts: dict[Stream, list[int]] = defaultdict(list)
+        bare = [section for section in self.corpus.sections if section.split is None]
+        if bare:
+            n_documents = len(self.corpus.sections)
+            n_named = n_documents - len(bare)
+            raise TaskError(
+                f"{source}, {bare[0].place}: no `split`, and {n_named} of {n_documents} documents have one."
+            )
+        for number, section in enumerate(self.sections.tolist()):
+            split = self.corpus.sections[section].split
+            assert split is not None
+            parts[split].append(number)
+        return parts
+
+    def _by_document(self) -> dict[Stream, list[int]]:
+        if self.are_blocks:
+            return {}
+        parts: dict[Stream, list[int]] = defaultdict(list)
+        for number, section in enumerate(self.sections.tolist()):
+            parts[self.corpus.sections[section].hashed].append(number)
+        return parts
+
+    def _by_blocks(self) -> dict[Stream, list[int]]:
+        """Consecutive blocks of windows: train, then validation, then test."""
+        n_test = max(2, round(TEST_SHARE * len(self)))
+        n_validation = max(2, round(VALIDATION_SHARE * len(self)))
+        borders = (max(0, len(self) - n_test - n_validation), max(0, len(self) - n_test))
+        blocks = zip((0, *borders), (*borders, len(self)), strict=True)
+        parts: dict[Stream, list[int]] = {}
+        for stream, (first, end) in zip(CUT, blocks, strict=True):
+            # The last answer of a window is the first token of the next one, which is another stream's here.
+            continues = 0 < end < len(self) and bool(self.sections[end - 1] == self.sections[end])
+            parts[stream] = list(range(first, end - continues))
+        return parts
