@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from oa_train.metrics.behaviour import is_correct
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
-from oa_train.tasks import Task
+from oa_train.tasks import Prompt, Task
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,20 @@ def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
         scored = logits[torch.arange(len(batch)).unsqueeze(1), batch.scored]
         right += int(is_correct(scored, batch.answers).sum())
     return right / n_prompts
+
+
+@torch.no_grad()
+def share_right(model: CausalLM, task: Task, prompts: Sequence[Prompt]) -> float:
+    """Share of prompts whose most probable next token, of all tokens, is an answer."""
+    right = 0
+    for start in range(0, len(prompts), 200):
+        part = prompts[start : start + 200]
+        tokens, mask = task.encoder.pad(task.encoder.encode([prompt.text for prompt in part]), "right")
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+        top = logits[torch.arange(len(part)), mask.sum(dim=1) - 1].argmax(dim=-1).tolist()
+        for prompt, token in zip(part, top, strict=True):
+            right += token in [task.encoder.continuation(prompt.text, answer) for answer in prompt.answers]
+    return right / len(prompts)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from oa_train.shapes import Bool, Int, Tensor
 from oa_train.tasks import GreaterThan, Task
 from oa_train.tasks.ioi import Scene
 from oa_train.zoo.tiny_prompts import RowInduction, SceneIOI, pair_held_out, template_held_out
-from oa_train.zoo.training import Schedule, train_on
+from oa_train.zoo.training import Schedule, answer_loss, train_on
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def train(model: CausalLM, lm: LMSpec, recipe: Recipe, seed: int = 0) -> list[fl
         The loss of each step.
     """
     tasks = _training_tasks(lm, recipe, seed)
-    return train_on(model, lambda step: _training_batch(tasks, step, seed), recipe)
+    return train_on(model, lambda step: answer_loss(model, *_training_batch(tasks, step, seed)), recipe)
 
 
 def _training_tasks(lm: LMSpec, recipe: Recipe, seed: int) -> list[tuple[Task, int]]:

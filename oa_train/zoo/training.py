@@ -12,9 +12,6 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 log = logging.getLogger(__name__)
 
-# Token ids of prompts, each with one right answer behind it, and a mask that is True at real tokens; by step.
-TrainingBatches = Callable[[int], tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]]
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -37,14 +34,23 @@ class Schedule:
     clip: float = 1.0
 
 
-def train_on(model: CausalLM, batches: TrainingBatches, schedule: Schedule) -> list[float]:
-    """Train the model, which is changed in place; returns the loss of each step."""
+def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule) -> list[float]:
+    """Train a model.
+
+    Args:
+        model: changed in place.
+        loss: the loss of a step, by its number.
+        schedule: steps and learning rates.
+
+    Returns:
+        The loss of each step.
+    """
     optimizer = _optimizer(model, schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule))
     losses = []
     model.train()
     for step in range(schedule.steps):
-        step_loss = loss(model, *batches(step))
+        step_loss = loss(step)
         step_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
         optimizer.step()
@@ -57,12 +63,17 @@ def train_on(model: CausalLM, batches: TrainingBatches, schedule: Schedule) -> l
     return losses
 
 
-def loss(
+def answer_loss(
     model: CausalLM, tokens: Int[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, ""]:
     """Half the loss of every next token, half that of the answer, which is the last token of its row.
 
     Without the second half the model spends its first thousand steps on words that nobody can foresee.
+
+    Args:
+        model: that is trained.
+        tokens: token ids of prompts, each with one right answer behind it.
+        mask: True at real tokens.
     """
     logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
