@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -20,11 +19,8 @@ from oa_train.tasks import Prompt, Task
 log = logging.getLogger(__name__)
 
 
-class Build(Protocol):
-    """Makes a model, writes its folder and returns its figures."""
-
-    def __call__(self, output: Path, seed: int = 0) -> Mapping[str, float]:
-        """Make the model of a seed in the folder `output`."""
+# Makes the model of a seed in a folder, and returns its figures.
+Build = Callable[[Path, int], Mapping[str, float]]
 
 
 @contextmanager
