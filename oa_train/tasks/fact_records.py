@@ -56,7 +56,7 @@ class FactRecords(ShippedRecords):
                 for subject, objects in facts.items()
             }
         partners = pair_subjects(self.encoder, facts)
-        self._judge(list(facts), partners)
+        self._judge(facts, partners)
         for subject, other in partners.items():
             pair = pair_name(partners, subject)
             placed: dict[str, Any] = {"group": pair} | ({"split": split} if (split := self.split(pair)) else {})
@@ -72,17 +72,23 @@ class FactRecords(ShippedRecords):
                         **placed,
                     }
 
-    def _judge(self, subjects: Sequence[str], partners: Mapping[str, str]) -> None:
+    def _judge(self, facts: Mapping[str, Objects], partners: Mapping[str, str]) -> None:
         """Refuse a tokenizer that leaves too few subjects with a partner, and remark on those without one."""
         if len(partners) < MINIMUM_SUBJECTS:
+            unknown = sum(self._has_unknown_words(subject, objects) for subject, objects in facts.items())
+            words = f" ({unknown} have words in name or answers that it does not know)" if unknown else ""
             raise TaskError(
-                f"The task {self.name} cannot be posed to this tokenizer: {len(partners)} of the {len(subjects)} "
-                f"{self.subjects_are} have as many tokens as another one, whose answers begin with other tokens; at "
-                f"least {MINIMUM_SUBJECTS} are needed.\nChoose a model whose tokenizer knows their names, or another "
-                "task."
+                f"The task {self.name} cannot be posed to this tokenizer: {len(partners)} of the {len(facts)} "
+                f"{self.subjects_are} have as many tokens as another one, whose answers begin with other tokens"
+                f"{words}; at least {MINIMUM_SUBJECTS} are needed.\nChoose a model whose tokenizer knows their names, "
+                "or another task."
             )
-        if alone := [subject for subject in subjects if subject not in partners]:
+        if alone := [subject for subject in facts if subject not in partners]:
             self.remarks.append(
-                f"{len(alone)} of {len(subjects)} {self.subjects_are} are left out, because no other one has as many "
+                f"{len(alone)} of {len(facts)} {self.subjects_are} are left out, because no other one has as many "
                 f"tokens and answers that begin otherwise: {', '.join(alone)}."
             )
+
+    def _has_unknown_words(self, subject: str, objects: Objects) -> bool:
+        words = [subject, *(name for names in objects.values() for name in names)]
+        return any(self.tokenizer.unk_token_id in row for row in self.encoder.encode(words))

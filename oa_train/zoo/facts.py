@@ -18,7 +18,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.models.frozen import CausalLM
-from oa_train.models.spec import LMSpec
 from oa_train.seeds import derive_seed, torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks import Prompt, SyntheticFacts
@@ -132,19 +131,18 @@ def all_prompts(task: SyntheticFacts) -> list[Prompt]:
     return list({prompt.text: prompt for stream in task.streams.values() for prompt in stream}.values())
 
 
-def train(model: CausalLM, lm: LMSpec, recipe: Recipe, seed: int = 0) -> list[float]:
+def train(model: CausalLM, task: SyntheticFacts, recipe: Recipe, seed: int = 0) -> list[float]:
     """Train the model on the facts.
 
     Args:
         model: changed in place.
-        lm: a folder with the model's tokenizer.
+        task: the prompts, for the model's tokenizer.
         recipe: of the training.
         seed: seed of the order of the prompts.
 
     Returns:
         The loss of each step.
     """
-    task = SyntheticFacts(lm=lm)
     facts = FactPrompts.of(task, [prompt for prompt in all_prompts(task) if not held_out(prompt)])
     return train_on(model, lambda step: _step_loss(model, facts, recipe, seed, step), recipe)
 
@@ -191,14 +189,13 @@ def exchanged(
         hook.remove()
 
 
-def figures(model: CausalLM, lm: LMSpec) -> dict[str, float]:
+def figures(model: CausalLM, task: SyntheticFacts) -> dict[str, float]:
     """Share of the facts that the model knows: by prompts that it was trained on, and by those that were held out.
 
     Args:
         model: the trained model.
-        lm: a folder with its tokenizer.
+        task: the prompts, for its tokenizer.
     """
-    task = SyntheticFacts(lm=lm)
     prompts = all_prompts(task)
     kinds = {
         "sentences that it was trained on": [prompt for prompt in prompts if not held_out(prompt)],
@@ -222,12 +219,12 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> Mapping[
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
     with temporary_lm(tokenizer, model) as lm:
-        with one_thread():
-            train(model, lm, recipe, seed)
-        shares = figures(model, lm)
         task = SyntheticFacts(lm=lm)
-        example = next_words(model, task, EXAMPLE)
-        counts = len(task.facts()), len(all_prompts(task))
+    with one_thread():
+        train(model, task, recipe, seed)
+    shares = figures(model, task)
+    example = next_words(model, task, EXAMPLE)
+    counts = len(task.facts()), len(all_prompts(task))
     write_model(output, model, tokenizer, lambda digest: _model_card(shares, example, counts, seed, recipe, digest))
     return shares
 

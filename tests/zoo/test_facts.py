@@ -29,9 +29,9 @@ def prompts(task: SyntheticFacts) -> FactPrompts:
     return FactPrompts.of(task, task.streams["test"])
 
 
-def test_the_model_knows_its_facts_in_sentences_that_it_was_trained_on_and_in_others() -> None:
+def test_the_model_knows_its_facts_in_sentences_that_it_was_trained_on_and_in_others(task: SyntheticFacts) -> None:
     with making.one_thread():
-        shares = facts.figures(load_model(LM), LM)
+        shares = facts.figures(load_model(LM), task)
     assert shares["sentences that it was trained on"] >= 0.98
     assert shares["sentences that were held out"] >= 0.95
 
@@ -136,7 +136,12 @@ def test_the_answer_of_an_exchanged_prompt_is_the_donor_s(
 ) -> None:
     model = facts.make_model(facts.make_tokenizer())
     batches = []
-    monkeypatch.setattr(facts, "answer_loss", lambda _model, tokens, mask: batches.append((tokens, mask)))
+
+    def keep(_model, tokens, mask):
+        batches.append((tokens, mask))
+        return torch.tensor(0.0)
+
+    monkeypatch.setattr(facts, "answer_loss", keep)
     for share in (0.0, 0.5):
         facts._step_loss(model, prompts, Recipe(batch_size=8, exchanged=share), seed=0, step=0)
     (plain, mask), (changed, _) = batches
@@ -193,10 +198,10 @@ def test_a_short_run_learns_is_repeatable_and_writes_a_model(tmp_path: Path) -> 
     assert "40 steps of 8 prompts" in (tmp_path / "one" / "README.md").read_text()
 
 
-def test_training_lowers_the_loss_and_other_seeds_differ() -> None:
+def test_training_lowers_the_loss_and_other_seeds_differ(task: SyntheticFacts) -> None:
     tokenizer = facts.make_tokenizer()
     with making.one_thread():
-        runs = [facts.train(facts.make_model(tokenizer, seed), LM, SHORT, seed) for seed in (0, 1)]
+        runs = [facts.train(facts.make_model(tokenizer, seed), task, SHORT, seed) for seed in (0, 1)]
     assert all(sum(losses[-5:]) < 0.9 * sum(losses[:5]) for losses in runs)
     assert runs[0] != runs[1]
 
