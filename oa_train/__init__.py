@@ -61,10 +61,12 @@ if TYPE_CHECKING:
     from oa_train.studies.sufficient import SufficientSettings as SufficientSettings
     from oa_train.tasks.agreement import Agreement as Agreement
     from oa_train.tasks.capitals import Capitals as Capitals
+    from oa_train.tasks.facts import Facts as Facts
     from oa_train.tasks.grammar import GrammarTask as GrammarTask
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
+    from oa_train.tasks.synthetic_facts import SyntheticFacts as SyntheticFacts
     from oa_train.tasks.task import Prompt as Prompt
     from oa_train.tasks.task import Question as Question
     from oa_train.tasks.task import Task as Task
@@ -93,6 +95,7 @@ _HOMES = {
     "Curve": "studies.curve",
     "CurveSettings": "studies.curve",
     "Dictionary": "models.dictionaries",
+    "Facts": "tasks.facts",
     "Findings": "studies.study",
     "FinishSettings": "studies.finish",
     "GrammarTask": "tasks.grammar",
@@ -124,6 +127,7 @@ _HOMES = {
     "Study": "studies.study",
     "Sufficient": "studies.sufficient",
     "SufficientSettings": "studies.sufficient",
+    "SyntheticFacts": "tasks.synthetic_facts",
     "Table": "studies.study",
     "Task": "tasks.task",
     "TaskData": "training.data",

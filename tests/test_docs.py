@@ -32,6 +32,7 @@ from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.robustness import RobustnessSettings
 from oa_train.studies.scan import ScanSettings
 from oa_train.studies.sufficient import SufficientSettings
+from oa_train.tasks.facts import Facts
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
 from oa_train.tasks.induction import Induction
@@ -60,6 +61,7 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("Induction", Induction, ()),
     ("Records", Records, ()),
     ("Text", Text, ()),
+    ("Facts", Facts, ()),
     ("finish", FinishSettings, (FinishSettings(),)),
     ("compare", CompareSettings, (CompareSettings(),)),
     ("scan", ScanSettings, (ScanSettings(),)),

@@ -36,8 +36,8 @@ class LMSpec:
     """Frozen language model by name; given once in a configuration.
 
     Attributes:
-        name: a built-in model (`tiny`), a local directory in Hugging Face format, a GGUF file, or a Hub id; local
-            paths are made absolute, so that they are found from another directory.
+        name: a built-in model (`tiny`, `facts`), a local directory in Hugging Face format, a GGUF file, or a Hub id;
+            local paths are made absolute, so that they are found from another directory.
         revision: branch, tag or commit of a Hub model.
         gguf_file: path of a GGUF file, which then is the name; or its name in the directory or Hub repository `name`.
             It is dequantised once, into a cache in OA_TRAIN_CACHE or the user's cache folder.

@@ -5,11 +5,13 @@ A task is a source of prompts and makes batches of token ids of them. It knows n
 
 from oa_train.tasks.agreement import Agreement as Agreement
 from oa_train.tasks.capitals import Capitals as Capitals
+from oa_train.tasks.facts import Facts as Facts
 from oa_train.tasks.grammar import GrammarTask as GrammarTask
 from oa_train.tasks.greater_than import GreaterThan as GreaterThan
 from oa_train.tasks.induction import Induction as Induction
 from oa_train.tasks.ioi import IOI as IOI
 from oa_train.tasks.records import Records as Records
+from oa_train.tasks.synthetic_facts import SyntheticFacts as SyntheticFacts
 from oa_train.tasks.task import Prompt as Prompt
 from oa_train.tasks.task import Question as Question
 from oa_train.tasks.task import Stream as Stream

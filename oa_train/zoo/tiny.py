@@ -6,20 +6,14 @@ Its vocabulary is the words of the task grammars and its training text is their 
 some templates never enter training; how well it does on them stands in the model card that is written beside it.
 """
 
-import argparse
-import hashlib
-import logging
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from oa_train.metrics.behaviour import is_correct
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
 from oa_train.seeds import derive_seed
@@ -27,6 +21,7 @@ from oa_train.tasks import IOI, GreaterThan, Induction, Task
 from oa_train.tasks.greater_than import CENTURIES, SENTENCE, YEARS
 from oa_train.tasks.induction import OPENING
 from oa_train.tasks.vocabulary import read_data, read_words
+from oa_train.zoo.making import accuracy, make_from_command_line, next_words, one_thread, temporary_lm, write_model
 from oa_train.zoo.tiny_prompts import HELD_OUT_TEMPLATES, SceneIOI, pair_held_out
 from oa_train.zoo.tiny_training import Recipe, train
 from oa_train.zoo.tokenizer import word_tokenizer
@@ -34,8 +29,6 @@ from oa_train.zoo.tokenizer import word_tokenizer
 LISTS = ("names", "places", "objects", "nouns", "induction")
 
 EXAMPLE = "While Tom was busy, Anna and Paul met at the park. Paul handed the ring to"
-
-log = logging.getLogger(__name__)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -81,17 +74,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadM
         return GPT2LMHeadModel(config)
 
 
-@torch.no_grad()
-def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
-    """Share of a task's test prompts whose most probable next token, of all tokens, is an answer."""
-    right = 0
-    for batch in task.batches("test", n_prompts, 200):
-        logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
-        scored = logits[torch.arange(len(batch)).unsqueeze(1), batch.scored]
-        right += int(is_correct(scored, batch.answers).sum())
-    return right / n_prompts
-
-
 def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict[str, float]:
     """Accuracy on each kind of prompt that the model was not trained on.
 
@@ -110,15 +92,6 @@ def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict
     return {kind: accuracy(model, task, n_prompts) for kind, task in tasks.items()}
 
 
-@torch.no_grad()
-def next_words(model: CausalLM, task: Task, text: str, most: int = 2) -> list[tuple[str, float]]:
-    """The most probable next words of a text, with their probabilities."""
-    tokens, mask = task.encoder.pad(task.encoder.encode([text]), "right")
-    top = model(input_ids=tokens, attention_mask=mask).logits[0, -1].softmax(dim=-1).topk(most)
-    words = task.tokenizer.convert_ids_to_tokens(top.indices.tolist())
-    return [(word.replace("▁", " "), value) for word, value in zip(words, top.values.tolist(), strict=True)]
-
-
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: int = 2000) -> dict[str, float]:
     """Make the model and write its folder: weights, configuration, tokenizer and model card.
 
@@ -134,35 +107,15 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
     recipe = recipe or Recipe()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        # The tasks ask for the tokenizer of a model in a folder, so there must be one before training.
-        lm = LMSpec(folder)
-        tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)
+    with temporary_lm(tokenizer, model) as lm:
         with one_thread():
             train(model, lm, recipe, seed)
         figures = held_out_figures(model, lm, n_prompts)
         example = next_words(model, IOI(lm=lm), EXAMPLE)
-    output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(output)
-    model.save_pretrained(output)
-    digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
-    card = _model_card(figures, example, seed, recipe, n_prompts, digest)
-    (output / "README.md").write_text(card, encoding="utf-8")
-    for file in output.iterdir():
-        file.chmod(0o644)  # transformers leaves the weights readable by their owner only
+    write_model(
+        output, model, tokenizer, lambda digest: _model_card(figures, example, seed, recipe, n_prompts, digest)
+    )
     return figures
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: sums are then taken in one order, and so small a model is no slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 CARD = """---
@@ -233,13 +186,7 @@ def _model_card(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the built-in model from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m oa_train.zoo.tiny", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder that is written")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and prompts")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for kind, share in build(options.output, options.seed).items():
-        log.info("%s: %.4f", kind, share)
+    make_from_command_line("tiny", __doc__, build, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 from oa_train.ablations.ability import clean_ability
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
-from oa_train.tasks import IOI, Agreement, Capitals, GreaterThan, Induction, Task
+from oa_train.tasks import IOI, Agreement, Capitals, Facts, GreaterThan, Induction, Task
 
 pytestmark = pytest.mark.real
 
@@ -21,6 +21,7 @@ RANDOM_TOKENS = {"vocabulary": "model", "length": 25, "repeated": 24, "answer_po
         (GreaterThan, {}, 0.9, 2.0),
         (Induction, RANDOM_TOKENS, 0.7, 4.0),
         (Capitals, {}, 0.5, 6.0),
+        (Facts, {}, 0.6, 6.0),
         (Agreement, {}, 0.7, 3.0),
     ],
 )

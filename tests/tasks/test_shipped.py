@@ -55,8 +55,8 @@ def test_countries_are_paired_by_tokens(request: pytest.FixtureRequest, kind: st
             country = prompt.text[slice(*prompt.spans["subject"])]
             # Where the space is a token of its own, it belongs to the prompt.
             text = prompt.text.rstrip()
-            template = text.replace(country, "{country}")
-            before, after = template.split("{country}")
+            template = text.replace(country, "{subject}")
+            before, after = template.split("{subject}")
             other = prompt.counterfactual.rstrip().removeprefix(before).removesuffix(after)
             assert template in DATA["templates"]
             right, wrong, row, counterfactual = task.encoder.encode(

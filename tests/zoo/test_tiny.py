@@ -12,7 +12,7 @@ from oa_train.models.spec import LMSpec, builtin_models
 from oa_train.seeds import python_generator
 from oa_train.tasks import IOI
 from oa_train.tasks.vocabulary import read_words
-from oa_train.zoo import tiny, tiny_training
+from oa_train.zoo import making, tiny, tiny_training, training
 from oa_train.zoo.tiny import EXAMPLE
 from oa_train.zoo.tiny_prompts import HELD_OUT_TEMPLATES, SceneIOI, pair_held_out
 from oa_train.zoo.tiny_training import Recipe
@@ -23,7 +23,7 @@ SHORT = Recipe(steps=40, warmup=5, ioi=8, greater_than=1, induction=1, learning_
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, float]:
-    with tiny.one_thread():
+    with making.one_thread():
         return tiny.held_out_figures(load_model(LMSpec("tiny")), LMSpec("tiny"), 600)
 
 
@@ -42,7 +42,7 @@ def test_tiny_solves_what_it_was_not_trained_on(figures: dict[str, float], kind:
 
 
 def test_tiny_binds_names_and_does_not_count_them() -> None:
-    (first, probability), *_ = tiny.next_words(load_model(LMSpec("tiny")), IOI(), EXAMPLE)
+    (first, probability), *_ = making.next_words(load_model(LMSpec("tiny")), IOI(), EXAMPLE)
     assert first == " Anna"
     assert probability > 0.9
 
@@ -115,7 +115,7 @@ def test_words_of_held_out_templates_stand_in_others() -> None:
 
 def test_the_learning_rate_rises_and_falls() -> None:
     recipe = Recipe(steps=100, warmup=10, final=0.05)
-    rates = [tiny_training._rate(step, recipe) for step in range(100)]
+    rates = [training.rate(step, recipe) for step in range(100)]
     assert rates[9] == rates[10] == max(rates) == 1
     assert all(later > earlier for earlier, later in pairwise(rates[:10]))
     assert all(later < earlier for earlier, later in pairwise(rates[10:]))
@@ -132,7 +132,7 @@ def test_the_loss_is_half_of_all_tokens_and_half_of_the_answers() -> None:
         for row in rows:
             log_probabilities = model(input_ids=torch.tensor([row])).logits[0].log_softmax(-1)
             each.append([-log_probabilities[place, token].item() for place, token in enumerate(row[1:])])
-        loss = tiny_training._loss(model, tokens, mask).item()
+        loss = training.answer_loss(model, tokens, mask).item()
     expected = 0.5 * sum(map(sum, each)) / 5 + 0.5 * (each[0][-1] + each[1][-1]) / 2
     assert loss == pytest.approx(expected, rel=1e-5)
 
@@ -152,7 +152,7 @@ def test_a_short_run_learns_is_repeatable_and_writes_a_model(tmp_path: Path) -> 
 
 def test_training_lowers_the_loss_and_other_seeds_differ() -> None:
     tokenizer = tiny.make_tokenizer()
-    with tiny.one_thread():
+    with making.one_thread():
         runs = [tiny_training.train(tiny.make_model(tokenizer, seed), LMSpec("tiny"), SHORT, seed) for seed in (0, 1)]
     assert all(sum(losses[-5:]) < 0.9 * sum(losses[:5]) for losses in runs)
     assert runs[0] != runs[1]

@@ -1,0 +1,121 @@
+"""What making a small model takes beside its training: its tokenizer in a folder, its figures, its card."""
+
+import argparse
+import hashlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from oa_train.metrics.behaviour import is_correct
+from oa_train.models.frozen import CausalLM
+from oa_train.models.spec import LMSpec
+from oa_train.tasks import Prompt, Task
+
+log = logging.getLogger(__name__)
+
+
+# Makes the model of a seed in a folder, and returns its figures.
+Build = Callable[[Path, int], Mapping[str, float]]
+
+
+@contextmanager
+def temporary_lm(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Iterator[LMSpec]:
+    """A folder with the tokenizer and the configuration of a model, for as long as the block runs.
+
+    Tasks ask for the tokenizer of a model in a folder, so there must be one before training.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        model.config.save_pretrained(folder)
+        yield LMSpec(folder)
+
+
+@torch.no_grad()
+def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
+    """Share of a task's test prompts whose most probable next token, of all tokens, is an answer."""
+    right = 0
+    for batch in task.batches("test", n_prompts, 200):
+        logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
+        scored = logits[torch.arange(len(batch)).unsqueeze(1), batch.scored]
+        right += int(is_correct(scored, batch.answers).sum())
+    return right / n_prompts
+
+
+@torch.no_grad()
+def share_right(model: CausalLM, task: Task, prompts: Sequence[Prompt]) -> float:
+    """Share of prompts whose most probable next token, of all tokens, is an answer."""
+    right = 0
+    for start in range(0, len(prompts), 200):
+        part = prompts[start : start + 200]
+        tokens, mask = task.encoder.pad(task.encoder.encode([prompt.text for prompt in part]), "right")
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+        top = logits[torch.arange(len(part)), mask.sum(dim=1) - 1].argmax(dim=-1).tolist()
+        for prompt, token in zip(part, top, strict=True):
+            right += token in [task.encoder.continuation(prompt.text, answer) for answer in prompt.answers]
+    return right / len(prompts)
+
+
+@torch.no_grad()
+def next_words(model: CausalLM, task: Task, text: str, most: int = 2) -> list[tuple[str, float]]:
+    """The most probable next words of a text, with their probabilities."""
+    tokens, mask = task.encoder.pad(task.encoder.encode([text]), "right")
+    top = model(input_ids=tokens, attention_mask=mask).logits[0, -1].softmax(dim=-1).topk(most)
+    words = task.tokenizer.convert_ids_to_tokens(top.indices.tolist())
+    return [(word.replace("▁", " "), value) for word, value in zip(words, top.values.tolist(), strict=True)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: sums are then taken in one order, and so small a model is no slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_model(
+    output: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    card: Callable[[str], str],
+) -> None:
+    """Write the folder of a model: weights, configuration, tokenizer and model card.
+
+    Args:
+        output: the folder; files in it are replaced.
+        model: the trained model.
+        tokenizer: of the model.
+        card: makes the text of the card from the SHA-256 of the weights.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(output)
+    model.save_pretrained(output)
+    digest = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+    (output / "README.md").write_text(card(digest), encoding="utf-8")
+    for file in output.iterdir():
+        file.chmod(0o644)  # transformers leaves the weights readable by their owner only
+
+
+def make_from_command_line(name: str, description: str | None, build: Build, arguments: Sequence[str] | None) -> None:
+    """Make a built-in model with the arguments of the command line.
+
+    Args:
+        name: of its module in `oa_train.zoo`.
+        description: what the help says.
+        build: makes it.
+        arguments: those of the process by default.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m oa_train.zoo.{name}", description=description)
+    parser.add_argument("--output", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and prompts")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for kind, share in build(options.output, options.seed).items():
+        log.info("%s: %.4f", kind, share)

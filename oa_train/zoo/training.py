@@ -1,0 +1,99 @@
+"""Training of small models on generated text."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from oa_train.models.frozen import CausalLM
+from oa_train.shapes import Bool, Float, Int, Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of AdamW.
+
+    Attributes:
+        steps: optimiser steps.
+        learning_rate: highest learning rate.
+        final: share of the learning rate that is left at the last step.
+        warmup: steps until the highest learning rate.
+        weight_decay: decay of matrices; biases and norms have none.
+        clip: largest norm of the gradient.
+    """
+
+    steps: int = 4000
+    learning_rate: float = 2e-3
+    final: float = 0.05
+    warmup: int = 200
+    weight_decay: float = 0.05
+    clip: float = 1.0
+
+
+def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule) -> list[float]:
+    """Train a model.
+
+    Args:
+        model: changed in place.
+        loss: the loss of a step, by its number.
+        schedule: steps and learning rates.
+
+    Returns:
+        The loss of each step.
+    """
+    optimizer = _optimizer(model, schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule))
+    losses = []
+    model.train()
+    for step in range(schedule.steps):
+        step_loss = loss(step)
+        step_loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(step_loss.item())
+        if step % 200 == 199:
+            log.info("step %d of %d: loss %.4f", step + 1, schedule.steps, sum(losses[-200:]) / 200)
+    model.eval()
+    return losses
+
+
+def answer_loss(
+    model: CausalLM, tokens: Int[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
+) -> Float[Tensor, ""]:
+    """Half the loss of every next token, half that of the answer, which is the last token of its row.
+
+    Without the second half the model spends its first thousand steps on words that nobody can foresee.
+
+    Args:
+        model: that is trained.
+        tokens: token ids of prompts, each with one right answer behind it.
+        mask: True at real tokens.
+    """
+    logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    answer = losses[torch.arange(len(losses)), mask.sum(dim=1) - 2]
+    return 0.5 * losses[mask[:, 1:]].mean() + 0.5 * answer.mean()
+
+
+def _optimizer(model: CausalLM, schedule: Schedule) -> torch.optim.Optimizer:
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": schedule.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98))
+
+
+def rate(step: int, schedule: Schedule) -> float:
+    """Share of the learning rate: a linear start, then a cosine."""
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    done = torch.tensor((step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))
+    return schedule.final + (1 - schedule.final) * 0.5 * (1 + float(torch.cos(torch.pi * done)))
