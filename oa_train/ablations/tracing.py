@@ -64,10 +64,11 @@ class TracedRun:
 
 @dataclass(frozen=True)
 class Tracing:
-    """The traced runs of a model: every layer, for each kind of site, span and window.
+    """The traced runs of a model: layer by layer, for each kind of site, span and window.
 
     Attributes:
         n_layers: of the model.
+        layers: blocks in the middle of the windows.
         kinds: kinds of site that are restored, keys of `RESTORABLE`.
         spans: where.
         windows: odd numbers of neighbouring layers that are restored together.
@@ -75,12 +76,17 @@ class Tracing:
     """
 
     n_layers: int
+    layers: tuple[int, ...]
     kinds: tuple[str, ...]
     spans: tuple[str, ...]
     windows: tuple[int, ...] = (1,)
     subject: str = SUBJECT
 
     def __post_init__(self) -> None:
+        if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(self.n_layers)}):
+            raise ConfigurationError(
+                f"layers is {list(self.layers)}; expected ascending numbers from 0 to {self.n_layers - 1}."
+            )
         for kind in self.kinds:
             if kind not in RESTORABLE:
                 raise ConfigurationError(f"restore names {kind!r}. {nearest_names(kind, RESTORABLE)}")
@@ -99,7 +105,7 @@ class Tracing:
             for kind in self.kinds
             for span in self.spans
             for window in self.windows
-            for layer in range(self.n_layers)
+            for layer in self.layers
         )
 
     def __len__(self) -> int:

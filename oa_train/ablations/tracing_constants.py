@@ -25,7 +25,14 @@ from oa_train.models.frozen import CausalLM
 from oa_train.shapes import Float, Tensor
 
 FOLDER, _TABLE = "tracing", "constants"
-_TRACING: Schema = {"n_layers": SIZE, "kinds": [str], "spans": [str], "windows": [SIZE], "subject": str}
+_TRACING: Schema = {
+    "n_layers": SIZE,
+    "layers": [range(1 << 20)],
+    "kinds": [str],
+    "spans": [str],
+    "windows": [SIZE],
+    "subject": str,
+}
 _HEADER: Schema = {"tracing": _TRACING, "provenance": PROVENANCE}
 
 

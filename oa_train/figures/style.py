@@ -21,6 +21,7 @@ ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "noise": ("#CC79A7", "v"),
     "counterfactual_mean": ("#8C6D31", "P"),
     "counterfactual": ("#D55E00", "D"),
+    "gaussian": ("#D55E00", "v"),
 }
 # For ablations that have no style of their own.
 OTHER_STYLES = (("#7B4FA3", "<"), ("#A6761D", "h"), ("#1B1B1B", "*"))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
@@ -14,11 +15,14 @@ Profiles = Mapping[str, Sequence[Interval]]
 MOST_TICKS = 16
 
 
-def profile_figure(panels: Mapping[tuple[str, str], Profiles], labels: Mapping[str, str], title: str) -> Figure:
+def profile_figure(
+    panels: Mapping[tuple[str, str], Profiles], layers: Sequence[int], labels: Mapping[str, str], title: str
+) -> Figure:
     """Recovered share by layer with 95 % bands: a row of panels for each restored kind, a column for each place.
 
     Args:
         panels: by kind and place, the profile of each corruption.
+        layers: numbers of the layers.
         labels: of the corruptions, for the legend.
         title: of the figure.
     """
@@ -31,13 +35,13 @@ def profile_figure(panels: Mapping[tuple[str, str], Profiles], labels: Mapping[s
             axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
             for name, points in panels.get((kind, place), {}).items():
                 colour, marker = ablation_style(name)
-                layers = range(len(points))
                 low, high = [point.low for point in points], [point.high for point in points]
                 means = [point.mean for point in points]
                 axes.plot(
                     layers, means, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=labels[name]
                 )
                 axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.tick_params(labelsize=FONT_SIZE - 1)
             axes.grid(color="#E5E5E5", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
@@ -54,27 +58,35 @@ def profile_figure(panels: Mapping[tuple[str, str], Profiles], labels: Mapping[s
 
 
 def recovery_maps(
-    tables: Mapping[str, np.ndarray], rows: Sequence[str], title: str, highest: float | None = None
+    tables: Mapping[tuple[str, str], np.ndarray],
+    rows: Sequence[str],
+    layers: Sequence[int],
+    title: str,
+    highest: float | None = None,
 ) -> Figure:
     """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
 
     Args:
-        tables: by name, [row, layer].
+        tables: [row, layer], by the names of their row and column in a grid of maps.
         rows: names of the rows.
+        layers: numbers of the layers.
         title: of the figure.
         highest: end of the colour scale; by default that of the values.
     """
-    longest, n_layers = max(map(len, rows)), next(iter(tables.values())).shape[1]
-    width = min(max(2.2, 0.13 * n_layers), 5.0)
-    figure = new_figure(1.4 + 0.07 * longest + len(tables) * (width + 0.2), 1.4 + 0.24 * len(rows))
-    grid = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
+    longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)
+    height = max(0.8, 0.2 * len(rows))
+    figure = new_figure(1.6 + 0.07 * longest + len(across) * (width + 0.2), 0.9 + len(down) * (height + 0.4))
+    grid = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=True)
     top = max(1e-3, max(float(table.max()) for table in tables.values())) if highest is None else highest
-    for axes, (name, table) in zip(grid, tables.items(), strict=True):
+    step = 1 + (len(layers) - 1) // MOST_TICKS
+    for (line, column), table in tables.items():
+        axes = grid[down.index(line), across.index(column)]
         image = axes.imshow(table, vmin=0, vmax=top, cmap="viridis", aspect="auto", interpolation="nearest")
-        axes.set_title(name, fontsize=FONT_SIZE)
-        axes.set_yticks(range(len(rows)), rows, fontsize=FONT_SIZE - 2)
-        step = 1 + (n_layers - 1) // MOST_TICKS
-        axes.set_xticks(range(0, n_layers, step), range(0, n_layers, step), fontsize=FONT_SIZE - 2)
+        axes.set_title(f"{column}, {line}", fontsize=FONT_SIZE)
+        axes.set_yticks(range(len(rows)), rows, fontsize=FONT_SIZE - 2, parse_math=False)
+        axes.set_xticks(range(0, len(layers), step), layers[::step], fontsize=FONT_SIZE - 2)
+    for axes in grid[-1]:
         axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.9).set_label("recovered share", fontsize=FONT_SIZE - 1)
     set_title(figure, title)

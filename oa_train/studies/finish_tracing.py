@@ -55,13 +55,13 @@ class _Losses(Study[FinishSettings]):
             for run, loss in zip(tracing.runs, self.losses[:-1].tolist(), strict=True)
         ]
         cells = []
-        for first in range(0, len(rows), tracing.n_layers):
-            losses = self.losses[first : first + tracing.n_layers]
+        for first in range(0, len(rows), len(tracing.layers)):
+            losses = self.losses[first : first + len(tracing.layers)]
             row = rows[first]
             cells.append(
                 {"restored": row["restored"], "at": place(row["at"]), "layers": row["window"]}
-                | {"least lost, at layer": f"{float(losses.min()):.3g}, {int(losses.argmin())}"}
-                | {"most lost, at layer": f"{float(losses.max()):.3g}, {int(losses.argmax())}"}
+                | {"least lost, at layer": f"{float(losses.min()):.3g}, {tracing.layers[int(losses.argmin())]}"}
+                | {"most lost, at layer": f"{float(losses.max()):.3g}, {tracing.layers[int(losses.argmax())]}"}
             )
         rows.append({"restored": NOTHING, "probability_lost": float(self.losses[-1])})
         title = (

@@ -38,6 +38,9 @@ from oa_train.studies.trace_settings import DRAWN, GAUSSIAN, OPTIMAL, RESAMPLE, 
 from oa_train.studies.trace_tables import Traced, place_maps, profiles, token_maps
 from oa_train.tasks.donors import Donors
 
+# What is restored if nothing says so.
+DEFAULTS: tuple[Any, ...] = (("attention", "mlp"), ("-1", f"{SUBJECT}_last"), (5,))
+
 
 class Trace(Study[TraceSettings]):
     """Corrupts the subject and restores clean values layer by layer: where does the model recall a fact?
@@ -63,11 +66,13 @@ class Trace(Study[TraceSettings]):
         super().check()
         settings, n_layers = self.settings, Dimensions.of(self.model.config).n_layers
         self.constants: TracingConstants | None = self.from_runs[0] if self.from_runs else None
-        trained = self.constants.tracing if self.constants else Tracing(n_layers, ("attention", "mlp"), ("-1",), (5,))
+        every = tuple(range(n_layers))
+        trained = self.constants.tracing if self.constants else Tracing(n_layers, every, *DEFAULTS)
         subject = settings.subject or (trained.subject if self.constants else SUBJECT)
         spans = trained.spans if self.constants else ("-1", f"{subject}_last")
         self.tracing = Tracing(
             n_layers,
+            tuple(trained.layers if settings.layers is None else settings.layers),
             tuple(settings.restore or trained.kinds),
             tuple(settings.at or spans),
             tuple(settings.windows or trained.windows),
@@ -108,7 +113,7 @@ class Trace(Study[TraceSettings]):
             stages += statistics_stages(["noise"], self.task)
         stages.append(Stage("tracing", n_test * len(self.tracing) * n_draws))
         if self.settings.prompt is not None:
-            n_runs = len(self.tracing.kinds) * self.tracing.n_layers * longest
+            n_runs = len(self.tracing.kinds) * len(self.tracing.layers) * longest
             stages.append(Stage("one prompt, token by token", n_runs * n_draws))
         return stages
 
@@ -151,13 +156,15 @@ class Trace(Study[TraceSettings]):
             if not float(values[-1].mean()) > 0:
                 raise NotFiniteError(f"Under the corruption {name} the answers lose no probability; choose another.")
         traced_runs = Traced(self.tracing, traced, lost, identities)
-        rows = list(traced_runs.rows())
+        rows, layers = list(traced_runs.rows()), self.tracing.layers
         figures: dict[str, Callable[[], Figure | None]] = {
-            "layers": partial(profiles, rows, f"{self.subject}: clean values restored while the subject is corrupted"),
-            "map": partial(place_maps, rows, f"{self.subject}: share of the lost probability that comes back"),
+            "layers": partial(
+                profiles, rows, layers, f"{self.subject}: clean values restored while the subject is corrupted"
+            ),
+            "map": partial(place_maps, rows, layers, f"{self.subject}: share of the lost probability that comes back"),
         }
         if self.settings.prompt is not None:
-            figures["prompt"] = partial(token_maps, *self._by_token(self.settings.prompt), self.subject)
+            figures["prompt"] = partial(token_maps, *self._by_token(self.settings.prompt), layers, self.subject)
         n_test, n_known = self.task.n_test, len(clean)
         return Findings(
             rows,
@@ -233,7 +240,7 @@ class Trace(Study[TraceSettings]):
         }
         return Pieces(self.folder, about)
 
-    def _by_token(self, number: int) -> tuple[dict[str, np.ndarray], list[str], str]:
+    def _by_token(self, number: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], str]:
         """Recovery at each token of one prompt, for each corruption and kind; the tokens, and the answer.
 
         Constants are those trained with nothing restored, because there are none for single tokens.
@@ -245,7 +252,7 @@ class Trace(Study[TraceSettings]):
         columns = (prompt.attention_mask & ~prompt.protected)[0].nonzero().flatten().tolist()
         spans = tuple(f"-{count}" for count in range(len(columns), 0, -1))
         tracing = replace(self.tracing, spans=spans, windows=self.tracing.windows[:1])
-        tracer, tables = Tracer(self.model, tracing, self.settings.rows_per_run), dict[str, np.ndarray]()
+        tracer, tables = Tracer(self.model, tracing, self.settings.rows_per_run), dict[tuple[str, str], np.ndarray]()
         with self.track(len(tracing) * self._n_draws, "one prompt, token by token") as advance:
             for name in self.corruptions:
                 draws = [
@@ -255,7 +262,7 @@ class Trace(Study[TraceSettings]):
                 lost = probability_lost(self._probability(prompt), torch.stack(draws)).mean(dim=0)[:, 0]
                 shares = (1 - lost / lost[-1].clamp(min=1e-12))[:-1].view(len(tracing.kinds), len(spans), -1)
                 for kind, table in zip(tracing.kinds, shares, strict=True):
-                    tables[f"{kind}, {spoken(name)}"] = table.numpy()
+                    tables[spoken(name), kind] = table.numpy()
         inside = prompt.layout.span(tracing.subject)[0].tolist()
         words = [str(self.task.tokenizer.decode([token])).strip() or " " for token in prompt.tokens[0].tolist()]
         answer = str(self.task.tokenizer.decode([int(prompt.answers[0, -1, 0])])).strip()

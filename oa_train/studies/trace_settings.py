@@ -23,6 +23,7 @@ class TraceSettings:
             prompt and that of the subject.
         windows: odd numbers of neighbouring layers that are restored together; by default as the run's constants were
             trained, or 5.
+        layers: blocks in the middle of the windows; by default as the run's constants were trained, or all.
         subject: span whose tokens are corrupted; by default as the run's constants were trained, or `subject`.
         corruptions: `optimal` (the constants of a run of TracingModule), `gaussian` (noise added to the subject's
             embeddings), or kinds of ablation of them, such as `resample`; by default the first two, or `gaussian`
@@ -37,6 +38,7 @@ class TraceSettings:
     restore: list[str] | None = None
     at: list[str] | None = None
     windows: list[int] | None = None
+    layers: list[int] | None = None
     subject: str | None = None
     corruptions: list[str] | None = None
     noise: float = 3.0

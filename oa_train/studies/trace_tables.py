@@ -60,7 +60,7 @@ class Traced:
 
     def _groups(self) -> Iterator[tuple[TracedRun, slice]]:
         """The first run of every kind, span and window, and the slice of its runs."""
-        n_layers = self.tracing.n_layers
+        n_layers = len(self.tracing.layers)
         for first in range(0, len(self.tracing.runs), n_layers):
             yield self.tracing.runs[first], slice(first, first + n_layers)
 
@@ -70,7 +70,7 @@ class Traced:
             for name, lost in self.lost.items():
                 peak = int(lost[runs].mean(dim=1).argmin())
                 yield {"restored": first.kind, "at": first.span, "window": first.window, "corruption": name} | {
-                    "peak": peak,
+                    "peak": self.tracing.layers[peak],
                     "recovered": recovered(lost[runs][peak], lost[-1], self.identities),
                     "effective_layers": effective_layers(lost[runs], lost[-1], self.identities),
                 }
@@ -134,7 +134,7 @@ def place(span: str) -> str:
     return span
 
 
-def profiles(rows: Sequence[Row], title: str) -> Figure:
+def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
     """Recovery by layer, a panel for each kind, place and window."""
     panels: dict[tuple[str, str], dict[str, list[Interval]]] = {}
     several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
@@ -145,23 +145,29 @@ def profiles(rows: Sequence[Row], title: str) -> Figure:
                 interval(row["recovered"])
             )
     labels = {row["corruption"]: f"{spoken(row['corruption'])} corruption" for row in rows}
-    return profile_figure(panels, labels, title)
+    return profile_figure(panels, layers, labels, title)
 
 
-def place_maps(rows: Sequence[Row], title: str) -> Figure:
-    """Heat maps of recovery: places by layers, a map for each kind and corruption."""
-    tables: dict[str, dict[str, list[float]]] = {}
+def place_maps(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
+    """Heat maps of recovery: places by layers, a map for each corruption, kind and window."""
+    tables: dict[tuple[str, str], dict[str, list[float]]] = {}
     several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
     for row in rows:
         if row["restored"] != NOTHING:
-            name = f"{row['restored']}, {spoken(row['corruption'])}" + (f", {row['window']} layers" if several else "")
-            tables.setdefault(name, {}).setdefault(place(row["at"]), []).append(row["recovered"].mean)
+            column = row["restored"] + (f", {row['window']} layers" if several else "")
+            cells = tables.setdefault((spoken(row["corruption"]), column), {})
+            cells.setdefault(place(row["at"]), []).append(row["recovered"].mean)
     names = list(next(iter(tables.values())))
-    return recovery_maps({key: np.array([*lines.values()]) for key, lines in tables.items()}, names, title)
+    return recovery_maps({key: np.array([*lines.values()]) for key, lines in tables.items()}, names, layers, title)
 
 
-def token_maps(tables: Mapping[str, np.ndarray], tokens: Sequence[str], answer: str, subject: str) -> Figure:
+def token_maps(
+    tables: Mapping[tuple[str, str], np.ndarray],
+    tokens: Sequence[str],
+    answer: str,
+    layers: Sequence[int],
+    subject: str,
+) -> Figure:
     """Heat maps of recovery at every token of one prompt, whose corrupted tokens have an asterisk."""
-    return recovery_maps(
-        tables, tokens, f"{subject}: one prompt, answered by {answer!r}; corrupted tokens have a *", 1.0
-    )
+    title = f"{subject}: one prompt, answered by {answer!r}; corrupted tokens have a *"
+    return recovery_maps(tables, tokens, layers, title, 1.0)

@@ -50,6 +50,7 @@ class TracingModule(FrozenModelModule):
         at: spans at which it is restored, each by itself: one that the prompts name, its `_first` or `_last` token or
             the token `_next` to it (`subject_last`), `-1` for the last token of the prompt, `every`.
         windows: odd numbers of neighbouring layers that are restored together.
+        layers: blocks in the middle of the windows; all by default. Fewer of them make a large model affordable.
         subject: span whose tokens are corrupted.
         learning_rate: learning rate at the start.
         optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
@@ -74,6 +75,7 @@ class TracingModule(FrozenModelModule):
         restore: str | list[str] = ["attention", "mlp"],  # noqa: B006 (never changed)
         at: str | list[str] = ["-1", f"{SUBJECT}_last"],  # noqa: B006 (never changed)
         windows: list[int] = [5],  # noqa: B006 (never changed)
+        layers: list[int] | None = None,
         subject: str = SUBJECT,
         learning_rate: float = 0.01,
         optimizer: OptimizerCallable | None = None,
@@ -84,10 +86,11 @@ class TracingModule(FrozenModelModule):
         arguments = dict(locals())
         check_positive(learning_rate=learning_rate, rows_per_run=rows_per_run)
         chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(as_list(at)), tuple(windows), subject)
-        Tracing(1, *chosen)  # refuses wrong names before the model is loaded
+        Tracing(1, (0,), *chosen)  # refuses wrong names before the model is loaded
         super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
         self.learning_rate, self.recompute = learning_rate, recompute
-        self.tracing = Tracing(Dimensions.of(self.frozen.config).n_layers, *chosen)
+        n_layers = Dimensions.of(self.frozen.config).n_layers
+        self.tracing = Tracing(n_layers, tuple(range(n_layers) if layers is None else layers), *chosen)
         self._rows_per_run = rows_per_run
         zeros = torch.zeros(len(self.tracing), Dimensions.of(self.frozen.config).d_model)
         self.constants = nn.Parameter(zeros)

@@ -66,7 +66,7 @@ def places(model, run, n_layers):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_run_equals_hooks_one_by_one_in_value_and_gradient(archetype, side):
-    batch, tracing = prompts(side), Tracing(3, KINDS, SPANS, (1, 3))
+    batch, tracing = prompts(side), Tracing(3, (0, 1, 2), KINDS, SPANS, (1, 3))
     tracer, constants = Tracer(archetype, tracing, 1000), constants_of(tracing, archetype).requires_grad_()
     (piece,) = tracer.pieces(batch)
     logits = piece.logits(slice(None), constants[:, None, None]).unflatten(0, (len(tracing), len(batch)))
@@ -91,7 +91,7 @@ def test_every_run_equals_hooks_one_by_one_in_value_and_gradient(archetype, side
 
 
 def test_restoring_the_whole_residual_stream_is_the_clean_run(archetype):
-    batch, tracing = prompts("left"), Tracing(3, ("residual",), ("every",))
+    batch, tracing = prompts("left"), Tracing(3, (0, 1, 2), ("residual",), ("every",))
     (piece,) = Tracer(archetype, tracing).pieces(batch)
     logits = piece.logits(slice(None), constants_of(tracing, archetype)[:, None, None])
     by_run = logits.unflatten(0, (len(tracing), len(batch)))
@@ -102,7 +102,7 @@ def test_restoring_the_whole_residual_stream_is_the_clean_run(archetype):
 
 
 def test_restoring_all_attention_and_all_mlps_is_the_clean_run_outside_the_subject(archetype):
-    batch, tracing = prompts(), Tracing(3, ("attention", "mlp"), ("every",), (7,))
+    batch, tracing = prompts(), Tracing(3, (0, 1, 2), ("attention", "mlp"), ("every",), (7,))
     tracer = Tracer(archetype, tracing)
     attention, mlp = tracer.masks[1], tracer.masks[4]  # of the middle layers
     values = read_values(archetype, batch, tracer.level)
@@ -113,7 +113,7 @@ def test_restoring_all_attention_and_all_mlps_is_the_clean_run_outside_the_subje
 
 
 def test_probabilities_do_not_depend_on_pieces_or_padding(archetype):
-    tracing = Tracing(3, ("attention", "residual"), ("-1", "subject_last"), (3,))
+    tracing = Tracing(3, (0, 1, 2), ("attention", "residual"), ("-1", "subject_last"), (3,))
     constants = constants_of(tracing, archetype)
     results = [
         Tracer(archetype, tracing, rows).probabilities(prompts(side), corrupted_by_constants(constants))
@@ -145,7 +145,7 @@ def test_noise_is_added_to_the_clean_embedding_with_one_deviation(archetype):
 
 
 def test_descriptions_rebuild_the_tracing():
-    tracing = Tracing(3, ("attention",), ("-1", "every"), (1, 5), "name")
+    tracing = Tracing(3, (0, 1, 2), ("attention",), ("-1", "every"), (1, 5), "name")
     assert Tracing.of_description(tracing.describe()) == tracing
     assert len(tracing) == 1 + 2 * 2 * 3
     assert [list(run.layers(3)) for run in tracing.runs[3:6]] == [[0, 1, 2]] * 3
@@ -156,17 +156,19 @@ def test_descriptions_rebuild_the_tracing():
     [
         ({"kinds": ("attentions",)}, r"restore names 'attentions'\. Did you mean attention\?"),
         ({"windows": (2,)}, "windows names 2; expected odd numbers of layers"),
+        ({"layers": (1, 0)}, r"layers is \[1, 0\]; expected ascending numbers from 0 to 2"),
+        ({"layers": (3,)}, r"layers is \[3\]"),
         ({"windows": ()}, r"windows is \[\]"),
         ({"spans": ("-1", "-1")}, r"at is \['-1', '-1'\]; expected at least one, each once"),
     ],
 )
 def test_tracings_that_cannot_work_are_refused(changes, message):
-    arguments = {"n_layers": 3, "kinds": ("attention",), "spans": ("-1",)} | changes
+    arguments = {"n_layers": 3, "layers": (0, 1, 2), "kinds": ("attention",), "spans": ("-1",)} | changes
     with pytest.raises(ConfigurationError, match=message):
         Tracing(**arguments)
 
 
 def test_prompts_without_a_subject_are_refused(archetype):
-    tracer = Tracer(archetype, Tracing(3, ("mlp",), ("-1",)))
+    tracer = Tracer(archetype, Tracing(3, (0, 1, 2), ("mlp",), ("-1",)))
     with pytest.raises(TaskError, match="There is no span 'subject' in these prompts"):
         tracer.probabilities(random_batch([5, 4]), corrupted_by_constants(torch.zeros(4, 32, dtype=torch.float64)))
