@@ -83,3 +83,45 @@ def prediction_grid(
     figure.colorbar(image, ax=axes).set_label("probability of the top token", fontsize=FONT_SIZE - 1)
     set_title(figure, title)
     return figure
+
+
+def faithfulness_figure(
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str
+) -> Figure:
+    """Agreement of the effects on a model and on lenses by layer, with 95 % bars: a row a measure, a column a change.
+
+    Args:
+        panels: by measure and change, the intervals of each lens at each layer.
+        layers: numbers of the layers.
+        title: of the figure.
+    """
+    measures, changes = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
+    figure = new_figure(1.4 + 2.7 * len(changes), 0.8 + 2.1 * len(measures))
+    grid = figure.subplots(len(measures), len(changes), squeeze=False, sharex=True, sharey="row")
+    names = {"magnitude": "correlation of sizes", "similarity": "cosine of effects"}
+    for (measure, change), lines in panels.items():
+        row, column = measures.index(measure), changes.index(change)
+        axes = grid[row, column]
+        for number, (name, points) in enumerate(lines.items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            means = [point.mean for point in points]
+            below = [max(0.0, point.mean - point.low) for point in points]
+            above = [max(0.0, point.high - point.mean) for point in points]
+            axes.errorbar(
+                layers, means, [below, above], color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=name
+            )
+        axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelsize=FONT_SIZE - 1)
+        axes.grid(color="#E5E5E5", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if row == 0:
+            axes.set_title(change, fontsize=FONT_SIZE)
+        if column == 0:
+            axes.set_ylabel(names.get(measure, measure), fontsize=FONT_SIZE)
+        if row == len(measures) - 1:
+            axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    set_title(figure, title)
+    return figure

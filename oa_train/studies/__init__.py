@@ -15,6 +15,10 @@ STUDIES: dict[str, tuple[str, str]] = {
         "oa_train.studies.compare_lenses.CompareLenses",
         "what do middle layers already know? lenses at every layer",
     ),
+    "faithfulness": (
+        "oa_train.studies.faithfulness.Faithfulness",
+        "do lenses use the residual stream as the model does?",
+    ),
     "lens": ("oa_train.studies.lens.ReadPrompt", "one prompt's predictions, layer by layer"),
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
     "robustness": (

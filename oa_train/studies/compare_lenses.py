@@ -162,7 +162,7 @@ class CompareLenses(Study[CompareLensesSettings]):
             ("agreement", "Share of positions with the model's top token"),
         ):
             cells = [
-                {"layer": layer} | {spoken(row["lens"]): row[measure] for row in rows if row["layer"] == layer}
+                {"layer": layer} | {spoken(row["lens"]): _cell(row, measure) for row in rows if row["layer"] == layer}
                 for layer in self.layers
                 if layer in shown
             ]
@@ -181,3 +181,11 @@ class CompareLenses(Study[CompareLensesSettings]):
             for name in names
         }
         return lens_figure(lines, self.layers, f"{self.subject}: predictions read from the residual stream")
+
+
+def _cell(row: Row, measure: str) -> Any:
+    """A short share, as there is a column for each lens."""
+    value: Estimate = row[measure]
+    if measure == "kl":
+        return value
+    return f"{value.mean:.0%} [{value.ci95[0]:.0%}, {value.ci95[1]:.0%}]"

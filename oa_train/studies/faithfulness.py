@@ -1,0 +1,265 @@
+"""Do lenses use the residual stream as the model does?"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from scipy import stats
+
+from oa_train.ablations.evaluation import prompt_identities
+from oa_train.errors import ConfigurationError
+from oa_train.figures.lenses import faithfulness_figure
+from oa_train.figures.style import Figure
+from oa_train.lenses.faithfulness import (
+    Effects,
+    Intervened,
+    StreamStatistics,
+    calibrated_step,
+    layers_between,
+    projected,
+    resampled,
+    steered,
+)
+from oa_train.lenses.lens import AffineLens, Lens
+from oa_train.lenses.reading import Tokens
+from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.estimates import Estimate, estimate
+from oa_train.progress import Stage, counted
+from oa_train.shapes import Float, Tensor
+from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
+from oa_train.studies.study import Findings, Row, Study, Table, interval, spoken
+
+STEER, PROJECT, RESAMPLE = "steer", "project", "resample"
+RANDOM, BASIS = "random", "basis"
+
+# Effects below this, in nats, are 0 in float32, and have no logarithm worth comparing.
+SMALLEST_EFFECT = 1e-7
+
+# Largest step, in standard deviations of the residual stream along a direction, that a calibration tries.
+LARGEST_STEP = 16.0
+
+
+@dataclass(frozen=True)
+class FaithfulnessSettings:
+    """Settings of `faithfulness`.
+
+    Attributes:
+        lenses: kinds of lens; by default those that the runs have trained, and `logit` and `mean`.
+        layers: layers at which the residual stream is changed; by default four of the lenses' layers.
+        directions: random directions, drawn from the stream's normal distribution, and as many of each affine lens's
+            own basis.
+        subspace: directions that span a subspace, whose component is swapped between prompts.
+        target: nats; steps are scaled so that the model's mean effect along random directions stays just below.
+        rows_per_run: most rows (changes times prompts) of one model run; bounds memory, changes no result.
+    """
+
+    lenses: list[str] | None = None
+    layers: list[int] | None = None
+    directions: int = 24
+    subspace: int = 8
+    target: float = 0.2
+    rows_per_run: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("subspace", "target", "rows_per_run"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"faithfulness.{name} is {getattr(self, name)}; expected more than 0.")
+        if self.directions < 4:
+            raise ConfigurationError(f"faithfulness.directions is {self.directions}; expected at least 4.")
+
+
+class Faithfulness(Study[FaithfulnessSettings]):
+    """Changes the residual stream in the model and under a lens alike: do the predictions change alike?
+
+    Three changes of a prompt's scored token: `steer` (a random step along a direction), `project` (what distinguishes
+    it from the mean along a direction is removed) and `resample` (its component in a subspace is the next prompt's).
+    Rows: one for each lens, layer, change and set of directions, with `magnitude`, the correlation over directions of
+    the logarithms of the two mean effects (over subspaces and prompts for `resample`), and `similarity`, the cosine of
+    the two changes of log probability (Li & Janson 2024, section 5).
+
+    Raises:
+        ConfigurationError: a lens is not trained, or has no such layer.
+        TaskError: the prompts are scored at several positions.
+    """
+
+    name = "faithfulness"
+    Settings: ClassVar[type] = FaithfulnessSettings
+    FromRun: ClassVar[type[Any]] = TrainedLenses
+    asks_of = "any"
+
+    def check(self) -> None:
+        """Choose lenses and layers."""
+        super().check()
+        every = chosen_layers(self.model, self.settings.layers, self.from_runs)
+        self.layers = every if self.settings.layers is not None else list(layers_between(every, 4))
+        kinds = chosen_kinds(self.settings.lenses, self.from_runs)
+        self.kinds = [kind for kind in kinds if kind != RESAMPLE]
+        if self.settings.lenses is not None and len(self.kinds) < len(kinds):
+            raise ConfigurationError("The resample lens reads other prompts too, so its effects are not its own.")
+        if any(batch.scored.shape[1] > 1 for batch in self.batches):
+            Intervened(self.model, self.batches[0], 0, 1)  # says why not
+
+    def plan(self) -> list[Stage]:
+        """Statistics of the stream, and the changes at each layer."""
+        n_changes = 2 * self.settings.directions + self.settings.directions // self.settings.subspace
+        n_bases = 1 + len({"tuned", "linear_oca"} & {*self.kinds})
+        passes = self.task.n_test * (n_changes * n_bases + 12 * self.settings.directions)
+        return [Stage("statistics", self.task.n_means), *[Stage(f"layer {n}", passes) for n in self.layers]]
+
+    def run(self) -> Findings:
+        """Change the stream at every layer."""
+        lenses = chosen_lenses(self.model, self.task, self.kinds, self.layers, self.from_runs, None, self.track)
+        statistics = self._statistics()
+        identities = torch.cat([prompt_identities(batch) for batch in self.batches])
+        rows, steps = list[Row](), dict[int, float]()
+        for layer in self.layers:
+            of_layer = {name: lens.at([layer]) for name, lens in lenses.items()}
+            steps[layer], effects = self._at(layer, of_layer, statistics[layer])
+            rows += [
+                {"lens": name, "layer": layer, "change": change, "directions": directions}
+                | {"magnitude": _magnitude(change, found), "similarity": _similarity(found, identities)}
+                for (name, change, directions), found in effects.items()
+            ]
+        return Findings(
+            rows,
+            facts={"layers": self.layers, "steps": {str(layer): step for layer, step in steps.items()}},
+            shown=list(self._shown(rows)),
+            figures={"faithfulness": partial(self._figure, rows)},
+            table="faithfulness",
+        )
+
+    @torch.no_grad()
+    def _statistics(self) -> dict[int, StreamStatistics]:
+        batches = list(self.task.batches("means", self.task.n_means))
+        streams: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        for batch in counted(self.track, batches, "statistics of the residual stream"):
+            tokens = Tokens(self.model, batch.to(self.model.device))
+            for layer, parts in streams.items():
+                parts.append(tokens.residuals[layer].cpu())
+        return {layer: StreamStatistics.of(torch.cat(parts)) for layer, parts in streams.items()}
+
+    def _at(
+        self, layer: int, lenses: Mapping[str, Lens], statistics: StreamStatistics
+    ) -> tuple[float, dict[tuple[str, str, str], Effects]]:
+        """Step and effects at one layer, by lens, change and set of directions."""
+        settings, seed, device = self.settings, self.task.seed, self.model.device
+        moved = [batch.to(device) for batch in self.batches]
+        prompts = [Intervened(self.model, batch, layer, settings.rows_per_run) for batch in moved]
+        sets = {(RANDOM, ""): statistics.random_directions(settings.directions, seed, layer)}
+        for name, lens in lenses.items():
+            if isinstance(lens, AffineLens):
+                identity = torch.eye(lens.bias.shape[-1])
+                sets[BASIS, name] = statistics.basis(lens.weight[0].cpu() + identity, settings.directions)
+        deviation = float((statistics.factor.square().sum() / len(statistics.mean)).sqrt())
+        with self.track(self.plan()[1].passes, f"changing the stream of layer {layer}") as advance:
+
+            def effect(step: float) -> float:
+                changed = [p.model_effects(steered(p.streams, random, step, seed, layer)) for p in prompts[:1]]
+                advance(changed[0].numel())
+                return float(torch.cat(changed, dim=1).mean())
+
+            random = sets[RANDOM, ""].to(device)
+            step = calibrated_step(effect, settings.target, LARGEST_STEP * deviation)
+            effects: dict[tuple[str, str, str], Effects] = {}
+            for (kind, owner), directions in sets.items():
+                readers = {owner: lenses[owner]} if owner else lenses
+                for change, function in self._changes(directions.to(device), step, statistics, layer).items():
+                    for name, found in self._effects(prompts, readers, function, advance).items():
+                        effects[name, change, kind] = found
+        return step, effects
+
+    def _changes(
+        self, directions: Float[Tensor, "direction d_model"], step: float, statistics: StreamStatistics, layer: int
+    ) -> dict[str, Callable[[Tensor], Tensor]]:
+        mean = statistics.mean.to(directions.device)
+        return {
+            STEER: lambda streams: steered(streams, directions, step, self.task.seed, layer),
+            PROJECT: lambda streams: projected(streams, directions, mean),
+            RESAMPLE: lambda streams: resampled(streams, directions, self.settings.subspace),
+        }
+
+    def _effects(
+        self,
+        prompts: Sequence[Intervened],
+        lenses: Mapping[str, Lens],
+        change: Callable[[Tensor], Tensor],
+        advance: Callable[[int], None],
+    ) -> dict[str, Effects]:
+        parts: dict[str, list[Effects]] = {name: [] for name in lenses}
+        for of_batch in prompts:
+            streams = change(of_batch.streams)
+            logits = of_batch.logits(streams)
+            advance(len(logits) * logits.shape[1])
+            for name, lens in lenses.items():
+                parts[name].append(of_batch.effects(lens, streams, logits))
+        return {name: _joined(of_lens) for name, of_lens in parts.items()}
+
+    def _shown(self, rows: Sequence[Row]) -> Iterator[Table]:
+        names = list(dict.fromkeys(row["lens"] for row in rows))
+        for change in (STEER, PROJECT, RESAMPLE):
+            cells = []
+            for layer in self.layers:
+                for kind in (RANDOM, BASIS):
+                    found = {row["lens"]: row for row in rows if _is(row, layer, change, kind)}
+                    if found:
+                        cells.append(
+                            {"layer": layer, "directions": kind}
+                            | {f"{spoken(name)}: r": _brief(found, name, "magnitude") for name in names}
+                            | {f"{spoken(name)}: cosine": _brief(found, name, "similarity") for name in names}
+                        )
+            yield Table(
+                f"{change}: correlation of the effects' sizes and cosine of the effects, model against lens, on "
+                f"{self.prompts}",
+                cells,
+            )
+
+    def _figure(self, rows: Sequence[Row]) -> Figure:
+        random = [row for row in rows if row["directions"] == RANDOM]
+        panels = {
+            (measure, change): {
+                spoken(name): [
+                    interval(row[measure]) for row in random if row["lens"] == name and row["change"] == change
+                ]
+                for name in dict.fromkeys(row["lens"] for row in random)
+            }
+            for measure in ("magnitude", "similarity")
+            for change in (STEER, PROJECT, RESAMPLE)
+        }
+        return faithfulness_figure(panels, self.layers, f"{self.subject}: causal faithfulness along random directions")
+
+
+def _joined(parts: Sequence[Effects]) -> Effects:
+    """Effects on the prompts of all batches."""
+    fields = (torch.cat([getattr(e, name).cpu() for e in parts], dim=1) for name in ("model", "lens", "similarity"))
+    return Effects(*fields)
+
+
+def _is(row: Row, layer: int, change: str, directions: str) -> bool:
+    return (row["layer"], row["change"], row["directions"]) == (layer, change, directions)
+
+
+def _brief(found: Mapping[str, Row], name: str, measure: str) -> str:
+    if name not in found:
+        return ""
+    value: Estimate = found[name][measure]
+    return f"{value.mean:.2f} [{value.ci95[0]:.2f}, {value.ci95[1]:.2f}]"
+
+
+def _magnitude(change: str, effects: Effects) -> Estimate:
+    """Pearson correlation of the logarithms of the two effects, with Fisher's interval."""
+    pairs = (effects.model, effects.lens)
+    if change != RESAMPLE:
+        pairs = (effects.model.mean(dim=1, keepdim=True), effects.lens.mean(dim=1, keepdim=True))
+    model, lens = (values.double().flatten().clamp(min=SMALLEST_EFFECT).log().numpy() for values in pairs)
+    if model.std() == 0 or lens.std() == 0:
+        return Estimate(0.0, 1.0, (-1.0, 1.0), len(model))
+    result = stats.pearsonr(model, lens)
+    low, high = result.confidence_interval(0.95)
+    r = float(result.statistic)
+    return Estimate(r, (1 - r**2) / (len(model) - 3) ** 0.5, (float(low), float(high)), len(model))
+
+
+def _similarity(effects: Effects, identities: Tensor) -> Estimate:
+    return estimate(effects.similarity.mean(dim=0), identities)
