@@ -160,4 +160,5 @@ def check_fingerprint(model: CausalLM, artefact: str, provenance: Mapping[str, A
     wanted = provenance.get("fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         name = provenance.get("model", "another model")
-        raise ArtefactError(f"The {artefact} belongs to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")
+        verb = "belong" if artefact.endswith("s") else "belongs"
+        raise ArtefactError(f"The {artefact} {verb} to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")

@@ -126,7 +126,8 @@ class LensModule(FrozenModelModule):
 
                 def lost(kind: str = kind, lens: Lens = lens, piece: slice = piece) -> Float[Tensor, " start"]:
                     logits = lens_logits(lens, self.frozen, tokens, piece)
-                    return divergence_from(self._target(kind, tokens, piece), logits) @ weights[piece]
+                    kl = divergence_from(self._target(kind, tokens, piece), logits)
+                    return kl @ weights[piece].to(kl.dtype)
 
                 yield kind, lost
 
