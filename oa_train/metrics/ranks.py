@@ -39,8 +39,19 @@ def rank_correlation(
 
     The prompts are resampled, the parts are not.
     """
-    ranks = [stats.rankdata(means, axis=0) for means in resampled_means(seed, first, second)]
-    centred = [rank - rank.mean(axis=0) for rank in ranks]
+    return _correlated(*(stats.rankdata(means, axis=0) for means in resampled_means(seed, first, second)))
+
+
+def linear_correlation(
+    first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"], seed: int = 0
+) -> Bootstrapped:
+    """Pearson's correlation of two ablations' mean effects; see `rank_correlation`."""
+    return _correlated(*resampled_means(seed, first, second))
+
+
+def _correlated(first: np.ndarray, second: np.ndarray) -> Bootstrapped:
+    """Correlation over parts, in every resampling of the prompts."""
+    centred = [values - values.mean(axis=0) for values in (first, second)]
     norms = np.sqrt((centred[0] ** 2).sum(axis=0) * (centred[1] ** 2).sum(axis=0))
     return _bootstrapped((centred[0] * centred[1]).sum(axis=0) / np.maximum(norms, np.finfo(float).tiny))
 

@@ -13,6 +13,7 @@ from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import faithfulness_figure
 from oa_train.figures.style import Figure
 from oa_train.lenses.faithfulness import (
+    BISECTIONS,
     Effects,
     Intervened,
     StreamStatistics,
@@ -33,6 +34,7 @@ from oa_train.studies.study import Findings, Row, Study, Table, interval, spoken
 
 STEER, PROJECT, RESAMPLE = "steer", "project", "resample"
 RANDOM, BASIS = "random", "basis"
+MEASURED = ("magnitude", "similarity")
 
 # Effects below this, in nats, are 0 in float32, and have no logarithm worth comparing.
 SMALLEST_EFFECT = 1e-7
@@ -95,8 +97,10 @@ class Faithfulness(Study[FaithfulnessSettings]):
         every = chosen_layers(self.model, self.settings.layers, self.from_runs)
         self.layers = every if self.settings.layers is not None else list(layers_between(every, 4))
         kinds = chosen_kinds(self.settings.lenses, self.from_runs)
-        self.kinds = [kind for kind in kinds if kind != RESAMPLE]
-        if self.settings.lenses is not None and len(self.kinds) < len(kinds):
+        if self.settings.lenses is None:
+            kinds = [kind for kind in kinds if kind != RESAMPLE]
+        self.kinds = kinds
+        if RESAMPLE in kinds:
             raise ConfigurationError("The resample lens reads other prompts too, so its effects are not its own.")
         if any(batch.scored.shape[1] > 1 for batch in self.batches):
             Intervened(self.model, self.batches[0], 0, 1)  # says why not
@@ -105,8 +109,10 @@ class Faithfulness(Study[FaithfulnessSettings]):
         """Statistics of the stream, and the changes at each layer."""
         n_changes = 2 * self.settings.directions + self.settings.directions // self.settings.subspace
         n_bases = 1 + len({"tuned", "linear_oca"} & {*self.kinds})
-        passes = self.task.n_test * (n_changes * n_bases + 12 * self.settings.directions)
-        return [Stage("statistics", self.task.n_means), *[Stage(f"layer {n}", passes) for n in self.layers]]
+        calibrating = BISECTIONS * self.settings.directions * len(self.batches[0])
+        passes = self.task.n_test * n_changes * n_bases + calibrating
+        means = [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
+        return [*means, Stage("statistics", self.task.n_means), *[Stage(f"layer {n}", passes) for n in self.layers]]
 
     def run(self) -> Findings:
         """Change the stream at every layer."""
@@ -153,7 +159,7 @@ class Faithfulness(Study[FaithfulnessSettings]):
                 identity = torch.eye(lens.bias.shape[-1])
                 sets[BASIS, name] = statistics.basis(lens.weight[0].cpu() + identity, settings.directions)
         deviation = float((statistics.factor.square().sum() / len(statistics.mean)).sqrt())
-        with self.track(self.plan()[1].passes, f"changing the stream of layer {layer}") as advance:
+        with self.track(self.plan()[-1].passes, f"changing the stream of layer {layer}") as advance:
 
             def effect(step: float) -> float:
                 changed = [p.model_effects(steered(p.streams, random, step, seed, layer)) for p in prompts[:1]]
@@ -197,23 +203,16 @@ class Faithfulness(Study[FaithfulnessSettings]):
         return {name: _joined(of_lens) for name, of_lens in parts.items()}
 
     def _shown(self, rows: Sequence[Row]) -> Iterator[Table]:
-        names = list(dict.fromkeys(row["lens"] for row in rows))
-        for change in (STEER, PROJECT, RESAMPLE):
-            cells = []
-            for layer in self.layers:
-                for kind in (RANDOM, BASIS):
-                    found = {row["lens"]: row for row in rows if _is(row, layer, change, kind)}
-                    if found:
-                        cells.append(
-                            {"layer": layer, "directions": kind}
-                            | {f"{spoken(name)}: r": _brief(found, name, "magnitude") for name in names}
-                            | {f"{spoken(name)}: cosine": _brief(found, name, "similarity") for name in names}
-                        )
-            yield Table(
-                f"{change}: correlation of the effects' sizes and cosine of the effects, model against lens, on "
-                f"{self.prompts}",
-                cells,
-            )
+        for kind in (RANDOM, BASIS):
+            cells: dict[tuple[int, str], dict[str, Any]] = {}
+            for row in (row for row in rows if row["directions"] == kind):
+                line = cells.setdefault(
+                    (row["layer"], row["lens"]), {"layer": row["layer"], "lens": spoken(row["lens"])}
+                )
+                line |= {f"{row['change']}:\n{measure}": _brief(row[measure]) for measure in MEASURED}
+            if cells:
+                along = "random directions" if kind == RANDOM else "directions of each lens's own basis"
+                yield Table(f"Model against lens along {along}, on {self.prompts}", list(cells.values()))
 
     def _figure(self, rows: Sequence[Row]) -> Figure:
         random = [row for row in rows if row["directions"] == RANDOM]
@@ -224,7 +223,7 @@ class Faithfulness(Study[FaithfulnessSettings]):
                 ]
                 for name in dict.fromkeys(row["lens"] for row in random)
             }
-            for measure in ("magnitude", "similarity")
+            for measure in MEASURED
             for change in (STEER, PROJECT, RESAMPLE)
         }
         return faithfulness_figure(panels, self.layers, f"{self.subject}: causal faithfulness along random directions")
@@ -236,14 +235,7 @@ def _joined(parts: Sequence[Effects]) -> Effects:
     return Effects(*fields)
 
 
-def _is(row: Row, layer: int, change: str, directions: str) -> bool:
-    return (row["layer"], row["change"], row["directions"]) == (layer, change, directions)
-
-
-def _brief(found: Mapping[str, Row], name: str, measure: str) -> str:
-    if name not in found:
-        return ""
-    value: Estimate = found[name][measure]
+def _brief(value: Estimate) -> str:
     return f"{value.mean:.2f} [{value.ci95[0]:.2f}, {value.ci95[1]:.2f}]"
 
 

@@ -13,7 +13,7 @@ from oa_train.figures.comparison import Interval
 from oa_train.figures.style import Figure
 from oa_train.figures.tracing import profile_figure, recovery_maps
 from oa_train.metrics.estimates import Estimate, estimate
-from oa_train.metrics.ranks import rank_correlation
+from oa_train.metrics.ranks import linear_correlation, rank_correlation
 from oa_train.metrics.tracing import Identities, effective_layers, recovered, recovered_bootstrap
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import Row, Table, interval, spoken
@@ -76,12 +76,13 @@ class Traced:
                 }
 
     def agreement(self) -> list[dict[str, Any]]:
-        """Rank correlation of the recovery of all runs, for each pair of corruptions."""
+        """Correlations of the recovery of all runs, of ranks and of values, for each pair of corruptions."""
         return [
             {
                 "first": first,
                 "second": second,
-                "rank_correlation": rank_correlation(-self.lost[first][:-1], -self.lost[second][:-1]).as_json(),
+                "rank_correlation": rank_correlation(self.lost[first][:-1], self.lost[second][:-1]).as_json(),
+                "correlation": linear_correlation(self.lost[first][:-1], self.lost[second][:-1]).as_json(),
             }
             for first, second in combinations(self.lost, 2)
         ]
@@ -107,15 +108,12 @@ class Traced:
         )
         pairs = [
             {"": f"{spoken(first)} and {spoken(second)}"}
-            | {
-                "rank correlation (95 % interval)": str(
-                    rank_correlation(-self.lost[first][:-1], -self.lost[second][:-1])
-                )
-            }
+            | {"rank correlation": str(rank_correlation(self.lost[first][:-1], self.lost[second][:-1]))}
+            | {"correlation": str(linear_correlation(self.lost[first][:-1], self.lost[second][:-1]))}
             for first, second in combinations(self.lost, 2)
         ]
         if pairs:
-            yield Table(f"Agreement on {len(self.tracing.runs)} restored places", pairs)
+            yield Table(f"Agreement on {len(self.tracing.runs)} restored places, with 95 % intervals", pairs)
 
 
 def place(span: str) -> str:

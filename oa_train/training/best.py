@@ -34,7 +34,7 @@ class BestSlices(nn.Module):
     @torch.no_grad()
     def offer(self, tensors: Mapping[str, Tensor], loss: Float[Tensor, " training"]) -> None:
         """Keep the slices of every training whose loss is lower than before; NaN never is."""
-        loss = loss.to(self.loss.device)
+        loss = loss.to(self.loss)
         better = loss < self.loss
         for name, best in self.tensors().items():
             best[better] = tensors[name][better].to(best.dtype)

@@ -20,7 +20,10 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
+from oa_train.training.lens_module import LensModule
+from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
+from oa_train.training.tracing_module import TracingModule
 from tests.builders import small_ioi
 
 CIRCUITS: dict[str, dict[str, Any]] = {
@@ -28,6 +31,11 @@ CIRCUITS: dict[str, dict[str, Any]] = {
     "hard_concrete": {"masks": partial(HardConcrete, initial_logit=0.0)},
     "spans": {"sites": ["residual"], "components": ["r*@S2", "r*@end"], "target_size": 3},
     "features": {"sites": ["features"], "target_size": 20},
+}
+
+OTHERS: dict[str, partial[FrozenModelModule]] = {
+    "lens": partial(LensModule, lenses=["oca", "tuned", "linear_oca"], predictions_at_once=16),
+    "tracing": partial(TracingModule, subject="S2", windows=[1], rows_per_run=16),
 }
 
 
@@ -44,12 +52,16 @@ class Gradients(Callback):
 def train(
     dictionary: Path, n_processes: int, batch_size: int, circuit: str, strategy: str = "ddp", *more: str
 ) -> dict[str, Any]:
-    """Train a circuit; its gradients and metrics."""
+    """Train a circuit, lenses or tracing constants; their gradients and metrics."""
     gradients = Gradients()
-    options = {"target_size": 7, "samples_per_prompt": 2} | CIRCUITS[circuit]
-    if circuit == "features":
-        options["dictionaries"] = [DictionarySpec(str(dictionary))]
-    module = CircuitModule(lm=LMSpec(dtype="float64"), recompute="recompute" in more, **options)
+    module: FrozenModelModule
+    if circuit in OTHERS:
+        module = OTHERS[circuit](lm=LMSpec(dtype="float64"))
+    else:
+        options = {"target_size": 7, "samples_per_prompt": 2} | CIRCUITS[circuit]
+        if circuit == "features":
+            options["dictionaries"] = [DictionarySpec(str(dictionary))]
+        module = CircuitModule(lm=LMSpec(dtype="float64"), recompute="recompute" in more, **options)
     made = ShardedStrategy if strategy == "fsdp" else DDPStrategy
     trainer = lightning.Trainer(
         accelerator="cpu",

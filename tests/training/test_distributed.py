@@ -13,6 +13,7 @@ from tests.builders import random_dictionary
 from tests.jobs.fits import FIRST, SECOND, Forked, Process, finished, free_port, start, torchrun
 
 CIRCUITS = ("uniform", "hard_concrete", "spans", "features")
+OTHERS = ("lens", "tracing")
 SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
 
 
@@ -26,13 +27,26 @@ def gradients(file: Path, n_processes: int, batch_size: int, *cases: str) -> dic
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Gradients and metrics of two processes."""
-    return gradients(tmp_path_factory.mktemp("two") / "file", 2, 4, *CIRCUITS, *SHARED_OUT)
+    return gradients(tmp_path_factory.mktemp("two") / "file", 2, 4, *CIRCUITS, *OTHERS, *SHARED_OUT)
 
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Gradients and metrics of one process with twice the batch."""
-    return gradients(tmp_path_factory.mktemp("one") / "file", 1, 8, *CIRCUITS)
+    return gradients(tmp_path_factory.mktemp("one") / "file", 1, 8, *CIRCUITS, *OTHERS)
+
+
+@pytest.mark.parametrize("trained", OTHERS)
+def test_two_processes_train_lenses_and_tracing_constants_as_one_does(trained, by_one, by_two):
+    alone, shared = by_one[trained], by_two[trained]
+    for expected, of_two in zip(alone["gradients"], shared["gradients"], strict=True):
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 1e-6, name
+            torch.testing.assert_close(of_two[name], gradient, rtol=1e-4, atol=1e-7)
+    assert alone["metrics"].keys() == shared["metrics"].keys()
+    for name in alone["metrics"]:
+        if name.startswith("val/"):
+            assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("circuit", CIRCUITS)
