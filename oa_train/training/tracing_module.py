@@ -48,7 +48,8 @@ class TracingModule(FrozenModelModule):
         restore: what is restored, each by itself: `attention`, `mlp` (what they add to the residual stream),
             `residual` (what a block leaves there).
         at: spans at which it is restored, each by itself: one that the prompts name, its `_first` or `_last` token or
-            the token `_next` to it (`subject_last`), `-1` for the last token of the prompt, `every`.
+            the token `_next` to it (`subject_last`), `-1` for the last token of the prompt, `every`; by default the
+            last token of the prompt and that of the subject.
         windows: odd numbers of neighbouring layers that are restored together.
         layers: blocks in the middle of the windows; all by default. Fewer of them make a large model affordable.
         subject: span whose tokens are corrupted.
@@ -73,7 +74,7 @@ class TracingModule(FrozenModelModule):
         lm: LMSpec = BUILT_IN,
         seed: int = 0,
         restore: str | list[str] = ["attention", "mlp"],  # noqa: B006 (never changed)
-        at: str | list[str] = ["-1", f"{SUBJECT}_last"],  # noqa: B006 (never changed)
+        at: str | list[str] | None = None,
         windows: list[int] = [5],  # noqa: B006 (never changed)
         layers: list[int] | None = None,
         subject: str = SUBJECT,
@@ -85,7 +86,8 @@ class TracingModule(FrozenModelModule):
     ) -> None:
         arguments = dict(locals())
         check_positive(learning_rate=learning_rate, rows_per_run=rows_per_run)
-        chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(as_list(at)), tuple(windows), subject)
+        spans = ["-1", f"{subject}_last"] if at is None else as_list(at)
+        chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(spans), tuple(windows), subject)
         Tracing(1, (0,), *chosen)  # refuses wrong names before the model is loaded
         super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
         self.learning_rate, self.recompute = learning_rate, recompute
