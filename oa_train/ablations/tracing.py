@@ -216,8 +216,8 @@ def answer_probability(logits: Float[Tensor, "batch scored vocabulary"], batch: 
 
 
 def probability_lost(
-    clean: Float[Tensor, " prompt"], traced: Float[Tensor, "run prompt"]
-) -> Float[Tensor, "run prompt"]:
+    clean: Float[Tensor, " prompt"], traced: Float[Tensor, "*run prompt"]
+) -> Float[Tensor, "*run prompt"]:
     """Probability that the answers lose, at least 0: a run that is surer than the model has lost nothing."""
     return (clean - traced).clamp(min=0)
 

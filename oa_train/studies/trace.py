@@ -41,6 +41,9 @@ from oa_train.tasks.donors import Donors
 # What is restored if nothing says so.
 DEFAULTS: tuple[Any, ...] = (("attention", "mlp"), ("-1", f"{SUBJECT}_last"), (5,))
 
+# A corruption that takes less of the answers' probability leaves nothing to recover.
+LEAST_LOST = 1e-5
+
 
 class Trace(Study[TraceSettings]):
     """Corrupts the subject and restores clean values layer by layer: where does the model recall a fact?
@@ -153,7 +156,7 @@ class Trace(Study[TraceSettings]):
         traced = self._traced(len(known))
         lost = {name: probability_lost(clean, p).mean(dim=0) for name, p in traced.items()}
         for name, values in lost.items():
-            if not float(values[-1].mean()) > 0:
+            if not float(values[-1].mean()) > LEAST_LOST:
                 raise NotFiniteError(f"Under the corruption {name} the answers lose no probability; choose another.")
         traced_runs = Traced(self.tracing, traced, lost, identities)
         rows, layers = list(traced_runs.rows()), self.tracing.layers

@@ -38,7 +38,8 @@ class Text(FiniteTask):
         context_length: tokens of a window, the BOS included.
         least_tokens: tokens of the shortest window at a document's end; half of `context_length` by default.
         scored: `last` position, `all` positions but that of the BOS, or a number of positions that are drawn.
-        first_scored: first position, counted from 0, that may be drawn, so that a prediction has context.
+        first_scored: first position, counted from 0, that may be drawn, so that a prediction has context; by default
+            8, or the last position of a shorter window.
         max_tokens: most tokens that are read, of each split of a dataset.
         evaluation_batch_size: windows of a batch when nothing is trained; bounds memory, changes no result.
         **options: the options of every task (see `Task`), but `answer_positions`.
@@ -67,7 +68,7 @@ class Text(FiniteTask):
         context_length: int = 128,
         least_tokens: int | None = None,
         scored: Scored = "last",
-        first_scored: int = 8,
+        first_scored: int | None = None,
         max_tokens: int = 5_000_000,
         evaluation_batch_size: int = 16,
         **options: Any,
@@ -84,7 +85,7 @@ class Text(FiniteTask):
         shortest = max(2, context_length // 2) if least_tokens is None else least_tokens
         self.least_tokens = positive("least_tokens", shortest, least=2)
         self.scored: Scored = scored
-        self.first_scored = first_scored
+        self.first_scored: int = min(8, self.least_tokens - 1) if first_scored is None else first_scored
         self._check_lengths()
         corpus = Corpus(self.encoder, positive("max_tokens", max_tokens))
         if path is None:
