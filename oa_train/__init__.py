@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from oa_train.ablations.fitting import fit_constants as fit_constants
     from oa_train.ablations.registry import KINDS as KINDS
     from oa_train.ablations.registry import AblationSource as AblationSource
+    from oa_train.ablations.tracing_constants import TracingConstants as TracingConstants
     from oa_train.ablations.trained import TrainedCircuit as TrainedCircuit
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from oa_train.engine.reading import read_values as read_values
     from oa_train.engine.values import Values as Values
     from oa_train.errors import OaTrainError as OaTrainError
+    from oa_train.lenses.trained import TrainedLenses as TrainedLenses
+    from oa_train.lenses.trained import load_tuned_lens as load_tuned_lens
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
     from oa_train.models.dictionaries import Dictionary as Dictionary
@@ -39,13 +42,19 @@ if TYPE_CHECKING:
     from oa_train.models.spec import LMSpec as LMSpec
     from oa_train.studies.compare import Compare as Compare
     from oa_train.studies.compare import CompareSettings as CompareSettings
+    from oa_train.studies.compare_lenses import CompareLenses as CompareLenses
+    from oa_train.studies.compare_lenses import CompareLensesSettings as CompareLensesSettings
     from oa_train.studies.curve import Curve as Curve
     from oa_train.studies.curve import CurveSettings as CurveSettings
+    from oa_train.studies.faithfulness import Faithfulness as Faithfulness
+    from oa_train.studies.faithfulness import FaithfulnessSettings as FaithfulnessSettings
     from oa_train.studies.finish import FinishSettings as FinishSettings
     from oa_train.studies.finish import finish as finish
     from oa_train.studies.finish_constants import finish_constants as finish_constants
     from oa_train.studies.interact import Interact as Interact
     from oa_train.studies.interact import InteractSettings as InteractSettings
+    from oa_train.studies.lens import LensSettings as LensSettings
+    from oa_train.studies.lens import ReadPrompt as ReadPrompt
     from oa_train.studies.minimal import Minimal as Minimal
     from oa_train.studies.minimal import MinimalSettings as MinimalSettings
     from oa_train.studies.robustness import Robustness as Robustness
@@ -59,6 +68,8 @@ if TYPE_CHECKING:
     from oa_train.studies.study import estimates as estimates
     from oa_train.studies.sufficient import Sufficient as Sufficient
     from oa_train.studies.sufficient import SufficientSettings as SufficientSettings
+    from oa_train.studies.trace import Trace as Trace
+    from oa_train.studies.trace_settings import TraceSettings as TraceSettings
     from oa_train.tasks.agreement import Agreement as Agreement
     from oa_train.tasks.capitals import Capitals as Capitals
     from oa_train.tasks.facts import Facts as Facts
@@ -66,6 +77,7 @@ if TYPE_CHECKING:
     from oa_train.tasks.greater_than import GreaterThan as GreaterThan
     from oa_train.tasks.induction import Induction as Induction
     from oa_train.tasks.ioi import IOI as IOI
+    from oa_train.tasks.records import Records as Records
     from oa_train.tasks.synthetic_facts import SyntheticFacts as SyntheticFacts
     from oa_train.tasks.task import Prompt as Prompt
     from oa_train.tasks.task import Question as Question
@@ -77,7 +89,9 @@ if TYPE_CHECKING:
     from oa_train.training.constants_module import ConstantsModule as ConstantsModule
     from oa_train.training.data import TaskData as TaskData
     from oa_train.training.interruption import StopAtSignal as StopAtSignal
+    from oa_train.training.lens_module import LensModule as LensModule
     from oa_train.training.strategies import ShardedStrategy as ShardedStrategy
+    from oa_train.training.tracing_module import TracingModule as TracingModule
 
 _HOMES = {
     "Agreement": "tasks.agreement",
@@ -148,6 +162,20 @@ _HOMES = {
     "published_ioi_circuit": "circuits.published",
     "read_values": "engine.reading",
     "scored_logits": "engine.forward",
+    "Trace": "studies.trace",
+    "TraceSettings": "studies.trace_settings",
+    "CompareLenses": "studies.compare_lenses",
+    "CompareLensesSettings": "studies.compare_lenses",
+    "ReadPrompt": "studies.lens",
+    "LensSettings": "studies.lens",
+    "Faithfulness": "studies.faithfulness",
+    "FaithfulnessSettings": "studies.faithfulness",
+    "LensModule": "training.lens_module",
+    "TracingModule": "training.tracing_module",
+    "TrainedLenses": "lenses.trained",
+    "TracingConstants": "ablations.tracing_constants",
+    "Records": "tasks.records",
+    "load_tuned_lens": "lenses.trained",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -25,13 +25,17 @@ from oa_train.models.parts import Dimensions
 from oa_train.models.sites import SITE_KINDS
 from oa_train.models.spec import LMSpec
 from oa_train.studies.compare import CompareSettings
+from oa_train.studies.compare_lenses import CompareLensesSettings
 from oa_train.studies.curve import CurveSettings
+from oa_train.studies.faithfulness import FaithfulnessSettings
 from oa_train.studies.finish import FinishSettings
 from oa_train.studies.interact import InteractSettings
+from oa_train.studies.lens import LensSettings
 from oa_train.studies.minimal import MinimalSettings
 from oa_train.studies.robustness import RobustnessSettings
 from oa_train.studies.scan import ScanSettings
 from oa_train.studies.sufficient import SufficientSettings
+from oa_train.studies.trace_settings import TraceSettings
 from oa_train.tasks.facts import Facts
 from oa_train.tasks.grammar import GrammarTask
 from oa_train.tasks.greater_than import GreaterThan
@@ -42,6 +46,8 @@ from oa_train.tasks.task import Task
 from oa_train.tasks.text import Text
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.constants_module import ConstantsModule
+from oa_train.training.lens_module import LensModule
+from oa_train.training.tracing_module import TracingModule
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +59,8 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("lm", LMSpec, (LMSpec(),)),
     ("CircuitModule", CircuitModule, ()),
     ("ConstantsModule", ConstantsModule, ()),
+    ("LensModule", LensModule, ()),
+    ("TracingModule", TracingModule, ()),
     ("UniformGradientSampling", UniformGradientSampling, ()),
     ("HardConcrete", HardConcrete, ()),
     ("Every task", Task, ()),
@@ -70,6 +78,10 @@ TABLES: list[tuple[str, type, tuple[Any, ...]]] = [
     ("sufficient", SufficientSettings, (SufficientSettings(),)),
     ("minimal", MinimalSettings, (MinimalSettings(),)),
     ("robustness", RobustnessSettings, (RobustnessSettings(),)),
+    ("trace", TraceSettings, (TraceSettings(),)),
+    ("compare_lenses", CompareLensesSettings, (CompareLensesSettings(),)),
+    ("lens", LensSettings, (LensSettings(),)),
+    ("faithfulness", FaithfulnessSettings, (FaithfulnessSettings(),)),
     ("Training constants for fixed circuits", RefitSettings, (FinishSettings().refit, CompareSettings().fit)),
 ]
 
@@ -129,7 +141,7 @@ def test_options_that_share_a_column_have_the_same_defaults() -> None:
 
 def test_no_configurable_class_is_left_out() -> None:
     listed = {kind for _, kind, _ in TABLES}
-    assert {CircuitModule, ConstantsModule, UniformGradientSampling, HardConcrete} <= listed
+    assert {CircuitModule, ConstantsModule, LensModule, TracingModule, UniformGradientSampling, HardConcrete} <= listed
     tasks = {kind for kind in GrammarTask.__subclasses__() if kind.__module__.startswith("oa_train.")}
     assert {kind for kind in tasks if options(kind)} <= listed
     assert not options(GreaterThan)

@@ -63,18 +63,19 @@ class Ability:
             "larger model."
         )
 
-    def lines(self, prompts: str) -> list[str]:
+    def lines(self, prompts: str, warn: bool = True) -> list[str]:
         """Accuracy and logit difference in a sentence, with the warning if there is one.
 
         Args:
             prompts: what was evaluated, as in "validation prompts".
+            warn: add the warning.
         """
         figures = self.estimates
         sentence = (
             f"clean model on {len(self.top)} {prompts}: accuracy {figures['accuracy']}, logit difference "
             f"{figures['logit_difference']}"
         )
-        return [sentence, *([self.warning] if self.warning else [])]
+        return [sentence, *([self.warning] if self.warning and warn else [])]
 
 
 @torch.no_grad()
@@ -99,4 +100,4 @@ def ability_before_training(
     n_prompts = min(task.n_validation, ENOUGH)
     with track(n_prompts, f"clean model on {stream} prompts") as advance:
         ability = clean_ability(model, task.batches(stream, n_prompts), advance)
-    return [*task.remarks, *ability.lines(f"{stream} prompts")]
+    return [*task.remarks, *ability.lines(f"{stream} prompts", warn=task.solvable)]

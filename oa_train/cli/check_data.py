@@ -71,7 +71,7 @@ def check_data(words: Sequence[str]) -> dict[str, Any]:
         abilities = _abilities(task, streams, options.n_prompts)
         figures["clean_model"] = [_ability_row(stream, ability) for stream, ability in abilities.items()]
         print_table(Table(f"clean model {Path(task.lm.name).name}", figures["clean_model"]))
-        if not isinstance(task, Text):  # no model predicts all of a text
+        if task.solvable:
             _show_wrong(task, abilities)
             warning = abilities["validation"].warning
     for remark in [*task.remarks, *([warning] if warning else [])]:

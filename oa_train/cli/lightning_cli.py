@@ -75,6 +75,7 @@ class OaTrainCLI(LightningCLI):
     def __init__(self, command: str, words: list[str]) -> None:
         silence_libraries()
         self._command = command
+        self._is_first = _is_first_process()  # before this process itself names its folder in the environment
         self.run_folder: RunFolder | None = None
         self._claim: Claim | None = None
         self._checkpoint: dict[str, Any] | None = None
@@ -192,7 +193,7 @@ class OaTrainCLI(LightningCLI):
             kwargs |= {"logger": False, "enable_checkpointing": False}
             return self._trainer(default_root_dir=str(self._experiment_folder()), **kwargs)
         self.run_folder = run = self._claimed_run()
-        if _is_first_process():
+        if self._is_first:
             run.save_config(self._recorded())
             record_in(run.path)
             if config.enable_progress_bar is not False:
@@ -243,7 +244,7 @@ class OaTrainCLI(LightningCLI):
         run, path = self.run_folder, self.config[subcommand].ckpt_path
         if run is None:
             super()._run_subcommand(subcommand)
-        elif not _is_first_process():
+        elif not self._is_first:
             with told_how_to_resume(self._shared_run):
                 super()._run_subcommand(subcommand)
         else:
@@ -266,7 +267,7 @@ class OaTrainCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say how well the clean model does the task; of a sharded model no process alone can."""
         strategy = self.trainer.strategy
-        if self.run_folder is None or not _is_first_process() or isinstance(strategy, ShardedStrategy):
+        if self.run_folder is None or not self._is_first or isinstance(strategy, ShardedStrategy):
             return
         if self._checkpoint is None:
             self.model.frozen.to(strategy.root_device)
@@ -331,14 +332,14 @@ class OaTrainCLI(LightningCLI):
         experiment, claimed = self._experiment_folder(), os.environ.get(RUN_FOLDER_VARIABLE)
         if claimed is not None:
             return RunFolder(Path(claimed))
-        if not _is_first_process():
+        if not self._is_first:
             # Another process writes nothing, and learns the folder when the checkpoint callback broadcasts it.
             return RunFolder(experiment / "version_of_the_first_process")
         self._claim = Claim(experiment.parent, experiment.name)
         return self._claim.run
 
     def _say(self, *messages: str) -> None:
-        for message in messages if _is_first_process() else ():
+        for message in messages if self._is_first else ():
             console.print(message, soft_wrap=True)
 
 

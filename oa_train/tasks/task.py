@@ -96,6 +96,7 @@ class Task(ABC):
 
     Attributes:
         name: name of the task in configurations and artefacts.
+        solvable: True if a capable model answers nearly every prompt; a model that does not is warned of.
         encoder: turns texts into token ids.
         remarks: sentences to read before trusting results: what was left out, added, or is scarce.
 
@@ -106,6 +107,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]
+    solvable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class Text(FiniteTask):
     """
 
     name: ClassVar[str] = "text"
+    solvable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -148,6 +148,15 @@ def test_a_run_without_its_best_checkpoint_names_its_last(finished, capsys, comm
     assert "/kl" in said(capsys, command, "--run", str(run.path), "--ckpt", "last", status=0)
 
 
+def test_before_a_training_it_is_said_how_well_the_clean_model_does(capsys):
+    data = ["--data", "IOI", "--data.n_validation", "16", "--data.n_test", "4", "--data.batches_per_epoch", "1"]
+    trainer = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    shown = said(capsys, "fit", "--model", "ConstantsModule", "--model.alone", "m2", *data, *trainer, status=0)
+    assert re.search(r"clean model on 16 validation prompts: accuracy .*, logit difference \d", shown)
+    assert "Warning: the clean model" not in shown
+    assert shown.index("clean model on 16") < shown.index("training: 1 step")
+
+
 def test_the_command_in_the_log_can_be_pasted(capsys):
     name = "it's [new] $HOME"
     said(capsys, *FIT, "--experiment", name, "--quiet", status=0)
