@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_model import real_model
+from benchmarks.real_text import real_text
 from oa_train.figures.comparison import Interval
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import save_figure
@@ -96,6 +97,16 @@ STAGES = (
         "--run {run} --data.n_test 32 --interact.scan {run}/studies/scan_0 --interact.ablation mean",
         of="scan",
     ),
+    Stage("tracing", "fit", "--config configs/trace_smollm2.yaml"),
+    Stage("traced", "trace", "--run {run} --trace.draws 3", of="tracing"),
+    Stage("lenses", "fit", "--config configs/lenses_smollm2.yaml --data.path {text}"),
+    Stage("lenses_compared", "compare_lenses", "--run {run}", of="lenses"),
+    Stage(
+        "lenses_faithful",
+        "faithfulness",
+        "--run {run} --data.scored last --data.context_length 32 --data.n_test 24 --data.n_means 512",
+        of="lenses",
+    ),
 )
 
 
@@ -128,7 +139,8 @@ def words_of(stage: Stage, progress: Progress, folder: Path, model: str) -> list
         if state is not None:
             command += ["--ckpt_path", str(state)]
     run = progress.of(stage.of)["run"] if stage.of else ""
-    return [stage.command, *shlex.split(stage.options.format(run=run)), *command]
+    text = str(real_text()) if "{text}" in stage.options else ""
+    return [stage.command, *shlex.split(stage.options.format(run=run, text=text)), *command]
 
 
 def _last_state(experiment: Path) -> Path | None:
