@@ -33,7 +33,7 @@ from oa_train.batches import Batch
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.values import side_by_side as values_side_by_side
 from oa_train.lenses.lens import ConstantsLens
-from oa_train.lenses.reading import Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import Tokens, lens_logits
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Dimensions
@@ -81,7 +81,7 @@ def lens_step(model: CausalLM, batch: Batch) -> Callable[[], object]:
         tokens = Tokens(model, batch)
 
         def lost(piece: slice) -> torch.Tensor:
-            return divergence_from(tokens.logits[piece], lens_logits(lens, model, tokens, piece)).sum(dim=1)
+            return kl_divergence(tokens.logits[piece], lens_logits(lens, model, tokens, piece)).sum(dim=1)
 
         parts = [partial(lost, piece) for piece in tokens.pieces(sizes.n_layers)]
         summed(parts, list(lens.parameters()))[1].backward()

@@ -149,16 +149,15 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
         raise ArtefactError(
             f"The circuit is of a model with {circuit.level.describe()}; this one has {own.describe()}."
         )
-    check_fingerprint(model, "circuit", circuit.provenance)
+    check_fingerprint(model, "The circuit belongs", circuit.provenance)
     if constants is not None:
         constants.check_fits(circuit.level)
-        check_fingerprint(model, "constants", constants.provenance)
+        check_fingerprint(model, "The constants belong", constants.provenance)
 
 
-def check_fingerprint(model: CausalLM, artefact: str, provenance: Mapping[str, Any]) -> None:
-    """Refuse the provenance of an artefact of another model with an `ArtefactError`; `artefact` is its name."""
+def check_fingerprint(model: CausalLM, belonging: str, provenance: Mapping[str, Any]) -> None:
+    """Refuse the provenance of an artefact of another model with an `ArtefactError` that begins with `belonging`."""
     wanted = provenance.get("fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         name = provenance.get("model", "another model")
-        verb = "belong" if artefact.endswith("s") else "belongs"
-        raise ArtefactError(f"The {artefact} {verb} to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")
+        raise ArtefactError(f"{belonging} to {name} (fingerprint {wanted}); this is {fingerprint(model)}.")

@@ -63,7 +63,7 @@ class TracingConstants:
 
     def check_belongs(self, model: CausalLM) -> None:
         """Refuse another model with an `ArtefactError`."""
-        check_fingerprint(model, "tracing constants", self.provenance)
+        check_fingerprint(model, "The tracing constants belong", self.provenance)
 
     def save(self, run: str | Path) -> Path:
         """Write `tracing/` into a run folder."""

@@ -154,7 +154,7 @@ class Intervened:
 
     def model_effects(self, streams: Float[Tensor, "change prompt d_model"]) -> Float[Tensor, "change prompt"]:
         """KL divergence of the changed model from the model."""
-        return _divergences(self.clean, self.logits(streams))
+        return kl_divergence(self.clean, self.logits(streams))
 
     @torch.no_grad()
     def effects(self, lens: Lens, streams: Float[Tensor, "change prompt d_model"], logits: Tensor) -> Effects:
@@ -162,14 +162,10 @@ class Intervened:
         before = _read(lens, self._model, self.streams.unsqueeze(0))[0]
         after = torch.cat([_read(lens, self._model, change.unsqueeze(0)) for change in streams])
         return Effects(
-            _divergences(self.clean, logits),
-            _divergences(before, after),
+            kl_divergence(self.clean, logits),
+            kl_divergence(before, after),
             log_change_similarity(self.clean, logits, before, after),
         )
-
-
-def _divergences(before: Tensor, after: Float[Tensor, "change prompt vocabulary"]) -> Tensor:
-    return kl_divergence(before.expand_as(after), after)
 
 
 def _read(lens: Lens, model: CausalLM, streams: Float[Tensor, "one prompt d_model"]) -> Tensor:

@@ -8,7 +8,6 @@ from oa_train.batches import Batch
 from oa_train.engine.tail import read_out, scored_stream
 from oa_train.errors import TaskError
 from oa_train.lenses.lens import Lens
-from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.frozen import CausalLM
 from oa_train.shapes import Float, Tensor
 
@@ -82,10 +81,3 @@ def lens_logits(
     final = lens(model, tokens.residuals[lens.starts][:, piece], others)
     logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
     return logits
-
-
-def divergence_from(
-    target: Float[Tensor, "*start token vocabulary"], logits: Float[Tensor, "start token vocabulary"]
-) -> Float[Tensor, "start token"]:
-    """KL divergence of a lens's predictions from those of the model or of another lens, in nats."""
-    return kl_divergence(target.expand_as(logits), logits)

@@ -73,7 +73,7 @@ class TrainedLenses:
     def check_belongs(self, model: CausalLM) -> None:
         """Refuse another model with an `ArtefactError`."""
         check_sizes(model, self.n_layers, self.d_model, "lens")
-        check_fingerprint(model, "lens", self.provenance)
+        check_fingerprint(model, "The lens belongs", self.provenance)
 
     def save(self, run: str | Path) -> Path:
         """Write `lens/` into a run folder."""

@@ -6,9 +6,11 @@ from oa_train.shapes import Float, Tensor
 
 
 def kl_divergence(
-    clean: Float[Tensor, "*row vocabulary"], ablated: Float[Tensor, "*row vocabulary"]
+    clean: Float[Tensor, "*clean vocabulary"], ablated: Float[Tensor, "*row vocabulary"]
 ) -> Float[Tensor, "*row"]:
     """KL divergence of the clean prediction from the ablated one, for each row, in nats.
+
+    The rows of the clean predictions are broadcast, so that one may serve several ablated ones.
 
     Sum over the vocabulary of p (log p - log q), p clean and q ablated: the ablation loss gap of Li & Janson (2024).
     Tokens that the clean model rules out (a logit of minus infinity) add nothing, whatever q is; one that only the

@@ -12,8 +12,9 @@ from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import lens_figure
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
-from oa_train.lenses.reading import PREDICTIONS, Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
@@ -131,7 +132,7 @@ class CompareLenses(Study[CompareLensesSettings]):
         kl, agrees = [], []
         for piece in tokens.pieces(len(self.layers), self.settings.predictions_at_once):
             logits = lens_logits(lens, self.model, tokens, piece, partners)
-            kl.append(divergence_from(tokens.logits[piece], logits))
+            kl.append(kl_divergence(tokens.logits[piece], logits))
             agrees.append(logits.argmax(dim=-1) == tokens.logits[piece].argmax(dim=-1))
         agreement = torch.cat(agrees, dim=1)
         settled = agreement.flip(0).cumprod(dim=0).sum(dim=0)  # layers, from the last one down, that all agree

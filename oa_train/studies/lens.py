@@ -12,8 +12,9 @@ from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
-from oa_train.lenses.reading import PREDICTIONS, Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import written
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
@@ -107,7 +108,7 @@ class ReadPrompt(Study[LensSettings]):
             lens_logits(lens, self.model, tokens, piece) for piece in tokens.pieces(len(self.layers), PREDICTIONS)
         ]
         logits = torch.cat([torch.cat(parts, dim=1), tokens.logits.unsqueeze(0)]).float()
-        return logits.cpu(), divergence_from(tokens.logits.cpu(), logits.cpu())
+        return logits.cpu(), kl_divergence(tokens.logits.cpu(), logits.cpu())
 
     def _word(self, token: int) -> str:
         return str(self.task.tokenizer.decode([token])).replace("\n", "\\n") or " "

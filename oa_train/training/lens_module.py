@@ -11,8 +11,9 @@ from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.lenses.lens import LENS_KINDS, ConstantsLens, Lens, check_layers, check_lens_kinds
 from oa_train.lenses.means import mean_attention
-from oa_train.lenses.reading import PREDICTIONS, Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
@@ -126,7 +127,7 @@ class LensModule(FrozenModelModule):
 
                 def lost(kind: str = kind, lens: Lens = lens, piece: slice = piece) -> Float[Tensor, " start"]:
                     logits = lens_logits(lens, self.frozen, tokens, piece)
-                    kl = divergence_from(self._target(kind, tokens, piece), logits)
+                    kl = kl_divergence(self._target(kind, tokens, piece), logits)
                     return kl @ weights[piece].to(kl.dtype)
 
                 yield kind, lost
@@ -175,7 +176,7 @@ class LensModule(FrozenModelModule):
                     target = tokens.logits[piece]
                     if teacher:
                         target = lens_logits(lenses[teacher], self.frozen, tokens, piece)
-                    pieces.append(divergence_from(target, logits))
+                    pieces.append(kl_divergence(target, logits))
                 rows.append(tokens.by_prompt(torch.cat(pieces, dim=1)).mean(dim=1))
         self._losses.update(torch.stack(rows).to(self.device), len(batch))
 

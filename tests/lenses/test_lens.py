@@ -11,8 +11,9 @@ from oa_train.engine.tail import scored_stream
 from oa_train.errors import ArtefactError, ConfigurationError, TaskError
 from oa_train.lenses.lens import LENS_KINDS, AffineLens, ConstantsLens, LogitLens, check_layers, check_lens_kinds
 from oa_train.lenses.means import mean_attention
-from oa_train.lenses.reading import Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses, load_tuned_lens
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import load_model
 from oa_train.models.spec import LMSpec
 from tests.builders import batch_of, random_batch, small_ioi, tiny_model
@@ -35,7 +36,7 @@ def test_the_logit_lens_at_the_last_layer_reads_the_models_own_stream(archetype)
     tokens = Tokens(archetype, batch)
     (logits,) = lens_logits(LogitLens([3]), archetype, tokens, slice(None))
     assert_close(logits, tokens.logits, **EXACT)
-    assert divergence_from(tokens.logits, logits.unsqueeze(0)).abs().max() < 1e-12
+    assert kl_divergence(tokens.logits, logits.unsqueeze(0)).abs().max() < 1e-12
 
 
 def test_constants_that_are_a_tokens_own_attention_outputs_give_the_model(archetype):

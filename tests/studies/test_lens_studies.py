@@ -9,8 +9,9 @@ from oa_train.cli.main import main
 from oa_train.errors import ArtefactError, ConfigurationError, TaskError
 from oa_train.lenses.lens import LENS_KINDS
 from oa_train.lenses.means import mean_attention
-from oa_train.lenses.reading import Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import load_model
 from oa_train.models.spec import LMSpec
 from oa_train.models.weights import fingerprint
@@ -49,7 +50,7 @@ def compared(model, task, trained):
 def test_each_lens_has_the_divergence_of_its_predictions(model, task, trained, compared):
     for kind in ("oca", "tuned"):
         tokens = [Tokens(model, batch) for batch in task.batches("test", 32)]
-        parts = [divergence_from(t.logits, lens_logits(trained.lenses[kind], model, t, slice(None))) for t in tokens]
+        parts = [kl_divergence(t.logits, lens_logits(trained.lenses[kind], model, t, slice(None))) for t in tokens]
         for layer, expected in enumerate(torch.cat(parts, dim=1).mean(dim=1).tolist()):
             (row,) = compared.where(lens=kind, layer=layer)
             assert row["kl"].mean == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -7,8 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.lenses.reading import Tokens, divergence_from, lens_logits
+from oa_train.lenses.reading import Tokens, lens_logits
 from oa_train.lenses.trained import TrainedLenses
+from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO
@@ -57,7 +58,7 @@ def test_the_gradient_is_that_of_the_mean_over_prompts():
         torch.nn.init.normal_(module.lenses["oca"].constants, generator=torch.Generator().manual_seed(0))
     tokens = Tokens(module.frozen, batch)
     logits = lens_logits(module.lenses["oca"], module.frozen, tokens, slice(None))
-    loss = tokens.by_prompt(divergence_from(tokens.logits, logits)).mean(dim=1).sum()
+    loss = tokens.by_prompt(kl_divergence(tokens.logits, logits)).mean(dim=1).sum()
     (expected,) = torch.autograd.grad(loss, module.lenses["oca"].constants)
     module.predictions_at_once = 7
     trainer = quiet_trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0)
@@ -126,7 +127,7 @@ def test_the_trained_lenses_are_the_best_ones(tmp_path):
     (batch,) = task.batches("validation", task.n_validation)
     tokens = Tokens(module.frozen, batch)
     for kind, lens in loaded.lenses.items():
-        kl = divergence_from(tokens.logits, lens_logits(lens, module.frozen, tokens, slice(None)))
+        kl = kl_divergence(tokens.logits, lens_logits(lens, module.frozen, tokens, slice(None)))
         assert_close(tokens.by_prompt(kl).mean(dim=1), module.validation_losses()[kind], rtol=1e-4, atol=1e-6)
 
 
