@@ -9,13 +9,14 @@ from oa_train.errors import ConfigurationError
 from oa_train.training.strategies import ShardedStrategy
 
 
-def check_trainer(trainer: Trainer, module: str, keeps_best: bool) -> None:
+def check_trainer(trainer: Trainer, module: str, keeps_best: bool, shardable: bool = True) -> None:
     """Refuse options of a trainer that cannot work.
 
     Args:
         trainer: the attached trainer.
         module: name of the module's class.
         keeps_best: the module's state holds the best parameters, which cannot be averaged.
+        shardable: all processes run the model equally often, as a sharded one needs.
 
     Raises:
         ConfigurationError: validations would be 0 batches or epochs apart; a callback cannot average the module; or
@@ -32,6 +33,11 @@ def check_trainer(trainer: Trainer, module: str, keeps_best: bool) -> None:
             if getattr(callback, "_use_buffers", False):
                 raise ConfigurationError(f"{name} would average counters and flags too; set its use_buffers to false.")
     check_strategy(trainer.strategy)
+    if isinstance(trainer.strategy, ShardedStrategy) and not shardable:
+        raise ConfigurationError(
+            f"{module} cannot train with a sharded model, whose processes have to run it equally often. Use ddp, with "
+            "lm.dtype bfloat16 if the model is large."
+        )
     precision = trainer.precision_plugin
     if isinstance(precision, (HalfPrecision, DoublePrecision)):
         raise ConfigurationError(

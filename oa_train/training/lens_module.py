@@ -56,6 +56,7 @@ class LensModule(FrozenModelModule):
     """
 
     keeps_best = True
+    shardable = False
 
     def __init__(
         self,

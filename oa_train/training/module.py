@@ -57,9 +57,11 @@ class FrozenModelModule(lightning.LightningModule):
         frozen: the model.
         track: progress bar for passes over prompts outside of the trainer's steps; silent by default.
         keeps_best: whether the state holds the best parameters so far, so that averaging weights makes no sense.
+        shardable: whether all processes run the frozen model equally often, as a sharded one needs.
     """
 
     keeps_best: ClassVar[bool] = False
+    shardable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class FrozenModelModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse options of the trainer that cannot work; see `check_trainer`."""
         del stage
-        check_trainer(self.trainer, type(self).__name__, self.keeps_best)
+        check_trainer(self.trainer, type(self).__name__, self.keeps_best, self.shardable)
 
     def _callbacks(self, *kinds: type[Callback]) -> list[Any]:
         callbacks: list[Callback] = vars(self.trainer)["callbacks"]

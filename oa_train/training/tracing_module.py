@@ -67,6 +67,7 @@ class TracingModule(FrozenModelModule):
     """
 
     keeps_best = True
+    shardable = False
 
     def __init__(
         self,

@@ -180,6 +180,24 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "train constants for it" in capsys.readouterr().err
 
 
+def test_facts_in_the_layout_of_known_1000_are_traced(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for stream, number in (("train", 24), ("validation", 12), ("test", 12)):
+        for prompt in (task.prompt(stream, n) for n in range(number)):
+            start, end = prompt.spans["subject"]
+            subject = {"subject": prompt.text[start:end], "attribute": prompt.answers[0], "split": stream}
+            rows.append(json.dumps({"prompt": prompt.text} | subject))
+    (tmp_path / "known.jsonl").write_text("\n".join(rows))
+    data = ["--data", "Records", "--data.path", "known.jsonl", "--data.layout", "known_1000", "--lm.name", "facts"]
+    assert main(["trace", *data, "--trace.draws", "1", "--trace.restore", "[mlp]", "--trace.windows", "[1]"]) == 0
+    assert "12 of 12 test prompts are traced" in capsys.readouterr().out
+    rows[3] = rows[3].replace('"subject": "', '"subject": "Not ')
+    (tmp_path / "known.jsonl").write_text("\n".join(rows))
+    assert main(["trace", *data]) == 2
+    assert "the subject is not in the prompt" in capsys.readouterr().err
+
+
 def test_without_a_subject_the_command_says_what_to_do(capsys):
     assert main(["trace", "--data", "Induction", "--experiment", "x"]) == 2
     message = capsys.readouterr().err

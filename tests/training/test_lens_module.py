@@ -15,6 +15,8 @@ from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO
 from oa_train.training.data import TaskData
 from oa_train.training.lens_module import LensModule
+from oa_train.training.strategies import ShardedStrategy
+from oa_train.training.tracing_module import TracingModule
 from tests.builders import quiet_trainer, small_ioi
 
 
@@ -136,6 +138,13 @@ def test_in_bfloat16_what_is_trained_stays_float32():
     module = train(2, lm=spec, lenses=["oca", "tuned"], task=small_ioi(lm=spec))
     assert {tensor.dtype for tensor in tensors(module).values()} == {torch.float32}
     assert all(torch.isfinite(loss).all() for loss in module.validation_losses().values())
+
+
+@pytest.mark.parametrize("kind", [LensModule, TracingModule])
+def test_a_sharded_model_is_refused(kind):
+    trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(process_group_backend="gloo"))
+    with pytest.raises(ConfigurationError, match="cannot train with a sharded model"):
+        trainer.fit(kind(), datamodule=TaskData(small_ioi()))
 
 
 @pytest.mark.parametrize(
