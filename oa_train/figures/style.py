@@ -21,8 +21,9 @@ ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "noise": ("#CC79A7", "v"),
     "counterfactual_mean": ("#8C6D31", "P"),
     "counterfactual": ("#D55E00", "D"),
-    "gaussian": ("#D55E00", "v"),
 }
+# Of what is no ablation by itself: noise that is added to embeddings.
+OTHERS: Mapping[str, tuple[str, str]] = {"gaussian": ("#D55E00", "v")}
 # For ablations that have no style of their own.
 OTHER_STYLES = (("#7B4FA3", "<"), ("#A6761D", "h"), ("#1B1B1B", "*"))
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
@@ -32,7 +33,7 @@ DOTS_PER_INCH = 160
 
 def ablation_style(name: str) -> tuple[str, str]:
     """Colour and marker of an ablation, the same in every figure."""
-    return ABLATION_STYLES.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
+    return {**ABLATION_STYLES, **OTHERS}.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
 
 
 def new_figure(width: float, height: float) -> Figure:
