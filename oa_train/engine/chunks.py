@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterator
 
+from torch.distributed.fsdp import FSDPModule
+
 from oa_train.batches import Batch
 from oa_train.engine.levels import ENGINES
 from oa_train.models.frozen import CausalLM
@@ -27,8 +29,13 @@ def chunks(
 
     A run has at most `rows_per_run` rows, circuits times prompts; `gradients` is True if a backward pass follows.
     Prompts are split first: circuits on the same prompts share their clean prefix, whose cost a run of few circuits
-    would not recover.
+    would not recover. Of a sharded model circuits alone are split, and memory does not count: all processes have to
+    run it equally often, though their batches may differ by a prompt or in length.
     """
+    if isinstance(model, FSDPModule):
+        at_once = max(1, rows_per_run // len(batch))
+        yield batch, [slice(first, min(first + at_once, n_circuits)) for first in range(0, n_circuits, at_once)]
+        return
     row_bytes = ENGINES[type(level)].row_bytes(model, batch, gradients)
     most_rows = min(rows_per_run, max(1, RUN_BYTES // row_bytes) if row_bytes else sys.maxsize)
     for piece in batch.pieces(max(1, most_rows // max(1, n_circuits))):

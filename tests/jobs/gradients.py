@@ -19,6 +19,7 @@ from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
+from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.lens_module import LensModule
 from oa_train.training.module import FrozenModelModule
@@ -34,6 +35,7 @@ CIRCUITS: dict[str, dict[str, Any]] = {
 }
 
 OTHERS: dict[str, partial[FrozenModelModule]] = {
+    "constants": partial(ConstantsModule, alone=["m*", "a1*"], rows_per_run=16),
     "lens": partial(LensModule, lenses=["oca", "tuned", "linear_oca"], predictions_at_once=16),
     "tracing": partial(TracingModule, subject="S2", windows=[1], rows_per_run=16),
 }

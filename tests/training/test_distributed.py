@@ -13,7 +13,7 @@ from tests.builders import random_dictionary
 from tests.jobs.fits import FIRST, SECOND, Forked, Process, finished, free_port, start, torchrun
 
 CIRCUITS = ("uniform", "hard_concrete", "spans", "features")
-OTHERS = ("lens", "tracing")
+OTHERS = ("lens", "tracing", "constants")
 SHARED_OUT = ("hard_concrete:fsdp", "hard_concrete:fsdp:recompute")
 
 
@@ -27,7 +27,7 @@ def gradients(file: Path, n_processes: int, batch_size: int, *cases: str) -> dic
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Gradients and metrics of two processes."""
-    return gradients(tmp_path_factory.mktemp("two") / "file", 2, 4, *CIRCUITS, *OTHERS, *SHARED_OUT)
+    return gradients(tmp_path_factory.mktemp("two") / "file", 2, 4, *CIRCUITS, *OTHERS, *SHARED_OUT, "constants:fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,13 @@ def test_two_processes_train_lenses_and_tracing_constants_as_one_does(trained, b
     for name in alone["metrics"]:
         if name.startswith("val/"):
             assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-4), name
+
+
+def test_constants_alone_train_with_a_sharded_model_as_with_a_whole_one(by_two):
+    whole, shared = (by_two[case]["gradients"] for case in ("constants", "constants:fsdp"))
+    for expected, of_shared in zip(whole, shared, strict=True):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(of_shared[name], gradient, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("circuit", CIRCUITS)
