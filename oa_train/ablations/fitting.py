@@ -129,14 +129,9 @@ class CircuitRun:
     circuits: list[int]
     share: float
 
-    def losses(self, *tables: Tensor) -> Float[Tensor, " circuit"]:
-        """The run's contribution to each circuit's mean loss over the step's prompts, with gradients to its constants.
-
-        `tables` are the constants in the order of the parameters, which are the default.
-        """
-        fitted, n_circuits = self.fitted, len(self.circuits)
-        sites = fitted.constants.by_site()
-        by_site = dict(zip(sites, tables or sites.values(), strict=True))
+    def losses(self) -> Float[Tensor, " circuit"]:
+        """The run's share of each circuit's mean loss over the step's prompts, with gradients to its constants."""
+        fitted, n_circuits, by_site = self.fitted, len(self.circuits), self.fitted.constants.by_site()
         numbers = [0] if len(fitted.constants) == 1 else self.circuits
         sets = [
             Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)

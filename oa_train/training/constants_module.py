@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
@@ -32,6 +31,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import share_of_step
+from oa_train.training.summed import summed
 
 # Relative improvement of at least one circuit's loss that counts as progress.
 LEAST_PROGRESS = 0.01
@@ -68,8 +68,8 @@ class ConstantsModule(FrozenModelModule):
         lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
             whole training. It moves on after every optimiser step, `ReduceLROnPlateau` after every epoch.
         patience: early stopping after this many validations in which no circuit's loss fell by 1 %; off by default.
-        rows_per_run: most rows (circuits times prompts) whose activations are kept at once; beyond that they are
-            recomputed in the backward pass, which bounds memory and changes no result.
+        rows_per_run: most rows (circuits times prompts) whose activations are kept at once; bounds memory, changes no
+            result.
         recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
 
     Raises:
@@ -202,25 +202,19 @@ class ConstantsModule(FrozenModelModule):
         assert isinstance(prepared, Constants)
         return prepared
 
-    def losses(self, batch: Batch) -> Float[Tensor, " circuit"]:
-        """Mean loss of every circuit over the prompts, with gradients to its own constants."""
-        tables = list(self.fitted.constants.parameters())
-        runs = list(self.fitted.runs(self.frozen, batch))
-        total = torch.zeros(len(self.circuits), device=self.device)
-        for run in runs:
-            # Several runs are recomputed in the backward pass, so that only one run's activations are alive at a time.
-            lost = run.losses() if len(runs) == 1 else checkpoint(run.losses, *tables, use_reentrant=False)
-            total = total.index_add(0, torch.tensor(run.circuits, device=self.device), lost.to(total.dtype))
-        return total
-
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all circuits."""
-        losses = self.losses(batch)
+        runs = list(self.fitted.runs(self.frozen, batch))
+        tables = [table for table in self.fitted.constants.parameters() if table.requires_grad]
+        values, loss = summed([run.losses for run in runs], tables)
+        losses = torch.zeros(len(self.circuits), device=self.device)
+        for run, value in zip(runs, values, strict=True):
+            losses[run.circuits] += value
         means = self.over_processes(losses)
         self.check_finite({"train/loss": means}, "Losses", batch)
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
         # A sum, so that a circuit's gradient is that of its own mean, however many run beside it.
-        return losses.sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the current constants and, at the first validation, of the candidates."""
