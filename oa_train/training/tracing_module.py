@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
+from oa_train.tasks.task import check_choice
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.best import BestSlices
 from oa_train.training.module import FrozenModelModule
@@ -34,13 +35,15 @@ from oa_train.training.summed import summed
 
 _TABLE = "table"
 
+TracingLoss = Literal["probability", "cross_entropy"]
+
 
 class TracingModule(FrozenModelModule):
     """Finds the constants that, in place of a subject's token embeddings, hurt each traced run least.
 
     Every run restores some clean values (see `ablations.tracing`), and has a constant of its own, shared by all
-    prompts and all tokens of the subject. Its loss is the probability that the answers lose: the mean over prompts of
-    max(0, P - P'), with the clean model's probability P and the run's P' (Li & Janson 2024).
+    prompts and all tokens of the subject. The best constants are those that cost the answers least probability: the
+    mean over prompts of max(0, P - P'), with the clean model's probability P and the run's P' (Li & Janson 2024).
 
     Args:
         lm: the frozen model; the built-in one by default.
@@ -53,6 +56,8 @@ class TracingModule(FrozenModelModule):
         windows: odd numbers of neighbouring layers that are restored together.
         layers: blocks in the middle of the windows; all by default. Fewer of them make a large model affordable.
         subject: span whose tokens are corrupted.
+        loss: what the training minimises: `probability` as above, or `cross_entropy`, the mean of max(0, log P -
+            log P'), whose gradient does not vanish where a run has lost an answer altogether.
         learning_rate: learning rate at the start.
         optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
@@ -79,6 +84,7 @@ class TracingModule(FrozenModelModule):
         windows: list[int] = [5],  # noqa: B006 (never changed)
         layers: list[int] | None = None,
         subject: str = SUBJECT,
+        loss: TracingLoss = "probability",
         learning_rate: float = 0.01,
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -87,11 +93,12 @@ class TracingModule(FrozenModelModule):
     ) -> None:
         arguments = dict(locals())
         check_positive(learning_rate=learning_rate, rows_per_run=rows_per_run)
+        check_choice("loss", loss, get_args(TracingLoss))
         spans = ["-1", f"{subject}_last"] if at is None else as_list(at)
         chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(spans), tuple(windows), subject)
         Tracing(1, (0,), *chosen)  # refuses wrong names before the model is loaded
         super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
-        self.learning_rate, self.recompute = learning_rate, recompute
+        self.loss, self.learning_rate, self.recompute = loss, learning_rate, recompute
         n_layers = Dimensions.of(self.frozen.config).n_layers
         self.tracing = Tracing(n_layers, tuple(range(n_layers) if layers is None else layers), *chosen)
         self._rows_per_run = rows_per_run
@@ -111,7 +118,7 @@ class TracingModule(FrozenModelModule):
 
     def describe(self) -> dict[str, Any]:
         """What is restored and corrupted."""
-        return {"tracing": self.tracing.describe()}
+        return {"tracing": self.tracing.describe(), "loss": self.loss}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The constants of all runs."""
@@ -136,11 +143,15 @@ class TracingModule(FrozenModelModule):
         for piece in self.tracer.pieces(batch, gradients=True):
             for runs in piece.slices:
 
-                def lost(piece: Any = piece, runs: slice = runs) -> Float[Tensor, " run"]:
+                def of_runs(piece: Any = piece, runs: slice = runs) -> Float[Tensor, " run"]:
                     probabilities = piece.probabilities(runs, self.constants[runs][:, None, None], self.recompute)
-                    return probability_lost(piece.clean, probabilities).sum(dim=1) / len(batch)
+                    if self.loss == "cross_entropy":
+                        lost = probability_lost(piece.clean.log(), probabilities.log())
+                    else:
+                        lost = probability_lost(piece.clean, probabilities)
+                    return lost.sum(dim=1) / len(batch)
 
-                yield runs, lost
+                yield runs, of_runs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all runs."""
