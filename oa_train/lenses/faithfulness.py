@@ -26,7 +26,7 @@ from oa_train.shapes import Float, Tensor
 RIDGE = 3e-4
 
 # Halvings of the interval in which a step size is looked for.
-BISECTIONS = 12
+BISECTIONS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def steered(
     """Streams moved along each direction, by `step` times a standard normal number for every prompt and direction."""
     generator = torch_generator("steering", *seed)
     lengths = torch.randn(len(directions), len(streams), 1, generator=generator).to(streams.device)
-    return streams + step * lengths * directions.to(streams.dtype).unsqueeze(1)
+    return (streams + step * lengths * directions.unsqueeze(1)).to(streams.dtype)
 
 
 def projected(

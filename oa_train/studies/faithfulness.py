@@ -40,7 +40,7 @@ MEASURED = ("magnitude", "similarity")
 SMALLEST_EFFECT = 1e-7
 
 # Largest step, in standard deviations of the residual stream along a direction, that a calibration tries.
-LARGEST_STEP = 16.0
+LARGEST_STEP = 8.0
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def test_the_similarity_is_one_for_the_same_change_up_to_a_factor():
 
 
 def test_the_step_is_calibrated_to_just_below_the_target():
-    assert calibrated_step(lambda step: step**2, 0.25, 8.0) == pytest.approx(0.5, abs=0.01)
+    assert calibrated_step(lambda step: step**2, 0.25, 2.0) == pytest.approx(0.5, abs=0.01)
     assert calibrated_step(lambda step: step**2, 0.25, 8.0) < 0.5
     assert calibrated_step(lambda step: 0.0, 0.25, 8.0) > 7.9
 

@@ -124,6 +124,17 @@ def test_changes_along_a_direction_act_alike_on_the_model_and_its_last_layers_le
     assert findings.figures["faithfulness"]() is not None
 
 
+def test_a_model_in_bfloat16_is_read_and_changed_too(trained):
+    spec = LMSpec(dtype="bfloat16")
+    half, task = load_model(spec), IOI(lm=spec, n_test=16, n_means=32)
+    compared = CompareLenses(half, task, [trained]).run()
+    assert compared.where(lens="oca", layer=2)[0]["kl"].mean < 0.1
+    settings = FaithfulnessSettings(directions=4, subspace=4, layers=[2])
+    findings = Faithfulness(half, task, [trained], settings).run()
+    assert findings.where(lens="oca", change="steer", directions="random")[0]["similarity"].mean > 0.9
+    assert ReadPrompt(half, task, [trained]).run().rows
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
