@@ -96,6 +96,20 @@ class TrainedCircuit:
         return patterns
 
     @property
+    def criterion(self) -> str:
+        """Rule by which the entries were chosen, for titles."""
+        circuit, threshold = self.circuit, self.training.get("threshold", 0.5)
+        if circuit.scores is None:
+            return "given"
+        above = circuit.scores > threshold
+        if bool((above == circuit.mask).all()):
+            return f"keep-probability above {threshold:g}"
+        without = "" if circuit.level.has_one_stream else f", without dangling {circuit.level.parts}"
+        if not bool((circuit.mask & ~above).any()) and without:
+            return f"keep-probability above {threshold:g}{without}"
+        return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g}){without}"
+
+    @property
     def size(self) -> str:
         """Size for titles: "7 of 15 components"."""
         return f"{len(self.circuit):,} of {len(self.circuit.level):,} {self.circuit.level.parts}"

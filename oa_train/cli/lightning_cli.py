@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.ablations.ability import ability_before_training
-from oa_train.ablations.trained import run_name
 from oa_train.cli import slurm
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
+from oa_train.cli.finishing import finish_fit
 from oa_train.cli.output import console, show
 from oa_train.cli.parser import (
     ExplainingLightningParser,
@@ -35,22 +35,15 @@ from oa_train.cli.training_lines import training_bar
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.models.loading import load_config
 from oa_train.models.spec import LMSpec
-from oa_train.studies.finish import FinishSettings, finish
-from oa_train.studies.finish_constants import finish_constants
-from oa_train.studies.finish_lens import finish_lenses
-from oa_train.studies.finish_tracing import finish_tracing
+from oa_train.studies.finish import FinishSettings
 from oa_train.studies.run_folder import RunFolder
-from oa_train.studies.study import Findings
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
-from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.interruption import StopAtSignal, none_left_behind
-from oa_train.training.lens_module import LensModule
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.strategies import ShardedStrategy
-from oa_train.training.tracing_module import TracingModule
 
 # Tells the processes that a distributed strategy starts which run folder the first one has claimed.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
@@ -292,29 +285,14 @@ class OaTrainCLI(LightningCLI):
                 terminable(self._signals),
                 nullcontext(self.run_folder.path) if first else TemporaryDirectory() as folder,
             ):
-                finished = self._finished(Path(folder))
+                settings = self._get(self.config_init, "finish")
+                finished = finish_fit(self.model, self.datamodule.task, Path(folder), settings)
         if first:
             if state is None:
                 console.print(f"There is no {best}, so the last state was finished, not the best.", soft_wrap=True)
             if finished is not None:
                 show(finished)
             console.print(f"run: {self.run_folder.path}", soft_wrap=True)
-
-    def _finished(self, run: Path) -> Findings | None:
-        module, task = self.model, self.datamodule.task
-        if isinstance(module, CircuitModule):
-            settings = self._get(self.config_init, "finish")
-            circuits = module.trained_circuits(settings.size)
-            return finish(module.frozen, task, circuits, run, settings, module.track).findings
-        if isinstance(module, ConstantsModule):
-            return finish_constants(module.frozen, task, module.trained_circuits(), run, module.track).findings
-        if isinstance(module, TracingModule):
-            constants, losses = module.tracing_constants(run_name(run)), module.best.loss.cpu()
-            return finish_tracing(module.frozen, task, constants, losses, run, module.track)
-        if isinstance(module, LensModule):
-            lenses, kl = module.trained_lenses(run_name(run)), module.validation_losses()
-            return finish_lenses(module.frozen, task, lenses, kl, run, module.track)
-        return None
 
     def _recorded(self) -> dict[str, Any]:
         """The whole configuration, which reproduces the run."""

@@ -49,7 +49,7 @@ def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: S
         axes.grid(color="#E5E5E5", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
     set_title(figure, title)
     return figure
 
@@ -122,6 +122,6 @@ def faithfulness_figure(
         if row == len(measures) - 1:
             axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
     set_title(figure, title)
     return figure

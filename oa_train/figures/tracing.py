@@ -52,7 +52,7 @@ def profile_figure(
             if row == len(kinds) - 1:
                 axes.set_xlabel("layer in the middle of the window", fontsize=FONT_SIZE - 1)
     handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=FONT_SIZE - 1)
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
     set_title(figure, title)
     return figure
 

@@ -32,7 +32,6 @@ from oa_train.studies.study import (
     Row,
     Study,
     Table,
-    criterion,
     differences,
     estimates,
     spoken,
@@ -276,7 +275,7 @@ class Compare(Study[CompareSettings]):
         overlaps: Sequence[Sequence[float]],
     ) -> Iterator[Table | str]:
         for run in self.circuits:
-            title = f"{run.name}: {run.size}, {criterion(run)}, trained with {spoken(run.ablation)} ablation\n"
+            title = f"{run.name}: {run.size}, {run.criterion}, trained with {spoken(run.ablation)} ablation\n"
             title += "KL divergence in nats with everything else ablated, mean ± 95 % interval"
             yield Table(title, circuit_cells([row for row in circuit_rows if row["run"] == run.name]))
         if alone_rows:

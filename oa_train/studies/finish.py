@@ -27,7 +27,6 @@ from oa_train.studies.study import (
     Row,
     Study,
     Table,
-    criterion,
     estimates,
     interval,
     spoken,
@@ -202,7 +201,7 @@ class Evaluate(Study[FinishSettings]):
             for name, value in metrics.items()
         ]
         metrics |= {f"clean_{name}": value for name, value in clean.items()}
-        title = f"{trained.size} kept ({criterion(trained)}), on {self.prompts}, mean and 95 % interval"
+        title = f"{trained.size} kept ({trained.criterion}), on {self.prompts}, mean and 95 % interval"
         return Findings(
             _entry_rows(trained.circuit),
             metrics,

@@ -326,20 +326,6 @@ def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
     return [Stage(name, task.n_means) for name, needing in needed.items() if needing & set(kinds)]
 
 
-def criterion(trained: TrainedCircuit) -> str:
-    """Rule by which the entries of a circuit were chosen, for titles."""
-    circuit, threshold = trained.circuit, trained.training.get("threshold", 0.5)
-    if circuit.scores is None:
-        return "given"
-    above = circuit.scores > threshold
-    if bool((above == circuit.mask).all()):
-        return f"keep-probability above {threshold:g}"
-    without = "" if circuit.level.has_one_stream else f", without dangling {circuit.level.parts}"
-    if not bool((circuit.mask & ~above).any()) and without:
-        return f"keep-probability above {threshold:g}{without}"
-    return f"those of the highest keep-probability ({int(above.sum()):,} are above {threshold:g}){without}"
-
-
 def distinct_prompts(task: Task) -> dict[Stream, int]:
     """Distinct texts among the prompts of each stream that evaluations use."""
     sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}

@@ -36,7 +36,7 @@ from oa_train.training.penalties import PenaltySettings, PenaltyWeight
 from oa_train.training.replacements import Replacements
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
-from oa_train.training.strategies import ShardedStrategy
+from oa_train.training.strategies import ShardedStrategy, share_from_first_process
 
 
 class CircuitModule(FrozenModelModule):
@@ -198,7 +198,7 @@ class CircuitModule(FrozenModelModule):
         task = self.data.task
         if not self.replacements.is_prepared_for(task):
             self.replacements.prepare(AblationSource(self.frozen, task, self.level, self.positions, self.track))
-            self.share_from_first_process(self.replacements.parameters())
+            share_from_first_process(self.replacements.parameters())
 
     on_validation_start = on_test_start = on_predict_start = prepare_ablation
 

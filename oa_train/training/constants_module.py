@@ -31,6 +31,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import share_of_step
+from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed
 
 # Relative improvement of at least one circuit's loss that counts as progress.
@@ -189,7 +190,7 @@ class ConstantsModule(FrozenModelModule):
         if not started:
             self.fitted.constants.load(start)
             self.constants_started.fill_(True)
-            self.share_from_first_process(self.fitted.constants.parameters())
+            share_from_first_process(self.fitted.constants.parameters())
         # The means are the usual start, and need not be evaluated twice.
         candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
         self._candidates = [self.fitted.candidate(constants) for constants in candidates]

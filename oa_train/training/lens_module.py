@@ -23,6 +23,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import share_of_step
+from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed
 
 # Learning rates of constants and of affine maps.
@@ -109,7 +110,7 @@ class LensModule(FrozenModelModule):
         means = None
         if any(LENS_KINDS[kind].from_means for kind in self.lenses):
             means = mean_attention(self.frozen, self.data.task, self.track).to(self.device)
-            self.share_from_first_process([means])
+            share_from_first_process([means])
         for kind, lens in self._kinds():
             start = LENS_KINDS[kind].make(self.starts, *self._sizes).to(self.device).requires_grad_(False)
             if isinstance(start, ConstantsLens):

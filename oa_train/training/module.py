@@ -1,7 +1,7 @@
 """Base class of the Lightning modules: a frozen model, which checkpoints leave out."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -187,13 +187,6 @@ class FrozenModelModule(lightning.LightningModule):
                 "trainer.fit(module, datamodule=TaskData(task))."
             )
         return data
-
-    @staticmethod
-    def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
-        """Broadcast tensors from rank 0: sums on a GPU may differ in their last bits."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor.detach(), src=0)
 
     def over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes, without gradients.

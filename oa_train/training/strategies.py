@@ -1,10 +1,11 @@
 """The strategy for models that are too large for one device: the frozen model is sharded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 
 from oa_train.shapes import Tensor
@@ -71,3 +72,10 @@ class ShardedStrategy(ModelParallelStrategy):
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
+
+
+def share_from_first_process(tensors: Iterable[torch.Tensor]) -> None:
+    """Broadcast tensors from rank 0: sums on a GPU may differ in their last bits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor.detach(), src=0)

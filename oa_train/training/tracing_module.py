@@ -31,6 +31,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
 from oa_train.training.steps import share_of_step
+from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed
 
 _TABLE = "table"
@@ -131,7 +132,7 @@ class TracingModule(FrozenModelModule):
         level = tokens_level(self.frozen.config, self.tracing.subject)
         source = AblationSource(self.frozen, self.data.task, level, track=self.track)
         start = source.mean.tables[CORRUPTED][0].to(self.constants).expand_as(self.constants).clone()
-        self.share_from_first_process([start])
+        share_from_first_process([start])
         self._start = start
         if not bool(self.started):
             with torch.no_grad():

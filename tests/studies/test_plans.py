@@ -21,7 +21,6 @@ from oa_train.studies.curve import Curve, CurveSettings
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.minimal import Minimal, MinimalSettings
 from oa_train.studies.robustness import Robustness, RobustnessSettings
-from oa_train.studies.study import criterion
 from tests.builders import small_ioi
 from tests.test_progress import Told
 
@@ -145,6 +144,6 @@ def test_single_parts_of_a_large_model_are_left_out_and_that_is_said(model, task
 
 def test_it_is_said_how_the_entries_were_chosen(model):
     trained = a_circuit(model, Nodes.of(model.config))
-    assert criterion(trained) == "keep-probability above 0.5"
+    assert trained.criterion == "keep-probability above 0.5"
     few = Circuit.from_mask(trained.circuit.level, trained.circuit.scores > 0.8, trained.circuit.scores)
-    assert criterion(TrainedCircuit("run", few)) == "those of the highest keep-probability (7 are above 0.5)"
+    assert TrainedCircuit("run", few).criterion == "those of the highest keep-probability (7 are above 0.5)"

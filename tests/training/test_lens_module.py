@@ -13,6 +13,8 @@ from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint
 from oa_train.training.checkpoints import WholeFileCheckpointIO
+from oa_train.training.compatibility import check_trainer
+from oa_train.training.constants_module import ConstantsModule
 from oa_train.training.data import TaskData
 from oa_train.training.lens_module import LensModule
 from oa_train.training.strategies import ShardedStrategy
@@ -143,8 +145,10 @@ def test_in_bfloat16_what_is_trained_stays_float32():
 @pytest.mark.parametrize("kind", [LensModule, TracingModule])
 def test_a_sharded_model_is_refused(kind):
     trainer = quiet_trainer(max_steps=1, strategy=ShardedStrategy(process_group_backend="gloo"))
-    with pytest.raises(ConfigurationError, match="cannot train with a sharded model"):
-        trainer.fit(kind(), datamodule=TaskData(small_ioi()))
+    assert not kind.shardable
+    with pytest.raises(ConfigurationError, match="Module cannot train with a sharded model"):
+        check_trainer(trainer, kind.__name__, kind.keeps_best, kind.shardable)
+    check_trainer(trainer, "ConstantsModule", ConstantsModule.keeps_best, ConstantsModule.shardable)
 
 
 @pytest.mark.parametrize(
