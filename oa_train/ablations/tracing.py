@@ -6,7 +6,7 @@ the clean run. The share of the lost probability that comes back says how much o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -116,7 +116,8 @@ class Tracing:
         patterns = [
             f"{SITE_KINDS[kind].site_name.format(layer='*')}{AT}{s}" for kind in self.kinds for s in self.spans
         ]
-        return Nodes.of(config, [CORRUPTED.kind, *self.kinds], [f"{CORRUPTED.kind}{AT}{self.subject}", *patterns])
+        nodes = Nodes.of(config, [CORRUPTED.kind, *self.kinds], [f"{CORRUPTED.kind}{AT}{self.subject}", *patterns])
+        return replace(nodes, overlapping=True)  # every run restores at one span
 
     def masks(self, level: Nodes) -> Bool[Tensor, "run entry"]:
         """A mask for each run; false entries are replaced, by the corruption or by clean values."""

@@ -68,7 +68,8 @@ class OaTrainCLI(LightningCLI):
     def __init__(self, command: str, words: list[str]) -> None:
         silence_libraries()
         self._command = command
-        self._is_first = _is_first_process()  # before this process itself names its folder in the environment
+        # Asked before this process itself names its folder in the environment.
+        self._is_started = RUN_FOLDER_VARIABLE in os.environ
         self.run_folder: RunFolder | None = None
         self._claim: Claim | None = None
         self._checkpoint: dict[str, Any] | None = None
@@ -130,6 +131,11 @@ class OaTrainCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's values override the configuration."""
+
+    @property
+    def _is_first(self) -> bool:
+        """True for the only process or the first of several, whoever has started them (Lightning, torchrun, SLURM)."""
+        return getattr(rank_zero_only, "rank", 0) == 0 and not self._is_started
 
     @property
     def _writes(self) -> bool:
@@ -328,11 +334,6 @@ def _read_named(path: str) -> dict[str, Any]:
             f"runs/<experiment>/version_<N>/checkpoints/{path}.ckpt."
         )
     return read_checkpoint(Path(path))
-
-
-def _is_first_process() -> bool:
-    """True for the only process or the first of several, however they were started (Lightning, torchrun, SLURM)."""
-    return getattr(rank_zero_only, "rank", 0) == 0 and RUN_FOLDER_VARIABLE not in os.environ
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -58,18 +58,18 @@ def node_taps(
 def _check_overlaps(
     nodes: Nodes, mask: Float[Tensor, "row entry"], spans: dict[str, Bool[Tensor, "row position"]]
 ) -> None:
-    """Refuse to replace a unit twice at one token; its spans may overlap where rows ablate it at one of them only."""
+    """Refuse to replace a unit twice at one token; where a level's spans may overlap, its masks decide."""
     for first, second in nodes.span_pairs:
-        overlapping = (spans[first] & spans[second]).any(dim=1)
-        if not bool(overlapping.any()):
-            continue
-        numbers = [nodes.spans.index(first), nodes.spans.index(second)]
-        for units in nodes.replaced(mask >= 1).values():
-            if bool((units[:, numbers].all(dim=1).any(dim=1) & overlapping).any()):
-                raise TaskError(
-                    f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
-                    "unit must not overlap. Select the unit at one of them."
-                )
+        sharing = (spans[first] & spans[second]).any(dim=1)
+        if nodes.overlapping and bool(sharing.any()):
+            numbers = [nodes.spans.index(first), nodes.spans.index(second)]
+            twice = [units[:, numbers].all(dim=1).any(dim=1) for units in nodes.replaced(mask >= 1).values()]
+            sharing = sharing & torch.stack(twice).any(dim=0)
+        if bool(sharing.any()):
+            raise TaskError(
+                f"The spans {first!r} and {second!r} share a token, and both restrict the same unit: spans of one "
+                "unit must not overlap. Select the unit at one of them."
+            )
 
 
 def _mixer(

@@ -57,6 +57,7 @@ class Nodes(Level):
         spanned: shell patterns with a span (`m*@S2`); a unit that some of them match has an entry for each of their
             spans instead of one for all tokens.
         dictionaries: sparse dictionaries whose features are units; at most one per layer.
+        overlapping: spans of one unit may share tokens, as long as no mask ablates the unit at both of them.
     """
 
     kind = "nodes"
@@ -67,6 +68,7 @@ class Nodes(Level):
     kinds: tuple[str, ...] = DEFAULT_SITES
     spanned: tuple[str, ...] = ()
     dictionaries: tuple[Dictionary, ...] = ()
+    overlapping: bool = False
 
     def __post_init__(self) -> None:
         check_site_kinds("sites", self.kinds)

@@ -264,7 +264,8 @@ def test_checkpoints_of_something_else(capsys):
         ("fitt", "There is no command 'fitt'. Did you mean fit?"),
         (
             "",
-            "Commands: demo, fit, validate, test, compare, scan, curve, interact, sufficient, minimal, robustness, "
+            "Commands: demo, fit, validate, test, compare, scan, curve, interact, sufficient, trace, compare_lenses, "
+            "faithfulness, lens, minimal, robustness, "
             "study, runs, check-data, ",
         ),
         ("--bogus", "There is no option --bogus"),
