@@ -18,7 +18,7 @@ from oa_train.models.weights import fingerprint
 from oa_train.studies.compare_lenses import CompareLenses, CompareLensesSettings
 from oa_train.studies.faithfulness import Faithfulness, FaithfulnessSettings
 from oa_train.studies.lens import LensSettings, ReadPrompt
-from oa_train.tasks import IOI
+from oa_train.tasks import IOI, Induction
 from tests.lenses.test_lens import tuned_lens
 
 PROMPT = "After Richard left, Marcus and Tom went to the library. Tom gave a book to"
@@ -161,10 +161,7 @@ def test_layers_that_were_not_trained_and_other_models_are_refused(model, task, 
 
 
 def test_streams_at_several_positions_are_refused(model):
-    task = IOI(n_test=8, answer_positions="every")
-    batch = next(iter(task.batches("test", 8)))
-    if batch.scored.shape[1] == 1:
-        pytest.skip("These prompts have one question each.")
+    task = Induction(n_test=8, length=12, repeated=6, answer_positions="every")
     with pytest.raises(TaskError, match="Streams are changed at one token"):
         Faithfulness(model, task)
 
