@@ -59,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 error.write(f"oa-train: {message}\n")
                 if status == FAULT and os.environ.get("OA_TRAIN_TRACEBACK"):
                     error.write("".join(traceback.format_exception(problem)))
+        output.flush()
+        if status == DONE and output.full:
+            status = FAULT
+            error.write("oa-train: error: The disk is full, so the output is incomplete.\n")
     return UNREAD if status == DONE and output.unread else status
 
 

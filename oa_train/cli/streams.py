@@ -1,6 +1,7 @@
 """Output streams that never end a computation: text that cannot be written is dropped."""
 
 import codecs
+import errno
 import io
 import os
 import sys
@@ -28,11 +29,12 @@ class SafeStream:
 
     Attributes:
         unread: the reader has closed its end of the pipe.
+        full: the disk was full when something was written.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
-        self.unread = False
+        self.unread = self.full = False
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="oa_train.plain")
 
@@ -55,8 +57,8 @@ class SafeStream:
             self.unread = True
             with suppress(OSError, ValueError):  # so that Python's own flush at the end succeeds
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        except (OSError, ValueError):
-            pass
+        except (OSError, ValueError) as problem:
+            self.full = self.full or getattr(problem, "errno", None) == errno.ENOSPC
 
 
 @contextmanager
