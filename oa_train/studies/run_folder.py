@@ -4,6 +4,7 @@
     config.yaml  run.log  checkpoints/{best,last}.ckpt
     circuit/ constants/             of one circuit
     front/<N>/{circuit,constants}/  of several
+    lens/ or tracing/               of lenses, or of the constants of causal tracing
     studies/<name>_<K>/             circuit/ constants/ as well, where a study found a circuit
 """
 
@@ -161,6 +162,12 @@ class RunFolder:
                 f"{self.path} holds constants of components that were ablated alone, and no circuit.\nGive runs that "
                 "trained a circuit, or constants for one (`circuit` or `keep` of ConstantsModule)."
             )
+        for folder, content, command in (
+            ("lens", "lenses", "compare_lenses"),
+            ("tracing", "constants of causal tracing", "trace"),
+        ):
+            if (self.path / folder).is_dir():
+                return f"{self.path} holds {content}, and no circuit: oa-train {command} --run {self.path}"
         if not (self.path / "circuit").exists() and (self.path / FRONT).is_dir():
             numbers = sorted((part.name for part in (self.path / FRONT).iterdir()), key=lambda name: (len(name), name))
             choices = f"{self.path / FRONT}/N, N being {', '.join(numbers)}"

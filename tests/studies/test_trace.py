@@ -176,6 +176,9 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert len(results["rows"]) == 2 * (1 + 2 * 5)
     assert main(["test", "--run", run]) == 0
     assert "test/probability_lost" in capsys.readouterr().out
+    assert main(["compare", "--run", run]) == 2
+    message = capsys.readouterr().err
+    assert "holds constants of causal tracing, and no circuit: oa-train trace --run runs/traced/version_0" in message
     assert main(["trace", "--run", run, "--trace.windows", "[3]"]) == 2
     assert "train constants for it" in capsys.readouterr().err
 
