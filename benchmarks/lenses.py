@@ -33,7 +33,7 @@ from oa_train.batches import Batch
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.values import side_by_side as values_side_by_side
 from oa_train.lenses.lens import ConstantsLens
-from oa_train.lenses.reading import Tokens, lens_logits
+from oa_train.lenses.predictions import Tokens, lens_logits
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Dimensions

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from oa_train.engine.reading import read_values as read_values
     from oa_train.engine.values import Values as Values
     from oa_train.errors import OaTrainError as OaTrainError
-    from oa_train.lenses.trained import TrainedLenses as TrainedLenses
-    from oa_train.lenses.trained import load_tuned_lens as load_tuned_lens
+    from oa_train.lenses.trained_lenses import TrainedLenses as TrainedLenses
+    from oa_train.lenses.trained_lenses import load_tuned_lens as load_tuned_lens
     from oa_train.masks.hard_concrete import HardConcrete as HardConcrete
     from oa_train.masks.uniform import UniformGradientSampling as UniformGradientSampling
     from oa_train.models.dictionaries import Dictionary as Dictionary
@@ -172,10 +172,10 @@ _HOMES = {
     "FaithfulnessSettings": "studies.faithfulness",
     "LensModule": "training.lens_module",
     "TracingModule": "training.tracing_module",
-    "TrainedLenses": "lenses.trained",
+    "TrainedLenses": "lenses.trained_lenses",
     "TracingConstants": "ablations.tracing_constants",
     "Records": "tasks.records",
-    "load_tuned_lens": "lenses.trained",
+    "load_tuned_lens": "lenses.trained_lenses",
 }
 
 __all__ = ["__version__", *_HOMES]

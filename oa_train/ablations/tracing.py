@@ -5,7 +5,7 @@ corruption, and in some layers what attention, the MLP or the block adds up to i
 the clean run. The share of the lost probability that comes back says how much of the fact passes there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,9 +15,8 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
-from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import copies_logits
-from oa_train.engine.reading import read_values
+from oa_train.engine.reading import clean_run, read_values
 from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.metrics.measures import measured
@@ -31,7 +30,7 @@ from oa_train.shapes import Bool, Float, Tensor
 # in the residual stream is what enters block l + 1.
 RESTORABLE = {"attention": 0, "mlp": 0, "residual": 1}
 
-# What is corrupted: the output of the token embedding, without that of positions.
+# The corrupted site: the output of the token embedding, without that of positions.
 CORRUPTED = Site("tokens")
 
 SUBJECT = "subject"
@@ -42,7 +41,7 @@ Corruption = Callable[[Batch, slice], Tensor]
 
 @dataclass(frozen=True)
 class TracedRun:
-    """What is restored in a run.
+    """Site, span and layers that a run restores.
 
     Attributes:
         kind: key of `RESTORABLE`.
@@ -99,7 +98,7 @@ class Tracing:
 
     @cached_property
     def runs(self) -> tuple[TracedRun, ...]:
-        """What each run restores; one more run, the last, restores nothing."""
+        """The runs that restore something; one more run, the last, restores nothing."""
         return tuple(
             TracedRun(kind, span, window, layer)
             for kind in self.kinds
@@ -156,24 +155,34 @@ class Tracer:
         self.level = tracing.level(model.config)
         self.masks = tracing.masks(self.level)
 
-    def pieces(self, batch: Batch, gradients: bool = False) -> "list[Piece]":
+    def pieces(self, batch: Batch, gradients: bool = False) -> "Iterator[Piece]":
         """Pieces of a batch on the model's device, with clean values and the runs that fit into memory at once."""
         pieces = chunks(self.model, self.level, batch, len(self.masks), self.rows_per_run, gradients)
-        return [Piece(self, prompts, slices) for prompts, slices in pieces]
+        return (Piece(self, prompts, slices) for prompts, slices in pieces)
 
-    @torch.no_grad()
     def probabilities(
         self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
     ) -> Float[Tensor, "run prompt"]:
         """Probability of each prompt's answers in every run, in float32, on the CPU; `advance` counts rows."""
+        return torch.cat([traced for _, traced in self._traced(batch, corruption, advance)], dim=1)
+
+    def lost(self, batch: Batch, corruption: Corruption) -> Float[Tensor, "run prompt"]:
+        """Probability that each prompt's answers lose in every run, on the CPU; see `probability_lost`."""
+        return torch.cat([probability_lost(clean, traced) for clean, traced in self._traced(batch, corruption)], dim=1)
+
+    @torch.no_grad()
+    def _traced(
+        self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
+    ) -> list[tuple[Float[Tensor, " prompt"], Float[Tensor, "run prompt"]]]:
+        """Probabilities of the answers in the clean run and in every run, piece by piece."""
         parts = []
         for piece in self.pieces(batch.to(self.model.device)):
             of_piece = []
             for runs in piece.slices:
                 of_piece.append(piece.probabilities(runs, corruption(piece.batch, runs)).cpu())
                 advance(of_piece[-1].numel())
-            parts.append(torch.cat(of_piece))
-        return torch.cat(parts, dim=1)
+            parts.append((piece.clean.cpu(), torch.cat(of_piece)))
+        return parts
 
 
 class Piece:
@@ -181,9 +190,8 @@ class Piece:
 
     def __init__(self, tracer: Tracer, batch: Batch, slices: Sequence[slice]) -> None:
         self._tracer, self.batch, self.slices = tracer, batch, slices
-        with torch.no_grad():
-            self.clean = answer_probability(scored_logits(tracer.model, batch), batch)
-            self._values = read_values(tracer.model, batch, tracer.level)
+        logits, self._values = clean_run(tracer.model, batch, tracer.level)
+        self.clean = answer_probability(logits, batch)
 
     def logits(
         self,

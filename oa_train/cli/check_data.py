@@ -172,7 +172,7 @@ def _show_prompt(task: Task, stream: Stream, number: int, prompt: Prompt) -> Non
 
 
 def _place(task: Task, stream: Stream, number: int, prompt: Prompt) -> str:
-    """Where a prompt stands in a file; empty for prompts that are drawn."""
+    """Place of a prompt in its file; empty for prompts that are drawn."""
     if isinstance(task, Text):
         return task.place(stream, number)
     return task.places[prompt.text] if isinstance(task, Records) else ""

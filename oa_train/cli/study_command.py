@@ -44,7 +44,7 @@ NEEDING_RUNS = ("one", "several")
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
-    "optional": "folder of a run, whose model, task, seed and circuit (if any) are used and which gets the results",
+    "optional": "folder of a run, whose model, task, seed and result (if any) are used and which gets the results",
     "several": "folder of a finished run; of several, the first gives model and task and gets the results",
     "any": "folder of a run; of several, the first gives model, task and seed and gets the results",
 }
@@ -184,7 +184,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
 
 
 def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
-    """What a study is about: what its runs have trained."""
+    """Load the circuits, lenses or constants of the runs that a study is about."""
     if kind.asks_of == "none":
         return []
     having = [run for run in runs if not (kind.asks_of in ("optional", "any") and run.is_of_a_study)]
@@ -195,7 +195,7 @@ def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
 
 
 def _named_apart(trained: Sequence[Any], runs: Sequence[RunFolder]) -> list[Any]:
-    """What was trained, named by the paths of the runs where its names are not unique."""
+    """Use the paths of the runs as names if the names are not unique."""
     if len({part.name for part in trained}) == len(trained):
         return list(trained)
     return [replace(part, name=str(run.path)) for part, run in zip(trained, runs, strict=True)]

@@ -21,7 +21,7 @@ from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.shapes import Float, Int, Tensor
 
-# What attention adds to the residual stream in a layer, for the starts that run through it: [start or 1, token or 1,
+# Outputs of attention in a layer, for the starts that run through it: [start or 1, token or 1,
 # d_model].
 AttentionOutputs = Callable[[int, Sequence[int]], Tensor]
 
@@ -70,13 +70,13 @@ def run_tail(
     starts: Sequence[int],
     attention: AttentionOutputs,
 ) -> Float[Tensor, "start token d_model"]:
-    """What enters the final norm when the blocks from each start on run on single tokens.
+    """Run the blocks from each start on, on single tokens, up to the final norm.
 
     Args:
         model: frozen causal language model.
         residuals: what enters the block of each start.
         starts: indices of blocks, ascending; the number of layers stands for the final norm.
-        attention: supplies what attention adds; gradients flow to it and to the residuals.
+        attention: supplies the outputs of attention; gradients flow to it and to the residuals.
     """
     n_tokens = residuals.shape[1]
     joined: dict[int, Tensor] = {start: residuals[number] for number, start in enumerate(starts)}

@@ -1,4 +1,4 @@
-"""How well lenses predict the model from its middle layers."""
+"""Comparison of lenses as predictors of the model from its middle layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import lens_figure
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
-from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference
 from oa_train.progress import Stage, counted
@@ -51,7 +51,7 @@ class CompareLensesSettings:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """What one lens reads on every prompt: averages over its scored positions.
+    """Figures of a lens on every prompt, averaged over its scored positions.
 
     Attributes:
         kl: divergence of the prediction from the model's, in nats.

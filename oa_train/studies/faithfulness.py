@@ -24,8 +24,8 @@ from oa_train.lenses.faithfulness import (
     steered,
 )
 from oa_train.lenses.lens import AffineLens, Lens
-from oa_train.lenses.reading import Tokens
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.predictions import Tokens
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
@@ -94,8 +94,8 @@ class Faithfulness(Study[FaithfulnessSettings]):
     def check(self) -> None:
         """Choose lenses and layers."""
         super().check()
-        every = chosen_layers(self.model, self.settings.layers, self.from_runs)
-        self.layers = every if self.settings.layers is not None else list(layers_between(every, 4))
+        layers = chosen_layers(self.model, self.settings.layers, self.from_runs)
+        self.layers = layers if self.settings.layers is not None else list(layers_between(layers, 4))
         kinds = chosen_kinds(self.settings.lenses, self.from_runs)
         if self.settings.lenses is None:
             kinds = [kind for kind in kinds if kind != RESAMPLE]
@@ -125,8 +125,8 @@ class Faithfulness(Study[FaithfulnessSettings]):
             steps[layer], effects = self._at(layer, of_layer, statistics[layer])
             rows += [
                 {"lens": name, "layer": layer, "change": change, "directions": directions}
-                | {"magnitude": _magnitude(change, found), "similarity": _similarity(found, identities)}
-                for (name, change, directions), found in effects.items()
+                | {"magnitude": _magnitude(change, of_change), "similarity": _similarity(of_change, identities)}
+                for (name, change, directions), of_change in effects.items()
             ]
         return Findings(
             rows,
@@ -172,8 +172,8 @@ class Faithfulness(Study[FaithfulnessSettings]):
             for (kind, owner), directions in sets.items():
                 readers = {owner: lenses[owner]} if owner else lenses
                 for change, function in self._changes(directions.to(device), step, statistics, layer).items():
-                    for name, found in self._effects(prompts, readers, function, advance).items():
-                        effects[name, change, kind] = found
+                    for name, of_lens in self._effects(prompts, readers, function, advance).items():
+                        effects[name, change, kind] = of_lens
         return step, effects
 
     def _changes(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Float, Tensor

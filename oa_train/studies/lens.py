@@ -12,8 +12,8 @@ from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
-from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import written
 from oa_train.shapes import Float, Tensor

@@ -120,7 +120,7 @@ class Study(ABC, Generic[S]):
 
     @property
     def circuits(self) -> list[TrainedCircuit]:
-        """What a study of circuits is about."""
+        """The circuits of a study of circuits."""
         return self.from_runs
 
     @abstractmethod

@@ -38,7 +38,7 @@ from oa_train.studies.trace_settings import DRAWN, GAUSSIAN, OPTIMAL, RESAMPLE, 
 from oa_train.studies.trace_tables import Traced, place_maps, profiles, token_maps
 from oa_train.tasks.donors import Donors
 
-# What is restored if nothing says so.
+# Restored kinds, spans and windows by default.
 DEFAULTS: tuple[Any, ...] = (("attention", "mlp"), ("-1", f"{SUBJECT}_last"), (5,))
 
 # A corruption that takes less of the answers' probability leaves nothing to recover.
@@ -69,8 +69,7 @@ class Trace(Study[TraceSettings]):
         super().check()
         settings, n_layers = self.settings, Dimensions.of(self.model.config).n_layers
         self.constants: TracingConstants | None = self.from_runs[0] if self.from_runs else None
-        every = tuple(range(n_layers))
-        trained = self.constants.tracing if self.constants else Tracing(n_layers, every, *DEFAULTS)
+        trained = self.constants.tracing if self.constants else Tracing(n_layers, tuple(range(n_layers)), *DEFAULTS)
         subject = settings.subject or (trained.subject if self.constants else SUBJECT)
         spans = trained.spans if self.constants else ("-1", f"{subject}_last")
         self.tracing = Tracing(

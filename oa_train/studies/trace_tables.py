@@ -14,11 +14,11 @@ from oa_train.figures.style import Figure
 from oa_train.figures.tracing import profile_figure, recovery_maps
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.ranks import linear_correlation, rank_correlation
-from oa_train.metrics.tracing import Identities, effective_layers, recovered, recovered_bootstrap
+from oa_train.metrics.recovered import Identities, effective_layers, recovered, recovered_bootstrap
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import Row, Table, interval, spoken
 
-# What a restored kind is called in tables.
+# Name in tables of the run that restores nothing.
 NOTHING = "nothing"
 
 
@@ -65,7 +65,7 @@ class Traced:
             yield self.tracing.runs[first], slice(first, first + n_layers)
 
     def localisation(self) -> Iterator[dict[str, Any]]:
-        """Where each profile over the layers peaks, and over how many layers it is spread."""
+        """Peak of each profile over the layers, and the number of layers that it is spread over."""
         for first, runs in self._groups():
             for name, lost in self.lost.items():
                 peak = int(lost[runs].mean(dim=1).argmin())

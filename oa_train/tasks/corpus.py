@@ -181,7 +181,7 @@ class Windows:
         return derive_seed(*key, np.asarray(self.ids(number), dtype="<i4").tobytes().hex())
 
     def place(self, number: int) -> str:
-        """Where a window stands: its document, and its tokens counted from the document's first."""
+        """Place of a window: its document, and its tokens counted from the document's first."""
         section = self.corpus.sections[int(self.sections[number])]
         first = int(self.starts[number]) - section.start
         return ", ".join(filter(None, (section.place, f"tokens {first} to {first + int(self.lengths[number]) - 1}")))

@@ -193,7 +193,7 @@ class Text(FiniteTask):
         return self.streams[stream][self.place_of(stream, index)]
 
     def place(self, stream: Stream, index: int) -> str:
-        """Where in the corpus prompt number `index` of a stream stands."""
+        """Place in the corpus of prompt number `index` of a stream."""
         return self.windows.place(self.window(stream, index))
 
     def lengths(self, stream: Stream) -> list[int]:

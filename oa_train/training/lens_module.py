@@ -10,15 +10,15 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.lenses.lens import LENS_KINDS, ConstantsLens, Lens, check_layers, check_lens_kinds
-from oa_train.lenses.means import mean_attention
-from oa_train.lenses.reading import PREDICTIONS, Tokens, lens_logits
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.mean_attention import mean_attention
+from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.best import BestSlices
+from oa_train.training.best_slices import BestSlices
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive

@@ -1,7 +1,7 @@
 """Training of the constants by which causal tracing corrupts subjects."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +11,6 @@ from oa_train.ablations.registry import AblationSource
 from oa_train.ablations.tracing import (
     CORRUPTED,
     SUBJECT,
-    Corruption,
     Tracer,
     Tracing,
     corrupted_by_constants,
@@ -26,7 +25,7 @@ from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
 from oa_train.tasks.task import check_choice
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.best import BestSlices
+from oa_train.training.best_slices import BestSlices
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.settings import as_list, check_positive
@@ -112,13 +111,13 @@ class TracingModule(FrozenModelModule):
         self._start: Tensor | None = None
         self._losses = CircuitMeans(2, len(self.tracing))
 
-    @property
+    @cached_property
     def tracer(self) -> Tracer:
         """Runs the model."""
         return Tracer(self.frozen, self.tracing, self._rows_per_run)
 
     def describe(self) -> dict[str, Any]:
-        """What is restored and corrupted."""
+        """The traced runs and the loss."""
         return {"tracing": self.tracing.describe(), "loss": self.loss}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -180,14 +179,8 @@ class TracingModule(FrozenModelModule):
         return self.tracer.probabilities(batch, corrupted_by_constants(self._best()))
 
     def _evaluate(self, batch: Batch, tables: list[Tensor]) -> None:
-        losses = [self._lost(batch, corrupted_by_constants(table)) for table in tables]
+        losses = [self.tracer.lost(batch, corrupted_by_constants(table)).mean(dim=1) for table in tables]
         self._losses.update(torch.stack(losses).to(self.device), len(batch))
-
-    @torch.no_grad()
-    def _lost(self, batch: Batch, corruption: Corruption) -> Float[Tensor, " run"]:
-        tracer = self.tracer
-        clean = torch.cat([piece.clean for piece in tracer.pieces(batch)]).cpu()
-        return probability_lost(clean, tracer.probabilities(batch, corruption)).mean(dim=1)
 
     def _mean_losses(self) -> Float[Tensor, "table run"]:
         losses: Tensor = self._losses.compute()

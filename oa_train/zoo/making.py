@@ -1,4 +1,4 @@
-"""What making a small model takes beside its training: its tokenizer in a folder, its figures, its card."""
+"""Steps of making a small model beside its training: its tokenizer in a folder, its figures, its card."""
 
 import argparse
 import hashlib

@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from oa_train.engine.tail import scored_stream
 from oa_train.errors import ArtefactError, ConfigurationError, TaskError
 from oa_train.lenses.lens import LENS_KINDS, AffineLens, ConstantsLens, LogitLens, check_layers, check_lens_kinds
-from oa_train.lenses.means import mean_attention
-from oa_train.lenses.reading import Tokens, lens_logits
-from oa_train.lenses.trained import TrainedLenses, load_tuned_lens
+from oa_train.lenses.mean_attention import mean_attention
+from oa_train.lenses.predictions import Tokens, lens_logits
+from oa_train.lenses.trained_lenses import TrainedLenses, load_tuned_lens
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import load_model
 from oa_train.models.spec import LMSpec

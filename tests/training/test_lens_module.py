@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.lenses.reading import Tokens, lens_logits
-from oa_train.lenses.trained import TrainedLenses
+from oa_train.lenses.predictions import Tokens, lens_logits
+from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.spec import LMSpec
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint

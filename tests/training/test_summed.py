@@ -3,7 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from oa_train.training.best import BestSlices
+from oa_train.training.best_slices import BestSlices
 from oa_train.training.summed import summed
 
 

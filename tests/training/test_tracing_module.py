@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_probability_that_is_lost():
     noted = []
     module.on_before_optimizer_step = lambda _: noted.append(module.constants.grad.clone())
     module.on_fit_start = lambda: None
-    module._rows_per_run = 6
+    module.tracer.rows_per_run = 6
     quiet_trainer(max_steps=1, limit_train_batches=1, limit_val_batches=0).fit(module, datamodule=TaskData(task))
     assert_close(noted[0], expected, rtol=1e-5, atol=1e-7)
 

@@ -1,4 +1,4 @@
-"""What restoring undoes of the damage of a corruption, and how sharply that is localised."""
+"""Share of a corruption's damage that restoring undoes, and how sharply it is localised."""
 
 from collections.abc import Sequence
 

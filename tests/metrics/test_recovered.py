@@ -5,7 +5,7 @@ import torch
 
 from oa_train.errors import NotFiniteError
 from oa_train.metrics.ranks import linear_correlation, rank_correlation
-from oa_train.metrics.tracing import effective_layers, recovered, recovered_bootstrap
+from oa_train.metrics.recovered import effective_layers, recovered, recovered_bootstrap
 
 LOST = torch.tensor([[0.2, 0.4, 0.0, 0.2], [0.4, 0.8, 0.4, 0.4], [0.5, 0.9, 0.5, 0.5]], dtype=torch.float64)
 WITHOUT = torch.tensor([0.4, 0.8, 0.4, 0.4], dtype=torch.float64)

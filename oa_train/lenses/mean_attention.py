@@ -1,8 +1,8 @@
-"""What attention adds on average at the scored positions of a task's prompts."""
+"""Mean output of attention at the scored positions of a task's prompts."""
 
 import torch
 
-from oa_train.lenses.reading import Tokens
+from oa_train.lenses.predictions import Tokens
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Float, Tensor

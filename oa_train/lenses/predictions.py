@@ -47,7 +47,7 @@ class Tokens:
         return len(self.logits)
 
     def partners(self) -> Float[Tensor, "layer token d_model"]:
-        """What attention adds at a token of the next prompt of the batch (the first's for the last).
+        """Outputs of attention at a token of the next prompt of the batch (the first's for the last).
 
         Raises:
             TaskError: the batch has one prompt only.
