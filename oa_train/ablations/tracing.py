@@ -166,9 +166,12 @@ class Tracer:
         """Probability of each prompt's answers in every run, in float32, on the CPU; `advance` counts rows."""
         return torch.cat([traced for _, traced in self._traced(batch, corruption, advance)], dim=1)
 
-    def lost(self, batch: Batch, corruption: Corruption) -> Float[Tensor, "run prompt"]:
+    def lost(
+        self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
+    ) -> Float[Tensor, "run prompt"]:
         """Probability that each prompt's answers lose in every run, on the CPU; see `probability_lost`."""
-        return torch.cat([probability_lost(clean, traced) for clean, traced in self._traced(batch, corruption)], dim=1)
+        parts = self._traced(batch, corruption, advance)
+        return torch.cat([probability_lost(clean, traced) for clean, traced in parts], dim=1)
 
     @torch.no_grad()
     def _traced(

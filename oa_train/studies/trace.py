@@ -16,7 +16,6 @@ from oa_train.ablations.tracing import (
     Corruption,
     Tracer,
     Tracing,
-    answer_probability,
     corrupted_by,
     corrupted_by_constants,
     probability_lost,
@@ -24,7 +23,6 @@ from oa_train.ablations.tracing import (
 )
 from oa_train.ablations.tracing_constants import TracingConstants
 from oa_train.batches import Batch
-from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError, NotFiniteError, TaskError
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import estimate
@@ -105,16 +103,13 @@ class Trace(Study[TraceSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model, all traced runs, and those of the prompt that is traced token by token."""
-        n_test, n_draws, longest = (
-            self.task.n_test,
-            self._n_draws,
-            max(batch.tokens.shape[1] for batch in self.batches),
-        )
+        n_test, n_draws = self.task.n_test, self._n_draws
         stages = [Stage("the clean model", n_test)]
         if GAUSSIAN in self.corruptions:
             stages += statistics_stages(["noise"], self.task)
         stages.append(Stage("tracing", n_test * len(self.tracing) * n_draws))
         if self.settings.prompt is not None:
+            longest = max(batch.tokens.shape[1] for batch in self.batches)
             n_runs = len(self.tracing.kinds) * len(self.tracing.layers) * longest
             stages.append(Stage("one prompt, token by token", n_runs * n_draws))
         return stages
@@ -152,6 +147,10 @@ class Trace(Study[TraceSettings]):
         right = self._clean.accuracy[0] == 1
         known, identities = self.known, self._clean.identities[right]
         clean = (-self._clean.cross_entropy[0][right].double()).exp()
+        if self.settings.prompt is not None and not 0 <= self.settings.prompt < len(clean):
+            raise ConfigurationError(
+                f"trace.prompt is {self.settings.prompt}; the model knows the prompts 0 to {len(clean) - 1}."
+            )
         traced = self._traced(len(known))
         lost = {name: probability_lost(clean, p).mean(dim=0) for name, p in traced.items()}
         for name, values in lost.items():
@@ -247,10 +246,7 @@ class Trace(Study[TraceSettings]):
 
         Constants are those trained with nothing restored, because there are none for single tokens.
         """
-        prompts = [batch.rows(slice(row, row + 1)) for batch in self.known for row in range(len(batch))]
-        if not 0 <= number < len(prompts):
-            raise ConfigurationError(f"trace.prompt is {number}; the model knows the prompts 0 to {len(prompts) - 1}.")
-        prompt = prompts[number]
+        prompt = [batch.rows(slice(row, row + 1)) for batch in self.known for row in range(len(batch))][number]
         columns = (prompt.attention_mask & ~prompt.protected)[0].nonzero().flatten().tolist()
         spans = tuple(f"-{count}" for count in range(len(columns), 0, -1))
         tracing = replace(self.tracing, spans=spans, windows=self.tracing.windows[:1])
@@ -258,10 +254,9 @@ class Trace(Study[TraceSettings]):
         with self.track(len(tracing) * self._n_draws, "one prompt, token by token") as advance:
             for name in self.corruptions:
                 draws = [
-                    tracer.probabilities(prompt, self._unrestored(name, draw), advance)
-                    for draw in range(self._draws(name))
+                    tracer.lost(prompt, self._unrestored(name, draw), advance) for draw in range(self._draws(name))
                 ]
-                lost = probability_lost(self._probability(prompt), torch.stack(draws)).mean(dim=0)[:, 0]
+                lost = torch.stack(draws).mean(dim=0)[:, 0]
                 shares = (1 - lost / lost[-1].clamp(min=1e-12))[:-1].view(len(tracing.kinds), len(spans), -1)
                 for kind, table in zip(tracing.kinds, shares, strict=True):
                     tables[spoken(name), kind] = table.numpy()
@@ -277,11 +272,6 @@ class Trace(Study[TraceSettings]):
         assert self.constants is not None
         last = self.constants.table[-1:].to(self.model.device)
         return lambda batch, runs: last[:, None, None]
-
-    def _probability(self, prompt: Batch) -> Float[Tensor, " prompt"]:
-        moved = prompt.to(self.model.device)
-        with torch.no_grad():
-            return answer_probability(scored_logits(self.model, moved), moved).cpu()
 
 
 def _listed(tracing: Tracing) -> str:
