@@ -100,6 +100,7 @@ class Batch:
         protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. It is an
             attention sink, whose outlier activations every later token relies on.
         spans: True at the tokens of each named span.
+        first_scored: no column left of this one is scored; 0 if it was not known without a synchronisation.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -113,6 +114,15 @@ class Batch:
     padded: bool
     protected: Bool[Tensor, "batch position"]
     spans: Mapping[str, Bool[Tensor, "batch position"]] = field(default_factory=dict)
+    first_scored: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        # Elsewhere a number would cost a synchronisation, or does not exist, as of tensors of shapes alone.
+        if type(self.scored) is Tensor and self.scored.is_cpu and self.scored.numel():
+            self._set_first_scored(int(self.scored.min()))
+
+    def _set_first_scored(self, column: int) -> None:
+        object.__setattr__(self, "first_scored", column)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -144,12 +154,14 @@ class Batch:
                 changed[attribute.name] = function(value)
             elif isinstance(value, Mapping):
                 changed[attribute.name] = {name: function(inside) for name, inside in value.items()}
-        return replace(self, **changed)
+        mapped = replace(self, **changed)
+        mapped._set_first_scored(self.first_scored)
+        return mapped
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """Copy to a device; `example_ids`, which seed generators, stay on the CPU."""
-        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-        return replace(moved, example_ids=self.example_ids)
+        ids = self.example_ids
+        return self._map(lambda tensor: tensor if tensor is ids else tensor.to(device, non_blocking=non_blocking))
 
     def repeat(self, times: int) -> "Batch":
         """Tile the batch: row `s * len(self) + b` is prompt `b`; `times` 1 returns the batch itself."""

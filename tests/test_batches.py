@@ -164,3 +164,14 @@ def test_a_leading_token_is_the_first_real_one():
         assert torch.equal(leading, batch.protected)
         assert leading.any(dim=1).tolist() == [True, True, False]
     assert not leading_tokens(batch.tokens, batch.positions, None).any()
+
+
+def test_the_first_scored_column_is_known_without_asking_the_device():
+    batch = full_batch()
+    assert batch.first_scored == int(batch.scored.min()) > 0
+    assert batch.to("meta").first_scored == batch.first_scored
+    assert batch.to("meta").repeat(3).first_scored == batch.first_scored
+    # Of other scored columns nothing is known on a device, so that none can be left out.
+    assert replace(batch, scored=torch.zeros(2, 1, dtype=torch.long)).first_scored == 0
+    moved = batch.to("meta")
+    assert replace(moved, scored=moved.scored).first_scored == 0

@@ -144,7 +144,7 @@ def _losses(
     for batch in batches:
         logits_of_batch, done = clean(batch).to(masks.device), 0
         on_device = batch.to(masks.device)
-        for piece, slices in chunks(model, level, on_device, len(masks), rows_per_run, gradients=True):
+        for piece, slices in chunks(model, level, on_device, masks, rows_per_run, gradients=True):
             unmasked, done = logits_of_batch[done : done + len(piece)], done + len(piece)
             values = ablation.replacements(piece, partial(read_values, model, level=level))
             for starts in slices:

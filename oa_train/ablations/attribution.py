@@ -42,8 +42,9 @@ def mask_gradients(
         advance: counts passes.
     """
     ablation, gradients = ablation.to(model.device), []
+    everything = torch.ones(1, len(level))
     for batch in batches:
-        for piece, _ in chunks(model, level, batch.to(model.device), 1, rows_per_run, gradients=True):
+        for piece, _ in chunks(model, level, batch.to(model.device), everything, rows_per_run, gradients=True):
             values = ablation.replacements(piece, partial(read_values, model, level=level))
             dtype = torch.promote_types(model.dtype, torch.float32)
             mask = torch.ones(len(piece), len(level), device=model.device, dtype=dtype, requires_grad=True)

@@ -95,15 +95,15 @@ def circuit_behaviour(
     return _gathered(
         (piece, _on_piece(model, piece, logits, level, masks, moved, slices, advance))
         for batch in batches
-        for piece, logits, slices in _pieces(model, batch, clean(batch), level, len(masks), rows_per_run)
+        for piece, logits, slices in _pieces(model, batch, clean(batch), level, masks, rows_per_run)
     )
 
 
 def _pieces(
-    model: CausalLM, batch: Batch, clean: Tensor, level: Level, n_circuits: int, rows_per_run: int
+    model: CausalLM, batch: Batch, clean: Tensor, level: Level, masks: Tensor, rows_per_run: int
 ) -> Iterator[tuple[Batch, Tensor, list[slice]]]:
     first = 0
-    for piece, slices in chunks(model, level, batch.to(model.device), n_circuits, rows_per_run):
+    for piece, slices in chunks(model, level, batch.to(model.device), masks, rows_per_run):
         yield piece, clean[first : first + len(piece)].to(model.device), slices
         first += len(piece)
 

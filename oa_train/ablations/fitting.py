@@ -111,7 +111,8 @@ class FittedCircuits(nn.Module):
     def runs(self, model: CausalLM, batch: Batch, circuits: Sequence[int] | None = None) -> Iterator["CircuitRun"]:
         """Model runs of a step of all circuits, or of some, on a batch, each within `rows_per_run` and memory."""
         circuits = range(len(self.masks)) if circuits is None else circuits
-        for piece, slices in chunks(model, self.level, batch, len(circuits), self.rows_per_run, gradients=True):
+        masks = self.masks[[*circuits]]
+        for piece, slices in chunks(model, self.level, batch, masks, self.rows_per_run, gradients=True):
             with torch.no_grad():
                 clean = scored_logits(model, piece)
             for chosen in slices:

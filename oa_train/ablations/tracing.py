@@ -157,7 +157,7 @@ class Tracer:
 
     def pieces(self, batch: Batch, gradients: bool = False) -> "Iterator[Piece]":
         """Pieces of a batch on the model's device, with clean values and the runs that fit into memory at once."""
-        pieces = chunks(self.model, self.level, batch, len(self.masks), self.rows_per_run, gradients)
+        pieces = chunks(self.model, self.level, batch, self.masks, self.rows_per_run, gradients)
         return (Piece(self, prompts, slices) for prompts, slices in pieces)
 
     def probabilities(

@@ -192,7 +192,7 @@ class _Trial:
         read, written = list[Tensor](), list[Tensor]()
         before = [Tap(block, "input", read.append) for block in self.parts.blocks]
         after = [Tap(block, "output", written.append) for block in self.parts.blocks]
-        scored_logits(self.model, batch, [*taps, *before, *after])
+        scored_logits(self.model, batch, [*taps, *before, *after], whole=True)
         return torch.stack(written) - torch.stack(read)
 
 
@@ -266,7 +266,8 @@ def _wrong_parallel(trial: _Trial) -> float:
     for mask in (kept, ablated.flatten(1)):
         outputs: list[Tensor] = []
         taps = node_taps(trial.model, trial.nodes, mask, trial.constants().replacements(batch), batch.layout)
-        scored_logits(trial.model, batch, [*taps, *(Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps)])
+        reading = [Tap(mlp, "output", outputs.append) for mlp in trial.parts.mlps]
+        scored_logits(trial.model, batch, [*taps, *reading], whole=True)
         runs.append(outputs)
     parallel = check_config(trial.model.config).parallel
     pairs = enumerate(zip(*runs, strict=True))

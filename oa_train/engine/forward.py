@@ -1,15 +1,17 @@
 """Running the frozen model on a batch, as Hugging Face wrote it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from oa_train.batches import Batch
 from oa_train.models.frozen import CausalLM
-from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap, changed_argument, recomputed, tapped, uncompiled
+from oa_train.models.parts import Parts, find_parts
+from oa_train.models.taps import Tap, changed_argument, recomputed, replaced_forwards, tapped, uncompiled
 from oa_train.shapes import Float, Int, Tensor
 
 
@@ -31,10 +33,13 @@ def scored_logits(
     taps: Iterable[Tap] = (),
     recompute: bool = False,
     scored: Int[Tensor, "row scored"] | None = None,
+    whole: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions, with functions attached for this run.
 
-    Only those positions pass through the unembedding, which in a small model is the largest matrix.
+    Only those positions pass through the unembedding, which in a small model is the largest matrix, and only the
+    columns from the first of them on through the last projection of attention and the last MLP. `whole` runs these
+    at every column, for functions that read their outputs at others too.
     `recompute` is activation checkpointing of each block: less memory, more time, the same result.
     `scored` are the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
     """
@@ -43,9 +48,36 @@ def scored_logits(
     parts = find_parts(model)
     attached_taps = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
     attached = recomputed(parts.blocks, attached_taps) if recompute else tapped(attached_taps)
-    with as_written(model), attached:
+    inside = {tap.module for tap in attached_taps}
+    trimmed = [] if whole or recompute else [part for part in _last_parts(parts) if not inside & _below(part)]
+    with as_written(model), trimmed_to(trimmed, batch.first_scored), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
     return logits
+
+
+def _last_parts(parts: Parts) -> list[nn.Module]:
+    """Modules of the last block, after its attention has mixed tokens, that map each token by itself."""
+    body, block = parts.family.mlp_body, parts.blocks[-1]
+    return [parts.attention_outputs[-1], *([block.get_submodule(body)] if body else [])]
+
+
+def _below(module: nn.Module) -> set[nn.Module]:
+    return set(module.modules()) - {module}
+
+
+def trimmed_to(modules: Iterable[nn.Module], first: int) -> AbstractContextManager[None]:
+    """Run modules that map each token by itself from a column on, inside the context; before it they return zeros."""
+
+    def trimmed(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = forward(hidden[:, first:].contiguous(), *args, **kwargs)
+            if isinstance(output, tuple):
+                return F.pad(output[0], (0, 0, first, 0)), *output[1:]
+            return F.pad(output, (0, 0, first, 0))
+
+        return run
+
+    return replaced_forwards((module, trimmed(module.forward)) for module in (modules if first else ()))
 
 
 @contextmanager

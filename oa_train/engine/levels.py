@@ -11,12 +11,11 @@ from oa_train.batches import Batch, TokenLayout
 from oa_train.engine.edges.run import edge_row_bytes, edges_called, run_edges
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
-from oa_train.engine.prefix import prefix_logits, saved_share
+from oa_train.engine.prefix import own_blocks, prefix_logits, saved_share
 from oa_train.engine.values import Values
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
-from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.taps import tapped
 from oa_train.shapes import Bool, Float, Tensor
@@ -29,14 +28,14 @@ class Engine:
     Attributes:
         run: logits of a batch under masks, one per row.
         called: context in which one call of the model is masked.
-        row_bytes: bytes of a row of a batch, with or without a backward pass.
         circuits: logits of several circuits on the same prompts.
+        row_bytes: bytes that `circuits` takes for one prompt, by circuit, with or without a backward pass.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
     called: Callable[[CausalLM, Any, Tensor, Values, TokenLayout], AbstractContextManager[None]]
-    row_bytes: Callable[[CausalLM, Batch, bool], int]
     circuits: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
+    row_bytes: Callable[[CausalLM, Batch, Any, Tensor, bool], list[int]]
 
 
 def _run_nodes(model: CausalLM, batch: Batch, nodes: Nodes, mask: Tensor, values: Values, recompute: bool) -> Tensor:
@@ -53,10 +52,15 @@ def _node_circuits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, values: Values, recompute: bool
 ) -> Tensor:
     """Rows of a circuit join the run where it first ablates something, if that saves work."""
-    mixes = masks.is_floating_point()
-    if mixes or recompute or isinstance(model, FSDPModule) or saved_share(nodes, masks) <= 0:
+    if recompute or not _shares(model, nodes, masks):
         return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute)
     return prefix_logits(model, batch, nodes, masks, values).ablated.flatten(0, 1)
+
+
+def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
+    """True if runs of circuits share the clean prefix."""
+    mixes = masks.is_floating_point()
+    return not (mixes or isinstance(model, FSDPModule)) and saved_share(nodes, masks) > 0
 
 
 def _edge_circuits(
@@ -73,18 +77,26 @@ def _repeated(
     return model, batch.repeat(len(masks)), level, rows, values
 
 
-def _node_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
+def _node_row_bytes(model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, gradients: bool) -> list[int]:
     """About what a row's activations take: of one block, or of all that a backward pass goes through, and logits."""
-    sizes, width = Dimensions.of(model.config), batch.tokens.shape[1]
+    sizes, width = nodes.dimensions, batch.tokens.shape[1]
     of_block = width * (10 * sizes.d_model + 4 * sizes.d_mlp + 2 * sizes.n_heads * width)
     vocabulary: int = model.config.vocab_size
     of_logits = 4 * batch.scored.shape[1] * vocabulary
-    return ((sizes.n_layers if gradients else 1) * of_block + of_logits) * model.dtype.itemsize
+    n_blocks = [1] * len(masks)
+    if gradients:
+        shares = _shares(model, nodes, masks)
+        n_blocks = own_blocks(nodes, masks).tolist() if shares else [sizes.n_layers] * len(masks)
+    return [(n * of_block + of_logits) * model.dtype.itemsize for n in n_blocks]
+
+
+def _edge_row_bytes(model: CausalLM, batch: Batch, graph: Graph, masks: Tensor, gradients: bool) -> list[int]:
+    return [edge_row_bytes(model, batch, gradients)] * len(masks)
 
 
 ENGINES: dict[type[Level], Engine] = {
-    Nodes: Engine(_run_nodes, _nodes_called, _node_row_bytes, _node_circuits),
-    Graph: Engine(run_edges, edges_called, edge_row_bytes, _edge_circuits),
+    Nodes: Engine(_run_nodes, _nodes_called, _node_circuits, _node_row_bytes),
+    Graph: Engine(run_edges, edges_called, _edge_circuits, _edge_row_bytes),
 }
 
 

@@ -64,10 +64,14 @@ def prefix_logits(
 
 def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
     """Fraction of the work of plain runs that a shared prefix saves; negative if its clean rows cost more."""
-    n_blocks = nodes.dimensions.n_layers
+    n_blocks = nodes.dimensions.n_layers * len(masks)
+    return 1 - own_blocks(nodes, masks).sum().item() / n_blocks - 1 / len(masks)
+
+
+def own_blocks(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
+    """Blocks that each circuit runs itself, from the first one in which it ablates something."""
     # The token embedding costs next to nothing.
-    skipped = (_first_stages(nodes, masks) - 1).clamp(min=0).sum().item()
-    return skipped / (n_blocks * len(masks)) - 1 / len(masks)
+    return nodes.dimensions.n_layers - (_first_stages(nodes, masks) - 1).clamp(min=0)
 
 
 def _stage(nodes: Nodes, site: Site) -> int:
@@ -77,9 +81,9 @@ def _stage(nodes: Nodes, site: Site) -> int:
 
 def _first_stages(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
     """Stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
-    first = torch.full((len(masks),), nodes.dimensions.n_layers + 1)
+    first, masks = torch.full((len(masks),), nodes.dimensions.n_layers + 1), masks.cpu()
     for group in reversed(nodes.groups):
-        ablates = (~masks[:, group.entries]).any(dim=1).cpu()
+        ablates = (~masks[:, group.entries]).any(dim=1)
         first[ablates] = _stage(nodes, group.site)
     return first
 

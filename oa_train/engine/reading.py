@@ -30,5 +30,7 @@ def clean_run(model: CausalLM, batch: Batch, level: Level) -> tuple[Float[Tensor
         tensors[site] = SITE_KINDS[site.kind].read(tensor, layout, site.layer, level.by_layer)
 
     places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, level.by_layer) for site in level.sites}
-    logits = scored_logits(model, batch, [Tap(*place, partial(read, site)) for site, place in places.items()])
+    logits = scored_logits(
+        model, batch, [Tap(*place, partial(read, site)) for site, place in places.items()], whole=True
+    )
     return logits, Values(tensors)

@@ -16,6 +16,11 @@ def model():
     return tiny_model("llama")
 
 
+def masks_of(n_circuits: int, level) -> torch.Tensor:
+    """Circuits that ablate everything, so that they share no layer."""
+    return torch.zeros(n_circuits, len(level), dtype=torch.bool)
+
+
 def pairs(pieces, n_circuits: int) -> list[tuple[int, int]]:
     """Number of the prompt and of the circuit, of every row of every run."""
     return [
@@ -35,7 +40,8 @@ def everything(n_prompts: int, n_circuits: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("n_circuits", [1, 2, 7])
 def test_runs_of_nodes_cover_every_circuit_and_prompt_once_within_the_rows(model, rows_per_run, n_circuits):
     batch = random_batch([4, 6, 3, 5, 4])
-    pieces = list(chunks(model, Nodes.of(model.config), batch, n_circuits, rows_per_run))
+    nodes = Nodes.of(model.config)
+    pieces = list(chunks(model, nodes, batch, masks_of(n_circuits, nodes), rows_per_run))
     assert sorted(pairs(pieces, n_circuits)) == everything(5, n_circuits)
     for piece, slices in pieces:
         assert all(len(piece) * (circuits.stop - circuits.start) <= rows_per_run for circuits in slices)
@@ -49,10 +55,11 @@ def test_runs_of_nodes_cover_every_circuit_and_prompt_once_within_the_rows(model
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 12, 100])
 def test_runs_of_edges_stay_within_memory(model, monkeypatch, rows, gradients):
     graph, batch = Graph.of(model.config), random_batch([4, 6, 3, 5, 4])
-    row_bytes = ENGINES[Graph].row_bytes(model, batch, gradients)
+    masks = masks_of(4, graph)
+    row_bytes = ENGINES[Graph].row_bytes(model, batch, graph, masks, gradients)[0]
     assert row_bytes > 0
     monkeypatch.setattr(chunks_module, "RUN_BYTES", rows * row_bytes + row_bytes // 2)
-    pieces = list(chunks(model, graph, batch, 4, rows_per_run=10, gradients=gradients))
+    pieces = list(chunks(model, graph, batch, masks, rows_per_run=10, gradients=gradients))
     assert sorted(pairs(pieces, 4)) == everything(5, 4)
     for piece, slices in pieces:
         for circuits in slices:
@@ -60,24 +67,44 @@ def test_runs_of_edges_stay_within_memory(model, monkeypatch, rows, gradients):
 
 
 def test_a_backward_pass_takes_more_memory_than_none(model):
-    batch = random_batch([4, 6, 3, 5, 4])
-    without, with_gradients = (ENGINES[Graph].row_bytes(model, batch, gradients) for gradients in (False, True))
+    graph, batch = Graph.of(model.config), random_batch([4, 6, 3, 5, 4])
+    masks = masks_of(1, graph)
+    without, with_gradients = (ENGINES[Graph].row_bytes(model, batch, graph, masks, kept) for kept in (False, True))
     assert without < with_gradients
 
 
 def test_runs_of_nodes_stay_within_memory(model, monkeypatch):
     nodes, batch = Nodes.of(model.config), random_batch([4, 6, 3, 5, 4])
-    row_bytes = ENGINES[Nodes].row_bytes(model, batch, True)
+    masks = masks_of(4, nodes)
+    row_bytes = ENGINES[Nodes].row_bytes(model, batch, nodes, masks, True)[0]
     monkeypatch.setattr(chunks_module, "RUN_BYTES", 3 * row_bytes)
-    pieces = list(chunks(model, nodes, batch, 4, gradients=True))
+    pieces = list(chunks(model, nodes, batch, masks, gradients=True))
     assert sorted(pairs(pieces, 4)) == everything(5, 4)
     assert max(len(piece) * (s.stop - s.start) for piece, slices in pieces for s in slices) == 3
 
 
+def test_more_circuits_fit_into_a_run_where_they_share_layers(model, monkeypatch):
+    nodes, batch = Nodes.of(model.config), random_batch([4, 6, 3, 5, 4])
+    first, last = (~nodes.mask([name]) for name in ("m0", f"m{nodes.dimensions.n_layers - 1}"))
+    early, late = first.expand(8, -1), last.expand(8, -1)
+    monkeypatch.setattr(
+        chunks_module, "RUN_BYTES", 3 * ENGINES[Nodes].row_bytes(model, batch, nodes, masks_of(1, nodes), True)[0]
+    )
+    runs = []
+    for masks in (early, late):
+        pieces = list(chunks(model, nodes, batch, masks, gradients=True))
+        assert sorted(pairs(pieces, 8)) == everything(5, 8)
+        runs.append(sum(len(slices) for _, slices in pieces))
+    assert runs[0] > runs[1]
+    # Without a backward pass only one block's activations exist at a time, and all circuits are in the last one.
+    n_runs = {len(list(chunks(model, nodes, batch, masks))) for masks in (early, late)}
+    assert len(n_runs) == 1
+
+
 def test_a_row_that_is_too_large_runs_alone(model, monkeypatch):
     monkeypatch.setattr(chunks_module, "RUN_BYTES", 1)
-    batch = random_batch([4, 6, 3])
-    pieces = list(chunks(model, Graph.of(model.config), batch, 2))
+    graph, batch = Graph.of(model.config), random_batch([4, 6, 3])
+    pieces = list(chunks(model, graph, batch, masks_of(2, graph)))
     assert [len(piece) for piece, _ in pieces] == [1, 1, 1]
     assert sorted(pairs(pieces, 2)) == everything(3, 2)
     assert torch.equal(torch.cat([piece.tokens for piece, _ in pieces]), batch.tokens)

@@ -8,11 +8,14 @@ from torch.testing import assert_close
 
 from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.levels import masked_logits
+from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family
+from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from tests.builders import random_batch, random_dictionary, random_values, traces
+from oa_train.models.taps import Tap
+from tests.builders import random_batch, random_constants, random_dictionary, random_mask, random_values, traces
 from tests.engine.selections import plain_kinds
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -99,6 +102,39 @@ def test_scored_logits_are_those_of_hugging_face_at_the_scored_position(archetyp
     batch = random_batch([7, 4], side)
     whole = archetype(**model_inputs(batch)).logits
     assert_close(scored_logits(archetype, batch), torch.stack([whole[i, batch.scored[i]] for i in range(2)]), **EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_end_of_the_last_block_runs_from_the_first_scored_column_on(any_model, side):
+    """In value and gradient as if it ran everywhere."""
+    batch, level, parts = random_batch([7, 6, 5], side), Nodes.of(any_model.config), find_parts(any_model)
+    mask, seen, results = random_mask(3, len(level)), [], []
+    projection, body = parts.attention_outputs[-1], parts.family.mlp_body
+    forward, after = projection.forward, getattr(parts.blocks[-1], body, parts.mlps[-1])
+    projection.forward = lambda heads: seen.append(heads.shape[1]) or forward(heads)
+    try:
+        for whole in (False, True):
+            constants = random_constants(level, requires_grad=True)
+            taps = node_taps(any_model, level, mask, constants.replacements(batch), batch.layout)
+            reads = Tap(after, "input", lambda hidden: seen.append(hidden.numel()))
+            logits = scored_logits(any_model, batch, [*taps, reads], whole=whole)
+            gradients = torch.autograd.grad(logits.square().sum(), [*constants.tables.values()])
+            results.append((logits.detach(), *gradients))
+    finally:
+        del projection.forward
+    for trimmed, full in zip(*results, strict=True):
+        assert_close(trimmed, full, **EXACT)
+    # Functions attached to the modules see every column either way.
+    assert seen[1::2] == [seen[1]] * 2
+    assert seen[::2] == [7 - batch.first_scored, 7]
+
+
+def test_a_module_runs_everywhere_where_a_function_inside_reads_it(archetype):
+    batch, parts, widths = random_batch([7, 6], "left"), find_parts(archetype), []
+    inside = Tap(parts.down_projections[-1], "input", lambda hidden: widths.append(hidden.shape[1]))
+    logits = scored_logits(archetype, batch, [inside])
+    assert widths == [7]
+    assert_close(logits, scored_logits(archetype, batch), **EXACT)
 
 
 def test_inputs_name_mask_and_positions_only_with_padding():

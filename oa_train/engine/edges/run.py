@@ -58,7 +58,7 @@ def run_edges(
     """
     scored = batch.scored[:, 0] if batch.scored.shape[1] == 1 else None
     with _Run(model, graph, mask, values, batch.protected, scored, recompute).attached():
-        return scored_logits(model, batch)
+        return scored_logits(model, batch, whole=True)
 
 
 @contextmanager
