@@ -122,4 +122,5 @@ def run_name(folder: str | Path) -> str:
     """
     path = Path(folder).absolute()
     own = "/".join(path.parts[-2:])
-    return f"{run_name(path.parent.parent)}/{own}" if path.parent.name in ("front", "studies") else own
+    is_part = path.parent.name in ("front", "studies") and not path.name.startswith("version_")
+    return f"{run_name(path.parent.parent)}/{own}" if is_part else own

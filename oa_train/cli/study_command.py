@@ -40,12 +40,14 @@ FROM_RUN = ("seed_everything", "lm", "data")
 
 # Values of `asks_of` that require a run.
 NEEDING_RUNS = ("one", "several")
+# Values that admit several.
+TAKING_SEVERAL = ("several", "any")
 
 _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
     "optional": "folder of a run, whose model, task, seed and result (if any) are used and which gets the results",
-    "several": "folder of a finished run; of several, the first gives model and task and gets the results",
+    "several": "folder of a finished run, of one circuit or more; the first gives model and task; it gets the results",
     "any": "folder of a run; of several, the first gives model, task and seed and gets the results",
 }
 
@@ -68,7 +70,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         parser.exit()
     if kind.asks_of in NEEDING_RUNS and not folders:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
-    if len(folders) > 1 and kind.asks_of not in ("several", "any"):
+    if len(folders) > 1 and kind.asks_of not in TAKING_SEVERAL:
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
     runs = [RunFolder.find(folder) for folder in folders]
     options = _options(parser, runs, rest)
@@ -189,6 +191,8 @@ def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
         return []
     having = [run for run in runs if not (kind.asks_of in ("optional", "any") and run.is_of_a_study)]
     of_circuits = kind.FromRun is TrainedCircuit
+    if of_circuits and kind.asks_of in TAKING_SEVERAL:
+        having = [circuit for run in having for circuit in run.circuits()]
     return _named_apart(
         [run.trained_circuit() if of_circuits else kind.FromRun.load(run.path) for run in having], having
     )

@@ -143,6 +143,13 @@ class RunFolder:
         """Write the configuration."""
         replace_file(self.path / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
 
+    def circuits(self) -> "list[RunFolder]":
+        """Folders with one circuit each: `front/N` of a run that trained several, else the run itself."""
+        if (self.path / "circuit").exists() or not (self.path / FRONT).is_dir():
+            return [self]
+        folders = sorted((self.path / FRONT).iterdir(), key=lambda folder: (len(folder.name), folder.name))
+        return [RunFolder(folder) for folder in folders]
+
     def trained_circuit(self) -> "TrainedCircuit":
         """The circuit of the run.
 
@@ -168,9 +175,8 @@ class RunFolder:
         ):
             if (self.path / folder).is_dir():
                 return f"{self.path} holds {content}, and no circuit: oa-train {command} --run {self.path}"
-        if not (self.path / "circuit").exists() and (self.path / FRONT).is_dir():
-            numbers = sorted((part.name for part in (self.path / FRONT).iterdir()), key=lambda name: (len(name), name))
-            choices = f"{self.path / FRONT}/N, N being {', '.join(numbers)}"
+        if len(circuits := self.circuits()) > 1:
+            choices = f"{self.path / FRONT}/N, N being {', '.join(part.path.name for part in circuits)}"
             return f"{self.path} holds several circuits. Give one of them: {choices}."
         return (
             f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
@@ -310,7 +316,7 @@ def _not_a_run(text: str, folder: Path) -> str:
     if folder.is_dir() and any((run / CONFIG_FILE).is_file() for run in above):
         return (
             f"--run is {text!r}, of a run that has trained several circuits side by side. `test` and `validate` take "
-            "the run itself and report all of them; studies take one of them, <run>/front/<N>."
+            "the run itself and report all of them, and so does `compare`; other studies take one, <run>/front/<N>."
         )
     state = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"
     near = sorted({*folder.glob(f"*/{CONFIG_FILE}"), *folder.parent.glob(f"*/{CONFIG_FILE}")})[:5]

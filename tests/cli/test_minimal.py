@@ -82,6 +82,18 @@ def test_one_of_several_circuits_is_asked_under_the_configuration_of_their_run(f
     assert several in complaint(capsys, "compare", "--run", str(front / "front"))
 
 
+def test_compare_takes_every_circuit_of_a_run(front, capsys):
+    few = ("--compare.random_circuits", "0", "--compare.components", "[]", "--compare.ablations", "[mean,zero]")
+    assert main(["compare", "--run", str(front), *few, "--data.n_test", "8", "--data.n_means", "16"]) == 0
+    said = capsys.readouterr().out
+    assert "results: runs/front/version_0/studies/compare_0" in said
+    rows = json.loads((front / "studies" / "compare_0" / "results.json").read_text())["rows"]
+    names = [f"front/version_0/front/{number}" for number in (0, 1)]
+    assert [(row["run"], row["ablation"]) for row in rows] == [
+        (name, kind) for name in names for kind in ("mean", "zero")
+    ]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
