@@ -53,12 +53,7 @@ class Stage:
 
 STAGES = (
     Stage("nodes", "fit", "--config configs/circuit_nodes_smollm2.yaml"),
-    Stage(
-        "nodes_compared",
-        "compare",
-        "--run {run}/front/0 --run {run}/front/1 --run {run}/front/2 --compare.random_circuits 0",
-        of="nodes",
-    ),
+    Stage("nodes_compared", "compare", "--run {run} --compare.random_circuits 0", of="nodes"),
     Stage(
         "nodes_random",
         "compare",
