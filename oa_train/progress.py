@@ -18,7 +18,7 @@ WITH_GRADIENTS = 2
 # Seconds of work before its duration is estimated, and of an estimate that is worth saying.
 MEASURED, WORTH_SAYING = 1.0, 10.0
 
-# Share of a stage after which its own pace counts, and no longer that of all stages so far.
+# Share of a stage after which its own pace counts for the rest of it, and no longer that of all stages so far.
 PACED = 0.05
 
 T = TypeVar("T")
@@ -80,9 +80,10 @@ class _Planned(Track):
                 now = time.monotonic()
                 # The first passes of a stage are often much slower than the others.
                 its_own = done >= PACED * passes or self._done == done
-                pace = (now - begun) / done if its_own else (now - self._start) / self._done
+                of_all = (now - self._start) / self._done
+                pace = (now - begun) / done if its_own else of_all
                 if now - begun >= MEASURED:
-                    self._estimated(now - self._start, pace * (passes - done + later))
+                    self._estimated(now - self._start, pace * (passes - done) + of_all * later)
 
             yield count
 

@@ -54,6 +54,18 @@ def test_stages_are_numbered_and_their_whole_time_is_said_after_the_first_step(c
     assert told.lines == ["this takes about 3 min", *later]
 
 
+def test_a_slow_short_stage_does_not_set_the_pace_of_later_ones(clock):
+    told = Told()
+    track = told.planned([Stage("first", 90), Stage("slow", 10), Stage("last", 900)])
+    with track(90, "averaging") as advance:
+        clock[0] += 90
+        advance(90)
+    with track(10, "running prompts twice") as advance:
+        clock[0] += 20
+        advance(10)
+    assert told.lines == ["this takes about 17 min"]
+
+
 def test_short_work_is_not_estimated_and_one_stage_not_numbered(clock):
     told = Told()
     with told.planned([Stage("only", 4)])(4, "evaluating") as advance:
