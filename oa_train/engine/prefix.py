@@ -1,15 +1,19 @@
 """Runs of several circuits that share the clean prefix before the first layer that each ablates.
 
-The model starts on the prompts alone. Where a circuit first ablates something, its rows join the batch as copies of
-the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow accordingly. So a
-circuit that ablates one unit of the last layer costs one layer, and the clean run costs nothing extra.
+The model starts on the prompts alone. In the block where a circuit first ablates something, its rows join the batch as
+copies of the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow
+accordingly. If that is not before attention mixes tokens, they do without it in this block. So a circuit that ablates
+one unit of the last layer costs a part of one layer, and the clean run costs nothing extra.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from oa_train.batches import Batch
@@ -17,11 +21,14 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.values import Values
 from oa_train.models.frozen import CausalLM
-from oa_train.models.parts import find_parts
+from oa_train.models.parts import Parts, find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.models.taps import Tap, changed_calls
+from oa_train.models.taps import CallFunction, Tap, changed_calls
 from oa_train.shapes import Bool, Float, Int, Tensor
+
+# Rank of the first kind of site whose tensor passes when attention has mixed tokens.
+_AFTER_ATTENTION = list(SITE_KINDS).index("heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +57,7 @@ def prefix_logits(
     taps: list[Tap] = []
     for stage in range(growth.n_stages):
         present = growth.rows[: growth.counts[stage]]
-        sites = [site for site in nodes.sites if _stage(nodes, site) == stage]
+        sites = [site for site in nodes.sites if _moment(nodes, site) // 2 == stage]
         if sites:
             layout = rows.rows(slice(0, len(present))).layout
             mask = growth.masks[: len(present)]
@@ -71,20 +78,23 @@ def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
 def own_blocks(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
     """Blocks that each circuit runs itself, from the first one in which it ablates something."""
     # The token embedding costs next to nothing.
-    return nodes.dimensions.n_layers - (_first_stages(nodes, masks) - 1).clamp(min=0)
+    return nodes.dimensions.n_layers - (_first_moments(nodes, masks) // 2 - 1).clamp(min=0)
 
 
-def _stage(nodes: Nodes, site: Site) -> int:
-    """Stage in which a site's tensor passes."""
-    return 0 if site.kind == "tokens" else 1 + SITE_KINDS[site.kind].rank(site.layer, nodes.by_layer)[0]
+def _moment(nodes: Nodes, site: Site) -> int:
+    """When a site's tensor passes: 2 s where stage s begins, 2 s + 1 from where its attention has mixed tokens on."""
+    if site.kind == "tokens":
+        return 0
+    layer, kind, _ = SITE_KINDS[site.kind].rank(site.layer, nodes.by_layer)
+    return 2 * (1 + layer) + (kind >= _AFTER_ATTENTION)
 
 
-def _first_stages(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
-    """Stage in which each circuit first ablates something; the last one for a circuit that ablates nothing."""
-    first, masks = torch.full((len(masks),), nodes.dimensions.n_layers + 1), masks.cpu()
+def _first_moments(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
+    """When each circuit first ablates something; the last moment for a circuit that ablates nothing."""
+    first, masks = torch.full((len(masks),), 2 * (nodes.dimensions.n_layers + 1)), masks.cpu()
     for group in reversed(nodes.groups):
         ablates = (~masks[:, group.entries]).any(dim=1)
-        first[ablates] = _stage(nodes, group.site)
+        first[ablates] = _moment(nodes, group.site)
     return first
 
 
@@ -93,15 +103,20 @@ class _Growth:
 
     Stage 0 is the token embedding, stage l + 1 begins with the input of block l, and the last stage with that of the
     final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
+
+    Attributes:
+        counts: rows in each stage.
+        attending: the first rows of each stage, for which attention mixes tokens; in the others it reads clean rows.
     """
 
     def __init__(self, model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> None:
         self._n_prompts, device = len(batch), batch.tokens.device
         self.n_stages = nodes.dimensions.n_layers + 2
-        stages = _first_stages(nodes, masks)
-        self.order: Int[Tensor, " circuit"] = stages.argsort(stable=True)
-        joined = torch.stack([(stages <= stage).sum() for stage in range(self.n_stages)])
-        self.counts: list[int] = ((1 + joined) * self._n_prompts).tolist()
+        moments = _first_moments(nodes, masks)
+        self.order: Int[Tensor, " circuit"] = moments.argsort(stable=True)
+        joined = torch.stack([(moments <= moment).sum() for moment in range(2 * self.n_stages)])
+        rows: list[int] = ((1 + joined) * self._n_prompts).tolist()
+        self.attending, self.counts = rows[::2], rows[1::2]
         self.rows: Int[Tensor, " row"] = torch.arange((1 + len(masks)) * self._n_prompts, device=device)
         kept = torch.ones(self._n_prompts, len(nodes), device=device)
         ordered = masks[self.order.to(masks.device)].to(device, torch.float32)
@@ -114,17 +129,48 @@ class _Growth:
     def growing(self, model: CausalLM) -> AbstractContextManager[None]:
         """Let rows join during one run of the model inside the context."""
         parts = find_parts(model)
-        return changed_calls(
-            (module, self._joining(stage)) for stage, module in enumerate([*parts.blocks, parts.final_norm], start=1)
-        )
+        joins = [(module, self._joining(stage)) for stage, module in enumerate([*parts.blocks, parts.final_norm], 1)]
+        return changed_calls([*joins, *self._mixing(parts)])
 
-    def _joining(self, stage: int) -> Any:
+    def _mixing(self, parts: Parts) -> Iterator[tuple[nn.Module, CallFunction]]:
+        """Changes of calls that spare attention the rows that have just joined, up to its projection."""
+        path = parts.family.attention_output.rpartition(".")[0]
+        for stage, (block, projection) in enumerate(zip(parts.blocks, parts.attention_outputs, strict=True), 1):
+            attention = block.get_submodule(path)
+            # Some attention modules add the residual stream themselves.
+            if (
+                self.attending[stage] < self.counts[stage]
+                and "residual" not in signature(attention.forward).parameters
+            ):
+                yield attention, self._leaving(stage)
+                yield projection, self._returning(stage)
+
+    def _leaving(self, stage: int) -> CallFunction:
+        n_rows, n_attending = self.counts[stage], self.attending[stage]
+
+        def leave(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def by_row(value: Any) -> Any:
+                per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == n_rows
+                return value[:n_attending] if per_row else value
+
+            return tree_map(by_row, args), tree_map(by_row, kwargs)
+
+        return leave
+
+    def _returning(self, stage: int) -> CallFunction:
+        n_copies = (self.counts[stage] - self.attending[stage]) // self._n_prompts
+        return lambda args, kwargs: ((self._grown(args[0], n_copies), *args[1:]), kwargs)
+
+    def _grown(self, rows: Tensor, n_copies: int) -> Tensor:
+        return torch.cat([rows, *[rows[: self._n_prompts]] * n_copies])
+
+    def _joining(self, stage: int) -> CallFunction:
         before, n_rows = self.counts[stage - 1], self.counts[stage]
 
         def join(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             hidden, *others = args
             copies = (n_rows - before) // self._n_prompts
-            grown = torch.cat([hidden, *[hidden[: self._n_prompts]] * copies]) if copies else hidden
+            grown = self._grown(hidden, copies) if copies else hidden
             prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
 
             def by_row(value: Any) -> Any:

@@ -64,20 +64,23 @@ def test_the_blocks_see_fewer_rows(archetype):
     masks = circuits(level, *[(name,) for name in level.names])
     values = random_constants(level).replacements(batch)
 
-    def rows_seen(run) -> int:
-        seen: list[int] = []
-        taps = [
-            Tap(block, "output", lambda hidden: seen.append(len(hidden))) for block in find_parts(archetype).blocks
-        ]
+    parts = find_parts(archetype)
+
+    def rows_seen(run) -> tuple[int, int]:
+        """By blocks, and where heads leave attention."""
+        in_blocks, in_attention = list[int](), list[int]()
+        taps = [Tap(block, "output", lambda hidden: in_blocks.append(len(hidden))) for block in parts.blocks]
+        # Attached before rows join there.
+        taps += [Tap(part, "input", lambda heads: in_attention.append(len(heads))) for part in parts.attention_outputs]
         with tapped(taps):
             run()
-        return sum(seen)
+        return sum(in_blocks), sum(in_attention)
 
     shared = rows_seen(lambda: prefix_logits(archetype, batch, level, masks, values))
     whole = rows_seen(lambda: each_whole(archetype, batch, level, masks, values))
-    # Five circuits join in each layer, beside the clean rows; whole they go through all three layers.
-    assert shared == 2 * (6 + 11 + 16)
-    assert whole == 2 * 3 * 15
+    # Five circuits join in each layer, after its attention, beside the clean rows; whole they go through all three.
+    assert shared == (2 * (6 + 11 + 16), 2 * (1 + 6 + 11))
+    assert whole == (2 * 3 * 15, 2 * 3 * 15)
 
 
 def test_the_model_is_untouched_afterwards_and_after_an_exception(archetype):
