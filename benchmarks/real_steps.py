@@ -107,7 +107,7 @@ def clean(model: CausalLM, batch: Batch) -> Step:
 
 def whole_step(module: CircuitModule, task: IOI) -> Step:
     """A training step in a bare loop, on the next batch at every call."""
-    optimizer, numbers = module.configure_optimizers()["optimizer"], iter(range(10**6))
+    optimizer, numbers = module.configure_optimizers(), iter(range(10**6))
 
     def run() -> None:
         batch = task.batch("train", next(numbers))
