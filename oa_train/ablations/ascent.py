@@ -152,7 +152,7 @@ def _losses(
                 n_starts = len(chosen)
                 with torch.set_grad_enabled(with_gradients):
                     logits = copies_logits(model, piece, level, chosen, values.repeat(n_starts))
-                    of_rows = loss_of(loss, unmasked.repeat(n_starts, 1, 1), logits, piece.repeat(n_starts))
+                    of_rows = loss_of(loss, unmasked, logits, piece.repeat(n_starts))
                     of_starts = of_rows.view(n_starts, -1).sum(dim=1) / n_prompts
                 if with_gradients:
                     # A sum over starts: the gradient of each is that of its own mean.

@@ -131,8 +131,8 @@ def prompt_identities(batch: Batch) -> Int[Tensor, " prompt"]:
 
 
 def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> dict[str, Tensor]:
-    rows, repeated = batch.repeat(copies), clean.repeat(copies, 1, 1)
-    return {name: measured(name, repeated, logits, rows).view(copies, -1) for name in MEASURES}
+    rows = batch.repeat(copies)
+    return {name: measured(name, clean, logits, rows).view(copies, -1) for name in MEASURES}
 
 
 def _on_piece(

@@ -8,16 +8,19 @@ such as each component alone, share one set of tables.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
+from oa_train.ablations.base import replacements_of_copies
 from oa_train.ablations.best import BestConstants, can_share_tables, replaced_slots
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, circuit_logits
+from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
-from oa_train.engine.forward import scored_logits
+from oa_train.engine.levels import copies_and_clean_logits
+from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError, NotFiniteError
 from oa_train.metrics.measures import Loss, loss_of
 from oa_train.models.frozen import CausalLM
@@ -113,10 +116,8 @@ class FittedCircuits(nn.Module):
         circuits = range(len(self.masks)) if circuits is None else circuits
         masks = self.masks[[*circuits]]
         for piece, slices in chunks(model, self.level, batch, masks, self.rows_per_run, gradients=True):
-            with torch.no_grad():
-                clean = scored_logits(model, piece)
             for chosen in slices:
-                yield CircuitRun(self, model, piece, clean, [*circuits[chosen]], len(piece) / len(batch))
+                yield CircuitRun(self, model, piece, [*circuits[chosen]], len(piece) / len(batch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +127,6 @@ class CircuitRun:
     fitted: FittedCircuits
     model: CausalLM
     batch: Batch
-    clean: Float[Tensor, "batch scored vocabulary"]
     circuits: list[int]
     share: float
 
@@ -138,10 +138,12 @@ class CircuitRun:
             Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
             for number in numbers
         ]
+        values = replacements_of_copies(
+            sets, self.batch, n_circuits, partial(read_values, self.model, level=fitted.level)
+        )
         masks = fitted.masks[self.circuits]
-        logits = circuit_logits(self.model, self.batch, fitted.level, masks, sets, fitted.recompute)
-        clean, rows = self.clean.repeat(n_circuits, 1, 1), self.batch.repeat(n_circuits)
-        losses = loss_of(fitted.loss, clean, logits, rows)
+        logits, clean = copies_and_clean_logits(self.model, self.batch, fitted.level, masks, values, fitted.recompute)
+        losses = loss_of(fitted.loss, clean, logits, self.batch.repeat(n_circuits))
         return self.share * losses.view(n_circuits, -1).mean(dim=1)
 
 

@@ -144,7 +144,7 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
         laid_out = live.now
         logits = scored_logits(model, rows, taps, settings.recompute)
         ran = live.now
-        loss = kl_divergence(torch.cat([clean] * copies), logits).mean()
+        loss = kl_divergence(clean, logits.unflatten(0, (copies, -1))).mean()
         compared = live.now
     loss.backward()
     del optimiser

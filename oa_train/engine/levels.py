@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 
 from oa_train.batches import Batch, TokenLayout
@@ -28,13 +29,13 @@ class Engine:
     Attributes:
         run: logits of a batch under masks, one per row.
         called: context in which one call of the model is masked.
-        circuits: logits of several circuits on the same prompts.
+        circuits: logits of several circuits on the same prompts, and those of the clean model if the run has them.
         row_bytes: bytes that `circuits` takes for one prompt, by circuit, with or without a backward pass.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
     called: Callable[[CausalLM, Any, Tensor, Values, TokenLayout], AbstractContextManager[None]]
-    circuits: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
+    circuits: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], tuple[Tensor, Tensor | None]]
     row_bytes: Callable[[CausalLM, Batch, Any, Tensor, bool], list[int]]
 
 
@@ -50,11 +51,12 @@ def _nodes_called(model: CausalLM, nodes: Nodes, mask: Tensor, values: Values, l
 
 def _node_circuits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, values: Values, recompute: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Rows of a circuit join the run where it first ablates something, if that saves work."""
     if recompute or not _shares(model, nodes, masks):
-        return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute)
-    return prefix_logits(model, batch, nodes, masks, values).ablated.flatten(0, 1)
+        return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute), None
+    logits = prefix_logits(model, batch, nodes, masks, values)
+    return logits.ablated.flatten(0, 1), logits.clean
 
 
 def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
@@ -65,8 +67,8 @@ def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
 
 def _edge_circuits(
     model: CausalLM, batch: Batch, graph: Graph, masks: Tensor, values: Values, recompute: bool
-) -> Tensor:
-    return run_edges(*_repeated(model, batch, graph, masks, values), recompute)
+) -> tuple[Tensor, None]:
+    return run_edges(*_repeated(model, batch, graph, masks, values), recompute), None
 
 
 def _repeated(
@@ -145,7 +147,23 @@ def copies_logits(
         values: the replacements, for all rows or for S * B rows.
         recompute: see `masked_logits`.
     """
-    return ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
+    return ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)[0]
+
+
+def copies_and_clean_logits(
+    model: CausalLM,
+    batch: Batch,
+    level: Level,
+    masks: Bool[Tensor, "circuit entry"] | Float[Tensor, "circuit entry"],
+    values: Values,
+    recompute: bool = False,
+) -> tuple[Float[Tensor, "row scored vocabulary"], Float[Tensor, "batch scored vocabulary"]]:
+    """`copies_logits`, and the clean model's logits without gradients: in the same run if circuits share a prefix."""
+    logits, clean = ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
+    if clean is None:
+        with torch.no_grad():
+            clean = scored_logits(model, batch)
+    return logits, clean.detach()
 
 
 def masked_call(

@@ -12,8 +12,14 @@ from oa_train.shapes import Float, Tensor
 # From clean logits, ablated logits and their batch to a value at each scored position.
 _Measure = Callable[[Tensor, Tensor, Batch], Tensor]
 
+
+def _divergence(clean: Tensor, logits: Tensor) -> Tensor:
+    by_copy = logits.unflatten(0, (-1, len(clean)))
+    return kl_divergence(clean, by_copy).flatten(0, 1)
+
+
 MEASURES: dict[str, _Measure] = {
-    "kl": lambda clean, logits, batch: kl_divergence(clean, logits),
+    "kl": lambda clean, logits, batch: _divergence(clean, logits),
     "accuracy": lambda clean, logits, batch: is_correct(logits, batch.answers).to(logits.dtype),
     "logit_difference": lambda clean, logits, batch: logit_difference(logits, batch.answers, batch.distractors),
     "cross_entropy": lambda clean, logits, batch: cross_entropy(logits, batch.answers),
@@ -27,13 +33,14 @@ LOSS_SIGNS: dict[Loss, int] = {"kl": 1, "cross_entropy": 1, "logit_difference": 
 
 def measured(
     name: str,
-    clean: Float[Tensor, "batch scored vocabulary"],
+    clean: Float[Tensor, "prompt scored vocabulary"],
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """A measure (a key of `MEASURES`) of every prompt, averaged over its scored positions.
+    """A measure (a key of `MEASURES`) of every row of a batch, averaged over its scored positions.
 
-    In nats, or between 0 and 1 for accuracy; float32, or float64 where the ablated model's `logits` are.
+    In nats, or between 0 and 1 for accuracy; float32, or float64 where the ablated model's `logits` are. The rows are
+    the prompts of the clean logits, or copies of them as `Batch.repeat` lays them out.
     """
     # Half precision is too coarse for differences of logits.
     precise = logits if logits.dtype.itemsize == 8 else logits.float()
@@ -48,11 +55,11 @@ def check_loss(option: str, name: str) -> None:
 
 def loss_of(
     name: Loss,
-    clean: Float[Tensor, "batch scored vocabulary"],
+    clean: Float[Tensor, "prompt scored vocabulary"],
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """Loss of every prompt: a measure, with its sign flipped if more is better.
+    """Loss of every row, see `measured`: a measure, with its sign flipped if more is better.
 
     `kl` is the divergence from the clean model and `cross_entropy` that of the task's answers. `logit_difference`, of
     answers against distractors, has no bound: a circuit that is surer than the model is better.

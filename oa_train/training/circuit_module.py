@@ -250,7 +250,7 @@ class CircuitModule(FrozenModelModule):
         of_copies = ablations if len(ablations) == 1 else [ablation for ablation in ablations for _ in range(samples)]
         values = replacements_of_copies(of_copies, batch, copies, partial(read_values, self.frozen, level=self.level))
         logits = masked_logits(self.frozen, rows, self.level, mask, values, self.recompute)
-        losses = loss_of(self.loss, clean.repeat(copies, 1, 1), logits, rows)
+        losses = loss_of(self.loss, clean, logits, rows)
         return losses.view(self.n_circuits, -1).mean(dim=1), self.penalty(self.masks.probabilities())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -314,7 +314,7 @@ class CircuitModule(FrozenModelModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the discrete circuits."""
-        clean, rows = self.clean_logits(batch).repeat(self.n_circuits, 1, 1), batch.repeat(self.n_circuits)
+        clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
         if batch_idx == 0:
             # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
             self._discrete = self.discrete()

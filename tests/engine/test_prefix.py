@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from oa_train.engine.forward import scored_logits
-from oa_train.engine.levels import copies_logits, masked_logits
+from oa_train.engine.levels import copies_and_clean_logits, copies_logits, masked_logits
 from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
@@ -112,4 +112,8 @@ def test_circuits_share_a_prefix_where_that_saves_work(archetype, monkeypatch):
     for masks in (late, early):
         whole = each_whole(archetype, batch, level, masks, values)
         assert_close(copies_logits(archetype, batch, level, masks, values).view_as(whole), whole, **EXACT)
-    assert shared == [4]
+        logits, clean = copies_and_clean_logits(archetype, batch, level, masks, values)
+        assert_close(logits.view_as(whole), whole, **EXACT)
+        assert_close(clean, scored_logits(archetype, batch), **EXACT)
+        assert not clean.requires_grad
+    assert shared == [4, 4]
