@@ -11,7 +11,15 @@ from torch.nn import functional as F
 from oa_train.batches import Batch
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Parts, find_parts
-from oa_train.models.taps import Tap, changed_argument, recomputed, replaced_forwards, tapped, uncompiled
+from oa_train.models.taps import (
+    Tap,
+    changed_argument,
+    foreign_hooks,
+    recomputed,
+    replaced_forwards,
+    tapped,
+    uncompiled,
+)
 from oa_train.shapes import Float, Int, Tensor
 
 
@@ -39,7 +47,7 @@ def scored_logits(
 
     Only those positions pass through the unembedding, which in a small model is the largest matrix, and only the
     columns from the first of them on through the last projection of attention and the last MLP. `whole` runs these
-    at every column, for functions that read their outputs at others too.
+    at every column, for functions that read their outputs at others too; so do hooks of others on the last block.
     `recompute` is activation checkpointing of each block: less memory, more time, the same result.
     `scored` are the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
     """
@@ -48,21 +56,20 @@ def scored_logits(
     parts = find_parts(model)
     attached_taps = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
     attached = recomputed(parts.blocks, attached_taps) if recompute else tapped(attached_taps)
-    inside = {tap.module for tap in attached_taps}
-    trimmed = [] if whole or recompute else [part for part in _last_parts(parts) if not inside & _below(part)]
+    trimmed = [] if whole or recompute else _independent_parts(parts, {tap.module for tap in attached_taps})
     with as_written(model), trimmed_to(trimmed, batch.first_scored), attached:
         logits: Tensor = model(**model_inputs(batch)).logits
     return logits
 
 
-def _last_parts(parts: Parts) -> list[nn.Module]:
-    """Modules of the last block, after its attention has mixed tokens, that map each token by itself."""
+def _independent_parts(parts: Parts, tapped_modules: set[nn.Module]) -> list[nn.Module]:
+    """Modules of the last block that map each token by itself, and inside which nobody reads or changes anything."""
     body, block = parts.family.mlp_body, parts.blocks[-1]
-    return [parts.attention_outputs[-1], *([block.get_submodule(body)] if body else [])]
-
-
-def _below(module: nn.Module) -> set[nn.Module]:
-    return set(module.modules()) - {module}
+    for module in (*block.modules(), parts.final_norm):
+        if foreign_hooks([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]):
+            return []
+    candidates = [parts.attention_outputs[-1], *([block.get_submodule(body)] if body else [])]
+    return [module for module in candidates if not tapped_modules & ({*module.modules()} - {module})]
 
 
 def trimmed_to(modules: Iterable[nn.Module], first: int) -> AbstractContextManager[None]:

@@ -125,6 +125,12 @@ def _checkpointed(forward: Callable[..., Any], taps: list[Tap]) -> Callable[...,
     return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
+def foreign_hooks(hooks: Iterable[Any]) -> list[Any]:
+    """Hooks of others. Ours are known, and those of FSDP and of transformers (which collect outputs) change nothing."""
+    ours = ("torch.distributed.", "transformers.", "oa_train.")
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(ours)]
+
+
 def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> AbstractContextManager[None]:
     """Change the arguments of modules' calls inside the context, before functions that are attached later act."""
 

@@ -137,6 +137,18 @@ def test_a_module_runs_everywhere_where_a_function_inside_reads_it(archetype):
     assert_close(logits, scored_logits(archetype, batch), **EXACT)
 
 
+def test_the_last_block_runs_everywhere_where_someone_else_s_hook_reads_it(archetype):
+    batch, parts, outputs = random_batch([7, 6], "left"), find_parts(archetype), []
+    handle = parts.mlps[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        logits = scored_logits(archetype, batch)
+        archetype(**model_inputs(batch))
+    finally:
+        handle.remove()
+    assert_close(outputs[0], outputs[1], **EXACT)
+    assert_close(logits, scored_logits(archetype, batch), **EXACT)
+
+
 def test_inputs_name_mask_and_positions_only_with_padding():
     plain = model_inputs(random_batch([5, 5]))
     assert plain.keys() == {"input_ids", "use_cache"}

@@ -99,11 +99,11 @@ def test_without_bos_nothing_of_a_partner_is_protected() -> None:
     assert not Donors(task, 0)(task.batch("test", 0, 4)).protected.any()
 
 
-def test_prompts_without_a_partner_are_counted() -> None:
+def test_prompts_without_a_partner_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sentences of three have lengths of their own among the means."""
+    monkeypatch.setattr(donors, "FURTHER_PROMPTS", 10)
     task = Sentences(n_means=24)
-    donors = Donors(task, 0, ("thing",))
-    assert donors.why_lacking([task.batch("test", 0, 8)]) is None
+    assert Donors(task, 0, ("thing",)).why_lacking([task.batch("test", 0, 8)]) is None
     alone = Sentences(n_means=24)
     alone.prompt = lambda stream, index: Prompt(  # type: ignore[method-assign]
         "Then Paul met" + " at the park" * (index % 3 if stream == "test" else 0) + " the ring", (" and",)

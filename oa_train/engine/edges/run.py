@@ -35,7 +35,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import ResidualParts, find_residual_parts, is_layer_norm, rms_norm_scale, weight_and_bias
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap, recomputed, replaced_forwards, tapped
+from oa_train.models.taps import Tap, foreign_hooks, recomputed, replaced_forwards, tapped
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 
@@ -118,10 +118,7 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
         attached[f"the output of {output_path} of block {layer}"] = [*output._forward_hooks.values()]
         attached[f"{output_path} of block {layer}"] = _other_forwards(output)
     for name, functions in attached.items():
-        # Hooks of FSDP and of transformers (which collect outputs) change nothing; ours belong to this run.
-        ours = ("torch.distributed.", "transformers.", "oa_train.")
-        foreign = [function for function in functions if not str(getattr(function, "__module__", "")).startswith(ours)]
-        if foreign:
+        if foreign := foreign_hooks(functions):
             raise ConfigurationError(
                 f"A function is attached to {name} ({foreign[0]}). It would have no effect, or a wrong one, in a "
                 "circuit of edges: every reader has an input of its own there, and nothing uses this tensor. "
