@@ -126,7 +126,7 @@ def _checkpointed(forward: Callable[..., Any], taps: list[Tap]) -> Callable[...,
 
 
 def foreign_hooks(hooks: Iterable[Any]) -> list[Any]:
-    """Hooks of others. Ours are known, and those of FSDP and of transformers (which collect outputs) change nothing."""
+    """Hooks of others. Ours are known; those of FSDP and of transformers (which collect outputs) change nothing."""
     ours = ("torch.distributed.", "transformers.", "oa_train.")
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(ours)]
 

@@ -43,7 +43,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path
     return made
 
 
-QUICK_KILLS = [(2, 0)]
+QUICK_KILLS = [(1, 0)]
 KILLS = [(1, attempt) for attempt in range(20)] + [(2, attempt) for attempt in range(10)]
 
 
