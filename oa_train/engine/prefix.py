@@ -137,11 +137,9 @@ class _Growth:
         path = parts.family.attention_output.rpartition(".")[0]
         for stage, (block, projection) in enumerate(zip(parts.blocks, parts.attention_outputs, strict=True), 1):
             attention = block.get_submodule(path)
-            # Some attention modules add the residual stream themselves.
-            if (
-                self.attending[stage] < self.counts[stage]
-                and "residual" not in signature(attention.forward).parameters
-            ):
+            # Some attention modules add the residual stream themselves, or get a row for each prompt and head.
+            others = {"residual", "alibi"} & {*signature(attention.forward).parameters}
+            if self.attending[stage] < self.counts[stage] and not others:
                 yield attention, self._leaving(stage)
                 yield projection, self._returning(stage)
 
