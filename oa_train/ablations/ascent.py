@@ -9,6 +9,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CleanLogits
 from oa_train.batches import Batch
+from oa_train.checks import check_at_least
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
@@ -40,12 +41,8 @@ class AscentSettings:
     rows_per_run: int = ROWS_PER_RUN
 
     def __post_init__(self) -> None:
-        for name in ("steps", "random_starts"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        for name in ("n_prompts", "rows_per_run"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        check_at_least(0, steps=self.steps, random_starts=self.random_starts)
+        check_at_least(1, n_prompts=self.n_prompts, rows_per_run=self.rows_per_run)
         if not 0 < self.step_size <= 1:
             raise ConfigurationError(f"step_size is {self.step_size}; expected more than 0 and at most 1.")
 

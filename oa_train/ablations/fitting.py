@@ -18,10 +18,11 @@ from oa_train.ablations.best import BestConstants, can_share_tables, replaced_sl
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour
 from oa_train.batches import Batch
+from oa_train.checks import check_at_least, check_positive
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
 from oa_train.engine.levels import copies_and_clean_logits
 from oa_train.engine.reading import read_values
-from oa_train.errors import ConfigurationError, NotFiniteError
+from oa_train.errors import NotFiniteError
 from oa_train.metrics.measures import Loss, loss_of
 from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
@@ -55,12 +56,10 @@ class RefitSettings:
     rows_per_run: int = ROWS_PER_RUN
 
     def __post_init__(self) -> None:
-        for name in ("steps", "patience"):
-            if getattr(self, name) < 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected 0 or more.")
-        for name in ("batch_size", "learning_rate", "evaluate_every", "rows_per_run"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected more than 0.")
+        check_at_least(0, steps=self.steps, patience=self.patience)
+        check_at_least(1, batch_size=self.batch_size, evaluate_every=self.evaluate_every)
+        check_at_least(1, rows_per_run=self.rows_per_run)
+        check_positive(learning_rate=self.learning_rate)
 
 
 class FittedCircuits(nn.Module):

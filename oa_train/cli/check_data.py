@@ -9,6 +9,7 @@ import torch
 
 from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
 from oa_train.batches import Batch
+from oa_train.checks import check_at_least
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table
 from oa_train.cli.parser import (
@@ -24,7 +25,7 @@ from oa_train.models.loading import load_model
 from oa_train.studies.study import Table
 from oa_train.tasks.record_files import report, shorten
 from oa_train.tasks.records import Records
-from oa_train.tasks.task import Prompt, Question, Stream, Task, positive
+from oa_train.tasks.task import Prompt, Question, Stream, Task
 from oa_train.tasks.text import Text
 
 # Prompts whose lengths are measured, of a task that draws without end.
@@ -57,7 +58,7 @@ def check_data(words: Sequence[str]) -> dict[str, Any]:
     options = parser.parse_args(list(words))
     check_values(parser, options)
     make_paths_absolute(options)
-    positive("n_prompts", options.n_prompts, least=2)
+    check_at_least(2, n_prompts=options.n_prompts)
     task: Task = parser.instantiate_classes(options).data
     streams = _streams(task)
     console.print("| ends a token, > ends a scored one, [ ] holds one that is never ablated")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
+from oa_train.checks import check_at_least
 from oa_train.cli.bars import track
 from oa_train.cli.output import print_table
 from oa_train.cli.parser import ExplainingParser, add_config
@@ -18,7 +19,6 @@ from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.loading import load_config, load_model, with_dtype
 from oa_train.models.spec import LMSpec
 from oa_train.studies.study import Table
-from oa_train.tasks.task import positive
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 
@@ -75,13 +75,12 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _step(lm: LMSpec, options: Any) -> StepSettings:
-    for name in ("batch_size", "samples_per_prompt", "devices"):
-        positive(name, options[name])
+    check_at_least(1, **{name: options[name] for name in ("batch_size", "samples_per_prompt", "devices", "n_tokens")})
     check_true_precision("precision", options.precision, lm.dtype)
     if options.devices > 1 and options.strategy == "auto":
         raise ConfigurationError(f"devices is {options.devices}, which needs a strategy: ddp or fsdp.")
     longest = getattr(load_config(lm), "max_position_embeddings", None) or DEFAULT_TOKENS
-    n_tokens = min(DEFAULT_TOKENS, longest) if options.n_tokens is None else positive("n_tokens", options.n_tokens)
+    n_tokens = min(DEFAULT_TOKENS, longest) if options.n_tokens is None else options.n_tokens
     return StepSettings(
         options.batch_size,
         n_tokens,

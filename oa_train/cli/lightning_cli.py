@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.ablations.ability import ability_before_training
+from oa_train.checks import check_at_least
 from oa_train.cli import slurm
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
@@ -148,8 +149,7 @@ class OaTrainCLI(LightningCLI):
         check_values(self._parser(self.subcommand), chosen)
         make_paths_absolute(chosen)
         check_trainer(chosen, writes=self._writes)
-        if chosen.checkpoint_every < 1:
-            raise ConfigurationError(f"checkpoint_every is {chosen.checkpoint_every}; expected at least 1.")
+        check_at_least(1, checkpoint_every=chosen.checkpoint_every)
         self._say(*ignore_stray_ranks(chosen.trainer))
         if chosen.ckpt_path is None and self.subcommand != "fit":
             raise ConfigurationError(

@@ -8,6 +8,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from oa_train.checks import check_at_least
 from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
 from oa_train.models.loading import with_dtype
@@ -38,9 +39,7 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
     """Check what Lightning would not, or only after the run has begun, and where a run folder will be made."""
     config = chosen.trainer
     for name, least in _LEAST.items():
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise ConfigurationError(f"trainer.{name} is {value}; expected {least} or more.")
+        check_at_least(least, **{f"trainer.{name}": getattr(config, name)})
     _check_precision(chosen)
     name = config.strategy if isinstance(config.strategy, str) else config.strategy.class_path.rpartition(".")[2]
     if name.startswith(("fsdp_", "deepspeed", "model_parallel", "FSDP", "DeepSpeed", "ModelParallel")):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Bool, Float, Int, Tensor
 
@@ -182,8 +183,7 @@ class TargetSize(Penalty):
                 f"counts the whole circuit: the {n_entries} parts that may be ablated, and the {always_kept} that are "
                 "always kept because `components` does not select them."
             )
-        if warmup < 1:
-            raise ConfigurationError(f"target_warmup is {warmup}; expected at least 1 optimiser step.")
+        check_at_least(1, target_warmup=warmup)
         starts, targets = torch.broadcast_tensors(self.initial_weight, torch.tensor(target).float())
         self.target = nn.Buffer(targets.clone(), persistent=False)
         self.n_entries, self.warmup, self.rate, self.always_kept = n_entries, warmup, rate, always_kept

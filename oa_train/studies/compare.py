@@ -13,6 +13,7 @@ from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Control, Panel, comparison_figure
@@ -71,10 +72,8 @@ class CompareSettings:
     random_prompts: int = 128
 
     def __post_init__(self) -> None:
-        if self.random_circuits < 0:
-            raise ConfigurationError(f"random_circuits is {self.random_circuits}; expected 0 or more.")
-        if self.random_prompts < 1:
-            raise ConfigurationError(f"random_prompts is {self.random_prompts}; expected at least 1.")
+        check_at_least(0, random_circuits=self.random_circuits)
+        check_at_least(1, random_prompts=self.random_prompts)
         check_positions(self.positions)
         check_ablations(self.ablations)
 

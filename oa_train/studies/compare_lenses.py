@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from oa_train.ablations.evaluation import prompt_identities
-from oa_train.errors import ConfigurationError
+from oa_train.checks import check_at_least
 from oa_train.figures.lenses import lens_figure
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
@@ -45,8 +45,7 @@ class CompareLensesSettings:
     predictions_at_once: int = PREDICTIONS
 
     def __post_init__(self) -> None:
-        if self.predictions_at_once < 1:
-            raise ConfigurationError(f"predictions_at_once is {self.predictions_at_once}; expected at least 1.")
+        check_at_least(1, predictions_at_once=self.predictions_at_once)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from oa_train.ablations.attribution import mask_gradients
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, check_suits
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.curves import curve_figure
 from oa_train.figures.style import Figure
@@ -108,16 +109,14 @@ class CurveSettings:
                 "attribution_loss is 'kl', whose gradient is zero where everything is kept. Choose cross_entropy or "
                 "logit_difference."
             )
-        if self.random_orders < 1:
-            raise ConfigurationError(f"random_orders is {self.random_orders}; expected at least 1.")
+        check_at_least(1, random_orders=self.random_orders)
+        check_at_least(0, bound=self.bound)
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
                 raise ConfigurationError(f"fractions names {fraction}; expected shares between 0 and 1.")
         for name, values in (("order", ("least", "most")), ("broken_by", ("kl", "accuracy"))):
             if getattr(self, name) not in values:
                 raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(values)}.")
-        if not self.bound >= 0:
-            raise ConfigurationError(f"bound is {self.bound}; expected 0 or more.")
 
 
 class Curve(Study[CurveSettings]):

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 
 from oa_train.ablations.evaluation import prompt_identities
+from oa_train.checks import check_at_least, check_positive
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import faithfulness_figure
 from oa_train.figures.style import Figure
@@ -65,11 +66,8 @@ class FaithfulnessSettings:
     rows_per_run: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("subspace", "target", "rows_per_run"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"faithfulness.{name} is {getattr(self, name)}; expected more than 0.")
-        if self.directions < 4:
-            raise ConfigurationError(f"faithfulness.directions is {self.directions}; expected at least 4.")
+        check_positive(subspace=self.subspace, target=self.target, rows_per_run=self.rows_per_run)
+        check_at_least(4, directions=self.directions)
 
 
 class Faithfulness(Study[FaithfulnessSettings]):

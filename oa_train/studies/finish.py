@@ -13,6 +13,7 @@ from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
+from oa_train.checks import check_at_least
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.fronts import front_figure
@@ -70,8 +71,7 @@ class FinishSettings:
         if self.refit_start not in get_args(RefitStart):
             sentence = nearest_names(self.refit_start, get_args(RefitStart))
             raise ConfigurationError(f"finish.refit_start is {self.refit_start!r}. {sentence}")
-        if self.size is not None and self.size < 1:
-            raise ConfigurationError(f"finish.size is {self.size}; expected at least 1.")
+        check_at_least(1, size=self.size)
 
 
 @dataclass(frozen=True, eq=False)

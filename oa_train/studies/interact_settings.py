@@ -5,6 +5,7 @@ from typing import Literal
 
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import Loss, check_loss
 from oa_train.models.dictionaries import DictionarySpec
@@ -57,8 +58,7 @@ class InteractSettings:
         check_kind("ablation", self.ablation)
         check_loss("effect", self.effect)
         check_dictionaries(self.sites, len(self.dictionaries))
-        if self.most_pairs < 1:
-            raise ConfigurationError(f"most_pairs is {self.most_pairs}; expected at least 1.")
+        check_at_least(1, most_pairs=self.most_pairs)
         if isinstance(self.pairs, str) and self.pairs != "all":
             raise ConfigurationError(f"pairs is {self.pairs!r}; expected all, or a list of pairs of names.")
         for pair in self.pairs if isinstance(self.pairs, list) else []:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from oa_train.batches import Batch, unanswered
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
 from oa_train.figures.style import Figure
@@ -38,8 +39,7 @@ class LensSettings:
     tokens: int = 3
 
     def __post_init__(self) -> None:
-        if self.tokens < 1:
-            raise ConfigurationError(f"lens.tokens is {self.tokens}; expected at least 1.")
+        check_at_least(1, tokens=self.tokens)
         if self.prompt is not None and not self.prompt.strip():
             raise ConfigurationError("lens.prompt is empty; expected a text.")
 

@@ -15,6 +15,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationSource, check_suits
+from oa_train.checks import check_at_least
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
@@ -58,9 +59,7 @@ class MinimalSettings:
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
 
     def __post_init__(self) -> None:
-        for name in ("tolerance", "random_complements"):
-            if not getattr(self, name) >= 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        check_at_least(0, tolerance=self.tolerance, random_complements=self.random_complements)
 
 
 class Minimal(Study[MinimalSettings]):

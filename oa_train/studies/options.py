@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from oa_train.ablations.registry import KINDS, AblationKind, check_kind
 from oa_train.batches import Batch
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.selection import Nodes
@@ -39,10 +40,8 @@ def check_unit_options(
 ) -> None:
     """Refuse values of these options that cannot work with a `ConfigurationError`."""
     check_positions(positions)
-    if parts_at_once < 1:
-        raise ConfigurationError(f"parts_at_once is {parts_at_once}; expected at least 1.")
-    if not threshold >= 0:
-        raise ConfigurationError(f"threshold is {threshold}; expected nats, at least 0.")
+    check_at_least(1, parts_at_once=parts_at_once)
+    check_at_least(0, threshold=threshold)
     if not 0 < false_discovery_rate < 1:
         raise ConfigurationError(f"false_discovery_rate is {false_discovery_rate}; expected a share between 0 and 1.")
 

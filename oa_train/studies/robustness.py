@@ -13,6 +13,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
 from oa_train.figures.subsets import Subsets, subsets_figure
@@ -69,15 +70,12 @@ class RobustnessSettings:
     def __post_init__(self) -> None:
         check_ablations(self.ablations)
         check_loss("loss", self.loss)
-        if self.n_subsets < 0:
-            raise ConfigurationError(f"n_subsets is {self.n_subsets}; expected 0 or more.")
+        check_at_least(0, n_subsets=self.n_subsets, tolerance=self.tolerance)
         for density in self.densities:
             if not 0 <= density <= 1:
                 raise ConfigurationError(f"densities names {density}; expected probabilities between 0 and 1.")
         if len(set(self.densities)) < len(self.densities):
             raise ConfigurationError(f"densities names one of {', '.join(map(str, self.densities))} twice.")
-        if not self.tolerance >= 0:
-            raise ConfigurationError(f"tolerance is {self.tolerance}; expected 0 or more.")
 
 
 class Robustness(Study[RobustnessSettings]):

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
@@ -65,14 +66,10 @@ class SufficientSettings:
                 )
         if self.ablation is not None:
             check_kind("ablation", self.ablation)
+        check_at_least(0, pairs=self.pairs)
         for name in ("candidates", "at_once", "positions", "fit_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1.")
-        for name in ("search_prompts", "curve_points"):
-            if getattr(self, name) < 2:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 2.")
-        if self.pairs < 0:
-            raise ConfigurationError(f"pairs is {self.pairs}; expected 0 or more.")
+            check_at_least(1, **{name: getattr(self, name)})
+        check_at_least(2, search_prompts=self.search_prompts, curve_points=self.curve_points)
         if not 0 <= self.least_gain < 1:
             raise ConfigurationError(f"least_gain is {self.least_gain}; expected a share of at least 0 and below 1.")
         check_dictionaries(self.sites, len(self.dictionaries))

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from oa_train.ablations.registry import check_kind
+from oa_train.checks import check_positive
 from oa_train.engine.chunks import ROWS_PER_RUN
-from oa_train.errors import ConfigurationError
 
 OPTIMAL, GAUSSIAN, RESAMPLE = "optimal", "gaussian", "resample"
 
@@ -48,9 +48,8 @@ class TraceSettings:
     rows_per_run: int = ROWS_PER_RUN
 
     def __post_init__(self) -> None:
-        for name in ("noise", "draws", "prompts_at_once", "rows_per_run"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"trace.{name} is {getattr(self, name)}; expected more than 0.")
+        check_positive(noise=self.noise, draws=self.draws)
+        check_positive(prompts_at_once=self.prompts_at_once, rows_per_run=self.rows_per_run)
         for name in self.corruptions or ():
             if name not in (OPTIMAL, GAUSSIAN):
                 check_kind("trace.corruptions", name)

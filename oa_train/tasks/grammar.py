@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from string import Formatter
 from typing import Any
 
+from oa_train.checks import check_at_least
 from oa_train.errors import TaskError
 from oa_train.seeds import python_generator
-from oa_train.tasks.task import Prompt, Stream, Task, positive, stream_of
+from oa_train.tasks.task import Prompt, Stream, Task, stream_of
 
 # The smallest streams hold a tenth of the texts, so a grammar with many texts fails this often with a probability of
 # 0.9 ** 1000.
@@ -29,7 +30,8 @@ class GrammarTask(Task):
 
     def __init__(self, *, n_tokens: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.n_tokens = None if n_tokens is None else positive("n_tokens", n_tokens)
+        check_at_least(1, n_tokens=n_tokens)
+        self.n_tokens = n_tokens
 
     @abstractmethod
     def draw(self, random: random.Random) -> Prompt:

@@ -3,10 +3,11 @@
 import random
 from typing import Any, Literal, get_args
 
+from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
 from oa_train.tasks.grammar import GrammarTask, end_span, word_span
-from oa_train.tasks.task import Prompt, Question, check_choice
+from oa_train.tasks.task import Prompt, Question
 from oa_train.tasks.vocabulary import read_words, single_token_words, vocabulary_words
 
 Vocabulary = Literal["list", "model"]
@@ -41,8 +42,7 @@ class Induction(GrammarTask):
     name = "induction"
 
     def __init__(self, *, length: int = 8, repeated: int = 1, vocabulary: Vocabulary = "list", **options: Any) -> None:
-        if length < 3:
-            raise ConfigurationError(f"length is {length}; expected at least 3 words: a pair and one other.")
+        check_at_least(3, length=length)  # a pair and one other word
         if not 1 <= repeated < length:
             raise ConfigurationError(
                 f"repeated is {repeated}; expected 1 to {length - 1} words, so that one of the row follows them."

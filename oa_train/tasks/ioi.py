@@ -4,10 +4,11 @@ import random
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from oa_train.checks import check_choice
 from oa_train.errors import ConfigurationError
 from oa_train.seeds import derive_seed
 from oa_train.tasks.grammar import GrammarTask, end_span, fill
-from oa_train.tasks.task import Prompt, check_choice
+from oa_train.tasks.task import Prompt
 from oa_train.tasks.vocabulary import read_data, single_token_words
 
 Order = Literal["mixed", "ABBA", "BABA"]

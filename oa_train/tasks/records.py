@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any, ClassVar, Literal, get_args
 
+from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError, TaskError, unknown_name
 from oa_train.tasks.finite import FiniteTask
 from oa_train.tasks.layouts import LAYOUTS
@@ -12,7 +13,7 @@ from oa_train.tasks.record_files import Fields, Row, RowError, read_rows, report
 from oa_train.tasks.record_fitting import RecordFitter
 from oa_train.tasks.record_reading import LeadingSpace, RecordReader
 from oa_train.tasks.record_streams import cut_into_streams
-from oa_train.tasks.task import Prompt, Stream, check_choice, positive
+from oa_train.tasks.task import Prompt, Stream
 
 BadRows = Literal["stop", "leave_out"]
 
@@ -67,7 +68,7 @@ class Records(FiniteTask):
             raise unknown_name("layout", layout, LAYOUTS)
         if (path is None) == (rows is None):
             raise ConfigurationError("Give data.path, a file of prompts, or data.rows, but not both.")
-        positive("max_prompts", max_prompts)
+        check_at_least(1, max_prompts=max_prompts)
         super().__init__(**options)
         self.layout = layout
         self.source, content = self._content(path, subset, rows)

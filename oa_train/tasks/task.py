@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, TaskError
+from oa_train.checks import check_at_least, check_choice
+from oa_train.errors import TaskError
 from oa_train.files import replace_file
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
@@ -125,14 +126,17 @@ class Task(ABC):
     ) -> None:
         check_choice("padding_side", padding_side, get_args(PaddingSide))
         check_choice("answer_positions", answer_positions, get_args(AnswerPositions))
-        self.evaluation_batch_size = positive("evaluation_batch_size", evaluation_batch_size)
-        self.answer_positions: AnswerPositions = answer_positions
-        self.batch_size = positive("batch_size", batch_size)
-        self.batches_per_epoch = positive("batches_per_epoch", batches_per_epoch)
+        check_at_least(1, evaluation_batch_size=evaluation_batch_size, batch_size=batch_size, n_means=n_means)
+        check_at_least(1, batches_per_epoch=batches_per_epoch)
         # Two prompts are the fewest that have a standard error.
-        self.n_validation = positive("n_validation", n_validation, least=2)
-        self.n_test = positive("n_test", n_test, least=2)
-        self.n_means = positive("n_means", n_means)
+        check_at_least(2, n_validation=n_validation, n_test=n_test)
+        self.evaluation_batch_size = evaluation_batch_size
+        self.answer_positions: AnswerPositions = answer_positions
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+        self.n_validation = n_validation
+        self.n_test = n_test
+        self.n_means = n_means
         self.padding_side: PaddingSide = padding_side
         self.seed = seed
         self.lm = lm
@@ -202,7 +206,8 @@ class Task(ABC):
         Raises:
             TaskError: as of `batch_of`.
         """
-        size = self.batch_size if size is None else positive("size", size)
+        check_at_least(1, size=size)
+        size = self.batch_size if size is None else size
         return self.batch_of(stream, range(index * size, (index + 1) * size))
 
     def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
@@ -211,7 +216,8 @@ class Task(ABC):
         Raises:
             TaskError: as of `batch_of`.
         """
-        size = self.evaluation_batch_size if size is None else positive("size", size)
+        check_at_least(1, size=size)
+        size = self.evaluation_batch_size if size is None else size
         for start in range(0, n_prompts, size):
             yield self.batch_of(stream, range(start, min(start + size, n_prompts)))
 
@@ -316,16 +322,3 @@ class Task(ABC):
                     "of one replace those of the other."
                 )
         return self.encoder.pad(others, self.padding_side)[0]
-
-
-def positive(name: str, value: int, least: int = 1) -> int:
-    """Return `value` if it is at least `least`, else raise a ConfigurationError."""
-    if value < least:
-        raise ConfigurationError(f"{name} is {value}; expected a number of at least {least}.")
-    return value
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ConfigurationError unless a value is one of `choices`."""
-    if value not in choices:
-        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")

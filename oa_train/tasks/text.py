@@ -8,12 +8,13 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from oa_train.batches import Batch
+from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.seeds import python_generator
 from oa_train.tasks.corpus import Corpus, Windows
 from oa_train.tasks.documents import DocumentReader, listed_documents
 from oa_train.tasks.finite import FiniteTask
-from oa_train.tasks.task import Prompt, Stream, positive
+from oa_train.tasks.task import Prompt, Stream
 
 Scored = Literal["last", "all"] | int
 
@@ -82,13 +83,14 @@ class Text(FiniteTask):
             raise ConfigurationError("separator is empty; leave it out to read a file as one document.")
         super().__init__(evaluation_batch_size=evaluation_batch_size, **options)
         self.source = "data.documents" if path is None else path
-        self.context_length = positive("context_length", context_length, least=2)
-        shortest = max(2, context_length // 2) if least_tokens is None else least_tokens
-        self.least_tokens = positive("least_tokens", shortest, least=2)
+        check_at_least(2, context_length=context_length, least_tokens=least_tokens)
+        check_at_least(1, max_tokens=max_tokens)
+        self.context_length = context_length
+        self.least_tokens = max(2, context_length // 2) if least_tokens is None else least_tokens
         self.scored: Scored = scored
         self.first_scored: int = min(8, self.least_tokens - 1) if first_scored is None else first_scored
         self._check_lengths()
-        corpus = Corpus(self.encoder, positive("max_tokens", max_tokens))
+        corpus = Corpus(self.encoder, max_tokens)
         if path is None:
             corpus.read(listed_documents(documents or []))
         else:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from oa_train.errors import ConfigurationError
+from oa_train.checks import check_at_least
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import score_picture
@@ -90,8 +90,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, every_n_steps: int = 25) -> None:
-        if every_n_steps < 1:
-            raise ConfigurationError(f"every_n_steps is {every_n_steps}; expected at least 1.")
+        check_at_least(1, every_n_steps=every_n_steps)
         self._path = folder / "last.ckpt"
         self.every_n_steps = every_n_steps
         self._step = 0

@@ -13,6 +13,7 @@ from oa_train.ablations.evaluation import circuit_logits
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
+from oa_train.checks import check_positive
 from oa_train.circuits.circuit import Circuit
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
@@ -34,7 +35,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight
 from oa_train.training.replacements import Replacements
-from oa_train.training.settings import as_list, check_positive
+from oa_train.training.settings import as_list
 from oa_train.training.steps import batches_of_step, planned_steps, share_of_step
 from oa_train.training.strategies import ShardedStrategy, share_from_first_process
 

@@ -15,6 +15,7 @@ from oa_train.ablations.fitting import FittedCircuits
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
+from oa_train.checks import check_positive
 from oa_train.circuits.circuit import Circuit
 from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.errors import ConfigurationError, nearest_names
@@ -29,7 +30,7 @@ from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
-from oa_train.training.settings import as_list, check_positive
+from oa_train.training.settings import as_list
 from oa_train.training.steps import share_of_step
 from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from oa_train.batches import Batch
+from oa_train.checks import check_positive
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.lenses.lens import LENS_KINDS, ConstantsLens, Lens, check_layers, check_lens_kinds
 from oa_train.lenses.mean_attention import mean_attention
@@ -21,7 +22,7 @@ from oa_train.training.averages import CircuitMeans
 from oa_train.training.best_slices import BestSlices
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
-from oa_train.training.settings import as_list, check_positive
+from oa_train.training.settings import as_list
 from oa_train.training.steps import share_of_step
 from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed

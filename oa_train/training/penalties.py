@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from oa_train.checks import check_positive
 from oa_train.errors import ConfigurationError
 from oa_train.masks.penalty import NodeRegulariser, Penalty, SizePenalty, TargetSize
 from oa_train.training.circuit_masks import CircuitMasks
@@ -39,8 +40,8 @@ class PenaltySettings:
                 f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or "
                 "lists of one length, an entry for each circuit."
             )
-        if self.target_size is not None and not self.target_warmup > 0:
-            raise ConfigurationError(f"target_warmup is {self.target_warmup}; expected more than 0.")
+        if self.target_size is not None:
+            check_positive(target_warmup=self.target_warmup)
         weight = self.penalty_weight
         if isinstance(weight, dict) and not any(weight.values()):
             raise ConfigurationError("penalty_weight has no kind of site with a weight above 0.")

@@ -20,17 +20,6 @@ def as_list(patterns: str | list[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else patterns
 
 
-def check_positive(**values: float) -> None:
-    """Check that options are more than 0.
-
-    Raises:
-        ConfigurationError: an option is not.
-    """
-    for name, value in values.items():
-        if not value > 0:
-            raise ConfigurationError(f"{name} is {value}; expected more than 0.")
-
-
 def as_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as plain values; functions, such as those that make optimisers, are left out."""
     plain = {name: value for name, value in arguments.items() if not callable(value)}

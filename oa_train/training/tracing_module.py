@@ -19,16 +19,16 @@ from oa_train.ablations.tracing import (
 )
 from oa_train.ablations.tracing_constants import TracingConstants
 from oa_train.batches import Batch
+from oa_train.checks import check_choice, check_positive
 from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
-from oa_train.tasks.task import check_choice
 from oa_train.training.averages import CircuitMeans
 from oa_train.training.best_slices import BestSlices
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
-from oa_train.training.settings import as_list, check_positive
+from oa_train.training.settings import as_list
 from oa_train.training.steps import share_of_step
 from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed

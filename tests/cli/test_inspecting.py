@@ -145,7 +145,7 @@ def test_a_wrong_entry_ends_with_status_1_and_names_the_failed_checks(capsys, mo
         ("--lm.name ./rwkv", "docs/extending.md shows how"),
         ("--lm.name ./gpt2 --check", "gpt2' cannot be loaded"),
         ("--lm.name ./nowhere", "lm.name is './nowhere', which does not exist"),
-        ("--batch_size 0", "batch_size is 0; expected a number of at least 1."),
+        ("--batch_size 0", "batch_size is 0; expected at least 1."),
         ("--n_tokens 49", "n_tokens is 49; this model has 48 positions."),
         ("--chekc", "There is no option --chekc. Did you mean check"),
         ("--devices 8", "devices is 8, which needs a strategy: ddp or fsdp."),

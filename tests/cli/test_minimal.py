@@ -97,7 +97,7 @@ def test_compare_takes_every_circuit_of_a_run(front, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--minimal.tolerance -1", "tolerance is -1.0; expected 0 or more."),
+        ("--minimal.tolerance -1", "tolerance is -1.0; expected at least 0."),
         ("--minimal.tolerence 1", "Did you mean minimal.tolerance"),
         ("--minimal.seed 1", "There is no option --minimal.seed; it is called seed_everything now."),
         ("--minimal 3", "minimal is 3; expected a group of options (minimal."),

@@ -121,7 +121,7 @@ def test_a_corruption_without_effect_is_told(model, task, constants):
         ({"corruptions": ["guassian"]}, "trace.corruptions is 'guassian'"),
         ({"restore": ["neurons"]}, "restore names 'neurons'"),
         ({"layers": [7]}, r"layers is \[7\]"),
-        ({"noise": 0.0}, "trace.noise is 0.0; expected more than 0"),
+        ({"noise": 0.0}, "noise is 0.0; expected more than 0"),
         ({"subject": "sbject"}, r"There is no span 'sbject' in these prompts\. Did you mean subject\?"),
         ({"at": ["object"]}, "There is no span 'object'"),
     ],

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config
 
 from oa_train.batches import Batch
+from oa_train.checks import check_choice
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError, ModelError, TaskError
 from oa_train.models.loading import load_model
@@ -19,7 +20,7 @@ from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.tasks import IOI, GrammarTask, GreaterThan, Induction, Prompt, Question, Stream, Task
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.encoding import load_tokenizer
-from oa_train.tasks.task import check_choice, stream_of
+from oa_train.tasks.task import stream_of
 from tests.builders import batch_of
 
 STREAMS = get_args(Stream)
@@ -197,7 +198,7 @@ def test_a_task_with_too_few_prompts_is_refused() -> None:
 )
 @pytest.mark.parametrize("kind", TASKS)
 def test_numbers_must_be_positive(kind: type[Task], option: str) -> None:
-    with pytest.raises(ConfigurationError, match=rf"{option} is 0; expected a number of at least [12]"):
+    with pytest.raises(ConfigurationError, match=rf"{option} is 0; expected at least [12]"):
         kind(**{option: 0})
     assert getattr(kind(**{option: 7}), option) == 7
 

@@ -393,7 +393,7 @@ def test_windows_are_not_saved_as_prompts(letters_lm: LMSpec, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"context_length": 1}, "context_length is 1; expected a number of at least 2"),
+        ({"context_length": 1}, "context_length is 1; expected at least 2"),
         ({"context_length": 2000}, "context_length is 2000, and the model has 1024 positions"),
         ({"least_tokens": 17}, "least_tokens is 17; expected at most 16"),
         ({"scored": "some"}, "scored is 'some'; expected last, all, or a number"),
