@@ -1,8 +1,8 @@
 """Checks of options, each with one wording."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
-from oa_train.errors import ConfigurationError
+from oa_train.errors import ConfigurationError, nearest_names
 
 
 def check_at_least(least: float, **options: float | None) -> None:
@@ -27,7 +27,13 @@ def check_positive(**options: float | None) -> None:
             raise ConfigurationError(f"{name} is {value}; expected more than 0.")
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a ConfigurationError unless a value is one of `choices`."""
-    if value not in choices:
-        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+def check_choice(name: str, value: str | None, choices: Collection[str]) -> None:
+    """Check that a value is one of the choices; None is no choice.
+
+    Raises:
+        ConfigurationError: it is not; the message names all, and the nearest ones.
+    """
+    if value is not None and value not in choices:
+        near = nearest_names(value, choices)
+        hint = f" {near}" if near.startswith("Did you mean") else ""
+        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.{hint}")

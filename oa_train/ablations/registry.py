@@ -15,7 +15,8 @@ from oa_train.ablations.means import StreamingMeans, value_sums
 from oa_train.ablations.noise import NoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation, OtherPrompts
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, TaskError, nearest_names
+from oa_train.checks import check_choice
+from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
 from oa_train.progress import Track, counted, silent
@@ -161,8 +162,7 @@ def check_kind(option: str, name: str) -> Kind:
             f"{option} is {name!r}, which restores the model's own values and so ablates nothing. It is for "
             f"restoring units while others are ablated. Expected one of {', '.join(ablating)}."
         )
-    if name not in ablating:
-        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, ablating)}")
+    check_choice(option, name, ablating)
     return ablating[name]
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_choice
+from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution
 from oa_train.shapes import Float, Tensor
 
@@ -66,8 +67,7 @@ class HardConcrete(MaskDistribution):
         lowest = LOWEST_TEMPERATURE if learned_temperature else 0
         if not lowest < temperature < math.inf:
             raise ConfigurationError(f"temperature is {temperature}; expected more than {lowest}.")
-        if form not in get_args(HardConcreteForm):
-            raise ConfigurationError(f"form is {form!r}. {nearest_names(form, get_args(HardConcreteForm))}")
+        check_choice("form", form, get_args(HardConcreteForm))
         if not (lower < 0 and upper > 1):
             raise ConfigurationError(f"The stretch is ({lower}, {upper}); expected an end below 0 and one above 1.")
         if form == "published" and not (1 + lower) * (upper - lower) > 1:

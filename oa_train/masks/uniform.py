@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_choice
+from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution
 from oa_train.shapes import Bool, Float, Tensor
 
@@ -45,11 +46,7 @@ class UniformGradientSampling(MaskDistribution):
         super().__init__(n_entries, initial_logit)
         if not 0.0 < window_scale <= 2.0:
             raise ConfigurationError(f"window_scale is {window_scale}; expected more than 0 and at most 2.")
-        if count_normalization not in get_args(CountNormalization):
-            raise ConfigurationError(
-                f"count_normalization is {count_normalization!r}. "
-                f"{nearest_names(count_normalization, get_args(CountNormalization))}"
-            )
+        check_choice("count_normalization", count_normalization, get_args(CountNormalization))
         self.window_scale = window_scale
         self.count_normalization = count_normalization
 

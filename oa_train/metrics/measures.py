@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from oa_train.batches import Batch
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_choice
 from oa_train.metrics.behaviour import cross_entropy, is_correct, logit_difference
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.shapes import Float, Tensor
@@ -49,8 +49,7 @@ def measured(
 
 def check_loss(option: str, name: str) -> None:
     """Refuse an unknown loss with a `ConfigurationError` that names the option."""
-    if name not in LOSS_SIGNS:
-        raise ConfigurationError(f"{option} is {name!r}. {nearest_names(name, LOSS_SIGNS)}")
+    check_choice(option, name, LOSS_SIGNS)
 
 
 def loss_of(

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_choice
+from oa_train.errors import ConfigurationError
 from oa_train.models.builtin import builtin_folders
 
 DType = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -67,12 +68,9 @@ class LMSpec:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ConfigurationError("lm.name is empty; expected a built-in name, a local directory or a Hub id.")
-        if self.dtype not in get_args(DType):
-            raise ConfigurationError(f"lm.dtype is {self.dtype!r}. {nearest_names(self.dtype, get_args(DType))}")
-        if self.bos not in get_args(BosRule):
-            raise ConfigurationError(f"lm.bos is {self.bos!r}; expected auto or none.")
-        if self.quantization not in (None, *get_args(Quantization)):
-            raise ConfigurationError(f"lm.quantization is {self.quantization!r}; expected 8bit, 4bit or nothing.")
+        check_choice("lm.dtype", self.dtype, get_args(DType))
+        check_choice("lm.bos", self.bos, get_args(BosRule))
+        check_choice("lm.quantization", self.quantization, get_args(Quantization))
         if self.quantization and self.adapter:
             raise ConfigurationError(
                 "lm.adapter is merged into the weights, which lm.quantization would store as codes; give one of the "

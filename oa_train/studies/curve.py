@@ -11,7 +11,7 @@ from oa_train.ablations.attribution import mask_gradients
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, check_suits
-from oa_train.checks import check_at_least
+from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError
 from oa_train.figures.curves import curve_figure
 from oa_train.figures.style import Figure
@@ -114,9 +114,8 @@ class CurveSettings:
         for fraction in self.fractions:
             if not 0 <= fraction <= 1:
                 raise ConfigurationError(f"fractions names {fraction}; expected shares between 0 and 1.")
-        for name, values in (("order", ("least", "most")), ("broken_by", ("kl", "accuracy"))):
-            if getattr(self, name) not in values:
-                raise ConfigurationError(f"{name} is {getattr(self, name)!r}; expected {' or '.join(values)}.")
+        check_choice("order", self.order, ("least", "most"))
+        check_choice("broken_by", self.broken_by, ("kl", "accuracy"))
 
 
 class Curve(Study[CurveSettings]):

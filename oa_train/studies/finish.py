@@ -13,9 +13,8 @@ from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.checks import check_at_least
+from oa_train.checks import check_at_least, check_choice
 from oa_train.circuits.circuit import Circuit
-from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, written
@@ -68,9 +67,7 @@ class FinishSettings:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.refit_start not in get_args(RefitStart):
-            sentence = nearest_names(self.refit_start, get_args(RefitStart))
-            raise ConfigurationError(f"finish.refit_start is {self.refit_start!r}. {sentence}")
+        check_choice("refit_start", self.refit_start, get_args(RefitStart))
         check_at_least(1, size=self.size)
 
 

@@ -5,8 +5,8 @@ from typing import Literal, get_args
 
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationKind, check_kind
-from oa_train.checks import check_at_least
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_at_least, check_choice
+from oa_train.errors import ConfigurationError
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.studies.path_tables import RecoveryMeasure
@@ -59,11 +59,8 @@ class SufficientSettings:
     def __post_init__(self) -> None:
         if not 0 < self.recovery <= 1:
             raise ConfigurationError(f"recovery is {self.recovery}; expected a share above 0 and at most 1.")
-        for name, known in (("direction", get_args(Direction)), ("measure", get_args(RecoveryMeasure))):
-            if getattr(self, name) not in known:
-                raise ConfigurationError(
-                    f"{name} is {getattr(self, name)!r}. {nearest_names(getattr(self, name), known)}"
-                )
+        check_choice("direction", self.direction, get_args(Direction))
+        check_choice("measure", self.measure, get_args(RecoveryMeasure))
         if self.ablation is not None:
             check_kind("ablation", self.ablation)
         check_at_least(0, pairs=self.pairs)

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.checks import check_choice
+from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution
 from oa_train.masks.sampler import MaskSampler, StepRows
 from oa_train.models.dictionaries import Dictionary
@@ -176,8 +177,7 @@ def check_level(level: str, node_penalty: float, sites: list[str]) -> None:
     Raises:
         ConfigurationError: it does not, or they are not.
     """
-    if level not in get_args(LevelKind):
-        raise ConfigurationError(f"level is {level!r}. {nearest_names(level, get_args(LevelKind))}")
+    check_choice("level", level, get_args(LevelKind))
     if level == "nodes" and node_penalty:
         raise ConfigurationError(
             f"node_penalty is {node_penalty}, which is for edges: set level to edges, or leave it."

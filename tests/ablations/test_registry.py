@@ -96,7 +96,7 @@ def test_a_kind_that_takes_something_away_is_looked_up_by_name():
     for name, kind in KINDS.items():
         if name != "clean":
             assert check_kind("ablation", name) is kind
-    with pytest.raises(ConfigurationError, match=r"ablation is 'resampel'. Did you mean .*resample"):
+    with pytest.raises(ConfigurationError, match=r"ablation is 'resampel'; expected one of .*Did you mean .*resample"):
         check_kind("ablation", "resampel")
     with pytest.raises(ConfigurationError, match=r"ablation is 'clean', which restores the model's own values"):
         check_kind("ablation", "clean")

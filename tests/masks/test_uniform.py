@@ -194,5 +194,5 @@ def test_a_window_that_leaves_the_interval_is_refused(scale):
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_normalization_is_refused_with_the_nearest():
-    with pytest.raises(ConfigurationError, match=r"'expectd'\. Did you mean expected\?"):
+    with pytest.raises(ConfigurationError, match=r"'expectd'; expected one of .*Did you mean expected\?"):
         UniformGradientSampling(2, count_normalization="expectd")

@@ -50,9 +50,9 @@ def edit(folder: Path, change) -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_wrong_options_are_refused_by_name():
-    with pytest.raises(ConfigurationError, match=r"lm\.dtype is 'float31'\. Did you mean .*float32"):
+    with pytest.raises(ConfigurationError, match=r"lm\.dtype is 'float31'; expected one of .*Did you mean .*float32"):
         LMSpec(dtype="float31")
-    with pytest.raises(ConfigurationError, match=r"lm\.bos is 'never'; expected auto or none"):
+    with pytest.raises(ConfigurationError, match=r"lm\.bos is 'never'; expected one of auto, none"):
         LMSpec(bos="never")
 
 
