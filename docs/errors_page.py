@@ -36,8 +36,12 @@ A class is also the built-in error that it is, so `except ValueError` catches a 
 
 def errors_page() -> str:
     """The page about errors and exit statuses, as Markdown."""
-    rows = "".join(f"| {status} | {meaning} |\n" for status, meaning in EXIT_STATUSES.items())
+    rows = "".join(f"| {status} | {_cell(meaning)} |\n" for status, meaning in EXIT_STATUSES.items())
     return _HEAD + rows + _CLASSES + "".join(_section(kind) for kind in error_classes())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def error_classes() -> Iterator[type[OaTrainError]]:

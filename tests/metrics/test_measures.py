@@ -175,7 +175,9 @@ def test_prompts_without_any_distractor_have_finite_gradients():
 def test_a_loss_that_there_is_not_is_refused_with_the_nearest_name():
     for name in get_args(Loss):
         check_loss("loss", name)
-    with pytest.raises(ConfigurationError, match=r"loss is 'crossentropy'; expected one of .*Did you mean .*cross_entropy"):
+    with pytest.raises(
+        ConfigurationError, match=r"loss is 'crossentropy'; expected one of .*Did you mean .*cross_entropy"
+    ):
         check_loss("loss", "crossentropy")
     with pytest.raises(ConfigurationError, match=r"model\.loss is 'accuracy'"):
         check_loss("model.loss", "accuracy")
