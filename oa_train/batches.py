@@ -100,7 +100,7 @@ class Batch:
         protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. It is an
             attention sink, whose outlier activations every later token relies on.
         spans: True at the tokens of each named span.
-        first_scored: no column left of this one is scored; 0 if it was not known without a synchronisation.
+        scored_from: no column left of this one is scored; 0 if it was not known without a synchronisation.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -114,15 +114,15 @@ class Batch:
     padded: bool
     protected: Bool[Tensor, "batch position"]
     spans: Mapping[str, Bool[Tensor, "batch position"]] = field(default_factory=dict)
-    first_scored: int = field(init=False, default=0)
+    scored_from: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         # Elsewhere a number would cost a synchronisation, or does not exist, as of tensors of shapes alone.
         if type(self.scored) is Tensor and self.scored.is_cpu and self.scored.numel():
-            self._set_first_scored(int(self.scored.min()))
+            self._set_scored_from(int(self.scored.min()))
 
-    def _set_first_scored(self, column: int) -> None:
-        object.__setattr__(self, "first_scored", column)
+    def _set_scored_from(self, column: int) -> None:
+        object.__setattr__(self, "scored_from", column)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -155,7 +155,7 @@ class Batch:
             elif isinstance(value, Mapping):
                 changed[attribute.name] = {name: function(inside) for name, inside in value.items()}
         mapped = replace(self, **changed)
-        mapped._set_first_scored(self.first_scored)
+        mapped._set_scored_from(max(self.scored_from, mapped.scored_from))
         return mapped
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -188,7 +188,9 @@ class Batch:
                 "These prompts have no counterfactuals: their task makes none. Choose another ablation, or give each "
                 "prompt of the task a counterfactual."
             )
-        return replace(self, tokens=self.counterfactual_tokens, counterfactual_tokens=None)
+        other = replace(self, tokens=self.counterfactual_tokens, counterfactual_tokens=None)
+        other._set_scored_from(self.scored_from)
+        return other
 
 
 def unanswered(

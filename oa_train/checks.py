@@ -27,13 +27,13 @@ def check_positive(**options: float | None) -> None:
             raise ConfigurationError(f"{name} is {value}; expected more than 0.")
 
 
-def check_choice(name: str, value: str | None, choices: Collection[str]) -> None:
-    """Check that a value is one of the choices; None is no choice.
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Check that a value is one of the choices.
 
     Raises:
         ConfigurationError: it is not; the message names all, and the nearest ones.
     """
-    if value is not None and value not in choices:
-        near = nearest_names(value, choices)
+    if value not in choices:
+        near = nearest_names(str(value), choices)
         hint = f" {near}" if near.startswith("Did you mean") else ""
         raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.{hint}")

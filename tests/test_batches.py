@@ -168,10 +168,13 @@ def test_a_leading_token_is_the_first_real_one():
 
 def test_the_first_scored_column_is_known_without_asking_the_device():
     batch = full_batch()
-    assert batch.first_scored == int(batch.scored.min()) > 0
-    assert batch.to("meta").first_scored == batch.first_scored
-    assert batch.to("meta").repeat(3).first_scored == batch.first_scored
+    assert batch.scored_from == int(batch.scored.min()) > 0
+    assert batch.to("meta").scored_from == batch.scored_from
+    assert batch.to("meta").repeat(3).scored_from == batch.scored_from
+    assert batch.to("meta").counterfactual().scored_from == batch.scored_from
+    late = batch_of([[3, 4], [3, 4, 5, 6]])
+    assert (late.scored_from, late.rows(slice(1, 2)).scored_from) == (1, 3)
     # Of other scored columns nothing is known on a device, so that none can be left out.
-    assert replace(batch, scored=torch.zeros(2, 1, dtype=torch.long)).first_scored == 0
+    assert replace(batch, scored=torch.zeros(2, 1, dtype=torch.long)).scored_from == 0
     moved = batch.to("meta")
-    assert replace(moved, scored=moved.scored).first_scored == 0
+    assert replace(moved, scored=moved.scored).scored_from == 0

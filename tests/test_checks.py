@@ -7,6 +7,8 @@ import pytest
 from oa_train.checks import check_at_least, check_choice, check_positive
 from oa_train.errors import ConfigurationError
 
+_NEAR = "side is 'rihgt'; expected one of left, right. Did you mean right?"
+
 
 def test_numbers_that_suit_and_options_that_are_left_out_pass():
     check_at_least(2, n_test=2, n_tokens=None)
@@ -21,6 +23,7 @@ def test_numbers_that_suit_and_options_that_are_left_out_pass():
         (lambda: check_at_least(0, tolerance=math.nan), "tolerance is nan; expected at least 0."),
         (lambda: check_positive(rate=0), "rate is 0; expected more than 0."),
         (lambda: check_positive(rate=math.nan), "rate is nan; expected more than 0."),
+        (lambda: check_choice("side", "rihgt", ("left", "right")), _NEAR),
         (lambda: check_choice("side", "top", ("left", "right")), "side is 'top'; expected one of left, right."),
     ],
 )
@@ -28,3 +31,8 @@ def test_others_are_refused(check, said):
     with pytest.raises(ConfigurationError) as refused:
         check()
     assert str(refused.value) == said
+
+
+def test_none_is_no_choice(unchecked):
+    with pytest.raises(ConfigurationError, match="side is None; expected one of left, right"):
+        check_choice("side", None, ("left", "right"))

@@ -7,7 +7,7 @@ such as each component alone, share one set of tables.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -115,8 +115,9 @@ class FittedCircuits(nn.Module):
         circuits = range(len(self.masks)) if circuits is None else circuits
         masks = self.masks[[*circuits]]
         for piece, slices in chunks(model, self.level, batch, masks, self.rows_per_run, gradients=True):
+            clean: list[Tensor] = []
             for chosen in slices:
-                yield CircuitRun(self, model, piece, [*circuits[chosen]], len(piece) / len(batch))
+                yield CircuitRun(self, model, piece, [*circuits[chosen]], len(piece) / len(batch), clean)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,8 @@ class CircuitRun:
     batch: Batch
     circuits: list[int]
     share: float
+    # Clean logits of these prompts, once a run of some of the circuits has computed them.
+    clean: list[Float[Tensor, "batch scored vocabulary"]] = field(default_factory=list)
 
     def losses(self) -> Float[Tensor, " circuit"]:
         """The run's share of each circuit's mean loss over the step's prompts, with gradients to its constants."""
@@ -141,7 +144,10 @@ class CircuitRun:
             sets, self.batch, n_circuits, partial(read_values, self.model, level=fitted.level)
         )
         masks = fitted.masks[self.circuits]
-        logits, clean = copies_and_clean_logits(self.model, self.batch, fitted.level, masks, values, fitted.recompute)
+        logits, clean = copies_and_clean_logits(
+            self.model, self.batch, fitted.level, masks, values, fitted.recompute, *self.clean
+        )
+        self.clean[:] = [clean]
         losses = loss_of(fitted.loss, clean, logits, self.batch.repeat(n_circuits))
         return self.share * losses.view(n_circuits, -1).mean(dim=1)
 

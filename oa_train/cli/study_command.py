@@ -47,7 +47,7 @@ _RUN_HELP = {
     "none": "folder of a run, whose model, task and seed are used and which gets the results",
     "one": "folder of a finished run; it gets the results",
     "optional": "folder of a run, whose model, task, seed and result (if any) are used and which gets the results",
-    "several": "folder of a finished run, of one circuit or more; the first gives model and task; it gets the results",
+    "several": "folder of a finished run, of one circuit or several; the first gives model and task and gets results",
     "any": "folder of a run; of several, the first gives model, task and seed and gets the results",
 }
 

@@ -13,11 +13,13 @@ import torch
 
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch, leading_tokens, unanswered
+from oa_train.diagnostics.model_state import model_state
 from oa_train.diagnostics.reader_checks import logits_with_every_edge, misplaced_readers
 from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
+from oa_train.engine.prefix import prefix_logits
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_config, check_family
 from oa_train.models.frozen import CausalLM
@@ -27,7 +29,7 @@ from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.spec import LMSpec
 from oa_train.models.taps import Tap, tapped
-from oa_train.models.weights import check_finite, fingerprint
+from oa_train.models.weights import check_finite
 from oa_train.progress import Advance, Track, silent
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
@@ -94,12 +96,12 @@ def self_check(
     trial = _Trial(model, seed, full)
     with track(len(COMPARISONS) + len(COUNTS) + 2 + trial.reader_rows, "checking the interventions") as advance:
         trial.advance = advance
-        before = _state(model, trial)
+        before = model_state(model, trial.tokens(2))
         checks = []
         for name, check in (COMPARISONS | COUNTS).items():
             checks.append(_carried_out(name, TOLERANCES[model.dtype] if name in COMPARISONS else 0, check, trial))
             advance(1)
-        after = _state(model, trial)
+        after = model_state(model, trial.tokens(2))
         advance(2)
     changed = sum(before[key] != after[key] for key in before)
     checks.append(Check("the model is as before: hooks, modules, weights, logits", changed, 0))
@@ -245,6 +247,17 @@ def _padding(trial: _Trial) -> float:
     return _largest(differences)
 
 
+def _sharing(trial: _Trial) -> float:
+    """Circuits that ablate one component each, in several layers."""
+    n_entries, batch = len(trial.nodes), trial.batch(trial.tokens(2))
+    masks = torch.ones(3, n_entries, dtype=torch.bool, device=batch.tokens.device)
+    masks[range(3), [n_entries // 3, 2 * n_entries // 3, n_entries - 1]] = False
+    values = trial.constants().replacements(batch)
+    shared = prefix_logits(trial.model, batch, trial.nodes, masks, values).ablated.flatten(0, 1)
+    rows = masks.to(trial.model.dtype).repeat_interleave(2, dim=0)
+    return _difference(shared, masked_logits(trial.model, batch.repeat(3), trial.nodes, rows, values))
+
+
 def _all_edges_kept(trial: _Trial) -> float:
     batch = trial.batch(trial.tokens(2))
     return _difference(logits_with_every_edge(trial.model, batch), scored_logits(trial.model, batch))
@@ -295,6 +308,7 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "padding left, right and none agree": _padding,
     "the logits are the slow reference's": partial(_against_reference, part=slice(1)),
     "the gradients are the slow reference's": partial(_against_reference, part=slice(1, None)),
+    "circuits that share clean layers: the logits are those of whole runs": _sharing,
     "every edge kept: the logits are the model's own": _all_edges_kept,
     "heads at constants: attention adds the same at every token": partial(
         _written_alone, kinds=("heads", "attention")
@@ -329,19 +343,3 @@ def _difference(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape
 
 def _largest(figures: Iterable[float]) -> float:
     return float(torch.tensor(list(figures)).max())  # unlike Python's, it keeps NaN
-
-
-def _state(model: CausalLM, trial: _Trial) -> dict[str, Any]:
-    """All that an intervention could leave behind. Versions count in-place changes, so that no copy is needed."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    logits: Tensor = model(input_ids=trial.tokens(2), use_cache=False).logits
-    return {
-        "hooks": [list(getattr(module, kind)) for module in model.modules() for kind in kinds],
-        "modules": [(name, id(module), module.training) for name, module in model.named_modules()],
-        "weights": [
-            (name, id(weight), weight.data_ptr(), weight._version, weight.requires_grad, weight.grad is None)
-            for name, weight in model.named_parameters()
-        ],
-        "fingerprint": fingerprint(model),
-        "logits": logits.double().cpu().numpy().tobytes(),
-    }

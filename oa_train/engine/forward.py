@@ -12,10 +12,13 @@ from oa_train.batches import Batch
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.taps import (
+    CallFunction,
     Tap,
     changed_argument,
+    changed_calls,
     foreign_hooks,
     recomputed,
+    replaced_forward,
     replaced_forwards,
     tapped,
     uncompiled,
@@ -41,35 +44,56 @@ def scored_logits(
     taps: Iterable[Tap] = (),
     recompute: bool = False,
     scored: Int[Tensor, "row scored"] | None = None,
+    changes: Iterable[tuple[nn.Module, CallFunction]] = (),
     whole: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Next-token logits at each row's scored positions, with functions attached for this run.
 
-    Only those positions pass through the unembedding, which in a small model is the largest matrix, and only the
-    columns from the first of them on through the last projection of attention and the last MLP. `whole` runs these
-    at every column, for functions that read their outputs at others too; so do hooks of others on the last block.
-    `recompute` is activation checkpointing of each block: less memory, more time, the same result.
-    `scored` are the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
+    Only those positions pass through the unembedding, which in a small model is the largest matrix. The last block's
+    attention projection and MLP run from the first scored column on, unless something else is attached to the model
+    that may read what they write before it.
+
+    Args:
+        model: frozen causal language model.
+        batch: prompts on its device.
+        taps: functions of modules' tensors.
+        recompute: activation checkpointing of each block: less memory, more time, the same result.
+        scored: the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
+        changes: of the calls of modules, made before the taps act.
+        whole: run the last block at every column, because a tap reads its outputs there.
     """
     columns = batch.scored if scored is None else scored
     rows = torch.arange(len(columns), device=columns.device).unsqueeze(1)
     parts = find_parts(model)
     attached_taps = [*taps, Tap(parts.unembedding, "input", lambda residual: residual[rows, columns])]
     attached = recomputed(parts.blocks, attached_taps) if recompute else tapped(attached_taps)
-    trimmed = [] if whole or recompute else _independent_parts(parts, {tap.module for tap in attached_taps})
-    with as_written(model), trimmed_to(trimmed, batch.first_scored), attached:
-        logits: Tensor = model(**model_inputs(batch)).logits
+    trimmed = [] if whole or recompute or _is_observed(model, parts) else _last_parts(parts, attached_taps)
+    inputs = model_inputs(batch)
+    if getattr(model.config, "output_router_logits", False):
+        inputs["output_router_logits"] = False  # a loss of them expects every token in the last block
+    # Rows join before anything else acts on the arguments of a call.
+    with changed_calls(changes), as_written(model), trimmed_to(trimmed, batch.scored_from), attached:
+        logits: Tensor = model(**inputs).logits
     return logits
 
 
-def _independent_parts(parts: Parts, tapped_modules: set[nn.Module]) -> list[nn.Module]:
-    """Modules of the last block that map each token by itself, and inside which nobody reads or changes anything."""
-    body, block = parts.family.mlp_body, parts.blocks[-1]
-    for module in (*block.modules(), parts.final_norm):
-        if foreign_hooks([*module._forward_pre_hooks.values(), *module._forward_hooks.values()]):
-            return []
+def _is_observed(model: CausalLM, parts: Parts) -> bool:
+    """True if something is attached to a module that gets, or is part of, what the last block writes."""
+    names = parts.family.blocks.split(".")[:-1]
+    around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
+    modules = [*around, *parts.blocks[-1].modules(), parts.final_norm, parts.unembedding]
+    return any(
+        foreign_hooks([*module._forward_pre_hooks.values(), *module._forward_hooks.values()], known=())
+        or replaced_forward(module)
+        for module in modules
+    )
+
+
+def _last_parts(parts: Parts, taps: Iterable[Tap]) -> list[nn.Module]:
+    """Modules of the last block that map each token by itself, and inside which no tap acts."""
+    body, block, acting = parts.family.mlp_body, parts.blocks[-1], {tap.module for tap in taps}
     candidates = [parts.attention_outputs[-1], *([block.get_submodule(body)] if body else [])]
-    return [module for module in candidates if not tapped_modules & ({*module.modules()} - {module})]
+    return [module for module in candidates if not acting & ({*module.modules()} - {module})]
 
 
 def trimmed_to(modules: Iterable[nn.Module], first: int) -> AbstractContextManager[None]:

@@ -157,9 +157,15 @@ def copies_and_clean_logits(
     masks: Bool[Tensor, "circuit entry"] | Float[Tensor, "circuit entry"],
     values: Values,
     recompute: bool = False,
+    clean: Float[Tensor, "batch scored vocabulary"] | None = None,
 ) -> tuple[Float[Tensor, "row scored vocabulary"], Float[Tensor, "batch scored vocabulary"]]:
-    """`copies_logits`, and the clean model's logits without gradients: in the same run if circuits share a prefix."""
-    logits, clean = ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
+    """`copies_logits`, and the clean model's logits without gradients.
+
+    They come from the same run if the circuits share their clean prefix, else from one of their own, unless they are
+    given as `clean`.
+    """
+    logits, own = ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
+    clean = own if clean is None else clean
     if clean is None:
         with torch.no_grad():
             clean = scored_logits(model, batch)

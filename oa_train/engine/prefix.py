@@ -2,12 +2,12 @@
 
 The model starts on the prompts alone. In the block where a circuit first ablates something, its rows join the batch as
 copies of the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow
-accordingly. If that is not before attention mixes tokens, they do without it in this block. So a circuit that ablates
-one unit of the last layer costs a part of one layer, and the clean run costs nothing extra.
+accordingly. Where a circuit's first ablation comes after attention has mixed tokens, its rows skip that attention and
+take the clean rows' heads. So a circuit that ablates one unit of the last layer costs a part of one layer, and the
+clean run costs nothing extra.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -24,11 +24,8 @@ from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.models.taps import CallFunction, Tap, changed_calls
+from oa_train.models.taps import CallFunction, Tap
 from oa_train.shapes import Bool, Float, Int, Tensor
-
-# Rank of the first kind of site whose tensor passes when attention has mixed tokens.
-_AFTER_ATTENTION = list(SITE_KINDS).index("heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +59,8 @@ def prefix_logits(
             layout = rows.rows(slice(0, len(present))).layout
             mask = growth.masks[: len(present)]
             taps += node_taps(model, nodes, mask, values.rows(growth.value_rows[: len(present)]), layout, sites)
-    with growth.growing(model):
-        start = batch.repeat(growth.counts[0] // len(batch))
-        logits = scored_logits(model, start, taps, scored=rows.scored)
+    start = batch.repeat(growth.counts[0] // len(batch))
+    logits = scored_logits(model, start, taps, scored=rows.scored, changes=growth.changes(model))
     by_circuit = logits.unflatten(0, (1 + len(masks), len(batch)))
     return PrefixLogits(by_circuit[0], by_circuit[1:][growth.order.argsort()])
 
@@ -72,6 +68,8 @@ def prefix_logits(
 def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
     """Fraction of the work of plain runs that a shared prefix saves; negative if its clean rows cost more."""
     n_blocks = nodes.dimensions.n_layers * len(masks)
+    if not n_blocks:
+        return 0.0
     return 1 - own_blocks(nodes, masks).sum().item() / n_blocks - 1 / len(masks)
 
 
@@ -82,11 +80,11 @@ def own_blocks(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor
 
 
 def _moment(nodes: Nodes, site: Site) -> int:
-    """When a site's tensor passes: 2 s where stage s begins, 2 s + 1 from where its attention has mixed tokens on."""
+    """When a site's tensor passes: at 2 s in stage s, or at 2 s + 1 if attention has mixed tokens there."""
     if site.kind == "tokens":
         return 0
-    layer, kind, _ = SITE_KINDS[site.kind].rank(site.layer, nodes.by_layer)
-    return 2 * (1 + layer) + (kind >= _AFTER_ATTENTION)
+    kind, layer = SITE_KINDS[site.kind], site.layer
+    return 2 * (1 + kind.rank(layer, nodes.by_layer)[0]) + kind.is_after_attention(layer, nodes.by_layer)
 
 
 def _first_moments(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
@@ -105,12 +103,13 @@ class _Growth:
     final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
 
     Attributes:
-        counts: rows in each stage.
-        attending: the first rows of each stage, for which attention mixes tokens; in the others it reads clean rows.
+        counts: number of rows in each stage.
+        attending: number of rows in each stage, the first ones, that run through attention; the others take the clean
+            rows' heads.
     """
 
     def __init__(self, model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> None:
-        self._n_prompts, device = len(batch), batch.tokens.device
+        self._nodes, self._n_prompts, device = nodes, len(batch), batch.tokens.device
         self.n_stages = nodes.dimensions.n_layers + 2
         moments = _first_moments(nodes, masks)
         self.order: Int[Tensor, " circuit"] = moments.argsort(stable=True)
@@ -126,22 +125,33 @@ class _Growth:
         # Nothing is replaced in clean rows, so the values of any circuit will do.
         self.value_rows = torch.cat([prompts, of_circuits.flatten()])
 
-    def growing(self, model: CausalLM) -> AbstractContextManager[None]:
-        """Let rows join during one run of the model inside the context."""
+    def changes(self, model: CausalLM) -> Iterator[tuple[nn.Module, CallFunction]]:
+        """Changes of calls by which rows join during a run."""
         parts = find_parts(model)
-        joins = [(module, self._joining(stage)) for stage, module in enumerate([*parts.blocks, parts.final_norm], 1)]
-        return changed_calls([*joins, *self._mixing(parts)])
+        for stage, module in enumerate([*parts.blocks, parts.final_norm], 1):
+            yield module, self._joining(stage)
+        yield from self._mixing(parts)
 
     def _mixing(self, parts: Parts) -> Iterator[tuple[nn.Module, CallFunction]]:
         """Changes of calls that spare attention the rows that have just joined, up to its projection."""
         path = parts.family.attention_output.rpartition(".")[0]
         for stage, (block, projection) in enumerate(zip(parts.blocks, parts.attention_outputs, strict=True), 1):
             attention = block.get_submodule(path)
-            # Some attention modules add the residual stream themselves, or get a row for each prompt and head.
+            # Some attention modules add the residual stream themselves, or may get a row for each prompt and head.
             others = {"residual", "alibi"} & {*signature(attention.forward).parameters}
-            if self.attending[stage] < self.counts[stage] and not others:
+            if self.attending[stage] < self.counts[stage] and not others and not self._reads_inside(stage, parts):
                 yield attention, self._leaving(stage)
                 yield projection, self._returning(stage)
+
+    def _reads_inside(self, stage: int, parts: Parts) -> bool:
+        """True if a site of a stage may lie inside attention, before it has mixed tokens."""
+        for site in self._nodes.sites:
+            kind, by_layer = SITE_KINDS[site.kind], self._nodes.by_layer
+            if _moment(self._nodes, site) == 2 * stage:
+                module, _ = kind.place_of(site.layer, parts, by_layer)
+                if module is not parts.blocks[stage - 1]:
+                    return True
+        return False
 
     def _leaving(self, stage: int) -> CallFunction:
         n_rows, n_attending = self.counts[stage], self.attending[stage]

@@ -28,8 +28,9 @@ class Family:
         mlp_input: path to the module through which the MLP reads the residual stream, its norm.
         down_projection: path to the projection that the MLP's neurons enter; empty where there is no single one, as
             in mixtures of experts.
-        mlp_body: path to the module with the MLP's hidden layer, which `recompute` runs again; empty where the block
-            itself has it.
+        mlp_body: path to the module with the MLP's hidden layer, which maps each token by itself: `recompute` runs it
+            again, and the last layer's runs at some tokens only. Its first argument is [row, position, width] and no
+            other differs by token; empty where the block has the hidden layer itself, or where that does not hold.
         interleaved: whether a fused projection interleaves each head's query, key and value.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer.

@@ -61,6 +61,8 @@ class SiteKind:
         shape: number and width of its units.
         place: where a layer's tensor passes.
         unit_name: suffix for each of several units, with `{unit}` in it.
+        after_attention: whether attention of the layer, up to the input of its output projection, reads nothing that
+            depends on the tensor. A circuit that ablates no other tensor of the layer does without that attention.
     """
 
     name: str
@@ -69,6 +71,7 @@ class SiteKind:
     shape: Callable[[Dimensions], tuple[int, int]]
     place: Callable[[Parts, int], Place]
     unit_name: str = ""
+    after_attention: bool = False
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         """Layers of a model that have such a site."""
@@ -85,6 +88,10 @@ class SiteKind:
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
         """Sort key of the order of a forward pass."""
         return layer, list(SITE_KINDS).index(self.name), 0
+
+    def is_after_attention(self, layer: int, dictionaries: Dictionaries) -> bool:
+        """`after_attention` of a layer's site."""
+        return self.after_attention
 
     def unit_names(self, layer: int, n_units: int) -> list[str]:
         """Names of the units of a layer's site."""
@@ -138,6 +145,9 @@ class _Features(SiteKind):
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
         kind = _kind_of_name(dictionaries[layer].site)
         return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
+
+    def is_after_attention(self, layer: int, dictionaries: Dictionaries) -> bool:
+        return SITE_KINDS[_kind_of_name(dictionaries[layer].site)].after_attention
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
         # Neither the layer of a dictionary nor its number of features is known here.
@@ -193,10 +203,33 @@ SITE_KINDS: dict[str, SiteKind] = {
             lambda sizes: (sizes.n_heads, sizes.d_head),
             lambda parts, layer: (parts.attention_outputs[layer], "input"),
             ".h{unit}",
+            after_attention=True,
         ),
-        SiteKind("attention", "a{layer}", _every_layer, _stream, lambda p, layer: (p.attentions[layer], "output")),
-        SiteKind("neurons", "m{layer}", _every_layer, lambda sizes: (sizes.d_mlp, 1), _neurons, ".n{unit}"),
-        SiteKind("mlp", "m{layer}", _every_layer, _stream, lambda parts, layer: (parts.mlps[layer], "output")),
+        SiteKind(
+            "attention",
+            "a{layer}",
+            _every_layer,
+            _stream,
+            lambda parts, layer: (parts.attentions[layer], "output"),
+            after_attention=True,
+        ),
+        SiteKind(
+            "neurons",
+            "m{layer}",
+            _every_layer,
+            lambda sizes: (sizes.d_mlp, 1),
+            _neurons,
+            ".n{unit}",
+            after_attention=True,
+        ),
+        SiteKind(
+            "mlp",
+            "m{layer}",
+            _every_layer,
+            _stream,
+            lambda parts, layer: (parts.mlps[layer], "output"),
+            after_attention=True,
+        ),
         _Features("features", "f{layer}", _before_the_first, _stream, _residual, ".{unit}"),
     )
 }

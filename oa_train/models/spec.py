@@ -70,7 +70,8 @@ class LMSpec:
             raise ConfigurationError("lm.name is empty; expected a built-in name, a local directory or a Hub id.")
         check_choice("lm.dtype", self.dtype, get_args(DType))
         check_choice("lm.bos", self.bos, get_args(BosRule))
-        check_choice("lm.quantization", self.quantization, get_args(Quantization))
+        if self.quantization is not None:
+            check_choice("lm.quantization", self.quantization, get_args(Quantization))
         if self.quantization and self.adapter:
             raise ConfigurationError(
                 "lm.adapter is merged into the weights, which lm.quantization would store as codes; give one of the "

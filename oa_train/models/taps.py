@@ -125,10 +125,16 @@ def _checkpointed(forward: Callable[..., Any], taps: list[Tap]) -> Callable[...,
     return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
 
 
-def foreign_hooks(hooks: Iterable[Any]) -> list[Any]:
-    """Hooks of others. Ours are known; those of FSDP and of transformers (which collect outputs) change nothing."""
-    ours = ("torch.distributed.", "transformers.", "oa_train.")
-    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(ours)]
+def foreign_hooks(hooks: Iterable[Any], known: tuple[str, ...] = ("oa_train.",)) -> list[Any]:
+    """Hooks of packages that are not known; those of FSDP and of transformers change nothing, and always are."""
+    known = (*known, "torch.distributed.", "transformers.")
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(known)]
+
+
+def replaced_forward(module: nn.Module) -> list[Any]:
+    """Forward that replaces that of a module's class, if any; torch.compile's does not count."""
+    forward = vars(module).get("forward")
+    return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
 
 def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> AbstractContextManager[None]:

@@ -147,8 +147,8 @@ class RunFolder:
         """Folders with one circuit each: `front/N` of a run that trained several, else the run itself."""
         if (self.path / "circuit").exists() or not (self.path / FRONT).is_dir():
             return [self]
-        folders = sorted((self.path / FRONT).iterdir(), key=lambda folder: (len(folder.name), folder.name))
-        return [RunFolder(folder) for folder in folders]
+        numbers = [folder for folder in (self.path / FRONT).iterdir() if folder.name.isdecimal()]
+        return [RunFolder(folder) for folder in sorted(numbers, key=lambda folder: int(folder.name))] or [self]
 
     def trained_circuit(self) -> "TrainedCircuit":
         """The circuit of the run.

@@ -116,7 +116,7 @@ class ConstantsModule(FrozenModelModule):
             )
         check_loss("loss", loss)
         check_positive(positions=positions, learning_rate=learning_rate, rows_per_run=rows_per_run)
-        check_positive(patience=1 if patience is None else patience)
+        check_positive(patience=patience)
         starts_from = Constants.load(_inside(start, "constants")) if Path(start).is_dir() else _start_kind(start)
         check_site_kinds("sites", sites)
         check_dictionaries(sites, len(dictionaries or []))

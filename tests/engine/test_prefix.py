@@ -9,9 +9,11 @@ from oa_train.engine.levels import copies_and_clean_logits, copies_logits, maske
 from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
+from oa_train.models.sites import SITE_KINDS, SiteKind
 from oa_train.models.taps import Tap, tapped
-from tests.builders import random_batch, random_constants, random_values, traces, with_spans
+from tests.builders import random_batch, random_constants, random_values, tiny_model, traces, with_spans
 from tests.engine.selections import SPANNED, every_kind, selection
+from tests.precision import WithoutSinglePrecision
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -40,11 +42,11 @@ def assert_prefix(model, batch, level: Nodes, masks: torch.Tensor, values, leave
         assert_close(of_shared, of_whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_circuits_of_different_layers_are_each_alone_in_value_and_gradient(any_model, side):
-    batch, level = random_batch([7, 5], side), Nodes.of(any_model.config, ["embedding", "residual", "heads", "mlp"])
+@pytest.mark.parametrize(("lengths", "side"), [([7, 5], "left"), ([7, 5], "right"), ([6], "left"), ([5, 5], "left")])
+def test_circuits_of_different_layers_are_each_alone_in_value_and_gradient(any_model, lengths, side):
+    batch, level = random_batch(lengths, side), Nodes.of(any_model.config, ["embedding", "residual", "heads", "mlp"])
     masks = circuits(level, ("m2",), ("a0.h1", "m2"), ("r3",), (), ("a1", "m1"), ("input",), ("m0", "a2.h3"))
-    values = random_values(level, 2 * len(masks), 7)
+    values = random_values(level, len(lengths) * len(masks), max(lengths))
     assert_prefix(any_model, batch, level, masks, values, list(values.values()))
 
 
@@ -57,6 +59,28 @@ def test_units_of_every_kind_and_spans_may_be_ablated(archetype, lengths):
     masks = torch.cat([masks, by_unit])
     constants = random_constants(level, requires_grad=True)
     assert_prefix(archetype, batch, level, masks, constants.replacements(batch), list(constants.tables.values()))
+
+
+@pytest.mark.parametrize("path", ["input_layernorm", "self_attn.q_proj"])
+def test_a_kind_of_site_that_attention_reads_is_ablated_in_its_own_layer(path, monkeypatch):
+    """One that is registered from outside, at the norm in front of attention or inside of it."""
+    kind = SiteKind(
+        "reads",
+        "x{layer}",
+        lambda sizes: range(sizes.n_layers),
+        lambda sizes: (1, sizes.d_model),
+        lambda parts, layer: (parts.blocks[layer].get_submodule(path), "input"),
+    )
+    monkeypatch.setitem(SITE_KINDS, "reads", kind)
+    model, batch = tiny_model("llama"), random_batch([6, 4], "left")
+    level = Nodes.of(model.config, ["heads", "reads"])
+    masks = circuits(level, ("x2",), ("x1",), ("a2.h1",), ("a1", "x2"))
+    values = random_values(level, 2 * len(masks), 6)
+    with WithoutSinglePrecision():
+        assert_prefix(model, batch, level, masks, values, list(values.values()))
+        assert saved_share(level, masks) > 0
+    clean = prefix_logits(model, batch, level, masks, values)
+    assert (clean.ablated[0] - clean.clean).abs().max() > 1e-6
 
 
 def test_the_blocks_see_fewer_rows(archetype):

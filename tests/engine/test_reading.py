@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from oa_train import Circuit, Constants, ablated
 from oa_train.engine.forward import model_inputs, scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
@@ -14,8 +15,16 @@ from oa_train.models.families import check_family
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap
-from tests.builders import random_batch, random_constants, random_dictionary, random_mask, random_values, traces
+from oa_train.models.taps import Tap, replaced_forwards, tapped
+from tests.builders import (
+    random_batch,
+    random_constants,
+    random_dictionary,
+    random_mask,
+    random_values,
+    tiny_model,
+    traces,
+)
 from tests.engine.selections import plain_kinds
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -104,29 +113,42 @@ def test_scored_logits_are_those_of_hugging_face_at_the_scored_position(archetyp
     assert_close(scored_logits(archetype, batch), torch.stack([whole[i, batch.scored[i]] for i in range(2)]), **EXACT)
 
 
+def note_columns(monkeypatch, modules: list[torch.nn.Module]) -> list[int]:
+    """Number of columns in each call of the modules' own forwards, from now on."""
+    seen: list[int] = []
+
+    def noting(forward):
+        def noted(self, hidden, *args, **kwargs):
+            if any(self is module for module in modules):
+                seen.append(hidden.shape[1])
+            return forward(self, hidden, *args, **kwargs)
+
+        return noted
+
+    for kind in {type(module) for module in modules}:
+        monkeypatch.setattr(kind, "forward", noting(kind.forward))
+    return seen
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_the_end_of_the_last_block_runs_from_the_first_scored_column_on(any_model, side):
+def test_the_end_of_the_last_block_runs_from_the_first_scored_column_on(any_model, side, monkeypatch):
     """In value and gradient as if it ran everywhere."""
     batch, level, parts = random_batch([7, 6, 5], side), Nodes.of(any_model.config), find_parts(any_model)
-    mask, seen, results = random_mask(3, len(level)), [], []
-    projection, body = parts.attention_outputs[-1], parts.family.mlp_body
-    forward, after = projection.forward, getattr(parts.blocks[-1], body, parts.mlps[-1])
-    projection.forward = lambda heads: seen.append(heads.shape[1]) or forward(heads)
-    try:
-        for whole in (False, True):
-            constants = random_constants(level, requires_grad=True)
-            taps = node_taps(any_model, level, mask, constants.replacements(batch), batch.layout)
-            reads = Tap(after, "input", lambda hidden: seen.append(hidden.numel()))
-            logits = scored_logits(any_model, batch, [*taps, reads], whole=whole)
-            gradients = torch.autograd.grad(logits.square().sum(), [*constants.tables.values()])
-            results.append((logits.detach(), *gradients))
-    finally:
-        del projection.forward
+    mask, at_boundary, results, body = random_mask(3, len(level)), [], [], parts.family.mlp_body
+    ends = [parts.attention_outputs[-1], *([parts.blocks[-1].get_submodule(body)] if body else [])]
+    seen = note_columns(monkeypatch, ends)
+    for whole in (False, True):
+        constants = random_constants(level, requires_grad=True)
+        taps = node_taps(any_model, level, mask, constants.replacements(batch), batch.layout)
+        inputs = [Tap(module, "input", lambda hidden: at_boundary.append(hidden.shape[1])) for module in ends]
+        logits = scored_logits(any_model, batch, [*taps, *inputs], whole=whole)
+        gradients = torch.autograd.grad(logits.square().sum(), [*constants.tables.values()])
+        results.append((logits.detach(), *gradients))
     for trimmed, full in zip(*results, strict=True):
         assert_close(trimmed, full, **EXACT)
+    assert seen == [7 - batch.scored_from] * len(ends) + [7] * len(ends)
     # Functions attached to the modules see every column either way.
-    assert seen[1::2] == [seen[1]] * 2
-    assert seen[::2] == [7 - batch.first_scored, 7]
+    assert at_boundary == [7] * 2 * len(ends)
 
 
 def test_a_module_runs_everywhere_where_a_function_inside_reads_it(archetype):
@@ -137,16 +159,43 @@ def test_a_module_runs_everywhere_where_a_function_inside_reads_it(archetype):
     assert_close(logits, scored_logits(archetype, batch), **EXACT)
 
 
-def test_the_last_block_runs_everywhere_where_someone_else_s_hook_reads_it(archetype):
-    batch, parts, outputs = random_batch([7, 6], "left"), find_parts(archetype), []
-    handle = parts.mlps[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
+@pytest.mark.parametrize(
+    "where", ["mlp", "block", "final norm", "body", "unembedding", "forward", "tapped", "ablated"]
+)
+def test_the_last_block_runs_everywhere_where_something_else_is_attached(archetype, where, monkeypatch):
+    batch, parts, level = random_batch([7, 6], "left"), find_parts(archetype), Nodes.of(archetype.config, ["neurons"])
+    clean = scored_logits(archetype, batch)
+    seen = note_columns(monkeypatch, [parts.attention_outputs[-1]])
+    modules = {
+        "mlp": parts.mlps[-1],
+        "block": parts.blocks[-1],
+        "final norm": parts.final_norm,
+        "body": archetype.base_model,
+        "unembedding": parts.unembedding,
+    }
+    if where in modules:
+        handle = modules[where].register_forward_hook(lambda _, __, output: None)
         logits = scored_logits(archetype, batch)
-        archetype(**model_inputs(batch))
-    finally:
         handle.remove()
-    assert_close(outputs[0], outputs[1], **EXACT)
-    assert_close(logits, scored_logits(archetype, batch), **EXACT)
+    elif where == "forward":
+        with replaced_forwards([(parts.blocks[-1], parts.blocks[-1].forward)]):
+            logits = scored_logits(archetype, batch)
+    elif where == "tapped":
+        with tapped([Tap(parts.mlps[-1], "output", lambda _: None)]):
+            logits = scored_logits(archetype, batch)
+    else:
+        with ablated(archetype, Circuit.from_patterns(level, ["*"]), Constants.zeros(level)):
+            logits = scored_logits(archetype, batch)
+    assert seen == [7]
+    assert_close(logits, clean, **EXACT)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_router_logits_that_a_configuration_asks_for_are_left_out(family):
+    model, batch = tiny_model(family), random_batch([7, 6], "left")
+    expected = scored_logits(model, batch)
+    model.config.output_router_logits = True
+    assert_close(scored_logits(model, batch), expected, **EXACT)
 
 
 def test_inputs_name_mask_and_positions_only_with_padding():

@@ -35,7 +35,7 @@ from oa_train.models.graph import Graph
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import ResidualParts, find_residual_parts, is_layer_norm, rms_norm_scale, weight_and_bias
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap, foreign_hooks, recomputed, replaced_forwards, tapped
+from oa_train.models.taps import Tap, foreign_hooks, recomputed, replaced_forward, replaced_forwards, tapped
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 
@@ -114,9 +114,9 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
     for layer, (readers, output) in enumerate(zip(residual.attention, parts.attention_outputs, strict=True)):
         for path, module in zip(parts.family.projections, readers.modules, strict=True):
             attached[f"the input of {path} of block {layer}"] = [*module._forward_pre_hooks.values()]
-            attached[f"{path} of block {layer}"] = _other_forwards(module)
+            attached[f"{path} of block {layer}"] = replaced_forward(module)
         attached[f"the output of {output_path} of block {layer}"] = [*output._forward_hooks.values()]
-        attached[f"{output_path} of block {layer}"] = _other_forwards(output)
+        attached[f"{output_path} of block {layer}"] = replaced_forward(output)
     for name, functions in attached.items():
         if foreign := foreign_hooks(functions):
             raise ConfigurationError(
@@ -124,12 +124,6 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
                 "circuit of edges: every reader has an input of its own there, and nothing uses this tensor. "
                 "Remove it for the run, or take a circuit of nodes (level: nodes)."
             )
-
-
-def _other_forwards(module: nn.Module) -> list[Any]:
-    """Forward that replaces that of a module's class, if any; torch.compile's does not count."""
-    forward = vars(module).get("forward")
-    return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
 
 class _Run:
