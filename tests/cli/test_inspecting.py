@@ -107,7 +107,7 @@ def test_the_tables(capsys):
     said = capsys.readouterr().out
     for words in ("262", "12 q, 12 k, 12 v, 3 MLPs, logits", "128,768", "activations", "self-check in float64"):
         assert words in said
-    assert said.count("passed") == 14
+    assert said.count("passed") == 15
     assert "failed" not in said
 
 
@@ -118,7 +118,7 @@ def test_check_as_json_with_a_configuration_file(capsys):
     assert facts["model"]["post_norms"]
     assert facts["step"]["batch_size"] == 2
     assert facts["checked_in"] == "float64"
-    assert len(facts["checks"]) == 14
+    assert len(facts["checks"]) == 15
     assert all(check["passed"] for check in facts["checks"])
 
 
