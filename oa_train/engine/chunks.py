@@ -14,7 +14,7 @@ from oa_train.shapes import Bool, Float, Tensor
 ROWS_PER_RUN = 128
 
 # Most memory of one run beside the model's own activations; larger runs are split.
-RUN_BYTES = 2**29
+RUN_BYTES = 2**30
 
 
 def chunks(
