@@ -58,7 +58,9 @@ def prefix_logits(
         if sites:
             layout = rows.rows(slice(0, len(present))).layout
             mask = growth.masks[: len(present)]
-            taps += node_taps(model, nodes, mask, values.rows(growth.value_rows[: len(present)]), layout, sites)
+            # Values of a whole model, one for each row, would be copied for every stage.
+            own = values.only(sites).rows(growth.value_rows[: len(present)])
+            taps += node_taps(model, nodes, mask, own, layout, sites)
     start = batch.repeat(growth.counts[0] // len(batch))
     logits = scored_logits(model, start, taps, scored=rows.scored, changes=growth.changes(model))
     by_circuit = logits.unflatten(0, (1 + len(masks), len(batch)))

@@ -1,6 +1,6 @@
 """Values of units: the replacements that constants, means, noise and other runs supply."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +58,10 @@ class Values(Mapping[Site, Tensor]):
 
         slots = {span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()}
         return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
+
+    def only(self, sites: Iterable[Site]) -> "Values":
+        """The values of some sites."""
+        return Values({site: self.tensors[site] for site in sites}, self.slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
         """The values of some rows; values that stand for all rows are unchanged."""

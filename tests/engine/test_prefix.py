@@ -7,6 +7,7 @@ from torch.testing import assert_close
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import copies_and_clean_logits, copies_logits, masked_logits
 from oa_train.engine.prefix import prefix_logits, saved_share
+from oa_train.engine.values import Values
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, SiteKind
@@ -105,6 +106,16 @@ def test_the_blocks_see_fewer_rows(archetype):
     # Five circuits join in each layer, after its attention, beside the clean rows; whole they go through all three.
     assert shared == (2 * (6 + 11 + 16), 2 * (1 + 6 + 11))
     assert whole == (2 * 3 * 15, 2 * 3 * 15)
+
+
+def test_values_of_a_row_are_copied_once(archetype, monkeypatch):
+    """Not for every layer: values by row and position, as of other prompts, are as large as all activations."""
+    batch, level = random_batch([6, 4]), Nodes.of(archetype.config)
+    masks = circuits(level, *[(name,) for name in level.names])
+    values, copied, rows = random_values(level, 2 * len(masks), 6), [], Values.rows
+    monkeypatch.setattr(Values, "rows", lambda self, numbers: copied.extend(self) or rows(self, numbers))
+    prefix_logits(archetype, batch, level, masks, values)
+    assert sorted(copied) == sorted(level.sites)
 
 
 def test_the_model_is_untouched_afterwards_and_after_an_exception(archetype):
