@@ -67,8 +67,8 @@ class FinishSettings:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("refit_start", self.refit_start, get_args(RefitStart))
-        check_at_least(1, size=self.size)
+        check_choice("finish.refit_start", self.refit_start, get_args(RefitStart))
+        check_at_least(1, **{"finish.size": self.size})
 
 
 @dataclass(frozen=True, eq=False)
