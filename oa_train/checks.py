@@ -6,7 +6,7 @@ from oa_train.errors import ConfigurationError, nearest_names
 
 
 def check_at_least(least: float, **options: float | None) -> None:
-    """Check that numbers are at least `least`; None is no number.
+    """Check that options are at least `least`; those that are None are not checked.
 
     Raises:
         ConfigurationError: an option is less, or NaN.
@@ -17,7 +17,7 @@ def check_at_least(least: float, **options: float | None) -> None:
 
 
 def check_positive(**options: float | None) -> None:
-    """Check that numbers are more than 0; None is no number.
+    """Check that options are more than 0; those that are None are not checked.
 
     Raises:
         ConfigurationError: an option is not.

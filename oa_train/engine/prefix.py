@@ -138,10 +138,11 @@ class _Growth:
         """Changes of calls that spare attention the rows that have just joined, up to its projection."""
         path = parts.family.attention_output.rpartition(".")[0]
         for stage, (block, projection) in enumerate(zip(parts.blocks, parts.attention_outputs, strict=True), 1):
+            if self.attending[stage] == self.counts[stage] or self._reads_inside(stage, parts):
+                continue
             attention = block.get_submodule(path)
             # Some attention modules add the residual stream themselves, or may get a row for each prompt and head.
-            others = {"residual", "alibi"} & {*signature(attention.forward).parameters}
-            if self.attending[stage] < self.counts[stage] and not others and not self._reads_inside(stage, parts):
+            if not {"residual", "alibi"} & {*signature(attention.forward).parameters}:
                 yield attention, self._leaving(stage)
                 yield projection, self._returning(stage)
 

@@ -1,4 +1,4 @@
-"""Where a fact is recalled: clean values restored in runs with a corrupted subject."""
+"""Causal tracing of facts: clean values restored in runs with a corrupted subject."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -152,11 +152,11 @@ class Trace(Study[TraceSettings]):
                 f"trace.prompt is {self.settings.prompt}; the model knows the prompts 0 to {len(clean) - 1}."
             )
         traced = self._traced(len(known))
-        lost = {name: probability_lost(clean, p).mean(dim=0) for name, p in traced.items()}
-        for name, values in lost.items():
+        drops = {name: probability_lost(clean, p).mean(dim=0) for name, p in traced.items()}
+        for name, values in drops.items():
             if not float(values[-1].mean()) > LEAST_LOST:
                 raise NotFiniteError(f"Under the corruption {name} the answers lose no probability; choose another.")
-        traced_runs = Traced(self.tracing, traced, lost, identities)
+        traced_runs = Traced(self.tracing, traced, drops, identities)
         rows, layers = list(traced_runs.rows()), self.tracing.layers
         figures: dict[str, Callable[[], Figure | None]] = {
             "layers": partial(
@@ -256,8 +256,8 @@ class Trace(Study[TraceSettings]):
                 draws = [
                     tracer.lost(prompt, self._unrestored(name, draw), advance) for draw in range(self._draws(name))
                 ]
-                lost = torch.stack(draws).mean(dim=0)[:, 0]
-                shares = (1 - lost / lost[-1].clamp(min=1e-12))[:-1].view(len(tracing.kinds), len(spans), -1)
+                drop = torch.stack(draws).mean(dim=0)[:, 0]
+                shares = (1 - drop / drop[-1].clamp(min=1e-12))[:-1].view(len(tracing.kinds), len(spans), -1)
                 for kind, table in zip(tracing.kinds, shares, strict=True):
                     tables[spoken(name), kind] = table.numpy()
         inside = prompt.layout.span(tracing.subject)[0].tolist()

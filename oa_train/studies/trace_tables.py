@@ -40,14 +40,14 @@ class Traced:
 
     def rows(self) -> Iterator[Row]:
         """A row for each corruption and run."""
-        for name, lost in self.lost.items():
+        for name, drop in self.lost.items():
             probabilities = self.probabilities[name].mean(dim=0)
-            intervals = recovered_bootstrap(lost[:-1], lost[-1], self.identities)
+            intervals = recovered_bootstrap(drop[:-1], drop[-1], self.identities)
             for number, run in enumerate(self.tracing.runs):
                 low, high = intervals[number]
                 yield {"corruption": name, "restored": run.kind, "at": run.span, "window": run.window} | {
                     "layer": run.layer,
-                    "recovered": recovered(lost[number], lost[-1], self.identities),
+                    "recovered": recovered(drop[number], drop[-1], self.identities),
                     "bootstrap_low": low,
                     "bootstrap_high": high,
                     "probability": estimate(probabilities[number], self.identities),
@@ -67,12 +67,12 @@ class Traced:
     def localisation(self) -> Iterator[dict[str, Any]]:
         """Peak of each profile over the layers, and the number of layers that it is spread over."""
         for first, runs in self._groups():
-            for name, lost in self.lost.items():
-                peak = int(lost[runs].mean(dim=1).argmin())
+            for name, drop in self.lost.items():
+                peak = int(drop[runs].mean(dim=1).argmin())
                 yield {"restored": first.kind, "at": first.span, "window": first.window, "corruption": name} | {
                     "peak": self.tracing.layers[peak],
-                    "recovered": recovered(lost[runs][peak], lost[-1], self.identities),
-                    "effective_layers": effective_layers(lost[runs], lost[-1], self.identities),
+                    "recovered": recovered(drop[runs][peak], drop[-1], self.identities),
+                    "effective_layers": effective_layers(drop[runs], drop[-1], self.identities),
                 }
 
     def agreement(self) -> list[dict[str, Any]]:

@@ -128,12 +128,12 @@ class LensModule(FrozenModelModule):
         for kind, lens in self._kinds():
             for piece in tokens.pieces(len(self.starts), self.predictions_at_once):
 
-                def lost(kind: str = kind, lens: Lens = lens, piece: slice = piece) -> Float[Tensor, " start"]:
+                def losses(kind: str = kind, lens: Lens = lens, piece: slice = piece) -> Float[Tensor, " start"]:
                     logits = lens_logits(lens, self.frozen, tokens, piece)
                     kl = kl_divergence(self._target(kind, tokens, piece), logits)
                     return kl @ weights[piece].to(kl.dtype)
 
-                yield kind, lost
+                yield kind, losses
 
     def _target(self, kind: str, tokens: Tokens, piece: slice) -> Tensor:
         """Logits that a lens is trained to match."""
@@ -148,7 +148,7 @@ class LensModule(FrozenModelModule):
         """One step of all lenses at all layers."""
         tokens = Tokens(self.frozen, batch)
         parts = list(self._parts(tokens, len(batch)))
-        values, loss = summed([lost for _, lost in parts], list(self.lenses.parameters()))
+        values, loss = summed([losses for _, losses in parts], list(self.lenses.parameters()))
         sums = dict.fromkeys(self.lenses, torch.zeros(len(self.starts), device=self.device))
         for (kind, _), value in zip(parts, values, strict=True):
             sums[kind] = sums[kind] + value

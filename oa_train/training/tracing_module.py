@@ -146,17 +146,17 @@ class TracingModule(FrozenModelModule):
                 def of_runs(piece: Any = piece, runs: slice = runs) -> Float[Tensor, " run"]:
                     probabilities = piece.probabilities(runs, self.constants[runs][:, None, None], self.recompute)
                     if self.loss == "cross_entropy":
-                        lost = probability_lost(piece.clean.log(), probabilities.log())
+                        losses = probability_lost(piece.clean.log(), probabilities.log())
                     else:
-                        lost = probability_lost(piece.clean, probabilities)
-                    return lost.sum(dim=1) / len(batch)
+                        losses = probability_lost(piece.clean, probabilities)
+                    return losses.sum(dim=1) / len(batch)
 
                 yield runs, of_runs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all runs."""
         parts = list(self._parts(batch))
-        values, loss = summed([lost for _, lost in parts], [self.constants])
+        values, loss = summed([losses for _, losses in parts], [self.constants])
         losses = torch.zeros(len(self.tracing), device=self.device)
         for (runs, _), value in zip(parts, values, strict=True):
             losses[runs] += value
