@@ -15,6 +15,9 @@ Advance = Callable[[int], None]
 # A pass that a gradient goes back through takes about as long as two.
 WITH_GRADIENTS = 2
 
+# Seconds between two lines on the progress of long work, where output goes to a file.
+BETWEEN_LINES = 60.0
+
 # Seconds of work before its duration is estimated, and of an estimate that is worth saying.
 MEASURED, WORTH_SAYING = 1.0, 10.0
 

@@ -9,10 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from oa_train.cli.record import log
-from oa_train.progress import Advance, Track, duration
-
-# Seconds between two lines of a log file.
-BETWEEN_LINES = 60.0
+from oa_train.progress import BETWEEN_LINES, Advance, Track, duration
 
 
 class Bars(Track):

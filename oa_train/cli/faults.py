@@ -3,20 +3,16 @@
 import errno
 import re
 import shutil
-import signal
 import sysconfig
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
 
 import oa_train
 from oa_train.errors import FAULT, MISTAKE, ConfigurationError, OaTrainError, RunError, causes
 from oa_train.studies.run_folder import PIECES, RunFolder
-from oa_train.training.interruption import Stopped
 
 # Advice on system errors on files.
 _ELSEWHERE = "or name another folder with --trainer.default_root_dir"
@@ -177,22 +173,6 @@ class Claim:
                             break
                         folder.rmdir()
             raise
-
-
-@contextmanager
-def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
-    """Raise an exception at a signal inside the context, as Python does at Ctrl-C but not at SIGTERM."""
-
-    def stop(number: int, frame: Any) -> NoReturn:
-        raise Stopped(signal.Signals(number))
-
-    is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, stop) for number in signals} if is_main else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _machine(problem: BaseException) -> str | None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from oa_train.cli.parser import ExplainingParser, add_config
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.trainer import check_true_precision
 from oa_train.diagnostics.facts import DEFAULT_TOKENS, model_facts
+from oa_train.diagnostics.facts_table import facts_rows
 from oa_train.diagnostics.memory import StepSettings, Strategy
 from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.loading import load_config, load_model, with_dtype
 from oa_train.models.spec import LMSpec
-from oa_train.studies.study import Table
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 
@@ -54,7 +54,8 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
     facts = model_facts(lm, settings)
     facts["step"]["precision"] = options.precision
     if not options.json:
-        _show(facts)
+        model = facts["model"]
+        print_table(f"{model['name']}: {model['family']}, {model['dtype']}", facts_rows(facts))
     checks: tuple[Check, ...] = ()
     if options.check:
         lm = _sharpest(lm, facts["frozen"]["parameters"])
@@ -63,7 +64,7 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
     if options.json:
         print(json.dumps(facts, indent=2))
     elif options.check:
-        print_table(Table(f"self-check in {lm.dtype}", [_check_row(check) for check in checks]))
+        print_table(f"self-check in {lm.dtype}", [_check_row(check) for check in checks])
     failed = [check.name for check in checks if not check.passed]
     if failed:
         raise RunError(
@@ -132,75 +133,3 @@ def _check_row(check: Check) -> dict[str, Any]:
         "at most": f"{check.tolerance:g}",
         "check": check.name,
     }
-
-
-def _show(facts: dict[str, Any]) -> None:
-    model = facts["model"]
-    rows = [row for section in (_part_rows, _circuit_rows, _memory_rows) for row in section(facts)]
-    cells = [{"part": part, "size": size, "of": note} for part, size, note in rows]
-    print_table(Table(f"{model['name']}: {model['family']}, {model['dtype']}", cells))
-
-
-Rows = Iterator[tuple[str, int | str, str]]
-
-
-def _part_rows(facts: dict[str, Any]) -> Rows:
-    model, sizes, frozen = facts["model"], facts["sizes"], facts["frozen"]
-    yield "layers", sizes["layers"], "attention and MLP in parallel" if model["parallel"] else "attention, then MLP"
-    yield "heads", sizes["heads"], f"of width {sizes['d_head']}; {sizes['kv_heads']} key-value heads"
-    yield "width", sizes["d_model"], "with post-norms" if model["post_norms"] else "no post-norms"
-    yield "vocabulary", sizes["vocabulary"], ""
-    yield "frozen parameters", frozen["parameters"], _size(frozen["bytes"])
-    threads = facts["threads"]
-    yield "threads", threads["used"], f"{threads['cores']} cores; OMP_NUM_THREADS sets them (docs/scaling.md, Threads)"
-
-
-def _circuit_rows(facts: dict[str, Any]) -> Rows:
-    components, readers, sources, sizes = facts["components"], facts["readers"], facts["sources"], facts["sizes"]
-    layers, heads = sizes["layers"], sizes["heads"]
-    names = f"a0.h0 to a{layers - 1}.h{heads - 1}, m0 to m{layers - 1}"
-    yield "components", components["count"], f"{components['heads']:,} heads and {components['mlps']:,} MLPs: {names}"
-    yield "sources", sources["count"], "input and the components"
-    groups = f"{readers['q']:,} q, {readers['k']:,} k, {readers['v']:,} v"
-    yield "readers", readers["count"], f"{groups}, {readers['mlps']:,} MLPs, logits"
-    yield "edges", facts["edges"], "from every source to every later reader"
-    for kind in ("node", "edge"):
-        trained = facts[f"{kind}_circuit"]
-        parts = f"{trained['masks']:,} masks, {trained['pooled_constants']:,} in pooled constants"
-        by_position = f"{trained['total_by_position']:,} with constants for {facts['step']['n_tokens']} positions"
-        yield f"trained, {kind} circuit", trained["total"], f"{parts}; {by_position}"
-
-
-def _memory_rows(facts: dict[str, Any]) -> Rows:
-    memory, step = facts["step_bytes"], facts["step"]
-    if memory is None:
-        yield "node training step", "", "not estimated: what experts need depends on the tokens that they are given"
-        return
-    rows = f"{step['batch_size']} prompts of {step['n_tokens']} tokens, {step['samples_per_prompt']} samples each"
-    yield "node training step", _size(memory["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
-    share = f", a share of 1 in {step['n_processes']}" if step["strategy"] == "fsdp" else ""
-    yield "  weights", _size(memory["weights"]), f"frozen parameters and buffers{share}"
-    if memory["gathered"]:
-        yield "  gathered", _size(memory["gathered"]), "weights outside of the blocks, from other processes"
-    yield "  trained", _size(memory["trained"]), "masks and pooled constants, their gradients, Adam's moments"
-    yield "  replacements", _size(memory["replacements"]), "masks laid out for all rows and positions"
-    yield "  activations", _size(memory["activations"]), "kept for the backward pass"
-    yield "  logits", _size(memory["logits"]), "of both runs, with their divergence"
-    yield "  passing", _size(memory["passing"]), "temporaries at the peak"
-
-
-def _manner(step: dict[str, Any]) -> str:
-    """Settings of the step that are not the default, in words."""
-    parts = [
-        f", {step['precision']}" if step["autocast"] else "",
-        ", with recomputation" if step["recompute"] else "",
-        f", in each of {step['n_processes']} processes" if step["n_processes"] > 1 else "",
-    ]
-    return "".join(parts)
-
-
-def _size(n_bytes: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.1f} {unit}"
-    return f"{n_bytes} B"

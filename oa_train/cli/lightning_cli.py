@@ -15,10 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.ablations.ability import ability_before_training
 from oa_train.checks import check_at_least
-from oa_train.cli import slurm
 from oa_train.cli.bars import track
-from oa_train.cli.faults import Claim, building, terminable, told_how_to_resume
-from oa_train.cli.finishing import finish_fit
+from oa_train.cli.faults import Claim, building, told_how_to_resume
 from oa_train.cli.output import console, show
 from oa_train.cli.parser import (
     ExplainingLightningParser,
@@ -30,20 +28,22 @@ from oa_train.cli.parser import (
 )
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
-from oa_train.cli.runs import finished_results
-from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, ignore_stray_ranks, trainer_changes
-from oa_train.cli.training_lines import training_bar
+from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, trainer_changes
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.models.loading import load_config
 from oa_train.models.spec import LMSpec
+from oa_train.studies.earlier_runs import checkpoint_to_go_on_from, finished_results, is_same_experiment
 from oa_train.studies.finish import FinishSettings
+from oa_train.studies.finishing import finish_fit
 from oa_train.studies.run_folder import RunFolder
+from oa_train.training import slurm
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
-from oa_train.training.interruption import StopAtSignal, none_left_behind
+from oa_train.training.interruption import StopAtSignal, none_left_behind, terminable
 from oa_train.training.module import FrozenModelModule
+from oa_train.training.progress_lines import training_bar
 from oa_train.training.strategies import ShardedStrategy
 
 # Tells the processes that a distributed strategy starts which run folder the first one has claimed.
@@ -150,14 +150,14 @@ class OaTrainCLI(LightningCLI):
         make_paths_absolute(chosen)
         check_trainer(chosen, writes=self._writes)
         check_at_least(1, checkpoint_every=chosen.checkpoint_every)
-        self._say(*ignore_stray_ranks(chosen.trainer))
+        self._say(*slurm.ignore_stray_ranks(chosen.trainer))
         if chosen.ckpt_path is None and self.subcommand != "fit":
             raise ConfigurationError(
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
         if self._writes and slurm.is_restarted():
             # The command line's checkpoint is where the job began; its own is further on.
-            checkpoint, messages = slurm.checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
+            checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
             self._say(*messages)
             chosen.ckpt_path = chosen.ckpt_path if checkpoint is None else str(checkpoint)
         elif self._writes and chosen.ckpt_path is not None:
@@ -172,7 +172,7 @@ class OaTrainCLI(LightningCLI):
     def _end_if_finished(self, checkpoint: Path) -> None:
         """End here if a checkpoint is of a finished run and nothing in the configuration differs from that run's."""
         run = RunFolder(checkpoint.parent.parent)
-        if checkpoint.is_file() and finished_results(run) and slurm.is_same_experiment(run, self._recorded()):
+        if checkpoint.is_file() and finished_results(run) and is_same_experiment(run, self._recorded()):
             self._say(
                 f"{run.path} is finished already, so nothing was done. To train on, change what ended its training "
                 "(--trainer.max_epochs, --trainer.max_steps); with any other option than that run's it is resumed "
@@ -226,7 +226,7 @@ class OaTrainCLI(LightningCLI):
         last = LastCheckpoint(run / "checkpoints", self._get(self.config_init, "checkpoint_every"))
         yield from (BestCheckpoint(run / "checkpoints"), last, StopAtSignal(last, self._signals), MaskImages())
         if config.enable_progress_bar is not False:
-            yield training_bar()
+            yield training_bar(track)
 
     def _trainer(self, **kwargs: Any) -> Any:
         with self._given_up_after_a_refusal():

@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from oa_train.cli.record import log
 
 if TYPE_CHECKING:
-    from oa_train.studies.study import Findings, Table
+    from oa_train.studies.findings import Findings
 
 # Columns of output that is read in a file and not on a terminal.
 WIDTH = 160
@@ -41,14 +41,14 @@ def show(findings: "Findings") -> None:
         if isinstance(part, str):
             console.print(part, soft_wrap=True)
         else:
-            print_table(part)
+            print_table(part.title, part.rows)
     if findings.folder is not None:
         console.print(f"results: {findings.folder}", soft_wrap=True)
 
 
-def print_table(table: "Table") -> None:
+def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Print a table."""
-    console.print(table_of(table.title, table.rows))
+    console.print(table_of(title, rows))
 
 
 def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> RichTable:

@@ -1,21 +1,18 @@
 """One command for every study: its options follow from its settings."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.cli.bars import track
-from oa_train.cli.faults import Claim, building, terminable
+from oa_train.cli.faults import Claim, building
 from oa_train.cli.output import show
 from oa_train.cli.parser import (
     ExplainingParser,
@@ -29,11 +26,12 @@ from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.record import record_in
 from oa_train.errors import ConfigurationError, nearest_names
-from oa_train.models.frozen import CausalLM
-from oa_train.models.loading import load_model
+from oa_train.models.loading import load_on_device
 from oa_train.progress import silent
+from oa_train.studies.processes import from_first, launched_by_torchrun, process_group
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
+from oa_train.training.interruption import terminable
 
 # Options that a study takes from its run.
 FROM_RUN = ("seed_everything", "lm", "data")
@@ -72,6 +70,8 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
     if len(folders) > 1 and kind.asks_of not in TAKING_SEVERAL:
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
+    if launched_by_torchrun() and not kind.resumable:
+        raise ConfigurationError(f"{kind.name} cannot be distributed over processes; run it without torchrun.")
     runs = [RunFolder.find(folder) for folder in folders]
     options = _options(parser, runs, rest)
     with building():
@@ -84,12 +84,15 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         check_experiment(chosen.experiment)
         output_root("--output", chosen.output)
     trained = _trained(kind, runs)
-    study = kind(_model(chosen, trained), chosen.data, trained, chosen[kind.name], track)
+    model = load_on_device(chosen.lm, chosen.device)
+    for part in trained:
+        part.check_belongs(model)
+    study = kind(model, chosen.data, trained, chosen[kind.name], track)
     if kind.resumable and chosen.resume is not None:
         study.resume(chosen.resume)
-    with _processes(kind) as rank:
+    with process_group() as rank:
         if rank:
-            study.folder, study.track = Path(_from_first("")), silent
+            study.folder, study.track = Path(from_first("")), silent
             return study.answer()
         return _carried_out(study, runs[0] if runs else None, parser, options)
 
@@ -106,7 +109,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
         folder = study.folder or study.claim(run.path)
         if study.resumable:
             track.say(f"Finished pieces are kept in {folder}; if interrupted, resume with --resume {folder}")
-        _from_first(str(folder))
+        from_first(str(folder))
         with terminable(), removed_if_empty(folder):
             findings = study.answer()
         try:
@@ -114,29 +117,6 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
         finally:  # a table that could not be written is still shown
             show(findings)
     return findings
-
-
-@contextmanager
-def _processes(kind: type[Study[Any]]) -> Iterator[int]:
-    """Rank of this process, 0 without torchrun; torchrun distributes the pieces of a study."""
-    if not dist.is_torchelastic_launched():
-        yield 0
-        return
-    if not kind.resumable:
-        raise ConfigurationError(f"{kind.name} cannot be distributed over processes; run it without torchrun.")
-    dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank()
-    finally:
-        dist.destroy_process_group()
-
-
-def _from_first(text: str) -> str:
-    """Text of the first process, broadcast to all."""
-    texts = [text]
-    if dist.is_initialized():
-        dist.broadcast_object_list(texts)
-    return texts[0]
 
 
 def _study_class(path: str) -> type[Study[Any]]:
@@ -203,24 +183,3 @@ def _named_apart(trained: Sequence[Any], runs: Sequence[RunFolder]) -> list[Any]
     if len({part.name for part in trained}) == len(trained):
         return list(trained)
     return [replace(part, name=str(run.path)) for part, run in zip(trained, runs, strict=True)]
-
-
-def _model(chosen: Any, trained: Sequence[Any]) -> CausalLM:
-    """Load the model on its device, and check that what was trained is of it."""
-    device = chosen.device
-    if device == "auto":
-        device = (
-            f"cuda:{os.environ['LOCAL_RANK'] if dist.is_torchelastic_launched() else 0}"
-            if torch.cuda.is_available()
-            else "cpu"
-        )
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as problem:
-        first = str(problem).split("\n")[0]
-        raise ConfigurationError(f"--device {device!r} cannot be used: {first}") from problem
-    model = load_model(chosen.lm)
-    torch.nn.Module.to(model, device)
-    for part in trained:
-        part.check_belongs(model)
-    return model

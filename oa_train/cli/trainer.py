@@ -1,12 +1,8 @@
 """Options of Lightning's trainer: checks that Lightning lacks or makes only after the run began, and our defaults."""
 
-import os
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
 from oa_train.checks import check_at_least
 from oa_train.cli.messages import PRECISIONS
@@ -23,9 +19,6 @@ SHARDED = "fsdp"
 
 # Strategies that start processes by multiprocessing.
 _OF_NOTEBOOKS = ("ddp_spawn", "ddp_fork", "ddp_notebook")
-
-# Variables from which Lightning takes the rank of a process.
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 # Precisions that set the data type of the frozen model, which has to be loaded in it.
 TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
@@ -95,30 +88,6 @@ def trainer_changes(config: Any) -> dict[str, Any]:
     if config.strategy == SHARDED:
         changes["strategy"] = ShardedStrategy()
     return changes
-
-
-def ignore_stray_ranks(config: Any) -> list[str]:
-    """Remove the rank from the environment if no launcher has started several processes; returns what to say of it.
-
-    A shell inside an allocation sets such variables, and Lightning would take the run for a process of another rank
-    than 0, which writes nothing. Where several processes are asked for, the variables are a mistake.
-    """
-    # Among the user's plugins may be another environment; several tasks of SLURM and torchrun set these rightly.
-    if config.plugins or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ:
-        return []
-    stray = [name for name in _RANKS if os.environ.get(name, "0") != "0"]
-    if not stray or (SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS", "1") != "1"):
-        return []
-    shown = ", ".join(f"{name}={os.environ[name]}" for name in stray)
-    if config.num_nodes > 1 or str(config.devices) not in ("auto", "1"):
-        raise ConfigurationError(
-            f"{shown} in the environment makes this process another's helper, but neither torchrun nor srun has "
-            f"started several. Unset it: unset {' '.join(stray)}"
-        )
-    for name in stray:
-        del os.environ[name]
-    rank_zero_only.rank = 0  # type: ignore[attr-defined]
-    return [f"{shown} in the environment is ignored: nothing has started several processes."]
 
 
 def _check_precision(chosen: Any) -> None:

@@ -4,15 +4,17 @@ The model stays the plain `PreTrainedModel` that transformers made: `models.part
 replaces parts of a run.
 """
 
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from oa_train.errors import ModelError
+from oa_train.errors import ConfigurationError, ModelError
 from oa_train.models.adapters import merged
 from oa_train.models.families import check_config, check_family
 from oa_train.models.frozen import CausalLM, freeze
@@ -85,6 +87,30 @@ def load_model(spec: LMSpec) -> CausalLM:
     if spec.adapter is not None:
         model = merged(model, spec.adapter, spec.local_files_only, base=spec.name)
     return freeze(model)
+
+
+def load_on_device(spec: LMSpec, device: str = "auto") -> CausalLM:
+    """Load a model (see `load_model`) on a device.
+
+    Args:
+        spec: the model.
+        device: as torch names it; `auto` is the GPU of this process, or the CPU if there is none.
+
+    Raises:
+        ConfigurationError: the device cannot be used.
+        ModelError: as of `load_model`.
+    """
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK'] if dist.is_torchelastic_launched() else 0}"
+    device = "cpu" if device == "auto" else device
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as problem:
+        first = str(problem).split("\n")[0]
+        raise ConfigurationError(f"--device {device!r} cannot be used: {first}") from problem
+    model = load_model(spec)
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def _quantization(spec: LMSpec, config: PretrainedConfig) -> dict[str, Any]:

@@ -119,6 +119,14 @@ class Records(FiniteTask):
         """
         return self.streams[stream][self.place_of(stream, index)]
 
+    def place(self, stream: Stream, index: int) -> str:
+        """Line or row of prompt number `index` of a stream in its file."""
+        return self.places[self.prompt(stream, index).text]
+
+    def left_out_report(self) -> str:
+        """Rows that were left out, by the reason, with their places."""
+        return report(self.left_out)
+
     def describe(self) -> dict[str, Any]:
         """Everything that determines the prompts: a hash of them with their streams, not the file's path."""
         digest = blake2b(digest_size=8)

@@ -177,6 +177,19 @@ class Task(ABC):
         """Number of prompts of a stream; None where prompts are drawn without end."""
         return None
 
+    def place(self, stream: Stream, index: int) -> str:
+        """Place of prompt number `index` of a stream in its file; empty for prompts that are drawn."""
+        return ""
+
+    def lengths(self, stream: Stream, n_prompts: int) -> list[int]:
+        """Numbers of tokens, BOS included, of the different texts among the first prompts of a stream."""
+        texts = {self.prompt(stream, number).text for number in range(n_prompts)}
+        return [len(ids) for ids in self.encoder.encode(sorted(texts))]
+
+    def left_out_report(self) -> str:
+        """What was left out of the task's file, and why, a line each; empty if nothing was."""
+        return ""
+
     def save(self, path: str | Path, stream: Stream, n_prompts: int) -> int:
         """Write the first prompts of a stream to a JSON Lines file, which `Records` reads.
 

@@ -198,9 +198,9 @@ class Text(FiniteTask):
         """Place in the corpus of prompt number `index` of a stream."""
         return self.windows.place(self.window(stream, index))
 
-    def lengths(self, stream: Stream) -> list[int]:
-        """Tokens of each window of a stream, the BOS included."""
-        lengths: list[int] = (self.windows.lengths[self.streams[stream]] + self._n_before).tolist()
+    def lengths(self, stream: Stream, n_prompts: int) -> list[int]:
+        """Numbers of tokens, BOS included, of the first windows of a stream."""
+        lengths: list[int] = (self.windows.lengths[self.streams[stream]][:n_prompts] + self._n_before).tolist()
         return lengths
 
     def prompt(self, stream: Stream, index: int) -> Prompt:

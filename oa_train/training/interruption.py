@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -175,6 +175,22 @@ class StopAtSignal(Checkpoint):
         _wait_for(children)
         self._deaf = trainer.world_size > 1 and not children
         raise Stopped(self._signals[noted - 1])
+
+
+@contextmanager
+def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
+    """Raise an exception at a signal inside the context, as Python does at Ctrl-C but not at SIGTERM."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        raise Stopped(signal.Signals(number))
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, stop) for number in signals} if is_main else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

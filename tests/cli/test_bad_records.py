@@ -82,8 +82,8 @@ BAD = {
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for module in ("cli.check_data", "training.module"):
-        monkeypatch.setattr(f"oa_train.{module}.load_model", lambda spec: pytest.fail("a model was loaded"))
+    for loader in ("cli.check_data.load_on_device", "training.module.load_model"):
+        monkeypatch.setattr(f"oa_train.{loader}", lambda *_: pytest.fail("a model was loaded"))
 
 
 def refused(capsys: pytest.CaptureFixture, command: str, path: str) -> str:

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from oa_train.cli.main import main
-from oa_train.cli.slurm import requeued, slurm_environment, slurm_job, stop_signals
 from oa_train.training.checkpoints import read_checkpoint
 from oa_train.training.interruption import Stopped
+from oa_train.training.slurm import requeued, slurm_environment, slurm_job, stop_signals
 from tests.jobs.fits import (
     FIRST,
     SECOND,

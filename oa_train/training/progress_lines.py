@@ -8,27 +8,30 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.console import Console
 
-from oa_train.cli.bars import BETWEEN_LINES, track
-from oa_train.progress import duration
+from oa_train.progress import BETWEEN_LINES, Track, duration
 from oa_train.training.steps import planned_steps
 
 # Seconds of training before the first line, which estimates the duration.
 BEFORE_FIRST_LINE = 10.0
 
 
-def training_bar() -> ProgressBar:
+def training_bar(track: Track) -> ProgressBar:
     """A bar on a terminal, lines elsewhere."""
-    return RichProgressBar() if Console().is_terminal else TrainingLines()
+    return RichProgressBar() if Console().is_terminal else TrainingLines(track)
 
 
 class TrainingLines(ProgressBar):
-    """A line on stderr now and then, with steps, the metrics that a bar would show, and the time that is left.
+    """A line now and then, with steps, the metrics that a bar would show, and the time that is left.
 
     Lightning's own bars repaint, which fills a file.
+
+    Args:
+        track: shows the lines.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, track: Track) -> None:
         super().__init__()
+        self._track = track
         self._is_enabled, self._begun, self._next, self._first_step = True, 0.0, math.inf, 0
 
     def disable(self) -> None:
@@ -64,7 +67,7 @@ class TrainingLines(ProgressBar):
     def _say(self, steps: str, trainer: Trainer, left: str) -> None:
         if self._is_enabled:
             metrics = [f"{name} {_number(value)}" for name, value in trainer.progress_bar_metrics.items()]
-            track.say(f"training: {', '.join(filter(None, [steps, *metrics, left]))}")
+            self._track.say(f"training: {', '.join(filter(None, [steps, *metrics, left]))}")
 
 
 def _number(value: float) -> str:

@@ -1,27 +1,25 @@
-"""SLURM jobs: their ids, requeueing, and the checkpoint from which a restarted job resumes."""
+"""SLURM jobs: their ids, ranks, signals and requeueing."""
 
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
-from oa_train.errors import CheckpointError, ConfigurationError
-from oa_train.studies.run_folder import VERSION, RunFolder, read_config
-from oa_train.training.checkpoints import read_checkpoint
+from oa_train.errors import ConfigurationError
 from oa_train.training.interruption import Stopped
 
 # Sent by SLURM ahead of the time limit if the job asks for it (sbatch --signal=USR1@60).
 REQUEUE_SIGNAL = signal.SIGUSR1
 
-# Keys of a recorded configuration that do not describe the experiment.
-RECORDS = ("resumed_from", "slurm_job")
+# Variables from which Lightning takes the rank of a process.
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 _SECONDS_TO_ANSWER = 60
 
@@ -49,6 +47,30 @@ def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvi
         return [SLURMEnvironment(auto_requeue=False)]
     except RuntimeError as problem:
         raise ConfigurationError(f"The SLURM job cannot be used like this: {problem}") from problem
+
+
+def ignore_stray_ranks(config: Any) -> list[str]:
+    """Remove the rank from the environment if no launcher has started several processes; returns what to say of it.
+
+    A shell inside an allocation sets such variables, and Lightning would take the run for a process of another rank
+    than 0, which writes nothing. Where several processes are asked for, the variables are a mistake.
+    """
+    # Among the user's plugins may be another environment; several tasks of SLURM and torchrun set these rightly.
+    if config.plugins or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ:
+        return []
+    stray = [name for name in _RANKS if os.environ.get(name, "0") != "0"]
+    if not stray or (SLURMEnvironment.detect() and os.environ.get("SLURM_NTASKS", "1") != "1"):
+        return []
+    shown = ", ".join(f"{name}={os.environ[name]}" for name in stray)
+    if config.num_nodes > 1 or str(config.devices) not in ("auto", "1"):
+        raise ConfigurationError(
+            f"{shown} in the environment makes this process another's helper, but neither torchrun nor srun has "
+            f"started several. Unset it: unset {' '.join(stray)}"
+        )
+    for name in stray:
+        del os.environ[name]
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
+    return [f"{shown} in the environment is ignored: nothing has started several processes."]
 
 
 def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
@@ -86,38 +108,3 @@ def _requeue(job: str) -> str:
 def is_restarted() -> bool:
     """True if SLURM has started this job before: it was requeued, preempted, or lost its node."""
     return slurm_job() is not None and os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
-
-
-def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Last checkpoint of the latest run of this job with this configuration, and messages about it.
-
-    Damaged checkpoints are passed over, so that one of them does not end every further start of the job.
-
-    Args:
-        folder: holds the runs, `version_<N>`.
-        config: configuration of this run, as it would be recorded.
-    """
-    job, messages = slurm_job(), []
-    numbers = [run.name.removeprefix(f"{VERSION}_") for run in folder.glob(f"{VERSION}_*")]
-    for number in sorted(filter(str.isdecimal, numbers), key=int, reverse=True):
-        run = RunFolder(folder / f"{VERSION}_{number}")
-        checkpoint = run.checkpoint("last")
-        if not checkpoint.is_file() or not is_same_experiment(run, config, job):
-            continue
-        try:
-            read_checkpoint(checkpoint)
-        except CheckpointError:
-            messages.append(f"{checkpoint} is damaged and is passed over.")
-            continue
-        return checkpoint, [*messages, f"SLURM has started job {job} again; it resumes from {checkpoint}."]
-    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
-
-
-def is_same_experiment(run: RunFolder, config: Mapping[str, Any], job: str | None = None) -> bool:
-    """True if a run has this configuration and, if one is given, belongs to this job."""
-    try:
-        recorded = read_config(run.config_path)
-    except ConfigurationError:
-        return False
-    same = {**recorded, **dict.fromkeys(RECORDS)} == {**config, **dict.fromkeys(RECORDS)}
-    return same and job in (None, recorded.get("slurm_job"))

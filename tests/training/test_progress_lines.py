@@ -6,10 +6,11 @@ import re
 import pytest
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
-from oa_train.cli import training_lines
-from oa_train.cli.training_lines import TrainingLines, training_bar
+from oa_train.cli.bars import track
+from oa_train.training import progress_lines
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
+from oa_train.training.progress_lines import TrainingLines, training_bar
 from tests.builders import quiet_trainer, small_ioi
 
 
@@ -26,8 +27,8 @@ class Slow(Callback):
 def lines(capsys, monkeypatch, seconds: float, **options) -> list[str]:
     """What a training prints on stderr whose steps take so many seconds."""
     now = [0.0]
-    monkeypatch.setattr(training_lines.time, "monotonic", lambda: now[0])
-    callbacks = [Slow(seconds, now), TrainingLines()]
+    monkeypatch.setattr(progress_lines.time, "monotonic", lambda: now[0])
+    callbacks = [Slow(seconds, now), TrainingLines(track)]
     trainer = quiet_trainer(**{"max_steps": 15, "enable_progress_bar": True, "callbacks": callbacks} | options)
     trainer.fit(CircuitModule(), datamodule=TaskData(small_ioi(n_validation=8, n_means=8, batches_per_epoch=5)))
     said = capsys.readouterr().err
@@ -63,8 +64,8 @@ def test_a_terminal_gets_a_bar(monkeypatch, is_terminal, kind):
     output = io.StringIO()
     output.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stdout", output)
-    assert type(training_bar()) is kind
+    assert type(training_bar(track)) is kind
 
 
 def test_numbers_are_written_as_a_person_would():
-    assert [*map(training_lines._number, (0.12345, 11.147, 70651.2, 0.0))] == ["0.123", "11.1", "70,651", "0"]
+    assert [*map(progress_lines._number, (0.12345, 11.147, 70651.2, 0.0))] == ["0.123", "11.1", "70,651", "0"]

@@ -1,0 +1,32 @@
+"""The processes that torchrun has started for one study."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+def launched_by_torchrun() -> bool:
+    """True if torchrun has started this process."""
+    return dist.is_torchelastic_launched()
+
+
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Rank of this process in the group of all, which exists for the length of the context; 0 without torchrun."""
+    if not launched_by_torchrun():
+        yield 0
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+def from_first(text: str) -> str:
+    """Text of the first process, broadcast to all."""
+    texts = [text]
+    if dist.is_initialized():
+        dist.broadcast_object_list(texts)
+    return texts[0]
