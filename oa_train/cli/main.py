@@ -15,7 +15,7 @@ from oa_train.cli.precheck import check_files
 from oa_train.cli.record import log, recording
 from oa_train.cli.streams import safe_streams
 from oa_train.errors import DONE, FAULT, INTERRUPTED, MISTAKE, TERMINATED, UNREAD, ConfigurationError, nearest_names
-from oa_train.studies import STUDIES
+from oa_train.studies.registry import STUDIES
 
 # By name: the function, imported when it is used, and the line in the overview.
 COMMANDS: dict[str, tuple[str, str]] = {
