@@ -10,18 +10,24 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
-from oa_train.seeds import derive_seed
 from oa_train.tasks import IOI, GreaterThan, Induction, Task
 from oa_train.tasks.greater_than import CENTURIES, SENTENCE, YEARS
 from oa_train.tasks.induction import OPENING
 from oa_train.tasks.vocabulary import read_data, read_words
-from oa_train.zoo.making import accuracy, make_from_command_line, next_words, one_thread, temporary_lm, write_model
+from oa_train.zoo.making import (
+    make_from_command_line,
+    next_words,
+    one_thread,
+    share_right,
+    small_gpt2,
+    temporary_lm,
+    write_model,
+)
 from oa_train.zoo.tiny_prompts import HELD_OUT_TEMPLATES, SceneIOI, pair_held_out
 from oa_train.zoo.tiny_training import Recipe, train
 from oa_train.zoo.tokenizer import word_tokenizer
@@ -54,34 +60,12 @@ def _grammar_texts() -> Iterator[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadModel:
-    """Make the model with random weights; the global generator is not touched."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=48,
-        n_embd=64,
-        n_layer=3,
-        n_head=4,
-        n_inner=128,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("tiny", seed))
-        return GPT2LMHeadModel(config)
+    """Make the model with random weights."""
+    return small_gpt2("tiny", seed, tokenizer, n_positions=48, n_layer=3, n_inner=128)
 
 
 def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict[str, float]:
-    """Accuracy on each kind of prompt that the model was not trained on.
-
-    Args:
-        model: the trained model.
-        lm: a folder with its tokenizer.
-        n_prompts: test prompts of each kind.
-    """
+    """Accuracy on each kind of prompt that the model was not trained on; `lm` is a folder with its tokenizer."""
     tasks: dict[str, Task] = {
         "indirect object, pairs of names that were held out": SceneIOI(lm, pair_held_out),
         "indirect object, templates that were held out": SceneIOI(lm, lambda _: True, templates=HELD_OUT_TEMPLATES),
@@ -89,7 +73,10 @@ def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict
         "greater-than": GreaterThan(lm=lm),
         "induction": Induction(lm=lm),
     }
-    return {kind: accuracy(model, task, n_prompts) for kind, task in tasks.items()}
+    return {
+        kind: share_right(model, task, [task.prompt("test", number) for number in range(n_prompts)])
+        for kind, task in tasks.items()
+    }
 
 
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: int = 2000) -> dict[str, float]:

@@ -35,16 +35,7 @@ class Schedule:
 
 
 def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule) -> list[float]:
-    """Train a model.
-
-    Args:
-        model: changed in place.
-        loss: the loss of a step, by its number.
-        schedule: steps and learning rates.
-
-    Returns:
-        The loss of each step.
-    """
+    """Train a model in place; `loss` is that of a step, by its number. Returns the loss of each step."""
     optimizer = _optimizer(model, schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule))
     losses = []
@@ -71,7 +62,7 @@ def answer_loss(
     Without the second half the model spends its first thousand steps on words that nobody can foresee.
 
     Args:
-        model: that is trained.
+        model: the model.
         tokens: token ids of prompts, each with one right answer behind it.
         mask: True at real tokens.
     """
