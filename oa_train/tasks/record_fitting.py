@@ -83,7 +83,7 @@ class RecordFitter:
             raise RowError("a prompt longer than the model's context", detail)
         tails = _tails(self.encoder, text, begun, (*prompt.answers, *prompt.distractors))
         right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
-        shared = _shared(tails) if wrong else 0
+        shared = shared_length([tail.ids for tail in tails]) if wrong else 0
         # A token that is only a space is the prompt's, not the answer's.
         while shared < min(len(tail.ids) for tail in tails) - 1 and all(
             not tail.pieces[shared].strip() for tail in tails
@@ -190,19 +190,14 @@ def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequenc
     """Answers after a prompt with the ids `begun`."""
     tails = []
     wholes = [text + answer for answer in answers]
-    for answer, whole, (ids, ends) in zip(answers, wholes, encoder.encode_with_ends(wholes), strict=True):
+    for answer, whole, (ids, places) in zip(answers, wholes, encoder.encode_with_places(wholes), strict=True):
         if ids[: len(begun)] != begun or len(ids) == len(begun):
             detail = f"{shorten(answer)} after {shorten(text)} changes the prompt's last token"
             raise RowError("an answer that does not continue its prompt", detail)
         if encoder.tokenizer.unk_token_id in ids[len(begun) :]:
             detail = f"{shorten(answer)} after {shorten(text)}"
             raise RowError("an answer with a word that this tokenizer does not know", detail)
-        bounds = [len(text), *ends[len(begun) :]]
+        bounds = [len(text), *(end for _, end in places[len(begun) :])]
         pieces = tuple(whole[start:end] for start, end in itertools.pairwise(bounds))
         tails.append(_Tail(tuple(ids[len(begun) :]), pieces))
     return tails
-
-
-def _shared(tails: Sequence[_Tail]) -> int:
-    """Length of the common token prefix of all answers."""
-    return shared_length([tail.ids for tail in tails])
