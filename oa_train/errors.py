@@ -119,22 +119,13 @@ def causes(problem: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def nearest_names(name: str, valid: Iterable[str], most: int = 3) -> str:
-    """Sentence that suggests the valid names closest to a name.
-
-    Args:
-        name: the name that is not valid.
-        valid: all valid names.
-        most: how many near names to list.
-
-    Returns:
-        "Did you mean a, b?" when something is near, else "Valid names: ..." (the first twenty).
-    """
+def nearest_names(name: str, valid: Iterable[str]) -> str:
+    """Sentence about a name that is not valid: "Did you mean a, b?" if any are near, else "Valid names: ..."."""
     names = list(dict.fromkeys(valid))
-    near = difflib.get_close_matches(name, names, n=most, cutoff=0.6)
+    near = difflib.get_close_matches(name, names)  # at most three
     if not near:
         # The same in another case, or the beginning of a name, is near as well.
-        near = [known for known in names if name and known.lower().startswith(name.lower())][:most]
+        near = [known for known in names if name and known.lower().startswith(name.lower())][:3]
     if near:
         return f"Did you mean {', '.join(near)}?"
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTE
         ArtefactError: the file is not what its suffix says, is not UTF-8, or the dataset cannot be reached.
     """
     if path.startswith(HUB):
-        return _dataset_rows(path, subset)
+        return chain.from_iterable(dataset_splits(path, subset))
     check_subset(path, subset)
     file = Path(path).expanduser()
     if file.is_dir():
-        return _dataset_rows(str(file), None)
+        return chain.from_iterable(dataset_splits(str(file)))
     check_file(file, path)
     if file.suffix.lower() not in READERS:
         raise ConfigurationError(
@@ -232,11 +232,6 @@ def _parquet(file: Path, longest: int) -> Iterator[Row]:
         yield from (Row(f"row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as problem:
         raise ArtefactError(f"{file} cannot be read as Parquet: {str(problem).splitlines()[0]}") from None
-
-
-def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
-    for rows in dataset_splits(path, subset):
-        yield from rows
 
 
 def dataset_splits(path: str, subset: str | None = None) -> list[Iterator[Row]]:
