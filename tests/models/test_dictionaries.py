@@ -183,6 +183,7 @@ def test_the_fingerprint_changes_with_any_number_or_setting_and_with_nothing_els
         ({"site": "r03"}, "not a site"),
         ({"site": "a3.h5"}, "not a site"),
         ({"site": "r3\n"}, "not a site"),
+        *(({"site": site}, "not a site") for site in ("x3", "r", "r-1", "m3.n1", "")),
         ({"activation": "jumprelu"}, "no threshold"),
         ({"threshold": draw(N_FEATURES)}, "a threshold with relu"),
         ({"activation": "topk"}, "k None with topk"),
