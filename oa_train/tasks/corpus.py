@@ -189,9 +189,7 @@ class Windows:
     def deal(self, source: str, advice: str) -> dict[Stream, list[int]]:
         """The windows of each stream, in hash order, so that the first N are a fair sample.
 
-        Args:
-            source: name of the corpus, for messages.
-            advice: how to get more windows, for messages.
+        `source` and `advice`, the name of the corpus and how to get more windows, are for messages.
 
         Raises:
             TaskError: some documents have a `split` and some have none, or a stream has too few windows.

@@ -22,9 +22,6 @@ class FactRecords(ShippedRecords):
     Subjects that no other one can be paired with are left out, which a remark says. Spans: `subject`, `end` (the last
     token).
 
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
-
     Attributes:
         subjects_are: what the subjects are, in messages.
     """

@@ -89,10 +89,7 @@ def check_subset(path: str, subset: str | None) -> None:
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
     """Raise a ConfigurationError that names the nearest folders and files of these suffixes if there is no such file.
 
-    Args:
-        file: the file.
-        path: the file as its user wrote it.
-        suffixes: the suffixes, those of `READERS` by default.
+    `path` is the file as its user wrote it; the suffixes are those of `READERS` by default.
     """
     if not file.is_file():
         known = READERS if suffixes is None else suffixes

@@ -176,16 +176,7 @@ def figures(model: CausalLM, task: SyntheticFacts) -> dict[str, float]:
 
 
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> Mapping[str, float]:
-    """Make the model and write its folder: weights, configuration, tokenizer and model card.
-
-    Args:
-        output: the folder; files in it are replaced.
-        seed: seed of weights and order.
-        recipe: of the training; by default that of the built-in model.
-
-    Returns:
-        The shares of `figures`.
-    """
+    """Make the model, write its folder by `write_model`, and return the shares of `figures`."""
     recipe = recipe or Recipe()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)

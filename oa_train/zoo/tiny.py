@@ -80,17 +80,7 @@ def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict
 
 
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: int = 2000) -> dict[str, float]:
-    """Make the model and write its folder: weights, configuration, tokenizer and model card.
-
-    Args:
-        output: the folder; files in it are replaced.
-        seed: seed of weights and prompts.
-        recipe: of the training; by default that of the built-in model.
-        n_prompts: test prompts of each kind.
-
-    Returns:
-        The accuracies of `held_out_figures`.
-    """
+    """Make the model, write its folder by `write_model`, and return the accuracies of `held_out_figures`."""
     recipe = recipe or Recipe()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)

@@ -59,12 +59,8 @@ def answer_loss(
 ) -> Float[Tensor, ""]:
     """Half the loss of every next token, half that of the answer, which is the last token of its row.
 
-    Without the second half the model spends its first thousand steps on words that nobody can foresee.
-
-    Args:
-        model: the model.
-        tokens: token ids of prompts, each with one right answer behind it.
-        mask: True at real tokens.
+    Without the second half the model spends its first thousand steps on words that nobody can foresee. `tokens` are
+    prompts with one right answer behind each, and `mask` is True at real tokens.
     """
     logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")

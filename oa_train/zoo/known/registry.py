@@ -33,12 +33,9 @@ EDGES_FILE = "edges.json"
 
 
 def write_known(name: str, folder: Path, seed: int = 0) -> KnownModel:
-    """Write the folder of a model: weights, configuration, tokenizer, edges and model card.
+    """Write the folder of a model, whose files are replaced: weights, configuration, tokenizer, edges and model card.
 
-    Args:
-        name: of the model, a key of `KNOWN_MODELS`.
-        folder: files in it are replaced.
-        seed: draws the distractors of the model.
+    The seed draws the distractors of the model.
     """
     known = KNOWN_MODELS[name](seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -113,10 +113,7 @@ class Wiring:
     def match(self, layer: int, head: int, pairs: Sequence[tuple[str, str]]) -> None:
         """Let a head attend to tokens of which a subspace equals a subspace of its own token.
 
-        Args:
-            layer: of the head.
-            head: its number.
-            pairs: one-hot subspaces that query and key read; their scores are added up.
+        `pairs` are one-hot subspaces that query and key read; their scores are added up.
         """
         query, key, free = self.weights.query(layer, head), self.weights.key(layer, head), self._still()
         for asked, offered in pairs:
@@ -166,14 +163,7 @@ class Wiring:
         return torch.cat([slow, slow + n_pairs, torch.arange(2 * n_pairs, self.d_head)])
 
     def add_units(self, layer: int, reads: Sequence[Tensor], writes: Sequence[Tensor], bias: float = 0.0) -> None:
-        """Add rectified units to an MLP.
-
-        Args:
-            layer: of the MLP.
-            reads: direction [d_model] that each unit reads.
-            writes: vector [d_model] that each writes.
-            bias: added before rectifying, the same for all.
-        """
+        """Add rectified units to an MLP, all with the same bias, by `HandWrittenWeights.add_units`."""
         biases = torch.full((len(reads),), bias)
         self.weights.add_units(layer, torch.stack(list(reads)), biases, torch.stack(list(writes)))
 
