@@ -194,7 +194,7 @@ class Windows:
         Raises:
             TaskError: some documents have a `split` and some have none, or a stream has too few windows.
         """
-        parts = self._by_split(source) or self._by_document() or self._by_blocks()
+        parts = self._by_blocks() if self.are_blocks else self._by_document(source)
         sizes = {stream: len(parts.get(stream, ())) for stream in CUT}
         if any(size < LEAST[stream] for stream, size in sizes.items()):
             shown = ", ".join(f"{size} for {stream}" for stream, size in sizes.items())
@@ -219,29 +219,18 @@ class Windows:
     def _is_split(self) -> bool:
         return any(section.split is not None for section in self.corpus.sections)
 
-    def _by_split(self, source: str) -> dict[Stream, list[int]]:
-        if not self._is_split:
-            return {}
-        parts: dict[Stream, list[int]] = defaultdict(list)
-        bare = [section for section in self.corpus.sections if section.split is None]
-        if bare:
-            n_documents = len(self.corpus.sections)
-            n_named = n_documents - len(bare)
+    def _by_document(self, source: str) -> dict[Stream, list[int]]:
+        """Whole documents: by their `split` if they have one, else by the hash of their text."""
+        sections = self.corpus.sections
+        bare = [section for section in sections if section.split is None]
+        if bare and self._is_split:
+            n_named = len(sections) - len(bare)
             raise TaskError(
-                f"{source}, {bare[0].place}: no `split`, and {n_named} of {n_documents} documents have one."
+                f"{source}, {bare[0].place}: no `split`, and {n_named} of {len(sections)} documents have one."
             )
-        for number, section in enumerate(self.sections.tolist()):
-            split = self.corpus.sections[section].split
-            assert split is not None
-            parts[split].append(number)
-        return parts
-
-    def _by_document(self) -> dict[Stream, list[int]]:
-        if self.are_blocks:
-            return {}
         parts: dict[Stream, list[int]] = defaultdict(list)
         for number, section in enumerate(self.sections.tolist()):
-            parts[self.corpus.sections[section].hashed].append(number)
+            parts[sections[section].split or sections[section].hashed].append(number)
         return parts
 
     def _by_blocks(self) -> dict[Stream, list[int]]:

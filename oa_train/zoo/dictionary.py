@@ -6,8 +6,8 @@ It is trained on the residual stream at every token of indirect object prompts.
 """
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,9 +133,7 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[str
     return measured
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in dictionary from the command line."""
-    make_from_command_line("dictionary", __doc__, build, arguments)
+main = partial(make_from_command_line, "dictionary", __doc__, build)
 
 
 if __name__ == "__main__":

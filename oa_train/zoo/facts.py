@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -186,8 +187,25 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> Mapping[
         train(model, task, recipe, seed)
     shares = figures(model, task)
     example = next_words(model, task, EXAMPLE)
-    counts = len(task.facts()), len(all_prompts(task))
-    write_model(output, model, tokenizer, lambda digest: _model_card(shares, example, counts, seed, recipe, digest))
+
+    def card(digest: str) -> str:
+        return CARD.format(
+            n_layers=N_LAYERS,
+            n_people=len(task.facts()),
+            n_prompts=len(all_prompts(task)),
+            seed=seed,
+            steps=f"{recipe.steps:,}",
+            batch=recipe.batch_size,
+            exchanged=f"{100 * recipe.exchanged:.0f}",
+            layers=" or ".join(map(str, recipe.layers)),
+            last=max(recipe.layers),
+            rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in shares.items()),
+            text=EXAMPLE,
+            example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
+            digest=digest,
+        )
+
+    write_model(output, model, tokenizer, card)
     return shares
 
 
@@ -236,34 +254,7 @@ MIT, as the package. The training text was generated; no one else's text or weig
 """
 
 
-def _model_card(
-    shares: Mapping[str, float],
-    example: Sequence[tuple[str, float]],
-    counts: tuple[int, int],
-    seed: int,
-    recipe: Recipe,
-    digest: str,
-) -> str:
-    return CARD.format(
-        n_layers=N_LAYERS,
-        n_people=counts[0],
-        n_prompts=counts[1],
-        seed=seed,
-        steps=f"{recipe.steps:,}",
-        batch=recipe.batch_size,
-        exchanged=f"{100 * recipe.exchanged:.0f}",
-        layers=" or ".join(map(str, recipe.layers)),
-        last=max(recipe.layers),
-        rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in shares.items()),
-        text=EXAMPLE,
-        example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
-        digest=digest,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in model from the command line."""
-    make_from_command_line("facts", __doc__, build, arguments)
+main = partial(make_from_command_line, "facts", __doc__, build)
 
 
 if __name__ == "__main__":

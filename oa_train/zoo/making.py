@@ -110,7 +110,9 @@ def write_model(
         file.chmod(0o644)  # transformers leaves the weights readable by their owner only
 
 
-def make_from_command_line(name: str, description: str | None, build: Build, arguments: Sequence[str] | None) -> None:
+def make_from_command_line(
+    name: str, description: str | None, build: Build, arguments: Sequence[str] | None = None
+) -> None:
     """Make what the module `name` of `oa_train.zoo` makes, with arguments of the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m oa_train.zoo.{name}", description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder that is written")

@@ -7,7 +7,8 @@ some templates never enter training; how well it does on them stands in the mode
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Regex, pre_tokenizers
@@ -89,9 +90,24 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
             train(model, lm, recipe, seed)
         figures = held_out_figures(model, lm, n_prompts)
         example = next_words(model, IOI(lm=lm), EXAMPLE)
-    write_model(
-        output, model, tokenizer, lambda digest: _model_card(figures, example, seed, recipe, n_prompts, digest)
-    )
+
+    def card(digest: str) -> str:
+        return CARD.format(
+            seed=seed,
+            steps=f"{recipe.steps:,}",
+            batch=recipe.ioi + recipe.greater_than + recipe.induction,
+            ioi=recipe.ioi,
+            greater_than=recipe.greater_than,
+            induction=recipe.induction,
+            unrelated=f"{100 * recipe.unrelated:.0f}",
+            rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in figures.items()),
+            n_prompts=n_prompts,
+            text=EXAMPLE,
+            example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
+            digest=digest,
+        )
+
+    write_model(output, model, tokenizer, card)
     return figures
 
 
@@ -137,33 +153,7 @@ MIT, as the package. The training text was generated; no one else's text or weig
 """
 
 
-def _model_card(
-    figures: dict[str, float],
-    example: Sequence[tuple[str, float]],
-    seed: int,
-    recipe: Recipe,
-    n_prompts: int,
-    digest: str,
-) -> str:
-    return CARD.format(
-        seed=seed,
-        steps=f"{recipe.steps:,}",
-        batch=recipe.ioi + recipe.greater_than + recipe.induction,
-        ioi=recipe.ioi,
-        greater_than=recipe.greater_than,
-        induction=recipe.induction,
-        unrelated=f"{100 * recipe.unrelated:.0f}",
-        rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in figures.items()),
-        n_prompts=n_prompts,
-        text=EXAMPLE,
-        example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
-        digest=digest,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in model from the command line."""
-    make_from_command_line("tiny", __doc__, build, arguments)
+main = partial(make_from_command_line, "tiny", __doc__, build)
 
 
 if __name__ == "__main__":
