@@ -96,8 +96,23 @@ class Wiring:
         """The key and value of a head, which other heads may share: their layer and their number in it."""
         return layer, head // self.weights.heads_per_group
 
-    def copy(self, layer: int, head: int, source: str, into: str) -> None:
-        """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another."""
+    def copy(
+        self,
+        layer: int,
+        head: int,
+        source: str,
+        into: str,
+        back: int | None = None,
+        where: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another.
+
+        Unless it attends by other means, it looks `back` (see `look_back`) or to tokens `where` pairs of subspaces
+        agree (see `match`).
+        """
+        if back is not None:
+            self.look_back(layer, head, back)
+        self.match(layer, head, where)
         self.tell(layer, head, source, self.basis(into)[: self.size(source)])
 
     def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
