@@ -23,10 +23,9 @@ def make_next_folder(parent: Path, prefix: str) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
             folder = parent / f"{prefix}_{number}"
-            if not os.path.lexists(folder):
-                with suppress(FileExistsError):  # another process was faster
-                    folder.mkdir()
-                    return folder
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as problem:
         raise RunError(f"No folder can be made in {parent}: {problem}") from problem
     raise AssertionError("unreachable")
