@@ -95,7 +95,7 @@ def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> 
         known = READERS if suffixes is None else suffixes
         others = (other for other in file.parent.glob("*") if not other.name.startswith("."))
         names = sorted(other.name for other in others if other.suffix in known or other.is_dir())
-        near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
+        near = f" {nearest_names(file.name, names, f'In {file.parent}')}" if names else ""
         raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
 
 
