@@ -132,6 +132,11 @@ class _Features(SiteKind):
     The change of the code is decoded and added, so that the reconstruction error stays.
     """
 
+    @staticmethod
+    def _read(dictionary: Dictionary) -> SiteKind:
+        """The kind of site that a dictionary reads."""
+        return SITE_KINDS[_DICTIONARY_SITES[dictionary.site[0]]]
+
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         return sorted(dictionaries)
 
@@ -143,11 +148,10 @@ class _Features(SiteKind):
         return SITE_KINDS[site.kind].place_of(site.layer, parts, {})
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
-        kind = _kind_of_name(dictionaries[layer].site)
-        return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
+        return (*self._read(dictionaries[layer]).rank(layer, {})[:2], 1)
 
     def is_after_attention(self, layer: int, dictionaries: Dictionaries) -> bool:
-        return SITE_KINDS[_kind_of_name(dictionaries[layer].site)].after_attention
+        return self._read(dictionaries[layer]).after_attention
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
         # Neither the layer of a dictionary nor its number of features is known here.
@@ -240,23 +244,13 @@ DEFAULT_SITES = ("heads", "mlp")
 _DICTIONARY_SITES = {"r": "residual", "m": "mlp", "a": "attention"}
 
 
-def _kind_of_name(name: str) -> str:
-    kind = _DICTIONARY_SITES.get(name[:1])
-    if kind is None or not name[1:].isdecimal():
-        raise ConfigurationError(
-            f"{name!r} is not a site of dictionaries; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
-            "(an attention layer's output)."
-        )
-    return kind
-
-
 def site_of_name(name: str, dimensions: Dimensions) -> Site:
     """The site that a dictionary names: `r3`, `m3` or `a3`; `r0` is the embedding.
 
     Raises:
         ConfigurationError: a model of these sizes has no such site.
     """
-    kind, layer = _kind_of_name(name), int(name[1:])
+    kind, layer = _DICTIONARY_SITES[name[0]], int(name[1:])
     if kind == "residual" and layer == 0:
         return Site("embedding")
     if layer not in SITE_KINDS[kind].layers(dimensions):

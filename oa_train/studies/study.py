@@ -32,10 +32,7 @@ from oa_train.models.levels import Level
 from oa_train.models.weights import fingerprint
 from oa_train.progress import Stage, Track, counted, silent
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.studies.findings import Findings as Findings
-from oa_train.studies.findings import Row as Row
-from oa_train.studies.findings import Table as Table
-from oa_train.studies.findings import plain, write_csv
+from oa_train.studies.findings import Findings as Findings, Row as Row, Table as Table, plain, write_csv
 from oa_train.studies.run_folder import PIECES
 from oa_train.tasks.task import Stream, Task
 

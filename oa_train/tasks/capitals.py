@@ -11,13 +11,7 @@ from oa_train.tasks.vocabulary import read_data
 class Capitals(FactRecords):
     """Name the capital of a country.
 
-    Countries are paired: the counterfactual names another country of as many tokens, whose capital begins with another
-    token and is the distractor. Paired countries are in the same stream, with all their prompts. Countries that no
-    other one can be paired with are left out, which a remark says. Spans: `subject` (the country), `end` (the last
-    token).
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
+    Countries are paired (see `FactRecords`). Spans: `subject` (the country), `end` (the last token).
     """
 
     name: ClassVar[str] = "capitals"

@@ -14,9 +14,6 @@ WIDE_BELOW = 100
 class FiniteTask(Task):
     """Task whose streams have ends.
 
-    Args:
-        **options: the options of every task (see `Task`).
-
     Attributes:
         streams: what there is of each stream, in the order of its numbers; set before `cap_sizes`.
         source: where it is from, for messages.

@@ -15,9 +15,6 @@ BOTH_CASES = (*LETTERS, *(letter.upper() for letter in LETTERS))
 class KnownTask(GrammarTask):
     """Task that a hand-written model solves.
 
-    Args:
-        **options: the options of every grammar task (see `GrammarTask`).
-
     Attributes:
         words: the vocabulary, in the order of its ids after the special tokens.
 
