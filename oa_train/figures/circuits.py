@@ -1,12 +1,27 @@
-"""A circuit drawn as the model is built: layers from bottom to top, heads side by side, the MLP to their right."""
+"""A circuit drawn as the model is built: layers from bottom to top, heads side by side, the MLP to their right.
 
-from collections.abc import Collection
+A circuit of nodes has boxes, one of edges arrows.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_title, write
+
+# Legend and colour of edges by how they are read; distinguishable without red and green.
+READ_AS: Mapping[str, tuple[str, str]] = {
+    "q": ("read as query", "#D55E00"),
+    "k": ("read as key", "#009E73"),
+    "v": ("read as value", "#0072B2"),
+    "": ("read by MLP or logits", "#777777"),
+}
+# Edges between the same two nodes would lie on each other; by how they are read they bend differently.
+BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 
 
 def circuit_drawing(
@@ -41,3 +56,47 @@ def _box(axes: Axes, x: float, y: float, label: str, kept: bool) -> None:
     corner = (x - 0.36, y - 0.26)
     axes.add_patch(FancyBboxPatch(corner, 0.72, 0.52, shape, facecolor=face, edgecolor=edge, linewidth=1.2))
     write(axes, x, y, label, FONT_SIZE - 1, color=text)
+
+
+def edge_drawing(
+    n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, str]], title: str, logits: str = "logits"
+) -> Figure:
+    """Draw a circuit of edges: input below, logits above, and in every layer its heads, and above them its MLP.
+
+    Args:
+        n_layers: layers of the model.
+        n_heads: heads of a layer.
+        edges: node that writes, node that reads, and as what (`q`, `k`, `v` or nothing).
+        title: of the figure.
+        logits: name of the node on top.
+    """
+    figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6))
+    axes = figure.subplots()
+    middle = (n_heads - 1) / 2
+    places = {"input": (middle, -1.0), logits: (middle, 2.0 * n_layers)}
+    for layer in range(n_layers):
+        places |= {f"a{layer}.h{head}": (float(head), 2.0 * layer) for head in range(n_heads)}
+        places[f"m{layer}"] = (n_heads - 0.1, 2.0 * layer + 0.9)
+    for source, reader, kind in edges:
+        _arrow(axes, places[source], places[reader], kind)
+    used = {node for source, reader, _ in edges for node in (source, reader)}
+    for name, place in places.items():
+        face, edge, text = (KEPT, KEPT, "white") if name in used else ("white", ABLATED, "#999999")
+        box: dict[str, Any] = {"boxstyle": "round,pad=0.25", "facecolor": face, "edgecolor": edge}
+        write(axes, *place, name, color=text, bbox=box, zorder=2)
+    kinds = {kind for _, _, kind in edges}
+    lines = [Line2D([], [], color=colour, label=label) for kind, (label, colour) in READ_AS.items() if kind in kinds]
+    if lines:
+        axes.legend(handles=lines, fontsize=FONT_SIZE - 2, loc="upper left", frameon=False)
+    axes.set_xlim(-1.0, n_heads + 0.7)
+    axes.set_ylim(-1.5, 2.0 * n_layers + 0.5)
+    axes.set_axis_off()
+    set_title(figure, title)
+    return figure
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], kind: str) -> None:
+    bend = BENDS[kind] if start[0] <= end[0] else -BENDS[kind]
+    lines: dict[str, Any] = {"color": READ_AS[kind][1], "linewidth": 1.0, "alpha": 0.75, "zorder": 1}
+    shape: dict[str, Any] = {"connectionstyle": f"arc3,rad={bend}", "arrowstyle": "-|>", "mutation_scale": 8}
+    axes.add_patch(FancyArrowPatch(start, end, shrinkA=9, shrinkB=11, **shape, **lines))

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, set_title, tidy
 
 # Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
 SMALLEST_KL = 1e-5
@@ -36,6 +36,13 @@ def error_bars(intervals: Sequence[Interval], smallest: float = -np.inf) -> tupl
     ends = np.array([(interval.mean, interval.low, interval.high) for interval in intervals])
     means, low, high = np.maximum(ends, smallest).T
     return means, np.maximum([means - low, high - means], 0)
+
+
+def draw_band(axes: Axes, places: Sequence[float], intervals: Sequence[Interval], colour: str, **line: Any) -> None:
+    """A line through the means, in a pale band of the intervals."""
+    means, low, high = np.array([(interval.mean, interval.low, interval.high) for interval in intervals]).T
+    axes.plot(places, means, color=colour, **line)
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,7 @@ def comparison_figure(
     if controls:
         _draw_controls(drawn[-1], controls)
     drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    handles = {name: handle for axes in drawn for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    place: dict[str, Any] = {
-        "loc": "outside right upper",
-        "fontsize": FONT_SIZE - 1,
-        "frameon": False,
-        "title": "ablation",
-    }
-    figure.legend(handles.values(), handles.keys(), **place)
+    legend_beside(figure, "upper", title="ablation")
     set_title(figure, title)
     return figure
 
@@ -139,10 +139,8 @@ def _draw_controls(axes: Axes, controls: Sequence[Control]) -> None:
 def _lay_out(axes: Axes, title: str, names: Sequence[str]) -> None:
     axes.set_title(title, fontsize=FONT_SIZE, loc="left")
     axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 1)
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     for boundary in range(1, len(names)):
         axes.axhline(boundary - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
-    axes.tick_params(axis="x", labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.comparison import Interval, draw_band
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title, tidy
 
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
@@ -50,9 +50,10 @@ def curve_figure(
     left, right = figure.subplots(1, 2, sharex=True)
     rankings = list(dict.fromkeys(curve.ranking for curve in curves))
     for curve in curves:
+        colour, _ = ablation_style(curve.ablation)
         line = LINES[rankings.index(curve.ranking) % len(LINES)]
-        _draw(left, fractions, curve.kl, curve.ablation, line)
-        _draw(right, fractions, curve.accuracy, curve.ablation, line)
+        for axes, points in ((left, curve.kl), (right, curve.accuracy)):
+            draw_band(axes, fractions, points, colour, linestyle=line, linewidth=1.3)
     _scale(left, [point.mean for curve in curves for point in curve.kl])
     if bound is not None:
         left.axhline(bound, color="#555555", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
@@ -61,9 +62,7 @@ def curve_figure(
     for axes, name in ((left, "KL divergence (nats)"), (right, "accuracy")):
         axes.set_ylabel(name, fontsize=FONT_SIZE)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-        axes.tick_params(labelsize=FONT_SIZE - 1)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.supxlabel(f"ablated, {order} important first", fontsize=FONT_SIZE)
     labels = {curve.ablation: curve.label for curve in curves}
     colours = [Line2D([], [], color=ablation_style(kind)[0], label=text) for kind, text in labels.items()]
@@ -75,13 +74,6 @@ def curve_figure(
     figure.legend(handles=[*colours, *lines], handlelength=2.6, **place)
     set_title(figure, title)
     return figure
-
-
-def _draw(axes: Axes, fractions: Sequence[float], points: Sequence[Interval], ablation: str, line: Any) -> None:
-    colour, _ = ablation_style(ablation)
-    axes.plot(fractions, [point.mean for point in points], color=colour, linestyle=line, linewidth=1.3)
-    low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(fractions, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
 def _scale(axes: Axes, means: Sequence[float]) -> None:

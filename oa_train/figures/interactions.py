@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy, write
 
 # With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
 MOST_WRITTEN, MOST_NAMED = 20, 60
@@ -57,14 +57,9 @@ def interaction_map(
 def interaction_bars(
     names: Sequence[str], values: Sequence[Interval], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
-    """Ranked bars with 95 % intervals, the first on top; significant ones in colour.
+    """Ranked bars with 95 % intervals, the first on top, as many as can be read; significant ones in colour.
 
-    Args:
-        names: of the bars; as many as can be read are drawn.
-        values: in nats.
-        significant: bars that are coloured.
-        label: of the axis.
-        title: of the figure.
+    The label is that of the axis.
     """
     n_rows = min(len(names), MOST_ROWS)
     figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5))
@@ -74,13 +69,11 @@ def interaction_bars(
     axes.barh(range(n_rows), means, color=colours, height=0.7)
     axes.errorbar(means, range(n_rows), xerr=lengths, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5)
     axes.axvline(0, color="#555555", linewidth=0.8)
-    axes.set_yticks(range(n_rows), names[:n_rows], fontsize=FONT_SIZE - 1)
+    axes.set_yticks(range(n_rows), names[:n_rows])
     axes.set_ylim(n_rows - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=FONT_SIZE - 1)
-    axes.tick_params(axis="x", labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")
     more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
     set_title(figure, title + more)
     return figure

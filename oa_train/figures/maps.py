@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write_in_cells
 
 # With more cells than this, numbers in them are illegible.
 MOST_LABELLED = 400
@@ -52,7 +51,10 @@ def score_map(
     axes.set_ylabel(axes_names[0] + by_layer[0], fontsize=FONT_SIZE)
     axes.set_xlabel(axes_names[1] + by_layer[1], fontsize=FONT_SIZE)
     if labelled:
-        _label(axes, table, threshold)
+        write_in_cells(axes, [["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in table])
+        for row, column in np.argwhere(table > threshold):
+            place = (column - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.2))
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("keep-probability", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE - 1)
@@ -63,13 +65,9 @@ def score_map(
 
 
 def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
-    """Heat map of the number of units in each layer: layer 0 at the bottom, a column for each head and one for MLPs.
+    """Heat map of [layer, column] counts: layer 0 at the bottom, a column for each head and one for MLPs.
 
-    Args:
-        table: [layer, column] counts.
-        columns: names of the columns.
-        label: of the colours.
-        title: of the figure.
+    The label says what is counted.
     """
     n_layers, n_columns = table.shape
     height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
@@ -81,8 +79,7 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
     axes.set_yticks(range(n_layers), [str(layer) for layer in range(n_layers)], fontsize=FONT_SIZE - 1)
     axes.set_ylabel("layer", fontsize=FONT_SIZE)
     if table.size <= MOST_LABELLED:
-        for (layer, column), value in np.ndenumerate(table):
-            write(axes, column, layer, f"{value:g}", color="white" if norm(value) > 0.6 else "black")
+        write_in_cells(axes, [[f"{value:g}" for value in row] for row in table])
     figure.colorbar(image, ax=axes).set_label(label, fontsize=FONT_SIZE)
     set_title(figure, title)
     return figure
@@ -97,15 +94,3 @@ def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
             firsts.setdefault(layer[1], place)
     step = 1 + (len(firsts) - 1) // 40
     return list(firsts.values())[::step], list(firsts)[::step]
-
-
-def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:
-    """Write the number into each cell, and frame those above the threshold."""
-    for (row, column), value in np.ndenumerate(table):
-        if np.isnan(value):
-            continue
-        colour = "white" if value > 0.6 else "black"
-        write(axes, column, row, f"{value:.2f}", color=colour)
-        if value > threshold:
-            place = (column - 0.5, row - 0.5)
-            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.2))

@@ -60,12 +60,7 @@ def effect_maps(
 
 
 def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Distribution over parts of the ratio of each ablation's KL divergence to that of optimal ablation.
-
-    Args:
-        ratios: of every part, by ablation; positive.
-        title: of the figure.
-    """
+    """Distribution over parts of the ratio, positive, of each ablation's KL divergence to that of optimal ablation."""
     figure = new_figure(5.6, 3.2)
     axes = figure.subplots()
     for name, values in ratios.items():

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy
 
 # Colour of each mask of the parts outside that has a row of its own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
@@ -35,9 +35,7 @@ class Subsets:
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
     """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
 
-    Args:
-        panels: one for each ablation, from top to bottom.
-        title: of the figure.
+    The panels, one for each ablation, stand below each other.
     """
     n_rows = [len(panel.random) + len(panel.marked) + 1 for panel in panels]
     figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows))
@@ -74,6 +72,4 @@ def _draw(axes: Axes, panel: Subsets) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_title(panel.title, fontsize=FONT_SIZE, loc="left")
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")

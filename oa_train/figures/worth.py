@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
@@ -61,6 +61,4 @@ def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolera
     axes.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     axes.axvline(tolerance, color="#555555", linewidth=0.8, linestyle=":", zorder=0, label=f"tolerance {tolerance:g}")
     axes.set_ylim(len(worth) + 0.5, 0.5)
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")
