@@ -12,7 +12,7 @@ from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new
 def front_figure(
     sizes: Sequence[int], kl: Mapping[str, Sequence[Interval]], n_parts: int, parts: str, title: str
 ) -> Figure:
-    """KL divergence of circuits in nats against their sizes, with 95 % intervals: a line an ablation of the rest.
+    """KL divergence (nats) of circuits by size, with 95 % intervals; a line for each ablation of the rest.
 
     `parts` is the plural name of what circuits keep, of which the model has `n_parts`.
     """

@@ -22,7 +22,15 @@ from oa_train.models.levels import Level
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
-from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
+from oa_train.studies.comparison_tables import (
+    alone_cells,
+    circuit_cells,
+    described_run,
+    intervals,
+    label,
+    most_listed,
+    seeds_line,
+)
 from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
@@ -139,10 +147,16 @@ class Compare(Study[CompareSettings]):
 
     def run(self) -> Findings:
         """Evaluate circuits, components and random circuits under each ablation."""
+        settings = self.settings
         self.clean_behaviour()
         assert self._prepared  # gathered before all stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
-        drawn = [self._beside_random(run) for run in self._controlled]
+        drawn = [
+            beside_random_circuits(
+                run, self.source, settings.random_circuits, settings.random_fit, self._n_random_prompts
+            )
+            for run in self._controlled
+        ]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
         kl = {row["run"]: row["kl"].mean for row in circuit_rows if row["ablation"] == self.kinds[0]}
         seeds = over_seeds(self.circuits, kl, self.kinds[0])
@@ -196,11 +210,6 @@ class Compare(Study[CompareSettings]):
     def _n_random_prompts(self) -> int:
         return min(self.settings.random_prompts, self.task.n_test)
 
-    def _beside_random(self, run: TrainedCircuit) -> dict[str, Any]:
-        settings = self.settings
-        n_circuits, n_prompts = settings.random_circuits, self._n_random_prompts
-        return beside_random_circuits(run, self.source, n_circuits, settings.random_fit, n_prompts, self.track)
-
     def _circuit_rows(self) -> list[Row]:
         masks = torch.stack([run.circuit.mask for run in self.circuits])
         behaviours = self._behaviours(self.level, masks, partial(self._circuit_constants, masks), "circuits")
@@ -214,7 +223,8 @@ class Compare(Study[CompareSettings]):
         if not self.alone:
             return []
         masks = torch.stack([~self.nodes.mask([name]) for name in self.alone])
-        constants = partial(self._fitted, self.nodes, masks, None, self.settings.fit, "components alone")
+        fit, described = self.settings.fit, "fitting constants of components alone"
+        constants = partial(fitted_constants, self.source, masks, fit, described, level=self.nodes)
         behaviours = self._behaviours(self.nodes, masks, constants, "components")
         return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
 
@@ -230,12 +240,13 @@ class Compare(Study[CompareSettings]):
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
         """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
-        starts = [self._start(run) for run in self.circuits]
+        chosen = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
-        chosen = [starts[index] for index in lacking]
-        fitted = self._fitted(self.level, masks[lacking], chosen, self.settings.circuit_fit, "circuits")
-        trained = dict(zip(lacking, fitted, strict=True))
-        return [trained.get(index, start) for index, start in enumerate(starts)]
+        starts, fit = [chosen[index] for index in lacking], self.settings.circuit_fit
+        fitted = fitted_constants(self.source, masks[lacking], fit, "fitting constants of circuits", starts=starts)
+        for index, constants in zip(lacking, fitted, strict=True):
+            chosen[index] = constants
+        return chosen
 
     def _start(self, run: TrainedCircuit) -> Constants:
         if run.constants is None or not KINDS[run.ablation].learned:
@@ -253,19 +264,6 @@ class Compare(Study[CompareSettings]):
             and provenance.get("loss", "kl") == "kl"
         )
 
-    def _fitted(
-        self,
-        level: Level,
-        masks: Bool[Tensor, "circuit entry"],
-        starts: Sequence[Constants] | None,
-        settings: RefitSettings,
-        parts: str,
-    ) -> list[Constants]:
-        if not len(masks):
-            return []
-        described = f"fitting constants of {parts}"
-        return fitted_constants(self.source, masks, settings, described, starts=starts, level=level)
-
     def _shown(
         self,
         circuit_rows: Sequence[Row],
@@ -278,9 +276,7 @@ class Compare(Study[CompareSettings]):
             title += "KL divergence in nats with everything else ablated, mean ± 95 % interval"
             yield Table(title, circuit_cells([row for row in circuit_rows if row["run"] == run.name]))
         if alone_rows:
-            title = "KL divergence in nats with one component ablated"
-            if len(self.alone) > MOST_LISTED:
-                title += f": the {MOST_LISTED} of {len(self.alone)} that matter most"
+            title = most_listed("KL divergence in nats with one component ablated", len(self.alone))
             yield Table(title, alone_cells(alone_rows, len(self.kinds))[:MOST_LISTED])
         elif self.settings.components is None:
             yield (

@@ -184,13 +184,10 @@ class Curve(Study[CurveSettings]):
         return told_apart(stored)
 
     @property
-    def _n_orders(self) -> int:
-        return len(self.rankings) + (self.settings.random_orders - 1 if RANDOM in self.rankings else 0)
-
-    @property
     def _n_circuits(self) -> int:
         """Number of circuits: everything ablated, and the intermediate points of each order."""
-        return 1 + self._n_orders * (len(self.ablated) - 2)
+        n_orders = len(self.rankings) + (self.settings.random_orders - 1 if RANDOM in self.rankings else 0)
+        return 1 + n_orders * (len(self.ablated) - 2)
 
     @property
     def _own_constants(self) -> Ablation | None:
@@ -331,8 +328,8 @@ class Curve(Study[CurveSettings]):
 
     def _constants(self, masks: Bool[Tensor, "circuit entry"]) -> Sequence[Ablation]:
         """Learned constants of each point, or one set for all of them."""
-        if not self.settings.refit and self._own_constants is not None:
-            return [self._own_constants]
         if self.settings.refit:
             return fitted_constants(self._source, masks, self.settings.fit, "fitting constants of all points")
+        if self._own_constants is not None:
+            return [self._own_constants]
         return fitted_constants(self._source, masks[:1], self.settings.fit, "fitting constants")

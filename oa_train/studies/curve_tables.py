@@ -1,6 +1,6 @@
 """Behaviour along the curves of `curve`: rows, summary statistics and tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -87,21 +87,24 @@ def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
     for curve in curves:
         groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
     return [
-        replace(group[0], draw=None, behaviour=_mean([curve.behaviour for curve in group]))
+        replace(group[0], draw=None, behaviour=_combined([curve.behaviour for curve in group], _mean))
         for group in groups.values()
     ]
 
 
-def _mean(behaviours: Sequence[Behaviour]) -> Behaviour:
-    stacked = {name: torch.stack([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
-    means = {name: values.mean(dim=0) for name, values in stacked.items()}
-    return Behaviour(**means, identities=behaviours[0].identities)
-
-
 def chosen_points(behaviour: Behaviour, points: Sequence[int], clean: Behaviour) -> Behaviour:
     """Behaviour of the clean model, then of the circuits with these numbers."""
-    measures = {name: torch.cat([getattr(clean, name), getattr(behaviour, name)[list(points)]]) for name in MEASURES}
-    return Behaviour(**measures, identities=clean.identities)
+    return _combined([clean, behaviour], lambda values: torch.cat([values[0], values[1][list(points)]]))
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean(dim=0)
+
+
+def _combined(behaviours: Sequence[Behaviour], combine: Callable[[list[Tensor]], Tensor]) -> Behaviour:
+    """Measures made of those of several behaviours on the same prompts."""
+    measures = {name: combine([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
+    return Behaviour(**measures, identities=behaviours[0].identities)
 
 
 def summary_cells(

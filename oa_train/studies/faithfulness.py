@@ -123,7 +123,10 @@ class Faithfulness(Study[FaithfulnessSettings]):
             steps[layer], effects = self._at(layer, of_layer, statistics[layer])
             rows += [
                 {"lens": name, "layer": layer, "change": change, "directions": directions}
-                | {"magnitude": _magnitude(change, of_change), "similarity": _similarity(of_change, identities)}
+                | {
+                    "magnitude": _magnitude(change, of_change),
+                    "similarity": estimate(of_change.similarity.mean(dim=0), identities),
+                }
                 for (name, change, directions), of_change in effects.items()
             ]
         return Findings(
@@ -249,7 +252,3 @@ def _magnitude(change: str, effects: Effects) -> Estimate:
     low, high = result.confidence_interval(0.95)
     r = float(result.statistic)
     return Estimate(r, (1 - r**2) / (len(model) - 3) ** 0.5, (float(low), float(high)), len(model))
-
-
-def _similarity(effects: Effects, identities: Tensor) -> Estimate:
-    return estimate(effects.similarity.mean(dim=0), identities)

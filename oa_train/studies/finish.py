@@ -21,6 +21,7 @@ from oa_train.metrics.estimates import Estimate, written
 from oa_train.metrics.measures import Loss
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
+from oa_train.studies.findings import listed
 from oa_train.studies.run_folder import circuit_folders
 from oa_train.studies.study import (
     Findings,
@@ -95,14 +96,7 @@ def finish(
     """Refit the constants of trained circuits, and write circuits, constants and their evaluation to a run folder.
 
     One circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation to `studies/fit_K/`.
-
-    Args:
-        model: frozen causal language model.
-        task: the task that the circuits were trained on.
-        circuits: from `CircuitModule.trained_circuits`.
-        run: run folder.
-        settings: of the refit.
-        track: progress.
+    `circuits` are from `CircuitModule.trained_circuits`, which were trained on the task.
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
     study = Evaluate(model, task, circuits, settings, track)
@@ -295,4 +289,4 @@ def _named(circuit: Circuit) -> str:
     if circuit.scores is not None:
         scores = dict(zip(names, circuit.scores[circuit.mask].tolist(), strict=True))
         names.sort(key=lambda name: -scores[name])
-    return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED:,} more in results.json"
+    return f"{listed(names, MOST_NAMED)} in results.json"

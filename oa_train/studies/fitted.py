@@ -28,6 +28,8 @@ def fitted_constants(
         starts: initial constants of each circuit, or one set for all; by default the means.
         level: of the masks, where it is another one than that of the source.
     """
+    if not len(masks):
+        return []
     return fit_constants(
         source.model,
         source.task,

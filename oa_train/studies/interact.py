@@ -1,11 +1,9 @@
 """Units ablated together: their joint effect beside the sum of their single effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar
-
-import torch
 
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.registry import AblationSource, check_suits
@@ -20,10 +18,9 @@ from oa_train.studies.interact_settings import InteractSettings as InteractSetti
 from oa_train.studies.interaction_view import InteractionView
 from oa_train.studies.joint import Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
-from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.rankings import effects_of_scan
 from oa_train.studies.study import Findings, Study, estimates
-from oa_train.studies.unit_ablations import UnitAblations, gathered
+from oa_train.studies.unit_ablations import UnitAblations
 
 
 class Interact(Study[InteractSettings]):
@@ -79,6 +76,7 @@ class Interact(Study[InteractSettings]):
             else None
         )
         self.singles = self._singles()
+        self.ablations = UnitAblations(self, self.level, self.singles, [settings.ablation])
 
     def _singles(self) -> tuple[str, ...]:
         """Units that are ablated alone, in mask order."""
@@ -87,7 +85,7 @@ class Interact(Study[InteractSettings]):
             single |= set(ranked_units(self.scanned, self.n_paired))
         elif self.settings.all_pairs:
             single |= set(self.units)
-        return self.level.kept(self.level.mask(sorted(single)))
+        return self._in_order(single)
 
     @property
     def _n_sets(self) -> int:
@@ -97,36 +95,29 @@ class Interact(Study[InteractSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece of single units, and each of sets."""
-        stages, settings = [Stage("the clean model", self.task.n_test)], self.settings
-        sizes = [*_sizes(len(self.singles), settings.parts_at_once), *_sizes(self._n_sets, settings.parts_at_once)]
-        missing = self.pieces.missing(len(sizes))
-        return stages + self._ablations.stages([sizes[number] for number in missing])
-
-    @cached_property
-    def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
-        return self._ablations.pieces(self.singles)
+        return [Stage("the clean model", self.task.n_test), *self.ablations.stages(len(self.singles), self._n_sets)]
 
     def run(self) -> Findings:
         """Measure single units, choose the pairs, measure the sets, and compare."""
-        clean = self.clean_behaviour()
-        alone = self._measured([(name,) for name in self.singles], "single units", clean, 0)
-        effects = dict(
-            zip(self.singles, _effects(alone, clean, self.settings.effect).mean(dim=1).tolist(), strict=True)
-        )
-        ranking = self.scanned if self.scanned is not None else {name: effects[name] for name in self._ranked}
+        clean, kind = self.clean_behaviour(), self.settings.ablation
+        alone = self.ablations.behaviours([(name,) for name in self.singles], "single units", clean)[kind]
+        effects = dict(zip(self.singles, _effects(alone, clean, self.settings.effect), strict=True))
+        if self.scanned is not None:
+            ranking = self.scanned
+        else:
+            ranking = {name: float(effects[name].mean()) for name in self.units if self.settings.all_pairs}
         paired = ranked_units(ranking, self.n_paired)
         joints = [Joint("pair", ((first,), (second,))) for first, second in combinations(self._in_order(paired), 2)]
         joints += self.joints
         questions = [*joints, *self.conditionals]
         sets = [self.primary] * (len(self.primary) > 1) + [joint.units for joint in questions]
-        n_alone = len(_sizes(len(self.singles), self.settings.parts_at_once))
-        together = self._measured(sets, "sets of units", clean, n_alone)
+        n_alone = self.ablations.n_pieces(len(self.singles))
+        together = self.ablations.behaviours(sets, "sets of units", clean, n_alone)[kind]
         rows = list(self._rows(questions, sets, alone, together, clean))
         first = sorted(rows[: len(joints)], key=lambda row: -abs(row[self.settings.interaction].mean))
         grown = sorted(rows[len(joints) :], key=lambda row: -row[self.settings.interaction].mean)
-        single = {name: estimate(values, clean.identities) for name, values in self._values(alone, clean).items()}
-        screened = screening_line(ranking, paired, None if self.scanned is None else self.settings.ablation)
+        single = {name: estimate(values, clean.identities) for name, values in effects.items()}
+        screened = screening_line(ranking, paired, None if self.scanned is None else kind)
         view = InteractionView(self.settings, self.level, self.primary, self.subject, self.prompts)
         figures: dict[str, Callable[[], Figure | None]] = {}
         if joints:
@@ -137,7 +128,7 @@ class Interact(Study[InteractSettings]):
             [*first, *grown],
             metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
             facts={
-                "ablation": self.settings.ablation,
+                "ablation": kind,
                 "effect": self.settings.effect,
                 "primary": list(self.primary),
                 "alone": single,
@@ -148,34 +139,8 @@ class Interact(Study[InteractSettings]):
             table="interactions",
         )
 
-    @property
-    def _ranked(self) -> Sequence[str]:
-        """Units ranked by their single effects, of which the first are paired."""
-        return self.units if self.settings.all_pairs else ()
-
     def _in_order(self, names: Iterable[str]) -> tuple[str, ...]:
         return self.level.kept(self.level.mask([*names]))
-
-    @cached_property
-    def _ablations(self) -> UnitAblations:
-        settings = self.settings
-        return UnitAblations(self, self.level, [settings.ablation], settings.fit, settings.positions)
-
-    def _measured(self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int) -> Behaviour:
-        """Behaviour with each set ablated, in pieces numbered from `first`."""
-        at_once = self.settings.parts_at_once
-
-        def measure(number: int) -> Piece:
-            start = (number - first) * at_once
-            masks = torch.stack([~self.level.mask(names) for names in sets[start : start + at_once]])
-            return self._ablations.measured(masks, f"{described} {start + 1} to {start + len(masks)}")
-
-        n_pieces = len(_sizes(len(sets), at_once))
-        return gathered(list(self.pieces.all(first + n_pieces, measure, first)), self.settings.ablation, clean)
-
-    def _values(self, alone: Behaviour, clean: Behaviour) -> dict[str, Tensor]:
-        """Effect of each single unit on each prompt."""
-        return dict(zip(self.singles, _effects(alone, clean, self.settings.effect), strict=True))
 
     def _rows(
         self,
@@ -188,10 +153,8 @@ class Interact(Study[InteractSettings]):
         rows = [joint.cells | estimates(together, len(sets) - len(joints) + n) for n, joint in enumerate(joints)]
         for loss in LOSS_SIGNS:
             effects = _effects(together, clean, loss)
-            by_set: dict[tuple[str, ...], Tensor] = {}
-            by_set |= {
-                (name,): values for name, values in zip(self.singles, _effects(alone, clean, loss), strict=True)
-            }
+            singles = zip(self.singles, _effects(alone, clean, loss), strict=True)
+            by_set: dict[tuple[str, ...], Tensor] = {(name,): values for name, values in singles}
             if len(self.primary) > 1:
                 by_set[self.primary] = effects[0]
             for row, joint, both in zip(rows, joints, effects[len(sets) - len(joints) :], strict=True):
@@ -213,8 +176,3 @@ class Interact(Study[InteractSettings]):
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
     """Effect of each ablation: the rise of a loss over the clean model's."""
     return behaviour.loss(loss).double() - clean.loss(loss).double()
-
-
-def _sizes(n_sets: int, at_once: int) -> list[int]:
-    """Sizes of pieces."""
-    return [min(at_once, n_sets - start) for start in range(0, n_sets, at_once)]

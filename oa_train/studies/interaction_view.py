@@ -38,11 +38,8 @@ class InteractionView:
 
     @property
     def _effect(self) -> str:
-        return "fall of the logit difference" if self.settings.effect == "logit_difference" else self._measure
-
-    @property
-    def _measure(self) -> str:
-        return {"kl": "KL divergence"}.get(self.settings.effect, spoken(self.settings.effect))
+        names = {"kl": "KL divergence", "logit_difference": "fall of the logit difference"}
+        return names.get(self.settings.effect, spoken(self.settings.effect))
 
     def shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
         """A table of the first rows, and the number of significant ones."""

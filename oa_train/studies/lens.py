@@ -11,7 +11,6 @@ from oa_train.batches import Batch, unanswered
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
-from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
 from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
 from oa_train.lenses.trained_lenses import TrainedLenses
@@ -81,13 +80,14 @@ class ReadPrompt(Study[LensSettings]):
         places = [*map(str, self.layers), "model"]
         rows = list(self._rows(places, columns, top.values, top.indices, divergence))
         words = [[self._word(token) for token in line] for line in top.indices[..., 0].tolist()]
+        probabilities = top.values[..., 0].numpy()
         title = f"{self.subject.split(',')[0]}, {spoken(self.kind)} lens: most probable next token at every layer"
         heading = f"Next token after {text!r}, by the {spoken(self.kind)} lens"
         return Findings(
             rows,
             facts={"prompt": text, "lens": self.kind},
             shown=[Table(heading, list(self._cells(rows, columns)))],
-            figures={"predictions": partial(self._figure, words, top.values[..., 0], places, columns, title)},
+            figures={"predictions": partial(prediction_grid, words, probabilities, places, columns, title)},
             table="predictions",
         )
 
@@ -131,8 +131,3 @@ class ReadPrompt(Study[LensSettings]):
             for rank in range(self.settings.tokens):
                 cells[f"{rank + 1}."] = f"{row[f'top_{rank + 1}']!r} {row[f'probability_{rank + 1}']:.3f}"
             yield cells | {"KL from the model": written(max(0.0, row["kl"]))}
-
-    def _figure(
-        self, words: Sequence[Sequence[str]], values: Tensor, places: Sequence[str], columns: Sequence[str], title: str
-    ) -> Figure:
-        return prediction_grid(words, values.numpy(), places, columns, title)

@@ -23,6 +23,8 @@ from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.comparison_tables import measure_cells
+from oa_train.studies.findings import listed
 from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.study import (
     MOST_LISTED,
@@ -134,7 +136,7 @@ class Minimal(Study[MinimalSettings]):
         names = [row[self.level.part] for row in superfluous]
         together = self._together(names) if len(names) > 1 else None
         apart = sum(row["kl_minus_circuit"].mean for row in superfluous)
-        figures = {"circuit": estimates(whole), "clean": self._clean()}
+        figures = {"circuit": estimates(whole), "clean": estimates(self.clean_behaviour())}
         figures["complement"], *random = self._complements()
         return Findings(
             rows,
@@ -202,9 +204,6 @@ class Minimal(Study[MinimalSettings]):
         behaviour = self._behaviour(masks, self._complement_ablations(masks), "complements")
         return [estimates(behaviour, row) for row in range(len(masks))]
 
-    def _clean(self) -> dict[str, Estimate]:
-        return estimates(self.clean_behaviour())
-
     def _ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
         """Ablations of the circuits without a part: one for all, or refitted for each."""
         if not self.settings.refit:
@@ -235,7 +234,7 @@ class Minimal(Study[MinimalSettings]):
         return self.behaviour(self.level, masks, ablations, description, self.settings.fit.rows_per_run)
 
     def _part_table(self, rows: Sequence[Row]) -> Table:
-        listed = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
+        first = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
         cells = [
             {
                 "without": row[self.level.part],
@@ -246,7 +245,7 @@ class Minimal(Study[MinimalSettings]):
             }
             for row in rows[:MOST_LISTED]
         ]
-        return Table(f"The circuit without one of its {self.level.parts}{listed}", cells)
+        return Table(f"The circuit without one of its {self.level.parts}{first}", cells)
 
     def _verdict_lines(
         self, rows: Sequence[Row], names: Sequence[str], together: Row | None, apart: float
@@ -255,8 +254,7 @@ class Minimal(Study[MinimalSettings]):
         counts = (f"{verdicts.count(kind)} {kind}" for kind in ("needed", "undecided", "superfluous"))
         yield f"{', '.join(counts)} of {len(rows)} {self.level.parts}"
         if names:
-            more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-            yield f"superfluous: {', '.join(names[:MOST_LISTED])}{more}"
+            yield f"superfluous: {listed(names, MOST_LISTED)}"
         if together is not None:
             yield (
                 f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats; "
@@ -297,13 +295,5 @@ def _complement_table(figures: Mapping[str, Row], random: Sequence[Row]) -> Tabl
         "the circuit": figures["complement"],
     }
     named |= {f"random circuit {number}": measures for number, measures in enumerate(random, start=1)}
-    cells = [
-        {
-            "ablated": name,
-            "KL": measures["kl"],
-            "accuracy": f"{measures['accuracy'].mean:.3f}",
-            "logit\ndifference": f"{measures['logit_difference'].mean:.2f}",
-        }
-        for name, measures in named.items()
-    ]
+    cells = [{"ablated": name, "KL": row["kl"], **measure_cells(row)} for name, row in named.items()]
     return Table("The circuit and its complement", cells)

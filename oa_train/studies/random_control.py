@@ -11,7 +11,7 @@ from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.random import random_circuits
-from oa_train.progress import Stage, Track
+from oa_train.progress import Stage
 from oa_train.studies.fitted import fitted_constants
 from oa_train.tasks.task import Task
 
@@ -25,17 +25,16 @@ def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Tas
 
 
 def beside_random_circuits(
-    run: TrainedCircuit, source: AblationSource, n_circuits: int, fit: RefitSettings, n_prompts: int, track: Track
+    run: TrainedCircuit, source: AblationSource, n_circuits: int, fit: RefitSettings, n_prompts: int
 ) -> dict[str, Any]:
     """KL divergence of a run's circuit and of random ones of its size, under constants trained from the means.
 
     Args:
         run: the run.
-        source: model, task and means.
+        source: model, task, means and progress.
         n_circuits: random circuits.
         fit: training of the constants of each of them and of the run's circuit.
         n_prompts: test prompts on which they are compared.
-        track: progress.
 
     Returns:
         `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits
@@ -46,7 +45,7 @@ def beside_random_circuits(
     masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
     starts = [source.mean] * len(masks)
     sets = fitted_constants(source, masks, fit, "fitting constants of random circuits", starts=starts)
-    with track(len(masks) * n_prompts, "evaluating random circuits") as advance:
+    with source.track(len(masks) * n_prompts, "evaluating random circuits") as advance:
         prompts = task.batches("test", n_prompts)
         behaviour = circuit_behaviour(model, prompts, level, masks, sets, fit.rows_per_run, advance=advance)
     run_kl, *kl = behaviour.kl.mean(dim=1).tolist()

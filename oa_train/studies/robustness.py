@@ -23,6 +23,7 @@ from oa_train.progress import Stage
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.comparison_tables import label
+from oa_train.studies.findings import listed
 from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import check_ablations
 from oa_train.studies.study import (
@@ -149,8 +150,14 @@ class Robustness(Study[RobustnessSettings]):
         drawn = torch.stack([*subsets.values()]) if subsets else torch.zeros(0, len(self.level))
         rows, searches = list[Row](), dict[AblationKind, WorstMask]()
         for kind in self.kinds:
-            ablation = self._fitted() if self._needs_fit(kind) else prepared[kind]
-            searches[kind] = search = self._search(drawn, ablation)
+            ablation = prepared[kind]
+            if KINDS[kind].learned and not self._has_constants(kind):
+                described = "fitting constants of the circuit"
+                (ablation,) = fitted_constants(self.source, self.mask.unsqueeze(0), self.settings.fit, described)
+            search = worst_mask(
+                self.source, self.mask, self.outside, drawn, ablation, self.settings.ascent, self.settings.loss
+            )
+            searches[kind] = search
             masks = torch.cat([torch.stack([self.mask.float(), search.vertex, search.mask]), drawn])
             shown, rows_per_run = f"masks under {spoken(kind)} ablation", self.settings.ascent.rows_per_run
             behaviour = self.behaviour(self.level, masks, [ablation], shown, rows_per_run)
@@ -171,19 +178,11 @@ class Robustness(Study[RobustnessSettings]):
             table="masks",
         )
 
-    def _needs_fit(self, kind: AblationKind) -> bool:
-        return KINDS[kind].learned and not self._has_constants(kind)
-
     def _prepared(self, kind: AblationKind) -> Ablation:
         constants = self.trained.constants
         if constants is not None and self._has_constants(kind):
             return constants.of_level(self.level)
         return KINDS[kind].prepare(self.source)
-
-    def _fitted(self) -> Ablation:
-        """Learned constants of the circuit, trained with everything outside ablated."""
-        masks, described = self.mask.unsqueeze(0), "fitting constants of the circuit"
-        return fitted_constants(self.source, masks, self.settings.fit, described)[0]
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
         """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""
@@ -194,10 +193,6 @@ class Robustness(Study[RobustnessSettings]):
                 kept = torch.rand(len(self.level), generator=generator) < density
                 masks[density, draw] = (self.mask | (self.outside & kept)).float()
         return masks
-
-    def _search(self, subsets: Float[Tensor, "subset entry"], ablation: Ablation) -> WorstMask:
-        entries, settings = (self.level, self.mask, self.outside, subsets), self.settings
-        return worst_mask(self.model, self.task, *entries, ablation, settings.ascent, settings.loss, self.track)
 
     def _rows(self, kind: AblationKind, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
         named: list[tuple[str, float | None, int | None]] = [(mask, None, None) for mask in (ALL_OFF, VERTEX, WORST)]
@@ -282,9 +277,8 @@ class Robustness(Study[RobustnessSettings]):
         on = [f"{name} {value:.2f}" for name, value in values.items() if value > 0]
         if not on:
             return "The worst mask is all off."
-        more = f" and {len(on) - MOST_LISTED_PARTS} more" if len(on) > MOST_LISTED_PARTS else ""
         n_off = len(values) - len(on)
-        return f"Kept most in the worst mask: {', '.join(on[:MOST_LISTED_PARTS])}{more}; {n_off} of {len(values)} off."
+        return f"Kept most in the worst mask: {listed(on, MOST_LISTED_PARTS)}; {n_off} of {len(values)} off."
 
     def _figure(self, rows: Sequence[Row]) -> Figure:
         panels = []

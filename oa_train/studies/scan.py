@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,10 +20,9 @@ from oa_train.metrics.ranks import FLOOR, above, mean_ratio, median_ratio, rank_
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
-from oa_train.studies.comparison_tables import alone_cells, intervals, label
+from oa_train.studies.comparison_tables import alone_cells, intervals, label, most_listed
 from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_unit_options, selected_units
-from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
@@ -33,7 +32,7 @@ from oa_train.studies.study import (
     differences,
     estimates,
 )
-from oa_train.studies.unit_ablations import UnitAblations, gathered
+from oa_train.studies.unit_ablations import UnitAblations
 
 
 @dataclass(frozen=True)
@@ -102,26 +101,19 @@ class Scan(Study[ScanSettings]):
         unplanned = AblationSource(self.model, self.task, self.level)
         self.chosen = chosen_kinds(settings.ablations, unplanned, self.batches)
         self.kinds = self.chosen.kinds
-        self.n_pieces = -(-len(self.parts) // settings.parts_at_once)
+        self.ablations = UnitAblations(self, self.level, self.parts, self.kinds)
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece under each ablation."""
         stages = [Stage("the clean model", self.task.n_test), Stage("direct attribution", self.task.n_test)]
-        missing = self.pieces.missing(self.n_pieces)
-        return stages + self._ablations.stages([len(self._names(number)) for number in missing])
-
-    @cached_property
-    def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
-        return self._ablations.pieces(self.parts)
+        return stages + self.ablations.stages(len(self.parts))
 
     def run(self) -> Findings:
         """Measure every unit, and assemble the findings."""
         clean = self.clean_behaviour()
         assert clean.identities is not None
         direct = self._direct(clean)
-        pieces = list(self.pieces.all(self.n_pieces, self._measured))
-        behaviours = {kind: gathered(pieces, kind, clean) for kind in self.kinds}
+        behaviours = self.ablations.behaviours([(name,) for name in self.parts], "units", clean)
         rows = list(self._rows(behaviours, clean, direct))
         figures: dict[str, Callable[[], Figure | None]] = {
             "maps": partial(self._maps, behaviours),
@@ -140,19 +132,6 @@ class Scan(Study[ScanSettings]):
             figures=figures,
             table="scan",
         )
-
-    def _names(self, number: int) -> Sequence[str]:
-        at_once = self.settings.parts_at_once
-        return self.parts[number * at_once : (number + 1) * at_once]
-
-    @cached_property
-    def _ablations(self) -> UnitAblations:
-        return UnitAblations(self, self.level, self.kinds, self.settings.fit, self.settings.positions)
-
-    def _measured(self, number: int) -> Piece:
-        masks = torch.stack([~self.level.mask([name]) for name in self._names(number)])
-        first = number * self.settings.parts_at_once
-        return self._ablations.measured(masks, f"units {first + 1} to {first + len(masks)}")
 
     def _direct(self, clean: Behaviour) -> dict[str, Estimate | None]:
         """Direct logit attribution of each unit."""
@@ -202,9 +181,7 @@ class Scan(Study[ScanSettings]):
 
     def _shown(self, rows: Sequence[Row], behaviours: Mapping[AblationKind, Behaviour]) -> Iterator[Table | str]:
         n_parts = len(self.parts)
-        title = f"KL divergence in nats with one unit ablated, on {self.prompts}"
-        if n_parts > MOST_LISTED:
-            title += f": the {MOST_LISTED} of {n_parts} that matter most"
+        title = most_listed(f"KL divergence in nats with one unit ablated, on {self.prompts}", n_parts)
         direct = {row["component"]: row.get("direct_attribution") for row in rows}
         listed = alone_cells(rows, len(self.kinds))[:MOST_LISTED]
         yield Table(title, [cells | {"direct\nattribution": direct[cells["ablated"]]} for cells in listed])

@@ -100,23 +100,16 @@ class Study(ABC, Generic[S]):
         Raises:
             ConfigurationError: there is not as much as the study needs, or two have the same name.
         """
-        n_trained, names, noun = len(self.from_runs), [trained.name for trained in self.from_runs], self.FromRun.noun
-        fits = {
-            "none": n_trained == 0,
-            "one": n_trained == 1,
-            "several": n_trained > 0,
-            "optional": n_trained <= 1,
-            "any": True,
+        names, noun = [trained.name for trained in self.from_runs], self.FromRun.noun
+        fits, wanted = {
+            "none": (not names, f"no {noun}"),
+            "one": (len(names) == 1, f"one {noun}"),
+            "several": (len(names) > 0, f"{noun}s with different names"),
+            "optional": (len(names) <= 1, f"one {noun} or none"),
+            "any": (True, f"{noun}s with different names, or none"),
         }[self.asks_of]
-        if not fits or len(set(names)) < n_trained:
-            wanted = {
-                "none": f"no {noun}",
-                "one": f"one {noun}",
-                "several": f"{noun}s with different names",
-                "optional": f"one {noun} or none",
-                "any": f"{noun}s with different names, or none",
-            }
-            raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
+        if not fits or len(set(names)) < len(names):
+            raise ConfigurationError(f"{self.name} expects {wanted}; it was given {names}.")
 
     @property
     def circuits(self) -> list[TrainedCircuit]:
