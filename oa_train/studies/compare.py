@@ -2,25 +2,24 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Control, Panel, comparison_figure
 from oa_train.figures.style import Figure
-from oa_train.models.levels import Level
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison_tables import (
     alone_cells,
@@ -32,14 +31,12 @@ from oa_train.studies.comparison_tables import (
     seeds_line,
 )
 from oa_train.studies.fitted import fitted_constants
-from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
     Row,
-    Study,
     Table,
     differences,
     estimates,
@@ -86,7 +83,7 @@ class CompareSettings:
         check_ablations(self.ablations)
 
 
-class Compare(Study[CompareSettings]):
+class Compare(AblationStudy[CompareSettings]):
     """Compares ablations on the same held-out prompts.
 
     Each circuit is evaluated under every ablation, not only the one it was trained under. Under optimal ablation it
@@ -113,9 +110,7 @@ class Compare(Study[CompareSettings]):
             levels = [(run.name, run.circuit.level) for run in self.circuits]
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
-        unplanned = AblationSource(self.model, self.task, self.level)
-        self.chosen = chosen_kinds(self.settings.ablations, unplanned, self.batches)
-        self.kinds = self.chosen.kinds
+        self.choose_kinds(self.settings.ablations)
         # Of circuits of edges the components are ablated alone, not every edge.
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
@@ -129,18 +124,10 @@ class Compare(Study[CompareSettings]):
         stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
         lacking = [run for run in self.circuits if not self._has_constants(run)]
         n_others = 1 if all(run.constants is None for run in lacking) else 2
-        fits = (
-            (
-                len(self.circuits),
-                len(lacking),
-                fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others),
-            ),
-            (n_alone, n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1)),
-        )
-        for n_evaluated, n_fitted, passes in fits:
-            for kind in self.kinds if n_evaluated else ():
-                stages += [Stage("constants", passes)] if n_fitted and KINDS[kind].learned else []
-                stages.append(Stage("the test prompts", n_evaluated * task.n_test))
+        passes = fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others)
+        stages += self.stages_under_each(len(self.circuits), passes)
+        if n_alone:
+            stages += self.stages_under_each(n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1))
         for _ in self._controlled:
             stages += random_stages(settings.random_circuits, settings.random_fit, self._n_random_prompts, task)
         return stages
@@ -149,7 +136,6 @@ class Compare(Study[CompareSettings]):
         """Evaluate circuits, components and random circuits under each ablation."""
         settings = self.settings
         self.clean_behaviour()
-        assert self._prepared  # gathered before all stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
         drawn = [
             beside_random_circuits(
@@ -170,7 +156,7 @@ class Compare(Study[CompareSettings]):
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
                 "positions": self.positions,
-                "left_out": self.chosen.left_out,
+                "left_out": self.left_out,
                 "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
@@ -182,22 +168,12 @@ class Compare(Study[CompareSettings]):
             table="comparison",
         )
 
-    @cached_property
+    @property
     def positions(self) -> int:
         """Number of positions that constants tell apart."""
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
         own = max(trained, default=1)
         return n_positions(self.settings.positions or own, self.batches)
-
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.positions, self.track)
-
-    @cached_property
-    def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
-        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
@@ -212,7 +188,8 @@ class Compare(Study[CompareSettings]):
 
     def _circuit_rows(self) -> list[Row]:
         masks = torch.stack([run.circuit.mask for run in self.circuits])
-        behaviours = self._behaviours(self.level, masks, partial(self._circuit_constants, masks), "circuits")
+        constants = partial(self._circuit_constants, masks)
+        behaviours = self.under_each(masks, constants, "circuits", self.settings.fit.rows_per_run)
         return [
             {"component": "circuit", "run": run.name, "trained_with": run.ablation} | row
             for index, run in enumerate(self.circuits)
@@ -225,18 +202,8 @@ class Compare(Study[CompareSettings]):
         masks = torch.stack([~self.nodes.mask([name]) for name in self.alone])
         fit, described = self.settings.fit, "fitting constants of components alone"
         constants = partial(fitted_constants, self.source, masks, fit, described, level=self.nodes)
-        behaviours = self._behaviours(self.nodes, masks, constants, "components")
+        behaviours = self.under_each(masks, constants, "components", fit.rows_per_run, self.nodes)
         return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
-
-    def _behaviours(
-        self, level: Level, masks: Tensor, constants: Callable[[], Sequence[Constants]], parts: str
-    ) -> dict[AblationKind, Behaviour]:
-        behaviours = {}
-        for kind in self.kinds:
-            ablations = constants() if KINDS[kind].learned else [self._prepared[kind]]
-            described = f"{parts} under {spoken(kind)} ablation"
-            behaviours[kind] = self.behaviour(level, masks, ablations, described, self.settings.fit.rows_per_run)
-        return behaviours
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
         """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
@@ -283,7 +250,7 @@ class Compare(Study[CompareSettings]):
                 f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
                 f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
             )
-        yield from self.chosen.lines()
+        yield from self.left_out_lines()
         yield from (random_line(control, self.level.parts) for control in drawn)
         if len(self.circuits) > 1:
             numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -21,12 +21,12 @@ from oa_train.metrics.estimates import Estimate, written
 from oa_train.metrics.measures import Loss
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import listed
 from oa_train.studies.run_folder import circuit_folders
 from oa_train.studies.study import (
     Findings,
     Row,
-    Study,
     Table,
     estimates,
     interval,
@@ -156,7 +156,7 @@ def refit(
     ]
 
 
-class Evaluate(Study[FinishSettings]):
+class Evaluate(AblationStudy[FinishSettings]):
     """Evaluates circuits under their own ablation on the test prompts.
 
     Rows: of one circuit, its entries with their keep-probabilities; of several, each circuit under its own ablation
@@ -171,6 +171,13 @@ class Evaluate(Study[FinishSettings]):
         """Note ablation and level, which all circuits of a training share."""
         super().check()
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
+        others = [kind for kind in REFERENCES if kind != self.ablation] if len(self.circuits) > 1 else []
+        self.kinds = [self.ablation, *others]
+
+    @property
+    def positions(self) -> int:
+        """Number of positions that constants tell apart."""
+        return self.circuits[0].positions
 
     def run(self) -> Findings:
         """Evaluate one circuit, or several."""
@@ -178,12 +185,10 @@ class Evaluate(Study[FinishSettings]):
 
     def plan(self) -> list[Stage]:
         """The circuits under each ablation, and the clean model."""
-        task, several = self.task, len(self.circuits) > 1
-        kinds = self._kinds if several else [self.ablation]
-        own = KINDS[self.ablation].constant
-        stages = statistics_stages([kind for kind in kinds if not (own and kind == self.ablation)], task)
-        stages += [Stage("", len(self.circuits) * task.n_test) for _ in kinds]
-        return stages if several else [*stages, Stage("the clean model", task.n_test)]
+        task, own = self.task, KINDS[self.ablation].constant
+        stages = statistics_stages([kind for kind in self.kinds if not (own and kind == self.ablation)], task)
+        stages += [Stage("the circuits", len(self.circuits) * task.n_test) for _ in self.kinds]
+        return stages if len(self.circuits) > 1 else [*stages, Stage("the clean model", task.n_test)]
 
     def _single(self, trained: TrainedCircuit) -> Findings:
         clean, metrics = estimates(self.clean_behaviour()), estimates(self._behaviour(self.ablation, "the circuit"))
@@ -207,15 +212,16 @@ class Evaluate(Study[FinishSettings]):
         )
 
     def _several(self) -> Findings:
-        kinds = self._kinds
-        behaviours = {kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in kinds}
+        behaviours = {
+            kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in self.kinds
+        }
         rows = [
             {"number": number, **_price(trained), **trained.circuit.counts(), "ablation": kind}
             | estimates(behaviour, number)
             for number, trained in enumerate(self.circuits)
             for kind, behaviour in behaviours.items()
         ]
-        kl = {kind: [row["kl"] for row in rows if row["ablation"] == kind] for kind in kinds}
+        kl = {kind: [row["kl"] for row in rows if row["ablation"] == kind] for kind in self.kinds}
         cells = [
             {f"{self.level.parts}, of {len(self.level)}": len(trained.circuit)}
             | {spoken(kind): values[number] for kind, values in kl.items()}
@@ -232,20 +238,11 @@ class Evaluate(Study[FinishSettings]):
             table="front",
         )
 
-    @property
-    def _kinds(self) -> list[AblationKind]:
-        """Ablations under which several circuits are evaluated."""
-        return [self.ablation, *(kind for kind in REFERENCES if kind != self.ablation)]
-
     def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]
-        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self._source)]
+        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self.source)]
         masks = torch.stack([trained.circuit.mask for trained in self.circuits])
         return self.behaviour(self.level, masks, ablations, evaluated, self.settings.refit.rows_per_run)
-
-    @cached_property
-    def _source(self) -> AblationSource:
-        return AblationSource(self.model, self.task, self.level, self.circuits[0].positions, self.track)
 
     def _pictures(self, *kl: Estimate) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
         several = len(self.circuits) > 1

@@ -6,7 +6,6 @@ from itertools import combinations
 from typing import Any, ClassVar
 
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.registry import AblationSource, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import estimate
@@ -19,11 +18,11 @@ from oa_train.studies.interaction_view import InteractionView
 from oa_train.studies.joint import Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.rankings import effects_of_scan
-from oa_train.studies.study import Findings, Study, estimates
-from oa_train.studies.unit_ablations import UnitAblations
+from oa_train.studies.study import Findings, estimates
+from oa_train.studies.unit_study import UnitStudy
 
 
-class Interact(Study[InteractSettings]):
+class Interact(UnitStudy[InteractSettings]):
     """Ablates units together: does their joint effect differ from the sum of their single effects?
 
     The effect of an ablation is the KL divergence, or the rise of another loss over the clean model's. Rows: first
@@ -42,7 +41,7 @@ class Interact(Study[InteractSettings]):
 
     name = "interact"
     Settings: ClassVar[type] = InteractSettings
-    resumable = True
+    settings: InteractSettings
 
     def check(self) -> None:
         """Select units, pairs, groups and the primary set."""
@@ -53,38 +52,37 @@ class Interact(Study[InteractSettings]):
         named = [name for names in (*pairs, *settings.groups) for name in names]
         all_patterns = [*patterns, *primary, *named]
         self.level, _ = selected_units(self.model.config, settings.sites, all_patterns, settings.dictionaries)
-        self.units, self.primary = self.level.select(patterns), self.level.select(primary)
-        if len(self.units) < 1 + settings.all_pairs:
+        self.selected, self.primary = self.level.select(patterns), self.level.select(primary)
+        if len(self.selected) < 1 + settings.all_pairs:
             raise ConfigurationError(
-                f"components {patterns} selects {' '.join(self.units) or 'no unit'}; expected at least "
+                f"components {patterns} selects {' '.join(self.selected) or 'no unit'}; expected at least "
                 f"{'two units, of which pairs are made' if settings.all_pairs else 'one unit'}."
             )
         self.joints = [Joint.pair(self.level, *pair) for pair in pairs]
         self.joints += [Joint.group(self.level, group) for group in settings.groups]
-        others = [name for name in self.units if name not in self.primary] if primary else []
+        others = [name for name in self.selected if name not in self.primary] if primary else []
         if primary and not others:
             raise ConfigurationError(
-                f"primary {primary} contains all {len(self.units)} selected units, so that no effect can grow. Select "
-                "more components, or a smaller primary set."
+                f"primary {primary} contains all {len(self.selected)} selected units, so that no effect can grow. "
+                "Select more components, or a smaller primary set."
             )
         self.conditionals = [Joint("conditional", (self.primary, (name,))) for name in others]
-        check_suits([settings.ablation], AblationSource(self.model, self.task, self.level), self.batches)
-        self.n_paired = n_screened(len(self.units), settings.most_pairs) if settings.all_pairs else 0
+        self.choose_kinds([settings.ablation])
+        self.n_paired = n_screened(len(self.selected), settings.most_pairs) if settings.all_pairs else 0
         self.scanned = (
-            effects_of_scan(settings.scan, self.level, self.units, self.fingerprint, settings.ablation)
+            effects_of_scan(settings.scan, self.level, self.selected, self.fingerprint, settings.ablation)
             if settings.scan is not None and settings.all_pairs
             else None
         )
-        self.singles = self._singles()
-        self.ablations = UnitAblations(self, self.level, self.singles, [settings.ablation])
+        self.units = self._alone()
 
-    def _singles(self) -> tuple[str, ...]:
+    def _alone(self) -> tuple[str, ...]:
         """Units that are ablated alone, in mask order."""
         single = {name for joint in (*self.joints, *self.conditionals) for name in joint.alone}
         if self.scanned is not None:
             single |= set(ranked_units(self.scanned, self.n_paired))
         elif self.settings.all_pairs:
-            single |= set(self.units)
+            single |= set(self.selected)
         return self._in_order(single)
 
     @property
@@ -95,24 +93,24 @@ class Interact(Study[InteractSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece of single units, and each of sets."""
-        return [Stage("the clean model", self.task.n_test), *self.ablations.stages(len(self.singles), self._n_sets)]
+        return [Stage("the clean model", self.task.n_test), *self.piece_stages(len(self.units), self._n_sets)]
 
     def run(self) -> Findings:
         """Measure single units, choose the pairs, measure the sets, and compare."""
         clean, kind = self.clean_behaviour(), self.settings.ablation
-        alone = self.ablations.behaviours([(name,) for name in self.singles], "single units", clean)[kind]
-        effects = dict(zip(self.singles, _effects(alone, clean, self.settings.effect), strict=True))
+        alone = self.behaviours([(name,) for name in self.units], "single units", clean)[kind]
+        effects = dict(zip(self.units, _effects(alone, clean, self.settings.effect), strict=True))
         if self.scanned is not None:
             ranking = self.scanned
         else:
-            ranking = {name: float(effects[name].mean()) for name in self.units if self.settings.all_pairs}
+            ranking = {name: float(effects[name].mean()) for name in self.selected if self.settings.all_pairs}
         paired = ranked_units(ranking, self.n_paired)
         joints = [Joint("pair", ((first,), (second,))) for first, second in combinations(self._in_order(paired), 2)]
         joints += self.joints
         questions = [*joints, *self.conditionals]
         sets = [self.primary] * (len(self.primary) > 1) + [joint.units for joint in questions]
-        n_alone = self.ablations.n_pieces(len(self.singles))
-        together = self.ablations.behaviours(sets, "sets of units", clean, n_alone)[kind]
+        n_alone = self.n_pieces(len(self.units))
+        together = self.behaviours(sets, "sets of units", clean, n_alone)[kind]
         rows = list(self._rows(questions, sets, alone, together, clean))
         first = sorted(rows[: len(joints)], key=lambda row: -abs(row[self.settings.interaction].mean))
         grown = sorted(rows[len(joints) :], key=lambda row: -row[self.settings.interaction].mean)
@@ -153,7 +151,7 @@ class Interact(Study[InteractSettings]):
         rows = [joint.cells | estimates(together, len(sets) - len(joints) + n) for n, joint in enumerate(joints)]
         for loss in LOSS_SIGNS:
             effects = _effects(together, clean, loss)
-            singles = zip(self.singles, _effects(alone, clean, loss), strict=True)
+            singles = zip(self.units, _effects(alone, clean, loss), strict=True)
             by_set: dict[tuple[str, ...], Tensor] = {(name,): values for name, values in singles}
             if len(self.primary) > 1:
                 by_set[self.primary] = effects[0]

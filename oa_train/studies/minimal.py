@@ -6,7 +6,7 @@ Complete: nothing outside it can do the task, tested by ablating all of its part
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationSource, check_suits
+from oa_train.ablations.registry import KINDS
 from oa_train.checks import check_at_least
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
@@ -23,6 +23,7 @@ from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import measure_cells
 from oa_train.studies.findings import listed
 from oa_train.studies.fitted import fitted_constants
@@ -30,7 +31,6 @@ from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
     Row,
-    Study,
     Table,
     differences,
     estimates,
@@ -64,7 +64,7 @@ class MinimalSettings:
         check_at_least(0, tolerance=self.tolerance, random_complements=self.random_complements)
 
 
-class Minimal(Study[MinimalSettings]):
+class Minimal(AblationStudy[MinimalSettings]):
     """Measures the worth of each part of a circuit, and evaluates its complement.
 
     The ablation is that of the circuit's training. Parts that the training could not ablate are never removed; the
@@ -105,12 +105,12 @@ class Minimal(Study[MinimalSettings]):
                 f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
                 "with fit_constants."
             )
-        check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
+        self.choose_kinds([self.kind.name])
 
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
+    @property
+    def positions(self) -> int:
+        """Number of positions that constants tell apart."""
+        return self.trained.positions
 
     def plan(self) -> list[Stage]:
         """Circuits without a part, the clean model, complements."""

@@ -10,7 +10,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import fit_passes
-from oa_train.ablations.registry import AblationSource, check_kind, check_suits
+from oa_train.ablations.registry import check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
@@ -19,6 +19,7 @@ from oa_train.models.levels import Level
 from oa_train.models.sites import DEFAULT_SITES
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Bool, Float, Tensor
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import listed
 from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.greedy import Budget, GreedySearch, Step
@@ -37,7 +38,6 @@ from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
     Row,
-    Study,
     Table,
     estimates,
     spoken,
@@ -46,7 +46,7 @@ from oa_train.studies.study import (
 from oa_train.studies.sufficient_settings import SufficientSettings as SufficientSettings
 
 
-class Sufficient(Study[SufficientSettings]):
+class Sufficient(AblationStudy[SufficientSettings]):
     """Finds a small set of units that alone reach a stated recovery of the model's behaviour.
 
     Units are restored until the set is sufficient on the validation prompts, then removed while it stays sufficient.
@@ -80,7 +80,7 @@ class Sufficient(Study[SufficientSettings]):
             raise ConfigurationError(f"components is {patterns}, which selects no unit that may be ablated.")
         own = "optimal" if self.start is None else self.start.ablation
         self.kind = check_kind("ablation", settings.ablation or own)
-        check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
+        self.choose_kinds([self.kind.name])
         self._own = self._own_constants()
 
     def _level(self, patterns: list[str]) -> Level:
@@ -101,11 +101,6 @@ class Sufficient(Study[SufficientSettings]):
                 "Leave sites out, or leave --run out and name the model with --lm.name."
             )
         return level
-
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.positions, self.track)
 
     @property
     def positions(self) -> int:
