@@ -24,12 +24,10 @@ READ_AS: Mapping[str, tuple[str, str]] = {
 BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 
 
-def circuit_drawing(
-    n_layers: int, n_heads: int, kept: Collection[str], title: str, embedding: str = "embedding"
-) -> Figure:
+def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: str) -> Figure:
     """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer.
 
-    Layer 0 is at the bottom, below it the name of the embedding.
+    Layer 0 is at the bottom.
     """
     # Deep models are drawn more densely, so that the figure fits a page.
     height = 0.6 if n_layers <= 12 else 0.34
@@ -41,7 +39,7 @@ def circuit_drawing(
         _box(axes, n_heads + 0.5, layer, "MLP", f"m{layer}" in kept)
         axes.text(-0.8, layer, f"layer {layer}", ha="right", va="center", fontsize=FONT_SIZE)
     middle = (n_heads + 0.5) / 2
-    write(axes, middle, -0.8, embedding, FONT_SIZE - 1)
+    write(axes, middle, -0.8, "embedding", FONT_SIZE - 1)
     write(axes, middle, n_layers - 0.2, "logits", FONT_SIZE - 1)
     axes.set_xlim(-2.2, n_heads + 1.2)
     axes.set_ylim(-1.1, n_layers + 0.1)
@@ -58,22 +56,15 @@ def _box(axes: Axes, x: float, y: float, label: str, kept: bool) -> None:
     write(axes, x, y, label, FONT_SIZE - 1, color=text)
 
 
-def edge_drawing(
-    n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, str]], title: str, logits: str = "logits"
-) -> Figure:
+def edge_drawing(n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, str]], title: str) -> Figure:
     """Draw a circuit of edges: input below, logits above, and in every layer its heads, and above them its MLP.
 
-    Args:
-        n_layers: layers of the model.
-        n_heads: heads of a layer.
-        edges: node that writes, node that reads, and as what (`q`, `k`, `v` or nothing).
-        title: of the figure.
-        logits: name of the node on top.
+    Edges are given by the node that writes, the node that reads, and as what (`q`, `k`, `v` or nothing).
     """
     figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6))
     axes = figure.subplots()
     middle = (n_heads - 1) / 2
-    places = {"input": (middle, -1.0), logits: (middle, 2.0 * n_layers)}
+    places = {"input": (middle, -1.0), "logits": (middle, 2.0 * n_layers)}
     for layer in range(n_layers):
         places |= {f"a{layer}.h{head}": (float(head), 2.0 * layer) for head in range(n_heads)}
         places[f"m{layer}"] = (n_heads - 0.1, 2.0 * layer + 0.9)

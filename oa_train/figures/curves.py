@@ -15,6 +15,9 @@ from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_ti
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
+# Of the name of a ranking in the legend.
+MOST_CHARACTERS = 26
+
 # A logarithmic axis is drawn where divergences differ by more than this factor.
 LOGARITHMIC_FROM = 30.0
 # Smaller divergences, in nats, are drawn linearly down to zero.
@@ -84,5 +87,5 @@ def _scale(axes: Axes, means: Sequence[float]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _shortened(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+def _shortened(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS else f"...{name[3 - MOST_CHARACTERS :]}"

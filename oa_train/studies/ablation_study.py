@@ -27,8 +27,8 @@ class AblationStudy(Study[S]):
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
-        return 1
+        """Number of positions that constants tell apart; by default as many as the first circuit's."""
+        return self.circuits[0].positions if self.circuits else 1
 
     def choose_kinds(self, requested: list[AblationKind] | None) -> None:
         """Set `kinds` to those requested, or by default to all that ablate and that the prompts allow.

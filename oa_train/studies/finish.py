@@ -174,11 +174,6 @@ class Evaluate(AblationStudy[FinishSettings]):
         others = [kind for kind in REFERENCES if kind != self.ablation] if len(self.circuits) > 1 else []
         self.kinds = [self.ablation, *others]
 
-    @property
-    def positions(self) -> int:
-        """Number of positions that constants tell apart."""
-        return self.circuits[0].positions
-
     def run(self) -> Findings:
         """Evaluate one circuit, or several."""
         return self._single(self.circuits[0]) if len(self.circuits) == 1 else self._several()

@@ -107,11 +107,6 @@ class Minimal(AblationStudy[MinimalSettings]):
             )
         self.choose_kinds([self.kind.name])
 
-    @property
-    def positions(self) -> int:
-        """Number of positions that constants tell apart."""
-        return self.trained.positions
-
     def plan(self) -> list[Stage]:
         """Circuits without a part, the clean model, complements."""
         settings, task, without = self.settings, self.task, 1 + int((self.mask & self.removable).sum())
@@ -119,11 +114,11 @@ class Minimal(AblationStudy[MinimalSettings]):
         by_own_values = self.kind.learned or self.trained.constants is not None
         stages = [] if by_own_values else statistics_stages([self.kind.name], task)
         if settings.refit:
-            stages.append(Stage("", fit_passes(without, settings.fit, task.n_validation, 0)))
-        stages += [Stage("", without * task.n_test), Stage("the clean model", task.n_test)]
+            stages.append(Stage("constants", fit_passes(without, settings.fit, task.n_validation, 0)))
+        stages += [Stage("the parts", without * task.n_test), Stage("the clean model", task.n_test)]
         if self.kind.learned:
             stages += statistics_stages(["mean"], task)
-            stages.append(Stage("", fit_passes(complements, settings.fit, task.n_validation, 1)))
+            stages.append(Stage("constants", fit_passes(complements, settings.fit, task.n_validation, 1)))
         return [*stages, Stage("complements", complements * task.n_test)]
 
     def run(self) -> Findings:

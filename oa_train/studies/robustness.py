@@ -119,11 +119,6 @@ class Robustness(AblationStudy[RobustnessSettings]):
                 "raise n_validation of the task."
             )
 
-    @property
-    def positions(self) -> int:
-        """Number of positions that constants tell apart."""
-        return self.trained.positions
-
     def _has_constants(self, kind: AblationKind) -> bool:
         """True if the circuit has constants of this ablation."""
         return kind == self.trained.ablation and self.trained.constants is not None

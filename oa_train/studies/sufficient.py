@@ -105,7 +105,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
     @property
     def positions(self) -> int:
         """Number of positions that constants tell apart."""
-        return self.settings.positions or (1 if self.start is None else self.start.positions)
+        return self.settings.positions or super().positions
 
     @cached_property
     def ablation(self) -> Ablation:
