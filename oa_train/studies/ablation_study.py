@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 from oa_train.ablations.base import Ablation
+from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
+from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
 from oa_train.models.levels import Level
 from oa_train.progress import Stage
@@ -60,6 +62,39 @@ class AblationStudy(Study[S]):
     def prepared(self) -> dict[AblationKind, Ablation]:
         """Ablations by kind; of a learned one, the initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
+
+    def fitted_constants(
+        self,
+        masks: Bool[Tensor, "circuit entry"],
+        fit: RefitSettings,
+        description: str,
+        *,
+        starts: Sequence[Constants] | None = None,
+        level: Level | None = None,
+    ) -> list[Constants]:
+        """Optimal constants of each circuit, no worse on the validation prompts than means and zeros.
+
+        Args:
+            masks: a circuit in each row.
+            fit: the training.
+            description: of the circuits, for the progress bar.
+            starts: initial constants of each circuit, or one set for all; by default the means.
+            level: of the masks, where it is another one than the study's.
+        """
+        if not len(masks):
+            return []
+        mean, zero = self.source.mean, self.source.zero
+        return fit_constants(
+            self.model,
+            self.task,
+            level or self.level,
+            masks,
+            starts or [mean],
+            fit,
+            others=[mean, zero],
+            track=self.track,
+            description=f"fitting constants of {description}",
+        ).sets
 
     def under_each(
         self,

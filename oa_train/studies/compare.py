@@ -30,7 +30,6 @@ from oa_train.studies.comparison_tables import (
     most_listed,
     seeds_line,
 )
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import (
@@ -138,9 +137,7 @@ class Compare(AblationStudy[CompareSettings]):
         self.clean_behaviour()
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
         drawn = [
-            beside_random_circuits(
-                run, self.source, settings.random_circuits, settings.random_fit, self._n_random_prompts
-            )
+            beside_random_circuits(self, run, settings.random_circuits, settings.random_fit, self._n_random_prompts)
             for run in self._controlled
         ]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
@@ -200,8 +197,8 @@ class Compare(AblationStudy[CompareSettings]):
         if not self.alone:
             return []
         masks = torch.stack([~self.nodes.mask([name]) for name in self.alone])
-        fit, described = self.settings.fit, "fitting constants of components alone"
-        constants = partial(fitted_constants, self.source, masks, fit, described, level=self.nodes)
+        fit = self.settings.fit
+        constants = partial(self.fitted_constants, masks, fit, "components alone", level=self.nodes)
         behaviours = self.under_each(masks, constants, "components", fit.rows_per_run, self.nodes)
         return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
 
@@ -210,7 +207,7 @@ class Compare(AblationStudy[CompareSettings]):
         chosen = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
         starts, fit = [chosen[index] for index in lacking], self.settings.circuit_fit
-        fitted = fitted_constants(self.source, masks[lacking], fit, "fitting constants of circuits", starts=starts)
+        fitted = self.fitted_constants(masks[lacking], fit, "circuits", starts=starts)
         for index, constants in zip(lacking, fitted, strict=True):
             chosen[index] = constants
         return chosen

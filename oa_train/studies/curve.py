@@ -31,7 +31,6 @@ from oa_train.studies.curve_tables import (
     pooled,
     summary_cells,
 )
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of, selected_units
 from oa_train.studies.rankings import (
     ATTRIBUTION,
@@ -316,7 +315,7 @@ class Curve(AblationStudy[CurveSettings]):
     def _constants(self, masks: Bool[Tensor, "circuit entry"]) -> Sequence[Ablation]:
         """Learned constants of each point, or one set for all of them."""
         if self.settings.refit:
-            return fitted_constants(self.source, masks, self.settings.fit, "fitting constants of all points")
+            return self.fitted_constants(masks, self.settings.fit, "all points")
         if self._own_constants is not None:
             return [self._own_constants]
-        return fitted_constants(self.source, masks[:1], self.settings.fit, "fitting constants")
+        return self.fitted_constants(masks[:1], self.settings.fit, "everything ablated")

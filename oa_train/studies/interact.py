@@ -1,25 +1,31 @@
 """Units ablated together: their joint effect beside the sum of their single effects."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar
 
+import numpy as np
+
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.errors import ConfigurationError
+from oa_train.figures.interactions import interaction_bars, interaction_map
 from oa_train.figures.style import Figure
-from oa_train.metrics.estimates import estimate
+from oa_train.metrics.estimates import Estimate, estimate, written
 from oa_train.metrics.measures import LOSS_SIGNS, Loss
 from oa_train.metrics.ranks import beyond
 from oa_train.progress import Stage
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.interact_settings import InteractSettings as InteractSettings
-from oa_train.studies.interaction_view import InteractionView
-from oa_train.studies.joint import Joint, n_screened, ranked_units, screening_line
+from oa_train.studies.joint import AND, Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.rankings import effects_of_scan
-from oa_train.studies.study import Findings, estimates
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, interval, spoken
 from oa_train.studies.unit_study import UnitStudy
+
+# Columns of the table of joint effects and of that of conditional ones: title by suffix of the row's column.
+TOGETHER = {"joint": "together", "apart": "sum of\nsingle effects", "interaction": "interaction"}
+GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interaction": "growth"}
 
 
 class Interact(UnitStudy[InteractSettings]):
@@ -111,17 +117,16 @@ class Interact(UnitStudy[InteractSettings]):
         sets = [self.primary] * (len(self.primary) > 1) + [joint.units for joint in questions]
         n_alone = self.n_pieces(len(self.units))
         together = self.behaviours(sets, "sets of units", clean, n_alone)[kind]
-        rows = list(self._rows(questions, sets, alone, together, clean))
+        rows = self._rows(questions, sets, alone, together, clean)
         first = sorted(rows[: len(joints)], key=lambda row: -abs(row[self.settings.interaction].mean))
         grown = sorted(rows[len(joints) :], key=lambda row: -row[self.settings.interaction].mean)
         single = {name: estimate(values, clean.identities) for name, values in effects.items()}
         screened = screening_line(ranking, paired, None if self.scanned is None else kind)
-        view = InteractionView(self.settings, self.level, self.primary, self.subject, self.prompts)
         figures: dict[str, Callable[[], Figure | None]] = {}
         if joints:
-            figures |= {"pairs": partial(view.map, first, single), "ranked": partial(view.bars, first)}
+            figures |= {"pairs": partial(self._map, first, single), "ranked": partial(self._bars, first)}
         if grown:
-            figures["conditional"] = partial(view.bars, grown)
+            figures["conditional"] = partial(self._bars, grown)
         return Findings(
             [*first, *grown],
             metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
@@ -132,7 +137,7 @@ class Interact(UnitStudy[InteractSettings]):
                 "alone": single,
                 "screened_out": [name for name in ranking if name not in paired],
             },
-            shown=[*view.shown(first), *([screened] if screened else []), *view.shown(grown)],
+            shown=[*self._shown(first), *([screened] if screened else []), *self._shown(grown)],
             figures=figures,
             table="interactions",
         )
@@ -147,7 +152,7 @@ class Interact(UnitStudy[InteractSettings]):
         alone: Behaviour,
         together: Behaviour,
         clean: Behaviour,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> list[dict[str, Any]]:
         rows = [joint.cells | estimates(together, len(sets) - len(joints) + n) for n, joint in enumerate(joints)]
         for loss in LOSS_SIGNS:
             effects = _effects(together, clean, loss)
@@ -168,9 +173,92 @@ class Interact(UnitStudy[InteractSettings]):
                 )
                 for row, significant, adjusted in zip(family, *tests, strict=True):
                     row |= {"significant": bool(significant), "adjusted_p": float(adjusted)}
-        yield from rows
+        return rows
+
+    @property
+    def _effect(self) -> str:
+        names = {"kl": "KL divergence", "logit_difference": "fall of the logit difference"}
+        return names.get(self.settings.effect, spoken(self.settings.effect))
+
+    def _shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
+        """A table of the first rows, and the number of significant ones."""
+        if not rows:
+            return
+        settings, conditional = self.settings, _are_conditional(rows)
+        cells = [
+            {"ablated": row["units"]}
+            | {
+                title: row[settings.interaction]
+                if name == "interaction"
+                else written(row[f"{settings.effect}_{name}"].mean)
+                for name, title in (GROWTH if conditional else TOGETHER).items()
+            }
+            | {f"significant\n(±{settings.threshold:g})": "yes" if row["significant"] else ""}
+            for row in rows[:MOST_LISTED]
+        ]
+        title = f"Units ablated together and alone under {spoken(settings.ablation)} ablation"
+        if conditional:
+            title = (
+                f"One unit under {spoken(settings.ablation)} ablation, alone and with {_short(self.primary)} ablated"
+            )
+        listed = f": the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
+        yield Table(f"{title}, {self._effect} in nats on {self.prompts}{listed}", cells)
+        signs = [np.sign(row[settings.interaction].mean) for row in rows if row["significant"]]
+        verb = "grow" if conditional else "exceed the sum of single effects"
+        yield (
+            f"{signs.count(1)} of {len(rows):,} effects {verb} by more than {settings.threshold:g} nats, "
+            f"{signs.count(-1)} {'shrink' if conditional else 'fall below it'} "
+            f"(false discovery rate {100 * settings.false_discovery_rate:g} %)"
+        )
+
+    def _map(self, rows: Sequence[Row], single: Mapping[str, Estimate]) -> Figure | None:
+        """Heat map of the pairs among the rows, with the effects of single units."""
+        pairs = [row for row in rows if row["form"] == "pair"]
+        if not pairs:
+            return None
+        chosen = {name for row in pairs for name in row["units"].split(AND)}
+        names = self.level.kept(self.level.mask(sorted(chosen)))
+        table = np.full((len(names), len(names)), np.nan)
+        significant = np.zeros(table.shape, dtype=bool)
+        for row in pairs:
+            first, second = (names.index(name) for name in row["units"].split(AND))
+            table[[first, second], [second, first]] = row[self.settings.interaction].mean
+            significant[[first, second], [second, first]] = row["significant"]
+        title = (
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of pairs\n"
+            f"diagonal: single effects; framed: significantly beyond ±{self.settings.threshold:g} nats"
+        )
+        label = f"joint effect minus single effects ({self._effect}, nats)"
+        return interaction_map(
+            table, np.array([single[name].mean for name in names]), significant, names, label, title
+        )
+
+    def _bars(self, rows: Sequence[Row]) -> Figure:
+        """Interactions of the first rows, with intervals."""
+        conditional = _are_conditional(rows)
+        units = f"each unit with {_short(self.primary)} ablated" if conditional else "units together"
+        axis = (
+            "effect given the primary set minus effect alone" if conditional else "joint effect minus single effects"
+        )
+        return interaction_bars(
+            [_short(row["units"].split(AND)) for row in rows],
+            [interval(row[self.settings.interaction]) for row in rows],
+            [row["significant"] for row in rows],
+            f"{axis} ({self._effect}, nats)",
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {units}\n"
+            f"blue: significantly beyond ±{self.settings.threshold:g} nats",
+        )
 
 
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
     """Effect of each ablation: the rise of a loss over the clean model's."""
     return behaviour.loss(loss).double() - clean.loss(loss).double()
+
+
+def _are_conditional(rows: Sequence[Row]) -> bool:
+    return bool(rows[0]["form"] == "conditional")
+
+
+def _short(names: Sequence[str]) -> str:
+    """Names of a set; the first one and a count if there are more than three."""
+    return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

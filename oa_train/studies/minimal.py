@@ -26,7 +26,6 @@ from oa_train.shapes import Bool, Tensor
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import measure_cells
 from oa_train.studies.findings import listed
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
@@ -219,7 +218,7 @@ class Minimal(AblationStudy[MinimalSettings]):
     def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
         if not self.kind.learned:
             return [self._own()]
-        return [*fitted_constants(self.source, masks, self.settings.fit, "fitting constants of complements")]
+        return [*self.fitted_constants(masks, self.settings.fit, "complements")]
 
     def _own(self) -> Ablation:
         """The circuit's own ablation."""

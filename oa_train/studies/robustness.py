@@ -25,7 +25,6 @@ from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import label
 from oa_train.studies.findings import listed
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import check_ablations
 from oa_train.studies.study import (
     Findings,
@@ -146,8 +145,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         for kind in self.kinds:
             ablation = prepared[kind]
             if KINDS[kind].learned and not self._has_constants(kind):
-                described = "fitting constants of the circuit"
-                (ablation,) = fitted_constants(self.source, self.mask.unsqueeze(0), self.settings.fit, described)
+                (ablation,) = self.fitted_constants(self.mask.unsqueeze(0), self.settings.fit, "the circuit")
             search = worst_mask(
                 self.source, self.mask, self.outside, drawn, ablation, self.settings.ascent, self.settings.loss
             )

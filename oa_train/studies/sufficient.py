@@ -21,7 +21,6 @@ from oa_train.progress import Stage, counted
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import listed
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.greedy import Budget, GreedySearch, Step
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.path_tables import (
@@ -195,7 +194,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
             stride = self.settings.fit_every
             fitted = sorted({*(points[::stride] if stride else ()), len(steps) - 1})
             masks = self._beside_nothing(steps, fitted)
-            sets = fitted_constants(self.source, masks, fit, "fitting constants of sets", starts=[self.ablation])
+            sets = self.fitted_constants(masks, fit, "sets", starts=[self.ablation])
             described, constants = "sets with constants of their own", sets[-1]
             measured["trained_"] = fitted, self.behaviour(self.level, masks, sets, described, fit.rows_per_run)
         rows = list(step_rows(steps, self.level, self.free, clean, measured, self.settings.measure))

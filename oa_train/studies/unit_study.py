@@ -15,7 +15,6 @@ from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import plain
-from oa_train.studies.fitted import fitted_constants
 from oa_train.studies.options import n_positions
 from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import S, statistics_stages
@@ -89,7 +88,7 @@ class UnitStudy(AblationStudy[S]):
     def measured(self, masks: Bool[Tensor, "circuit entry"], described: str) -> Piece:
         """Measures of circuits under each kind, as tensors `<kind>.<measure>` of [circuit, prompt]."""
         fit = self.settings.fit
-        constants = partial(fitted_constants, self.source, masks, fit, f"fitting constants of {described}")
+        constants = partial(self.fitted_constants, masks, fit, described)
         behaviours = self.under_each(masks, constants, described, fit.rows_per_run)
         return {
             f"{kind}.{measure}": getattr(behaviour, measure)
