@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_title, write
+from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
 
 # Legend and colour of edges by how they are read; distinguishable without red and green.
 READ_AS: Mapping[str, tuple[str, str]] = {
@@ -31,7 +31,7 @@ def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: s
     """
     # Deep models are drawn more densely, so that the figure fits a page.
     height = 0.6 if n_layers <= 12 else 0.34
-    figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)))
+    figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)), title)
     axes = figure.subplots()
     for layer in range(n_layers):
         for head in range(n_heads):
@@ -44,7 +44,6 @@ def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: s
     axes.set_xlim(-2.2, n_heads + 1.2)
     axes.set_ylim(-1.1, n_layers + 0.1)
     axes.set_axis_off()
-    set_title(figure, title)
     return figure
 
 
@@ -61,7 +60,7 @@ def edge_drawing(n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, st
 
     Edges are given by the node that writes, the node that reads, and as what (`q`, `k`, `v` or nothing).
     """
-    figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6))
+    figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6), title)
     axes = figure.subplots()
     middle = (n_heads - 1) / 2
     places = {"input": (middle, -1.0), "logits": (middle, 2.0 * n_layers)}
@@ -82,7 +81,6 @@ def edge_drawing(n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, st
     axes.set_xlim(-1.0, n_heads + 0.7)
     axes.set_ylim(-1.5, 2.0 * n_layers + 0.5)
     axes.set_axis_off()
-    set_title(figure, title)
     return figure
 
 

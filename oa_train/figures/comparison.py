@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
 
 # Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
 SMALLEST_KL = 1e-5
@@ -100,7 +100,7 @@ def comparison_figure(
     heights = [max(0.8, (0.1 + 0.05 * n_kinds) * len(panel.names) + 0.3) for panel in shown]
     if controls:
         heights.append(0.5 + 0.3 * len(controls))
-    figure = new_figure(7.0, 1.4 + sum(heights))
+    figure = new_figure(7.0, 1.4 + sum(heights), title)
     drawn = figure.subplots(len(heights), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(drawn, shown, strict=False):
         _draw(axes, panel, labels or {kind: kind for kind in panel.rows})
@@ -108,7 +108,6 @@ def comparison_figure(
         _draw_controls(drawn[-1], controls)
     drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
     legend_beside(figure, "upper", title="ablation")
-    set_title(figure, title)
     return figure
 
 

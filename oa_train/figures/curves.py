@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from oa_train.figures.comparison import Interval, draw_band
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, tidy
 
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
@@ -49,7 +49,7 @@ def curve_figure(
         order: `the least` or `the most`, for the label of the axis.
         bound: a KL divergence in nats that is drawn as a line.
     """
-    figure = new_figure(8.6, 3.6)
+    figure = new_figure(8.6, 3.6, title)
     left, right = figure.subplots(1, 2, sharex=True)
     rankings = list(dict.fromkeys(curve.ranking for curve in curves))
     for curve in curves:
@@ -75,7 +75,6 @@ def curve_figure(
     ]
     place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": FONT_SIZE - 1}
     figure.legend(handles=[*colours, *lines], handlelength=2.6, **place)
-    set_title(figure, title)
     return figure
 
 

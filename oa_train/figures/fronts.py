@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import SMALLEST_KL, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
 
 
 def front_figure(
@@ -16,7 +16,7 @@ def front_figure(
 
     `parts` is the plural name of what circuits keep, of which the model has `n_parts`.
     """
-    figure = new_figure(6.2, 3.6)
+    figure = new_figure(6.2, 3.6, title)
     axes = figure.subplots()
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     for ablation, intervals in kl.items():
@@ -29,5 +29,4 @@ def front_figure(
     axes.set_ylabel("KL divergence (nats)", fontsize=FONT_SIZE)
     tidy(axes)
     legend_beside(figure, "upper", title="everything else under", title_fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy, write
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy, write
 
 # With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
 MOST_WRITTEN, MOST_NAMED = 20, 60
@@ -31,7 +31,7 @@ def interaction_map(
     """
     n_units = len(names)
     size = min(max(3.2, (0.46 if n_units <= MOST_WRITTEN else 0.16) * n_units), 14.0)
-    figure = new_figure(size + 2.0, size + 1.0)
+    figure = new_figure(size + 2.0, size + 1.0, title)
     axes = figure.subplots()
     largest = float(np.nanmax(np.abs(table), initial=0)) or 1.0
     norm = TwoSlopeNorm(0, -largest, largest)
@@ -50,7 +50,6 @@ def interaction_map(
         if significant[row, column]:
             axes.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=1.1))
     figure.colorbar(image, ax=axes, shrink=0.8).set_label(label, fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
@@ -62,7 +61,8 @@ def interaction_bars(
     The label is that of the axis.
     """
     n_rows = min(len(names), MOST_ROWS)
-    figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5))
+    more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
+    figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5), title + more)
     axes = figure.subplots()
     means, lengths = error_bars(values[:n_rows])
     colours = [BEYOND if beyond else WITHIN for beyond in significant[:n_rows]]
@@ -74,8 +74,6 @@ def interaction_bars(
     axes.set_xlabel(label, fontsize=FONT_SIZE - 1)
     axes.set_axisbelow(True)
     tidy(axes, "x")
-    more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
-    set_title(figure, title + more)
     return figure
 
 

@@ -18,13 +18,15 @@ def over_layers(axes: Axes) -> None:
     tidy(axes)
 
 
-def layer_panels(places: Iterable[Place], labels: Mapping[str, str], layer: str) -> tuple[Figure, dict[Place, Axes]]:
+def layer_panels(
+    places: Iterable[Place], labels: Mapping[str, str], layer: str, title: str
+) -> tuple[Figure, dict[Place, Axes]]:
     """A grid of panels over layers, each with a line at 0, in order of appearance of the names of rows and columns.
 
     `labels` has the label of the vertical axes of each row, and `layer` is that of the horizontal ones.
     """
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
-    figure = new_figure(1.3 + 2.9 * len(columns), 0.9 + 2.1 * len(rows))
+    figure = new_figure(1.3 + 2.9 * len(columns), 0.9 + 2.1 * len(rows), title)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat:
         axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from oa_train.figures.comparison import Interval, draw_band, error_bars
 from oa_train.figures.layers import layer_panels, over_layers
-from oa_train.figures.style import FONT_SIZE, legend_beside, new_figure, set_title, write_in_cells
+from oa_train.figures.style import FONT_SIZE, legend_beside, new_figure, write_in_cells
 
 # Colours of lenses in order of appearance, distinguishable without red and green.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
@@ -24,7 +24,7 @@ def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: S
 
     `lines` has by lens the intervals of `kl` and `agreement` at each layer.
     """
-    figure = new_figure(8.8, 3.6)
+    figure = new_figure(8.8, 3.6, title)
     left, right = figure.subplots(1, 2)
     for number, (name, measures) in enumerate(lines.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
@@ -39,7 +39,6 @@ def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: S
         axes.set_xlabel("layer that is read", fontsize=FONT_SIZE)
         over_layers(axes)
     legend_beside(figure)
-    set_title(figure, title)
     return figure
 
 
@@ -59,7 +58,7 @@ def prediction_grid(
         columns: the prompt's tokens.
         title: of the figure.
     """
-    figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows))
+    figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows), title)
     axes = figure.subplots()
     image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
     short = [[w if len(w) <= MOST_CHARACTERS else f"{w[: MOST_CHARACTERS - 1]}…" for w in row] for row in words]
@@ -68,7 +67,6 @@ def prediction_grid(
     axes.set_xticks(range(len(columns)), columns, fontsize=FONT_SIZE - 1, rotation=45, ha="right", parse_math=False)
     axes.set_ylabel("layer", fontsize=FONT_SIZE)
     figure.colorbar(image, ax=axes).set_label("probability of the top token", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
@@ -80,12 +78,11 @@ def faithfulness_figure(
     `panels` has by measure and change the intervals of each lens at each layer.
     """
     measures = {"magnitude": "correlation of sizes", "similarity": "cosine of effects"}
-    figure, grid = layer_panels(panels, measures, "layer")
+    figure, grid = layer_panels(panels, measures, "layer", title)
     for place, lines in panels.items():
         for number, (name, points) in enumerate(lines.items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.1}
             grid[place].errorbar(layers, *error_bars(points), label=name, **style)
     legend_beside(figure)
-    set_title(figure, title)
     return figure

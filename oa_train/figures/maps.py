@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write_in_cells
+from oa_train.figures.style import FONT_SIZE, new_figure, write_in_cells
 
 # With more cells than this, numbers in them are illegible.
 MOST_LABELLED = 400
@@ -71,7 +71,7 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
     """
     n_layers, n_columns = table.shape
     height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
-    figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0))
+    figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0), title)
     axes = figure.subplots()
     norm = Normalize(0, max(1.0, float(table.max())))
     image = axes.imshow(table, norm=norm, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
@@ -81,7 +81,6 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
     if table.size <= MOST_LABELLED:
         write_in_cells(axes, [[f"{value:g}" for value in row] for row in table])
     figure.colorbar(image, ax=axes).set_label(label, fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 

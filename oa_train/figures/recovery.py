@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import Interval, draw_band, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 
 # Colour and marker of the two phases of a search: units are restored, units are removed.
 STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
@@ -34,7 +34,7 @@ def recovery_figure(
         labels: labels of the axes, that of sizes first.
         title: of the figure.
     """
-    figure = new_figure(6.2, 3.8)
+    figure = new_figure(6.2, 3.8, title)
     axes = figure.subplots()
     for name, (sizes, intervals) in paths.items():
         colour, marker = STYLES[name]
@@ -53,5 +53,4 @@ def recovery_figure(
     axes.set_ylabel(labels[1], fontsize=FONT_SIZE)
     tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize=FONT_SIZE - 1, frameon=False)
-    set_title(figure, title)
     return figure

@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import SMALLEST_KL
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 # Beyond this many rows or columns only some are named.
 MOST_NAMED = 24
@@ -35,7 +35,7 @@ def effect_maps(
     n_down = -(-len(tables) // n_across)
     width = min(max(1.8, 0.17 * len(columns)), 4.0)
     height = min(max(1.6, 0.13 * len(rows)), 6.0)
-    figure = new_figure(n_across * width + 1.6, n_down * (height + 0.4) + 0.6)
+    figure = new_figure(n_across * width + 1.6, n_down * (height + 0.4) + 0.6, title)
     grid = figure.subplots(n_down, n_across, squeeze=False, sharex=True, sharey=True)
     values = np.concatenate([table[~np.isnan(table)] for table in tables.values()])
     lowest = max(SMALLEST_KL, float(np.percentile(values, 10)))
@@ -55,13 +55,12 @@ def effect_maps(
     for axes in grid[:, 0]:
         axes.set_ylabel(axes_names[0], fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.8).set_label("KL divergence (nats)", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
 def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
     """Distribution over parts of the ratio, positive, of each ablation's KL divergence to that of optimal ablation."""
-    figure = new_figure(5.6, 3.2)
+    figure = new_figure(5.6, 3.2, title)
     axes = figure.subplots()
     for name, values in ratios.items():
         colour, _ = ablation_style(name)
@@ -74,5 +73,4 @@ def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
     axes.set_ylabel("share of the units", fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.legend(fontsize=FONT_SIZE - 2, frameon=False, loc="lower right")
-    set_title(figure, title)
     return figure

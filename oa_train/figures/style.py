@@ -37,16 +37,13 @@ def ablation_style(name: str) -> tuple[str, str]:
     return {**ABLATION_STYLES, **OTHERS}.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that needs no display and no global state."""
-    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
-
-
-def set_title(figure: Figure, title: str) -> None:
-    """Set a title over the whole figure, wrapped to its width."""
-    characters = max(24, int(11 * figure.get_figwidth()))
-    lines = [textwrap.fill(line, characters) for line in title.split("\n")]
-    figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """An empty figure, in inches, under a title wrapped to its width; it needs no display and no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+    if title:
+        lines = [textwrap.fill(line, max(24, int(11 * width))) for line in title.split("\n")]
+        figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
+    return figure
 
 
 def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:

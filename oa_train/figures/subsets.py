@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 
 # Colour of each mask of the parts outside that has a row of its own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
@@ -38,7 +38,7 @@ def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
     The panels, one for each ablation, stand below each other.
     """
     n_rows = [len(panel.random) + len(panel.marked) + 1 for panel in panels]
-    figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows))
+    figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows), title)
     all_axes = figure.subplots(len(panels), 1, height_ratios=n_rows, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw(axes, panel)
@@ -48,7 +48,6 @@ def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
         axes.set_xscale("symlog", linthresh=linear, linscale=0.4)
         axes.set_xlim(left=-0.15 * linear)
     all_axes[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import Interval, draw_band
 from oa_train.figures.layers import layer_panels
-from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure
 
 # Profile of each corruption over the layers.
 Profiles = Mapping[str, Sequence[Interval]]
@@ -24,14 +24,13 @@ def profile_figure(
     `panels` has by kind and place the profile of each corruption, and `labels` the corruptions' names in the legend.
     """
     kinds = {kind: f"{kind}\nrecovered share" for kind, _ in panels}
-    figure, grid = layer_panels(panels, kinds, "layer in the middle of the window")
+    figure, grid = layer_panels(panels, kinds, "layer in the middle of the window", title)
     for place, profiles in panels.items():
         for name, points in profiles.items():
             colour, marker = ablation_style(name)
             line: dict[str, Any] = {"marker": marker, "markersize": 2.5, "linewidth": 1.2}
             draw_band(grid[place], layers, points, colour, label=labels[name], **line)
     legend_beside(figure)
-    set_title(figure, title)
     return figure
 
 
@@ -54,7 +53,7 @@ def recovery_maps(
     down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
     longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)
     height = max(0.8, 0.2 * len(rows))
-    figure = new_figure(1.6 + 0.07 * longest + len(across) * (width + 0.2), 0.9 + len(down) * (height + 0.4))
+    figure = new_figure(1.6 + 0.07 * longest + len(across) * (width + 0.2), 0.9 + len(down) * (height + 0.4), title)
     grid = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=True)
     top = max(1e-3, max(float(table.max()) for table in tables.values())) if highest is None else highest
     step = 1 + (len(layers) - 1) // MOST_TICKS
@@ -67,5 +66,4 @@ def recovery_maps(
     for axes in grid[-1]:
         axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.9).set_label("recovered share", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, tidy
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
@@ -30,7 +30,7 @@ def worth_figure(
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows
-    figure = new_figure(9.0 if shortened else 6.0, 1.2 + 0.17 * max(n_rows, 6))
+    figure = new_figure(9.0 if shortened else 6.0, 1.2 + 0.17 * max(n_rows, 6), title)
     rows, *ranks = figure.subplots(1, 2 if shortened else 1, sharex=True, squeeze=False)[0]
     _draw(rows, worth[:n_rows], verdicts[:n_rows], tolerance)
     rows.set_yticks(range(1, n_rows + 1), names[:n_rows], fontsize=FONT_SIZE - 1)
@@ -41,7 +41,6 @@ def worth_figure(
     # The parts of greatest worth are on top, so this corner is free; the last axes have all verdicts.
     (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
     figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 
