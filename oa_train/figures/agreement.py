@@ -18,10 +18,7 @@ def agreement_figure(
 ) -> Figure:
     """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
 
-    Args:
-        names: the circuits.
-        kl: divergence of each circuit in nats, by ablation.
-        jaccard: [circuit, circuit] overlaps between 0 and 1.
+    The divergences, by ablation, are in nats, and the overlaps of [circuit, circuit] between 0 and 1.
     """
     figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, 1.4 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])

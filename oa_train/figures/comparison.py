@@ -87,13 +87,9 @@ class Control:
 def comparison_figure(
     panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None, controls: Sequence[Control] = ()
 ) -> Figure:
-    """KL divergence under each ablation, with 95 % intervals.
+    """KL divergence under each ablation, with 95 % intervals; panels over one axis, and controls at the bottom.
 
-    Args:
-        panels: drawn from top to bottom over one axis; those without rows are left out.
-        title: of the figure.
-        labels: of the ablations in the legend; their names by default.
-        controls: drawn at the bottom.
+    Panels without rows are left out. `labels` are those of the ablations in the legend, by default their names.
     """
     shown = [panel.in_order() for panel in panels if panel.names]
     n_kinds = max(len(panel.rows) for panel in shown)

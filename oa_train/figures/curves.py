@@ -40,14 +40,8 @@ def curve_figure(
 ) -> Figure:
     """KL divergence and accuracy against the ablated share, with 95 % bands.
 
-    A colour stands for an ablation, a line style for a ranking.
-
-    Args:
-        curves: to draw.
-        fractions: ablated share at each point.
-        title: of the figure.
-        order: `the least` or `the most`, for the label of the axis.
-        bound: a KL divergence in nats that is drawn as a line.
+    A colour stands for an ablation, a line style for a ranking. `fractions` are the ablated share at each point,
+    `order` is `the least` or `the most`, for the label of the axis, and `bound` is drawn as a line, in nats.
     """
     figure = new_figure(8.6, 3.6, title)
     left, right = figure.subplots(1, 2, sharex=True)

@@ -21,13 +21,8 @@ def interaction_map(
 ) -> Figure:
     """Interaction of every pair, red where two units matter more together than apart; single effects on the diagonal.
 
-    Args:
-        table: [unit, unit] symmetric, in nats; NaN where a pair was not measured.
-        singles: effect of each unit alone, written on the diagonal.
-        significant: [unit, unit] pairs that are framed.
-        names: of the units.
-        label: of the colours.
-        title: of the figure.
+    The symmetric table of [unit, unit] is in nats, NaN where a pair was not measured; significant pairs are framed.
+    The label is that of the colours.
     """
     n_units = len(names)
     size = min(max(3.2, (0.46 if n_units <= MOST_WRITTEN else 0.16) * n_units), 14.0)

@@ -51,12 +51,7 @@ def prediction_grid(
 ) -> Figure:
     """Top token of every layer at every position, coloured by its probability; the first layer at the bottom.
 
-    Args:
-        words: top tokens, [layer][position].
-        probabilities: theirs, [layer, position].
-        rows: names of the layers.
-        columns: the prompt's tokens.
-        title: of the figure.
+    Words and probabilities are of [layer, position]; `rows` names the layers, and `columns` are the tokens.
     """
     figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows), title)
     axes = figure.subplots()

@@ -23,14 +23,8 @@ def score_map(
 ) -> Figure:
     """Heat map of keep-probabilities, the first row at the bottom.
 
-    Cells without an entry are blank, and cells above the threshold are framed.
-
-    Args:
-        table: [row, column] values between 0 and 1; NaN where there is no entry.
-        rows: names of the rows.
-        columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        threshold: entries above it are in the circuit.
+    The table of [row, column] is NaN where there is no entry: such cells are blank, and cells above the threshold are
+    framed. `axes_names` are the labels of the axes, that of the rows first.
     """
     labelled = table.size <= MOST_LABELLED
     longest = max(table.shape)

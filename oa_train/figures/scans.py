@@ -24,12 +24,8 @@ def effect_maps(
 ) -> Figure:
     """A heat map of KL divergences for each ablation, over one logarithmic scale; the first row at the bottom.
 
-    Args:
-        tables: [row, column] in nats by ablation; NaN where there is no part.
-        rows: names of the rows.
-        columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        title: of the figure.
+    The tables of [row, column] are in nats, NaN where there is no part; `axes_names` are the labels of the axes, that
+    of the rows first.
     """
     n_across = min(MOST_COLUMNS, len(tables))
     n_down = -(-len(tables) // n_across)

@@ -19,14 +19,10 @@ LINEAR_BELOW = 1e-4
 def worth_figure(
     names: Sequence[str], worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float, title: str
 ) -> Figure:
-    """Rise in KL divergence when a part is taken out, with 95 % intervals.
+    """Rise in KL divergence, in nats, when a part is taken out, with 95 % intervals.
 
-    Args:
-        names: the parts in descending order of worth; the first ones have a row each.
-        worth: of each part, in nats; may be negative.
-        verdicts: of each part, a key of `COLOURS`.
-        tolerance: negligible worth in nats, drawn as a line.
-        title: of the figure.
+    The parts are in descending order of worth; the first ones have a row each. The verdicts are keys of `COLOURS`, and
+    the tolerance, a negligible worth, is drawn as a line.
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows

@@ -32,16 +32,7 @@ from oa_train.studies.comparison_tables import (
 )
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Table,
-    differences,
-    estimates,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates, spoken, statistics_stages
 
 # With at most this many components all are ablated alone by default, else only those asked for.
 MOST_ALONE = 64

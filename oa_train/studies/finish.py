@@ -24,15 +24,7 @@ from oa_train.progress import Stage, Track, silent
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import listed
 from oa_train.studies.run_folder import circuit_folders
-from oa_train.studies.study import (
-    Findings,
-    Row,
-    Table,
-    estimates,
-    interval,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import Findings, Row, Table, estimates, interval, spoken, statistics_stages
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 

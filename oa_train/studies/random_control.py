@@ -26,14 +26,7 @@ def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Tas
 def beside_random_circuits(
     study: AblationStudy[Any], run: TrainedCircuit, n_circuits: int, fit: RefitSettings, n_prompts: int
 ) -> dict[str, Any]:
-    """KL divergence of a run's circuit and of random ones of its size, under constants trained from the means.
-
-    Args:
-        study: the study that compares them.
-        run: the run.
-        n_circuits: random circuits.
-        fit: training of the constants of each of them and of the run's circuit.
-        n_prompts: test prompts on which they are compared.
+    """KL divergence of a run's circuit and of random ones of its size, under constants trained alike from the means.
 
     Returns:
         `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits

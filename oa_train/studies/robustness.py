@@ -26,16 +26,7 @@ from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import label
 from oa_train.studies.findings import listed
 from oa_train.studies.options import check_ablations
-from oa_train.studies.study import (
-    Findings,
-    Row,
-    Table,
-    differences,
-    estimates,
-    interval,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import Findings, Row, Table, differences, estimates, interval, spoken, statistics_stages
 from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"

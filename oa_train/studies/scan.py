@@ -23,14 +23,7 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
 from oa_train.studies.comparison_tables import alone_cells, intervals, label, most_listed
 from oa_train.studies.options import check_ablations, check_unit_options, selected_units
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Table,
-    differences,
-    estimates,
-)
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates
 from oa_train.studies.unit_study import UnitStudy
 
 

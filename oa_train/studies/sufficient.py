@@ -33,15 +33,7 @@ from oa_train.studies.path_tables import (
     step_cells,
     step_rows,
 )
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Table,
-    estimates,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken, statistics_stages
 from oa_train.studies.sufficient_settings import SufficientSettings as SufficientSettings
 
 
