@@ -43,8 +43,8 @@ def recovery_maps(
 ) -> Figure:
     """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
 
-    The tables of [row, layer] are given by the names of their row and column in a grid of maps. The colour scale ends at
-    `highest`, by default that of the values.
+    The tables of [row, layer] are given by the names of their row and column in a grid of maps. The scale of colours
+    ends at `highest`, by default that of the values.
     """
     down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
     longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)
