@@ -19,12 +19,9 @@ def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
 
 
 def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> list[dict[str, Any]]:
-    """Mean and spread over runs that differ in nothing but their seed.
+    """Mean and spread over runs that differ in nothing but their seed, which form groups.
 
-    Args:
-        runs: the runs; those that differ in nothing but their seed form a group.
-        kl: KL divergence of each run's circuit in nats, by its name.
-        ablation: kind of ablation under which it was measured.
+    The KL divergence of each run's circuit is in nats, by the run's name, measured under the ablation.
 
     Returns:
         For each group of at least two: names and seeds of its runs, the ablations, mean, standard deviation and 95 %

@@ -158,9 +158,10 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
         with self.track(self.plan()[-1].passes, f"changing the stream of layer {layer}") as advance:
 
             def effect(step: float) -> float:
-                changed = [p.model_effects(steered(p.streams, random, step, seed, layer)) for p in prompts[:1]]
-                advance(changed[0].numel())
-                return float(torch.cat(changed, dim=1).mean())
+                first = prompts[0]
+                changed = first.model_effects(steered(first.streams, random, step, seed, layer))
+                advance(changed.numel())
+                return float(changed.mean())
 
             random = sets[RANDOM, ""].to(device)
             step = calibrated_step(effect, settings.target, LARGEST_STEP * deviation)

@@ -18,7 +18,6 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, written
-from oa_train.metrics.measures import Loss
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
 from oa_train.studies.ablation_study import AblationStudy
@@ -92,60 +91,15 @@ def finish(
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
     study = Evaluate(model, task, circuits, settings, track)
-    study.announce([*refit_stages(circuits, settings, task), *study.plan()])
+    study.announce([*study.refit_stages(), *study.plan()])
     # The circuits are written before the refit, so that an interruption costs no more than the refit.
     for trained, folder in zip(circuits, folders, strict=True):
         trained.save_circuit(folder)
-    refitted = refit(model, task, circuits, settings, study.track)
-    for trained, folder in zip(refitted, folders, strict=True):
+    study.refit()
+    for trained, folder in zip(study.circuits, folders, strict=True):
         trained.save_constants(folder)
-    study.from_runs = list(refitted)
     findings = study.run_in(run)
-    return Finished(refitted, findings)
-
-
-def refit_stages(circuits: Sequence[TrainedCircuit], settings: FinishSettings, task: Task) -> list[Stage]:
-    """Stages of `refit`."""
-    if not KINDS[circuits[0].ablation].learned:
-        return []
-    n_starts, stages = len(circuits), list[Stage]()
-    if settings.refit_start != "trained":
-        n_starts *= 2 if settings.refit_start == "both" else 1
-        stages = statistics_stages(["mean"], task)
-    return [*stages, Stage("refitting the constants", fit_passes(n_starts, settings.refit, task.n_validation, 0))]
-
-
-def refit(
-    model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], settings: FinishSettings, track: Track = silent
-) -> list[TrainedCircuit]:
-    """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
-    first = circuits[0]
-    if not KINDS[first.ablation].learned:
-        return list(circuits)
-    level = first.circuit.level
-    starts = [trained.constants for trained in circuits if trained.constants is not None]
-    if settings.refit_start != "trained":
-        means = [AblationSource(model, task, level, first.positions, track).mean] * len(circuits)
-        starts = means if settings.refit_start == "mean" else [*starts, *means]
-    masks = torch.stack([trained.circuit.mask for trained in circuits]).repeat(len(starts) // len(circuits), 1)
-    loss: Loss = first.circuit.provenance["loss"]
-    fitted = fit_constants(
-        model,
-        task,
-        level,
-        masks,
-        starts,
-        settings.refit,
-        loss=loss,
-        track=track,
-        description="refitting the constants",
-    )
-    best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
-    chosen = [fitted.sets[start * len(circuits) + number].to("cpu") for number, start in enumerate(best)]
-    return [
-        replace(t, constants=replace(c, provenance=t.circuit.provenance))
-        for t, c in zip(circuits, chosen, strict=True)
-    ]
+    return Finished(study.circuits, findings)
 
 
 class Evaluate(AblationStudy[FinishSettings]):
@@ -165,6 +119,44 @@ class Evaluate(AblationStudy[FinishSettings]):
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
         others = [kind for kind in REFERENCES if kind != self.ablation] if len(self.circuits) > 1 else []
         self.kinds = [self.ablation, *others]
+
+    def refit_stages(self) -> list[Stage]:
+        """Stages of `refit`."""
+        settings, task, n_starts, stages = self.settings, self.task, len(self.circuits), list[Stage]()
+        if not KINDS[self.ablation].learned:
+            return stages
+        if settings.refit_start != "trained":
+            n_starts *= 2 if settings.refit_start == "both" else 1
+            stages = statistics_stages(["mean"], task)
+        passes = fit_passes(n_starts, settings.refit, task.n_validation, 0)
+        return [*stages, Stage("refitting the constants", passes)]
+
+    def refit(self) -> None:
+        """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
+        if not KINDS[self.ablation].learned:
+            return
+        settings, circuits = self.settings, self.circuits
+        starts = [trained.constants for trained in circuits if trained.constants is not None]
+        if settings.refit_start != "trained":
+            source = AblationSource(self.model, self.task, self.level, self.positions, self.track)
+            means = [source.mean] * len(circuits)
+            starts = means if settings.refit_start == "mean" else [*starts, *means]
+        fitted = fit_constants(
+            self.model,
+            self.task,
+            self.level,
+            torch.stack([trained.circuit.mask for trained in circuits]).repeat(len(starts) // len(circuits), 1),
+            starts,
+            settings.refit,
+            loss=circuits[0].circuit.provenance["loss"],
+            track=self.track,
+            description="refitting the constants",
+        )
+        best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
+        for number, (trained, start) in enumerate(zip(circuits, best, strict=True)):
+            constants = fitted.sets[start * len(circuits) + number].to("cpu")
+            provenance = trained.circuit.provenance
+            circuits[number] = replace(trained, constants=replace(constants, provenance=provenance))
 
     def run(self) -> Findings:
         """Evaluate one circuit, or several."""

@@ -267,14 +267,9 @@ class Minimal(AblationStudy[MinimalSettings]):
 
 
 def verdict(increase: Estimate, tolerance: float) -> Verdict:
-    """Judge a part by the KL divergence that its removal adds.
+    """Judge a part by the increase in KL divergence without it, in nats.
 
-    Args:
-        increase: KL divergence without the part minus that with it, in nats.
-        tolerance: negligible worth in nats.
-
-    Returns:
-        `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
+    It is `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
     """
     low, high = increase.ci95
     if low > tolerance:
