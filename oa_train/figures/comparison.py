@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
 SMALLEST_KL = 1e-5
@@ -19,28 +20,19 @@ MOST_ROWS = 30
 RANDOM_CIRCUITS = "random circuits,\noptimal"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
+Rows = Mapping[str, Sequence[Estimate]]
 
 
-Rows = Mapping[str, Sequence[Interval]]
-
-
-def error_bars(intervals: Sequence[Interval], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
-    """Means, and lengths of their error bars [below or above, interval], both clipped at `smallest`."""
-    ends = np.array([(interval.mean, interval.low, interval.high) for interval in intervals])
+def error_bars(estimates: Sequence[Estimate], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Means, and lengths of the error bars of 95 % intervals [below or above, mean], both clipped at `smallest`."""
+    ends = np.array([(estimate.mean, *estimate.ci95) for estimate in estimates])
     means, low, high = np.maximum(ends, smallest).T
     return means, np.maximum([means - low, high - means], 0)
 
 
-def draw_band(axes: Axes, places: Sequence[float], intervals: Sequence[Interval], colour: str, **line: Any) -> None:
-    """A line through the means, in a pale band of the intervals."""
-    means, low, high = np.array([(interval.mean, interval.low, interval.high) for interval in intervals]).T
+def draw_band(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], colour: str, **line: Any) -> None:
+    """A line through the means, in a pale band of their 95 % intervals."""
+    means, low, high = np.array([(estimate.mean, *estimate.ci95) for estimate in estimates]).T
     axes.plot(places, means, color=colour, **line)
     axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from oa_train.figures.comparison import Interval, draw_band
+from oa_train.figures.comparison import draw_band
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
@@ -31,8 +32,8 @@ class DrawnCurve:
     ranking: str
     ablation: str
     label: str
-    kl: Sequence[Interval]
-    accuracy: Sequence[Interval]
+    kl: Sequence[Estimate]
+    accuracy: Sequence[Estimate]
 
 
 def curve_figure(

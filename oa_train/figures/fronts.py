@@ -5,12 +5,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import SMALLEST_KL, Interval, error_bars
+from oa_train.figures.comparison import SMALLEST_KL, error_bars
 from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 
 def front_figure(
-    sizes: Sequence[int], kl: Mapping[str, Sequence[Interval]], n_parts: int, parts: str, title: str
+    sizes: Sequence[int], kl: Mapping[str, Sequence[Estimate]], n_parts: int, parts: str, title: str
 ) -> Figure:
     """KL divergence (nats) of circuits by size, with 95 % intervals; a line for each ablation of the rest.
 

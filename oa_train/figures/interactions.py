@@ -7,8 +7,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
+from oa_train.figures.comparison import MOST_ROWS, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy, write
+from oa_train.metrics.estimates import Estimate
 
 # With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
 MOST_WRITTEN, MOST_NAMED = 20, 60
@@ -49,7 +50,7 @@ def interaction_map(
 
 
 def interaction_bars(
-    names: Sequence[str], values: Sequence[Interval], significant: Sequence[bool], label: str, title: str
+    names: Sequence[str], values: Sequence[Estimate], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
     """Ranked bars with 95 % intervals, the first on top, as many as can be read; significant ones in colour.
 

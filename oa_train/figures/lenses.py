@@ -7,9 +7,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from oa_train.figures.comparison import Interval, draw_band, error_bars
+from oa_train.figures.comparison import draw_band, error_bars
 from oa_train.figures.layers import layer_panels, over_layers
 from oa_train.figures.style import FONT_SIZE, legend_beside, new_figure, write_in_cells
+from oa_train.metrics.estimates import Estimate
 
 # Colours of lenses in order of appearance, distinguishable without red and green.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
@@ -19,7 +20,7 @@ MARKERS = "osD^vpPx"
 MOST_CHARACTERS = 9
 
 
-def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str) -> Figure:
+def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str) -> Figure:
     """KL divergence and agreement of each lens by layer, with 95 % bands.
 
     `lines` has by lens the intervals of `kl` and `agreement` at each layer.
@@ -66,7 +67,7 @@ def prediction_grid(
 
 
 def faithfulness_figure(
-    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str
 ) -> Figure:
     """Agreement of the effects on a model and on lenses by layer, with 95 % bars: a row a measure, a column a change.
 

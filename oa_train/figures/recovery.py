@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import Interval, draw_band, error_bars
+from oa_train.figures.comparison import draw_band, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Colour and marker of the two phases of a search: units are restored, units are removed.
 STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
@@ -17,8 +18,8 @@ LOWEST = -0.5
 
 
 def recovery_figure(
-    paths: Mapping[str, tuple[Sequence[int], Sequence[Interval]]],
-    trained: tuple[Sequence[int], Sequence[Interval]],
+    paths: Mapping[str, tuple[Sequence[int], Sequence[Estimate]]],
+    trained: tuple[Sequence[int], Sequence[Estimate]],
     target: float,
     chosen: int,
     labels: tuple[str, str],

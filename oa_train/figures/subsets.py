@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import Interval, error_bars
+from oa_train.figures.comparison import error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Colour of each mask of the parts outside that has a row of its own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
@@ -29,7 +30,7 @@ class Subsets:
 
     title: str
     random: Mapping[float, Sequence[float]]
-    marked: Mapping[str, Interval]
+    marked: Mapping[str, Estimate]
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import Interval, draw_band
+from oa_train.figures.comparison import draw_band
 from oa_train.figures.layers import layer_panels
 from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure
+from oa_train.metrics.estimates import Estimate
 
 # Profile of each corruption over the layers.
-Profiles = Mapping[str, Sequence[Interval]]
+Profiles = Mapping[str, Sequence[Estimate]]
 
 MOST_TICKS = 16
 

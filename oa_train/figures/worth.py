@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
+from oa_train.figures.comparison import MOST_ROWS, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
@@ -17,7 +18,7 @@ LINEAR_BELOW = 1e-4
 
 
 def worth_figure(
-    names: Sequence[str], worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float, title: str
+    names: Sequence[str], worth: Sequence[Estimate], verdicts: Sequence[str], tolerance: float, title: str
 ) -> Figure:
     """Rise in KL divergence, in nats, when a part is taken out, with 95 % intervals.
 
@@ -40,7 +41,7 @@ def worth_figure(
     return figure
 
 
-def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float) -> None:
+def _draw(axes: Axes, worth: Sequence[Estimate], verdicts: Sequence[str], tolerance: float) -> None:
     for verdict, colour in COLOURS.items():
         ranks = [rank for rank in range(len(worth)) if verdicts[rank] == verdict]
         if ranks:

@@ -25,7 +25,7 @@ from oa_train.studies.comparison_tables import (
     alone_cells,
     circuit_cells,
     described_run,
-    intervals,
+    kl_by_ablation,
     label,
     most_listed,
     seeds_line,
@@ -259,9 +259,9 @@ class Compare(AblationStudy[CompareSettings]):
             Panel(
                 "circuits: everything outside ablated",
                 [run.name for run in self.circuits] if several else ["circuit"],
-                intervals(circuit_rows),
+                kl_by_ablation(circuit_rows),
             ),
-            Panel("one component ablated", list(self.alone), intervals(alone_rows), ranked=True),
+            Panel("one component ablated", list(self.alone), kl_by_ablation(alone_rows), ranked=True),
         ]
         controls = [Control(f"{control['size']:,} kept", control["run_kl"], control["kl"]) for control in drawn]
         labels = {kind: label(kind) for kind in self.kinds}
@@ -269,7 +269,7 @@ class Compare(AblationStudy[CompareSettings]):
 
     def _agreement_figure(self, circuit_rows: Sequence[Row], overlaps: Sequence[Sequence[float]]) -> Figure:
         names = [f"{run.name}\n({spoken(run.ablation)}, {len(run.circuit)})" for run in self.circuits]
-        kl = {label(kind): [value.mean for value in values] for kind, values in intervals(circuit_rows).items()}
+        kl = {label(kind): [value.mean for value in values] for kind, values in kl_by_ablation(circuit_rows).items()}
         return agreement_figure(names, kl, overlaps)
 
 

@@ -17,7 +17,7 @@ from oa_train.metrics.estimates import Estimate, estimate, paired_difference
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.lens_study import LensStudy
-from oa_train.studies.study import Findings, Row, Table, interval, spoken
+from oa_train.studies.study import Findings, Row, Table, spoken
 
 # Layers in the table on the terminal.
 MOST_LAYERS = 10
@@ -166,8 +166,7 @@ class CompareLenses(LensStudy[CompareLensesSettings]):
     def _figure(self, rows: Sequence[Row], names: Sequence[str]) -> Figure:
         lines = {
             spoken(name): {
-                measure: [interval(row[measure]) for row in rows if row["lens"] == name]
-                for measure in ("kl", "agreement")
+                measure: [row[measure] for row in rows if row["lens"] == name] for measure in ("kl", "agreement")
             }
             for name in names
         }

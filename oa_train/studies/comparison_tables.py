@@ -5,9 +5,8 @@ from typing import Any
 
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.figures.comparison import Interval
-from oa_train.metrics.estimates import written
-from oa_train.studies.study import MOST_LISTED, Row, interval, spoken
+from oa_train.metrics.estimates import Estimate, written
+from oa_train.studies.study import MOST_LISTED, Row, spoken
 
 
 def described_run(run: TrainedCircuit) -> dict[str, Any]:
@@ -76,9 +75,9 @@ def label(kind: AblationKind) -> str:
     return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
 
 
-def intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
+def kl_by_ablation(rows: Sequence[Row]) -> dict[str, list[Estimate]]:
     """KL divergences by ablation."""
-    by_kind: dict[str, list[Interval]] = {}
+    by_kind: dict[str, list[Estimate]] = {}
     for row in rows:
-        by_kind.setdefault(row["ablation"], []).append(interval(row["kl"]))
+        by_kind.setdefault(row["ablation"], []).append(row["kl"])
     return by_kind

@@ -9,14 +9,13 @@ import torch
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.errors import ConfigurationError
-from oa_train.figures.comparison import Interval
 from oa_train.figures.curves import DrawnCurve
 from oa_train.metrics.curves import area, holds_until, recovery_area
 from oa_train.metrics.estimates import Estimate
 from oa_train.metrics.measures import MEASURES
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.comparison_tables import label
-from oa_train.studies.study import differences, estimates, interval
+from oa_train.studies.study import differences, estimates
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +60,8 @@ class MeasuredCurve:
     def drawn(self) -> DrawnCurve:
         """The curve for the figure."""
         points = [estimates(self.behaviour, point) for point in range(len(self.behaviour.kl))]
-        by_measure: dict[str, list[Interval]] = {
-            measure: [interval(of_point[measure]) for of_point in points] for measure in ("kl", "accuracy")
-        }
-        return DrawnCurve(self.ranking, self.ablation, label(self.ablation), by_measure["kl"], by_measure["accuracy"])
+        kl, accuracy = ([of_point[measure] for of_point in points] for measure in ("kl", "accuracy"))
+        return DrawnCurve(self.ranking, self.ablation, label(self.ablation), kl, accuracy)
 
 
 def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[int] | None) -> list[int]:

@@ -29,7 +29,7 @@ from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.lens_study import LensStudy
-from oa_train.studies.study import Findings, Row, Table, interval, spoken
+from oa_train.studies.study import Findings, Row, Table, spoken
 
 STEER, PROJECT, RESAMPLE = "steer", "project", "resample"
 RANDOM, BASIS = "random", "basis"
@@ -215,9 +215,7 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
         random = [row for row in rows if row["directions"] == RANDOM]
         panels = {
             (measure, change): {
-                spoken(name): [
-                    interval(row[measure]) for row in random if row["lens"] == name and row["change"] == change
-                ]
+                spoken(name): [row[measure] for row in random if row["lens"] == name and row["change"] == change]
                 for name in dict.fromkeys(row["lens"] for row in random)
             }
             for measure in MEASURED

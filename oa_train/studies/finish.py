@@ -23,7 +23,7 @@ from oa_train.progress import Stage, Track, silent
 from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.findings import listed
 from oa_train.studies.run_folder import circuit_folders
-from oa_train.studies.study import Findings, Row, Table, estimates, interval, spoken, statistics_stages
+from oa_train.studies.study import Findings, Row, Table, estimates, spoken, statistics_stages
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 
@@ -234,9 +234,8 @@ class Evaluate(AblationStudy[FinishSettings]):
             yield "keep_probability", partial(score_picture, self.level, first.scores, threshold)
 
     def _front(self, kl: Mapping[AblationKind, Sequence[Estimate]]) -> Figure:
-        intervals = {kind: [interval(value) for value in values] for kind, values in kl.items()}
         sizes = [len(trained.circuit) for trained in self.circuits]
-        return front_figure(sizes, intervals, len(self.level), self.level.parts, self.subject)
+        return front_figure(sizes, kl, len(self.level), self.level.parts, self.subject)
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:

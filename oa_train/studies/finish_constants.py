@@ -13,7 +13,7 @@ from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
 from oa_train.studies.comparison_tables import most_listed
 from oa_train.studies.finish import Evaluate, Finished, FinishSettings
-from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates, interval
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates
 from oa_train.tasks.task import Task
 
 
@@ -61,7 +61,7 @@ class EvaluateAlone(Study[FinishSettings]):
         title = f"KL divergence in nats with one component ablated, on {self.prompts}"
         cells = [{"component": row["component"], "mean ± 95 % interval": row["kl"]} for row in rows]
         cells = sorted(cells, key=lambda cell: -cell["mean ± 95 % interval"].mean)[:MOST_LISTED]
-        names, kl = [row["component"] for row in rows], [interval(row["kl"]) for row in rows]
+        names, kl = [row["component"] for row in rows], [row["kl"] for row in rows]
         panel = Panel("one component ablated", names, {"optimal": kl}, ranked=True)
         return Findings(
             rows,

@@ -20,7 +20,7 @@ from oa_train.studies.interact_settings import InteractSettings as InteractSetti
 from oa_train.studies.joint import AND, Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.rankings import effects_of_scan
-from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, interval, spoken
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken
 from oa_train.studies.unit_study import UnitStudy
 
 # Columns of the table of joint effects and of that of conditional ones: title by suffix of the row's column.
@@ -242,7 +242,7 @@ class Interact(UnitStudy[InteractSettings]):
         )
         return interaction_bars(
             [_short(row["units"].split(AND)) for row in rows],
-            [interval(row[self.settings.interaction]) for row in rows],
+            [row[self.settings.interaction] for row in rows],
             [row["significant"] for row in rows],
             f"{axis} ({self._effect}, nats)",
             f"{self.subject}: {spoken(self.settings.ablation)} ablation of {units}\n"

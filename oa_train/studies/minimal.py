@@ -33,7 +33,6 @@ from oa_train.studies.study import (
     Table,
     differences,
     estimates,
-    interval,
     spoken,
     statistics_stages,
 )
@@ -163,7 +162,8 @@ class Minimal(AblationStudy[MinimalSettings]):
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
         masks = self.level.prune(masks)
-        behaviour = self._behaviour(masks, self._ablations(masks), described)
+        ablations = self._refitted(masks) if self.settings.refit else [self._own]
+        behaviour = self.behaviour(self.level, masks, ablations, described, self.settings.fit.rows_per_run)
         return behaviour, [self._row(behaviour, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
     def _row(self, behaviour: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> dict[str, Any]:
@@ -195,13 +195,14 @@ class Minimal(AblationStudy[MinimalSettings]):
         )
         circuits = torch.stack([self.mask, *(circuit.mask for circuit in drawn)])
         masks = ~(circuits & self.removable)
-        behaviour = self._behaviour(masks, self._complement_ablations(masks), "complements")
+        fit, ablations = self.settings.fit, [self._own]
+        if self.kind.learned:
+            ablations = [*self.fitted_constants(masks, fit, "complements")]
+        behaviour = self.behaviour(self.level, masks, ablations, "complements", fit.rows_per_run)
         return [estimates(behaviour, row) for row in range(len(masks))]
 
-    def _ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        """Ablations of the circuits without a part: one for all, or refitted for each."""
-        if not self.settings.refit:
-            return [self._own()]
+    def _refitted(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
+        """The circuit's constants, trained again for each circuit without a part."""
         assert self.trained.constants is not None
         fitted = fit_constants(
             self.model,
@@ -215,17 +216,10 @@ class Minimal(AblationStudy[MinimalSettings]):
         )
         return [*fitted.sets]
 
-    def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        if not self.kind.learned:
-            return [self._own()]
-        return [*self.fitted_constants(masks, self.settings.fit, "complements")]
-
+    @property
     def _own(self) -> Ablation:
         """The circuit's own ablation."""
         return self.kind.prepare(self.source) if self.trained.constants is None else self.trained.constants
-
-    def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
-        return self.behaviour(self.level, masks, ablations, description, self.settings.fit.rows_per_run)
 
     def _part_table(self, rows: Sequence[Row]) -> Table:
         first = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
@@ -259,7 +253,7 @@ class Minimal(AblationStudy[MinimalSettings]):
         ablation = f"{spoken(self.kind.name)} ablation" + (", refitted" if self.settings.refit else "")
         return worth_figure(
             [row[self.level.part] for row in rows],
-            [interval(row["kl_minus_circuit"]) for row in rows],
+            [row["kl_minus_circuit"] for row in rows],
             [row["verdict"] for row in rows],
             self.settings.tolerance,
             f"{self.subject}: {self.trained.size}, KL {kl:.3g} nats ({ablation})",

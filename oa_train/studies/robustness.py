@@ -26,7 +26,7 @@ from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import label
 from oa_train.studies.findings import listed
 from oa_train.studies.options import check_ablations
-from oa_train.studies.study import Findings, Row, Table, differences, estimates, interval, spoken, statistics_stages
+from oa_train.studies.study import Findings, Row, Table, differences, estimates, spoken, statistics_stages
 from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
@@ -245,7 +245,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         panels = []
         for kind, of_kind in rows.items():
             by_mask = {row["mask"]: row for row in of_kind}
-            marked = {mask: interval(by_mask[mask]["kl"]) for mask in (ALL_OFF, VERTEX, WORST)}
+            marked = {mask: by_mask[mask]["kl"] for mask in (ALL_OFF, VERTEX, WORST)}
             panels.append(Subsets(f"{label(kind)} ablation", _random_kl(of_kind), marked))
         return subsets_figure(panels, f"{self.subject}: {self.trained.size}, and the rest in many combinations")
 

@@ -21,7 +21,7 @@ from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
-from oa_train.studies.comparison_tables import alone_cells, intervals, label, most_listed
+from oa_train.studies.comparison_tables import alone_cells, kl_by_ablation, label, most_listed
 from oa_train.studies.options import check_ablations, check_unit_options, selected_units
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates
 from oa_train.studies.unit_study import UnitStudy
@@ -209,7 +209,7 @@ class Scan(UnitStudy[ScanSettings]):
         return effect_maps(tables, laid_out.rows, laid_out.columns, axes, f"{self.subject}: one unit ablated")
 
     def _ranked(self, rows: Sequence[Row]) -> Figure:
-        panel = Panel("one unit ablated", list(self.units), intervals(rows), ranked=True)
+        panel = Panel("one unit ablated", list(self.units), kl_by_ablation(rows), ranked=True)
         return comparison_figure([panel], self.subject, {kind: label(kind) for kind in self.kinds})
 
     def _gaps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure | None:

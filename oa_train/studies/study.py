@@ -22,7 +22,6 @@ from oa_train.artefacts import versions
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES
 from oa_train.errors import ArtefactError, ConfigurationError, RunError
-from oa_train.figures.comparison import Interval
 from oa_train.figures.style import save_figure
 from oa_train.files import make_next_folder, write_json
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
@@ -323,11 +322,6 @@ def distinct_prompts(task: Task) -> dict[Stream, int]:
     """Distinct texts among the prompts of each stream that evaluations use."""
     sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
     return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
-
-
-def interval(value: Estimate) -> Interval:
-    """An estimate as figures draw it."""
-    return Interval(value.mean, *value.ci95)
 
 
 def spoken(name: str) -> str:

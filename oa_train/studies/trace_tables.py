@@ -10,14 +10,13 @@ import numpy as np
 
 from oa_train.ablations.tracing import TracedRun, Tracing
 from oa_train.batches import WHOLE
-from oa_train.figures.comparison import Interval
 from oa_train.figures.style import Figure
 from oa_train.figures.tracing import profile_figure, recovery_maps
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.metrics.ranks import Bootstrapped, linear_correlation, rank_correlation
 from oa_train.metrics.recovered import Identities, effective_layers, recovered, recovered_bootstrap
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.study import Row, Table, interval, spoken
+from oa_train.studies.study import Row, Table, spoken
 
 # Name in tables of the run that restores nothing.
 NOTHING = "nothing"
@@ -140,10 +139,10 @@ def place(span: str) -> str:
 
 def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
     """Recovery by layer, a panel for each kind, place and window."""
-    panels: dict[tuple[str, str], dict[str, list[Interval]]] = {}
+    panels: dict[tuple[str, str], dict[str, list[Estimate]]] = {}
     for row, window in _restoring(rows):
         profiles = panels.setdefault((row["restored"], place(row["at"]) + window), {})
-        profiles.setdefault(row["corruption"], []).append(interval(row["recovered"]))
+        profiles.setdefault(row["corruption"], []).append(row["recovered"])
     labels = {row["corruption"]: f"{spoken(row['corruption'])} corruption" for row in rows}
     return profile_figure(panels, layers, labels, title)
 
