@@ -246,7 +246,7 @@ class Study(ABC, Generic[S]):
                 **self.task.describe(),
                 "n_prompts": self.task.n_test,
                 "split": "test",
-                "distinct_prompts": distinct_prompts(self.task),
+                "distinct_prompts": self.distinct_prompts,
             },
             "versions": versions(),
             "metrics": plain(findings.metrics),
@@ -256,10 +256,17 @@ class Study(ABC, Generic[S]):
             "settings": plain(self.settings),
         }
 
+    @cached_property
+    def distinct_prompts(self) -> dict[Stream, int]:
+        """Distinct texts among the prompts of each stream that evaluations use."""
+        task = self.task
+        sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
+        return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
+
     @property
     def prompts(self) -> str:
         """The test prompts, for titles."""
-        n_test, distinct = self.task.n_test, distinct_prompts(self.task)["test"]
+        n_test, distinct = self.task.n_test, self.distinct_prompts["test"]
         repeated = "" if distinct == n_test else f", {distinct:,} of them distinct, which intervals count"
         return f"{n_test:,} held-out prompts{repeated}"
 
@@ -316,12 +323,6 @@ def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
         "averaging activations on counterfactuals": {"counterfactual_mean"},
     }
     return [Stage(name, task.n_means) for name, needing in needed.items() if needing & set(kinds)]
-
-
-def distinct_prompts(task: Task) -> dict[Stream, int]:
-    """Distinct texts among the prompts of each stream that evaluations use."""
-    sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
-    return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
 
 
 def spoken(name: str) -> str:
