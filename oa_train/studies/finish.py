@@ -65,12 +65,7 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Finished circuits.
-
-    Attributes:
-        circuits: the circuits with their final constants.
-        findings: their evaluation.
-    """
+    """Circuits with their final constants, and the findings of their evaluation."""
 
     circuits: list[TrainedCircuit]
     findings: Findings

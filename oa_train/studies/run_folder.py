@@ -43,11 +43,7 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one.
-
-    Attributes:
-        path: the folder.
-    """
+    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one."""
 
     path: Path
 
