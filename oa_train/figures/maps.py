@@ -23,8 +23,8 @@ def score_map(
 ) -> Figure:
     """Heat map of keep-probabilities, the first row at the bottom.
 
-    The table of [row, column] is NaN where there is no entry: such cells are blank, and cells above the threshold are
-    framed. `axes_names` are the labels of the axes, that of the rows first.
+    The table of [row, column] has values between 0 and 1, and NaN where there is no entry: such cells are blank, and
+    cells above the threshold are framed. `axes_names` are the labels of the axes, that of the rows first.
     """
     labelled = table.size <= MOST_LABELLED
     longest = max(table.shape)
