@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from oa_train.circuits.circuit import Circuit
-from oa_train.figures.circuits import circuit_drawing
-from oa_train.figures.edges import edge_drawing
+from oa_train.figures.circuits import circuit_drawing, edge_drawing
 from oa_train.figures.maps import count_map, score_map
 from oa_train.figures.style import Figure
 from oa_train.models.levels import Level
