@@ -62,8 +62,7 @@ class CircuitMasks(nn.Module):
         selection = torch.ones(len(level)).bool() if self._patterns == ["*"] else level.selected(patterns)
         if not selection.any():
             raise ConfigurationError(f"components is {self._patterns}, which selects nothing that could be trained.")
-        self.selection: Tensor
-        self.register_buffer("selection", selection, persistent=False)
+        self.selection = nn.Buffer(selection, persistent=False)
         self.n_selected = int(selection.sum())
         self.n_fixed = len(level) - self.n_selected
         self.distribution = distribution(n_circuits * self.n_selected)

@@ -332,8 +332,7 @@ class CircuitModule(FrozenModelModule):
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
         """Log the measures and sizes of all circuits; returns them."""
-        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.compute(), strict=True))}
-        self._evaluated.reset()
+        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.taken(), strict=True))}
         shown = each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
         for name, value in shown.items():
             self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)

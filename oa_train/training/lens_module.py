@@ -1,7 +1,6 @@
 """Training of lenses."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,19 +18,16 @@ from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.best_slices import BestSlices
-from oa_train.training.module import FrozenModelModule
-from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
-from oa_train.training.steps import share_of_step
+from oa_train.training.side_by_side import BestSlices, Part, SideBySideModule
 from oa_train.training.strategies import share_from_first_process
-from oa_train.training.summed import summed
 
 # Learning rates of constants and of affine maps.
 RATES = {"oca": 0.003, "oca_shared": 0.003, "tuned": 0.0003, "linear_oca": 0.0003}
 
 
-class LensModule(FrozenModelModule):
+class LensModule(SideBySideModule):
     """Trains lenses, at all layers at once, to predict what the model predicts.
 
     The loss of a lens at a layer is the KL divergence of its prediction from the model's (of `linear_oca` from that of
@@ -57,7 +53,6 @@ class LensModule(FrozenModelModule):
         ModelError: the model cannot be loaded.
     """
 
-    keeps_best = True
     shardable = False
 
     def __init__(
@@ -79,7 +74,7 @@ class LensModule(FrozenModelModule):
         for kind in learning_rates or ():
             if kind not in kinds:
                 raise ConfigurationError(f"learning_rates names {kind!r}. {nearest_names(kind, kinds)}")
-        super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
+        super().__init__(arguments, optimizer, lr_scheduler)
         sizes = Dimensions.of(self.frozen.config)
         self.starts = check_layers(layers, sizes.n_layers)
         self._sizes = sizes.n_layers, sizes.d_model
@@ -87,11 +82,10 @@ class LensModule(FrozenModelModule):
         self.predictions_at_once = predictions_at_once
         self.lenses = nn.ModuleDict({kind: LENS_KINDS[kind].make(self.starts, *self._sizes) for kind in kinds})
         self.best = nn.ModuleDict({kind: BestSlices(lens.trained()) for kind, lens in self._kinds()})
-        self.started: Tensor
-        self.register_buffer("started", torch.tensor(False))
+        self.started = nn.Buffer(torch.tensor(False))
         # The first validation compares what is trained with its start.
         self._start: dict[str, Lens] = {}
-        self._losses = CircuitMeans(2 * len(kinds), len(self.starts))
+        self.losses = CircuitMeans(2 * len(kinds), len(self.starts))
 
     def _kinds(self) -> Iterator[tuple[str, Any]]:
         yield from self.lenses.items()
@@ -122,42 +116,29 @@ class LensModule(FrozenModelModule):
                 lens.load_state_dict(start.state_dict())
         self.started.fill_(True)
 
-    def _parts(self, tokens: Tokens, n_prompts: int) -> Iterator[tuple[str, Callable[[], Float[Tensor, " start"]]]]:
-        """Kinds of lens, each with a function that computes its loss on some of the tokens."""
-        weights = tokens.weights / n_prompts
-        for kind, lens in self._kinds():
+    def _parts(self, tokens: Tokens, n_prompts: int) -> Iterator[Part]:
+        lenses, weights = dict(self._kinds()), tokens.weights / n_prompts
+        for kind in lenses:
             for piece in tokens.pieces(len(self.starts), self.predictions_at_once):
 
-                def losses(kind: str = kind, lens: Lens = lens, piece: slice = piece) -> Float[Tensor, " start"]:
-                    logits = lens_logits(lens, self.frozen, tokens, piece)
-                    kl = kl_divergence(self._target(kind, tokens, piece), logits)
+                def losses(kind: str = kind, piece: slice = piece) -> Float[Tensor, " start"]:
+                    kl = self._divergence(lenses, kind, tokens, piece)
                     return kl @ weights[piece].to(kl.dtype)
 
-                yield kind, losses
+                yield f"train/kl_{kind}", slice(None), losses
 
-    def _target(self, kind: str, tokens: Tokens, piece: slice) -> Tensor:
-        """Logits that a lens is trained to match."""
+    def _divergence(
+        self, lenses: Mapping[str, Any], kind: str, tokens: Tokens, piece: slice
+    ) -> Float[Tensor, "start token"]:
+        """KL divergence of one of several lenses from what it is trained to match, on a slice of the tokens."""
         teacher = LENS_KINDS[kind].teacher
-        if not teacher:
-            return tokens.logits[piece]
         with torch.no_grad():
-            lens: Any = self.lenses[teacher]
-            return lens_logits(lens, self.frozen, tokens, piece)
+            target = lens_logits(lenses[teacher], self.frozen, tokens, piece) if teacher else tokens.logits[piece]
+        return kl_divergence(target, lens_logits(lenses[kind], self.frozen, tokens, piece))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all lenses at all layers."""
-        tokens = Tokens(self.frozen, batch)
-        parts = list(self._parts(tokens, len(batch)))
-        values, loss = summed([losses for _, losses in parts], list(self.lenses.parameters()))
-        sums = dict.fromkeys(self.lenses, torch.zeros(len(self.starts), device=self.device))
-        for (kind, _), value in zip(parts, values, strict=True):
-            sums[kind] = sums[kind] + value
-        means = {kind: self.over_processes(value) for kind, value in sums.items()}
-        self.check_finite({f"train/kl_{kind}": value for kind, value in means.items()}, "Losses", batch)
-        for kind, value in means.items():
-            self.log(f"train/kl_{kind}", value.mean(), prog_bar=True, batch_size=len(batch))
-        # A sum, so that the gradient of a lens at a layer is that of its own mean, whatever is trained beside it.
-        return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        return self.step_of_parts([*self._parts(Tokens(self.frozen, batch), len(batch))], batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of what is trained and, at the first validation, of its start."""
@@ -171,26 +152,15 @@ class LensModule(FrozenModelModule):
     def _evaluate(self, batch: Batch, sets: list[dict[str, Any]]) -> None:
         tokens, rows = Tokens(self.frozen, batch), []
         for lenses in sets:
-            for kind, lens in lenses.items():
-                pieces = []
-                for piece in tokens.pieces(len(self.starts), self.predictions_at_once):
-                    logits = lens_logits(lens, self.frozen, tokens, piece)
-                    teacher = LENS_KINDS[kind].teacher
-                    target = tokens.logits[piece]
-                    if teacher:
-                        target = lens_logits(lenses[teacher], self.frozen, tokens, piece)
-                    pieces.append(kl_divergence(target, logits))
-                rows.append(tokens.by_prompt(torch.cat(pieces, dim=1)).mean(dim=1))
-        self._losses.update(torch.stack(rows).to(self.device), len(batch))
-
-    def _mean_losses(self) -> Float[Tensor, "lens start"]:
-        losses: Tensor = self._losses.compute()
-        self._losses.reset()
-        return losses
+            for kind in lenses:
+                pieces = tokens.pieces(len(self.starts), self.predictions_at_once)
+                kl = torch.cat([self._divergence(lenses, kind, tokens, piece) for piece in pieces], dim=1)
+                rows.append(tokens.by_prompt(kl).mean(dim=1))
+        self.losses.update(torch.stack(rows).to(self.device), len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Keep the best state of each lens at each layer; the best checkpoint minimises the mean of their losses."""
-        losses = self._mean_losses()
+        losses = self.losses.taken()
         if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
             return
         for number, (kind, lens) in enumerate(self._kinds()):
@@ -211,7 +181,7 @@ class LensModule(FrozenModelModule):
 
     def on_test_epoch_end(self) -> None:
         """Report the means over layers."""
-        for kind, losses in zip(self.lenses, self._mean_losses(), strict=False):
+        for kind, losses in zip(self.lenses, self.losses.taken(), strict=False):
             self.log(f"test/kl_{kind}", losses.mean(), sync_dist=True)
 
     def _best_lenses(self) -> dict[str, Lens]:

@@ -40,8 +40,7 @@ class Replacements(nn.Module):
             self.constants = TrainableConstants([Constants.zeros(level, positions)] * n_circuits, trained)
         self._other: Ablation | None = None
         self._task: Task | None = None
-        self.prepared: Tensor
-        self.register_buffer("prepared", torch.tensor(kind == "zero"))
+        self.prepared = nn.Buffer(torch.tensor(kind == "zero"))
 
     @property
     def kind(self) -> Kind:
