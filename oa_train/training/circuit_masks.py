@@ -1,6 +1,7 @@
 """Masks of circuits that are trained side by side: drawn for the selected entries, 1 for all others."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,19 +9,30 @@ from torch import nn
 
 from oa_train.checks import check_choice
 from oa_train.errors import ConfigurationError
-from oa_train.masks.base import MaskDistribution
-from oa_train.masks.sampler import MaskSampler, StepRows
+from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
+from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 LevelKind = Literal["nodes", "edges"]
 
 # Longest selection that a checkpoint lists by name; for longer ones it lists the patterns.
 MOST_LISTED = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """Numbers of rows in one optimiser step, over accumulated batches and processes.
+
+    `counts` are the rows that carry gradient to each mask entry, `n_rows` all rows.
+    """
+
+    counts: Int[Tensor, " entry"]
+    n_rows: int
 
 
 class CircuitMasks(nn.Module):
@@ -57,7 +69,7 @@ class CircuitMasks(nn.Module):
     ) -> None:
         super().__init__()
         self.level, self.n_circuits, self.threshold = level, n_circuits, threshold
-        self.samples_per_prompt = samples_per_prompt
+        self.seed, self.samples_per_prompt = seed, samples_per_prompt
         self._patterns = list(patterns)
         selection = torch.ones(len(level)).bool() if self._patterns == ["*"] else level.selected(patterns)
         if not selection.any():
@@ -66,7 +78,6 @@ class CircuitMasks(nn.Module):
         self.n_selected = int(selection.sum())
         self.n_fixed = len(level) - self.n_selected
         self.distribution = distribution(n_circuits * self.n_selected)
-        self._sampler = MaskSampler(self.distribution, seed, samples_per_prompt, self._effective)
 
     @property
     def selected(self) -> list[str]:
@@ -96,15 +107,49 @@ class CircuitMasks(nn.Module):
         Returns:
             C * S * B rows in the order of `Batch.repeat(C * S)`, all rows of a circuit together.
         """
-        drawn = self._sampler.draw(example_ids, step)
+        drawn, inside = self._drawn(example_ids)
+        if inside is not None:
+            rows = step or StepRows(inside.sum(dim=0), len(drawn))
+            drawn = averaged_gradient(drawn, rows.counts, rows.n_rows)
         by_circuit = drawn.view(len(drawn), -1, self.n_selected).transpose(0, 1)
         return self._spread(by_circuit.flatten(0, 1))
 
+    @torch.no_grad()
     def rows_of_step(
         self, batches: Sequence[Int[Tensor, " batch"]], over_processes: Callable[[Tensor], Tensor], n_processes: int
     ) -> StepRows | None:
-        """Count the rows that carry gradient in a whole step of the optimiser; see `MaskSampler.rows_of_step`."""
-        return self._sampler.rows_of_step(batches, over_processes, n_processes)
+        """Count the rows that carry gradient in a whole step of the optimiser.
+
+        Args:
+            batches: prompt numbers of each of this process's batches in the step. Their masks can be drawn ahead,
+                because the parameters do not change before the step.
+            over_processes: sums a tensor over processes.
+            n_processes: number of processes, with equally many prompts each.
+
+        Returns:
+            None for a distribution whose gradients are not averaged.
+        """
+        counts, n_rows = torch.zeros_like(self.distribution.logits, dtype=torch.long), 0
+        for numbers in batches:
+            _, inside = self._drawn(numbers)
+            if inside is None:
+                return None
+            counts += inside.sum(dim=0)
+            n_rows += len(inside)
+        return StepRows(over_processes(counts), n_rows * n_processes)
+
+    def _drawn(self, numbers: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor | None]:
+        """Masks for each sample of each prompt, side by side for all circuits, and the samples that carry gradient."""
+        drawn = self._effective(self.distribution.sample(self._uniform(numbers)))
+        return drawn, self.distribution.carries_gradient(drawn)
+
+    def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
+        shape, device = (self.samples_per_prompt, len(self.distribution.logits)), self.distribution.logits.device
+        drawn = [
+            torch.rand(shape, generator=torch_generator(self.seed, "masks", number, device=device), device=device)
+            for number in numbers.tolist()
+        ]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
 
     def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
         """Drawn masks with 0 for dangling edges, separately for each circuit of each row."""

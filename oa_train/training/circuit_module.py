@@ -21,7 +21,6 @@ from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.masks.penalty import smooth_size
-from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.dictionaries import DictionarySpec
@@ -30,7 +29,7 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.averages import CircuitMeans, each_and_mean
-from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
+from oa_train.training.circuit_masks import CircuitMasks, LevelKind, StepRows, check_level, level_of
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight
