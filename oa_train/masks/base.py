@@ -71,10 +71,9 @@ def averaged_gradient(
     return mask.detach() + weight * (mask - mask.detach())
 
 
-def check_threshold(level: float) -> float:
-    """Return the threshold; raises `ConfigurationError` unless it is strictly between 0 and 1."""
+def check_threshold(level: float) -> None:
+    """Raise `ConfigurationError` unless the threshold is strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
         raise ConfigurationError(
             f"threshold is {level}; expected a keep-probability between 0 and 1 (both excluded), for instance 0.5."
         )
-    return level
