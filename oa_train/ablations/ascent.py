@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.evaluation import CleanLogits
+from oa_train.ablations.evaluation import CleanLogits, pieces
 from oa_train.batches import Batch
 from oa_train.checks import check_at_least
-from oa_train.engine.chunks import ROWS_PER_RUN, chunks
+from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
@@ -80,7 +80,7 @@ def ascend(
     """Raise the mean loss on some prompts by changing mask entries, which stay in [0, 1] and are the same for all.
 
     A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
-    so its loss is never below that of the start.
+    so its loss is never below that of the start. Without steps the starts are evaluated as they are.
 
     Args:
         model: frozen causal language model.
@@ -108,21 +108,6 @@ def ascend(
     return Ascended(worst.cpu(), highest.cpu(), first.cpu())
 
 
-def mean_losses(
-    model: CausalLM,
-    batches: Sequence[Batch],
-    level: Level,
-    masks: Float[Tensor, "start entry"],
-    ablation: Ablation,
-    loss: Loss = "kl",
-    rows_per_run: int = ROWS_PER_RUN,
-    advance: Advance = lambda done: None,
-) -> Float[Tensor, " start"]:
-    """Mean loss of each mask over some prompts, on the CPU; see `ascend`."""
-    args = model, batches, CleanLogits(model), level, masks.to(model.device), ablation.to(model.device)
-    return _losses(*args, rows_per_run, loss, False, advance)[0].cpu()
-
-
 def _losses(
     model: CausalLM,
     batches: Sequence[Batch],
@@ -139,10 +124,7 @@ def _losses(
     n_prompts = sum(map(len, batches))
     totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
     for batch in batches:
-        logits_of_batch, done = clean(batch).to(masks.device), 0
-        on_device = batch.to(masks.device)
-        for piece, slices in chunks(model, level, on_device, masks, rows_per_run, gradients=True):
-            unmasked, done = logits_of_batch[done : done + len(piece)], done + len(piece)
+        for piece, unmasked, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run, gradients=True):
             values = ablation.replacements(piece, partial(read_values, model, level=level))
             for starts in slices:
                 chosen = masks[starts].detach().requires_grad_(with_gradients)

@@ -95,15 +95,22 @@ def circuit_behaviour(
     return _gathered(
         (piece, _on_piece(model, piece, logits, level, masks, moved, slices, advance))
         for batch in batches
-        for piece, logits, slices in _pieces(model, batch, clean(batch), level, masks, rows_per_run)
+        for piece, logits, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run)
     )
 
 
-def _pieces(
-    model: CausalLM, batch: Batch, clean: Tensor, level: Level, masks: Tensor, rows_per_run: int
+def pieces(
+    model: CausalLM,
+    batch: Batch,
+    clean: Float[Tensor, "row scored vocabulary"],
+    level: Level,
+    masks: Tensor,
+    rows_per_run: int,
+    gradients: bool = False,
 ) -> Iterator[tuple[Batch, Tensor, list[slice]]]:
+    """The pieces of `chunks` on the model's device, each with its clean logits."""
     first = 0
-    for piece, slices in chunks(model, level, batch.to(model.device), masks, rows_per_run):
+    for piece, slices in chunks(model, level, batch.to(model.device), masks, rows_per_run, gradients):
         yield piece, clean[first : first + len(piece)].to(model.device), slices
         first += len(piece)
 
@@ -167,7 +174,6 @@ def circuit_logits(
     level: Level,
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
-    recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Logits of several circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
 
@@ -177,7 +183,6 @@ def circuit_logits(
         level: level of the masks.
         masks: a circuit in each of S rows.
         ablations: one for each circuit, or one for all; gradients flow to trained constants.
-        recompute: see `masked_logits`.
     """
     values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
-    return copies_logits(model, batch, level, masks, values, recompute)
+    return copies_logits(model, batch, level, masks, values)

@@ -134,12 +134,8 @@ class CircuitRun:
 
     def losses(self) -> Float[Tensor, " circuit"]:
         """The run's share of each circuit's mean loss over the step's prompts, with gradients to its constants."""
-        fitted, n_circuits, by_site = self.fitted, len(self.circuits), self.fitted.constants.by_site()
-        numbers = [0] if len(fitted.constants) == 1 else self.circuits
-        sets = [
-            Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
-            for number in numbers
-        ]
+        fitted, n_circuits = self.fitted, len(self.circuits)
+        sets = fitted.constants.sets([0] if len(fitted.constants) == 1 else self.circuits)
         values = replacements_of_copies(
             sets, self.batch, n_circuits, partial(read_values, self.model, level=fitted.level)
         )
