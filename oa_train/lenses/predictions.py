@@ -9,7 +9,9 @@ from oa_train.engine.tail import read_out, scored_stream
 from oa_train.errors import TaskError
 from oa_train.lenses.lens import Lens
 from oa_train.models.frozen import CausalLM
+from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Float, Tensor
+from oa_train.tasks.task import Task
 
 # Default number of predictions (starts times tokens) that are computed at once.
 PREDICTIONS = 1024
@@ -81,3 +83,19 @@ def lens_logits(
     final = lens(model, tokens.residuals[lens.starts][:, piece], others)
     logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
     return logits
+
+
+@torch.no_grad()
+def mean_attention(model: CausalLM, task: Task, track: Track = silent) -> Float[Tensor, "layer d_model"]:
+    """Mean output of attention at the scored positions of the task's `means` prompts, in float32.
+
+    These are the constants of the mean lens, and those that others start from.
+    """
+    total, n_prompts = torch.zeros(1, dtype=torch.float64), 0
+    batches = list(task.batches("means", task.n_means))
+    for batch in counted(track, batches, "averaging what attention adds"):
+        tokens = Tokens(model, batch.to(model.device), attention=True)
+        assert tokens.attention is not None
+        of_prompts = torch.einsum("ltd,t->ld", tokens.attention.double(), tokens.weights.double())
+        total, n_prompts = total + of_prompts.cpu(), n_prompts + len(batch)
+    return (total / n_prompts).float()

@@ -10,8 +10,7 @@ from oa_train.batches import Batch
 from oa_train.checks import check_positive
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.lenses.lens import LENS_KINDS, ConstantsLens, Lens, check_layers, check_lens_kinds
-from oa_train.lenses.mean_attention import mean_attention
-from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
+from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits, mean_attention
 from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.parts import Dimensions
@@ -102,19 +101,19 @@ class LensModule(SideBySideModule):
         """Start constants at what attention adds on average, unless they were restored."""
         if bool(self.started) and all(best.known() for best in self._bests().values()):
             return
-        means = None
-        if any(LENS_KINDS[kind].from_means for kind in self.lenses):
+        for kind in self.lenses:
+            start = LENS_KINDS[kind].make(self.starts, *self._sizes)
+            self._start[kind] = start.to(self.device).requires_grad_(False)
+        of_constants = [start for start in self._start.values() if isinstance(start, ConstantsLens)]
+        if of_constants:
             means = mean_attention(self.frozen, self.data.task, self.track).to(self.device)
             share_from_first_process([means])
-        for kind, lens in self._kinds():
-            start = LENS_KINDS[kind].make(self.starts, *self._sizes).to(self.device).requires_grad_(False)
-            if isinstance(start, ConstantsLens):
-                assert means is not None
+            for start in of_constants:
                 start.load(means)
-            self._start[kind] = start
-            if not bool(self.started):
-                lens.load_state_dict(start.state_dict())
-        self.started.fill_(True)
+        if not bool(self.started):
+            for kind, lens in self._kinds():
+                lens.load_state_dict(self._start[kind].state_dict())
+            self.started.fill_(True)
 
     def _parts(self, tokens: Tokens, n_prompts: int) -> Iterator[Part]:
         lenses, weights = dict(self._kinds()), tokens.weights / n_prompts
