@@ -82,16 +82,8 @@ def ascend(
     A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
     so its loss is never below that of the start. Without steps the starts are evaluated as they are.
 
-    Args:
-        model: frozen causal language model.
-        batches: the prompts, on any device; each step runs on all of them.
-        level: level of the masks.
-        starts: initial mask of each ascent, in [0, 1].
-        free: entries that may change.
-        ablation: supplies the replacements.
-        settings: steps and their size.
-        loss: name of the loss to maximise.
-        advance: counts passes.
+    Each ascent has a start, a mask in [0, 1] of which the `free` entries may change. Every step runs on all batches,
+    which are on any device. `advance` counts passes.
     """
     device, ablation, clean = model.device, ablation.to(model.device), CleanLogits(model)
     masks, free = starts.to(device), free.to(device)

@@ -175,14 +175,10 @@ def circuit_logits(
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits of several circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
+    """Logits of S circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
 
-    Args:
-        model: frozen causal language model.
-        batch: prompts, on the model's device.
-        level: level of the masks.
-        masks: a circuit in each of S rows.
-        ablations: one for each circuit, or one for all; gradients flow to trained constants.
+    There is an ablation for each circuit, or one for all; gradients flow to trained constants. The batch is on the
+    model's device.
     """
     values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
     return copies_logits(model, batch, level, masks, values)

@@ -68,11 +68,7 @@ class AddedNoiseAblation(Ablation):
     def of_spread(cls, means: Constants, spread: Constants, scale: float, seed: int) -> "AddedNoiseAblation":
         """Noise of `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
 
-        Args:
-            means: mean in every dimension.
-            spread: standard deviation in every dimension.
-            scale: 3 in causal tracing.
-            seed: of the random numbers.
+        Computed from mean and standard deviation (`spread`) in every dimension. The scale is 3 in causal tracing.
         """
         return cls(spread.mapped_with(means, partial(_overall, scale)), seed)
 

@@ -237,11 +237,7 @@ def probability_lost(
 def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str = SUBJECT) -> Corruption:
     """The corruption, the same in all runs, that an ablation of the subject's token embeddings makes.
 
-    Args:
-        ablation: any, prepared for `tokens_level`.
-        model: frozen causal language model.
-        level: `tokens_level` of the model.
-        subject: span of the subject.
+    It is any ablation that was prepared for this level, the `tokens_level` of the model.
     """
 
     def corruption(batch: Batch, runs: slice) -> Tensor:

@@ -1,6 +1,7 @@
 """Summary statistics of a curve over the ablated fraction: areas, and the fraction at which it breaks.
 
-Intervals are percentiles over resampled prompts, the same prompts at every point.
+Intervals are percentiles over resampled prompts, the same prompts at every point. For `identities` see
+`estimates.estimate`.
 """
 
 import numpy as np
@@ -12,13 +13,7 @@ from oa_train.shapes import Float, Tensor
 def area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate:
-    """Area under the mean of the prompts' curves, by trapezoids.
-
-    Args:
-        fractions: ablated fraction at each point, ascending.
-        values: value of each prompt at each point.
-        identities: see `estimates.estimate`.
-    """
+    """Area under the mean of the prompts' curves, by trapezoids; `fractions` is ascending."""
     distinct = of_distinct(values, identities)
     (means,) = resampled_means(distinct)
     return bootstrapped(np.trapezoid(means, fractions.double().numpy(), axis=0), distinct.shape[1])
@@ -52,13 +47,9 @@ def holds_until(
     bound: float,
     identities: Identities = None,
 ) -> Estimate:
-    """The last fraction before the mean rise first exceeds a bound: where the curve breaks.
+    """The last fraction before the mean rise of a measure first exceeds a bound: where the curve breaks.
 
-    Args:
-        fractions: ascending share that is ablated at each point.
-        rise: rise of a measure for each prompt at each point; the first point counts as within the bound.
-        bound: in the unit of `rise`.
-        identities: see `estimates.estimate`.
+    The first point counts as within the bound, which is in the unit of the rise; `fractions` is ascending.
     """
     distinct = of_distinct(rise, identities)
     (means,) = resampled_means(distinct)

@@ -19,12 +19,8 @@ def recovered(
 ) -> Estimate:
     """Share of the lost probability that restoring brings back: the average indirect effect of Li & Janson (2024).
 
-    1 - mean(lost) / mean(lost_without), with the delta method's interval. Below 0 restoring does further harm.
-
-    Args:
-        lost: probability that the answer of each prompt loses with something restored.
-        lost_without: what it loses with nothing restored.
-        identities: see `estimates.estimate`.
+    1 - mean(lost) / mean(lost_without), of the probability that each prompt's answer loses with something restored,
+    and with nothing; with the delta method's interval. Below 0 restoring does further harm.
 
     Raises:
         NotFiniteError: the corruption alone loses nothing.
