@@ -85,49 +85,35 @@ def ascend(
     Each ascent has a start, a mask in [0, 1] of which the `free` entries may change. Every step runs on all batches,
     which are on any device. `advance` counts passes.
     """
-    device, ablation, clean = model.device, ablation.to(model.device), CleanLogits(model)
-    masks, free = starts.to(device), free.to(device)
+    ablation, clean, n_prompts = ablation.to(model.device), CleanLogits(model), sum(map(len, batches))
+
+    def losses_and_gradient(masks: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor]:
+        """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
+        totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
+        for batch in batches:
+            runs = pieces(model, batch, clean(batch), level, masks, settings.rows_per_run, gradients=True)
+            for piece, unmasked, slices in runs:
+                values = ablation.replacements(piece, partial(read_values, model, level=level))
+                for chosen in slices:
+                    of_slice = masks[chosen].detach().requires_grad_(with_gradients)
+                    copies = len(of_slice)
+                    with torch.set_grad_enabled(with_gradients):
+                        logits = copies_logits(model, piece, level, of_slice, values.repeat(copies))
+                        of_rows = loss_of(loss, unmasked, logits, piece.repeat(copies))
+                        losses = of_rows.view(copies, -1).sum(dim=1) / n_prompts
+                    if with_gradients:
+                        # A sum over masks: the gradient of each is that of its own mean.
+                        gradient[chosen] += torch.autograd.grad(losses.sum(), of_slice)[0]
+                    totals[chosen] += losses.detach()
+                    advance((WITH_GRADIENTS if with_gradients else 1) * copies * len(piece))
+        return totals, gradient
+
+    masks, free = starts.to(model.device), free.to(model.device)
     worst, first, highest = masks.clone(), masks.new_zeros(0), masks.new_full((len(masks),), -torch.inf)
     for step in range(settings.steps + 1):
-        with_gradients = step < settings.steps
-        losses, gradient = _losses(
-            model, batches, clean, level, masks, ablation, settings.rows_per_run, loss, with_gradients, advance
-        )
+        losses, gradient = losses_and_gradient(masks, with_gradients=step < settings.steps)
         first = first if step else losses
         is_worse = losses > highest
         highest, worst = torch.where(is_worse, losses, highest), torch.where(is_worse.unsqueeze(1), masks, worst)
         masks = (masks + settings.step_size * gradient.sign() * free).clamp(0, 1)
     return Ascended(worst.cpu(), highest.cpu(), first.cpu())
-
-
-def _losses(
-    model: CausalLM,
-    batches: Sequence[Batch],
-    clean: CleanLogits,
-    level: Level,
-    masks: Float[Tensor, "start entry"],
-    ablation: Ablation,
-    rows_per_run: int,
-    loss: Loss,
-    with_gradients: bool,
-    advance: Advance,
-) -> tuple[Float[Tensor, " start"], Float[Tensor, "start entry"]]:
-    """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
-    n_prompts = sum(map(len, batches))
-    totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
-    for batch in batches:
-        for piece, unmasked, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run, gradients=True):
-            values = ablation.replacements(piece, partial(read_values, model, level=level))
-            for starts in slices:
-                chosen = masks[starts].detach().requires_grad_(with_gradients)
-                n_starts = len(chosen)
-                with torch.set_grad_enabled(with_gradients):
-                    logits = copies_logits(model, piece, level, chosen, values.repeat(n_starts))
-                    of_rows = loss_of(loss, unmasked, logits, piece.repeat(n_starts))
-                    of_starts = of_rows.view(n_starts, -1).sum(dim=1) / n_prompts
-                if with_gradients:
-                    # A sum over starts: the gradient of each is that of its own mean.
-                    gradient[starts] += torch.autograd.grad(of_starts.sum(), chosen)[0]
-                totals[starts] += of_starts.detach()
-                advance((WITH_GRADIENTS if with_gradients else 1) * n_starts * len(piece))
-    return totals, gradient

@@ -91,12 +91,24 @@ def circuit_behaviour(
         clean: clean logits of the batches, where the same ones are evaluated again.
         advance: counts the rows that are done.
     """
-    moved, clean = [ablation.to(model.device) for ablation in ablations], clean or CleanLogits(model)
-    return _gathered(
-        (piece, _on_piece(model, piece, logits, level, masks, moved, slices, advance))
-        for batch in batches
-        for piece, logits, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run)
-    )
+    clean, values_of = clean or CleanLogits(model), partial(read_values, model, level=level)
+    ablations, results = [ablation.to(model.device) for ablation in ablations], []
+    for batch in batches:
+        for piece, unmasked, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run):
+            # Replacements may cost a run of the model, so those that all circuits share are computed once.
+            shared = ablations[0].replacements(piece, values_of) if len(ablations) == 1 else None
+            measures = []
+            for circuits in slices:
+                copies = circuits.stop - circuits.start
+                if shared is not None:
+                    values = shared.repeat(copies)
+                else:
+                    values = replacements_of_copies(ablations[circuits], piece, copies, values_of)
+                logits = copies_logits(model, piece, level, masks[circuits], values)
+                measures.append(_measures(unmasked, logits, piece, copies))
+                advance(copies * len(piece))
+            results.append((piece, {name: torch.cat([part[name] for part in measures]) for name in MEASURES}))
+    return _gathered(results)
 
 
 def pieces(
@@ -140,32 +152,6 @@ def prompt_identities(batch: Batch) -> Int[Tensor, " prompt"]:
 def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> dict[str, Tensor]:
     rows = batch.repeat(copies)
     return {name: measured(name, clean, logits, rows).view(copies, -1) for name in MEASURES}
-
-
-def _on_piece(
-    model: CausalLM,
-    batch: Batch,
-    clean: Tensor,
-    level: Level,
-    masks: Tensor,
-    ablations: Sequence[Ablation],
-    slices: Sequence[slice],
-    advance: Advance,
-) -> dict[str, Tensor]:
-    values_of = partial(read_values, model, level=level)
-    # Replacements may cost a run of the model, so those that all circuits share are computed once.
-    shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
-    measures = []
-    for circuits in slices:
-        copies = circuits.stop - circuits.start
-        if shared is not None:
-            values = shared.repeat(copies)
-        else:
-            values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
-        logits = copies_logits(model, batch, level, masks[circuits], values)
-        measures.append(_measures(clean, logits, batch, copies))
-        advance(copies * len(batch))
-    return {name: torch.cat([of_slice[name] for of_slice in measures]) for name in MEASURES}
 
 
 def circuit_logits(

@@ -54,7 +54,8 @@ def _node_circuits(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of a circuit join the run where it first ablates something, if that saves work."""
     if recompute or not _shares(model, nodes, masks):
-        return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute), None
+        rows, mask = _repeated(batch, masks)
+        return _run_nodes(model, rows, nodes, mask, values, recompute), None
     logits = prefix_logits(model, batch, nodes, masks, values)
     return logits.ablated.flatten(0, 1), logits.clean
 
@@ -68,15 +69,14 @@ def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
 def _edge_circuits(
     model: CausalLM, batch: Batch, graph: Graph, masks: Tensor, values: Values, recompute: bool
 ) -> tuple[Tensor, None]:
-    return run_edges(*_repeated(model, batch, graph, masks, values), recompute), None
+    rows, mask = _repeated(batch, masks)
+    return run_edges(model, rows, graph, mask, values, recompute), None
 
 
-def _repeated(
-    model: CausalLM, batch: Batch, level: Any, masks: Tensor, values: Values
-) -> tuple[CausalLM, Batch, Any, Tensor, Values]:
+def _repeated(batch: Batch, masks: Tensor) -> tuple[Batch, Tensor]:
+    """Every prompt under every mask: a row for each pair."""
     numbers = masks if masks.is_floating_point() else masks.float()
-    rows = numbers.to(batch.tokens.device).repeat_interleave(len(batch), dim=0)
-    return model, batch.repeat(len(masks)), level, rows, values
+    return batch.repeat(len(masks)), numbers.to(batch.tokens.device).repeat_interleave(len(batch), dim=0)
 
 
 def _node_row_bytes(model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, gradients: bool) -> list[int]:
