@@ -189,8 +189,9 @@ def fit_constants(
     """
     fitted = FittedCircuits(level, masks, starts, loss, settings.rows_per_run).to(model.device)
     others = candidates(starts, others)
-    n_steps = settings.steps if fitted.has_constants else 0
-    passes = fit_passes(len(masks), replace(settings, steps=n_steps), task.n_validation, len(others))
+    if not fitted.has_constants:
+        settings = replace(settings, steps=0)
+    passes = fit_passes(len(masks), settings, task.n_validation, len(others))
     done = 0
     with track(passes, description) as advance:
 
@@ -199,7 +200,7 @@ def fit_constants(
             done += more
             advance(more)
 
-        _fit(model, task, fitted, replace(settings, steps=n_steps), others, count)
+        _fit(model, task, fitted, settings, others, count)
         advance(passes - done)  # of circuits whose training stopped early
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 

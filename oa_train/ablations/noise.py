@@ -22,12 +22,7 @@ class NoiseAblation(Ablation):
     """Replaces each unit by Gaussian noise with the unit's mean and standard deviation.
 
     Dimensions and positions are drawn independently, so the noise carries nothing about the prompt: a total ablation.
-    Each prompt's draw is seeded by its number.
-
-    Args:
-        mean: mean in every dimension.
-        spread: standard deviation in every dimension.
-        seed: of the random numbers.
+    Each prompt's draw is seeded by its number. Mean and standard deviation (`spread`) are those of every dimension.
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:

@@ -60,11 +60,7 @@ class PromptLoader:
 
 
 class EvaluationLoader:
-    """Fixed batches; a class of its own because Lightning reads a list as several loaders.
-
-    Args:
-        batches: the batches of one epoch.
-    """
+    """Fixed batches of an epoch; a class of its own because Lightning reads a list as several loaders."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
@@ -77,11 +73,7 @@ class EvaluationLoader:
 
 
 class TaskData(lightning.LightningDataModule):
-    """The streams of a task as Lightning's train, validation and test data.
-
-    Args:
-        task: what is trained on.
-    """
+    """The streams of a task as Lightning's train, validation and test data."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ from torch import nn
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, Kind, check_kind, check_suits
+from oa_train.ablations.registry import AblationKind, AblationSource, check_kind, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Tensor
@@ -31,8 +31,7 @@ class Replacements(nn.Module):
         self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
     ) -> None:
         super().__init__()
-        check_kind("ablation", kind)
-        self._name = kind
+        self.kind = check_kind("ablation", kind)
         self.constants: TrainableConstants | None = None
         if self.kind.constant:
             replaced = level.replaced(~selection.unsqueeze(0)) if self.kind.learned else {}
@@ -42,19 +41,14 @@ class Replacements(nn.Module):
         self._task: Task | None = None
         self.prepared = nn.Buffer(torch.tensor(kind == "zero"))
 
-    @property
-    def kind(self) -> Kind:
-        """The kind of the ablation; looked up, because its functions could not be sent to another process."""
-        return KINDS[self._name]
-
     def is_prepared_for(self, task: Task) -> bool:
         """True if a checkpoint or an earlier call has prepared it."""
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:
         """Gather what the ablation needs from the task's `means` prompts."""
-        task = source.task
         if self.kind.partnered:
+            task = source.task
             evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))
             check_suits([self.kind.name], source, evaluated)
         made = self.kind.prepare(source)
