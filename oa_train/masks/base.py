@@ -35,15 +35,6 @@ class MaskDistribution(nn.Module):
         """
         return None
 
-    def draw(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw masks whose gradients are averaged over these rows; `generator` is on the device of the parameters."""
-        logits = self.logits
-        mask = self.sample(
-            torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
-        )
-        inside = self.carries_gradient(mask)
-        return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), n_rows)
-
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Name and settings as plain values, for checkpoints."""
