@@ -51,9 +51,7 @@ class NoiseAblation(Ablation):
 class AddedNoiseAblation(Ablation):
     """Adds Gaussian noise to each unit's clean value, as causal tracing corrupts subjects (Meng et al. 2022).
 
-    Args:
-        deviation: standard deviation of the noise in every dimension.
-        seed: of the random numbers; a prompt's draw is seeded by its number as well.
+    Each prompt's draw is seeded by its number. `deviation` is the noise's standard deviation in every dimension.
     """
 
     def __init__(self, deviation: Constants, seed: int) -> None:

@@ -144,10 +144,7 @@ class Tracing:
 class Tracer:
     """Runs a model with corrupted subjects and restored values.
 
-    Args:
-        model: frozen causal language model.
-        tracing: the runs.
-        rows_per_run: most rows (runs times prompts) of one model run; bounds memory, changes no result.
+    A model run has at most `rows_per_run` rows, runs times prompts; that bounds memory and changes no result.
     """
 
     def __init__(self, model: CausalLM, tracing: Tracing, rows_per_run: int = ROWS_PER_RUN) -> None:

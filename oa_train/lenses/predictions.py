@@ -18,17 +18,12 @@ PREDICTIONS = 1024
 
 
 class Tokens:
-    """The scored tokens of a batch, as lenses see them.
-
-    Args:
-        model: frozen causal language model.
-        batch: prompts on its device; scored positions of weight 0 are left out.
-        attention: keep what attention adds, for the resample lens and means.
+    """The scored tokens of a batch, as lenses see them; positions of weight 0 are left out.
 
     Attributes:
-        logits: of the model, [token, vocabulary].
-        residuals: what enters each block and, last, the final norm, [place, token, d_model].
-        attention: what each attention layer adds, [layer, token, d_model], or None.
+        logits: of the model.
+        residuals: what enters each block and, last, the final norm.
+        attention: what each attention layer adds, for the resample lens and means; None if it was not asked for.
         weights: of each token in its prompt's average; those of a prompt sum to 1.
         rows: prompt of each token.
     """

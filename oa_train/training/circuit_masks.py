@@ -38,14 +38,8 @@ class StepRows:
 class CircuitMasks(nn.Module):
     """A distribution over masks of some entries of a level, for several circuits; all other entries are always kept.
 
-    Args:
-        level: what the circuits are made of.
-        patterns: shell patterns of the entries that may be ablated.
-        distribution: makes the distribution for a number of entries.
-        n_circuits: how many circuits have masks of their own.
-        threshold: an entry is in a discrete circuit when its keep-probability exceeds this.
-        seed: of the samples.
-        samples_per_prompt: S masks are drawn for each prompt and circuit.
+    Shell patterns name the entries that may be ablated; `distribution` makes the distribution for a number of entries.
+    An entry is in a discrete circuit when its keep-probability exceeds the threshold.
 
     Attributes:
         selection: true for entries that are selected.
@@ -96,13 +90,10 @@ class CircuitMasks(nn.Module):
         }
 
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
-        """Draw masks over all entries for every circuit and prompt.
+        """Draw S masks over all entries for each of C circuits and of the B prompts with these numbers.
 
         A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
-
-        Args:
-            example_ids: numbers of B prompts.
-            step: rows that gradients are averaged over; by default those of these prompts.
+        Gradients are averaged over the rows of `step`, by default over those drawn here.
 
         Returns:
             C * S * B rows in the order of `Batch.repeat(C * S)`, all rows of a circuit together.
@@ -118,16 +109,11 @@ class CircuitMasks(nn.Module):
     def rows_of_step(
         self, batches: Sequence[Int[Tensor, " batch"]], over_processes: Callable[[Tensor], Tensor], n_processes: int
     ) -> StepRows | None:
-        """Count the rows that carry gradient in a whole step of the optimiser.
+        """Count the rows that carry gradient in a whole step of the optimiser; None if gradients are not averaged.
 
-        Args:
-            batches: prompt numbers of each of this process's batches in the step. Their masks can be drawn ahead,
-                because the parameters do not change before the step.
-            over_processes: sums a tensor over processes.
-            n_processes: number of processes, with equally many prompts each.
-
-        Returns:
-            None for a distribution whose gradients are not averaged.
+        `batches` are the prompt numbers of each of this process's batches in the step; their masks can be drawn ahead,
+        because the parameters do not change before. `over_processes` sums over all processes, with equally many
+        prompts each.
         """
         counts, n_rows = torch.zeros_like(self.distribution.logits, dtype=torch.long), 0
         for numbers in batches:

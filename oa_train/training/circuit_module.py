@@ -238,10 +238,7 @@ class CircuitModule(FrozenModelModule):
     ) -> tuple[Float[Tensor, " circuit"], Float[Tensor, " circuit"]]:
         """Each circuit's loss under sampled masks, and its penalty; training minimises the sum of all.
 
-        Args:
-            batch: prompts.
-            clean: the unablated model's logits for them.
-            step: rows that mask gradients are averaged over; by default those of this batch.
+        Mask gradients are averaged over the rows of `step`, by default over those of this batch.
         """
         samples = self.masks.samples_per_prompt
         copies = self.n_circuits * samples

@@ -11,7 +11,7 @@ from torch import nn
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
-from oa_train.ablations.fitting import FittedCircuits
+from oa_train.ablations.fitting import NOTICEABLE, FittedCircuits
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
@@ -32,9 +32,6 @@ from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
 from oa_train.training.side_by_side import SideBySideModule
 from oa_train.training.strategies import share_from_first_process
-
-# Relative improvement of at least one circuit's loss that counts as progress.
-LEAST_PROGRESS = 0.01
 
 # Constants that the first validation compares with the trained ones.
 MOST_CANDIDATES = 3
@@ -236,7 +233,7 @@ class ConstantsModule(SideBySideModule):
         self.fitted.best.offer(self.fitted.constants, losses[0])
         self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses[0].mean(), prog_bar=True, sync_dist=True)
         self.log("val/objective", self.fitted.best.loss.mean(), sync_dist=True)
-        least = torch.where(self.progress.isfinite(), LEAST_PROGRESS * self.progress.abs(), 0.0)
+        least = torch.where(self.progress.isfinite(), NOTICEABLE * self.progress.abs(), 0.0)
         fallen = self.fitted.best.loss < self.progress - least
         self.progress[fallen] = self.fitted.best.loss[fallen]
         self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1

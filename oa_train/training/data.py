@@ -16,13 +16,8 @@ class PromptLoader:
     """Training batches by number: every epoch continues where the previous one ended.
 
     Lightning stores `state_dict` in its checkpoints, so a resumed run continues at the very next batch, even in the
-    middle of an epoch. Prompts are made from their numbers.
-
-    Args:
-        task: what is trained on.
-        rank: number of this process; it takes every `world_size`-th batch.
-        world_size: number of processes.
-        epoch_length: batches of an epoch; the task's when not given.
+    middle of an epoch. Prompts are made from their numbers. A process takes every `world_size`-th batch. An epoch has
+    `epoch_length` batches, by default as many as the task says.
     """
 
     def __init__(self, task: Task, rank: int = 0, world_size: int = 1, epoch_length: int | None = None) -> None:

@@ -1,6 +1,6 @@
 """Training of lenses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,15 +79,13 @@ class LensModule(SideBySideModule):
         self._sizes = sizes.n_layers, sizes.d_model
         self.rates = {kind: (learning_rates or {}).get(kind, RATES[kind]) for kind in kinds}
         self.predictions_at_once = predictions_at_once
-        self.lenses = nn.ModuleDict({kind: LENS_KINDS[kind].make(self.starts, *self._sizes) for kind in kinds})
-        self.best = nn.ModuleDict({kind: BestSlices(lens.trained()) for kind, lens in self._kinds()})
+        by_kind = {kind: LENS_KINDS[kind].make(self.starts, *self._sizes) for kind in kinds}
+        self.lenses: Any = nn.ModuleDict(by_kind)
+        self.best: Any = nn.ModuleDict({kind: BestSlices(lens.trained()) for kind, lens in by_kind.items()})
         self.started = nn.Buffer(torch.tensor(False))
         # The first validation compares what is trained with its start.
         self._start: dict[str, Lens] = {}
         self.losses = CircuitMeans(2 * len(kinds), len(self.starts))
-
-    def _kinds(self) -> Iterator[tuple[str, Any]]:
-        yield from self.lenses.items()
 
     def describe(self) -> dict[str, Any]:
         """Kinds and layers."""
@@ -95,11 +93,11 @@ class LensModule(SideBySideModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A group for each lens."""
-        return [{"params": list(lens.parameters()), "lr": self.rates[kind]} for kind, lens in self._kinds()]
+        return [{"params": list(lens.parameters()), "lr": self.rates[kind]} for kind, lens in self.lenses.items()]
 
     def on_fit_start(self) -> None:
         """Start constants at what attention adds on average, unless they were restored."""
-        if bool(self.started) and all(best.known() for best in self._bests().values()):
+        if bool(self.started) and all(best.known() for best in self.best.values()):
             return
         for kind in self.lenses:
             start = LENS_KINDS[kind].make(self.starts, *self._sizes)
@@ -111,12 +109,12 @@ class LensModule(SideBySideModule):
             for start in of_constants:
                 start.load(means)
         if not bool(self.started):
-            for kind, lens in self._kinds():
+            for kind, lens in self.lenses.items():
                 lens.load_state_dict(self._start[kind].state_dict())
             self.started.fill_(True)
 
     def _parts(self, tokens: Tokens, n_prompts: int) -> Iterator[Part]:
-        lenses, weights = dict(self._kinds()), tokens.weights / n_prompts
+        lenses, weights = dict(self.lenses), tokens.weights / n_prompts
         for kind in lenses:
             for piece in tokens.pieces(len(self.starts), self.predictions_at_once):
 
@@ -141,14 +139,14 @@ class LensModule(SideBySideModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of what is trained and, at the first validation, of its start."""
-        self._evaluate(batch, [dict(self._kinds()), *([self._start] if self._start else [])])
+        self._evaluate(batch, [dict(self.lenses), *([self._start] if self._start else [])])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the best lenses."""
         self._evaluate(batch, [self._best_lenses()])
 
     @torch.no_grad()
-    def _evaluate(self, batch: Batch, sets: list[dict[str, Any]]) -> None:
+    def _evaluate(self, batch: Batch, sets: Sequence[Mapping[str, Any]]) -> None:
         tokens, rows = Tokens(self.frozen, batch), []
         for lenses in sets:
             for kind in lenses:
@@ -162,20 +160,17 @@ class LensModule(SideBySideModule):
         losses = self.losses.taken()
         if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
             return
-        for number, (kind, lens) in enumerate(self._kinds()):
+        for number, (kind, lens) in enumerate(self.lenses.items()):
             if self._start:
                 self._offer(kind, self._start[kind], losses[len(self.lenses) + number])
             self._offer(kind, lens, losses[number])
             self.log(f"val/kl_{kind}", losses[number].mean(), prog_bar=True, sync_dist=True)
         self._start = {}
-        objective = torch.stack([best.loss.mean() for best in self._bests().values()])
+        objective = torch.stack([best.loss.mean() for best in self.best.values()])
         self.log("val/objective", objective.mean(), sync_dist=True)
 
-    def _bests(self) -> dict[str, Any]:
-        return dict(self.best.items())
-
     def _offer(self, kind: str, lens: Lens, losses: Float[Tensor, " start"]) -> None:
-        best = self._bests()[kind]
+        best = self.best[kind]
         best.offer(lens.trained(), losses if len(best.loss) == len(losses) else losses.mean(dim=0, keepdim=True))
 
     def on_test_epoch_end(self) -> None:
@@ -186,8 +181,8 @@ class LensModule(SideBySideModule):
     def _best_lenses(self) -> dict[str, Lens]:
         """Copies of the best state of each lens, or of the last without any validation."""
         chosen: dict[str, Lens] = {}
-        for kind, lens in self._kinds():
-            copy, best = LENS_KINDS[kind].make(self.starts, *self._sizes), self._bests()[kind]
+        for kind, lens in self.lenses.items():
+            copy, best = LENS_KINDS[kind].make(self.starts, *self._sizes), self.best[kind]
             copy.load_state_dict(best.tensors() if best.known() else lens.state_dict())
             chosen[kind] = copy.to(self.device).requires_grad_(False)
         return chosen
@@ -199,4 +194,4 @@ class LensModule(SideBySideModule):
 
     def validation_losses(self) -> dict[str, Float[Tensor, " start"]]:
         """Lowest validation loss of each lens at each layer, or of all layers together where they share parameters."""
-        return {kind: best.loss.cpu() for kind, best in self._bests().items()}
+        return {kind: best.loss.cpu() for kind, best in self.best.items()}

@@ -283,11 +283,7 @@ class FrozenModelModule(lightning.LightningModule):
             trainer.should_stop = True
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
-        """Check that a checkpoint can be loaded into this module.
-
-        Args:
-            checkpoint: its content.
-            task: the task that it must be of; None leaves that open.
+        """Check that a checkpoint can be loaded into this module, and is of a task, if one is given.
 
         Raises:
             CheckpointError: it is of another model, component set, mask distribution or task, or is incomplete.

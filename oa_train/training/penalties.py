@@ -68,11 +68,7 @@ class PenaltySettings:
         return [max(1, round(target)) for target in targets]
 
     def make(self, masks: CircuitMasks, rate: float) -> SizePenalty:
-        """The penalty on all circuits.
-
-        Args:
-            masks: of the circuits.
-            rate: speed of a penalty weight that leads to a target size.
+        """The penalty on all circuits; `rate` is the speed of a penalty weight that leads to a target size.
 
         Raises:
             ConfigurationError: weights by kind do not name the kinds of site that are selected.

@@ -15,12 +15,7 @@ from oa_train.tasks.task import Task
 class Replacements(nn.Module):
     """Replacements of ablated entries, for several circuits; prepared with a task's prompts before they are used.
 
-    Args:
-        kind: of the ablation.
-        level: what the circuits are made of.
-        positions: positions with a constant of their own.
-        n_circuits: how many circuits have constants of their own.
-        selection: entries that may be ablated; only the constants of sites with such an entry are trained.
+    Constants are trained at sites where an entry of the selection, which may be ablated, lies.
 
     Attributes:
         constants: of every circuit, where the ablation is by constants.
