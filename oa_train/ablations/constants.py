@@ -229,9 +229,10 @@ class TrainableConstants(nn.Module):
         """Tables of all circuits by site: [circuit, slot, unit, width]."""
         return {Site.of_key(key): table for key, table in self.tables.items()}
 
-    def sets(self, numbers: Iterable[int] | None = None) -> list[Constants]:
-        """The constants of each circuit, or of some of them, with gradients to the parameters."""
-        return unstacked(self.by_site(), self.slots, range(len(self)) if numbers is None else numbers)
+    def sets(self, circuits: Iterable[int] | None = None) -> list[Constants]:
+        """The constants of each circuit, of some, or the set that all share, with gradients to the parameters."""
+        numbers = range(len(self)) if circuits is None or len(self) == 1 else circuits
+        return unstacked(self.by_site(), self.slots, numbers)
 
     @torch.no_grad()
     def load(self, constants: Constants) -> None:
