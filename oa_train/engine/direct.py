@@ -39,11 +39,8 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     Where the logit difference is not linear in the logits (several answers, or soft-capping), it is linearised at the
     clean run. Norms after attention or an MLP keep the scale of the clean run, too.
 
-    Args:
-        model: frozen causal language model.
-        batch: prompts on the model's device.
-        nodes: the units. Those at a span count there only; those of kinds that do not write to the residual stream
-            (the stream before a block, token embeddings, features of dictionaries) get NaN.
+    Units at a span count there only; those of kinds that do not write to the residual stream (the stream before a
+    block, token embeddings, features of dictionaries) get NaN.
     """
     parts, rows = find_parts(model), torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
     seen: dict[tuple[nn.Module, str], Tensor] = {}

@@ -8,7 +8,7 @@ import torch
 from oa_train.ablations.evaluation import prompt_identities
 from oa_train.errors import ConfigurationError
 from oa_train.lenses.lens import LENS_KINDS, ConstantsLens, Lens, check_layers, check_lens_kinds
-from oa_train.lenses.mean_attention import mean_attention
+from oa_train.lenses.predictions import mean_attention
 from oa_train.lenses.trained_lenses import TrainedLenses, check_sizes, load_tuned_lens
 from oa_train.models.parts import Dimensions
 from oa_train.progress import Stage

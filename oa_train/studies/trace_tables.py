@@ -12,9 +12,9 @@ from oa_train.ablations.tracing import TracedRun, Tracing
 from oa_train.batches import WHOLE
 from oa_train.figures.style import Figure
 from oa_train.figures.tracing import profile_figure, recovery_maps
-from oa_train.metrics.estimates import Estimate, estimate
+from oa_train.metrics.estimates import Estimate, Identities, estimate
 from oa_train.metrics.ranks import Bootstrapped, linear_correlation, rank_correlation
-from oa_train.metrics.recovered import Identities, effective_layers, recovered, recovered_bootstrap
+from oa_train.metrics.recovered import effective_layers, recovered, recovered_bootstrap
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import Row, Table, spoken
 

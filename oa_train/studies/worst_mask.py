@@ -1,12 +1,12 @@
 """The search for the mask of the parts outside a circuit that hurts most."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from oa_train.ablations.ascent import AscentSettings, ascend, mean_losses
+from oa_train.ablations.ascent import AscentSettings, ascend
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.registry import AblationSource
 from oa_train.metrics.measures import Loss
@@ -70,7 +70,8 @@ def worst_mask(
 
     def evaluated(masks: Tensor, description: str) -> Tensor:
         with track(len(masks) * ascent.n_prompts, description) as advance:
-            return mean_losses(model, batches, level, masks, ablation, loss, ascent.rows_per_run, advance)
+            still = replace(ascent, steps=0)
+            return ascend(model, batches, level, masks, outside, ablation, still, loss, advance).losses
 
     all_off = circuit.float()
     starts, losses = [all_off], dict[str, Any]()

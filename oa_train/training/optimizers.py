@@ -22,12 +22,7 @@ def configured(
     """The optimiser, or a dictionary of it and its schedule, as Lightning takes them.
 
     A schedule moves on after every optimiser step, but `ReduceLROnPlateau` after every epoch, by its monitor or by
-    `val/objective`.
-
-    Args:
-        make_optimizer: makes the optimiser of parameter groups.
-        make_schedule: makes the schedule of an optimiser; None for constant rates.
-        groups: parameters with their learning rates; those without parameters are left out.
+    `val/objective`. Without one rates are constant. Groups without parameters are left out.
 
     Raises:
         ConfigurationError: the optimiser or the schedule refuses its arguments or the groups.
@@ -64,11 +59,7 @@ def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence
     """Set learning rates that differ from those which a checkpoint has just restored.
 
     Rates that a schedule has moved are multiplied by the ratio of the two, so that unchanged rates stay as they are.
-
-    Args:
-        optimizer: the trainer's.
-        configs: Lightning's configurations of the schedules.
-        groups: parameters with the learning rates that are wanted.
+    The `groups` have the rates that are wanted, the `configs` are Lightning's, of the schedules.
     """
     rates = [group["lr"] for group in groups if group["params"]]
     schedules = [config.scheduler for config in configs]

@@ -17,13 +17,7 @@ MOST_EDGES_DRAWN = 400
 
 
 def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: float) -> Figure:
-    """Keep-probability of every entry of a level.
-
-    Args:
-        level: what the scores are of.
-        scores: keep-probabilities, in mask order.
-        threshold: entries above it are kept.
-    """
+    """Keep-probability of every entry of a level; those above the threshold are kept."""
     laid_out = level.score_map(scores)
     axes = laid_out.row_axis, laid_out.column_axis
     return score_map(laid_out.table.numpy(), laid_out.rows, laid_out.columns, axes, threshold)
