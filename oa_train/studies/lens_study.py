@@ -84,7 +84,7 @@ class LensStudy(Study[S]):
     @property
     def mean_stages(self) -> list[Stage]:
         """Passes from which the mean lens is made, if it is one of the kinds."""
-        return [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
+        return [Stage("means", self.task.n_means)] if any(LENS_KINDS[kind].from_means for kind in self.kinds) else []
 
     @property
     def identities(self) -> Int[Tensor, " prompt"]:
