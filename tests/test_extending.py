@@ -5,13 +5,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from itertools import permutations
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from oa_train import Circuit, CircuitModule, LMSpec, Nodes, TaskData, TrainedCircuit, load_model
+from oa_train import Circuit, CircuitModule, LMSpec, Nodes, TaskData, TrainedCircuit, TrainedLenses, load_model
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.cli.main import main
@@ -19,10 +20,13 @@ from oa_train.diagnostics.selfcheck import self_check
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.errors import ModelError
+from oa_train.lenses.lens import LENS_KINDS
 from oa_train.models.families import FAMILIES, Family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import find_parts
 from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.tasks.layouts import LAYOUTS
+from oa_train.tasks.record_files import READERS
 from tests.builders import quiet_trainer, random_constants, random_mask, small_ioi, tiny_model
 from tests.precision import WithoutSinglePrecision
 
@@ -30,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 # Files are shown in blocks, their names before them: alone on a line, or at the end of a sentence.
 FILES = dict(re.findall(r"`(\w+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-REGISTRIES: list[dict] = [SITE_KINDS, KINDS, FAMILIES]
+REGISTRIES: list[dict] = [SITE_KINDS, KINDS, FAMILIES, LENS_KINDS, READERS, LAYOUTS]
 
 # What makes a training a matter of seconds.
 SHORT = [
@@ -64,6 +68,7 @@ def test_every_file_of_the_page_is_run_here():
     assert FILES.keys() == {
         *("mlp_reads.py", "sign_flip.py", "half_mean.py", "straight_through.py", "straight_through.yaml"),
         *("repetition.py", "repetition.yaml", "receivers.py", "mistral.py", "layers.py", "layers.yaml"),
+        *("quiz.py", "scale_lens.py"),
     }
 
 
@@ -214,3 +219,32 @@ def test_the_tables_of_the_page_have_every_field_and_check():
     with WithoutSinglePrecision():
         checks = [check.name for check in self_check(tiny_model("gpt2"))]
     assert [name for name in checks if f"| {name} |" not in PAGE] == []
+
+
+def test_an_own_format_of_prompts_is_read_by_its_suffix_and_layout(imported, capsys):
+    imported("quiz")
+    questions = [
+        f"{{question: '{giver} and {receiver} met. {giver} gave a book to', right: {receiver}, wrong: [{giver}]}}"
+        for giver, receiver in permutations(("Paul", "Mark", "Tom", "Ben", "Peter", "Arthur"), 2)
+    ]
+    Path("quiz.yaml").write_text("".join(f"- {question}\n" for question in questions))
+    assert main(["check-data", "--data", "Records", "--data.path", "quiz.yaml", "--data.layout", "quiz"]) == 0
+    shown = capsys.readouterr().out
+    assert "train 0, item " in shown
+    assert " against '" in shown
+    Path("quiz.yaml").write_text("- {question: Who, right: Paul}\n" + Path("quiz.yaml").read_text())
+    assert main(["check-data", "--data", "Records", "--data.path", "quiz.yaml", "--data.layout", "quiz"]) == 2
+    assert "no value for the field 'wrong'" in capsys.readouterr().err
+
+
+def test_an_own_lens_is_trained_stored_and_compared(imported):
+    imported("scale_lens")
+    words = ["--lm.name", "tiny", "--data", "IOI", "--model", "LensModule", "--model.lenses", "[scale, tuned]", *SHORT]
+    assert main(["fit", "--experiment", "lenses", *words]) == 0
+    run = Path("runs/lenses/version_0")
+    factor = TrainedLenses.load(run).lenses["scale"].factor
+    assert factor.shape[1:] == (1, 1)
+    assert not torch.equal(factor, torch.ones_like(factor))
+    assert main(["compare_lenses", "--run", str(run)]) == 0
+    written = json.loads((run / "studies" / "compare_lenses_0" / "results.json").read_text())
+    assert {row["lens"] for row in written["rows"]} >= {"scale", "tuned", "logit", "mean"}

@@ -1,5 +1,6 @@
 """The end of a training of lenses, or of the constants of causal tracing: they are written, with their losses."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from oa_train.studies.finish import FinishSettings
 from oa_train.studies.study import Findings, Study, Table, spoken
 from oa_train.studies.trace_tables import NOTHING, by_place, place, where
 from oa_train.tasks.task import Task
+
+NO_VALIDATION = "No validation took place, so the last state is kept, and its losses are unknown."
 
 
 def finish_lenses(
@@ -31,7 +34,7 @@ def finish_lenses(
     layers = lenses.layers
     by_layer = {kind: of_kind.expand(len(layers)).tolist() for kind, of_kind in losses.items()}
     rows = [
-        {"lens": kind, "layer": layer, "kl": loss}
+        {"lens": kind, "layer": layer, "kl": _known(loss)}
         for kind, of_kind in by_layer.items()
         for layer, loss in zip(layers, of_kind, strict=True)
     ]
@@ -41,7 +44,8 @@ def finish_lenses(
     ]
     title = f"KL divergence in nats of the best lenses, on {task.n_validation} validation prompts"
     study = _Losses(model, task, [lenses], track=track)
-    study.findings = Findings(rows, shown=[Table(title, cells)], table="lenses")
+    validated = all(math.isfinite(loss) for of_kind in by_layer.values() for loss in of_kind)
+    study.findings = Findings(rows, shown=[Table(title, cells) if validated else NO_VALIDATION], table="lenses")
     return study.run_in(run)
 
 
@@ -60,10 +64,10 @@ def finish_tracing(
     constants.save(run)
     tracing, unrestored = constants.tracing, float(losses[-1])
     rows: list[dict[str, Any]] = [
-        where(traced) | {"layer": traced.layer, "probability_lost": loss}
+        where(traced) | {"layer": traced.layer, "probability_lost": _known(loss)}
         for traced, loss in zip(tracing.runs, losses[:-1].tolist(), strict=True)
     ]
-    rows.append({"restored": NOTHING, "probability_lost": unrestored})
+    rows.append({"restored": NOTHING, "probability_lost": _known(unrestored)})
     cells = [
         {"restored": first.kind, "at": place(first.span), "layers": first.window}
         | {"least lost, at layer": f"{float(losses[runs].min()):.3g}, {tracing.layers[int(losses[runs].argmin())]}"}
@@ -75,8 +79,14 @@ def finish_tracing(
         f"{unrestored:.3g} with nothing restored"
     )
     study = _Losses(model, task, [constants], track=track)
-    study.findings = Findings(rows, shown=[Table(title, cells)], table="tracing")
+    validated = bool(losses.isfinite().all())
+    study.findings = Findings(rows, shown=[Table(title, cells) if validated else NO_VALIDATION], table="tracing")
     return study.run_in(run)
+
+
+def _known(loss: float) -> float | None:
+    """A loss for results, in which JSON has no infinity."""
+    return loss if math.isfinite(loss) else None
 
 
 class _Losses(Study[FinishSettings]):
