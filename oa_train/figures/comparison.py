@@ -20,9 +20,6 @@ MOST_ROWS = 30
 RANDOM_CIRCUITS = "random circuits,\noptimal"
 
 
-Rows = Mapping[str, Sequence[Estimate]]
-
-
 def error_bars(estimates: Sequence[Estimate], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
     """Means, and lengths of the error bars of 95 % intervals [below or above, mean], both clipped at `smallest`."""
     ends = np.array([(estimate.mean, *estimate.ci95) for estimate in estimates])
@@ -50,7 +47,7 @@ class Panel:
 
     title: str
     names: Sequence[str]
-    rows: Rows
+    rows: Mapping[str, Sequence[Estimate]]
     ranked: bool = False
 
     def in_order(self) -> "Panel":

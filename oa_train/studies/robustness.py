@@ -268,7 +268,7 @@ def _random_kl(rows: Sequence[Row]) -> dict[float, list[float]]:
 
 
 def _spread(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Spread of the same."""
+    """Lowest, median and highest of these divergences."""
     names = ("lowest", "median", "highest")
     return [
         {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
