@@ -117,10 +117,6 @@ class Constants(Ablation):
         """The same with a function applied to every table."""
         return replace(self, tables={site: function(table) for site, table in self.tables.items()})
 
-    def mapped_with(self, other: "Constants", function: Callable[[Tensor, Tensor], Tensor]) -> "Constants":
-        """The same with a function applied to every table and that of other constants."""
-        return replace(self, tables={site: function(table, other.tables[site]) for site, table in self.tables.items()})
-
     def of_level(self, level: Level) -> "Constants":
         """The constants of a level's sites alone; raises `ArtefactError` if they lack some, see `check_fits`."""
         self.check_fits(level)

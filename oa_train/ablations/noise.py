@@ -1,6 +1,6 @@
 """Gaussian noise in place of a unit's value."""
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -63,7 +63,8 @@ class AddedNoiseAblation(Ablation):
 
         Computed from mean and standard deviation (`spread`) in every dimension. The scale is 3 in causal tracing.
         """
-        return cls(spread.mapped_with(means, partial(_overall, scale)), seed)
+        tables = {site: _overall(scale, table, means.tables[site]) for site, table in spread.tables.items()}
+        return cls(replace(spread, tables=tables), seed)
 
     def to(self, device: torch.device | str) -> "AddedNoiseAblation":
         """Copy the standard deviations to a device."""

@@ -18,7 +18,7 @@ from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import NormWeights, is_layer_norm, rms_norm_scale
 from oa_train.models.selection import Nodes
-from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.models.sites import SITE_KINDS
 from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
 
@@ -42,23 +42,24 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     def keep(module: nn.Module, side: str, tensor: Tensor) -> None:
         seen[module, side] = scored(tensor)
 
-    written: dict[Site, tuple[nn.Module, ...]] = {}
-    taps = []
-    for site in nodes.sites:
-        kind = SITE_KINDS[site.kind]
-        if kind.writes is None:
-            continue
-        module, side = kind.place_of(site.layer, parts, nodes.by_layer)
-        modules = written[site] = kind.writes(parts, site.layer)
-        taps.append(Tap(module, side, partial(keep, module, side)))
-        if modules and _has_post_norm(*modules):
-            taps.append(Tap(modules[1], "input", partial(keep, modules[1], "input")))
+    writing = {site: writes for site in nodes.sites if (writes := SITE_KINDS[site.kind].writes) is not None}
+    places = {site: SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer) for site in writing}
+    writers = {site: writes(parts, site.layer) for site, writes in writing.items()}
+    taps = [Tap(*place, partial(keep, *place)) for place in places.values()]
+    normed = [modules[1] for modules in writers.values() if modules and _has_post_norm(*modules)]
+    taps += [Tap(module, "input", partial(keep, module, "input")) for module in normed]
     direction = _direction(model, batch, parts, taps, scored)
     attribution = torch.full((len(batch), len(nodes)), torch.nan, dtype=direction.dtype, device=direction.device)
     for group in nodes.groups:
-        if group.site not in written:
+        if group.site not in writers:
             continue
-        of_units = _of_units(group.site, nodes, parts, written[group.site], seen, direction)
+        values, along, modules = seen[places[group.site]], direction, writers[group.site]
+        if modules:
+            projection, adding = modules
+            if _has_post_norm(projection, adding):
+                along = along * rms_norm_scale(adding, seen[adding, "input"])
+            along = _pulled_back(projection, values, along)
+        of_units = (values.to(along.dtype) * along).unflatten(-1, nodes.sites[group.site]).sum(dim=-1)
         inside = ~batch.protected if group.span is None else batch.layout.span(group.span) & ~batch.protected
         total = (of_units * inside.gather(1, batch.scored).unsqueeze(-1)).sum(dim=1)
         attribution[:, group.entries] = total if group.units is None else total[:, list(group.units)]
@@ -97,24 +98,6 @@ def _direction(
     if norm.gain is not None:
         direction = direction * norm.gain.detach()
     return direction - direction.mean(dim=-1, keepdim=True) if centred else direction
-
-
-def _of_units(
-    site: Site,
-    nodes: Nodes,
-    parts: Parts,
-    modules: tuple[nn.Module, ...],
-    seen: dict[tuple[nn.Module, str], Tensor],
-    direction: Float[Tensor, "row scored d_model"],
-) -> Float[Tensor, "row scored unit"]:
-    values = seen[SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)]
-    if modules:
-        projection, adding = modules
-        if _has_post_norm(projection, adding):
-            direction = direction * rms_norm_scale(adding, seen[adding, "input"])
-        direction = _pulled_back(projection, values, direction)
-    terms: Tensor = (values.to(direction.dtype) * direction).unflatten(-1, nodes.sites[site]).sum(dim=-1)
-    return terms
 
 
 @torch.enable_grad()
