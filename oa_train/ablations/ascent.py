@@ -77,7 +77,7 @@ def ascend(
     loss: Loss = "kl",
     advance: Advance = lambda done: None,
 ) -> Ascended:
-    """Raise the mean loss on some prompts by changing mask entries, which stay in [0, 1] and are the same for all.
+    """Maximise the mean loss on some prompts over mask entries in [0, 1] that are the same for all prompts.
 
     A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
     so its loss is never below that of the start.
@@ -89,7 +89,7 @@ def ascend(
         starts: initial mask of each ascent, in [0, 1].
         free: entries that may change.
         ablation: supplies the replacements.
-        settings: steps and their size.
+        settings: number of steps and their size.
         loss: name of the loss to maximise.
         advance: counts passes.
     """
@@ -135,7 +135,7 @@ def _losses(
     with_gradients: bool,
     advance: Advance,
 ) -> tuple[Float[Tensor, " start"], Float[Tensor, "start entry"]]:
-    """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
+    """Mean loss of each mask over all prompts, and its gradient, or zeros if no gradients are wanted."""
     n_prompts = sum(map(len, batches))
     totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
     for batch in batches:
@@ -152,7 +152,7 @@ def _losses(
                     of_rows = loss_of(loss, unmasked, logits, piece.repeat(n_starts))
                     of_starts = of_rows.view(n_starts, -1).sum(dim=1) / n_prompts
                 if with_gradients:
-                    # A sum over starts: the gradient of each is that of its own mean.
+                    # A sum over starts: the gradient of each mask is that of its own mean loss.
                     gradient[starts] += torch.autograd.grad(of_starts.sum(), chosen)[0]
                 totals[starts] += of_starts.detach()
                 advance((WITH_GRADIENTS if with_gradients else 1) * n_starts * len(piece))

@@ -1,4 +1,4 @@
-"""Gaussian noise in place of a unit's value."""
+"""Gaussian noise in place of a unit's value, or added to it."""
 
 from functools import partial
 
@@ -22,12 +22,12 @@ class NoiseAblation(Ablation):
     """Replaces each unit by Gaussian noise with the unit's mean and standard deviation.
 
     Dimensions and positions are drawn independently, so the noise carries nothing about the prompt: a total ablation.
-    Each prompt's draw is seeded by its number.
+    Each prompt's draw is seeded by its index.
 
     Args:
         mean: mean in every dimension.
         spread: standard deviation in every dimension.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:
@@ -42,7 +42,7 @@ class NoiseAblation(Ablation):
         means, spreads = self._mean.replacements(batch), self._spread.replacements(batch)
         drawn = _standard_normal(self._mean.tables, batch, self._seed)
         spans, width = self._mean.slots.spans, batch.tokens.shape[1]
-        # Each span has a centre of its own and the same draws.
+        # Each span has its own mean and the same draws.
         tensors = {
             site: torch.cat([means.at(site, span) + spreads.at(site, span) * drawn[site] for span in spans], dim=1)
             for site in means
@@ -58,7 +58,7 @@ class AddedNoiseAblation(Ablation):
 
     Args:
         deviation: standard deviation of the noise in every dimension.
-        seed: of the random numbers; a prompt's draw is seeded by its number as well.
+        seed: seed of the random numbers; a prompt's draw is seeded by its index as well.
     """
 
     def __init__(self, deviation: Constants, seed: int) -> None:
@@ -66,13 +66,13 @@ class AddedNoiseAblation(Ablation):
 
     @classmethod
     def of_spread(cls, means: Constants, spread: Constants, scale: float, seed: int) -> "AddedNoiseAblation":
-        """Noise of `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
+        """Noise with `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
 
         Args:
             means: mean in every dimension.
             spread: standard deviation in every dimension.
-            scale: 3 in causal tracing.
-            seed: of the random numbers.
+            scale: factor of the standard deviation; 3 in causal tracing.
+            seed: seed of the random numbers.
         """
         return cls(spread.mapped_with(means, partial(_overall, scale)), seed)
 
@@ -81,7 +81,7 @@ class AddedNoiseAblation(Ablation):
         return AddedNoiseAblation(self._deviation.to(device), self._seed)
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Clean values with noise for every row and column; runs the clean model."""
+        """Clean values plus noise for every row and column; runs the clean model."""
         clean, deviations = values_of(batch), self._deviation.replacements(batch)
         drawn = _standard_normal(self._deviation.tables, batch, self._seed)
         (span,) = self._deviation.slots.spans
@@ -89,7 +89,7 @@ class AddedNoiseAblation(Ablation):
 
 
 def _overall(scale: float, spread: Tensor, mean: Tensor) -> Tensor:
-    """`scale` times the standard deviation of all numbers of a unit, from those of its dimensions."""
+    """`scale` times the standard deviation of all numbers of a unit, from the statistics of its dimensions."""
     squares = (spread.square() + mean.square()).mean(dim=-1, keepdim=True)
     return (scale * (squares - mean.mean(dim=-1, keepdim=True).square()).sqrt()).expand_as(spread)
 
