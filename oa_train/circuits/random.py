@@ -9,24 +9,24 @@ from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 
-# Orders drawn for one circuit; if all of them lead to fewer edges than asked for, the largest circuit is taken.
+# Number of orders drawn for one circuit; if all give fewer edges than asked for, the largest circuit is taken.
 MOST_ATTEMPTS = 100
 
 
 def random_circuits(
     level: Level, size: int, n_circuits: int, seed: int, among: Sequence[str] = ("*",)
 ) -> list[Circuit]:
-    """Draw circuits of equal size.
+    """Draw random circuits of equal size.
 
-    Entries are taken in a random order; edges until enough of them lie on a path from the input to the logits (see
-    `within_budget`), and an order that leads to fewer is drawn again.
+    Entries are taken in a random order: edges until enough of them lie on a path from the input to the logits (see
+    `within_budget`); an order that gives fewer is drawn again.
 
     Args:
         level: level of the circuits.
-        size: kept entries of each circuit.
+        size: number of kept entries of each circuit.
         n_circuits: number of circuits.
-        seed: of the random numbers.
-        among: shell patterns of the entries that may be left out; the others are kept, unless they are dangling edges.
+        seed: seed of the random numbers.
+        among: shell patterns of the entries that may be left out; the others are kept, except dangling edges.
 
     Raises:
         ConfigurationError: the level has fewer entries than `size`, or more are always kept.
@@ -34,7 +34,7 @@ def random_circuits(
     drawn = level.selected(among).nonzero().flatten()
     always_kept = torch.ones(1, len(level), dtype=torch.bool)
     always_kept[0, drawn] = False
-    # Some edges that are always kept may dangle, and are removed.
+    # Some edges that are always kept may dangle; those are removed.
     fewest = int(level.prune(always_kept).sum())
     if not fewest <= size <= len(level):
         raise ConfigurationError(f"A circuit of {size} of {len(level)} parts of the model cannot be drawn.")

@@ -12,9 +12,9 @@ from oa_train.shapes import Float, Int, Tensor
 
 @dataclass(frozen=True, eq=False)
 class StepRows:
-    """Numbers of rows in one optimiser step, over accumulated batches and processes.
+    """Numbers of rows in one optimiser step, summed over accumulated batches and processes.
 
-    `counts` are the rows that carry gradient to each mask entry, `n_rows` all rows.
+    `counts` is the number of rows that carry gradient to each mask entry, `n_rows` that of all rows.
     """
 
     counts: Int[Tensor, " entry"]
@@ -22,14 +22,14 @@ class StepRows:
 
 
 class MaskSampler:
-    """Draws masks that depend on the seed and a prompt's number, not on how prompts are split among processes.
+    """Draws masks that depend on the seed and a prompt's index, not on how prompts are split among processes.
 
     Args:
         masks: distribution of the masks.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         samples_per_prompt: S, the number of masks for each prompt.
-        effective: sets entries of drawn masks to 0 that have no effect beside the others, such as dangling edges; they
-            count as samples without gradient.
+        effective: sets those entries of drawn masks to 0 that have no effect given the others, such as dangling edges;
+            they count as samples without gradient.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class MaskSampler:
         """Count the rows that carry gradient in a whole step of the optimiser.
 
         Args:
-            batches: prompt numbers of each of this process's batches in the step. Their masks can be drawn ahead,
+            batches: prompt indices of each of this process's batches in the step. Their masks can be drawn in advance,
                 because the parameters do not change before the step.
             over_processes: sums a tensor over processes.
-            n_processes: number of processes, with equally many prompts each.
+            n_processes: number of processes; all have the same number of prompts.
 
         Returns:
             None for a distribution whose gradients are not averaged.

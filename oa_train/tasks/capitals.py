@@ -11,10 +11,10 @@ from oa_train.tasks.vocabulary import read_data
 class Capitals(FactRecords):
     """Name the capital of a country.
 
-    Countries are paired: the counterfactual names another country of as many tokens, whose capital begins with another
-    token and is the distractor. Paired countries are in the same stream, with all their prompts. Countries that no
-    other one can be paired with are left out, which a remark says. Spans: `subject` (the country), `end` (the last
-    token).
+    Countries are paired: the counterfactual names another country with the same number of tokens, whose capital begins
+    with a different token and is the distractor. Paired countries are in the same stream, with all their prompts.
+    Countries without a possible partner are left out, and a remark says so. Spans: `subject` (the country), `end` (the
+    last token).
 
     Args:
         **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
@@ -24,7 +24,7 @@ class Capitals(FactRecords):
     subjects_are: ClassVar[str] = "countries"
 
     def facts(self) -> Mapping[str, Objects]:
-        """The capital of each country, in all its spellings."""
+        """The capital of each country, with all its spellings."""
         return {country: {"capital": names.split("|")} for country, names in read_data("capitals")["capitals"].items()}
 
     def sentences(self) -> Mapping[str, Sequence[str]]:
