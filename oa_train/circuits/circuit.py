@@ -156,6 +156,6 @@ def _fewest_entries(header: Mapping[str, Any]) -> int:
 
 
 def jaccard(first: Circuit, second: Circuit) -> float:
-    """Overlap of two circuits of one level: number of shared entries over those in either; 1 for two empty circuits."""
+    """Overlap of two circuits of one level: shared entries divided by entries in either; 1 for two empty circuits."""
     union = set(first.names) | set(second.names)
     return len(set(first.names) & set(second.names)) / len(union) if union else 1.0

@@ -43,7 +43,7 @@ class NodeRegulariser(nn.Module):
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigurationError(f"node_penalty is {weight}; expected a fraction of the penalty weight, at least 0.")
+            raise ConfigurationError(f"node_penalty is {weight}; expected a fraction of penalty_weight, at least 0.")
         self.weight = weight
         self.entries = nn.Buffer(entries, persistent=False)
         self.nodes = nn.Buffer(nodes, persistent=False)
@@ -61,7 +61,7 @@ class Penalty(nn.Module):
     """The expected number of kept entries times a penalty weight.
 
     Args:
-        weight: initial penalty weight of a kept entry in nats, at least 0; one for all circuits, or a list of one each.
+        weight: initial penalty weight of a kept entry in nats, at least 0; a list has one for each circuit.
         regulariser: adds a term to the expected number.
         relative: how much each entry counts; 1 for all of them by default.
     """
@@ -146,8 +146,8 @@ class TargetSize(Penalty):
         n_entries: number of entries of the distribution.
         weight: initial weight of a kept entry in nats; more than 0, because it changes by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: change of the weight's logarithm in one step at a size of e times the goal. The learning rate of the masks
-            is a good choice: the weight then changes no faster than the logits that respond to it.
+        rate: change of the weight's logarithm in one step at a size of e times the goal. The masks' learning rate is
+            a good choice: the weight then changes no faster than the logits that respond to it.
         always_kept: number of entries that are never ablated and so are not in the distribution.
         regulariser: see `Penalty`.
         relative: see `Penalty`.

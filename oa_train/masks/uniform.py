@@ -2,8 +2,8 @@
 
 Li & Janson, Optimal ablation for interpretability (NeurIPS 2024). With keep-probability theta = sigmoid(logit) an
 entry is drawn uniformly from the window (0, 1) with probability w = theta (1 - theta); otherwise it is 1 or 0, such
-that its mean is theta. Over uniform m the mean of dL/dm is L(kept) - L(ablated), so inside the window the derivative of
-the loss estimates what the entry is worth. The gradient of the logit is scaled to theta (1 - theta) times that
+that its mean is theta. Over uniform m the mean of dL/dm is L(kept) - L(ablated), so inside the window the derivative
+of the loss estimates what the entry is worth. The gradient of the logit is scaled to theta (1 - theta) times that
 estimate.
 """
 

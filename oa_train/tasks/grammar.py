@@ -69,7 +69,7 @@ class GrammarTask(Task):
 
 
 def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Fill the slots of a template; returns the text, and the character range [start, end) of each slot's first use."""
+    """Fill a template; returns the text, and the character range [start, end) of the first use of each slot."""
     text = ""
     places: dict[str, tuple[int, int]] = {}
     for literal, slot, _, _ in Formatter().parse(template):

@@ -30,10 +30,10 @@ class GreaterThan(GrammarTask):
     """Predict the end year of a period from its start year.
 
     The text ends before the last token of the end year, whose first digits are those of the start year. Answers are
-    all last tokens that make a later year, distractors all others. If the tokenizer has two-digit tokens, like GPT-2's,
-    the text ends with the century ("1732 to the year 17"). If the last digit is a separate token, it ends with the
-    decade ("1732 to the year 173"); if the tens digit is one too, it is the answer to an earlier question, for which
-    the digits that a later year can have (3 and above) are right and all others are distractors.
+    all last tokens that make a later year, distractors all others. If the tokenizer has two-digit tokens, like
+    GPT-2's, the text ends with the century ("1732 to the year 17"). If the last digit is a separate token, it ends
+    with the decade ("1732 to the year 173"); if the tens digit is one too, it is the answer to an earlier question,
+    for which the digits that a later year can have (3 and above) are right and all others are distractors.
 
     The counterfactual starts in the second year of the same century, or in the first of the same decade. Spans:
     `noun`, `year` (the last token of the start), `end` (the last token).

@@ -1,4 +1,4 @@
-"""The best so far of tensors that are trained side by side, by validation."""
+"""The best values so far, by validation loss, of tensors that are trained side by side."""
 
 from collections.abc import Mapping
 
@@ -9,15 +9,15 @@ from oa_train.shapes import Float, Tensor
 
 
 class BestSlices(nn.Module):
-    """The slices with the lowest loss so far of tensors whose first dimension counts independent trainings.
+    """The slices with the lowest loss so far of tensors whose first dimension indexes independent training problems.
 
-    Buffers, which checkpoints store.
+    They are buffers, so checkpoints store them.
 
     Args:
-        tensors: by name, [training, ...] each.
+        tensors: tensors [training, ...] by name.
 
     Attributes:
-        loss: lowest loss of each training; infinite before the first offer.
+        loss: lowest loss of each slice; infinite before the first offer.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -33,7 +33,7 @@ class BestSlices(nn.Module):
 
     @torch.no_grad()
     def offer(self, tensors: Mapping[str, Tensor], loss: Float[Tensor, " training"]) -> None:
-        """Keep the slices of every training whose loss is lower than before; NaN never is."""
+        """Keep every slice whose loss is lower than before; a NaN never is."""
         loss = loss.to(self.loss)
         better = loss < self.loss
         for name, best in self.tensors().items():
@@ -41,5 +41,5 @@ class BestSlices(nn.Module):
         self.loss[better] = loss[better]
 
     def known(self) -> bool:
-        """True once every training was offered something finite."""
+        """True once every slice has a finite loss."""
         return bool(torch.isfinite(self.loss).all())

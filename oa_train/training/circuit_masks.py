@@ -1,4 +1,4 @@
-"""Masks of circuits that are trained side by side: drawn for the selected entries, 1 for all others."""
+"""Masks of circuits that are trained side by side: sampled for the selected entries, 1 for all others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
@@ -19,7 +19,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 LevelKind = Literal["nodes", "edges"]
 
-# Longest selection that a checkpoint lists by name; for longer ones it lists the patterns.
+# Longest selection that a checkpoint lists by name; of longer ones it lists the patterns.
 MOST_LISTED = 2000
 
 
@@ -27,13 +27,13 @@ class CircuitMasks(nn.Module):
     """A distribution over masks of some entries of a level, for several circuits; all other entries are always kept.
 
     Args:
-        level: what the circuits are made of.
+        level: level of the masks.
         patterns: shell patterns of the entries that may be ablated.
         distribution: makes the distribution for a number of entries.
-        n_circuits: how many circuits have masks of their own.
-        threshold: an entry is in a discrete circuit when its keep-probability exceeds this.
-        seed: of the samples.
-        samples_per_prompt: S masks are drawn for each prompt and circuit.
+        n_circuits: number of circuits, each with its own masks.
+        threshold: an entry is in a discrete circuit if its keep-probability exceeds this.
+        seed: seed of the samples.
+        samples_per_prompt: S, the number of masks drawn for each prompt and circuit.
 
     Attributes:
         selection: true for entries that are selected.
@@ -88,11 +88,11 @@ class CircuitMasks(nn.Module):
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
         """Draw masks over all entries for every circuit and prompt.
 
-        A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
+        A prompt's masks depend on the seed and its index alone, not on how prompts are batched or distributed.
 
         Args:
-            example_ids: numbers of B prompts.
-            step: rows that gradients are averaged over; by default those of these prompts.
+            example_ids: indices of B prompts.
+            step: rows over which gradients are averaged; by default those of these prompts.
 
         Returns:
             C * S * B rows in the order of `Batch.repeat(C * S)`, all rows of a circuit together.
@@ -108,7 +108,7 @@ class CircuitMasks(nn.Module):
         return self._sampler.rows_of_step(batches, over_processes, n_processes)
 
     def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Drawn masks with 0 for dangling edges, separately for each circuit of each row."""
+        """Drawn masks with 0 for dangling edges, separately for each circuit in each row."""
         if self.level.entries_at_nodes() is None:
             return drawn
         of_circuits = drawn.reshape(-1, self.n_selected)
@@ -116,7 +116,7 @@ class CircuitMasks(nn.Module):
         return (of_circuits * lasting[:, self.selection]).view(drawn.shape)
 
     def _spread(self, drawn: Tensor) -> Tensor:
-        """Scatter masks [row, entry] over the selected entries into masks over all, with 1 elsewhere."""
+        """Scatter masks [row, entry] of the selected entries into masks of all entries, with 1 elsewhere."""
         if not self.n_fixed:
             return drawn
         kept = torch.ones(len(drawn), len(self.level), device=drawn.device, dtype=drawn.dtype)
@@ -133,7 +133,7 @@ class CircuitMasks(nn.Module):
 
     @torch.no_grad()
     def above_threshold(self) -> Bool[Tensor, "circuit entry"]:
-        """Entries whose keep-probability exceeds the threshold, and those that are not selected."""
+        """Entries whose keep-probability exceeds the threshold, and all that are not selected."""
         return self._spread(self.distribution.threshold(self.threshold).view(self.n_circuits, -1))
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
@@ -148,7 +148,7 @@ class CircuitMasks(nn.Module):
         """Check that a circuit can have this many entries.
 
         Raises:
-            ConfigurationError: the level has fewer, or more are always kept.
+            ConfigurationError: the level has fewer entries, or more are always kept.
         """
         if not max(1, self.n_fixed) <= size <= len(self.level):
             raise ConfigurationError(
@@ -157,7 +157,7 @@ class CircuitMasks(nn.Module):
             )
 
     def largest(self, number: int, size: int) -> Bool[Tensor, " entry"]:
-        """The entries of a circuit with the highest keep-probabilities, `size` of them; see `check_size`."""
+        """The `size` entries of circuit `number` with the highest keep-probabilities; see `check_size`."""
         self.check_size(size)
         # Entries that are not selected come first, whatever else has saturated.
         scores = self.keep_probability()[number].cpu() + ~self.selection.cpu()
@@ -175,7 +175,7 @@ def check_level(level: str, node_penalty: float, sites: list[str]) -> None:
     """Check that a level exists, and that a node penalty and sites are compatible with it.
 
     Raises:
-        ConfigurationError: it does not, or they are not.
+        ConfigurationError: the level does not exist, or the others are not compatible with it.
     """
     check_choice("level", level, get_args(LevelKind))
     if level == "nodes" and node_penalty:

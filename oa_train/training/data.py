@@ -1,4 +1,4 @@
-"""Lightning datamodule of any task, resumable at any batch."""
+"""Lightning datamodule for any task, resumable at any batch."""
 
 import itertools
 import math
@@ -13,16 +13,16 @@ from oa_train.tasks.task import Stream, Task
 
 
 class PromptLoader:
-    """Training batches by number: every epoch continues where the previous one ended.
+    """Training batches in order: every epoch continues where the previous one ended.
 
     Lightning stores `state_dict` in its checkpoints, so a resumed run continues at the very next batch, even in the
-    middle of an epoch. Prompts are made from their numbers.
+    middle of an epoch. Prompts are made from their indices.
 
     Args:
-        task: what is trained on.
-        rank: number of this process; it takes every `world_size`-th batch.
+        task: source of the prompts.
+        rank: index of this process, which takes every `world_size`-th batch.
         world_size: number of processes.
-        epoch_length: batches of an epoch; the task's when not given.
+        epoch_length: number of batches in an epoch; that of the task by default.
     """
 
     def __init__(self, task: Task, rank: int = 0, world_size: int = 1, epoch_length: int | None = None) -> None:
@@ -60,7 +60,7 @@ class PromptLoader:
 
 
 class EvaluationLoader:
-    """Fixed batches; a class of its own because Lightning reads a list as several loaders.
+    """Fixed batches; a separate class, because Lightning would read a list as several loaders.
 
     Args:
         batches: the batches of one epoch.
@@ -80,7 +80,7 @@ class TaskData(lightning.LightningDataModule):
     """The streams of a task as Lightning's train, validation and test data.
 
     Args:
-        task: what is trained on.
+        task: source of the prompts.
     """
 
     def __init__(self, task: Task) -> None:
@@ -88,12 +88,12 @@ class TaskData(lightning.LightningDataModule):
         self.task = task
 
     def train_dataloader(self) -> PromptLoader:
-        """Batches of the train stream; epochs of loader and trainer end together, which resuming relies on."""
+        """Batches of the train stream; epochs of the loader and trainer end together, on which resuming relies."""
         return PromptLoader(self.task, *self._rank_and_world_size(), self.epoch_length)
 
     @property
     def epoch_length(self) -> int:
-        """Training batches of an epoch in each process, as the attached trainer limits them."""
+        """Number of training batches of an epoch in each process, as limited by the attached trainer."""
         length = self.task.batches_per_epoch
         limit = getattr(self.trainer, "limit_train_batches", None)
         if isinstance(limit, int):

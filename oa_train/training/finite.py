@@ -1,4 +1,4 @@
-"""The check that stops a training which has become NaN or infinite."""
+"""The check that stops training when a tensor becomes NaN or infinite."""
 
 from collections.abc import Mapping
 
@@ -18,10 +18,10 @@ def check_finite(
     """Stop when a tensor holds NaN or infinity.
 
     Args:
-        tensors: by name.
+        tensors: tensors by name.
         label: plural noun for the tensors, which begins the message.
-        model: the frozen model, if they come from it; if it fails on the prompts by itself, the message says so.
-        batch: the prompts.
+        model: the frozen model that computed them, if any; the message says if its own logits are not finite.
+        batch: the prompts on which they were computed.
 
     Raises:
         NotFiniteError: names the tensors that are not finite.
@@ -31,7 +31,7 @@ def check_finite(
         return
     if model is not None and batch is not None:
         logits = scored_logits(model, batch)
-        # A model may rule tokens out, with logits of -inf.
+        # A model may exclude tokens, with logits of -inf.
         if bool((logits.isnan() | logits.isposinf()).any()):
             raise NotFiniteError(
                 f"{label} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these "

@@ -27,7 +27,7 @@ from oa_train.training.steps import share_of_step
 from oa_train.training.strategies import share_from_first_process
 from oa_train.training.summed import summed
 
-# Learning rates of constants and of affine maps.
+# Default learning rates of each kind of lens: constants, and affine maps.
 RATES = {"oca": 0.003, "oca_shared": 0.003, "tuned": 0.0003, "linear_oca": 0.0003}
 
 
@@ -35,18 +35,18 @@ class LensModule(FrozenModelModule):
     """Trains lenses, at all layers at once, to predict what the model predicts.
 
     The loss of a lens at a layer is the KL divergence of its prediction from the model's (of `linear_oca` from that of
-    `oca`), averaged over the scored positions of the prompts. Layers and lenses are independent trainings on the same
+    `oca`), averaged over the scored positions of the prompts. Layers and lenses are trained independently on the same
     prompts, each with its own best state by validation; only the constants of `oca_shared` serve all layers.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: recorded only; nothing here is random.
-        lenses: kinds that are trained: `oca` (constants in place of all later attention outputs, others for each
-            layer), `oca_shared` (the same for all layers), `tuned` (an affine map), `linear_oca` (an affine map that
-            matches `oca`).
-        layers: layers that are read; all by default.
-        learning_rates: learning rate at the start, by kind; see `RATES` for the others.
-        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        lenses: kinds that are trained: `oca` (constants in place of all later attention outputs, its own for each
+            layer), `oca_shared` (the same constants for all layers), `tuned` (an affine map), `linear_oca` (an affine
+            map that matches `oca`).
+        layers: layers at which lenses are trained; all by default.
+        learning_rates: initial learning rate by kind; kinds that are not named have that of `RATES`.
+        optimizer: class of the optimiser, with its arguments except `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rates, with its arguments; by default cosine decay to zero over the
             whole training.
         predictions_at_once: predictions (layers times scored positions) whose activations are kept at once; bounds
@@ -89,7 +89,7 @@ class LensModule(FrozenModelModule):
         self.best = nn.ModuleDict({kind: BestSlices(lens.trained()) for kind, lens in self._kinds()})
         self.started: Tensor
         self.register_buffer("started", torch.tensor(False))
-        # The first validation compares what is trained with its start.
+        # The first validation compares the trained lenses with their initial state.
         self._start: dict[str, Lens] = {}
         self._losses = CircuitMeans(2 * len(kinds), len(self.starts))
 
@@ -105,7 +105,7 @@ class LensModule(FrozenModelModule):
         return [{"params": list(lens.parameters()), "lr": self.rates[kind]} for kind, lens in self._kinds()]
 
     def on_fit_start(self) -> None:
-        """Start constants at what attention adds on average, unless they were restored."""
+        """Start constants at the mean attention outputs, unless they were restored."""
         if bool(self.started) and all(best.known() for best in self._bests().values()):
             return
         means = None
@@ -156,11 +156,11 @@ class LensModule(FrozenModelModule):
         self.check_finite({f"train/kl_{kind}": value for kind, value in means.items()}, "Losses", batch)
         for kind, value in means.items():
             self.log(f"train/kl_{kind}", value.mean(), prog_bar=True, batch_size=len(batch))
-        # A sum, so that the gradient of a lens at a layer is that of its own mean, whatever is trained beside it.
+        # A sum, so that the gradient of a lens at a layer is that of its own mean, whatever else is trained.
         return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of what is trained and, at the first validation, of its start."""
+        """Losses of the trained lenses and, at the first validation, of their initial state."""
         self._evaluate(batch, [dict(self._kinds()), *([self._start] if self._start else [])])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -215,7 +215,7 @@ class LensModule(FrozenModelModule):
             self.log(f"test/kl_{kind}", losses.mean(), sync_dist=True)
 
     def _best_lenses(self) -> dict[str, Lens]:
-        """Copies of the best state of each lens, or of the last without any validation."""
+        """Copies of the best state of each lens, or of the last state without any validation."""
         chosen: dict[str, Lens] = {}
         for kind, lens in self._kinds():
             copy, best = LENS_KINDS[kind].make(self.starts, *self._sizes), self._bests()[kind]
@@ -229,5 +229,5 @@ class LensModule(FrozenModelModule):
         return TrainedLenses(name, lenses, *self._sizes, self.provenance())
 
     def validation_losses(self) -> dict[str, Float[Tensor, " start"]]:
-        """Lowest validation loss of each lens at each layer, or of all layers together where they share parameters."""
+        """Lowest validation loss of each lens at each layer, or over all layers if they share parameters."""
         return {kind: best.loss.cpu() for kind, best in self._bests().items()}

@@ -1,4 +1,4 @@
-"""Penalties as a configuration names them, for circuits that are trained side by side."""
+"""The penalties that a configuration names, for circuits that are trained side by side."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class PenaltySettings:
     Attributes:
         penalty_weight: price of a kept entry in nats; a list has one for each circuit, a mapping one for each kind of
             site.
-        node_penalty: surcharge on the edges of a head that has few, as a fraction of the penalty weight.
+        node_penalty: surcharge on the edges of heads with few edges, as a fraction of the penalty weight.
         target_size: entries that a circuit should have; None fixes the weight; a list has one for each circuit.
         target_warmup: optimiser steps in which the goal falls to that size.
 
@@ -38,7 +38,7 @@ class PenaltySettings:
         if len(lengths) > 1 or 0 in lengths:
             raise ConfigurationError(
                 f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or "
-                "lists of one length, an entry for each circuit."
+                "lists of the same length, with an entry for each circuit."
             )
         if self.target_size is not None:
             check_positive(target_warmup=self.target_warmup)
@@ -68,23 +68,23 @@ class PenaltySettings:
         return [max(1, round(target)) for target in targets]
 
     def settings(self) -> dict[str, Any]:
-        """As plain values."""
+        """The settings as plain values."""
         return asdict(self)
 
     def make(self, masks: CircuitMasks, rate: float) -> Penalty:
         """The penalty on all circuits.
 
         Args:
-            masks: of the circuits.
-            rate: speed of a penalty weight that leads to a target size.
+            masks: masks of the circuits.
+            rate: rate at which a penalty weight is adjusted to reach a target size; see `TargetSize`.
 
         Raises:
-            ConfigurationError: weights by kind do not name the kinds of site that are selected, or entries are nodes
-                and there is a node penalty.
+            ConfigurationError: weights by kind do not name the kinds of site that are selected, or there is a node
+                penalty although entries are nodes.
         """
         weight, relative = self.penalty_weight, None
         if isinstance(weight, dict):
-            # The largest is the weight that is reported and moved; the others keep their ratio to it.
+            # The largest weight is the one that is reported and adjusted; the others keep their ratio to it.
             largest = max(weight.values())
             relative = self._relative_weights(masks, weight, largest)
             weight = largest

@@ -13,17 +13,17 @@ from oa_train.tasks.task import Task
 
 
 class Replacements(nn.Module):
-    """Replacements of ablated entries, for several circuits; prepared with a task's prompts before they are used.
+    """Replacements of ablated entries for several circuits; prepared with a task's prompts before they are used.
 
     Args:
-        kind: of the ablation.
-        level: what the circuits are made of.
-        positions: positions with a constant of their own.
-        n_circuits: how many circuits have constants of their own.
+        kind: kind of ablation.
+        level: level of the circuits.
+        positions: number of positions with their own constants.
+        n_circuits: number of circuits, each with its own constants.
         selection: entries that may be ablated; only the constants of sites with such an entry are trained.
 
     Attributes:
-        constants: of every circuit, where the ablation is by constants.
+        constants: constants of every circuit; None if the ablation has none.
         prepared: whether the constants are initialised; stored in checkpoints.
     """
 
@@ -45,7 +45,7 @@ class Replacements(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """The kind of the ablation; looked up, because its functions could not be sent to another process."""
+        """The kind of ablation; looked up by name, because its functions could not be sent to another process."""
         return KINDS[self._name]
 
     def is_prepared_for(self, task: Task) -> bool:
@@ -53,7 +53,7 @@ class Replacements(nn.Module):
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:
-        """Gather what the ablation needs from the task's `means` prompts."""
+        """Compute the statistics that the ablation needs on the task's `means` prompts."""
         task = source.task
         if self.kind.partnered:
             evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))

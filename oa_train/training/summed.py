@@ -1,4 +1,4 @@
-"""Losses that are summed over parts, of which only one part's activations are in memory at a time."""
+"""Losses that are summed over parts, with the activations of only one part in memory at a time."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,21 +6,21 @@ import torch
 
 from oa_train.shapes import Float, Tensor
 
-# Half precision would round the small gradients of a mean to 0. A power of two changes no digit otherwise.
+# Half precision would round the small gradients of a mean to 0. Scaling by a power of two changes no other digit.
 SCALE = 2.0**10
 
 
 def summed(
     parts: Iterable[Callable[[], Float[Tensor, " value"]]], parameters: Sequence[Tensor]
 ) -> tuple[list[Float[Tensor, " value"]], Float[Tensor, ""]]:
-    """Values of all parts, and a number with the value and the gradient of their sum.
+    """Values of all parts, and a scalar with the value and the gradient of their sum.
 
-    Each part's gradient is taken at once, so that its activations are freed before the next part runs; the number is
-    linear in the parameters, with the total gradient as its slope.
+    Each part's gradient is computed immediately, so that its activations are freed before the next part runs; the
+    scalar is linear in the parameters, with the total gradient as its slope.
 
     Args:
         parts: functions that compute values with gradients to the parameters.
-        parameters: what is trained.
+        parameters: the trained parameters.
     """
     slopes = [torch.zeros_like(parameter) for parameter in parameters]
     values = []
