@@ -31,7 +31,7 @@ def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: floa
 
 
 def circuit_picture(circuit: Circuit, title: str) -> Figure | None:
-    """A drawing of the circuit in the layout of the model, or counts of many edges at each node; None if impossible."""
+    """A drawing of the circuit in the layout of the model, or its edge counts by node if edges are many, or None."""
     grid, arrows = circuit.level.grid, circuit.level.arrows(circuit.mask)
     if grid is None:
         return None

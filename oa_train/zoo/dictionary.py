@@ -1,4 +1,4 @@
-"""Makes the built-in dictionary `tiny_r2`: a sparse autoencoder of what enters block 2 of the built-in model.
+"""Makes the built-in dictionary `tiny_r2`: a sparse autoencoder of the input of block 2 of the built-in model.
 
     python -m oa_train.zoo.dictionary --output checkpoints/tiny_r2
 
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training of the dictionary.
+    """Training settings of the dictionary.
 
     Attributes:
-        n_features: entries of the code.
-        steps: steps of Adam.
-        batch_size: prompts of a step.
-        learning_rate: of Adam; falls linearly over the last fifth.
-        sparsity: weight of the code's mean L1 norm beside the reconstruction error, both in units of the variance.
+        n_features: number of entries of the code.
+        steps: number of steps of Adam.
+        batch_size: number of prompts in a step.
+        learning_rate: learning rate of Adam; it falls linearly over the last fifth of the steps.
+        sparsity: weight of the code's mean L1 norm against the reconstruction error, both in units of the variance.
     """
 
     n_features: int = 256
@@ -57,13 +57,13 @@ def activations(model: CausalLM, task: Task, step: int, size: int) -> Float[Tens
 
 
 def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0) -> Dictionary:
-    """Train a dictionary of one hidden layer: ReLU code, decoder directions of length 1.
+    """Train a dictionary with one hidden layer: a ReLU code, and decoder directions of length 1.
 
     Args:
         model: frozen causal language model.
         task: prompts of the stream `train`.
         recipe: sizes and steps.
-        seed: of the start.
+        seed: seed of the initial weights.
     """
     first = activations(model, task, 0, 512)
     centre, scale = first.mean(dim=0), (first - first.mean(dim=0)).square().sum(dim=1).mean()
@@ -92,7 +92,7 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
 
 @torch.no_grad()
 def figures(dictionary: Dictionary, model: CausalLM, task: Task) -> dict[str, float]:
-    """Share of the variance that the dictionary explains on held-out prompts, and how many features are on."""
+    """Share of the variance that the dictionary explains on held-out prompts, and numbers of active features."""
     batch = task.batch("test", 0, 512)
     values = read_values(model, batch, Nodes.of(model.config, [SITE.kind]))[SITE]
     x = values[:, :, 0][batch.attention_mask & ~batch.protected]
@@ -145,8 +145,8 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[str
 def main(arguments: Sequence[str] | None = None) -> None:
     """Make the built-in dictionary from the command line."""
     parser = argparse.ArgumentParser(prog="python -m oa_train.zoo.dictionary", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder that is made")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the start")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for name, value in build(options.output, options.seed).items():

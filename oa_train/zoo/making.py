@@ -1,4 +1,4 @@
-"""Steps of making a small model beside its training: its tokenizer in a folder, its figures, its card."""
+"""Steps of making a small model other than its training: its tokenizer in a folder, its figures, its card."""
 
 import argparse
 import hashlib
@@ -19,15 +19,15 @@ from oa_train.tasks import Prompt, Task
 log = logging.getLogger(__name__)
 
 
-# Makes the model of a seed in a folder, and returns its figures.
+# Makes the model with a seed in a folder, and returns its figures.
 Build = Callable[[Path, int], Mapping[str, float]]
 
 
 @contextmanager
 def temporary_lm(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Iterator[LMSpec]:
-    """A folder with the tokenizer and the configuration of a model, for as long as the block runs.
+    """A folder with the tokenizer and the configuration of a model, for the duration of the context.
 
-    Tasks ask for the tokenizer of a model in a folder, so there must be one before training.
+    Tasks load a model's tokenizer from a folder, so there must be one before training.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -37,7 +37,7 @@ def temporary_lm(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> 
 
 @torch.no_grad()
 def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
-    """Share of a task's test prompts whose most probable next token, of all tokens, is an answer."""
+    """Share of a task's test prompts whose most probable next token is an answer."""
     right = 0
     for batch in task.batches("test", n_prompts, 200):
         logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
@@ -48,7 +48,7 @@ def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
 
 @torch.no_grad()
 def share_right(model: CausalLM, task: Task, prompts: Sequence[Prompt]) -> float:
-    """Share of prompts whose most probable next token, of all tokens, is an answer."""
+    """Share of prompts whose most probable next token is an answer."""
     right = 0
     for start in range(0, len(prompts), 200):
         part = prompts[start : start + 200]
@@ -71,7 +71,7 @@ def next_words(model: CausalLM, task: Task, text: str, most: int = 2) -> list[tu
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: sums are then taken in one order, and so small a model is no slower."""
+    """Compute on one thread: the order of sums is then fixed, and so small a model is not slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -91,7 +91,7 @@ def write_model(
     Args:
         output: the folder; files in it are replaced.
         model: the trained model.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         card: makes the text of the card from the SHA-256 of the weights.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -107,14 +107,14 @@ def make_from_command_line(name: str, description: str | None, build: Build, arg
     """Make a built-in model with the arguments of the command line.
 
     Args:
-        name: of its module in `oa_train.zoo`.
-        description: what the help says.
-        build: makes it.
-        arguments: those of the process by default.
+        name: name of its module in `oa_train.zoo`.
+        description: description in the help.
+        build: function that makes the model.
+        arguments: command-line arguments; by default those of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m oa_train.zoo.{name}", description=description)
-    parser.add_argument("--output", type=Path, required=True, help="folder that is written")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and prompts")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and prompts")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for kind, share in build(options.output, options.seed).items():

@@ -2,8 +2,8 @@
 
     python -m oa_train.zoo.tiny --output checkpoints/tiny
 
-Its vocabulary is the words of the task grammars and its training text is their prompts. Some pairs of names and
-some templates never enter training; how well it does on them stands in the model card that is written beside it.
+Its vocabulary is the words of the task grammars, and its training text is their prompts. Some pairs of names and some
+templates never enter training; the model card, written into the same folder, reports its accuracy on them.
 """
 
 import re
@@ -32,14 +32,14 @@ EXAMPLE = "While Tom was busy, Anna and Paul met at the park. Paul handed the ri
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words that knows what the task grammars say.
+    """Make a tokenizer of whole words, with all words of the task grammars.
 
-    A word carries the space before it, as in larger models. A year of four digits is two tokens.
+    A word includes the space before it, as in larger models. A year of four digits is two tokens.
     """
     digits = pre_tokenizers.Split(Regex(r"▁?\d\d"), "isolated")
     split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), digits])
     pieces = {piece for text in _grammar_texts() for piece, _ in split.pre_tokenize_str(text)}
-    # Years are added as they stand after their century, without the mark of a space.
+    # Years are added in the form in which they follow their century, without the mark of a space.
     return word_tokenizer(sorted(pieces | set(YEARS)), split)
 
 
@@ -75,12 +75,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadM
 
 
 def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict[str, float]:
-    """Accuracy on each kind of prompt that the model was not trained on.
+    """Accuracy on each kind of prompt on which the model was not trained.
 
     Args:
         model: the trained model.
-        lm: a folder with its tokenizer.
-        n_prompts: test prompts of each kind.
+        lm: specification of a folder with its tokenizer.
+        n_prompts: number of test prompts of each kind.
     """
     tasks: dict[str, Task] = {
         "indirect object, pairs of names that were held out": SceneIOI(lm, pair_held_out),
@@ -97,9 +97,9 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
 
     Args:
         output: the folder; files in it are replaced.
-        seed: seed of weights and prompts.
-        recipe: of the training; by default that of the built-in model.
-        n_prompts: test prompts of each kind.
+        seed: seed of the weights and prompts.
+        recipe: settings of the training; by default those of the built-in model.
+        n_prompts: number of test prompts of each kind.
 
     Returns:
         The accuracies of `held_out_figures`.

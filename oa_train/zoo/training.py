@@ -15,15 +15,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of AdamW.
+    """Settings of AdamW and its schedule.
 
     Attributes:
-        steps: optimiser steps.
+        steps: number of optimiser steps.
         learning_rate: highest learning rate.
         final: share of the learning rate that is left at the last step.
-        warmup: steps until the highest learning rate.
-        weight_decay: decay of matrices; biases and norms have none.
-        clip: largest norm of the gradient.
+        warmup: number of steps until the highest learning rate.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        clip: norm to which the gradient is clipped.
     """
 
     steps: int = 4000
@@ -39,7 +39,7 @@ def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule
 
     Args:
         model: changed in place.
-        loss: the loss of a step, by its number.
+        loss: computes the loss of a step from its index.
         schedule: steps and learning rates.
 
     Returns:
@@ -66,13 +66,13 @@ def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule
 def answer_loss(
     model: CausalLM, tokens: Int[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, ""]:
-    """Half the loss of every next token, half that of the answer, which is the last token of its row.
+    """Mean of the loss on all next tokens and that on the answer, which is the last token of its row.
 
-    Without the second half the model spends its first thousand steps on words that nobody can foresee.
+    Without the second term the model spends its first thousand steps on words that cannot be predicted.
 
     Args:
-        model: that is trained.
-        tokens: token ids of prompts, each with one right answer behind it.
+        model: the model that is trained.
+        tokens: token ids of prompts, each followed by one right answer.
         mask: True at real tokens.
     """
     logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
@@ -92,7 +92,7 @@ def _optimizer(model: CausalLM, schedule: Schedule) -> torch.optim.Optimizer:
 
 
 def rate(step: int, schedule: Schedule) -> float:
-    """Share of the learning rate: a linear start, then a cosine."""
+    """Factor on the learning rate: linear warmup, then cosine decay."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
     done = torch.tensor((step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write all models from the command line."""
     parser = argparse.ArgumentParser(prog="python -m oa_train.zoo.known", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder in which each model gets one of its own")
+    parser.add_argument("--output", type=Path, required=True, help="folder in which each model gets its own folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of the distractors")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -1,4 +1,4 @@
-"""The hand-written models by name, and the folders that they are written to."""
+"""The hand-written models by name, and the folders to which they are written."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from oa_train.zoo.known.two_hops import TwoHops, build_two_hops
 from oa_train.zoo.known.weights import EPSILON
 from oa_train.zoo.tokenizer import word_tokenizer
 
-# From a seed to the model; the name is also that of its task.
+# Functions from a seed to the model; the name is also that of its task.
 KNOWN_MODELS: dict[str, Callable[[int], KnownModel]] = {
     "case_induction": build_case_induction,
     "two_hops": build_two_hops,
@@ -35,9 +35,9 @@ def write_known(name: str, folder: Path, seed: int = 0) -> KnownModel:
     """Write the folder of a model: weights, configuration, tokenizer, edges and model card.
 
     Args:
-        name: of the model, a key of `KNOWN_MODELS`.
-        folder: files in it are replaced.
-        seed: draws the distractors of the model.
+        name: name of the model, a key of `KNOWN_MODELS`.
+        folder: the folder; files in it are replaced.
+        seed: determines the distractors of the model.
     """
     known = KNOWN_MODELS[name](seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Looking up twice, in a GPT-2 of 4 layers and 3 heads (309 edges).
+"""A lookup in two steps, in a GPT-2 of 4 layers and 3 heads (309 edges).
 
-In "d F a C f B c D d" every letter in lower case is followed by the one that it stands for. The last letter, "d",
+In "d F a C f B c D d" every letter in lower case is followed by the letter that it stands for. The last letter, "d",
 stands for "F", and "f" for "B"; the answer is "b".
 """
 
@@ -48,9 +48,9 @@ ROLES = {
 class TwoHops(KnownTask):
     """Letters that stand for others, and one of them again; the answer is what its meaning stands for.
 
-    Each letter in lower case is followed, in upper case, by the one that it stands for; following them leads through
-    all letters and back. Further letters in upper case stand in between, so that a position does not tell what stands
-    there. Distractors are the other letters. In the counterfactual the same letters stand for others.
+    Each letter in lower case is followed, in upper case, by the letter that it stands for; following them leads
+    through all letters and back. There are additional letters in upper case in between, so that a position does not
+    determine its letter. Distractors are the other letters. In the counterfactual the same letters stand for other letters.
     """
 
     name = "two_hops"
@@ -89,7 +89,7 @@ def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[s
 
 
 def build_two_hops(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(LETTERS)
     spaces = subspaces(96, lower=n, upper=n, position=N_POSITIONS, before=n, hop=n, answer=n, output=n)
     spaces["token"] = slice(spaces["lower"].start, spaces["upper"].stop)
@@ -102,7 +102,7 @@ def build_two_hops(seed: int = 0) -> KnownModel:
     wiring.match(2, 0, [("hop", "before")])
     wiring.copy(2, 0, "upper", "answer")
     add_decoder(wiring, 3)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.match(1, 2, [("lower", "before")])
     wiring.copy(1, 2, "upper", "rest")
     wiring.look_back(2, 2, 1)
