@@ -81,9 +81,7 @@ def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTE
 def check_subset(path: str, subset: str | None) -> None:
     """Raise a ConfigurationError if a subset is given for something other than a Hub dataset."""
     if subset is not None and not path.startswith(HUB):
-        raise ConfigurationError(
-            f"data.subset is for Hub datasets ({HUB}owner/name), and data.path is {path!r}."
-        )
+        raise ConfigurationError(f"data.subset is for Hub datasets ({HUB}owner/name), and data.path is {path!r}.")
 
 
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:

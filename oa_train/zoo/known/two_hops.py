@@ -50,7 +50,7 @@ class TwoHops(KnownTask):
 
     Each letter in lower case is followed, in upper case, by the letter that it stands for; following them leads
     through all letters and back. There are additional letters in upper case in between, so that a position does not
-    determine its letter. Distractors are the other letters. In the counterfactual the same letters stand for other letters.
+    determine its letter. Distractors are the other letters. In the counterfactual the same letters stand for others.
     """
 
     name = "two_hops"
