@@ -100,7 +100,7 @@ class Constants(Ablation):
                 f"{positions}; give at least as many."
             )
         if len(self.slots.spans) > 1:
-            raise ConfigurationError("Constants of several spans cannot be told apart by position as well.")
+            raise ConfigurationError("Constants of several spans cannot also differ by position.")
         further = positions - self.n_positions
         wider = self.mapped(lambda table: torch.cat([table, *[table[-1:]] * further]))
         return replace(wider, slots=replace(self.slots, positions=positions))

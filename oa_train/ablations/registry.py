@@ -24,7 +24,7 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
 
-# A key of `KINDS`; not a Literal, so that users can register ablations of their own.
+# A key of `KINDS`; not a Literal, so that users can register their own ablations.
 AblationKind = str
 
 

@@ -116,7 +116,7 @@ def _unknown(name: str, shown: str, parser: ArgumentParser) -> str:
     if name == "lm.device_map":
         return f"There is no option {shown}. {WITHOUT_DEVICE_MAP}"
     if name == "class_path":
-        return "A class is given by class_path and init_args and nothing else; its arguments stand under init_args."
+        return "A class is given by class_path and init_args and nothing else; its arguments belong under init_args."
     names, owner = option_names(parser), getattr(parser, "owner", None)
     prefix, _, last = name.rpartition(".")
     new = RENAMED.get(last)

@@ -74,7 +74,7 @@ def run_tail(
     Args:
         model: frozen causal language model.
         residuals: input of the block of each start.
-        starts: indices of blocks, ascending; the number of layers stands for the final norm.
+        starts: indices of blocks in ascending order; the number of layers means the final norm.
         attention: supplies the attention outputs; gradients flow to them and to the residuals.
     """
     n_tokens = residuals.shape[1]

@@ -1,6 +1,6 @@
 """Distributions over masks, and the averaging of gradients over the rows that carry them.
 
-A distribution knows how many entries a mask has, but not what they stand for.
+A distribution knows the number of entries of a mask, but not their meaning.
 """
 
 from abc import abstractmethod

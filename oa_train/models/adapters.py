@@ -25,7 +25,7 @@ def merged(model: PreTrainedModel, name: str, local_files_only: bool, base: str)
         base: name of the model. A warning is given if the adapter names another one.
 
     Raises:
-        ModelError: there is no such adapter, it does not fit the model or has no merged form, or peft is missing.
+        ModelError: the adapter does not exist, does not fit the model or cannot be merged, or peft is missing.
     """
     if find_spec("peft") is None:
         raise ModelError("lm.adapter needs peft: pip install 'oa_train[peft]'")
@@ -43,7 +43,7 @@ def merged(model: PreTrainedModel, name: str, local_files_only: bool, base: str)
         if different:
             raise ValueError(f"{len(different)} tensors that it has and should have differ, as {different[0]}")
         if not hasattr(adapted, "merge_and_unload"):
-            raise ValueError("adapters of its kind are no change of weights")
+            raise ValueError("adapters of its kind are not a change of weights")
         result: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except MemoryError:
         raise

@@ -199,7 +199,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             refuse(str(path), "is too long for settings", f"Expected at most {MOST_CONFIG_BYTES} bytes of JSON.")
         config = json.loads(path.read_bytes())
     except OSError as problem:
-        raise ArtefactError(f"{path} cannot be read: {problem}.\nExpected it beside the weights.") from problem
+        raise ArtefactError(f"{path} cannot be read: {problem}.\nExpected it next to the weights.") from problem
     except (ValueError, RecursionError) as problem:
         raise ArtefactError(f"{path} is not JSON: {problem}.\nDownload or export it again.") from problem
     if not isinstance(config, dict):

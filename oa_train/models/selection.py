@@ -74,7 +74,7 @@ class Nodes(Level):
         check_site_kinds("sites", self.kinds)
         check_dictionaries(self.kinds, len(self.dictionaries))
         if len(self.by_layer) < len(self.dictionaries):
-            raise ConfigurationError("Two dictionaries stand in the same layer, so their features would share names.")
+            raise ConfigurationError("Two dictionaries are in the same layer, so their features would share names.")
         for dictionary in self.dictionaries:
             site_of_name(dictionary.site, self.dimensions)
             if dictionary.d_model != self.dimensions.d_model:

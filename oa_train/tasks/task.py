@@ -217,17 +217,17 @@ class Task(ABC):
         """Prompts `index * size` to `(index + 1) * size - 1` of a stream; `size` is `batch_size` by default.
 
         Raises:
-            TaskError: as of `batch_of`.
+            TaskError: as in `batch_of`.
         """
         check_at_least(1, size=size)
         size = self.batch_size if size is None else size
         return self.batch_of(stream, range(index * size, (index + 1) * size))
 
     def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `n_prompts` prompts of a stream, `size` (by default `evaluation_batch_size`) or fewer in a batch.
+        """The first `n_prompts` prompts of a stream, in batches of at most `size`, `evaluation_batch_size` by default.
 
         Raises:
-            TaskError: as of `batch_of`.
+            TaskError: as in `batch_of`.
         """
         check_at_least(1, size=size)
         size = self.evaluation_batch_size if size is None else size

@@ -144,7 +144,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
     """
     if not path.is_file():
-        state = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
+        state = f"{path} is a folder, not a checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
         raise CheckpointError(f"{state}. {_others(path)}".rstrip())
     try:
         _check_zip(path)

@@ -49,7 +49,7 @@ class ConstantsModule(FrozenModelModule):
     """Finds the best constant replacements of the units outside a fixed circuit.
 
     The constants of units that are ablated alone are trained in parallel on the same prompts; each row of a batch uses
-    and updates those of its own unit only, so this equals a separate job for each unit.
+    and updates only those of its own unit, so this is equivalent to a separate job for each unit.
 
     Exactly one of `circuit`, `keep` and `alone` determines what is ablated.
 

@@ -104,7 +104,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--finish.refit_start meen", "finish.refit_start is 'meen'; expected one of trained, mean, both."),
         ("--finish.refit.steps -3", "steps is -3; expected at least 0."),
         ("--ckpt_path nope.ckpt", "There is no checkpoint at nope.ckpt."),
-        ("--ckpt_path .", ". is a folder and no checkpoint."),
+        ("--ckpt_path .", ". is a folder, not a checkpoint."),
         ("--ckpt_path last", "--ckpt_path is 'last', which Lightning would look for"),
         # What is given once, at the top.
         ("--model.lm.name gpt2", "--model.lm.name cannot be given to a class: lm is given once, at the top"),
@@ -172,7 +172,7 @@ def test_wrong_options_of_fit(capsys, monkeypatch, options, said):
             "model: {class_path: CircuitModule, init_args: {penaltie_weight: 1}}\ndata: IOI",
             "Did you mean penalty_weight",
         ),
-        ("model: {class_path: CircuitModule, penalty_weight: 1}\ndata: IOI", "its arguments stand under init_args."),
+        ("model: {class_path: CircuitModule, penalty_weight: 1}\ndata: IOI", "its arguments belong under init_args."),
         (
             "model: {class_paht: CircuitModule}\ndata: IOI",
             "There is no argument 'class_paht' here. Did you mean class_p",

@@ -142,9 +142,9 @@ class Buffers:
     Attributes:
         layers: masks and inputs of each layer.
         inputs: inputs of the readers of all layers, or of the current layer if they are not kept.
-        written: the baseline as of the last read by attention, followed by what each source has written.
+        written: the baseline at the time of the last read by attention, followed by the output of each source.
         baseline: the baseline so far.
-        baseline_before: the baseline as of each layer's read by attention.
+        baseline_before: the baseline at the time of each layer's read by attention.
         gradient: in the backward pass, the gradient of `written` (of the baseline only if it carries gradients).
     """
 

@@ -96,7 +96,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
         if body.config.output_hidden_states if requested is None else requested:
             raise ConfigurationError(
                 "output_hidden_states is set in a call under a circuit of edges, where no layer has a hidden state: "
-                "every reader has an input of its own, and what blocks pass on is right at protected tokens only. "
+                "every reader has its own input, and the outputs of blocks are correct at protected tokens only. "
                 "Call the model without it, or take a circuit of nodes (level: nodes)."
             )
         return forward(*args, **kwargs)
@@ -121,7 +121,7 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
         if foreign := foreign_hooks(functions):
             raise ConfigurationError(
                 f"A function is attached to {name} ({foreign[0]}). It would have no effect, or a wrong one, in a "
-                "circuit of edges: every reader has an input of its own there, and nothing uses this tensor. "
+                "circuit of edges: every reader has its own input there, and nothing uses this tensor. "
                 "Remove it for the run, or take a circuit of nodes (level: nodes)."
             )
 

@@ -29,7 +29,7 @@ EDGES = (
 ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
-    "a2.h0": "attends to the word that stands behind the same letter, or to the BOS if there is none, and copies it",
+    "a2.h0": "attends to the word that followed the same letter before, or to the BOS if there is none, and copies it",
     "a3.h0": "does the same where a2.h0 has written nothing, and attends to the BOS where it has: a backup",
     "m3": "turns the word into its lower case",
     "a0.h0, m1": "each write a constant that m3 relies on",

@@ -28,7 +28,7 @@ EDGES = (
 ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
-    "a2.h0": "attends to the word that stands behind the same letter, and copies it",
+    "a2.h0": "attends to the word that followed the same letter before, and copies it",
     "m2": "turns that word into its lower case",
     "a0.h0, m1": "each write a constant that m2 relies on",
     "a1.h1": "writes a sign, of which m1 takes the absolute value",

@@ -31,7 +31,7 @@ ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
     "a1.h1": "copies the letter of the word two before; it shares key and value with a1.h0",
-    "a2.h0": "attends to the word that stands behind the same two letters, and copies it",
+    "a2.h0": "attends to the word that followed the same two letters before, and copies it",
     "m2": "turns that word into its lower case",
     "a0.h0, m1": "each write a constant that m2 relies on",
     "a0.h1": "writes a sign, of which m1 takes the absolute value; it shares key and value with a0.h0",

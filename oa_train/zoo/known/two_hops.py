@@ -34,7 +34,7 @@ EDGES = (
 
 ROLES = {
     "a0.h0": "copies the word before, if it is in lower case",
-    "a1.h0": "attends to what stands behind the same lower-case word, and copies its letter",
+    "a1.h0": "attends to the word that follows the same lower-case word, and copies its letter",
     "a2.h0": "does so for the letter that a1.h0 has found",
     "m3": "turns the letter into a word in lower case",
     "a0.h1, m0": "each write a constant that m3 relies on",
@@ -46,7 +46,7 @@ ROLES = {
 
 
 class TwoHops(KnownTask):
-    """Letters that stand for others, and one of them again; the answer is what its meaning stands for.
+    """Letters that stand for other letters, then one of them again; the answer is the letter two steps from it.
 
     Each letter in lower case is followed, in upper case, by the letter that it stands for; following them leads
     through all letters and back. There are additional letters in upper case in between, so that a position does not

@@ -32,7 +32,7 @@ def subspaces(width: int, **sizes: int) -> dict[str, slice]:
     sizes |= {"one": 1, "coin": 1, "sign": 1, "support": 1, "balance": 1}
     sizes["rest"] = width - sum(sizes.values())
     if sizes["rest"] < 0:
-        raise ValueError(f"{width - sizes['rest']} dimensions do not fit into a space of {width}.")
+        raise ValueError(f"{width - sizes['rest']} dimensions do not fit in a space of {width}.")
     ends = torch.tensor(list(sizes.values())).cumsum(dim=0).tolist()
     return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
