@@ -121,7 +121,7 @@ def told_how_to_resume(
     """Add to a fault or an interruption how to resume; deletion of the run folder counts as a fault.
 
     Args:
-        run: returns the run folder, which processes other than the main one may learn only during the run.
+        run: returns the run folder, which processes other than the first one may learn only during the run.
         resumed_from: checkpoint from which this run itself was resumed.
         save_config: writes the configuration again if the folder was deleted; None in all processes except the main
             one, which reports faults that all of them meet.
@@ -136,7 +136,7 @@ def told_how_to_resume(
         if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
             with suppress(OSError):
                 save_config()
-        # Other processes report only what the main one cannot know.
+        # Other processes report only what the first one cannot know.
         goes_on = not isinstance(problem, Exception) or explain(problem)[0] == FAULT
         if goes_on and (save_config is not None or (isinstance(problem, Exception) and own_error(problem) is None)):
             for line in run().how_to_resume(resumed_from):
@@ -201,7 +201,7 @@ def _machine(problem: BaseException) -> str | None:
 
 
 def _file(problem: BaseException) -> str | None:
-    """Message for a system error about a file, unless the user's own code failed to find the file; else None."""
+    """Message for a system error about a file; None for others, and for files that the user's own code misses."""
     if not isinstance(problem, OSError) or problem.errno not in _OF_FILES:
         return None
     if problem.errno == errno.ENOENT and place_outside(problem) is not None:

@@ -46,7 +46,7 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.progress_lines import training_bar
 from oa_train.training.strategies import ShardedStrategy
 
-# Tells the processes that a distributed strategy starts which run folder the main process has claimed.
+# Tells the processes that a distributed strategy starts which run folder the first process has claimed.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
 
 # Keys of a fit's options that do not describe the experiment.
@@ -135,7 +135,7 @@ class OaTrainCLI(LightningCLI):
 
     @property
     def _is_first(self) -> bool:
-        """True for the only process or the main one of several, whatever has started them."""
+        """True for the only process or the first one of several, whatever has started them."""
         return getattr(rank_zero_only, "rank", 0) == 0 and not self._is_started
 
     @property
@@ -257,7 +257,7 @@ class OaTrainCLI(LightningCLI):
                 del os.environ[RUN_FOLDER_VARIABLE]
 
     def _shared_run(self) -> RunFolder:
-        """The run folder as another process has learned it from the main one."""
+        """The run folder as another process has learned it from the first one."""
         callbacks = self.trainer.checkpoint_callbacks
         best = next(callback for callback in callbacks if isinstance(callback, BestCheckpoint))
         assert best.dirpath is not None
@@ -278,7 +278,7 @@ class OaTrainCLI(LightningCLI):
         sharded = isinstance(strategy, ShardedStrategy)
         if self.run_folder is None or not (first or sharded):
             return
-        # A sharded model needs all processes to run it. They compute the same; the files of the main one are kept.
+        # A sharded model needs all processes to run it. They compute the same; the files of the first one are kept.
         with none_left_behind(self.trainer) if sharded else nullcontext():
             best = self.run_folder.checkpoint("best")
             state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None

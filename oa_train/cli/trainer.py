@@ -44,7 +44,7 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
     if name.startswith(_OF_NOTEBOOKS) or method not in (None, "popen"):
         raise ConfigurationError(
             f"trainer.strategy is {name!r}{f' with start_method {method}' if method else ''}, which is for notebooks: "
-            "here its processes would keep running after a signal has ended the main one. Use ddp, its equivalent."
+            "here its processes would keep running after a signal has ended the first one. Use ddp, its equivalent."
         )
     check_experiment(chosen.experiment)
     if writes:

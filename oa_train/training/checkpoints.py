@@ -20,7 +20,7 @@ from oa_train.files import replace_file
 IDENTITY_KEY = "oa_train"
 _VERSION_KEY = "pytorch-lightning_version"
 
-# The file in which Lightning's notebook strategies hand the trained tensors, and nothing else, to the main process.
+# The file in which Lightning's notebook strategies hand the trained tensors, and nothing else, to the first process.
 HANDED_OVER = ".temp.ckpt"
 
 _COUNTS: Schema = {"ready": COUNT, "completed": COUNT, str: COUNT}

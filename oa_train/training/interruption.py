@@ -16,11 +16,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from oa_train.errors import TERMINATED
 from oa_train.training.callbacks import LastCheckpoint, validation_follows
 
-# Seconds that the main process waits for those that it has started, once all have agreed to end.
+# Seconds that the first process waits for those that it has started, once all have agreed to end.
 SECONDS_TO_END = 30.0
 
-# The same after an error in the main process. Meanwhile other processes that failed can report it; one that waits in a
-# collective operation for the main process would wait forever.
+# The same after an error in the first process. Meanwhile other processes that failed can report it; one that waits for
+# the first process in a collective operation would wait forever.
 SECONDS_AFTER_A_FAULT = 2.0
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
@@ -195,7 +195,7 @@ def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterato
 
 @contextmanager
 def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
-    """Make the main process outlive its child processes while they work together outside training.
+    """Make the first process outlive its child processes while they work together outside training.
 
     Lightning would kill it as soon as a child fails, before it could say how to resume, and would leave the children
     running if it fails itself.

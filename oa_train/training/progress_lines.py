@@ -35,7 +35,7 @@ class TrainingLines(ProgressBar):
         self._is_enabled, self._begun, self._next, self._first_step = True, 0.0, math.inf, 0
 
     def disable(self) -> None:
-        """Print nothing; called in all processes except the main one."""
+        """Print nothing; called in all processes except the first one."""
         self._is_enabled = False
 
     def enable(self) -> None:
