@@ -38,7 +38,7 @@ from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
-from oa_train.training.summed import summed
+from oa_train.training.side_by_side import summed
 
 
 def scored_everywhere(batch: Batch) -> Batch:

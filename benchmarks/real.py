@@ -24,9 +24,9 @@ from typing import Any
 
 from benchmarks.real_model import real_model
 from benchmarks.real_text import real_text
-from oa_train.figures.comparison import Interval
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import save_figure
+from oa_train.metrics.estimates import Estimate
 from oa_train.studies.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -214,12 +214,7 @@ def figure(progress: Progress, folder: Path) -> None:
     document = json.loads((Path(results) / "results.json").read_text())
     rows, sizes = document["rows"], {run["name"]: run["n_nodes"] for run in document["runs"]}
     kl = {
-        kind: [
-            Interval(row["kl"]["mean"], *row["kl"]["ci95"])
-            for run in sizes
-            for row in rows
-            if (row["run"], row["ablation"]) == (run, kind)
-        ]
+        kind: [Estimate(**row["kl"]) for run in sizes for row in rows if (row["run"], row["ablation"]) == (run, kind)]
         for kind in SHOWN
     }
     title = "SmolLM2-135M, indirect object identification"

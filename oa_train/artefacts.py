@@ -4,16 +4,14 @@
         artefact.json        kind, schema version, header, provenance, checksums of header and tensors
         tensors.safetensors
 
-A folder is written completely or not at all (temporary name, sync, rename) and never overwritten. Reading runs no
-code, and checks the checksums and the type, size and shape of every value.
+A folder is written whole or not at all and never overwritten. Reading runs no code and checks the checksums, and the
+type, size and shape of every value.
 """
 
 import hashlib
 import json
 import math
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,11 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
+from safetensors.torch import load as load_safetensors, save as save_safetensors
 
-from oa_train.errors import ArtefactError, RunError
-from oa_train.files import sync_folder, write_synced
+from oa_train.errors import ArtefactError
+from oa_train.files import write_folder
 from oa_train.shapes import Tensor
 
 # Schema version of circuits and constants. Version 1 had heads and MLPs only.
@@ -141,15 +138,8 @@ def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None 
 
 
 def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
-    """Write a result folder of a kind (`circuit`, `constants`), whose parents are made; returns the folder.
-
-    Raises:
-        ArtefactError: the folder exists already.
-        RunError: the folder cannot be written; no part of it is left behind.
-    """
+    """Write a result folder of a kind (`circuit`, `constants`) by `write_folder`, and return it."""
     folder = Path(folder)
-    if folder.exists():
-        raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
     blob = tensor_bytes(artefact.tensors)
     document = {
         "kind": kind,
@@ -160,20 +150,8 @@ def save_artefact(folder: str | Path, kind: str, artefact: Artefact) -> Path:
         "header_sha256": _header_checksum(artefact.header),
         "header": artefact.header,
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            temporary.chmod(0o755)
-            write_synced(temporary / TENSOR_FILE, blob)
-            write_synced(temporary / HEADER_FILE, json.dumps(document, indent=2, allow_nan=False).encode())
-            temporary.rename(folder)
-            sync_folder(folder.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    except OSError as problem:
-        raise RunError(f"{folder} cannot be written: {problem.strerror or problem}.") from problem
+    header = json.dumps(document, indent=2, allow_nan=False).encode()
+    write_folder(folder, {TENSOR_FILE: blob, HEADER_FILE: header})
     return folder
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.errors import ConfigurationError, suggestion
 
 
 def check_at_least(least: float, **options: float | None) -> None:
@@ -34,6 +34,5 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         ConfigurationError: it is not; the message names all choices, and the nearest ones.
     """
     if value not in choices:
-        near = nearest_names(str(value), choices)
-        hint = f" {near}" if near.startswith("Did you mean") else ""
-        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}.{hint}")
+        near = suggestion(str(value), choices)
+        raise ConfigurationError(f"{name} is {value!r}; expected one of {', '.join(choices)}. {near}".rstrip())

@@ -119,26 +119,21 @@ def causes(problem: BaseException) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def nearest_names(name: str, valid: Iterable[str], most: int = 3) -> str:
-    """Sentence that suggests the valid names closest to a name.
-
-    Args:
-        name: the name that is not valid.
-        valid: all valid names.
-        most: how many near names to list.
-
-    Returns:
-        "Did you mean a, b?" when something is near, else "Valid names: ..." (the first twenty).
-    """
+def suggestion(name: str, valid: Iterable[str]) -> str:
+    """Question "Did you mean a, b?" with up to three valid names near one that is not; empty if none is near."""
     names = list(dict.fromkeys(valid))
-    near = difflib.get_close_matches(name, names, n=most, cutoff=0.6)
-    if not near:
-        # The same in another case, or the beginning of a name, is near as well.
-        near = [known for known in names if name and known.lower().startswith(name.lower())][:most]
-    if near:
-        return f"Did you mean {', '.join(near)}?"
+    # The same in another case, or the beginning of a name, is near as well.
+    near = difflib.get_close_matches(name, names) or [
+        known for known in names if name and known.lower().startswith(name.lower())
+    ]
+    return f"Did you mean {', '.join(near[:3])}?" if near else ""
+
+
+def nearest_names(name: str, valid: Iterable[str], heading: str = "Valid names") -> str:
+    """Sentence about a name that is not valid: a `suggestion`, else the first twenty names under a heading."""
+    names = list(dict.fromkeys(valid))
     shown = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
-    return f"Valid names: {shown}."
+    return suggestion(name, names) or f"{heading}: {shown}."
 
 
 def unknown_name(kind: str, name: str, valid: Iterable[str]) -> UnknownNameError:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,10 +23,9 @@ def make_next_folder(parent: Path, prefix: str) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
             folder = parent / f"{prefix}_{number}"
-            if not os.path.lexists(folder):
-                with suppress(FileExistsError):  # another process was faster
-                    folder.mkdir()
-                    return folder
+            with suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except OSError as problem:
         raise RunError(f"No folder can be made in {parent}: {problem}") from problem
     raise AssertionError("unreachable")
@@ -61,6 +62,31 @@ def replace_file(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a new folder whole or not at all (temporary name, sync, rename), and make its parents.
+
+    Raises:
+        ArtefactError: the folder exists already.
+        RunError: it cannot be written; no part of it is left behind.
+    """
+    if folder.exists():
+        raise ArtefactError(f"{folder} exists already and results are never overwritten; name another folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            temporary.chmod(0o755)
+            for name, content in files.items():
+                write_synced(temporary / name, content)
+            temporary.rename(folder)
+            sync_folder(folder.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as problem:
+        raise RunError(f"{folder} cannot be written: {problem.strerror or problem}.") from problem
 
 
 def sync_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ Work is counted in passes: runs of the model on one prompt, as one circuit. One 
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,7 +74,7 @@ class _Planned(Track):
         later = sum(stage.passes for stage in self.stages[self._number :])
         begun, done = time.monotonic(), 0
         self._start = self._start or begun
-        with self._stage(passes, numbered if len(self.stages) > 1 else description) as advance:
+        with self._shown(passes, numbered if len(self.stages) > 1 else description) as advance:
 
             def count(more: int) -> None:
                 nonlocal done
@@ -89,9 +89,6 @@ class _Planned(Track):
                     self._estimated(now - self._start, pace * (passes - done) + of_all * later)
 
             yield count
-
-    def _stage(self, passes: int, description: str) -> AbstractContextManager[Advance]:
-        return self._shown(passes, description)
 
     def _estimated(self, elapsed: float, left: float) -> None:
         total = elapsed + left

@@ -19,6 +19,7 @@ from transformers import (
 from oa_train.ablations.constants import Constants
 from oa_train.batches import Batch
 from oa_train.engine.values import Values
+from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.frozen import CausalLM, freeze
 from oa_train.models.levels import Level
@@ -194,6 +195,13 @@ def random_mask(rows: int, entries: int, seed: int = 0) -> torch.Tensor:
     """Float64 masks of which about a quarter each is exactly 0 and exactly 1."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(rows, entries, generator=generator, dtype=torch.float64) * 2 - 0.5).clamp(0, 1)
+
+
+def draw_masks(masks: MaskDistribution, n_rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Masks whose gradients are averaged over these rows."""
+    mask = masks.sample(torch.rand(n_rows, len(masks.logits), generator=generator, dtype=masks.logits.dtype))
+    inside = masks.carries_gradient(mask)
+    return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), n_rows)
 
 
 def random_dictionary(site: str, n_features: int = 10, seed: int = 0, d_model: int = 32) -> Dictionary:

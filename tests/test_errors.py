@@ -45,7 +45,7 @@ def test_a_checkpoint_is_an_artefact():
 
 def test_near_names_are_suggested_nearest_first():
     assert nearest_names("inducton", ["ioi", "greater_than", "induction"]) == "Did you mean induction?"
-    assert nearest_names("abcd", ["abcx", "abxx", "abcde", "zzzz"], most=2) == "Did you mean abcde, abcx?"
+    assert nearest_names("abcd", ["abcx", "abxx", "abcde", "zzzz", "abce"]) == "Did you mean abcde, abcx, abce?"
 
 
 def test_a_name_far_from_all_lists_them_once_each():

@@ -12,7 +12,7 @@ from oa_train.metrics.measures import measured
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Advance, Track, silent
 from oa_train.shapes import Float, Int, Tensor
-from oa_train.tasks.task import Stream, Task
+from oa_train.tasks.task import Task
 
 # Number of prompts that suffices to tell whether a model can do a task.
 ENOUGH = 64
@@ -93,11 +93,9 @@ def clean_ability(model: CausalLM, batches: Iterable[Batch], advance: Advance = 
     return Ability(accuracy, difference, torch.cat(tops).cpu(), has_distractors)
 
 
-def ability_before_training(
-    model: CausalLM, task: Task, stream: Stream = "validation", track: Track = silent
-) -> list[str]:
-    """Lines for the user before training: remarks on the task's prompts, and how well the clean model does on them."""
+def ability_before_training(model: CausalLM, task: Task, track: Track = silent) -> list[str]:
+    """Sentences for people before a training: remarks on its prompts, and how well the model does."""
     n_prompts = min(task.n_validation, ENOUGH)
-    with track(n_prompts, f"clean model on {stream} prompts") as advance:
-        ability = clean_ability(model, task.batches(stream, n_prompts), advance)
-    return [*task.remarks, *ability.lines(f"{stream} prompts", warn=task.solvable)]
+    with track(n_prompts, "clean model on validation prompts") as advance:
+        ability = clean_ability(model, task.batches("validation", n_prompts), advance)
+    return [*task.remarks, *ability.lines("validation prompts", warn=task.solvable)]

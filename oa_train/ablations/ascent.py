@@ -7,10 +7,10 @@ from functools import partial
 import torch
 
 from oa_train.ablations.base import Ablation
-from oa_train.ablations.evaluation import CleanLogits
+from oa_train.ablations.evaluation import CleanLogits, pieces
 from oa_train.batches import Batch
 from oa_train.checks import check_at_least
-from oa_train.engine.chunks import ROWS_PER_RUN, chunks
+from oa_train.engine.chunks import ROWS_PER_RUN
 from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
@@ -80,80 +80,40 @@ def ascend(
     """Maximise the mean loss on some prompts over mask entries in [0, 1] that are the same for all prompts.
 
     A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
-    so its loss is never below that of the start.
+    so its loss is never below that of the start. Without steps the starts are evaluated as they are.
 
-    Args:
-        model: frozen causal language model.
-        batches: the prompts, on any device; each step runs on all of them.
-        level: level of the masks.
-        starts: initial mask of each ascent, in [0, 1].
-        free: entries that may change.
-        ablation: supplies the replacements.
-        settings: number of steps and their size.
-        loss: name of the loss to maximise.
-        advance: counts passes.
+    Each ascent has a start, a mask in [0, 1] of which the `free` entries may change. Every step runs on all batches,
+    which are on any device. `advance` counts passes.
     """
-    device, ablation, clean = model.device, ablation.to(model.device), CleanLogits(model)
-    masks, free = starts.to(device), free.to(device)
+    ablation, clean, n_prompts = ablation.to(model.device), CleanLogits(model), sum(map(len, batches))
+
+    def losses_and_gradient(masks: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor]:
+        """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
+        totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
+        for batch in batches:
+            runs = pieces(model, batch, clean(batch), level, masks, settings.rows_per_run, gradients=True)
+            for piece, unmasked, slices in runs:
+                values = ablation.replacements(piece, partial(read_values, model, level=level))
+                for chosen in slices:
+                    of_slice = masks[chosen].detach().requires_grad_(with_gradients)
+                    copies = len(of_slice)
+                    with torch.set_grad_enabled(with_gradients):
+                        logits = copies_logits(model, piece, level, of_slice, values.repeat(copies))
+                        of_rows = loss_of(loss, unmasked, logits, piece.repeat(copies))
+                        losses = of_rows.view(copies, -1).sum(dim=1) / n_prompts
+                    if with_gradients:
+                        # A sum over masks: the gradient of each is that of its own mean.
+                        gradient[chosen] += torch.autograd.grad(losses.sum(), of_slice)[0]
+                    totals[chosen] += losses.detach()
+                    advance((WITH_GRADIENTS if with_gradients else 1) * copies * len(piece))
+        return totals, gradient
+
+    masks, free = starts.to(model.device), free.to(model.device)
     worst, first, highest = masks.clone(), masks.new_zeros(0), masks.new_full((len(masks),), -torch.inf)
     for step in range(settings.steps + 1):
-        with_gradients = step < settings.steps
-        losses, gradient = _losses(
-            model, batches, clean, level, masks, ablation, settings.rows_per_run, loss, with_gradients, advance
-        )
+        losses, gradient = losses_and_gradient(masks, with_gradients=step < settings.steps)
         first = first if step else losses
         is_worse = losses > highest
         highest, worst = torch.where(is_worse, losses, highest), torch.where(is_worse.unsqueeze(1), masks, worst)
         masks = (masks + settings.step_size * gradient.sign() * free).clamp(0, 1)
     return Ascended(worst.cpu(), highest.cpu(), first.cpu())
-
-
-def mean_losses(
-    model: CausalLM,
-    batches: Sequence[Batch],
-    level: Level,
-    masks: Float[Tensor, "start entry"],
-    ablation: Ablation,
-    loss: Loss = "kl",
-    rows_per_run: int = ROWS_PER_RUN,
-    advance: Advance = lambda done: None,
-) -> Float[Tensor, " start"]:
-    """Mean loss of each mask over some prompts, on the CPU; see `ascend`."""
-    args = model, batches, CleanLogits(model), level, masks.to(model.device), ablation.to(model.device)
-    return _losses(*args, rows_per_run, loss, False, advance)[0].cpu()
-
-
-def _losses(
-    model: CausalLM,
-    batches: Sequence[Batch],
-    clean: CleanLogits,
-    level: Level,
-    masks: Float[Tensor, "start entry"],
-    ablation: Ablation,
-    rows_per_run: int,
-    loss: Loss,
-    with_gradients: bool,
-    advance: Advance,
-) -> tuple[Float[Tensor, " start"], Float[Tensor, "start entry"]]:
-    """Mean loss of each mask over all prompts, and its gradient, or zeros if no gradients are wanted."""
-    n_prompts = sum(map(len, batches))
-    totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
-    for batch in batches:
-        logits_of_batch, done = clean(batch).to(masks.device), 0
-        on_device = batch.to(masks.device)
-        for piece, slices in chunks(model, level, on_device, masks, rows_per_run, gradients=True):
-            unmasked, done = logits_of_batch[done : done + len(piece)], done + len(piece)
-            values = ablation.replacements(piece, partial(read_values, model, level=level))
-            for starts in slices:
-                chosen = masks[starts].detach().requires_grad_(with_gradients)
-                n_starts = len(chosen)
-                with torch.set_grad_enabled(with_gradients):
-                    logits = copies_logits(model, piece, level, chosen, values.repeat(n_starts))
-                    of_rows = loss_of(loss, unmasked, logits, piece.repeat(n_starts))
-                    of_starts = of_rows.view(n_starts, -1).sum(dim=1) / n_prompts
-                if with_gradients:
-                    # A sum over starts: the gradient of each mask is that of its own mean loss.
-                    gradient[starts] += torch.autograd.grad(of_starts.sum(), chosen)[0]
-                totals[starts] += of_starts.detach()
-                advance((WITH_GRADIENTS if with_gradients else 1) * n_starts * len(piece))
-    return totals, gradient

@@ -32,14 +32,8 @@ def mask_gradients(
     edges, edge attribution patching (Syed et al., 2023), with the replacements of any ablation. The KL divergence from
     the clean model has its minimum there, so its gradient is zero and uninformative.
 
-    Args:
-        model: frozen causal language model.
-        batches: prompts, on any device.
-        level: level of the mask.
-        ablation: supplies the replacements.
-        loss: name of the loss.
-        rows_per_run: most prompts of one model run; bounds memory, changes no result.
-        advance: counts passes.
+    The batches are on any device; a model run has `rows_per_run` prompts at most, which bounds memory and changes no
+    result. `advance` counts passes.
     """
     ablation, gradients = ablation.to(model.device), []
     everything = torch.ones(1, len(level))

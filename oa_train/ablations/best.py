@@ -45,9 +45,15 @@ class BestConstants(nn.Module):
                 best[number] = torch.where(taken, offered[site][number], best[number])
             self.loss[circuit] = loss[circuit]
 
+    def known(self) -> bool:
+        """True once every circuit was offered constants with a finite loss."""
+        return bool(torch.isfinite(self.loss).all())
+
     def sets(self) -> list[Constants]:
         """The constants of each circuit, or the one set that all circuits share."""
-        return [constants.detach() for constants in unstacked(self._tables(), self._slots)]
+        tables = self._tables()
+        n_sets = len(next(iter(tables.values())))
+        return [constants.detach() for constants in unstacked(tables, self._slots, range(n_sets))]
 
 
 def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Slots) -> Replaced:

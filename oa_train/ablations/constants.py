@@ -4,7 +4,7 @@ Zero, mean and optimal ablation differ only in the values of the constants. Thos
 keep the ablated model as close as possible to the clean one (Li & Janson, 2024).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -179,10 +179,11 @@ class Constants(Ablation):
         return Values(tables, self.slots.of_tokens(positions))
 
 
-def unstacked(tables: Mapping[Site, Float[Tensor, "circuit slot unit width"]], slots: Slots) -> list[Constants]:
-    """The constants of each circuit, as views of the tables: they share memory and gradients."""
-    n_sets = len(next(iter(tables.values())))
-    return [Constants({site: table[n] for site, table in tables.items()}, slots) for n in range(n_sets)]
+def unstacked(
+    tables: Mapping[Site, Float[Tensor, "circuit slot unit width"]], slots: Slots, numbers: Iterable[int]
+) -> list[Constants]:
+    """The constants of circuits with these numbers, which share gradients and memory with the tables."""
+    return [Constants({site: table[number] for site, table in tables.items()}, slots) for number in numbers]
 
 
 def _sizes(shape: Sequence[int]) -> str:
@@ -228,9 +229,10 @@ class TrainableConstants(nn.Module):
         """Tables of all circuits by site: [circuit, slot, unit, width]."""
         return {Site.of_key(key): table for key, table in self.tables.items()}
 
-    def sets(self) -> list[Constants]:
-        """The constants of each circuit, with gradients to the parameters."""
-        return unstacked(self.by_site(), self.slots)
+    def sets(self, circuits: Iterable[int] | None = None) -> list[Constants]:
+        """The constants of each circuit, of some, or the set that all share, with gradients to the parameters."""
+        numbers = range(len(self)) if circuits is None or len(self) == 1 else circuits
+        return unstacked(self.by_site(), self.slots, numbers)
 
     @torch.no_grad()
     def load(self, constants: Constants) -> None:

@@ -91,19 +91,38 @@ def circuit_behaviour(
         clean: cache of clean logits, for when the same batches are evaluated again.
         advance: counts finished rows.
     """
-    moved, clean = [ablation.to(model.device) for ablation in ablations], clean or CleanLogits(model)
-    return _gathered(
-        (piece, _on_piece(model, piece, logits, level, masks, moved, slices, advance))
-        for batch in batches
-        for piece, logits, slices in _pieces(model, batch, clean(batch), level, masks, rows_per_run)
-    )
+    clean, values_of = clean or CleanLogits(model), partial(read_values, model, level=level)
+    ablations, results = [ablation.to(model.device) for ablation in ablations], []
+    for batch in batches:
+        for piece, unmasked, slices in pieces(model, batch, clean(batch), level, masks, rows_per_run):
+            # Replacements may cost a run of the model, so those that all circuits share are computed once.
+            shared = ablations[0].replacements(piece, values_of) if len(ablations) == 1 else None
+            measures = []
+            for circuits in slices:
+                copies = circuits.stop - circuits.start
+                if shared is not None:
+                    values = shared.repeat(copies)
+                else:
+                    values = replacements_of_copies(ablations[circuits], piece, copies, values_of)
+                logits = copies_logits(model, piece, level, masks[circuits], values)
+                measures.append(_measures(unmasked, logits, piece, copies))
+                advance(copies * len(piece))
+            results.append((piece, {name: torch.cat([part[name] for part in measures]) for name in MEASURES}))
+    return _gathered(results)
 
 
-def _pieces(
-    model: CausalLM, batch: Batch, clean: Tensor, level: Level, masks: Tensor, rows_per_run: int
+def pieces(
+    model: CausalLM,
+    batch: Batch,
+    clean: Float[Tensor, "row scored vocabulary"],
+    level: Level,
+    masks: Tensor,
+    rows_per_run: int,
+    gradients: bool = False,
 ) -> Iterator[tuple[Batch, Tensor, list[slice]]]:
+    """The pieces of `chunks` on the model's device, each with its clean logits."""
     first = 0
-    for piece, slices in chunks(model, level, batch.to(model.device), masks, rows_per_run):
+    for piece, slices in chunks(model, level, batch.to(model.device), masks, rows_per_run, gradients):
         yield piece, clean[first : first + len(piece)].to(model.device), slices
         first += len(piece)
 
@@ -135,49 +154,17 @@ def _measures(clean: Tensor, logits: Tensor, batch: Batch, copies: int = 1) -> d
     return {name: measured(name, clean, logits, rows).view(copies, -1) for name in MEASURES}
 
 
-def _on_piece(
-    model: CausalLM,
-    batch: Batch,
-    clean: Tensor,
-    level: Level,
-    masks: Tensor,
-    ablations: Sequence[Ablation],
-    slices: Sequence[slice],
-    advance: Advance,
-) -> dict[str, Tensor]:
-    values_of = partial(read_values, model, level=level)
-    # Replacements may cost a run of the model, so those that all circuits share are computed once.
-    shared = ablations[0].replacements(batch, values_of) if len(ablations) == 1 else None
-    measures = []
-    for circuits in slices:
-        copies = circuits.stop - circuits.start
-        if shared is not None:
-            values = shared.repeat(copies)
-        else:
-            values = replacements_of_copies(ablations[circuits], batch, copies, values_of)
-        logits = copies_logits(model, batch, level, masks[circuits], values)
-        measures.append(_measures(clean, logits, batch, copies))
-        advance(copies * len(batch))
-    return {name: torch.cat([of_slice[name] for of_slice in measures]) for name in MEASURES}
-
-
 def circuit_logits(
     model: CausalLM,
     batch: Batch,
     level: Level,
     masks: Bool[Tensor, "circuit entry"],
     ablations: Sequence[Ablation],
-    recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits of several circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
+    """Logits of S circuits on the same B prompts, in one run of the model, laid out as `batch.repeat(S)`.
 
-    Args:
-        model: frozen causal language model.
-        batch: prompts, on the model's device.
-        level: level of the masks.
-        masks: a circuit in each of S rows.
-        ablations: one for each circuit, or one for all; gradients flow to trained constants.
-        recompute: see `masked_logits`.
+    There is an ablation for each circuit, or one for all; gradients flow to trained constants. The batch is on the
+    model's device.
     """
     values = replacements_of_copies(ablations, batch, len(masks), partial(read_values, model, level=level))
-    return copies_logits(model, batch, level, masks, values, recompute)
+    return copies_logits(model, batch, level, masks, values)

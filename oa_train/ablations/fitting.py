@@ -6,8 +6,8 @@ such as each component alone, share one set of tables.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from oa_train.ablations.base import replacements_of_copies
 from oa_train.ablations.best import BestConstants, can_share_tables, replaced_slots
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour
+from oa_train.ablations.evaluation import CleanLogits, circuit_behaviour
 from oa_train.batches import Batch
 from oa_train.checks import check_at_least, check_positive
 from oa_train.engine.chunks import ROWS_PER_RUN, chunks
@@ -96,20 +96,6 @@ class FittedCircuits(nn.Module):
         sets = [constants.of_level(self.level)] * len(self.constants)
         return TrainableConstants(sets).to(self.constants.device).requires_grad_(False)
 
-    def behaviour(
-        self,
-        model: CausalLM,
-        batches: Iterable[Batch],
-        sets: Sequence[Constants],
-        circuits: Sequence[int],
-        clean: CleanLogits | None = None,
-        advance: Advance = lambda done: None,
-    ) -> Behaviour:
-        """Measures of some circuits, each under its own constants, or all under one set."""
-        chosen = sets if len(sets) == 1 else [sets[circuit] for circuit in circuits]
-        masks = self.masks[[*circuits]]
-        return circuit_behaviour(model, batches, self.level, masks, chosen, self.rows_per_run, clean, advance)
-
     def runs(self, model: CausalLM, batch: Batch, circuits: Sequence[int] | None = None) -> Iterator["CircuitRun"]:
         """Model runs of one step of all or some circuits on a batch, each within `rows_per_run` rows and memory."""
         circuits = range(len(self.masks)) if circuits is None else circuits
@@ -130,16 +116,12 @@ class CircuitRun:
     circuits: list[int]
     share: float
     # Clean logits of these prompts, once a run of some of the circuits has computed them.
-    clean: list[Float[Tensor, "batch scored vocabulary"]] = field(default_factory=list)
+    clean: list[Float[Tensor, "batch scored vocabulary"]]
 
     def losses(self) -> Float[Tensor, " circuit"]:
         """The run's share of each circuit's mean loss over the step's prompts, with gradients to its constants."""
-        fitted, n_circuits, by_site = self.fitted, len(self.circuits), self.fitted.constants.by_site()
-        numbers = [0] if len(fitted.constants) == 1 else self.circuits
-        sets = [
-            Constants({site: table[number] for site, table in by_site.items()}, fitted.constants.slots)
-            for number in numbers
-        ]
+        fitted, n_circuits = self.fitted, len(self.circuits)
+        sets = fitted.constants.sets(self.circuits)
         values = replacements_of_copies(
             sets, self.batch, n_circuits, partial(read_values, self.model, level=fitted.level)
         )
@@ -193,8 +175,9 @@ def fit_constants(
     """
     fitted = FittedCircuits(level, masks, starts, loss, settings.rows_per_run).to(model.device)
     others = candidates(starts, others)
-    n_steps = settings.steps if fitted.has_constants else 0
-    passes = fit_passes(len(masks), replace(settings, steps=n_steps), task.n_validation, len(others))
+    if not fitted.has_constants:
+        settings = replace(settings, steps=0)
+    passes = fit_passes(len(masks), settings, task.n_validation, len(others))
     done = 0
     with track(passes, description) as advance:
 
@@ -203,8 +186,8 @@ def fit_constants(
             done += more
             advance(more)
 
-        _fit(model, task, fitted, replace(settings, steps=n_steps), others, count)
-        advance(passes - done)  # passes of circuits whose training stopped early
+        _fit(model, task, fitted, settings, others, count)
+        advance(passes - done)  # of circuits whose training stopped early
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 
@@ -234,7 +217,10 @@ def _fit(
     def offer(tables: TrainableConstants) -> Float[Tensor, " circuit"]:
         """Offer these constants for the active circuits; returns each circuit's best loss before the offer."""
         before, loss = fitted.best.loss.cpu(), torch.full_like(stagnation, torch.inf, dtype=torch.float)
-        behaviour = fitted.behaviour(model, validation, tables.sets(), active, clean, advance)
+        masks, sets = fitted.masks[active], tables.sets(active)
+        behaviour = circuit_behaviour(
+            model, validation, fitted.level, masks, sets, fitted.rows_per_run, clean, advance
+        )
         loss[active] = behaviour.loss(fitted.loss).mean(dim=1).float()
         fitted.best.offer(tables, loss)
         return before

@@ -1,6 +1,6 @@
 """Streaming means of units' values, independent of how the data are split.
 
-Float64 sums are kept with counts, so merging is addition, and the order of batches changes the last bits at most.
+Sums in float64 are kept with counts, so the order of batches changes the last bits at most.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -38,15 +38,12 @@ class StreamingMeans:
         of: Callable[[Tensor], Tensor] = lambda value: value,
     ) -> None:
         """Add a function `of` the values of a batch at the `counted` tokens, computed in float64."""
-        added = StreamingMeans(self.slots)
-        added.sums = {
-            site: torch.zeros(len(self.slots), *v.shape[2:], dtype=torch.float64) for site, v in values.items()
-        }
+        n_slots = len(self.slots)
         for inside, slot in self._tokens_of_slots(batch, counted):
-            added.counts += torch.bincount(slot, minlength=len(self.slots)).cpu()
+            self.counts += torch.bincount(slot, minlength=n_slots).cpu()
             for site, tensor in values.items():
-                added.sums[site] += _summed(tensor[inside], slot, len(self.slots), of)
-        self.merge(added)
+                summed = _summed(tensor[inside], slot, n_slots, of)
+                self.sums[site] = self.sums[site] + summed if site in self.sums else summed
 
     def _tokens_of_slots(
         self, batch: Batch, counted: Bool[Tensor, "batch position"]
@@ -58,13 +55,6 @@ class StreamingMeans:
         for number, span in enumerate(self.slots.spans):
             inside = counted if span is None else counted & batch.layout.span(span)
             yield inside, torch.full((int(inside.sum()),), number, device=inside.device)
-
-    def merge(self, other: "StreamingMeans") -> None:
-        """Add the sums of another part of the data."""
-        self.counts = self.counts + other.counts
-        self.sums = {
-            site: self.sums[site] + summed if site in self.sums else summed for site, summed in other.sums.items()
-        } or self.sums
 
     def means(self) -> Constants:
         """Means as constants; a position without tokens takes the mean of the nearest earlier one, or 0."""

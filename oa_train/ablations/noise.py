@@ -22,12 +22,7 @@ class NoiseAblation(Ablation):
     """Replaces each unit by Gaussian noise with the unit's mean and standard deviation.
 
     Dimensions and positions are drawn independently, so the noise carries nothing about the prompt: a total ablation.
-    Each prompt's draw is seeded by its index.
-
-    Args:
-        mean: mean in every dimension.
-        spread: standard deviation in every dimension.
-        seed: seed of the random numbers.
+    Each prompt's draw is seeded by its number. Mean and standard deviation (`spread`) are those of every dimension.
     """
 
     def __init__(self, mean: Constants, spread: Constants, seed: int) -> None:
@@ -56,9 +51,7 @@ class NoiseAblation(Ablation):
 class AddedNoiseAblation(Ablation):
     """Adds Gaussian noise to each unit's clean value, as causal tracing corrupts subjects (Meng et al. 2022).
 
-    Args:
-        deviation: standard deviation of the noise in every dimension.
-        seed: seed of the random numbers; a prompt's draw is seeded by its index as well.
+    Each prompt's draw is seeded by its number. `deviation` is the noise's standard deviation in every dimension.
     """
 
     def __init__(self, deviation: Constants, seed: int) -> None:
@@ -68,11 +61,7 @@ class AddedNoiseAblation(Ablation):
     def of_spread(cls, means: Constants, spread: Constants, scale: float, seed: int) -> "AddedNoiseAblation":
         """Noise with `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
 
-        Args:
-            means: mean in every dimension.
-            spread: standard deviation in every dimension.
-            scale: factor of the standard deviation; 3 in causal tracing.
-            seed: seed of the random numbers.
+        Computed from mean and standard deviation (`spread`) in every dimension. The scale is 3 in causal tracing.
         """
         return cls(spread.mapped_with(means, partial(_overall, scale)), seed)
 

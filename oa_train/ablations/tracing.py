@@ -145,10 +145,7 @@ class Tracing:
 class Tracer:
     """Runs a model with corrupted subjects and restored values.
 
-    Args:
-        model: frozen causal language model.
-        tracing: the runs.
-        rows_per_run: most rows (runs times prompts) of one model run; bounds memory, changes no result.
+    A model run has at most `rows_per_run` rows, runs times prompts; that bounds memory and changes no result.
     """
 
     def __init__(self, model: CausalLM, tracing: Tracing, rows_per_run: int = ROWS_PER_RUN) -> None:
@@ -238,11 +235,7 @@ def probability_lost(
 def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str = SUBJECT) -> Corruption:
     """The corruption by an ablation of the subject's token embeddings, the same in all runs.
 
-    Args:
-        ablation: any ablation prepared for `tokens_level`.
-        model: frozen causal language model.
-        level: `tokens_level` of the model.
-        subject: span of the subject.
+    It is any ablation that was prepared for this level, the `tokens_level` of the model.
     """
 
     def corruption(batch: Batch, runs: slice) -> Tensor:

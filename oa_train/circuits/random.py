@@ -18,15 +18,9 @@ def random_circuits(
 ) -> list[Circuit]:
     """Draw random circuits of equal size.
 
-    Entries are taken in a random order: edges until enough of them lie on a path from the input to the logits (see
-    `within_budget`); an order that gives fewer is drawn again.
-
-    Args:
-        level: level of the circuits.
-        size: number of kept entries of each circuit.
-        n_circuits: number of circuits.
-        seed: seed of the random numbers.
-        among: shell patterns of the entries that may be left out; the others are kept, except dangling edges.
+    Entries are taken in a random order; edges until enough of them lie on a path from the input to the logits (see
+    `within_budget`), and an order that leads to fewer is drawn again. Only entries that the patterns `among` select
+    may be left out; the others are kept, unless they are dangling edges.
 
     Raises:
         ConfigurationError: the level has fewer entries than `size`, or more are always kept.

@@ -21,14 +21,7 @@ DEFAULT_TOKENS = 32
 
 
 def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
-    """Gather the facts about a model that need no weights.
-
-    Args:
-        lm: the model; its configuration is read.
-        settings: of the training step whose memory is estimated.
-
-    Returns:
-        Plain values; sizes in bytes.
+    """Facts about a model that need no weights, as plain values; sizes in bytes. The settings are of a training step.
 
     Raises:
         ModelError: there is no such model, or its family is not in the table or its entry wrong.

@@ -39,6 +39,8 @@ from oa_train.tasks.encoding import PaddingSide, PromptEncoder
 # their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
+# Of tokens, masks and constants.
+SEED = 0
 # Long enough for attention and padding to matter, short enough for the slow reference.
 N_TOKENS = 6
 # Positions in the tables of constants: fewer than tokens, so that the last row serves several.
@@ -72,13 +74,12 @@ class Check:
 
 @torch.no_grad()
 def self_check(
-    model: CausalLM, seed: int = 0, lm: LMSpec | None = None, *, full: bool = False, track: Track = silent
+    model: CausalLM, lm: LMSpec | None = None, *, full: bool = False, track: Track = silent
 ) -> tuple[Check, ...]:
     """Check that the interventions fit a model.
 
     Args:
         model: frozen causal language model; the checks are sharpest in float64.
-        seed: of tokens, masks and constants.
         lm: where the model came from, to check that its tokenizer fits it.
         full: check the readers of every layer, not only of the first, the last and two drawn at random.
         track: progress.
@@ -93,7 +94,7 @@ def self_check(
     """
     find_parts(model)
     check_finite(model)
-    trial = _Trial(model, seed, full)
+    trial = _Trial(model, full)
     with track(len(COMPARISONS) + len(COUNTS) + 2 + trial.reader_rows, "checking the interventions") as advance:
         trial.advance = advance
         before = model_state(model, trial.tokens(2))
@@ -124,14 +125,14 @@ def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float]
 class _Trial:
     """A model with all that the checks draw for it, in its data type and on its device."""
 
-    def __init__(self, model: CausalLM, seed: int, full: bool = False) -> None:
+    def __init__(self, model: CausalLM, full: bool) -> None:
         self.model = model
         self.parts = find_parts(model)
         self.dimensions = self.parts.dimensions
         self.nodes = Nodes.of(model.config)
-        self.seed, self.advance = seed, cast(Advance, lambda done: None)
+        self.advance = cast(Advance, lambda done: None)
         n_layers, n_heads = self.dimensions.n_layers, self.dimensions.n_heads
-        drawn = torch.randperm(n_layers, generator=torch_generator(seed, "check layers")).tolist()
+        drawn = torch.randperm(n_layers, generator=torch_generator(SEED, "check layers")).tolist()
         self.layers = sorted(drawn if full else {0, n_layers - 1, *drawn[:FEW_LAYERS]})
         self.reader_rows = 3 * len(self.layers) * (n_heads + 2 * Graph.of(model.config).n_kv_heads)
         embedding: Any = model.get_input_embeddings()
@@ -142,14 +143,14 @@ class _Trial:
     def tokens(self, n_rows: int) -> Int[Tensor, "row position"]:
         """Random tokens after the model's BOS, if it has one."""
         shape = (n_rows, N_TOKENS)
-        tokens = torch.randint(0, self.vocabulary, shape, generator=torch_generator(self.seed, "check tokens"))
+        tokens = torch.randint(0, self.vocabulary, shape, generator=torch_generator(SEED, "check tokens"))
         if self.bos_token_id is not None:
             tokens[:, 0] = self.bos_token_id
         return tokens.to(self.model.device)
 
     def mask(self, n_rows: int) -> Float[Tensor, "row component"]:
         """Random masks; about a quarter of the entries are exactly 0 and another quarter exactly 1."""
-        entries = torch.rand(self.ones(n_rows).shape, generator=torch_generator(self.seed, "check masks"))
+        entries = torch.rand(self.ones(n_rows).shape, generator=torch_generator(SEED, "check masks"))
         return (2 * entries - 0.5).clamp(0, 1).to(self.model.device, self.model.dtype)
 
     def ones(self, n_rows: int) -> Float[Tensor, "row component"]:
@@ -158,7 +159,7 @@ class _Trial:
 
     def constants(self, n_positions: int = 1, nodes: Nodes | None = None) -> Constants:
         """Random constants."""
-        generator = torch_generator(self.seed, "check constants")
+        generator = torch_generator(SEED, "check constants")
         return Constants.zeros(nodes or self.nodes, n_positions).mapped(
             lambda table: torch.randn(table.shape, generator=generator).to(self.model.device, self.model.dtype)
         )

@@ -1,7 +1,7 @@
 """Running a model under masks of any level."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +43,10 @@ def _run_nodes(model: CausalLM, batch: Batch, nodes: Nodes, mask: Tensor, values
     return scored_logits(model, batch, node_taps(model, nodes, mask, values, batch.layout), recompute)
 
 
-@contextmanager
-def _nodes_called(model: CausalLM, nodes: Nodes, mask: Tensor, values: Values, layout: TokenLayout) -> Iterator[None]:
-    with tapped(node_taps(model, nodes, mask, values, layout)):
-        yield
+def _nodes_called(
+    model: CausalLM, nodes: Nodes, mask: Tensor, values: Values, layout: TokenLayout
+) -> AbstractContextManager[None]:
+    return tapped(node_taps(model, nodes, mask, values, layout))
 
 
 def _node_circuits(
@@ -54,7 +54,8 @@ def _node_circuits(
 ) -> tuple[Tensor, Tensor | None]:
     """Rows of a circuit join the run where it first ablates something, if that saves work."""
     if recompute or not _shares(model, nodes, masks):
-        return _run_nodes(*_repeated(model, batch, nodes, masks, values), recompute), None
+        rows, mask = _repeated(batch, masks)
+        return _run_nodes(model, rows, nodes, mask, values, recompute), None
     logits = prefix_logits(model, batch, nodes, masks, values)
     return logits.ablated.flatten(0, 1), logits.clean
 
@@ -68,15 +69,14 @@ def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
 def _edge_circuits(
     model: CausalLM, batch: Batch, graph: Graph, masks: Tensor, values: Values, recompute: bool
 ) -> tuple[Tensor, None]:
-    return run_edges(*_repeated(model, batch, graph, masks, values), recompute), None
+    rows, mask = _repeated(batch, masks)
+    return run_edges(model, rows, graph, mask, values, recompute), None
 
 
-def _repeated(
-    model: CausalLM, batch: Batch, level: Any, masks: Tensor, values: Values
-) -> tuple[CausalLM, Batch, Any, Tensor, Values]:
+def _repeated(batch: Batch, masks: Tensor) -> tuple[Batch, Tensor]:
+    """Every prompt under every mask: a row for each pair."""
     numbers = masks if masks.is_floating_point() else masks.float()
-    rows = numbers.to(batch.tokens.device).repeat_interleave(len(batch), dim=0)
-    return model, batch.repeat(len(masks)), level, rows, values
+    return batch.repeat(len(masks)), numbers.to(batch.tokens.device).repeat_interleave(len(batch), dim=0)
 
 
 def _node_row_bytes(model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, gradients: bool) -> list[int]:
@@ -137,15 +137,8 @@ def copies_logits(
 ) -> Float[Tensor, "row scored vocabulary"]:
     """Like `masked_logits`, for S circuits on the same B prompts, laid out as `batch.repeat(S)`.
 
-    Circuits of nodes share their clean prefix where that saves work and masks are boolean.
-
-    Args:
-        model: frozen causal language model.
-        batch: B prompts on the model's device.
-        level: level of the masks.
-        masks: a circuit in each row; false entries are ablated. Numbers mix, and receive gradients.
-        values: the replacements, for all rows or for S * B rows.
-        recompute: see `masked_logits`.
+    Circuits of nodes share their clean prefix where that saves work and no mask mixes. False entries are ablated; if
+    masks are numbers, which mix, gradients flow to them. There are values for all rows or for each of the S * B rows.
     """
     return ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)[0]
 

@@ -41,26 +41,20 @@ def prefix_logits(
 ) -> PrefixLogits:
     """Like `masked_logits` for several circuits on the same prompts, but with their clean layers shared.
 
-    Args:
-        model: frozen causal language model.
-        batch: B prompts on the model's device.
-        nodes: level of the masks.
-        masks: a circuit in each of S rows; false entries are ablated.
-        values: the replacements, for all rows or for S * B rows as `batch.repeat(S)` lays them out; gradients flow to
-            them.
+    False entries are ablated. There are values for all rows, or for S * B rows of S circuits as `batch.repeat(S)` lays
+    them out; gradients flow to them.
     """
     growth = _Growth(model, batch, nodes, masks)
     rows = batch.repeat(1 + len(masks))
     taps: list[Tap] = []
     for stage in range(growth.n_stages):
-        present = growth.rows[: growth.counts[stage]]
+        n_rows = growth.counts[stage]
         sites = [site for site in nodes.sites if _moment(nodes, site) // 2 == stage]
         if sites:
-            layout = rows.rows(slice(0, len(present))).layout
-            mask = growth.masks[: len(present)]
-            # Otherwise the values of the whole model would be copied, row by row, at every stage.
-            own = values.only(sites).rows(growth.value_rows[: len(present)])
-            taps += node_taps(model, nodes, mask, own, layout, sites)
+            layout = rows.rows(slice(0, n_rows)).layout
+            # Values of a whole model, one for each row, would be copied for every stage.
+            own = values.only(sites).rows(growth.value_rows[:n_rows])
+            taps += node_taps(model, nodes, growth.masks[:n_rows], own, layout, sites)
     start = batch.repeat(growth.counts[0] // len(batch))
     logits = scored_logits(model, start, taps, scored=rows.scored, changes=growth.changes(model))
     by_circuit = logits.unflatten(0, (1 + len(masks), len(batch)))
@@ -118,7 +112,6 @@ class _Growth:
         joined = torch.stack([(moments <= moment).sum() for moment in range(2 * self.n_stages)])
         rows: list[int] = ((1 + joined) * self._n_prompts).tolist()
         self.attending, self.counts = rows[::2], rows[1::2]
-        self.rows: Int[Tensor, " row"] = torch.arange((1 + len(masks)) * self._n_prompts, device=device)
         kept = torch.ones(self._n_prompts, len(nodes), device=device)
         ordered = masks[self.order.to(masks.device)].to(device, torch.float32)
         self.masks = torch.cat([kept, ordered.repeat_interleave(self._n_prompts, dim=0)])

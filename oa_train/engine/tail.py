@@ -21,7 +21,7 @@ from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.shapes import Float, Int, Tensor
 
-# Maps a layer and the starts at or before it to the layer's attention outputs, [start or 1, token or 1, d_model].
+# Outputs of attention in a layer, for the starts that run through it: [start or 1, token or 1, d_model].
 AttentionOutputs = Callable[[int, Sequence[int]], Tensor]
 
 
@@ -42,13 +42,7 @@ class ScoredStream:
 
 @torch.no_grad()
 def scored_stream(model: CausalLM, batch: Batch, attention: bool = False) -> ScoredStream:
-    """Run a model on prompts and keep the residual stream at their scored positions.
-
-    Args:
-        model: frozen causal language model.
-        batch: prompts on the model's device.
-        attention: keep the attention outputs as well.
-    """
+    """Run a model; keep the residual stream and, if asked for, what attention adds at the scored positions."""
     parts, rows = find_parts(model), torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
     streams: list[Tensor] = []
     added: list[Tensor] = []
@@ -71,11 +65,8 @@ def run_tail(
 ) -> Float[Tensor, "start token d_model"]:
     """Run the blocks from each start on, on single tokens, up to the final norm.
 
-    Args:
-        model: frozen causal language model.
-        residuals: input of the block of each start.
-        starts: indices of blocks in ascending order; the number of layers means the final norm.
-        attention: supplies the attention outputs; gradients flow to them and to the residuals.
+    Starts are indices of blocks, ascending; the number of layers stands for the final norm. The residuals are what
+    enters there; gradients flow to them and to the outputs of attention.
     """
     n_tokens = residuals.shape[1]
     joined: dict[int, Tensor] = {start: residuals[number] for number, start in enumerate(starts)}

@@ -52,25 +52,19 @@ class Values(Mapping[Site, Tensor]):
         """Tile like `Batch.repeat`: row `s * B + b` is row `b`; values that apply to all rows are unchanged."""
         if times == 1:
             return self
-
-        def tiled(tensor: Tensor) -> Tensor:
-            return tensor if len(tensor) == 1 else tensor.repeat(times, *[1] * (tensor.dim() - 1))
-
-        slots = {span: slot if isinstance(slot, int) else slot.repeat(times, 1) for span, slot in self.slots.items()}
-        return Values({site: tiled(tensor) for site, tensor in self.items()}, slots)
+        return self._by_row(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
     def only(self, sites: Iterable[Site]) -> "Values":
         """The values of some sites."""
         return Values({site: self.tensors[site] for site in sites}, self.slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
-        """The values of some rows; values that apply to all rows are unchanged."""
+        """The values of some rows; values that stand for all rows are unchanged."""
+        return self._by_row(lambda tensor: tensor[numbers])
 
-        def chosen(tensor: Tensor) -> Tensor:
-            return tensor if len(tensor) == 1 else tensor[numbers]
-
-        slots = {span: slot if isinstance(slot, int) else chosen(slot) for span, slot in self.slots.items()}
-        return Values({site: chosen(tensor) for site, tensor in self.items()}, slots)
+    def _by_row(self, function: Callable[[Tensor], Tensor]) -> "Values":
+        slots = {span: slot if isinstance(slot, int) else function(slot) for span, slot in self.slots.items()}
+        return Values({site: v if len(v) == 1 else function(v) for site, v in self.items()}, slots)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Values":
         """Apply a function to the values of each site."""

@@ -1,1 +1,1 @@
-"""Pictures of results: arrays in, matplotlib figures out. Nothing here reads files or knows models."""
+"""Pictures of results: arrays and estimates in, matplotlib figures out. Nothing here reads files or knows models."""

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, new_figure, write
+from oa_train.figures.style import FONT_SIZE, new_figure, write_in_cells
 
 # Divergences below this are drawn in one colour.
 SMALLEST_KL = 1e-4
@@ -18,10 +18,7 @@ def agreement_figure(
 ) -> Figure:
     """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
 
-    Args:
-        names: the circuits.
-        kl: divergence of each circuit in nats, by ablation.
-        jaccard: [circuit, circuit] overlaps between 0 and 1.
+    The divergences, by ablation, are in nats, and the overlaps of [circuit, circuit] between 0 and 1.
     """
     figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, 1.4 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])
@@ -41,9 +38,6 @@ def agreement_figure(
 
 
 def _table(axes: Axes, values: np.ndarray, norm: Normalize, colours: str, form: str) -> None:
-    clipped = np.maximum(values, norm.vmin or 0)
-    axes.imshow(clipped, norm=norm, cmap=colours, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
-        dark = float(norm(clipped[row, column])) > 0.6
-        write(axes, column, row, form.format(value), color="white" if dark else "black")
+    axes.imshow(np.maximum(values, norm.vmin or 0), norm=norm, cmap=colours, aspect="auto")
+    write_in_cells(axes, [[form.format(value) for value in row] for row in values])
     axes.tick_params(length=0)

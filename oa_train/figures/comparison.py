@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
 SMALLEST_KL = 1e-5
@@ -19,23 +20,21 @@ MOST_ROWS = 30
 RANDOM_CIRCUITS = "random circuits,\noptimal"
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
+Rows = Mapping[str, Sequence[Estimate]]
 
 
-Rows = Mapping[str, Sequence[Interval]]
-
-
-def error_bars(intervals: Sequence[Interval], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
-    """Means, and lengths of their error bars [below or above, interval], both clipped at `smallest`."""
-    ends = np.array([(interval.mean, interval.low, interval.high) for interval in intervals])
+def error_bars(estimates: Sequence[Estimate], smallest: float = -np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Means, and lengths of the error bars of 95 % intervals [below or above, mean], both clipped at `smallest`."""
+    ends = np.array([(estimate.mean, *estimate.ci95) for estimate in estimates])
     means, low, high = np.maximum(ends, smallest).T
     return means, np.maximum([means - low, high - means], 0)
+
+
+def draw_band(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate], colour: str, **line: Any) -> None:
+    """A line through the means, in a pale band of their 95 % intervals."""
+    means, low, high = np.array([(estimate.mean, *estimate.ci95) for estimate in estimates]).T
+    axes.plot(places, means, color=colour, **line)
+    axes.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 @dataclass(frozen=True)
@@ -80,35 +79,23 @@ class Control:
 def comparison_figure(
     panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None, controls: Sequence[Control] = ()
 ) -> Figure:
-    """KL divergence under each ablation, with 95 % intervals.
+    """KL divergence under each ablation, with 95 % intervals; panels over one axis, and controls at the bottom.
 
-    Args:
-        panels: drawn from top to bottom over one axis; those without rows are left out.
-        title: of the figure.
-        labels: of the ablations in the legend; their names by default.
-        controls: drawn at the bottom.
+    Panels without rows are left out. `labels` are those of the ablations in the legend, by default their names.
     """
     shown = [panel.in_order() for panel in panels if panel.names]
     n_kinds = max(len(panel.rows) for panel in shown)
     heights = [max(0.8, (0.1 + 0.05 * n_kinds) * len(panel.names) + 0.3) for panel in shown]
     if controls:
         heights.append(0.5 + 0.3 * len(controls))
-    figure = new_figure(7.0, 1.4 + sum(heights))
+    figure = new_figure(7.0, 1.4 + sum(heights), title)
     drawn = figure.subplots(len(heights), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(drawn, shown, strict=False):
         _draw(axes, panel, labels or {kind: kind for kind in panel.rows})
     if controls:
         _draw_controls(drawn[-1], controls)
     drawn[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    handles = {name: handle for axes in drawn for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    place: dict[str, Any] = {
-        "loc": "outside right upper",
-        "fontsize": FONT_SIZE - 1,
-        "frameon": False,
-        "title": "ablation",
-    }
-    figure.legend(handles.values(), handles.keys(), **place)
-    set_title(figure, title)
+    legend_beside(figure, "upper", title="ablation")
     return figure
 
 
@@ -139,10 +126,8 @@ def _draw_controls(axes: Axes, controls: Sequence[Control]) -> None:
 def _lay_out(axes: Axes, title: str, names: Sequence[str]) -> None:
     axes.set_title(title, fontsize=FONT_SIZE, loc="left")
     axes.set_xscale("log")
-    axes.set_yticks(range(len(names)), names, fontsize=FONT_SIZE - 1)
+    axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     for boundary in range(1, len(names)):
         axes.axhline(boundary - 0.5, color="#EEEEEE", linewidth=0.8, zorder=0)
-    axes.tick_params(axis="x", labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")

@@ -9,11 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.comparison import draw_band
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
+
+# Of the name of a ranking in the legend.
+MOST_CHARACTERS = 26
 
 # A logarithmic axis is drawn where divergences differ by more than this factor.
 LOGARITHMIC_FROM = 30.0
@@ -28,8 +32,8 @@ class DrawnCurve:
     ranking: str
     ablation: str
     label: str
-    kl: Sequence[Interval]
-    accuracy: Sequence[Interval]
+    kl: Sequence[Estimate]
+    accuracy: Sequence[Estimate]
 
 
 def curve_figure(
@@ -37,22 +41,17 @@ def curve_figure(
 ) -> Figure:
     """KL divergence and accuracy against the ablated share, with 95 % bands.
 
-    A colour stands for an ablation, a line style for a ranking.
-
-    Args:
-        curves: to draw.
-        fractions: ablated share at each point.
-        title: of the figure.
-        order: `the least` or `the most`, for the label of the axis.
-        bound: a KL divergence in nats that is drawn as a line.
+    A colour stands for an ablation, a line style for a ranking. `fractions` are the ablated share at each point,
+    `order` is `the least` or `the most`, for the label of the axis, and `bound` is drawn as a line, in nats.
     """
-    figure = new_figure(8.6, 3.6)
+    figure = new_figure(8.6, 3.6, title)
     left, right = figure.subplots(1, 2, sharex=True)
     rankings = list(dict.fromkeys(curve.ranking for curve in curves))
     for curve in curves:
+        colour, _ = ablation_style(curve.ablation)
         line = LINES[rankings.index(curve.ranking) % len(LINES)]
-        _draw(left, fractions, curve.kl, curve.ablation, line)
-        _draw(right, fractions, curve.accuracy, curve.ablation, line)
+        for axes, points in ((left, curve.kl), (right, curve.accuracy)):
+            draw_band(axes, fractions, points, colour, linestyle=line, linewidth=1.3)
     _scale(left, [point.mean for curve in curves for point in curve.kl])
     if bound is not None:
         left.axhline(bound, color="#555555", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
@@ -61,9 +60,7 @@ def curve_figure(
     for axes, name in ((left, "KL divergence (nats)"), (right, "accuracy")):
         axes.set_ylabel(name, fontsize=FONT_SIZE)
         axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-        axes.tick_params(labelsize=FONT_SIZE - 1)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
+        tidy(axes)
     figure.supxlabel(f"ablated, {order} important first", fontsize=FONT_SIZE)
     labels = {curve.ablation: curve.label for curve in curves}
     colours = [Line2D([], [], color=ablation_style(kind)[0], label=text) for kind, text in labels.items()]
@@ -73,15 +70,7 @@ def curve_figure(
     ]
     place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": FONT_SIZE - 1}
     figure.legend(handles=[*colours, *lines], handlelength=2.6, **place)
-    set_title(figure, title)
     return figure
-
-
-def _draw(axes: Axes, fractions: Sequence[float], points: Sequence[Interval], ablation: str, line: Any) -> None:
-    colour, _ = ablation_style(ablation)
-    axes.plot(fractions, [point.mean for point in points], color=colour, linestyle=line, linewidth=1.3)
-    low, high = [point.low for point in points], [point.high for point in points]
-    axes.fill_between(fractions, low, high, color=colour, alpha=0.1, linewidth=0)
 
 
 def _scale(axes: Axes, means: Sequence[float]) -> None:
@@ -92,5 +81,5 @@ def _scale(axes: Axes, means: Sequence[float]) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _shortened(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else f"...{name[3 - most :]}"
+def _shortened(name: str) -> str:
+    return name if len(name) <= MOST_CHARACTERS else f"...{name[3 - MOST_CHARACTERS :]}"

@@ -5,23 +5,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import SMALLEST_KL, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.comparison import SMALLEST_KL, error_bars
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 
 def front_figure(
-    sizes: Sequence[int], kl: Mapping[str, Sequence[Interval]], n_parts: int, parts: str, title: str
+    sizes: Sequence[int], kl: Mapping[str, Sequence[Estimate]], n_parts: int, parts: str, title: str
 ) -> Figure:
-    """KL divergence of circuits against their sizes, with 95 % intervals; a line for each ablation of the rest.
+    """KL divergence (nats) of circuits by size, with 95 % intervals; a line for each ablation of the rest.
 
-    Args:
-        sizes: kept parts of each circuit.
-        kl: by ablation, the divergence of each circuit from the clean model in nats.
-        n_parts: parts of the model.
-        parts: plural name of a part.
-        title: of the figure.
+    `parts` is the plural name of what circuits keep, of which the model has `n_parts`.
     """
-    figure = new_figure(6.2, 3.6)
+    figure = new_figure(6.2, 3.6, title)
     axes = figure.subplots()
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     for ablation, intervals in kl.items():
@@ -32,10 +28,6 @@ def front_figure(
     axes.set_yscale("log")
     axes.set_xlabel(f"{parts} kept, of {n_parts}", fontsize=FONT_SIZE)
     axes.set_ylabel("KL divergence (nats)", fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    small = FONT_SIZE - 1
-    where: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "fontsize": small}
-    figure.legend(title="everything else under", title_fontsize=small, **where)
-    set_title(figure, title)
+    tidy(axes)
+    legend_beside(figure, "upper", title="everything else under", title_fontsize=FONT_SIZE - 1)
     return figure

@@ -7,8 +7,9 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+from oa_train.figures.comparison import MOST_ROWS, error_bars
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy, write
+from oa_train.metrics.estimates import Estimate
 
 # With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
 MOST_WRITTEN, MOST_NAMED = 20, 60
@@ -21,17 +22,12 @@ def interaction_map(
 ) -> Figure:
     """Interaction of every pair, red where two units matter more together than apart; single effects on the diagonal.
 
-    Args:
-        table: [unit, unit] symmetric, in nats; NaN where a pair was not measured.
-        singles: effect of each unit alone, written on the diagonal.
-        significant: [unit, unit] pairs that are framed.
-        names: of the units.
-        label: of the colours.
-        title: of the figure.
+    The symmetric table of [unit, unit] is in nats, NaN where a pair was not measured; significant pairs are framed.
+    The label is that of the colours.
     """
     n_units = len(names)
     size = min(max(3.2, (0.46 if n_units <= MOST_WRITTEN else 0.16) * n_units), 14.0)
-    figure = new_figure(size + 2.0, size + 1.0)
+    figure = new_figure(size + 2.0, size + 1.0, title)
     axes = figure.subplots()
     largest = float(np.nanmax(np.abs(table), initial=0)) or 1.0
     norm = TwoSlopeNorm(0, -largest, largest)
@@ -50,39 +46,30 @@ def interaction_map(
         if significant[row, column]:
             axes.add_patch(Rectangle((column - 0.47, row - 0.47), 0.94, 0.94, fill=False, linewidth=1.1))
     figure.colorbar(image, ax=axes, shrink=0.8).set_label(label, fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
 def interaction_bars(
-    names: Sequence[str], values: Sequence[Interval], significant: Sequence[bool], label: str, title: str
+    names: Sequence[str], values: Sequence[Estimate], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
-    """Ranked bars with 95 % intervals, the first on top; significant ones in colour.
+    """Ranked bars with 95 % intervals, the first on top, as many as can be read; significant ones in colour.
 
-    Args:
-        names: of the bars; as many as can be read are drawn.
-        values: in nats.
-        significant: bars that are coloured.
-        label: of the axis.
-        title: of the figure.
+    The label is that of the axis.
     """
     n_rows = min(len(names), MOST_ROWS)
-    figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5))
+    more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
+    figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5), title + more)
     axes = figure.subplots()
     means, lengths = error_bars(values[:n_rows])
     colours = [BEYOND if beyond else WITHIN for beyond in significant[:n_rows]]
     axes.barh(range(n_rows), means, color=colours, height=0.7)
     axes.errorbar(means, range(n_rows), xerr=lengths, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=1.5)
     axes.axvline(0, color="#555555", linewidth=0.8)
-    axes.set_yticks(range(n_rows), names[:n_rows], fontsize=FONT_SIZE - 1)
+    axes.set_yticks(range(n_rows), names[:n_rows])
     axes.set_ylim(n_rows - 0.5, -0.5)
     axes.set_xlabel(label, fontsize=FONT_SIZE - 1)
-    axes.tick_params(axis="x", labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
-    set_title(figure, title + more)
+    tidy(axes, "x")
     return figure
 
 

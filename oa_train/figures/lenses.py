@@ -1,13 +1,16 @@
 """Lenses: divergence and agreement by layer, and the predictions of one prompt."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+from oa_train.figures.comparison import draw_band, error_bars
+from oa_train.figures.layers import layer_panels, over_layers
+from oa_train.figures.style import FONT_SIZE, legend_beside, new_figure, write_in_cells
+from oa_train.metrics.estimates import Estimate
 
 # Colours of lenses in order of appearance, distinguishable without red and green.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
@@ -17,26 +20,17 @@ MARKERS = "osD^vpPx"
 MOST_CHARACTERS = 9
 
 
-def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str) -> Figure:
+def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str) -> Figure:
     """KL divergence and agreement of each lens by layer, with 95 % bands.
 
-    Args:
-        lines: by lens, intervals of `kl` and `agreement` at each layer.
-        layers: numbers of the layers.
-        title: of the figure.
+    `lines` has by lens the intervals of `kl` and `agreement` at each layer.
     """
-    figure = new_figure(8.8, 3.6)
+    figure = new_figure(8.8, 3.6, title)
     left, right = figure.subplots(1, 2)
     for number, (name, measures) in enumerate(lines.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         for axes, measure in ((left, "kl"), (right, "agreement")):
-            points = measures[measure]
-            axes.plot(
-                layers, [p.mean for p in points], color=colour, marker=marker, markersize=3, linewidth=1.2, label=name
-            )
-            axes.fill_between(
-                layers, [p.low for p in points], [p.high for p in points], color=colour, alpha=0.15, linewidth=0
-            )
+            draw_band(axes, layers, measures[measure], colour, marker=marker, markersize=3, linewidth=1.2, label=name)
     left.set_yscale("log")
     left.set_ylabel("KL divergence from the model (nats)", fontsize=FONT_SIZE)
     right.set_ylabel("same top token as the model", fontsize=FONT_SIZE)
@@ -44,13 +38,8 @@ def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: S
     right.set_ylim(-0.02, 1.02)
     for axes in (left, right):
         axes.set_xlabel("layer that is read", fontsize=FONT_SIZE)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(labelsize=FONT_SIZE - 1)
-        axes.grid(color="#E5E5E5", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
+        over_layers(axes)
+    legend_beside(figure)
     return figure
 
 
@@ -63,65 +52,33 @@ def prediction_grid(
 ) -> Figure:
     """Top token of every layer at every position, coloured by its probability; the first layer at the bottom.
 
-    Args:
-        words: top tokens, [layer][position].
-        probabilities: theirs, [layer, position].
-        rows: names of the layers.
-        columns: the prompt's tokens.
-        title: of the figure.
+    Words and probabilities are of [layer, position]; `rows` names the layers, and `columns` are the tokens.
     """
-    figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows))
+    figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows), title)
     axes = figure.subplots()
     image = axes.imshow(probabilities, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
-    for (row, column), value in np.ndenumerate(probabilities):
-        text = words[row][column]
-        text = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
-        write(axes, column, row, text, color="white" if value > 0.6 else "black", parse_math=False)
+    short = [[w if len(w) <= MOST_CHARACTERS else f"{w[: MOST_CHARACTERS - 1]}…" for w in row] for row in words]
+    write_in_cells(axes, short, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, fontsize=FONT_SIZE - 2)
     axes.set_xticks(range(len(columns)), columns, fontsize=FONT_SIZE - 1, rotation=45, ha="right", parse_math=False)
     axes.set_ylabel("layer", fontsize=FONT_SIZE)
     figure.colorbar(image, ax=axes).set_label("probability of the top token", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
 def faithfulness_figure(
-    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str
+    panels: Mapping[tuple[str, str], Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str
 ) -> Figure:
     """Agreement of the effects on a model and on lenses by layer, with 95 % bars: a row a measure, a column a change.
 
-    Args:
-        panels: by measure and change, the intervals of each lens at each layer.
-        layers: numbers of the layers.
-        title: of the figure.
+    `panels` has by measure and change the intervals of each lens at each layer.
     """
-    measures, changes = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
-    figure = new_figure(1.4 + 2.7 * len(changes), 0.8 + 2.1 * len(measures))
-    grid = figure.subplots(len(measures), len(changes), squeeze=False, sharex=True, sharey="row")
-    names = {"magnitude": "correlation of sizes", "similarity": "cosine of effects"}
-    for (measure, change), lines in panels.items():
-        row, column = measures.index(measure), changes.index(change)
-        axes = grid[row, column]
+    measures = {"magnitude": "correlation of sizes", "similarity": "cosine of effects"}
+    figure, grid = layer_panels(panels, measures, "layer", title)
+    for place, lines in panels.items():
         for number, (name, points) in enumerate(lines.items()):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            means = [point.mean for point in points]
-            below = [max(0.0, point.mean - point.low) for point in points]
-            above = [max(0.0, point.high - point.mean) for point in points]
-            axes.errorbar(
-                layers, means, [below, above], color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=name
-            )
-        axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.tick_params(labelsize=FONT_SIZE - 1)
-        axes.grid(color="#E5E5E5", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if row == 0:
-            axes.set_title(change, fontsize=FONT_SIZE)
-        if column == 0:
-            axes.set_ylabel(names.get(measure, measure), fontsize=FONT_SIZE)
-        if row == len(measures) - 1:
-            axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3.5, "linewidth": 1.1}
+            grid[place].errorbar(layers, *error_bars(points), label=name, **style)
+    legend_beside(figure)
     return figure

@@ -4,12 +4,11 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
+from oa_train.figures.style import FONT_SIZE, new_figure, write_in_cells
 
 # With more cells than this, numbers in them are illegible.
 MOST_LABELLED = 400
@@ -24,14 +23,8 @@ def score_map(
 ) -> Figure:
     """Heat map of keep-probabilities, the first row at the bottom.
 
-    Cells without an entry are blank, and cells above the threshold are framed.
-
-    Args:
-        table: [row, column] values between 0 and 1; NaN where there is no entry.
-        rows: names of the rows.
-        columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        threshold: entries above it are in the circuit.
+    The table of [row, column] has values between 0 and 1, and NaN where there is no entry: such cells are blank, and
+    cells above the threshold are framed. `axes_names` are the labels of the axes, that of the rows first.
     """
     labelled = table.size <= MOST_LABELLED
     longest = max(table.shape)
@@ -52,7 +45,10 @@ def score_map(
     axes.set_ylabel(axes_names[0] + by_layer[0], fontsize=FONT_SIZE)
     axes.set_xlabel(axes_names[1] + by_layer[1], fontsize=FONT_SIZE)
     if labelled:
-        _label(axes, table, threshold)
+        write_in_cells(axes, [["" if np.isnan(value) else f"{value:.2f}" for value in row] for row in table])
+        for row, column in np.argwhere(table > threshold):
+            place = (column - 0.5, row - 0.5)
+            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.2))
     bar = figure.colorbar(image, ax=axes)
     bar.set_label("keep-probability", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE - 1)
@@ -63,17 +59,13 @@ def score_map(
 
 
 def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
-    """Heat map of the number of units in each layer: layer 0 at the bottom, a column for each head and one for MLPs.
+    """Heat map of [layer, column] counts: layer 0 at the bottom, a column for each head and one for MLPs.
 
-    Args:
-        table: [layer, column] counts.
-        columns: names of the columns.
-        label: of the colours.
-        title: of the figure.
+    The label says what is counted.
     """
     n_layers, n_columns = table.shape
     height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
-    figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0))
+    figure = new_figure(min(max(4.0, width), 20.0), min(max(2.6, height), 20.0), title)
     axes = figure.subplots()
     norm = Normalize(0, max(1.0, float(table.max())))
     image = axes.imshow(table, norm=norm, cmap="Blues", aspect="auto", interpolation="nearest", origin="lower")
@@ -81,10 +73,8 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
     axes.set_yticks(range(n_layers), [str(layer) for layer in range(n_layers)], fontsize=FONT_SIZE - 1)
     axes.set_ylabel("layer", fontsize=FONT_SIZE)
     if table.size <= MOST_LABELLED:
-        for (layer, column), value in np.ndenumerate(table):
-            write(axes, column, layer, f"{value:g}", color="white" if norm(value) > 0.6 else "black")
+        write_in_cells(axes, [[f"{value:g}" for value in row] for row in table])
     figure.colorbar(image, ax=axes).set_label(label, fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 
@@ -97,15 +87,3 @@ def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
             firsts.setdefault(layer[1], place)
     step = 1 + (len(firsts) - 1) // 40
     return list(firsts.values())[::step], list(firsts)[::step]
-
-
-def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:
-    """Write the number into each cell, and frame those above the threshold."""
-    for (row, column), value in np.ndenumerate(table):
-        if np.isnan(value):
-            continue
-        colour = "white" if value > 0.6 else "black"
-        write(axes, column, row, f"{value:.2f}", color=colour)
-        if value > threshold:
-            place = (column - 0.5, row - 0.5)
-            axes.add_patch(Rectangle(place, 1, 1, fill=False, edgecolor="black", linewidth=1.2))

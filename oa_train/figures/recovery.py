@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+from oa_train.figures.comparison import draw_band, error_bars
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Colour and marker of the two phases of a search: units are restored, units are removed.
 STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
@@ -16,8 +18,8 @@ LOWEST = -0.5
 
 
 def recovery_figure(
-    paths: Mapping[str, tuple[Sequence[int], Sequence[Interval]]],
-    trained: tuple[Sequence[int], Sequence[Interval]],
+    paths: Mapping[str, tuple[Sequence[int], Sequence[Estimate]]],
+    trained: tuple[Sequence[int], Sequence[Estimate]],
     target: float,
     chosen: int,
     labels: tuple[str, str],
@@ -33,20 +35,15 @@ def recovery_figure(
         labels: labels of the axes, that of sizes first.
         title: of the figure.
     """
-    figure = new_figure(6.2, 3.8)
+    figure = new_figure(6.2, 3.8, title)
     axes = figure.subplots()
     for name, (sizes, intervals) in paths.items():
         colour, marker = STYLES[name]
-        order = sorted(range(len(sizes)), key=lambda number: sizes[number])
-        x = [sizes[number] for number in order]
-        axes.plot(
-            x, [intervals[n].mean for n in order], color=colour, marker=marker, markersize=3, linewidth=1, label=name
-        )
-        low, high = [intervals[n].low for n in order], [intervals[n].high for n in order]
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        order = np.argsort(sizes, kind="stable").tolist()
+        ascending = [sizes[number] for number in order], [intervals[number] for number in order]
+        draw_band(axes, *ascending, colour, marker=marker, markersize=3, linewidth=1, label=name)
     if trained[0]:
-        means = [interval.mean for interval in trained[1]]
-        lengths = [[i.mean - i.low for i in trained[1]], [i.high - i.mean for i in trained[1]]]
+        means, lengths = error_bars(trained[1])
         style: dict[str, Any] = {"fmt": "D", "markersize": 4, "elinewidth": 1, "capsize": 2, "color": "#1B1B1B"}
         axes.errorbar(trained[0], means, lengths, label="constants trained for the set", **style)
     axes.axhline(target, color="#555555", linewidth=0.8, linestyle=":", label=f"target: {target:g}")
@@ -55,9 +52,6 @@ def recovery_figure(
     axes.set_ylim(max(lowest, LOWEST), highest)
     axes.set_xlabel(labels[0], fontsize=FONT_SIZE)
     axes.set_ylabel(labels[1], fontsize=FONT_SIZE)
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(alpha=0.3, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, fontsize=FONT_SIZE - 1, frameon=False)
-    set_title(figure, title)
     return figure

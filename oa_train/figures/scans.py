@@ -7,7 +7,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from oa_train.figures.comparison import SMALLEST_KL
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
 # Beyond this many rows or columns only some are named.
 MOST_NAMED = 24
@@ -24,18 +24,14 @@ def effect_maps(
 ) -> Figure:
     """A heat map of KL divergences for each ablation, over one logarithmic scale; the first row at the bottom.
 
-    Args:
-        tables: [row, column] in nats by ablation; NaN where there is no part.
-        rows: names of the rows.
-        columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        title: of the figure.
+    The tables of [row, column] are in nats, NaN where there is no part; `axes_names` are the labels of the axes, that
+    of the rows first.
     """
     n_across = min(MOST_COLUMNS, len(tables))
     n_down = -(-len(tables) // n_across)
     width = min(max(1.8, 0.17 * len(columns)), 4.0)
     height = min(max(1.6, 0.13 * len(rows)), 6.0)
-    figure = new_figure(n_across * width + 1.6, n_down * (height + 0.4) + 0.6)
+    figure = new_figure(n_across * width + 1.6, n_down * (height + 0.4) + 0.6, title)
     grid = figure.subplots(n_down, n_across, squeeze=False, sharex=True, sharey=True)
     values = np.concatenate([table[~np.isnan(table)] for table in tables.values()])
     lowest = max(SMALLEST_KL, float(np.percentile(values, 10)))
@@ -55,18 +51,12 @@ def effect_maps(
     for axes in grid[:, 0]:
         axes.set_ylabel(axes_names[0], fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.8).set_label("KL divergence (nats)", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure
 
 
 def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Distribution over parts of the ratio of each ablation's KL divergence to that of optimal ablation.
-
-    Args:
-        ratios: of every part, by ablation; positive.
-        title: of the figure.
-    """
-    figure = new_figure(5.6, 3.2)
+    """Distribution over parts of the ratio, positive, of each ablation's KL divergence to that of optimal ablation."""
+    figure = new_figure(5.6, 3.2, title)
     axes = figure.subplots()
     for name, values in ratios.items():
         colour, _ = ablation_style(name)
@@ -79,5 +69,4 @@ def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
     axes.set_ylabel("share of the units", fontsize=FONT_SIZE)
     axes.tick_params(labelsize=FONT_SIZE - 1)
     axes.legend(fontsize=FONT_SIZE - 2, frameon=False, loc="lower right")
-    set_title(figure, title)
     return figure

@@ -2,10 +2,11 @@
 
 import io
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Figure
 
@@ -36,21 +37,41 @@ def ablation_style(name: str) -> tuple[str, str]:
     return {**ABLATION_STYLES, **OTHERS}.get(name, OTHER_STYLES[sum(name.encode()) % len(OTHER_STYLES)])
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches, that needs no display and no global state."""
-    return Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """An empty figure, in inches, under a title wrapped to its width; it needs no display and no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
+    if title:
+        lines = [textwrap.fill(line, max(24, int(11 * width))) for line in title.split("\n")]
+        figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
+    return figure
 
 
-def set_title(figure: Figure, title: str) -> None:
-    """Set a title over the whole figure, wrapped to its width."""
-    characters = max(24, int(11 * figure.get_figwidth()))
-    lines = [textwrap.fill(line, characters) for line in title.split("\n")]
-    figure.suptitle("\n".join(lines), fontsize=FONT_SIZE + 1)
+def tidy(axes: Axes, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Small tick labels, a pale grid, and no frame above and on the right."""
+    axes.tick_params(labelsize=FONT_SIZE - 1)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def legend_beside(figure: Figure, place: Literal["upper", "center"] = "center", **options: Any) -> None:
+    """A legend on the right of all axes, with each of their labels once."""
+    drawn = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {name: handle for of_axes in drawn for handle, name in of_axes}
+    options |= {"loc": f"outside right {place}", "frameon": False, "fontsize": FONT_SIZE - 1}
+    figure.legend(handles.values(), handles.keys(), **options)
 
 
 def write(axes: Axes, x: float, y: float, text: str, size: int = FONT_SIZE - 2, **options: Any) -> None:
     """Write text centred at a point."""
     axes.text(x, y, text, ha="center", va="center", fontsize=size, **options)
+
+
+def write_in_cells(axes: Axes, texts: Sequence[Sequence[str]], **options: Any) -> None:
+    """Write a text into each cell of a heat map, white on dark cells; empty texts are left out."""
+    (image,) = axes.images
+    for (row, column), shade in np.ndenumerate(image.norm(np.asarray(image.get_array()))):
+        if texts[row][column]:
+            write(axes, column, row, texts[row][column], color="white" if shade > 0.6 else "black", **options)
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+from oa_train.figures.comparison import error_bars
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 # Colour of each mask of the parts outside that has a row of its own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
@@ -29,18 +30,16 @@ class Subsets:
 
     title: str
     random: Mapping[float, Sequence[float]]
-    marked: Mapping[str, Interval]
+    marked: Mapping[str, Estimate]
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
     """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
 
-    Args:
-        panels: one for each ablation, from top to bottom.
-        title: of the figure.
+    The panels, one for each ablation, stand below each other.
     """
     n_rows = [len(panel.random) + len(panel.marked) + 1 for panel in panels]
-    figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows))
+    figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows), title)
     all_axes = figure.subplots(len(panels), 1, height_ratios=n_rows, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(all_axes, panels, strict=True):
         _draw(axes, panel)
@@ -50,7 +49,6 @@ def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
         axes.set_xscale("symlog", linthresh=linear, linscale=0.4)
         axes.set_xlim(left=-0.15 * linear)
     all_axes[-1].set_xlabel("KL divergence from the clean model (nats)", fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 
@@ -74,6 +72,4 @@ def _draw(axes: Axes, panel: Subsets) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_title(panel.title, fontsize=FONT_SIZE, loc="left")
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")

@@ -1,16 +1,18 @@
 """Causal tracing: recovery by layer, as lines and as heat maps."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from oa_train.figures.comparison import Interval
-from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
+from oa_train.figures.comparison import draw_band
+from oa_train.figures.layers import layer_panels
+from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure
+from oa_train.metrics.estimates import Estimate
 
 # Profile of each corruption over the layers.
-Profiles = Mapping[str, Sequence[Interval]]
+Profiles = Mapping[str, Sequence[Estimate]]
 
 MOST_TICKS = 16
 
@@ -20,40 +22,16 @@ def profile_figure(
 ) -> Figure:
     """Recovered share by layer with 95 % bands: a row of panels for each restored kind, a column for each place.
 
-    Args:
-        panels: by kind and place, the profile of each corruption.
-        layers: numbers of the layers.
-        labels: of the corruptions, for the legend.
-        title: of the figure.
+    `panels` has by kind and place the profile of each corruption, and `labels` the corruptions' names in the legend.
     """
-    kinds, places = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
-    figure = new_figure(1.2 + 3.1 * len(places), 0.9 + 2.0 * len(kinds))
-    grid = figure.subplots(len(kinds), len(places), squeeze=False, sharex=True, sharey=True)
-    for row, kind in enumerate(kinds):
-        for column, place in enumerate(places):
-            axes = grid[row, column]
-            axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
-            for name, points in panels.get((kind, place), {}).items():
-                colour, marker = ablation_style(name)
-                low, high = [point.low for point in points], [point.high for point in points]
-                means = [point.mean for point in points]
-                axes.plot(
-                    layers, means, color=colour, marker=marker, markersize=2.5, linewidth=1.2, label=labels[name]
-                )
-                axes.fill_between(layers, low, high, color=colour, alpha=0.15, linewidth=0)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.tick_params(labelsize=FONT_SIZE - 1)
-            axes.grid(color="#E5E5E5", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            if row == 0:
-                axes.set_title(place, fontsize=FONT_SIZE)
-            if column == 0:
-                axes.set_ylabel(f"{kind}\nrecovered share", fontsize=FONT_SIZE - 1)
-            if row == len(kinds) - 1:
-                axes.set_xlabel("layer in the middle of the window", fontsize=FONT_SIZE - 1)
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
+    kinds = {kind: f"{kind}\nrecovered share" for kind, _ in panels}
+    figure, grid = layer_panels(panels, kinds, "layer in the middle of the window", title)
+    for place, profiles in panels.items():
+        for name, points in profiles.items():
+            colour, marker = ablation_style(name)
+            line: dict[str, Any] = {"marker": marker, "markersize": 2.5, "linewidth": 1.2}
+            draw_band(grid[place], layers, points, colour, label=labels[name], **line)
+    legend_beside(figure)
     return figure
 
 
@@ -66,17 +44,13 @@ def recovery_maps(
 ) -> Figure:
     """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
 
-    Args:
-        tables: [row, layer], by the names of their row and column in a grid of maps.
-        rows: names of the rows.
-        layers: numbers of the layers.
-        title: of the figure.
-        highest: end of the colour scale; by default that of the values.
+    The tables of [row, layer] are given by the names of their row and column in a grid of maps. The scale of colours
+    ends at `highest`, by default that of the values.
     """
     down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
     longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)
     height = max(0.8, 0.2 * len(rows))
-    figure = new_figure(1.6 + 0.07 * longest + len(across) * (width + 0.2), 0.9 + len(down) * (height + 0.4))
+    figure = new_figure(1.6 + 0.07 * longest + len(across) * (width + 0.2), 0.9 + len(down) * (height + 0.4), title)
     grid = figure.subplots(len(down), len(across), squeeze=False, sharex=True, sharey=True)
     top = max(1e-3, max(float(table.max()) for table in tables.values())) if highest is None else highest
     step = 1 + (len(layers) - 1) // MOST_TICKS
@@ -89,5 +63,4 @@ def recovery_maps(
     for axes in grid[-1]:
         axes.set_xlabel("layer", fontsize=FONT_SIZE - 1)
     figure.colorbar(image, ax=grid, shrink=0.9).set_label("recovered share", fontsize=FONT_SIZE - 1)
-    set_title(figure, title)
     return figure

@@ -7,8 +7,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
-from oa_train.figures.style import FONT_SIZE, new_figure, set_title
+from oa_train.figures.comparison import MOST_ROWS, error_bars
+from oa_train.figures.style import FONT_SIZE, new_figure, tidy
+from oa_train.metrics.estimates import Estimate
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
@@ -17,20 +18,16 @@ LINEAR_BELOW = 1e-4
 
 
 def worth_figure(
-    names: Sequence[str], worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float, title: str
+    names: Sequence[str], worth: Sequence[Estimate], verdicts: Sequence[str], tolerance: float, title: str
 ) -> Figure:
-    """Rise in KL divergence when a part is taken out, with 95 % intervals.
+    """Rise in KL divergence, in nats, when a part is taken out, with 95 % intervals.
 
-    Args:
-        names: the parts in descending order of worth; the first ones have a row each.
-        worth: of each part, in nats; may be negative.
-        verdicts: of each part, a key of `COLOURS`.
-        tolerance: negligible worth in nats, drawn as a line.
-        title: of the figure.
+    The parts are in descending order of worth; the first ones have a row each. The verdicts are keys of `COLOURS`, and
+    the tolerance, a negligible worth, is drawn as a line.
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows
-    figure = new_figure(9.0 if shortened else 6.0, 1.2 + 0.17 * max(n_rows, 6))
+    figure = new_figure(9.0 if shortened else 6.0, 1.2 + 0.17 * max(n_rows, 6), title)
     rows, *ranks = figure.subplots(1, 2 if shortened else 1, sharex=True, squeeze=False)[0]
     _draw(rows, worth[:n_rows], verdicts[:n_rows], tolerance)
     rows.set_yticks(range(1, n_rows + 1), names[:n_rows], fontsize=FONT_SIZE - 1)
@@ -41,11 +38,10 @@ def worth_figure(
     # The parts of greatest worth are on top, so this corner is free; the last axes have all verdicts.
     (ranks or [rows])[-1].legend(loc="lower right", fontsize=FONT_SIZE - 1)
     figure.supxlabel("KL divergence without the part minus that of the whole circuit (nats)", fontsize=FONT_SIZE)
-    set_title(figure, title)
     return figure
 
 
-def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float) -> None:
+def _draw(axes: Axes, worth: Sequence[Estimate], verdicts: Sequence[str], tolerance: float) -> None:
     for verdict, colour in COLOURS.items():
         ranks = [rank for rank in range(len(worth)) if verdicts[rank] == verdict]
         if ranks:
@@ -61,6 +57,4 @@ def _draw(axes: Axes, worth: Sequence[Interval], verdicts: Sequence[str], tolera
     axes.axvline(0, color="#555555", linewidth=0.8, zorder=0)
     axes.axvline(tolerance, color="#555555", linewidth=0.8, linestyle=":", zorder=0, label=f"tolerance {tolerance:g}")
     axes.set_ylim(len(worth) + 0.5, 0.5)
-    axes.tick_params(labelsize=FONT_SIZE - 1)
-    axes.grid(axis="x", color="#DDDDDD", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes, "x")

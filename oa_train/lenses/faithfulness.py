@@ -110,13 +110,9 @@ class Effects:
 
 
 class Intervened:
-    """A model and its prompts at one layer, whose residual streams are changed at the scored token.
+    """A model and its prompts at one layer, whose residual streams are changed where they enter, at the scored token.
 
-    Args:
-        model: frozen causal language model.
-        batch: prompts on its device, scored at one position each.
-        layer: index of a block, whose input is changed.
-        rows_per_run: most rows (changes times prompts) of one run.
+    A model run has at most `rows_per_run` rows, changes times prompts.
 
     Raises:
         TaskError: the prompts are scored at several positions.

@@ -6,8 +6,9 @@ attention layer adds (optimal constant attention, Li & Janson 2024).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Lens(nn.Module, ABC):
 
     Args:
         starts: layers, ascending; layer l is read where the residual stream enters block l.
+        n_layers: of the model.
+        d_model: width of the residual stream.
 
     Attributes:
         needs_partners: True if it reads what attention adds on other prompts.
@@ -31,9 +34,9 @@ class Lens(nn.Module, ABC):
 
     needs_partners = False
 
-    def __init__(self, starts: Sequence[int]) -> None:
+    def __init__(self, starts: Sequence[int], n_layers: int, d_model: int) -> None:
         super().__init__()
-        self.starts = list(starts)
+        self.starts, self.n_layers, self.d_model = list(starts), n_layers, d_model
 
     @abstractmethod
     def forward(
@@ -63,11 +66,11 @@ class Lens(nn.Module, ABC):
         for start in starts:
             if start not in self.starts:
                 raise ConfigurationError(f"The lens has no layer {start}; it has {_ranges(self.starts)}.")
-        return self._at([self.starts.index(start) for start in starts])
-
-    @abstractmethod
-    def _at(self, numbers: list[int]) -> "Lens":
-        """The same lens at the starts with these numbers."""
+        chosen, numbers = type(self)(starts, self.n_layers, self.d_model), [self.starts.index(n) for n in starts]
+        for name, parameter in self.named_parameters():
+            slices = parameter[numbers if len(parameter) == len(self.starts) else [0]]
+            setattr(chosen, name, nn.Parameter(slices, parameter.requires_grad))
+        return chosen
 
 
 class LogitLens(Lens):
@@ -77,20 +80,12 @@ class LogitLens(Lens):
         """The residuals themselves."""
         return residuals
 
-    def _at(self, numbers: list[int]) -> "LogitLens":
-        return LogitLens([self.starts[number] for number in numbers])
-
 
 class AffineLens(Lens):
-    """Adds an affine function of the residual stream: x + W x + b. It starts as the logit lens.
+    """Adds an affine function of the residual stream: x + W x + b. It starts as the logit lens."""
 
-    Args:
-        starts: layers.
-        d_model: width of the residual stream.
-    """
-
-    def __init__(self, starts: Sequence[int], d_model: int) -> None:
-        super().__init__(starts)
+    def __init__(self, starts: Sequence[int], n_layers: int, d_model: int) -> None:
+        super().__init__(starts, n_layers, d_model)
         self.weight = nn.Parameter(torch.zeros(len(starts), d_model, d_model))
         self.bias = nn.Parameter(torch.zeros(len(starts), d_model))
 
@@ -99,30 +94,16 @@ class AffineLens(Lens):
         mapped = torch.baddbmm(self.bias.unsqueeze(1), residuals.to(self.bias.dtype), self.weight.mT)
         return residuals + mapped.to(residuals.dtype)
 
-    def _at(self, numbers: list[int]) -> "AffineLens":
-        chosen = AffineLens([self.starts[number] for number in numbers], self.bias.shape[-1])
-        chosen.weight, chosen.bias = nn.Parameter(self.weight[numbers]), nn.Parameter(self.bias[numbers])
-        return chosen.requires_grad_(self.bias.requires_grad)
-
 
 class ConstantsLens(Lens):
     """Runs the model's later blocks with a constant in place of what each attention layer adds.
 
-    Args:
-        starts: layers.
-        n_layers: of the model.
-        d_model: width of the residual stream.
-        shared: all starts share the constants; else each has its own.
+    Unless they are `shared`, each start has constants of its own.
     """
 
     def __init__(self, starts: Sequence[int], n_layers: int, d_model: int, shared: bool = False) -> None:
-        super().__init__(starts)
+        super().__init__(starts, n_layers, d_model)
         self.constants = nn.Parameter(torch.zeros(1 if shared else len(starts), n_layers, d_model))
-
-    @property
-    def shared(self) -> bool:
-        """True if all starts share the constants."""
-        return len(self.constants) == 1 and len(self.starts) > 1
 
     @torch.no_grad()
     def load(self, outputs: Float[Tensor, "layer d_model"]) -> None:
@@ -138,13 +119,6 @@ class ConstantsLens(Lens):
 
         return run_tail(model, residuals, self.starts, added)
 
-    def _at(self, numbers: list[int]) -> "ConstantsLens":
-        _, n_layers, d_model = self.constants.shape
-        chosen = ConstantsLens([self.starts[number] for number in numbers], n_layers, d_model, shared=True)
-        rows = [0] if len(self.constants) == 1 else numbers
-        chosen.constants = nn.Parameter(self.constants[rows])
-        return chosen.requires_grad_(self.constants.requires_grad)
-
 
 class ResampleLens(Lens):
     """Runs the model's later blocks with what attention adds at another prompt's token."""
@@ -158,9 +132,6 @@ class ResampleLens(Lens):
         values = partners
         return run_tail(model, residuals, self.starts, lambda layer, live: values[layer].unsqueeze(0))
 
-    def _at(self, numbers: list[int]) -> "ResampleLens":
-        return ResampleLens([self.starts[number] for number in numbers])
-
 
 @dataclass(frozen=True)
 class LensKind:
@@ -170,29 +141,29 @@ class LensKind:
         make: makes it for starts, number of layers and width.
         trained: True if its parameters are trained.
         teacher: kind of lens whose prediction it is trained to match; empty for the model's.
-        from_means: True if constants begin as what attention adds on average.
+        learning_rate: initial learning rate by default.
+        affine: True if it is an `AffineLens`, whose singular vectors `faithfulness` uses as directions.
+        from_means: True if, untrained, it holds mean attention outputs.
+        needs_partners: True if it reads attention outputs of other prompts.
     """
 
     make: Callable[[Sequence[int], int, int], Lens]
     trained: bool = True
     teacher: str = ""
+    learning_rate: float = 0.003
+    affine: bool = False
     from_means: bool = False
+    needs_partners: bool = False
 
 
-LENS_KINDS: Mapping[str, LensKind] = {
-    "logit": LensKind(lambda starts, n_layers, d_model: LogitLens(starts), trained=False),
-    "tuned": LensKind(lambda starts, n_layers, d_model: AffineLens(starts, d_model)),
-    "oca": LensKind(lambda starts, n_layers, d_model: ConstantsLens(starts, n_layers, d_model), from_means=True),
-    "oca_shared": LensKind(
-        lambda starts, n_layers, d_model: ConstantsLens(starts, n_layers, d_model, shared=True), from_means=True
-    ),
-    "linear_oca": LensKind(lambda starts, n_layers, d_model: AffineLens(starts, d_model), teacher="oca"),
-    "mean": LensKind(
-        lambda starts, n_layers, d_model: ConstantsLens(starts, n_layers, d_model, shared=True),
-        trained=False,
-        from_means=True,
-    ),
-    "resample": LensKind(lambda starts, n_layers, d_model: ResampleLens(starts), trained=False),
+LENS_KINDS: dict[str, LensKind] = {
+    "logit": LensKind(LogitLens, trained=False),
+    "tuned": LensKind(AffineLens, learning_rate=0.0003, affine=True),
+    "oca": LensKind(ConstantsLens),
+    "oca_shared": LensKind(partial(ConstantsLens, shared=True)),
+    "linear_oca": LensKind(AffineLens, teacher="oca", learning_rate=0.0003, affine=True),
+    "mean": LensKind(partial(ConstantsLens, shared=True), trained=False, from_means=True),
+    "resample": LensKind(ResampleLens, trained=False, needs_partners=True),
 }
 
 

@@ -9,24 +9,21 @@ from oa_train.engine.tail import read_out, scored_stream
 from oa_train.errors import TaskError
 from oa_train.lenses.lens import Lens
 from oa_train.models.frozen import CausalLM
+from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Float, Tensor
+from oa_train.tasks.task import Task
 
 # Default number of predictions (starts times tokens) that are computed at once.
 PREDICTIONS = 1024
 
 
 class Tokens:
-    """The scored tokens of a batch, as lenses see them.
-
-    Args:
-        model: frozen causal language model.
-        batch: prompts on its device; scored positions of weight 0 are left out.
-        attention: keep what attention adds, for the resample lens and means.
+    """The scored tokens of a batch, as lenses see them; positions of weight 0 are left out.
 
     Attributes:
-        logits: of the model, [token, vocabulary].
-        residuals: what enters each block and, last, the final norm, [place, token, d_model].
-        attention: what each attention layer adds, [layer, token, d_model], or None.
+        logits: of the model.
+        residuals: what enters each block and, last, the final norm.
+        attention: what each attention layer adds, for the resample lens and means; None if it was not asked for.
         weights: of each token in its prompt's average; those of a prompt sum to 1.
         rows: prompt of each token.
     """
@@ -81,3 +78,19 @@ def lens_logits(
     final = lens(model, tokens.residuals[lens.starts][:, piece], others)
     logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
     return logits
+
+
+@torch.no_grad()
+def mean_attention(model: CausalLM, task: Task, track: Track = silent) -> Float[Tensor, "layer d_model"]:
+    """Mean output of attention at the scored positions of the task's `means` prompts, in float32.
+
+    These are the constants of the mean lens, and those that others start from.
+    """
+    total, n_prompts = torch.zeros(1, dtype=torch.float64), 0
+    batches = list(task.batches("means", task.n_means))
+    for batch in counted(track, batches, "averaging what attention adds"):
+        tokens = Tokens(model, batch.to(model.device), attention=True)
+        assert tokens.attention is not None
+        of_prompts = torch.einsum("ltd,t->ld", tokens.attention.double(), tokens.weights.double())
+        total, n_prompts = total + of_prompts.cpu(), n_prompts + len(batch)
+    return (total / n_prompts).float()

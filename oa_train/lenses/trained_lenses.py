@@ -133,7 +133,7 @@ def load_tuned_lens(folder: str | Path) -> AffineLens:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError, ValueError, KeyError) as problem:
         raise ArtefactError(f"{file} is damaged, or holds more than tensors: {problem}") from problem
-    lens = AffineLens(range(n_layers), d_model)
+    lens = AffineLens(range(n_layers), n_layers, d_model)
     weights, biases = [], []
     for layer in range(n_layers):
         weights.append(_tensor(file, state, f"{layer}.weight", [d_model, d_model]))

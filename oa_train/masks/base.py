@@ -35,15 +35,6 @@ class MaskDistribution(nn.Module):
         """
         return None
 
-    def draw(self, n_rows: int, generator: torch.Generator) -> Float[Tensor, "row entry"]:
-        """Draw masks whose gradients are averaged over these rows; `generator` is on the device of the parameters."""
-        logits = self.logits
-        mask = self.sample(
-            torch.rand(n_rows, len(logits), generator=generator, device=logits.device, dtype=logits.dtype)
-        )
-        inside = self.carries_gradient(mask)
-        return mask if inside is None else averaged_gradient(mask, inside.sum(dim=0), n_rows)
-
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Name and settings of the distribution as plain values, for checkpoints."""
@@ -71,10 +62,9 @@ def averaged_gradient(
     return mask.detach() + weight * (mask - mask.detach())
 
 
-def check_threshold(level: float) -> float:
-    """Return the threshold; raises `ConfigurationError` unless it is strictly between 0 and 1."""
+def check_threshold(level: float) -> None:
+    """Raise `ConfigurationError` unless the threshold is strictly between 0 and 1."""
     if not 0.0 < level < 1.0:
         raise ConfigurationError(
             f"threshold is {level}; expected a keep-probability between 0 and 1 (both excluded), for instance 0.5."
         )
-    return level

@@ -4,7 +4,6 @@ Several circuits may be penalised at once: weights, sizes and penalties then hav
 """
 
 import math
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -57,12 +56,12 @@ class NodeRegulariser(nn.Module):
         return self.weight * most * torch.tanh(edges / most).sum(dim=-1)
 
 
-class Penalty(nn.Module):
-    """The expected number of kept entries times a penalty weight.
+class SizePenalty(nn.Module):
+    """The expected number of kept entries times a weight: keeping one must lower the loss by more than that.
 
     Args:
-        weight: initial penalty weight of a kept entry in nats, at least 0; a list has one for each circuit.
-        regulariser: adds a term to the expected number.
+        weight: penalty weight of a kept entry in nats, at least 0; for all circuits, or a list with one each.
+        regulariser: adds to the number.
         relative: how much each entry counts; 1 for all of them by default.
     """
 
@@ -82,19 +81,19 @@ class Penalty(nn.Module):
         self.initial_weight = nn.Buffer(torch.tensor(weight, dtype=torch.float32), persistent=False)
 
     @property
-    @abstractmethod
     def weight(self) -> Float[Tensor, "*circuits"]:
-        """Current price of a kept entry in nats; never negative."""
+        """Price of a kept entry now, in nats; never negative."""
+        return self.initial_weight
 
-    @abstractmethod
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """Objective that the best checkpoint minimises, from the loss of the discrete circuit in nats.
+        """Objective that the best checkpoint minimises: loss and penalty of the discrete circuit, in nats.
 
         `kept` marks the entries of the distribution that the circuit keeps, in addition to `always_kept` entries that
         are never ablated.
         """
+        return loss + self.weight * (self._counted(kept.float()) + always_kept)
 
     def update(self, smooth: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
@@ -112,23 +111,8 @@ class Penalty(nn.Module):
         return entries.sum(dim=-1) if self.relative is None else entries @ self.relative.to(entries.dtype)
 
 
-class SizePenalty(Penalty):
-    """A fixed weight: keeping an entry must lower the KL divergence by more than `weight` nats."""
-
-    @property
-    def weight(self) -> Float[Tensor, "*circuits"]:
-        """The weight."""
-        return self.initial_weight
-
-    def objective(
-        self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
-    ) -> Float[Tensor, "*circuits"]:
-        """Loss plus the penalty of the discrete circuit, in nats."""
-        return loss + self.weight * (self._counted(kept.float()) + always_kept)
-
-
-class TargetSize(Penalty):
-    """A weight adjusted to reach a circuit of a given size: a Lagrange multiplier, set by a controller.
+class TargetSize(SizePenalty):
+    """A weight that leads to a circuit of a given size: a Lagrange multiplier, set by a controller.
 
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
     With all sizes counted without the entries that are never ablated, the weight of a kept entry is
@@ -146,11 +130,11 @@ class TargetSize(Penalty):
         n_entries: number of entries of the distribution.
         weight: initial weight of a kept entry in nats; more than 0, because it changes by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: change of the weight's logarithm in one step at a size of e times the goal. The masks' learning rate is
-            a good choice: the weight then changes no faster than the logits that respond to it.
-        always_kept: number of entries that are never ablated and so are not in the distribution.
-        regulariser: see `Penalty`.
-        relative: see `Penalty`.
+        rate: change of the weight's logarithm in one step at a size of e times the goal. The learning rate of the
+            masks suits, so that the weight moves no faster than the logits that respond to it.
+        always_kept: number of entries that are never ablated and so belong to no distribution.
+        regulariser: see `SizePenalty`.
+        relative: see `SizePenalty`.
 
     Attributes:
         log_weight: buffer; log of the weight without its proportional factor.

@@ -1,29 +1,22 @@
 """Summary statistics of a curve over the ablated fraction: areas, and the fraction at which it breaks.
 
-Intervals are percentiles over resampled prompts, the same prompts at every point.
+Intervals are percentiles over resampled prompts, the same prompts at every point. For `identities` see
+`estimates.estimate`.
 """
 
 import numpy as np
 
-from oa_train.metrics.estimates import Estimate, of_distinct
-from oa_train.metrics.ranks import resampled_means
-from oa_train.shapes import Float, Int, Tensor
-
-Identities = Int[Tensor, " prompt"] | None
+from oa_train.metrics.estimates import Estimate, Identities, bootstrapped, of_distinct, resampled_means
+from oa_train.shapes import Float, Tensor
 
 
 def area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate:
-    """Area under the mean of the prompts' curves, by trapezoids.
-
-    Args:
-        fractions: ablated fraction at each point, ascending.
-        values: value of each prompt at each point.
-        identities: see `estimates.estimate`.
-    """
-    means = _means(values, identities)
-    return _bootstrapped(np.trapezoid(means, fractions.double().numpy(), axis=0), values, identities)
+    """Area under the mean of the prompts' curves, by trapezoids; `fractions` is ascending."""
+    distinct = of_distinct(values, identities)
+    (means,) = resampled_means(distinct)
+    return bootstrapped(np.trapezoid(means, fractions.double().numpy(), axis=0), distinct.shape[1])
 
 
 def recovery_area(
@@ -39,12 +32,13 @@ def recovery_area(
         None if in some resampling the measure is not larger at the first point than at the last, so that there is
         nothing to recover.
     """
-    means = _means(values, identities)
+    distinct = of_distinct(values, identities)
+    (means,) = resampled_means(distinct)
     gaps = means[0] - means[-1]
     if not gaps.min() > 0:
         return None
     shares = (means - means[-1]) / gaps
-    return _bootstrapped(np.trapezoid(shares, fractions.double().numpy(), axis=0), values, identities)
+    return bootstrapped(np.trapezoid(shares, fractions.double().numpy(), axis=0), distinct.shape[1])
 
 
 def holds_until(
@@ -53,25 +47,12 @@ def holds_until(
     bound: float,
     identities: Identities = None,
 ) -> Estimate:
-    """The last fraction before the mean rise first exceeds a bound: where the curve breaks.
+    """The last fraction before the mean rise of a measure first exceeds a bound: where the curve breaks.
 
-    Args:
-        fractions: ascending share that is ablated at each point.
-        rise: rise of a measure for each prompt at each point; the first point counts as within the bound.
-        bound: in the unit of `rise`.
-        identities: see `estimates.estimate`.
+    The first point counts as within the bound, which is in the unit of the rise; `fractions` is ascending.
     """
-    exceeds = _means(rise, identities)[1:] > bound
+    distinct = of_distinct(rise, identities)
+    (means,) = resampled_means(distinct)
+    exceeds = means[1:] > bound
     last = np.where(exceeds.any(axis=0), exceeds.argmax(axis=0), len(exceeds))
-    return _bootstrapped(fractions.double().numpy()[last], rise, identities)
-
-
-def _means(values: Tensor, identities: Identities) -> Float[np.ndarray, "point draw"]:
-    """Means over all prompts, then over resampled ones."""
-    return resampled_means(0, of_distinct(values, identities))[0]
-
-
-def _bootstrapped(statistics: np.ndarray, values: Tensor, identities: Identities) -> Estimate:
-    low, high = np.percentile(statistics[1:], [2.5, 97.5])
-    n_distinct = values.shape[1] if identities is None else len(identities.unique())
-    return Estimate(float(statistics[0]), float(statistics[1:].std()), (float(low), float(high)), n_distinct)
+    return bootstrapped(fractions.double().numpy()[last], distinct.shape[1])

@@ -1,4 +1,4 @@
-"""Means with their uncertainty, paired differences, and the formatting of numbers."""
+"""Means with their uncertainty, paired differences, resampling, and the formatting of numbers."""
 
 import math
 from dataclasses import dataclass
@@ -15,6 +15,12 @@ SMALLEST_WRITTEN = 1e-4
 
 # Narrower intervals, as a share of the mean, are rounding errors of float32 and are left out.
 NARROWEST_WRITTEN = 1e-6
+
+# Resamplings of the prompts of a bootstrap.
+N_DRAWS = 1000
+
+# Of each prompt, equal for equal prompts; None if all are distinct.
+Identities = Int[Tensor, " prompt"] | None
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,7 @@ class Estimate:
         return {"mean": self.mean, "stderr": self.stderr, "ci95": list(self.ci95), "n": self.n}
 
 
-def estimate(
-    values: Float[Tensor, " prompt"], identities: Int[Tensor, " prompt"] | None = None, *, is_share: bool = False
-) -> Estimate:
+def estimate(values: Float[Tensor, " prompt"], identities: Identities = None, *, is_share: bool = False) -> Estimate:
     """Mean of a measure from its values on at least two distinct prompts.
 
     Args:
@@ -84,9 +88,7 @@ def estimate(
     return Estimate(mean, stderr, (mean - margin, mean + margin), len(array))
 
 
-def of_distinct(
-    values: Float[Tensor, "row prompt"], identities: Int[Tensor, " prompt"] | None
-) -> Float[Tensor, "row distinct"]:
+def of_distinct(values: Float[Tensor, "row prompt"], identities: Identities) -> Float[Tensor, "row distinct"]:
     """Values of distinct prompts, in float64: those of equal prompts are averaged; see `estimate`."""
     values = values.double()
     if identities is None:
@@ -99,9 +101,7 @@ def of_distinct(
 
 
 def paired_difference(
-    first: Float[Tensor, " prompt"],
-    second: Float[Tensor, " prompt"],
-    identities: Int[Tensor, " prompt"] | None = None,
+    first: Float[Tensor, " prompt"], second: Float[Tensor, " prompt"], identities: Identities = None
 ) -> Estimate:
     """Mean of `first - second` over the same prompts.
 
@@ -112,9 +112,7 @@ def paired_difference(
 
 
 def ratio_of_means(
-    numerator: Float[Tensor, " prompt"],
-    denominator: Float[Tensor, " prompt"],
-    identities: Int[Tensor, " prompt"] | None = None,
+    numerator: Float[Tensor, " prompt"], denominator: Float[Tensor, " prompt"], identities: Identities = None
 ) -> Estimate:
     """Mean of the numerator over that of the denominator, on the same prompts.
 
@@ -128,6 +126,25 @@ def ratio_of_means(
         raise NotFiniteError(f"A ratio over {len(denominator)} prompts has the denominator 0.")
     ratio = estimate(numerator, identities).mean / below
     return estimate(ratio + (numerator.double() - ratio * denominator.double()) / below, identities)
+
+
+def resampled_means(*effects: Tensor) -> list[np.ndarray]:
+    """Mean effects [part, 1 + draw]: of all prompts, then of prompts drawn with replacement, the same for each."""
+    n_prompts = effects[0].shape[1]
+    draws = np.random.default_rng(0).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)
+    weights = np.concatenate([np.ones((1, n_prompts)), draws]) / n_prompts
+    return [values.double().numpy() @ weights.T for values in effects]
+
+
+def percentile_interval(statistics: Float[np.ndarray, " draw"]) -> tuple[float, float]:
+    """95 % interval of a statistic, from those of all prompts and of every resampling."""
+    low, high = np.percentile(statistics[1:], [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bootstrapped(statistics: Float[np.ndarray, " draw"], n_prompts: int) -> Estimate:
+    """A statistic of all prompts, with error and interval from its values in every resampling."""
+    return Estimate(float(statistics[0]), float(statistics[1:].std()), percentile_interval(statistics), n_prompts)
 
 
 def written(value: float, digits: int = 3) -> str:

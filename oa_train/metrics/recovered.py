@@ -1,14 +1,17 @@
 """Share of a corruption's damage that restoring undoes, and how sharply it is localised."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from oa_train.metrics.estimates import Estimate, of_distinct, ratio_of_means
-from oa_train.metrics.ranks import resampled_means
-from oa_train.shapes import Float, Int, Tensor
-
-Identities = Int[Tensor, " prompt"] | None
+from oa_train.metrics.estimates import (
+    Estimate,
+    Identities,
+    bootstrapped,
+    of_distinct,
+    percentile_interval,
+    ratio_of_means,
+    resampled_means,
+)
+from oa_train.shapes import Float, Tensor
 
 
 def recovered(
@@ -16,12 +19,8 @@ def recovered(
 ) -> Estimate:
     """Share of the lost probability that restoring brings back: the average indirect effect of Li & Janson (2024).
 
-    1 - mean(lost) / mean(lost_without), with the delta method's interval. Below 0 restoring does further harm.
-
-    Args:
-        lost: probability that the answer of each prompt loses with something restored.
-        lost_without: what it loses with nothing restored.
-        identities: see `estimates.estimate`.
+    1 - mean(lost) / mean(lost_without), of the probability that each prompt's answer loses with something restored,
+    and with nothing; with the delta method's interval. Below 0 restoring does further harm.
 
     Raises:
         NotFiniteError: the corruption alone loses nothing.
@@ -35,8 +34,8 @@ def recovered_bootstrap(
     lost: Float[Tensor, "run prompt"], lost_without: Float[Tensor, " prompt"], identities: Identities = None
 ) -> list[tuple[float, float]]:
     """95 % percentile intervals of `recovered` over resampled prompts, for each run."""
-    shares = _resampled_shares(lost, lost_without, identities)
-    return [(float(low), float(high)) for low, high in np.percentile(shares[:, 1:], [2.5, 97.5], axis=1).T]
+    shares = _resampled_shares(of_distinct(lost, identities), lost_without, identities)
+    return [percentile_interval(of_run) for of_run in shares]
 
 
 def effective_layers(
@@ -47,22 +46,13 @@ def effective_layers(
     1 if a single layer recovers anything, the number of layers if all recover equally; negative shares count as 0.
     The interval is of percentiles over resampled prompts.
     """
-    shares = _resampled_shares(lost, lost_without, identities).clip(min=0)
+    distinct = of_distinct(lost, identities)
+    shares = _resampled_shares(distinct, lost_without, identities).clip(min=0)
     squares = np.maximum((shares**2).sum(axis=0), np.finfo(float).tiny)
-    spread = shares.sum(axis=0) ** 2 / squares
-    low, high = np.percentile(spread[1:], [2.5, 97.5])
-    return Estimate(
-        float(spread[0]), float(spread[1:].std()), (float(low), float(high)), len(_distinct(identities, lost))
-    )
+    return bootstrapped(shares.sum(axis=0) ** 2 / squares, distinct.shape[1])
 
 
-def _resampled_shares(lost: Tensor, lost_without: Tensor, identities: Identities) -> Float[np.ndarray, "run draw"]:
-    below, above = resampled_means(
-        0, of_distinct(lost_without.unsqueeze(0), identities), of_distinct(lost, identities)
-    )
-    shares: np.ndarray = 1 - above / np.maximum(below, np.finfo(float).tiny)
+def _resampled_shares(distinct: Tensor, lost_without: Tensor, identities: Identities) -> Float[np.ndarray, "run draw"]:
+    without, lost = resampled_means(of_distinct(lost_without.unsqueeze(0), identities), distinct)
+    shares: np.ndarray = 1 - lost / np.maximum(without, np.finfo(float).tiny)
     return shares
-
-
-def _distinct(identities: Identities, lost: Tensor) -> Sequence[int]:
-    return range(lost.shape[1]) if identities is None else identities.unique().tolist()

@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from oa_train.artefacts import FLOATS, tensor_bytes
-from oa_train.errors import ArtefactError, RunError, nearest_names
-from oa_train.files import replace_file
+from oa_train.errors import ArtefactError, nearest_names
+from oa_train.files import write_folder
 from oa_train.models.builtin import builtin_folders
 from oa_train.models.dictionary_layouts import PLAIN_FILE, READERS, read_plain, refuse
 from oa_train.shapes import Float, Tensor
@@ -284,23 +283,8 @@ def _weights_file(path: Path) -> Path:
 
 
 def save_dictionary(dictionary: Dictionary, folder: str | Path) -> Path:
-    """Write a dictionary in the plain layout to a new folder, whose parents are made; returns the folder.
-
-    Raises:
-        ArtefactError: the folder exists already.
-        RunError: the folder cannot be written; no part of it is left behind.
-    """
+    """Write a dictionary in the plain layout to a new folder by `write_folder`, and return the folder."""
     folder = Path(folder)
     settings = {name: v if isinstance(v, str) else json.dumps(v) for name, v in dictionary._settings().items()}
-    try:
-        folder.mkdir(parents=True)
-        replace_file(folder / PLAIN_FILE, tensor_bytes(dictionary._tensors(), settings))
-    except FileExistsError as problem:
-        raise ArtefactError(
-            f"{folder} exists already and dictionaries are never overwritten; name another folder."
-        ) from problem
-    except OSError as problem:
-        with suppress(OSError):
-            folder.rmdir()
-        raise RunError(f"{folder} cannot be written: {problem.strerror or problem}.") from problem
+    write_folder(folder, {PLAIN_FILE: tensor_bytes(dictionary._tensors(), settings)})
     return folder

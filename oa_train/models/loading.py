@@ -167,10 +167,6 @@ def empty_model(spec: LMSpec) -> CausalLM:
 def model_of_config(family: str, **settings: Any) -> CausalLM:
     """Make a model with random weights in float32, without changing the global random state.
 
-    Args:
-        family: `model_type` of the family.
-        **settings: settings of its configuration.
-
     Raises:
         ModelError: the family is not in the table.
     """

@@ -12,7 +12,7 @@ from typing import Any
 from transformers.utils.hub import cached_file
 from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
-from oa_train.errors import ModelError, OaTrainError, nearest_names
+from oa_train.errors import ModelError, OaTrainError, suggestion
 from oa_train.models.gguf import dequantised
 from oa_train.models.hub import hub_answers
 from oa_train.models.spec import LMSpec, builtin_models, is_gguf
@@ -85,13 +85,13 @@ def loading(kind: str, spec: LMSpec) -> Iterator[None]:
         raise
     except Exception as problem:
         builtin = builtin_models()
-        near = nearest_names(spec.name, builtin) if spec.name not in builtin else ""
+        near = suggestion(spec.name, builtin) if spec.name not in builtin else ""
         raise ModelError(
             f"The {kind} {spec.name!r} cannot be loaded: {_reason(problem)}\n"
             f"{_damage(builtin.get(spec.name, Path(spec.name).expanduser()))}"
             f"Expected a built-in name ({', '.join(sorted(builtin)) or 'none found'}), a local directory with "
             "configuration, weights and tokenizer files, all whole, or the id of a model on the Hub that this machine "
-            f"can reach. {near if near.startswith('Did you mean') else ''}".rstrip()
+            f"can reach. {near}".rstrip()
         ) from problem
     finally:
         set_tqdm_hook(hook)

@@ -52,14 +52,9 @@ def places(run: Path) -> list[Path]:
 
 
 def find_moved(spec: LMSpec, identity: Identity, run: Path) -> LMSpec | None:
-    """The same specification with the folder in which the model is now; None if none of the `places` holds it.
+    """The specification of a model that is gone, with the folder in which it is now; None if no place has it.
 
     Weights are read only of models of the same family and sizes. No code that comes with a model is run.
-
-    Args:
-        spec: specification of a model that is no longer there.
-        identity: the run's record of it.
-        run: folder of the run.
     """
     for folder in _models(places(run), identity.family):
         candidate = replace(spec, name=str(folder), revision=None, gguf_file=None, trust_remote_code=False)

@@ -135,20 +135,19 @@ def _find_residual_parts(model: CausalLM, lookup: Lookup) -> ResidualParts:
     )
 
 
-def _is_falcon_linear(module: nn.Module) -> bool:
-    kind = type(module)
-    return (kind.__module__, kind.__qualname__) == ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+# Other classes that compute `weight @ input + bias`; Conv1D stores its weight transposed.
+_CONV1D = "transformers.pytorch_utils.Conv1D"
+_FALCON_LINEAR = "transformers.models.falcon.modeling_falcon.FalconLinear"
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    kind = type(module)
-    return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
+def _class_path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _check_plain(module: Any, path: str, layer: int) -> None:
     """Refuse modules that do not compute just `weight @ input + bias`: adapters, quantised and other layers."""
     packed = _is_quantised(module)
-    if (type(module) is nn.Linear or _is_conv1d(module) or _is_falcon_linear(module)) and not packed:
+    if (type(module) is nn.Linear or _class_path(module) in (_CONV1D, _FALCON_LINEAR)) and not packed:
         return
     if hasattr(module, "base_layer"):
         reason, advice = (
@@ -167,9 +166,9 @@ def _check_plain(module: Any, path: str, layer: int) -> None:
         )
     raise ModelError(
         f"Circuits of edges need plain linear projections, and {path} of layer {layer} is {reason} "
-        f"({type(module).__module__}.{type(module).__qualname__}). The query, key and value of every head have their "
-        f"own inputs there, which are multiplied by the head's slice of the weight. {advice}; circuits of nodes "
-        "(level: nodes) work with this model as it is."
+        f"({_class_path(module)}). Every head's query, key and value has an input of its own there, which is "
+        f"multiplied with that head's slice of the weight. {advice}; circuits of nodes (level: nodes) work with this "
+        "model as it is."
     )
 
 
@@ -187,8 +186,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Float[Tensor, "out into"], Float
     """A view of the weight of a linear map, and its bias, if it has one."""
     weight: Any = module.weight
     bias: Any = module.bias
-    # GPT-2's Conv1D stores its weight transposed.
-    return weight.T if _is_conv1d(module) else weight, bias
+    return weight.T if _class_path(module) == _CONV1D else weight, bias
 
 
 def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_head d_model"]:

@@ -22,6 +22,9 @@ from oa_train.shapes import Bool, Float, Tensor
 Place = tuple[nn.Module, Literal["input", "output"]]
 # Dictionaries by the layer of their site.
 Dictionaries = Mapping[int, Dictionary]
+# Modules through which the units of a layer's site write to the residual stream: the last linear map, and the module
+# whose output is added (the map itself, or a norm after it); none where the tensor itself is added.
+Writes = Callable[[Parts, int], tuple[nn.Module, ...]]
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +65,8 @@ class SiteKind:
         place: module whose input or output is a layer's tensor, and which of the two.
         unit_name: suffix for each of several units, with `{unit}` in it.
         after_attention: whether attention of the layer, up to the input of its output projection, reads nothing that
-            depends on the tensor. A circuit that ablates no other tensor of the layer can skip that attention.
+            depends on the tensor. A circuit that ablates no other tensor of the layer does without that attention.
+        writes: how its units write to the residual stream; None if they do not, or not linearly.
     """
 
     name: str
@@ -72,6 +76,7 @@ class SiteKind:
     place: Callable[[Parts, int], Place]
     unit_name: str = ""
     after_attention: bool = False
+    writes: Writes | None = None
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         """Layers of a model that have such a site."""
@@ -132,6 +137,11 @@ class _Features(SiteKind):
     The change of the code is decoded and added, so that the reconstruction error is kept.
     """
 
+    @staticmethod
+    def _read(dictionary: Dictionary) -> SiteKind:
+        """The kind of site that a dictionary reads."""
+        return SITE_KINDS[_DICTIONARY_SITES[dictionary.site[0]]]
+
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         return sorted(dictionaries)
 
@@ -143,11 +153,10 @@ class _Features(SiteKind):
         return SITE_KINDS[site.kind].place_of(site.layer, parts, {})
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
-        kind = _kind_of_name(dictionaries[layer].site)
-        return (*SITE_KINDS[kind].rank(layer, {})[:2], 1)
+        return (*self._read(dictionaries[layer]).rank(layer, {})[:2], 1)
 
     def is_after_attention(self, layer: int, dictionaries: Dictionaries) -> bool:
-        return SITE_KINDS[_kind_of_name(dictionaries[layer].site)].after_attention
+        return self._read(dictionaries[layer]).after_attention
 
     def may_name(self, pattern: str, dimensions: Dimensions) -> bool:
         # Neither the layer of a dictionary nor its number of features is known here.
@@ -177,6 +186,10 @@ def _residual(parts: Parts, layer: int) -> Place:
     return (parts.final_norm if layer == len(parts.blocks) else parts.blocks[layer]), "input"
 
 
+def _directly(parts: Parts, layer: int) -> tuple[nn.Module, ...]:
+    return ()
+
+
 def _every_layer(dimensions: Dimensions) -> range:
     return range(dimensions.n_layers)
 
@@ -194,7 +207,14 @@ SITE_KINDS: dict[str, SiteKind] = {
     kind.name: kind
     for kind in (
         SiteKind("tokens", "tokens", _before_the_first, _stream, lambda parts, _: (parts.token_embedding, "output")),
-        SiteKind("embedding", "input", _before_the_first, _stream, lambda parts, _: (parts.blocks[0], "input")),
+        SiteKind(
+            "embedding",
+            "input",
+            _before_the_first,
+            _stream,
+            lambda parts, _: (parts.blocks[0], "input"),
+            writes=_directly,
+        ),
         SiteKind("residual", "r{layer}", lambda sizes: range(1, sizes.n_layers + 1), _stream, _residual),
         SiteKind(
             "heads",
@@ -204,6 +224,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             lambda parts, layer: (parts.attention_outputs[layer], "input"),
             ".h{unit}",
             after_attention=True,
+            writes=lambda parts, layer: (parts.attention_outputs[layer], parts.attentions[layer]),
         ),
         SiteKind(
             "attention",
@@ -212,6 +233,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _stream,
             lambda parts, layer: (parts.attentions[layer], "output"),
             after_attention=True,
+            writes=_directly,
         ),
         SiteKind(
             "neurons",
@@ -221,6 +243,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _neurons,
             ".n{unit}",
             after_attention=True,
+            writes=lambda parts, layer: (parts.down_projections[layer], parts.mlps[layer]),
         ),
         SiteKind(
             "mlp",
@@ -229,6 +252,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _stream,
             lambda parts, layer: (parts.mlps[layer], "output"),
             after_attention=True,
+            writes=_directly,
         ),
         _Features("features", "f{layer}", _before_the_first, _stream, _residual, ".{unit}"),
     )
@@ -240,23 +264,13 @@ DEFAULT_SITES = ("heads", "mlp")
 _DICTIONARY_SITES = {"r": "residual", "m": "mlp", "a": "attention"}
 
 
-def _kind_of_name(name: str) -> str:
-    kind = _DICTIONARY_SITES.get(name[:1])
-    if kind is None or not name[1:].isdecimal():
-        raise ConfigurationError(
-            f"{name!r} is not a site of dictionaries; expected r3 (what enters block 3), m3 (an MLP's output) or a3 "
-            "(an attention layer's output)."
-        )
-    return kind
-
-
 def site_of_name(name: str, dimensions: Dimensions) -> Site:
     """The site that a dictionary names: `r3`, `m3` or `a3`; `r0` is the embedding.
 
     Raises:
         ConfigurationError: a model of these sizes has no such site.
     """
-    kind, layer = _kind_of_name(name), int(name[1:])
+    kind, layer = _DICTIONARY_SITES[name[0]], int(name[1:])
     if kind == "residual" and layer == 0:
         return Site("embedding")
     if layer not in SITE_KINDS[kind].layers(dimensions):

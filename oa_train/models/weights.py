@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from oa_train.artefacts import FLOATS
 from oa_train.errors import ModelError
 from oa_train.models.frozen import CausalLM
 
@@ -17,8 +18,6 @@ FINGERPRINT_VALUES = 1024
 _COMPUTED_BUFFERS = re.compile(
     r"\.(inv_freq|(attn|attention)\.bias|masked_bias|embed_positions|position_ids|(cos|sin)_cached|version)$"
 )
-
-_CHECKED_DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def check_complete(report: Mapping[str, Iterable[str]], model: str, within: str = "") -> None:
@@ -62,8 +61,8 @@ def check_finite(model: CausalLM) -> None:
     """
     wrong = []
     for name, parameter in model.named_parameters():
-        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.dtype in _CHECKED_DTYPES:
-            # One pass without a copy; it also detects NaN.
+        if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.dtype in FLOATS:
+            # One pass without a copy; NaN comes out of it as well.
             extremes = torch.stack(parameter.aminmax()) if parameter.numel() else parameter
             if not extremes.isfinite().all():
                 wrong.append(name)

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import torch
 
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import jaccard
+from oa_train.metrics.estimates import estimate
 
 
 def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
@@ -17,12 +19,9 @@ def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
 
 
 def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> list[dict[str, Any]]:
-    """Mean and spread over runs that differ in nothing but their seed.
+    """Mean and spread over runs that differ in nothing but their seed, which form groups.
 
-    Args:
-        runs: the runs; those that differ in nothing but their seed form a group.
-        kl: KL divergence of each run's circuit in nats, by its name.
-        ablation: kind of ablation under which it was measured.
+    The KL divergence of each run's circuit is in nats, by the run's name, measured under the ablation.
 
     Returns:
         For each group of at least two: names and seeds of its runs, the ablations, mean, standard deviation and 95 %
@@ -51,22 +50,15 @@ def _summary(group: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation:
         "ablation": ablation,
         "size": _spread([len(run.circuit) for run in group]),
         "kl": _spread([kl[run.name] for run in group]),
-        "jaccard": _mean_overlap(group),
+        "jaccard": float(np.mean([jaccard(one.circuit, other.circuit) for one, other in combinations(group, 2)])),
     }
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
-    array = np.asarray(values, dtype=float)
-    margin = float(stats.sem(array) * stats.t.ppf(0.975, len(array) - 1))
-    mean = float(array.mean())
+    over_runs = estimate(torch.tensor(values, dtype=torch.float64))
     return {
-        "mean": mean,
-        "standard_deviation": float(array.std(ddof=1)),
-        "ci95": [mean - margin, mean + margin],
-        "n": len(array),
+        "mean": over_runs.mean,
+        "standard_deviation": float(np.std(values, ddof=1)),
+        "ci95": list(over_runs.ci95),
+        "n": over_runs.n,
     }
-
-
-def _mean_overlap(group: Sequence[TrainedCircuit]) -> float:
-    matrix = np.array(jaccard_matrix(group))
-    return float(matrix[np.triu_indices(len(group), k=1)].mean())

@@ -2,42 +2,37 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Control, Panel, comparison_figure
 from oa_train.figures.style import Figure
-from oa_train.models.levels import Level
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.agreement import jaccard_matrix, over_seeds
-from oa_train.studies.comparison_tables import alone_cells, circuit_cells, described_run, intervals, label, seeds_line
-from oa_train.studies.fitted import fitted_constants
-from oa_train.studies.kinds import chosen_kinds
+from oa_train.studies.comparison_tables import (
+    alone_cells,
+    circuit_cells,
+    described_run,
+    kl_by_ablation,
+    label,
+    most_listed,
+    seeds_line,
+)
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Study,
-    Table,
-    differences,
-    estimates,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates, spoken, statistics_stages
 
 # With at most this many components all are ablated alone by default, else only those asked for.
 MOST_ALONE = 64
@@ -78,7 +73,7 @@ class CompareSettings:
         check_ablations(self.ablations)
 
 
-class Compare(Study[CompareSettings]):
+class Compare(AblationStudy[CompareSettings]):
     """Compares ablations on the same held-out prompts.
 
     Each circuit is evaluated under every ablation, not only the one it was trained under. Under optimal ablation it
@@ -105,9 +100,7 @@ class Compare(Study[CompareSettings]):
             levels = [(run.name, run.circuit.level) for run in self.circuits]
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
-        unplanned = AblationSource(self.model, self.task, self.level)
-        self.chosen = chosen_kinds(self.settings.ablations, unplanned, self.batches)
-        self.kinds = self.chosen.kinds
+        self.choose_kinds(self.settings.ablations)
         # Of circuits of edges the components are ablated alone, not every edge.
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
@@ -121,28 +114,23 @@ class Compare(Study[CompareSettings]):
         stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
         lacking = [run for run in self.circuits if not self._has_constants(run)]
         n_others = 1 if all(run.constants is None for run in lacking) else 2
-        fits = (
-            (
-                len(self.circuits),
-                len(lacking),
-                fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others),
-            ),
-            (n_alone, n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1)),
-        )
-        for n_evaluated, n_fitted, passes in fits:
-            for kind in self.kinds if n_evaluated else ():
-                stages += [Stage("constants", passes)] if n_fitted and KINDS[kind].learned else []
-                stages.append(Stage("the test prompts", n_evaluated * task.n_test))
+        passes = fit_passes(len(lacking), settings.circuit_fit, task.n_validation, n_others)
+        stages += self.stages_under_each(len(self.circuits), passes)
+        if n_alone:
+            stages += self.stages_under_each(n_alone, fit_passes(n_alone, settings.fit, task.n_validation, 1))
         for _ in self._controlled:
             stages += random_stages(settings.random_circuits, settings.random_fit, self._n_random_prompts, task)
         return stages
 
     def run(self) -> Findings:
         """Evaluate circuits, components and random circuits under each ablation."""
+        settings = self.settings
         self.clean_behaviour()
-        assert self._prepared  # gathered before all stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
-        drawn = [self._beside_random(run) for run in self._controlled]
+        drawn = [
+            beside_random_circuits(self, run, settings.random_circuits, settings.random_fit, self._n_random_prompts)
+            for run in self._controlled
+        ]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
         kl = {row["run"]: row["kl"].mean for row in circuit_rows if row["ablation"] == self.kinds[0]}
         seeds = over_seeds(self.circuits, kl, self.kinds[0])
@@ -156,7 +144,7 @@ class Compare(Study[CompareSettings]):
             metrics={f"circuit_{row['ablation']}_kl": row["kl"] for row in circuit_rows if row["run"] == first.name},
             facts={
                 "positions": self.positions,
-                "left_out": self.chosen.left_out,
+                "left_out": self.left_out,
                 "runs": [described_run(run) for run in self.circuits],
                 "random_circuits": drawn,
                 "jaccard": overlaps,
@@ -168,22 +156,12 @@ class Compare(Study[CompareSettings]):
             table="comparison",
         )
 
-    @cached_property
+    @property
     def positions(self) -> int:
         """Number of positions that constants tell apart."""
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
         own = max(trained, default=1)
         return n_positions(self.settings.positions or own, self.batches)
-
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.positions, self.track)
-
-    @cached_property
-    def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
-        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
@@ -196,14 +174,10 @@ class Compare(Study[CompareSettings]):
     def _n_random_prompts(self) -> int:
         return min(self.settings.random_prompts, self.task.n_test)
 
-    def _beside_random(self, run: TrainedCircuit) -> dict[str, Any]:
-        settings = self.settings
-        n_circuits, n_prompts = settings.random_circuits, self._n_random_prompts
-        return beside_random_circuits(run, self.source, n_circuits, settings.random_fit, n_prompts, self.track)
-
     def _circuit_rows(self) -> list[Row]:
         masks = torch.stack([run.circuit.mask for run in self.circuits])
-        behaviours = self._behaviours(self.level, masks, partial(self._circuit_constants, masks), "circuits")
+        constants = partial(self._circuit_constants, masks)
+        behaviours = self.under_each(masks, constants, "circuits", self.settings.fit.rows_per_run)
         return [
             {"component": "circuit", "run": run.name, "trained_with": run.ablation} | row
             for index, run in enumerate(self.circuits)
@@ -214,28 +188,20 @@ class Compare(Study[CompareSettings]):
         if not self.alone:
             return []
         masks = torch.stack([~self.nodes.mask([name]) for name in self.alone])
-        constants = partial(self._fitted, self.nodes, masks, None, self.settings.fit, "components alone")
-        behaviours = self._behaviours(self.nodes, masks, constants, "components")
+        fit = self.settings.fit
+        constants = partial(self.fitted_constants, masks, fit, "components alone", level=self.nodes)
+        behaviours = self.under_each(masks, constants, "components", fit.rows_per_run, self.nodes)
         return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
-
-    def _behaviours(
-        self, level: Level, masks: Tensor, constants: Callable[[], Sequence[Constants]], parts: str
-    ) -> dict[AblationKind, Behaviour]:
-        behaviours = {}
-        for kind in self.kinds:
-            ablations = constants() if KINDS[kind].learned else [self._prepared[kind]]
-            described = f"{parts} under {spoken(kind)} ablation"
-            behaviours[kind] = self.behaviour(level, masks, ablations, described, self.settings.fit.rows_per_run)
-        return behaviours
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
         """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
-        starts = [self._start(run) for run in self.circuits]
+        chosen = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
-        chosen = [starts[index] for index in lacking]
-        fitted = self._fitted(self.level, masks[lacking], chosen, self.settings.circuit_fit, "circuits")
-        trained = dict(zip(lacking, fitted, strict=True))
-        return [trained.get(index, start) for index, start in enumerate(starts)]
+        starts, fit = [chosen[index] for index in lacking], self.settings.circuit_fit
+        fitted = self.fitted_constants(masks[lacking], fit, "circuits", starts=starts)
+        for index, constants in zip(lacking, fitted, strict=True):
+            chosen[index] = constants
+        return chosen
 
     def _start(self, run: TrainedCircuit) -> Constants:
         if run.constants is None or not KINDS[run.ablation].learned:
@@ -253,19 +219,6 @@ class Compare(Study[CompareSettings]):
             and provenance.get("loss", "kl") == "kl"
         )
 
-    def _fitted(
-        self,
-        level: Level,
-        masks: Bool[Tensor, "circuit entry"],
-        starts: Sequence[Constants] | None,
-        settings: RefitSettings,
-        parts: str,
-    ) -> list[Constants]:
-        if not len(masks):
-            return []
-        described = f"fitting constants of {parts}"
-        return fitted_constants(self.source, masks, settings, described, starts=starts, level=level)
-
     def _shown(
         self,
         circuit_rows: Sequence[Row],
@@ -278,16 +231,14 @@ class Compare(Study[CompareSettings]):
             title += "KL divergence in nats with everything else ablated, mean ± 95 % interval"
             yield Table(title, circuit_cells([row for row in circuit_rows if row["run"] == run.name]))
         if alone_rows:
-            title = "KL divergence in nats with one component ablated"
-            if len(self.alone) > MOST_LISTED:
-                title += f": the {MOST_LISTED} of {len(self.alone)} that matter most"
+            title = most_listed("KL divergence in nats with one component ablated", len(self.alone))
             yield Table(title, alone_cells(alone_rows, len(self.kinds))[:MOST_LISTED])
         elif self.settings.components is None:
             yield (
                 f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
                 f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
             )
-        yield from self.chosen.lines()
+        yield from self.left_out_lines()
         yield from (random_line(control, self.level.parts) for control in drawn)
         if len(self.circuits) > 1:
             numbered = [f"{number}  {run.name}" for number, run in enumerate(self.circuits, start=1)]
@@ -308,9 +259,9 @@ class Compare(Study[CompareSettings]):
             Panel(
                 "circuits: everything outside ablated",
                 [run.name for run in self.circuits] if several else ["circuit"],
-                intervals(circuit_rows),
+                kl_by_ablation(circuit_rows),
             ),
-            Panel("one component ablated", list(self.alone), intervals(alone_rows), ranked=True),
+            Panel("one component ablated", list(self.alone), kl_by_ablation(alone_rows), ranked=True),
         ]
         controls = [Control(f"{control['size']:,} kept", control["run_kl"], control["kl"]) for control in drawn]
         labels = {kind: label(kind) for kind in self.kinds}
@@ -318,7 +269,7 @@ class Compare(Study[CompareSettings]):
 
     def _agreement_figure(self, circuit_rows: Sequence[Row], overlaps: Sequence[Sequence[float]]) -> Figure:
         names = [f"{run.name}\n({spoken(run.ablation)}, {len(run.circuit)})" for run in self.circuits]
-        kl = {label(kind): [value.mean for value in values] for kind, values in intervals(circuit_rows).items()}
+        kl = {label(kind): [value.mean for value in values] for kind, values in kl_by_ablation(circuit_rows).items()}
         return agreement_figure(names, kl, overlaps)
 
 

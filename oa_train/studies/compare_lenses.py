@@ -7,19 +7,17 @@ from typing import Any, ClassVar
 
 import torch
 
-from oa_train.ablations.evaluation import prompt_identities
 from oa_train.checks import check_at_least
 from oa_train.figures.lenses import lens_figure
 from oa_train.figures.style import Figure
 from oa_train.lenses.lens import Lens
 from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
-from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
-from oa_train.studies.study import Findings, Row, Study, Table, interval, spoken
+from oa_train.studies.lens_study import LensStudy
+from oa_train.studies.study import Findings, Row, Table, spoken
 
 # Layers in the table on the terminal.
 MOST_LAYERS = 10
@@ -63,7 +61,7 @@ class Readings:
     depth: Float[Tensor, " prompt"]
 
 
-class CompareLenses(Study[CompareLensesSettings]):
+class CompareLenses(LensStudy[CompareLensesSettings]):
     """Reads the residual stream of every layer by several lenses: what do middle layers already know?
 
     Rows: one for each lens and layer, with `kl` (of the prediction from the model's, in nats), `agreement` (share of
@@ -77,28 +75,21 @@ class CompareLenses(Study[CompareLensesSettings]):
 
     name = "compare_lenses"
     Settings: ClassVar[type] = CompareLensesSettings
-    FromRun: ClassVar[type[Any]] = TrainedLenses
     asks_of = "any"
 
     def check(self) -> None:
         """Choose lenses and layers."""
         super().check()
-        self.layers = chosen_layers(self.model, self.settings.layers, self.from_runs)
-        self.kinds = chosen_kinds(self.settings.lenses, self.from_runs)
+        self.choose_layers(self.settings.layers)
+        self.choose_kinds(self.settings.lenses)
 
     def plan(self) -> list[Stage]:
         """The means, and the test prompts."""
-        means = [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
-        return [*means, Stage("reading", self.task.n_test)]
+        return [*self.mean_stages, Stage("reading", self.task.n_test)]
 
     def run(self) -> Findings:
         """Read every test prompt by every lens."""
-        settings = self.settings
-        lenses = chosen_lenses(
-            self.model, self.task, self.kinds, self.layers, self.from_runs, settings.tuned_lens, self.track
-        )
-        identities = torch.cat([prompt_identities(batch) for batch in self.batches])
-        readings = self._readings(lenses)
+        readings, identities = self._readings(self.lenses(self.settings.tuned_lens)), self.identities
         reference = next((name for name in REFERENCES if name in readings), next(iter(readings)))
         rows = list(self._rows(readings, reference, identities))
         depths = {f"depth_{name}": estimate(read.depth, identities) for name, read in readings.items()}
@@ -175,8 +166,7 @@ class CompareLenses(Study[CompareLensesSettings]):
     def _figure(self, rows: Sequence[Row], names: Sequence[str]) -> Figure:
         lines = {
             spoken(name): {
-                measure: [interval(row[measure]) for row in rows if row["lens"] == name]
-                for measure in ("kl", "agreement")
+                measure: [row[measure] for row in rows if row["lens"] == name] for measure in ("kl", "agreement")
             }
             for name in names
         }

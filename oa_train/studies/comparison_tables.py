@@ -5,9 +5,8 @@ from typing import Any
 
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.figures.comparison import Interval
-from oa_train.metrics.estimates import written
-from oa_train.studies.study import Row, interval, spoken
+from oa_train.metrics.estimates import Estimate, written
+from oa_train.studies.study import MOST_LISTED, Row, spoken
 
 
 def described_run(run: TrainedCircuit) -> dict[str, Any]:
@@ -24,21 +23,26 @@ def described_run(run: TrainedCircuit) -> dict[str, Any]:
 
 def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A row for each ablation of one circuit."""
-    paired = len(rows) > 1 and "kl_minus_optimal" in rows[0]
-    return [
-        {
-            "ablation": label(row["ablation"]),
-            "KL": row["kl"],
-            **(
-                {"KL minus\noptimal": None if row["ablation"] == "optimal" else row["kl_minus_optimal"]}
-                if paired
-                else {}
-            ),
-            "accuracy": f"{row['accuracy'].mean:.3f}",
-            "logit\ndifference": f"{row['logit_difference'].mean + 0.0:.2f}",
-        }
-        for row in rows
-    ]
+    paired, cells = len(rows) > 1 and "kl_minus_optimal" in rows[0], []
+    for row in rows:
+        cell = {"ablation": label(row["ablation"]), "KL": row["kl"]}
+        if paired:
+            cell["KL minus\noptimal"] = None if row["ablation"] == "optimal" else row["kl_minus_optimal"]
+        cells.append(cell | measure_cells(row))
+    return cells
+
+
+def measure_cells(row: Row) -> dict[str, str]:
+    """Accuracy and logit difference, without intervals."""
+    return {
+        "accuracy": f"{row['accuracy'].mean:.3f}",
+        "logit\ndifference": f"{row['logit_difference'].mean + 0.0:.2f}",
+    }
+
+
+def most_listed(title: str, n_parts: int) -> str:
+    """Title of a table of parts, of which the first `MOST_LISTED` are listed."""
+    return title + (f": the {MOST_LISTED} of {n_parts} that matter most" if n_parts > MOST_LISTED else "")
 
 
 def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
@@ -71,9 +75,9 @@ def label(kind: AblationKind) -> str:
     return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
 
 
-def intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
+def kl_by_ablation(rows: Sequence[Row]) -> dict[str, list[Estimate]]:
     """KL divergences by ablation."""
-    by_kind: dict[str, list[Interval]] = {}
+    by_kind: dict[str, list[Estimate]] = {}
     for row in rows:
-        by_kind.setdefault(row["ablation"], []).append(interval(row["kl"]))
+        by_kind.setdefault(row["ablation"], []).append(row["kl"])
     return by_kind

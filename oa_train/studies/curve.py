@@ -22,7 +22,7 @@ from oa_train.models.levels import Level
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import WITH_GRADIENTS, Stage
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.studies.comparison_tables import label
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.curve_tables import (
     MeasuredCurve,
     chosen_points,
@@ -31,8 +31,6 @@ from oa_train.studies.curve_tables import (
     pooled,
     summary_cells,
 )
-from oa_train.studies.fitted import fitted_constants
-from oa_train.studies.kinds import chosen_kinds
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of, selected_units
 from oa_train.studies.rankings import (
     ATTRIBUTION,
@@ -46,7 +44,7 @@ from oa_train.studies.rankings import (
     ranking_of_path,
     told_apart,
 )
-from oa_train.studies.study import Findings, Study, Table, estimates, spoken, statistics_stages
+from oa_train.studies.study import Findings, Table, estimates, spoken, statistics_stages
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class CurveSettings:
         check_choice("broken_by", self.broken_by, ("kl", "accuracy"))
 
 
-class Curve(Study[CurveSettings]):
+class Curve(AblationStudy[CurveSettings]):
     """Ablates a growing share of the selected units, the least important first: where does behaviour break?
 
     All other units are kept. The first point, nothing ablated, is the clean model; the last one, everything ablated,
@@ -147,14 +145,12 @@ class Curve(Study[CurveSettings]):
         self.level, self.parts = self._selection()
         if not self.parts:
             raise ConfigurationError(f"components is {settings.components}, which selects no unit.")
-        source = AblationSource(self.model, self.task, self.level)
-        self.chosen = chosen_kinds(settings.ablations, source, self.batches)
-        self.kinds = self.chosen.kinds
+        self.choose_kinds(settings.ablations)
         has_scores = self.trained is not None and self.trained.circuit.scores is not None
         self.rankings = settings.rankings or [name for name in BUILT_IN if name != SCORES or has_scores]
         self.ranked_under = settings.ranked_under or "mean"
         if ATTRIBUTION in self.rankings:
-            check_suits([self.ranked_under], source, self.batches)
+            check_suits([self.ranked_under], AblationSource(self.model, self.task, self.level), self.batches)
             if KINDS[self.ranked_under].learned and self._own_constants is None:
                 raise ConfigurationError(
                     f"ranked_under is {self.ranked_under}, but there is no run whose constants attribution could use. "
@@ -184,13 +180,10 @@ class Curve(Study[CurveSettings]):
         return told_apart(stored)
 
     @property
-    def _n_orders(self) -> int:
-        return len(self.rankings) + (self.settings.random_orders - 1 if RANDOM in self.rankings else 0)
-
-    @property
     def _n_circuits(self) -> int:
         """Number of circuits: everything ablated, and the intermediate points of each order."""
-        return 1 + self._n_orders * (len(self.ablated) - 2)
+        n_orders = len(self.rankings) + (self.settings.random_orders - 1 if RANDOM in self.rankings else 0)
+        return 1 + n_orders * (len(self.ablated) - 2)
 
     @property
     def _own_constants(self) -> Ablation | None:
@@ -207,22 +200,17 @@ class Curve(Study[CurveSettings]):
         stages = [Stage("the clean model", task.n_test), *statistics_stages(needed, task)]
         stages += [Stage("attribution", WITH_GRADIENTS * task.n_validation)] if with_attribution else []
         n_fitted = self._n_circuits if self.settings.refit else int(self._own_constants is None)
-        for kind in self.kinds:
-            if KINDS[kind].learned and n_fitted:
-                stages.append(Stage("constants", fit_passes(n_fitted, self.settings.fit, task.n_validation, 1)))
-            stages.append(Stage("the test prompts", self._n_circuits * task.n_test))
-        return stages
+        passes = fit_passes(n_fitted, self.settings.fit, task.n_validation, 1)
+        return stages + self.stages_under_each(self._n_circuits, passes)
 
     def run(self) -> Findings:
         """Evaluate all points under each ablation."""
         clean = self.clean_behaviour()
-        assert self._prepared  # gathered before all stages that use them
+        assert self.prepared  # gathered before all stages that use them
         orders = self._orders()
         masks, curves, n_between = self._masks(orders), list[MeasuredCurve](), len(self.ablated) - 2
-        for kind in self.kinds:
-            ablations = self._constants(masks) if KINDS[kind].learned else [self._prepared[kind]]
-            shown, rows_per_run = f"curves under {label(kind)} ablation", self.settings.fit.rows_per_run
-            behaviour = self.behaviour(self.level, masks, ablations, shown, rows_per_run)
+        constants, rows_per_run = partial(self._constants, masks), self.settings.fit.rows_per_run
+        for kind, behaviour in self.under_each(masks, constants, "curves", rows_per_run).items():
             for number, order in enumerate(orders):
                 points = [*range(1 + number * n_between, 1 + (number + 1) * n_between), 0]
                 curves.append(MeasuredCurve(order.name, order.draw, kind, chosen_points(behaviour, points, clean)))
@@ -236,7 +224,7 @@ class Curve(Study[CurveSettings]):
             metrics=metrics,
             facts={
                 "n_units": len(self.parts),
-                "left_out": self.chosen.left_out,
+                "left_out": self.left_out,
                 "rankings": [
                     {"name": order.name, "draw": order.draw, "ascending": order.names(self.parts)} for order in orders
                 ],
@@ -257,7 +245,7 @@ class Curve(Study[CurveSettings]):
         unit = "nats of KL" if settings.broken_by == "kl" else "accuracy lost"
         holds = f"holds until\n{settings.bound:g} {unit}"
         yield Table(f"Curves with {self._which} first, 95 % intervals", summary_cells(curves, summaries, holds))
-        yield from self.chosen.lines()
+        yield from self.left_out_lines()
         if RANDOM in self.rankings and settings.random_orders > 1:
             yield f"random is the mean of {settings.random_orders} orders; tables/curve.csv has each."
 
@@ -274,16 +262,11 @@ class Curve(Study[CurveSettings]):
         drawn = [curve.drawn() for curve in curves]
         return curve_figure(drawn, self._fractions.tolist(), title, f"the {settings.order}", bound)
 
-    @cached_property
-    def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
-        return {kind: KINDS[kind].prepare(self._source) for kind in self.kinds}
-
-    @cached_property
-    def _source(self) -> AblationSource:
+    @property
+    def positions(self) -> int:
+        """Number of positions that constants tell apart."""
         own = 1 if self.trained is None or self._own_constants is None else self.trained.positions
-        positions = n_positions(self.settings.positions or own, self.batches)
-        return AblationSource(self.model, self.task, self.level, positions, self.track)
+        return n_positions(self.settings.positions or own, self.batches)
 
     @property
     def _fractions(self) -> Float[Tensor, " point"]:
@@ -310,7 +293,7 @@ class Curve(Study[CurveSettings]):
         """Mean absolute first-order effect on the validation prompts."""
         kind = KINDS[self.ranked_under]
         own = self._own_constants if kind.learned else None
-        ablation = kind.prepare(self._source) if own is None else own
+        ablation = kind.prepare(self.source) if own is None else own
         batches, loss = list(self.task.batches("validation", self.task.n_validation)), self.settings.attribution_loss
         with self.track(WITH_GRADIENTS * self.task.n_validation, "attribution") as advance:
             rows_per_run = self.settings.fit.rows_per_run
@@ -331,8 +314,8 @@ class Curve(Study[CurveSettings]):
 
     def _constants(self, masks: Bool[Tensor, "circuit entry"]) -> Sequence[Ablation]:
         """Learned constants of each point, or one set for all of them."""
-        if not self.settings.refit and self._own_constants is not None:
-            return [self._own_constants]
         if self.settings.refit:
-            return fitted_constants(self._source, masks, self.settings.fit, "fitting constants of all points")
-        return fitted_constants(self._source, masks[:1], self.settings.fit, "fitting constants")
+            return self.fitted_constants(masks, self.settings.fit, "all points")
+        if self._own_constants is not None:
+            return [self._own_constants]
+        return self.fitted_constants(masks[:1], self.settings.fit, "everything ablated")

@@ -1,6 +1,6 @@
 """Behaviour along the curves of `curve`: rows, summary statistics and tables."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -9,14 +9,13 @@ import torch
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.errors import ConfigurationError
-from oa_train.figures.comparison import Interval
 from oa_train.figures.curves import DrawnCurve
 from oa_train.metrics.curves import area, holds_until, recovery_area
 from oa_train.metrics.estimates import Estimate
 from oa_train.metrics.measures import MEASURES
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.comparison_tables import label
-from oa_train.studies.study import differences, estimates, interval
+from oa_train.studies.study import differences, estimates
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +60,8 @@ class MeasuredCurve:
     def drawn(self) -> DrawnCurve:
         """The curve for the figure."""
         points = [estimates(self.behaviour, point) for point in range(len(self.behaviour.kl))]
-        by_measure: dict[str, list[Interval]] = {
-            measure: [interval(of_point[measure]) for of_point in points] for measure in ("kl", "accuracy")
-        }
-        return DrawnCurve(self.ranking, self.ablation, label(self.ablation), by_measure["kl"], by_measure["accuracy"])
+        kl, accuracy = ([of_point[measure] for of_point in points] for measure in ("kl", "accuracy"))
+        return DrawnCurve(self.ranking, self.ablation, label(self.ablation), kl, accuracy)
 
 
 def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[int] | None) -> list[int]:
@@ -87,21 +84,24 @@ def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
     for curve in curves:
         groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
     return [
-        replace(group[0], draw=None, behaviour=_mean([curve.behaviour for curve in group]))
+        replace(group[0], draw=None, behaviour=_combined([curve.behaviour for curve in group], _mean))
         for group in groups.values()
     ]
 
 
-def _mean(behaviours: Sequence[Behaviour]) -> Behaviour:
-    stacked = {name: torch.stack([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
-    means = {name: values.mean(dim=0) for name, values in stacked.items()}
-    return Behaviour(**means, identities=behaviours[0].identities)
-
-
 def chosen_points(behaviour: Behaviour, points: Sequence[int], clean: Behaviour) -> Behaviour:
     """Behaviour of the clean model, then of the circuits with these numbers."""
-    measures = {name: torch.cat([getattr(clean, name), getattr(behaviour, name)[list(points)]]) for name in MEASURES}
-    return Behaviour(**measures, identities=clean.identities)
+    return _combined([clean, behaviour], lambda values: torch.cat([values[0], values[1][list(points)]]))
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).mean(dim=0)
+
+
+def _combined(behaviours: Sequence[Behaviour], combine: Callable[[list[Tensor]], Tensor]) -> Behaviour:
+    """Measures made of those of several behaviours on the same prompts."""
+    measures = {name: combine([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
+    return Behaviour(**measures, identities=behaviours[0].identities)
 
 
 def summary_cells(

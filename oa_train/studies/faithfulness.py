@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from scipy import stats
 
-from oa_train.ablations.evaluation import prompt_identities
 from oa_train.checks import check_at_least, check_positive
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import faithfulness_figure
@@ -24,14 +23,13 @@ from oa_train.lenses.faithfulness import (
     resampled,
     steered,
 )
-from oa_train.lenses.lens import AffineLens, Lens
+from oa_train.lenses.lens import LENS_KINDS, AffineLens, Lens
 from oa_train.lenses.predictions import Tokens
-from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.progress import Stage, counted
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
-from oa_train.studies.study import Findings, Row, Study, Table, interval, spoken
+from oa_train.studies.lens_study import LensStudy
+from oa_train.studies.study import Findings, Row, Table, spoken
 
 STEER, PROJECT, RESAMPLE = "steer", "project", "resample"
 RANDOM, BASIS = "random", "basis"
@@ -70,7 +68,7 @@ class FaithfulnessSettings:
         check_at_least(4, directions=self.directions)
 
 
-class Faithfulness(Study[FaithfulnessSettings]):
+class Faithfulness(LensStudy[FaithfulnessSettings]):
     """Changes the residual stream in the model and under a lens alike: do the predictions change alike?
 
     Three changes of a prompt's scored token: `steer` (a random step along a direction), `project` (what distinguishes
@@ -86,44 +84,45 @@ class Faithfulness(Study[FaithfulnessSettings]):
 
     name = "faithfulness"
     Settings: ClassVar[type] = FaithfulnessSettings
-    FromRun: ClassVar[type[Any]] = TrainedLenses
     asks_of = "any"
 
     def check(self) -> None:
         """Choose lenses and layers."""
         super().check()
-        layers = chosen_layers(self.model, self.settings.layers, self.from_runs)
-        self.layers = layers if self.settings.layers is not None else list(layers_between(layers, 4))
-        kinds = chosen_kinds(self.settings.lenses, self.from_runs)
+        self.choose_layers(self.settings.layers)
+        if self.settings.layers is None:
+            self.layers = list(layers_between(self.layers, 4))
+        self.choose_kinds(self.settings.lenses)
         if self.settings.lenses is None:
-            kinds = [kind for kind in kinds if kind != RESAMPLE]
-        self.kinds = kinds
-        if RESAMPLE in kinds:
-            raise ConfigurationError("The resample lens reads other prompts too, so its effects are not its own.")
+            self.kinds = [kind for kind in self.kinds if not LENS_KINDS[kind].needs_partners]
+        for kind in self.kinds:
+            if LENS_KINDS[kind].needs_partners:
+                raise ConfigurationError(f"The {kind} lens reads other prompts too, so its effects are not its own.")
         if any(batch.scored.shape[1] > 1 for batch in self.batches):
             Intervened(self.model, self.batches[0], 0, 1)  # says why not
 
     def plan(self) -> list[Stage]:
         """Statistics of the stream, and the changes at each layer."""
         n_changes = 2 * self.settings.directions + self.settings.directions // self.settings.subspace
-        n_bases = 1 + len({"tuned", "linear_oca"} & {*self.kinds})
+        n_bases = 1 + sum(LENS_KINDS[kind].affine for kind in self.kinds)
         calibrating = BISECTIONS * self.settings.directions * len(self.batches[0])
         passes = self.task.n_test * n_changes * n_bases + calibrating
-        means = [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
-        return [*means, Stage("statistics", self.task.n_means), *[Stage(f"layer {n}", passes) for n in self.layers]]
+        statistics = Stage("statistics", self.task.n_means)
+        return [*self.mean_stages, statistics, *[Stage(f"layer {n}", passes) for n in self.layers]]
 
     def run(self) -> Findings:
         """Change the stream at every layer."""
-        lenses = chosen_lenses(self.model, self.task, self.kinds, self.layers, self.from_runs, None, self.track)
-        statistics = self._statistics()
-        identities = torch.cat([prompt_identities(batch) for batch in self.batches])
+        lenses, statistics, identities = self.lenses(), self._statistics(), self.identities
         rows, steps = list[Row](), dict[int, float]()
         for layer in self.layers:
             of_layer = {name: lens.at([layer]) for name, lens in lenses.items()}
             steps[layer], effects = self._at(layer, of_layer, statistics[layer])
             rows += [
                 {"lens": name, "layer": layer, "change": change, "directions": directions}
-                | {"magnitude": _magnitude(change, of_change), "similarity": _similarity(of_change, identities)}
+                | {
+                    "magnitude": _magnitude(change, of_change),
+                    "similarity": estimate(of_change.similarity.mean(dim=0), identities),
+                }
                 for (name, change, directions), of_change in effects.items()
             ]
         return Findings(
@@ -160,9 +159,10 @@ class Faithfulness(Study[FaithfulnessSettings]):
         with self.track(self.plan()[-1].passes, f"changing the stream of layer {layer}") as advance:
 
             def effect(step: float) -> float:
-                changed = [p.model_effects(steered(p.streams, random, step, seed, layer)) for p in prompts[:1]]
-                advance(changed[0].numel())
-                return float(torch.cat(changed, dim=1).mean())
+                first = prompts[0]
+                changed = first.model_effects(steered(first.streams, random, step, seed, layer))
+                advance(changed.numel())
+                return float(changed.mean())
 
             random = sets[RANDOM, ""].to(device)
             step = calibrated_step(effect, settings.target, LARGEST_STEP * deviation)
@@ -216,9 +216,7 @@ class Faithfulness(Study[FaithfulnessSettings]):
         random = [row for row in rows if row["directions"] == RANDOM]
         panels = {
             (measure, change): {
-                spoken(name): [
-                    interval(row[measure]) for row in random if row["lens"] == name and row["change"] == change
-                ]
+                spoken(name): [row[measure] for row in random if row["lens"] == name and row["change"] == change]
                 for name in dict.fromkeys(row["lens"] for row in random)
             }
             for measure in MEASURED
@@ -249,7 +247,3 @@ def _magnitude(change: str, effects: Effects) -> Estimate:
     low, high = result.confidence_interval(0.95)
     r = float(result.statistic)
     return Estimate(r, (1 - r**2) / (len(model) - 3) ** 0.5, (float(low), float(high)), len(model))
-
-
-def _similarity(effects: Effects, identities: Tensor) -> Estimate:
-    return estimate(effects.similarity.mean(dim=0), identities)

@@ -77,6 +77,12 @@ class Findings:
         return pd.DataFrame(self.flat_rows())
 
 
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """Names in a line; of more than `most` the first ones, and the number of the others."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return between.join(names[:most]) + more
+
+
 def plain(value: Any) -> Any:
     """JSON values of estimates, dataclasses and containers of them."""
     if isinstance(value, Estimate):

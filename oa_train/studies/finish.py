@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,20 +18,12 @@ from oa_train.circuits.circuit import Circuit
 from oa_train.figures.fronts import front_figure
 from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, written
-from oa_train.metrics.measures import Loss
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
+from oa_train.studies.ablation_study import AblationStudy
+from oa_train.studies.findings import listed
 from oa_train.studies.run_folder import circuit_folders
-from oa_train.studies.study import (
-    Findings,
-    Row,
-    Study,
-    Table,
-    estimates,
-    interval,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import Findings, Row, Table, estimates, spoken, statistics_stages
 from oa_train.tasks.task import Task
 from oa_train.training.pictures import circuit_picture, score_picture
 
@@ -73,12 +65,7 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Finished circuits.
-
-    Attributes:
-        circuits: the circuits with their final constants.
-        findings: their evaluation.
-    """
+    """Circuits with their final constants, and the findings of their evaluation."""
 
     circuits: list[TrainedCircuit]
     findings: Findings
@@ -95,74 +82,22 @@ def finish(
     """Refit the constants of trained circuits, and write circuits, constants and their evaluation to a run folder.
 
     One circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation to `studies/fit_K/`.
-
-    Args:
-        model: frozen causal language model.
-        task: the task that the circuits were trained on.
-        circuits: from `CircuitModule.trained_circuits`.
-        run: run folder.
-        settings: of the refit.
-        track: progress.
+    `circuits` are from `CircuitModule.trained_circuits`, which were trained on the task.
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
     study = Evaluate(model, task, circuits, settings, track)
-    study.announce([*refit_stages(circuits, settings, task), *study.plan()])
+    study.announce([*study.refit_stages(), *study.plan()])
     # The circuits are written before the refit, so that an interruption costs no more than the refit.
     for trained, folder in zip(circuits, folders, strict=True):
         trained.save_circuit(folder)
-    refitted = refit(model, task, circuits, settings, study.track)
-    for trained, folder in zip(refitted, folders, strict=True):
+    study.refit()
+    for trained, folder in zip(study.circuits, folders, strict=True):
         trained.save_constants(folder)
-    study.from_runs = list(refitted)
     findings = study.run_in(run)
-    return Finished(refitted, findings)
+    return Finished(study.circuits, findings)
 
 
-def refit_stages(circuits: Sequence[TrainedCircuit], settings: FinishSettings, task: Task) -> list[Stage]:
-    """Stages of `refit`."""
-    if not KINDS[circuits[0].ablation].learned:
-        return []
-    n_starts, stages = len(circuits), list[Stage]()
-    if settings.refit_start != "trained":
-        n_starts *= 2 if settings.refit_start == "both" else 1
-        stages = statistics_stages(["mean"], task)
-    return [*stages, Stage("refitting the constants", fit_passes(n_starts, settings.refit, task.n_validation, 0))]
-
-
-def refit(
-    model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], settings: FinishSettings, track: Track = silent
-) -> list[TrainedCircuit]:
-    """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
-    first = circuits[0]
-    if not KINDS[first.ablation].learned:
-        return list(circuits)
-    level = first.circuit.level
-    starts = [trained.constants for trained in circuits if trained.constants is not None]
-    if settings.refit_start != "trained":
-        means = [AblationSource(model, task, level, first.positions, track).mean] * len(circuits)
-        starts = means if settings.refit_start == "mean" else [*starts, *means]
-    masks = torch.stack([trained.circuit.mask for trained in circuits]).repeat(len(starts) // len(circuits), 1)
-    loss: Loss = first.circuit.provenance["loss"]
-    fitted = fit_constants(
-        model,
-        task,
-        level,
-        masks,
-        starts,
-        settings.refit,
-        loss=loss,
-        track=track,
-        description="refitting the constants",
-    )
-    best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
-    chosen = [fitted.sets[start * len(circuits) + number].to("cpu") for number, start in enumerate(best)]
-    return [
-        replace(t, constants=replace(c, provenance=t.circuit.provenance))
-        for t, c in zip(circuits, chosen, strict=True)
-    ]
-
-
-class Evaluate(Study[FinishSettings]):
+class Evaluate(AblationStudy[FinishSettings]):
     """Evaluates circuits under their own ablation on the test prompts.
 
     Rows: of one circuit, its entries with their keep-probabilities; of several, each circuit under its own ablation
@@ -177,6 +112,46 @@ class Evaluate(Study[FinishSettings]):
         """Note ablation and level, which all circuits of a training share."""
         super().check()
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
+        others = [kind for kind in REFERENCES if kind != self.ablation] if len(self.circuits) > 1 else []
+        self.kinds = [self.ablation, *others]
+
+    def refit_stages(self) -> list[Stage]:
+        """Stages of `refit`."""
+        settings, task, n_starts, stages = self.settings, self.task, len(self.circuits), list[Stage]()
+        if not KINDS[self.ablation].learned:
+            return stages
+        if settings.refit_start != "trained":
+            n_starts *= 2 if settings.refit_start == "both" else 1
+            stages = statistics_stages(["mean"], task)
+        passes = fit_passes(n_starts, settings.refit, task.n_validation, 0)
+        return [*stages, Stage("refitting the constants", passes)]
+
+    def refit(self) -> None:
+        """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
+        if not KINDS[self.ablation].learned:
+            return
+        settings, circuits = self.settings, self.circuits
+        starts = [trained.constants for trained in circuits if trained.constants is not None]
+        if settings.refit_start != "trained":
+            source = AblationSource(self.model, self.task, self.level, self.positions, self.track)
+            means = [source.mean] * len(circuits)
+            starts = means if settings.refit_start == "mean" else [*starts, *means]
+        fitted = fit_constants(
+            self.model,
+            self.task,
+            self.level,
+            torch.stack([trained.circuit.mask for trained in circuits]).repeat(len(starts) // len(circuits), 1),
+            starts,
+            settings.refit,
+            loss=circuits[0].circuit.provenance["loss"],
+            track=self.track,
+            description="refitting the constants",
+        )
+        best = fitted.validation_loss.view(-1, len(circuits)).argmin(dim=0).tolist()
+        for number, (trained, start) in enumerate(zip(circuits, best, strict=True)):
+            constants = fitted.sets[start * len(circuits) + number].to("cpu")
+            provenance = trained.circuit.provenance
+            circuits[number] = replace(trained, constants=replace(constants, provenance=provenance))
 
     def run(self) -> Findings:
         """Evaluate one circuit, or several."""
@@ -184,12 +159,10 @@ class Evaluate(Study[FinishSettings]):
 
     def plan(self) -> list[Stage]:
         """The circuits under each ablation, and the clean model."""
-        task, several = self.task, len(self.circuits) > 1
-        kinds = self._kinds if several else [self.ablation]
-        own = KINDS[self.ablation].constant
-        stages = statistics_stages([kind for kind in kinds if not (own and kind == self.ablation)], task)
-        stages += [Stage("", len(self.circuits) * task.n_test) for _ in kinds]
-        return stages if several else [*stages, Stage("the clean model", task.n_test)]
+        task, own = self.task, KINDS[self.ablation].constant
+        stages = statistics_stages([kind for kind in self.kinds if not (own and kind == self.ablation)], task)
+        stages += [Stage("the circuits", len(self.circuits) * task.n_test) for _ in self.kinds]
+        return stages if len(self.circuits) > 1 else [*stages, Stage("the clean model", task.n_test)]
 
     def _single(self, trained: TrainedCircuit) -> Findings:
         clean, metrics = estimates(self.clean_behaviour()), estimates(self._behaviour(self.ablation, "the circuit"))
@@ -213,15 +186,16 @@ class Evaluate(Study[FinishSettings]):
         )
 
     def _several(self) -> Findings:
-        kinds = self._kinds
-        behaviours = {kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in kinds}
+        behaviours = {
+            kind: self._behaviour(kind, f"the circuits under {spoken(kind)} ablation") for kind in self.kinds
+        }
         rows = [
             {"number": number, **_price(trained), **trained.circuit.counts(), "ablation": kind}
             | estimates(behaviour, number)
             for number, trained in enumerate(self.circuits)
             for kind, behaviour in behaviours.items()
         ]
-        kl = {kind: [row["kl"] for row in rows if row["ablation"] == kind] for kind in kinds}
+        kl = {kind: [row["kl"] for row in rows if row["ablation"] == kind] for kind in self.kinds}
         cells = [
             {f"{self.level.parts}, of {len(self.level)}": len(trained.circuit)}
             | {spoken(kind): values[number] for kind, values in kl.items()}
@@ -238,20 +212,11 @@ class Evaluate(Study[FinishSettings]):
             table="front",
         )
 
-    @property
-    def _kinds(self) -> list[AblationKind]:
-        """Ablations under which several circuits are evaluated."""
-        return [self.ablation, *(kind for kind in REFERENCES if kind != self.ablation)]
-
     def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]
-        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self._source)]
+        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self.source)]
         masks = torch.stack([trained.circuit.mask for trained in self.circuits])
         return self.behaviour(self.level, masks, ablations, evaluated, self.settings.refit.rows_per_run)
-
-    @cached_property
-    def _source(self) -> AblationSource:
-        return AblationSource(self.model, self.task, self.level, self.circuits[0].positions, self.track)
 
     def _pictures(self, *kl: Estimate) -> Iterator[tuple[str, Callable[[], Figure | None]]]:
         several = len(self.circuits) > 1
@@ -264,9 +229,8 @@ class Evaluate(Study[FinishSettings]):
             yield "keep_probability", partial(score_picture, self.level, first.scores, threshold)
 
     def _front(self, kl: Mapping[AblationKind, Sequence[Estimate]]) -> Figure:
-        intervals = {kind: [interval(value) for value in values] for kind, values in kl.items()}
         sizes = [len(trained.circuit) for trained in self.circuits]
-        return front_figure(sizes, intervals, len(self.level), self.level.parts, self.subject)
+        return front_figure(sizes, kl, len(self.level), self.level.parts, self.subject)
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:
@@ -295,4 +259,4 @@ def _named(circuit: Circuit) -> str:
     if circuit.scores is not None:
         scores = dict(zip(names, circuit.scores[circuit.mask].tolist(), strict=True))
         names.sort(key=lambda name: -scores[name])
-    return f"{', '.join(names[:MOST_NAMED])} and {len(names) - MOST_NAMED:,} more in results.json"
+    return f"{listed(names, MOST_NAMED)} in results.json"

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 
 from oa_train.ablations.trained import TrainedCircuit
-from oa_train.figures.comparison import Interval, Panel, comparison_figure
-from oa_train.figures.style import Figure
+from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
+from oa_train.studies.comparison_tables import most_listed
 from oa_train.studies.finish import Evaluate, Finished, FinishSettings
-from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates, interval
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates
 from oa_train.tasks.task import Task
 
 
@@ -22,12 +22,7 @@ def finish_constants(
 ) -> Finished:
     """Write `constants/`, `circuit/` if they are of one, and `studies/fit_K/` to a run folder.
 
-    Args:
-        model: frozen causal language model.
-        task: the task that the constants were trained on.
-        circuits: from `ConstantsModule.trained_circuits`.
-        run: run folder.
-        track: progress.
+    `circuits` are from `ConstantsModule.trained_circuits`, which were trained on the task.
     """
     first, run = circuits[0], Path(run)
     is_circuit = first.name == "circuit"
@@ -64,20 +59,14 @@ class EvaluateAlone(Study[FinishSettings]):
             for number, trained in enumerate(self.circuits)
         ]
         title = f"KL divergence in nats with one component ablated, on {self.prompts}"
-        if len(rows) > MOST_LISTED:
-            title += f": the {MOST_LISTED} of {len(rows)} that matter most"
         cells = [{"component": row["component"], "mean ± 95 % interval": row["kl"]} for row in rows]
         cells = sorted(cells, key=lambda cell: -cell["mean ± 95 % interval"].mean)[:MOST_LISTED]
+        names, kl = [row["component"] for row in rows], [row["kl"] for row in rows]
+        panel = Panel("one component ablated", names, {"optimal": kl}, ranked=True)
         return Findings(
             rows,
             facts={"ablation": "optimal"},
-            shown=[Table(title, cells)],
-            figures={"components": partial(self._figure, [interval(row["kl"]) for row in rows])},
+            shown=[Table(most_listed(title, len(rows)), cells)],
+            figures={"components": partial(comparison_figure, [panel], self.subject)},
             table="constants",
         )
-
-    def _figure(self, kl: Sequence[Interval]) -> Figure:
-        panel = Panel(
-            "one component ablated", [trained.name for trained in self.circuits], {"optimal": kl}, ranked=True
-        )
-        return comparison_figure([panel], self.subject)

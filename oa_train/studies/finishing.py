@@ -5,8 +5,7 @@ from pathlib import Path
 from oa_train.ablations.trained import run_name
 from oa_train.studies.finish import FinishSettings, finish
 from oa_train.studies.finish_constants import finish_constants
-from oa_train.studies.finish_lens import finish_lenses
-from oa_train.studies.finish_tracing import finish_tracing
+from oa_train.studies.finish_losses import finish_lenses, finish_tracing
 from oa_train.studies.study import Findings
 from oa_train.tasks.task import Task
 from oa_train.training.circuit_module import CircuitModule

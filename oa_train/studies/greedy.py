@@ -179,38 +179,32 @@ class GreedySearch:
         self._mask, self._recovery = self._moved(units), recovery
         self._note(move, restored, removed, n_queued)
 
-    def _best(self, groups: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], float]:
+    def _take_best(self, move: Move, groups: Sequence[tuple[int, ...]], n_queued: int, screened: bool) -> bool:
+        """Move the best group of units, if it is good."""
+        if not groups:
+            return False
         recoveries = self._measured([self._moved(units) for units in groups])
-        best = max(range(len(groups)), key=lambda number: recoveries[number])
-        return groups[best], recoveries[best]
+        units, recovery = max(zip(groups, recoveries, strict=True), key=lambda group: group[1])
+        if not self._is_good(move == "restore pair", recovery - self._recovery):
+            return False
+        self._screened = screened
+        self._take(move, units, recovery, n_queued)
+        return True
 
     def _pair(self, restoring: bool) -> bool:
         """Move the best pair of units, if it is good."""
         queue = self._queue(restoring)
         most = (1 + math.isqrt(1 + 8 * self.budget.pairs)) // 2
         pairs = list(combinations(queue[:most], 2)) if self.budget.pairs else []
-        if not pairs:
-            return False
-        pair, recovery = self._best(pairs)
-        if not self._is_good(restoring, recovery - self._recovery):
-            return False
-        self._screened = most < len(queue)
-        self._take("restore pair" if restoring else "remove pair", pair, recovery, len(queue))
-        return True
+        move: Move = "restore pair" if restoring else "remove pair"
+        return self._take_best(move, pairs, len(queue), most < len(queue))
 
     def _swap(self) -> bool:
-        """Remove two units and restore one."""
+        """Remove two units and restore one, if the set stays sufficient."""
         kept, ablated = self._queue(False), self._queue(True)
         most = max((n for n in range(self.budget.pairs) if n * n * (n - 1) // 2 <= self.budget.pairs), default=0)
         swaps = [(*pair, unit) for pair, unit in product(combinations(kept[:most], 2), ablated[:most])]
-        if not swaps:
-            return False
-        swap, recovery = self._best(swaps)
-        if not self._is_enough(recovery):
-            return False
-        self._screened = most < max(len(kept), len(ablated))
-        self._take("swap", swap, recovery, len(kept))
-        return True
+        return self._take_best("swap", swaps, len(kept), most < max(len(kept), len(ablated)))
 
     def _group(self) -> bool:
         """Restore a group in which every unit is needed to close half of the gap to the target.

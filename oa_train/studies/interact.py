@@ -1,32 +1,34 @@
 """Units ablated together: their joint effect beside the sum of their single effects."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, ClassVar
 
-import torch
+import numpy as np
 
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.registry import AblationSource, check_suits
 from oa_train.errors import ConfigurationError
+from oa_train.figures.interactions import interaction_bars, interaction_map
 from oa_train.figures.style import Figure
-from oa_train.metrics.estimates import estimate
+from oa_train.metrics.estimates import Estimate, estimate, written
 from oa_train.metrics.measures import LOSS_SIGNS, Loss
 from oa_train.metrics.ranks import beyond
 from oa_train.progress import Stage
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.interact_settings import InteractSettings as InteractSettings
-from oa_train.studies.interaction_view import InteractionView
-from oa_train.studies.joint import Joint, n_screened, ranked_units, screening_line
+from oa_train.studies.joint import AND, Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
-from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.rankings import effects_of_scan
-from oa_train.studies.study import Findings, Study, estimates
-from oa_train.studies.unit_ablations import UnitAblations, gathered
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken
+from oa_train.studies.unit_study import UnitStudy
+
+# Columns of the table of joint effects and of that of conditional ones: title by suffix of the row's column.
+TOGETHER = {"joint": "together", "apart": "sum of\nsingle effects", "interaction": "interaction"}
+GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interaction": "growth"}
 
 
-class Interact(Study[InteractSettings]):
+class Interact(UnitStudy[InteractSettings]):
     """Ablates units together: does their joint effect differ from the sum of their single effects?
 
     The effect of an ablation is the KL divergence, or the rise of another loss over the clean model's. Rows: first
@@ -45,7 +47,7 @@ class Interact(Study[InteractSettings]):
 
     name = "interact"
     Settings: ClassVar[type] = InteractSettings
-    resumable = True
+    settings: InteractSettings
 
     def check(self) -> None:
         """Select units, pairs, groups and the primary set."""
@@ -56,38 +58,38 @@ class Interact(Study[InteractSettings]):
         named = [name for names in (*pairs, *settings.groups) for name in names]
         all_patterns = [*patterns, *primary, *named]
         self.level, _ = selected_units(self.model.config, settings.sites, all_patterns, settings.dictionaries)
-        self.units, self.primary = self.level.select(patterns), self.level.select(primary)
-        if len(self.units) < 1 + settings.all_pairs:
+        self.selected, self.primary = self.level.select(patterns), self.level.select(primary)
+        if len(self.selected) < 1 + settings.all_pairs:
             raise ConfigurationError(
-                f"components {patterns} selects {' '.join(self.units) or 'no unit'}; expected at least "
+                f"components {patterns} selects {' '.join(self.selected) or 'no unit'}; expected at least "
                 f"{'two units, of which pairs are made' if settings.all_pairs else 'one unit'}."
             )
         self.joints = [Joint.pair(self.level, *pair) for pair in pairs]
         self.joints += [Joint.group(self.level, group) for group in settings.groups]
-        others = [name for name in self.units if name not in self.primary] if primary else []
+        others = [name for name in self.selected if name not in self.primary] if primary else []
         if primary and not others:
             raise ConfigurationError(
-                f"primary {primary} contains all {len(self.units)} selected units, so that no effect can grow. Select "
-                "more components, or a smaller primary set."
+                f"primary {primary} contains all {len(self.selected)} selected units, so that no effect can grow. "
+                "Select more components, or a smaller primary set."
             )
         self.conditionals = [Joint("conditional", (self.primary, (name,))) for name in others]
-        check_suits([settings.ablation], AblationSource(self.model, self.task, self.level), self.batches)
-        self.n_paired = n_screened(len(self.units), settings.most_pairs) if settings.all_pairs else 0
+        self.choose_kinds([settings.ablation])
+        self.n_paired = n_screened(len(self.selected), settings.most_pairs) if settings.all_pairs else 0
         self.scanned = (
-            effects_of_scan(settings.scan, self.level, self.units, self.fingerprint, settings.ablation)
+            effects_of_scan(settings.scan, self.level, self.selected, self.fingerprint, settings.ablation)
             if settings.scan is not None and settings.all_pairs
             else None
         )
-        self.singles = self._singles()
+        self.units = self._alone()
 
-    def _singles(self) -> tuple[str, ...]:
+    def _alone(self) -> tuple[str, ...]:
         """Units that are ablated alone, in mask order."""
         single = {name for joint in (*self.joints, *self.conditionals) for name in joint.alone}
         if self.scanned is not None:
             single |= set(ranked_units(self.scanned, self.n_paired))
         elif self.settings.all_pairs:
-            single |= set(self.units)
-        return self.level.kept(self.level.mask(sorted(single)))
+            single |= set(self.selected)
+        return self._in_order(single)
 
     @property
     def _n_sets(self) -> int:
@@ -97,85 +99,51 @@ class Interact(Study[InteractSettings]):
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece of single units, and each of sets."""
-        stages, settings = [Stage("the clean model", self.task.n_test)], self.settings
-        sizes = [*_sizes(len(self.singles), settings.parts_at_once), *_sizes(self._n_sets, settings.parts_at_once)]
-        missing = self.pieces.missing(len(sizes))
-        return stages + self._ablations.stages([sizes[number] for number in missing])
-
-    @cached_property
-    def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
-        return self._ablations.pieces(self.singles)
+        return [Stage("the clean model", self.task.n_test), *self.piece_stages(len(self.units), self._n_sets)]
 
     def run(self) -> Findings:
         """Measure single units, choose the pairs, measure the sets, and compare."""
-        clean = self.clean_behaviour()
-        alone = self._measured([(name,) for name in self.singles], "single units", clean, 0)
-        effects = dict(
-            zip(self.singles, _effects(alone, clean, self.settings.effect).mean(dim=1).tolist(), strict=True)
-        )
-        ranking = self.scanned if self.scanned is not None else {name: effects[name] for name in self._ranked}
+        clean, kind = self.clean_behaviour(), self.settings.ablation
+        alone = self.behaviours([(name,) for name in self.units], "single units", clean)[kind]
+        effects = dict(zip(self.units, _effects(alone, clean, self.settings.effect), strict=True))
+        if self.scanned is not None:
+            ranking = self.scanned
+        else:
+            ranking = {name: float(effects[name].mean()) for name in self.selected if self.settings.all_pairs}
         paired = ranked_units(ranking, self.n_paired)
         joints = [Joint("pair", ((first,), (second,))) for first, second in combinations(self._in_order(paired), 2)]
         joints += self.joints
         questions = [*joints, *self.conditionals]
         sets = [self.primary] * (len(self.primary) > 1) + [joint.units for joint in questions]
-        n_alone = len(_sizes(len(self.singles), self.settings.parts_at_once))
-        together = self._measured(sets, "sets of units", clean, n_alone)
-        rows = list(self._rows(questions, sets, alone, together, clean))
+        n_alone = self.n_pieces(len(self.units))
+        together = self.behaviours(sets, "sets of units", clean, n_alone)[kind]
+        rows = self._rows(questions, sets, alone, together, clean)
         first = sorted(rows[: len(joints)], key=lambda row: -abs(row[self.settings.interaction].mean))
         grown = sorted(rows[len(joints) :], key=lambda row: -row[self.settings.interaction].mean)
-        single = {name: estimate(values, clean.identities) for name, values in self._values(alone, clean).items()}
-        screened = screening_line(ranking, paired, None if self.scanned is None else self.settings.ablation)
-        view = InteractionView(self.settings, self.level, self.primary, self.subject, self.prompts)
+        single = {name: estimate(values, clean.identities) for name, values in effects.items()}
+        screened = screening_line(ranking, paired, None if self.scanned is None else kind)
         figures: dict[str, Callable[[], Figure | None]] = {}
         if joints:
-            figures |= {"pairs": partial(view.map, first, single), "ranked": partial(view.bars, first)}
+            figures |= {"pairs": partial(self._map, first, single), "ranked": partial(self._bars, first)}
         if grown:
-            figures["conditional"] = partial(view.bars, grown)
+            figures["conditional"] = partial(self._bars, grown)
         return Findings(
             [*first, *grown],
             metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
             facts={
-                "ablation": self.settings.ablation,
+                "ablation": kind,
                 "effect": self.settings.effect,
                 "primary": list(self.primary),
                 "alone": single,
                 "screened_out": [name for name in ranking if name not in paired],
             },
-            shown=[*view.shown(first), *([screened] if screened else []), *view.shown(grown)],
+            shown=[*self._shown(first), *([screened] if screened else []), *self._shown(grown)],
             figures=figures,
             table="interactions",
         )
 
-    @property
-    def _ranked(self) -> Sequence[str]:
-        """Units ranked by their single effects, of which the first are paired."""
-        return self.units if self.settings.all_pairs else ()
-
     def _in_order(self, names: Iterable[str]) -> tuple[str, ...]:
         return self.level.kept(self.level.mask([*names]))
-
-    @cached_property
-    def _ablations(self) -> UnitAblations:
-        settings = self.settings
-        return UnitAblations(self, self.level, [settings.ablation], settings.fit, settings.positions)
-
-    def _measured(self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int) -> Behaviour:
-        """Behaviour with each set ablated, in pieces numbered from `first`."""
-        at_once = self.settings.parts_at_once
-
-        def measure(number: int) -> Piece:
-            start = (number - first) * at_once
-            masks = torch.stack([~self.level.mask(names) for names in sets[start : start + at_once]])
-            return self._ablations.measured(masks, f"{described} {start + 1} to {start + len(masks)}")
-
-        n_pieces = len(_sizes(len(sets), at_once))
-        return gathered(list(self.pieces.all(first + n_pieces, measure, first)), self.settings.ablation, clean)
-
-    def _values(self, alone: Behaviour, clean: Behaviour) -> dict[str, Tensor]:
-        """Effect of each single unit on each prompt."""
-        return dict(zip(self.singles, _effects(alone, clean, self.settings.effect), strict=True))
 
     def _rows(
         self,
@@ -184,14 +152,12 @@ class Interact(Study[InteractSettings]):
         alone: Behaviour,
         together: Behaviour,
         clean: Behaviour,
-    ) -> Iterator[dict[str, Any]]:
+    ) -> list[dict[str, Any]]:
         rows = [joint.cells | estimates(together, len(sets) - len(joints) + n) for n, joint in enumerate(joints)]
         for loss in LOSS_SIGNS:
             effects = _effects(together, clean, loss)
-            by_set: dict[tuple[str, ...], Tensor] = {}
-            by_set |= {
-                (name,): values for name, values in zip(self.singles, _effects(alone, clean, loss), strict=True)
-            }
+            singles = zip(self.units, _effects(alone, clean, loss), strict=True)
+            by_set: dict[tuple[str, ...], Tensor] = {(name,): values for name, values in singles}
             if len(self.primary) > 1:
                 by_set[self.primary] = effects[0]
             for row, joint, both in zip(rows, joints, effects[len(sets) - len(joints) :], strict=True):
@@ -207,7 +173,81 @@ class Interact(Study[InteractSettings]):
                 )
                 for row, significant, adjusted in zip(family, *tests, strict=True):
                     row |= {"significant": bool(significant), "adjusted_p": float(adjusted)}
-        yield from rows
+        return rows
+
+    @property
+    def _effect(self) -> str:
+        names = {"kl": "KL divergence", "logit_difference": "fall of the logit difference"}
+        return names.get(self.settings.effect, spoken(self.settings.effect))
+
+    def _shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
+        """A table of the first rows, and the number of significant ones."""
+        if not rows:
+            return
+        settings, conditional = self.settings, _are_conditional(rows)
+        cells = [
+            {"ablated": row["units"]}
+            | {
+                title: row[settings.interaction]
+                if name == "interaction"
+                else written(row[f"{settings.effect}_{name}"].mean)
+                for name, title in (GROWTH if conditional else TOGETHER).items()
+            }
+            | {f"significant\n(±{settings.threshold:g})": "yes" if row["significant"] else ""}
+            for row in rows[:MOST_LISTED]
+        ]
+        title = f"Units ablated together and alone under {spoken(settings.ablation)} ablation"
+        if conditional:
+            title = (
+                f"One unit under {spoken(settings.ablation)} ablation, alone and with {_short(self.primary)} ablated"
+            )
+        listed = f": the first {MOST_LISTED} of {len(rows):,}" if len(rows) > MOST_LISTED else ""
+        yield Table(f"{title}, {self._effect} in nats on {self.prompts}{listed}", cells)
+        signs = [np.sign(row[settings.interaction].mean) for row in rows if row["significant"]]
+        verb = "grow" if conditional else "exceed the sum of single effects"
+        yield (
+            f"{signs.count(1)} of {len(rows):,} effects {verb} by more than {settings.threshold:g} nats, "
+            f"{signs.count(-1)} {'shrink' if conditional else 'fall below it'} "
+            f"(false discovery rate {100 * settings.false_discovery_rate:g} %)"
+        )
+
+    def _map(self, rows: Sequence[Row], single: Mapping[str, Estimate]) -> Figure | None:
+        """Heat map of the pairs among the rows, with the effects of single units."""
+        pairs = [row for row in rows if row["form"] == "pair"]
+        if not pairs:
+            return None
+        chosen = {name for row in pairs for name in row["units"].split(AND)}
+        names = self.level.kept(self.level.mask(sorted(chosen)))
+        table = np.full((len(names), len(names)), np.nan)
+        significant = np.zeros(table.shape, dtype=bool)
+        for row in pairs:
+            first, second = (names.index(name) for name in row["units"].split(AND))
+            table[[first, second], [second, first]] = row[self.settings.interaction].mean
+            significant[[first, second], [second, first]] = row["significant"]
+        title = (
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of pairs\n"
+            f"diagonal: single effects; framed: significantly beyond ±{self.settings.threshold:g} nats"
+        )
+        label = f"joint effect minus single effects ({self._effect}, nats)"
+        return interaction_map(
+            table, np.array([single[name].mean for name in names]), significant, names, label, title
+        )
+
+    def _bars(self, rows: Sequence[Row]) -> Figure:
+        """Interactions of the first rows, with intervals."""
+        conditional = _are_conditional(rows)
+        units = f"each unit with {_short(self.primary)} ablated" if conditional else "units together"
+        axis = (
+            "effect given the primary set minus effect alone" if conditional else "joint effect minus single effects"
+        )
+        return interaction_bars(
+            [_short(row["units"].split(AND)) for row in rows],
+            [row[self.settings.interaction] for row in rows],
+            [row["significant"] for row in rows],
+            f"{axis} ({self._effect}, nats)",
+            f"{self.subject}: {spoken(self.settings.ablation)} ablation of {units}\n"
+            f"blue: significantly beyond ±{self.settings.threshold:g} nats",
+        )
 
 
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
@@ -215,6 +255,10 @@ def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor
     return behaviour.loss(loss).double() - clean.loss(loss).double()
 
 
-def _sizes(n_sets: int, at_once: int) -> list[int]:
-    """Sizes of pieces."""
-    return [min(at_once, n_sets - start) for start in range(0, n_sets, at_once)]
+def _are_conditional(rows: Sequence[Row]) -> bool:
+    return bool(rows[0]["form"] == "conditional")
+
+
+def _short(names: Sequence[str]) -> str:
+    """Names of a set; the first one and a count if there are more than three."""
+    return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

@@ -11,15 +11,13 @@ from oa_train.batches import Batch, unanswered
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
-from oa_train.figures.style import Figure
-from oa_train.lenses.lens import Lens
+from oa_train.lenses.lens import LENS_KINDS, Lens
 from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
-from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import written
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.lens_choice import chosen_kinds, chosen_layers, chosen_lenses
-from oa_train.studies.study import Findings, Row, Study, Table, spoken
+from oa_train.studies.lens_study import LensStudy
+from oa_train.studies.study import Findings, Row, Table, spoken
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class LensSettings:
             raise ConfigurationError("lens.prompt is empty; expected a text.")
 
 
-class ReadPrompt(Study[LensSettings]):
+class ReadPrompt(LensStudy[LensSettings]):
     """Reads one prompt's residual stream at every layer: when does the prediction form?
 
     Rows: one for each layer and position, with the most probable tokens, their probabilities, and `kl`, the divergence
@@ -56,38 +54,37 @@ class ReadPrompt(Study[LensSettings]):
 
     name = "lens"
     Settings: ClassVar[type] = LensSettings
-    FromRun: ClassVar[type[Any]] = TrainedLenses
     asks_of = "optional"
 
     def check(self) -> None:
         """Choose the lens."""
         super().check()
-        kinds = None if self.settings.lens is None else [self.settings.lens]
-        self.kind = chosen_kinds(kinds, self.from_runs)[0]
-        if self.kind == "resample":
-            raise ConfigurationError("The resample lens needs other prompts; choose another for a single one.")
-        self.layers = chosen_layers(self.model, self.settings.layers, self.from_runs)
+        self.choose_kinds(None if self.settings.lens is None else [self.settings.lens])
+        self.kinds = self.kinds[:1]
+        if LENS_KINDS[self.kinds[0]].needs_partners:
+            raise ConfigurationError(f"The {self.kinds[0]} lens needs other prompts; choose another for a single one.")
+        self.choose_layers(self.settings.layers)
 
     @torch.no_grad()
     def run(self) -> Findings:
         """Read the prompt."""
         text = self.settings.prompt or self.task.prompt("test", 0).text
         batch = self._batch(text).to(self.model.device)
-        lenses = chosen_lenses(self.model, self.task, [self.kind], self.layers, self.from_runs, None, self.track)
-        lens, tokens = next(iter(lenses.values())), Tokens(self.model, batch)
+        (kind,), lens, tokens = self.kinds, next(iter(self.lenses().values())), Tokens(self.model, batch)
         logits, divergence = self._predictions(lens, tokens)
         columns = [self._word(token) for token in batch.tokens[0].tolist()]
         top = logits.softmax(dim=-1).topk(self.settings.tokens, dim=-1)
         places = [*map(str, self.layers), "model"]
         rows = list(self._rows(places, columns, top.values, top.indices, divergence))
         words = [[self._word(token) for token in line] for line in top.indices[..., 0].tolist()]
-        title = f"{self.subject.split(',')[0]}, {spoken(self.kind)} lens: most probable next token at every layer"
-        heading = f"Next token after {text!r}, by the {spoken(self.kind)} lens"
+        probabilities = top.values[..., 0].numpy()
+        title = f"{self.subject.split(',')[0]}, {spoken(kind)} lens: most probable next token at every layer"
+        heading = f"Next token after {text!r}, by the {spoken(kind)} lens"
         return Findings(
             rows,
-            facts={"prompt": text, "lens": self.kind},
+            facts={"prompt": text, "lens": kind},
             shown=[Table(heading, list(self._cells(rows, columns)))],
-            figures={"predictions": partial(self._figure, words, top.values[..., 0], places, columns, title)},
+            figures={"predictions": partial(prediction_grid, words, probabilities, places, columns, title)},
             table="predictions",
         )
 
@@ -131,8 +128,3 @@ class ReadPrompt(Study[LensSettings]):
             for rank in range(self.settings.tokens):
                 cells[f"{rank + 1}."] = f"{row[f'top_{rank + 1}']!r} {row[f'probability_{rank + 1}']:.3f}"
             yield cells | {"KL from the model": written(max(0.0, row["kl"]))}
-
-    def _figure(
-        self, words: Sequence[Sequence[str]], values: Tensor, places: Sequence[str], columns: Sequence[str], title: str
-    ) -> Figure:
-        return prediction_grid(words, values.numpy(), places, columns, title)

@@ -6,7 +6,7 @@ Complete: nothing outside it can do the task, tested by ablating all of its part
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationSource, check_suits
+from oa_train.ablations.registry import KINDS
 from oa_train.checks import check_at_least
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
@@ -23,16 +23,16 @@ from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
-from oa_train.studies.fitted import fitted_constants
+from oa_train.studies.ablation_study import AblationStudy
+from oa_train.studies.comparison_tables import measure_cells
+from oa_train.studies.findings import listed
 from oa_train.studies.study import (
     MOST_LISTED,
     Findings,
     Row,
-    Study,
     Table,
     differences,
     estimates,
-    interval,
     spoken,
     statistics_stages,
 )
@@ -62,7 +62,7 @@ class MinimalSettings:
         check_at_least(0, tolerance=self.tolerance, random_complements=self.random_complements)
 
 
-class Minimal(Study[MinimalSettings]):
+class Minimal(AblationStudy[MinimalSettings]):
     """Measures the worth of each part of a circuit, and evaluates its complement.
 
     The ablation is that of the circuit's training. Parts that the training could not ablate are never removed; the
@@ -103,12 +103,7 @@ class Minimal(Study[MinimalSettings]):
                 f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
                 "with fit_constants."
             )
-        check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
-
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
+        self.choose_kinds([self.kind.name])
 
     def plan(self) -> list[Stage]:
         """Circuits without a part, the clean model, complements."""
@@ -117,11 +112,11 @@ class Minimal(Study[MinimalSettings]):
         by_own_values = self.kind.learned or self.trained.constants is not None
         stages = [] if by_own_values else statistics_stages([self.kind.name], task)
         if settings.refit:
-            stages.append(Stage("", fit_passes(without, settings.fit, task.n_validation, 0)))
-        stages += [Stage("", without * task.n_test), Stage("the clean model", task.n_test)]
+            stages.append(Stage("constants", fit_passes(without, settings.fit, task.n_validation, 0)))
+        stages += [Stage("the parts", without * task.n_test), Stage("the clean model", task.n_test)]
         if self.kind.learned:
             stages += statistics_stages(["mean"], task)
-            stages.append(Stage("", fit_passes(complements, settings.fit, task.n_validation, 1)))
+            stages.append(Stage("constants", fit_passes(complements, settings.fit, task.n_validation, 1)))
         return [*stages, Stage("complements", complements * task.n_test)]
 
     def run(self) -> Findings:
@@ -134,7 +129,7 @@ class Minimal(Study[MinimalSettings]):
         names = [row[self.level.part] for row in superfluous]
         together = self._together(names) if len(names) > 1 else None
         apart = sum(row["kl_minus_circuit"].mean for row in superfluous)
-        figures = {"circuit": estimates(whole), "clean": self._clean()}
+        figures = {"circuit": estimates(whole), "clean": estimates(self.clean_behaviour())}
         figures["complement"], *random = self._complements()
         return Findings(
             rows,
@@ -167,7 +162,8 @@ class Minimal(Study[MinimalSettings]):
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
         masks = self.level.prune(masks)
-        behaviour = self._behaviour(masks, self._ablations(masks), described)
+        ablations = self._refitted(masks) if self.settings.refit else [self._own]
+        behaviour = self.behaviour(self.level, masks, ablations, described, self.settings.fit.rows_per_run)
         return behaviour, [self._row(behaviour, masks, row, entries) for row, entries in enumerate(removed, start=1)]
 
     def _row(self, behaviour: Behaviour, masks: Tensor, row: int, entries: Sequence[int]) -> dict[str, Any]:
@@ -199,16 +195,14 @@ class Minimal(Study[MinimalSettings]):
         )
         circuits = torch.stack([self.mask, *(circuit.mask for circuit in drawn)])
         masks = ~(circuits & self.removable)
-        behaviour = self._behaviour(masks, self._complement_ablations(masks), "complements")
+        fit, ablations = self.settings.fit, [self._own]
+        if self.kind.learned:
+            ablations = [*self.fitted_constants(masks, fit, "complements")]
+        behaviour = self.behaviour(self.level, masks, ablations, "complements", fit.rows_per_run)
         return [estimates(behaviour, row) for row in range(len(masks))]
 
-    def _clean(self) -> dict[str, Estimate]:
-        return estimates(self.clean_behaviour())
-
-    def _ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        """Ablations of the circuits without a part: one for all, or refitted for each."""
-        if not self.settings.refit:
-            return [self._own()]
+    def _refitted(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
+        """The circuit's constants, trained again for each circuit without a part."""
         assert self.trained.constants is not None
         fitted = fit_constants(
             self.model,
@@ -222,20 +216,13 @@ class Minimal(Study[MinimalSettings]):
         )
         return [*fitted.sets]
 
-    def _complement_ablations(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        if not self.kind.learned:
-            return [self._own()]
-        return [*fitted_constants(self.source, masks, self.settings.fit, "fitting constants of complements")]
-
+    @property
     def _own(self) -> Ablation:
         """The circuit's own ablation."""
         return self.kind.prepare(self.source) if self.trained.constants is None else self.trained.constants
 
-    def _behaviour(self, masks: Tensor, ablations: Sequence[Ablation], description: str) -> Behaviour:
-        return self.behaviour(self.level, masks, ablations, description, self.settings.fit.rows_per_run)
-
     def _part_table(self, rows: Sequence[Row]) -> Table:
-        listed = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
+        first = f": the {MOST_LISTED} that are worth most" if len(rows) > MOST_LISTED else ""
         cells = [
             {
                 "without": row[self.level.part],
@@ -246,7 +233,7 @@ class Minimal(Study[MinimalSettings]):
             }
             for row in rows[:MOST_LISTED]
         ]
-        return Table(f"The circuit without one of its {self.level.parts}{listed}", cells)
+        return Table(f"The circuit without one of its {self.level.parts}{first}", cells)
 
     def _verdict_lines(
         self, rows: Sequence[Row], names: Sequence[str], together: Row | None, apart: float
@@ -255,8 +242,7 @@ class Minimal(Study[MinimalSettings]):
         counts = (f"{verdicts.count(kind)} {kind}" for kind in ("needed", "undecided", "superfluous"))
         yield f"{', '.join(counts)} of {len(rows)} {self.level.parts}"
         if names:
-            more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-            yield f"superfluous: {', '.join(names[:MOST_LISTED])}{more}"
+            yield f"superfluous: {listed(names, MOST_LISTED)}"
         if together is not None:
             yield (
                 f"all {len(names)} of them together are worth {together['kl_minus_circuit']} nats; "
@@ -267,7 +253,7 @@ class Minimal(Study[MinimalSettings]):
         ablation = f"{spoken(self.kind.name)} ablation" + (", refitted" if self.settings.refit else "")
         return worth_figure(
             [row[self.level.part] for row in rows],
-            [interval(row["kl_minus_circuit"]) for row in rows],
+            [row["kl_minus_circuit"] for row in rows],
             [row["verdict"] for row in rows],
             self.settings.tolerance,
             f"{self.subject}: {self.trained.size}, KL {kl:.3g} nats ({ablation})",
@@ -275,14 +261,9 @@ class Minimal(Study[MinimalSettings]):
 
 
 def verdict(increase: Estimate, tolerance: float) -> Verdict:
-    """Judge a part by the KL divergence that its removal adds.
+    """Judge a part by the increase in KL divergence without it, in nats.
 
-    Args:
-        increase: KL divergence without the part minus that with it, in nats.
-        tolerance: negligible worth in nats.
-
-    Returns:
-        `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
+    It is `needed` if the whole 95 % interval lies above the tolerance, `superfluous` if none of it does.
     """
     low, high = increase.ci95
     if low > tolerance:
@@ -297,13 +278,5 @@ def _complement_table(figures: Mapping[str, Row], random: Sequence[Row]) -> Tabl
         "the circuit": figures["complement"],
     }
     named |= {f"random circuit {number}": measures for number, measures in enumerate(random, start=1)}
-    cells = [
-        {
-            "ablated": name,
-            "KL": measures["kl"],
-            "accuracy": f"{measures['accuracy'].mean:.3f}",
-            "logit\ndifference": f"{measures['logit_difference'].mean:.2f}",
-        }
-        for name, measures in named.items()
-    ]
+    cells = [{"ablated": name, "KL": row["kl"], **measure_cells(row)} for name, row in named.items()]
     return Table("The circuit and its complement", cells)

@@ -57,9 +57,11 @@ def check_ablations(ablations: list[AblationKind] | None) -> None:
     Raises:
         ConfigurationError: it is.
     """
-    if ablations is not None and not ablations:
+    if ablations is None:
+        return
+    if not ablations:
         raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
-    for kind in ablations or []:
+    for kind in ablations:
         check_kind("ablations", kind)
-    if ablations is not None and len(set(ablations)) < len(ablations):
+    if len(set(ablations)) < len(ablations):
         raise ConfigurationError(f"ablations names one of {', '.join(ablations)} twice.")

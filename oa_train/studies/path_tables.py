@@ -9,9 +9,10 @@ from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, ratio_of_means
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.studies.findings import Row
+from oa_train.studies.comparison_tables import measure_cells
+from oa_train.studies.findings import Row, listed
 from oa_train.studies.greedy import Step
-from oa_train.studies.study import estimates, interval
+from oa_train.studies.study import estimates
 
 RecoveryMeasure = Literal["kl", "logit_difference", "accuracy"]
 
@@ -51,15 +52,13 @@ def evenly(n_steps: int, most: int) -> list[int]:
 def step_cells(row: Row) -> Mapping[str, Any]:
     """A step in the printed table."""
     moved = [*(f"+{name}" for name in row["restored"].split()), *(f"-{name}" for name in row["removed"].split())]
-    more = f" and {len(moved) - MOST_NAMED} more" if len(moved) > MOST_NAMED else ""
     return {
         "units": row["size"],
         "move": row["move"],
-        "moved": " ".join(moved[:MOST_NAMED]) + more,
+        "moved": listed(moved, MOST_NAMED, " "),
         "recovery": row["recovery"],
         "KL": row["kl"],
-        "accuracy": f"{row['accuracy'].mean:.3f}",
-        "logit\ndifference": f"{row['logit_difference'].mean + 0.0:.2f}",
+        **measure_cells(row),
     }
 
 
@@ -138,13 +137,10 @@ def path_figure(rows: Sequence[Row], target: float, size_label: str, recovery_la
     removing = [row for row in measured if row["step"] >= turn]
     parts |= {"removing": removing} if len(removing) > 1 or not parts else {}
     trained = [row for row in rows if "trained_recovery" in row]
-    paths = {
-        name: ([row["size"] for row in part], [interval(row["recovery"]) for row in part])
-        for name, part in parts.items()
-    }
+    paths = {name: ([row["size"] for row in part], [row["recovery"] for row in part]) for name, part in parts.items()}
     return recovery_figure(
         paths,
-        ([row["size"] for row in trained], [interval(row["trained_recovery"]) for row in trained]),
+        ([row["size"] for row in trained], [row["trained_recovery"] for row in trained]),
         target,
         rows[-1]["size"],
         (size_label, recovery_label),

@@ -8,11 +8,10 @@ import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import AblationSource
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.random import random_circuits
-from oa_train.progress import Stage, Track
-from oa_train.studies.fitted import fitted_constants
+from oa_train.progress import Stage
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.tasks.task import Task
 
 
@@ -25,30 +24,22 @@ def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Tas
 
 
 def beside_random_circuits(
-    run: TrainedCircuit, source: AblationSource, n_circuits: int, fit: RefitSettings, n_prompts: int, track: Track
+    study: AblationStudy[Any], run: TrainedCircuit, n_circuits: int, fit: RefitSettings, n_prompts: int
 ) -> dict[str, Any]:
-    """KL divergence of a run's circuit and of random ones of its size, under constants trained from the means.
-
-    Args:
-        run: the run.
-        source: model, task and means.
-        n_circuits: random circuits.
-        fit: training of the constants of each of them and of the run's circuit.
-        n_prompts: test prompts on which they are compared.
-        track: progress.
+    """KL divergence of a run's circuit and of random ones of its size, under constants trained alike from the means.
 
     Returns:
         `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits
         that do as well as the run's or better.
     """
-    model, task, level, size = source.model, source.task, run.circuit.level, len(run.circuit)
-    drawn = random_circuits(level, size, n_circuits, task.seed, run.selected)
+    level, size = run.circuit.level, len(run.circuit)
+    drawn = random_circuits(level, size, n_circuits, study.task.seed, run.selected)
     masks = torch.stack([run.circuit.mask, *(circuit.mask for circuit in drawn)])
-    starts = [source.mean] * len(masks)
-    sets = fitted_constants(source, masks, fit, "fitting constants of random circuits", starts=starts)
-    with track(len(masks) * n_prompts, "evaluating random circuits") as advance:
-        prompts = task.batches("test", n_prompts)
-        behaviour = circuit_behaviour(model, prompts, level, masks, sets, fit.rows_per_run, advance=advance)
+    starts = [study.source.mean] * len(masks)
+    sets = study.fitted_constants(masks, fit, "random circuits", starts=starts)
+    with study.track(len(masks) * n_prompts, "evaluating random circuits") as advance:
+        prompts = study.task.batches("test", n_prompts)
+        behaviour = circuit_behaviour(study.model, prompts, level, masks, sets, fit.rows_per_run, advance=advance)
     run_kl, *kl = behaviour.kl.mean(dim=1).tolist()
     as_good = sum(value <= run_kl for value in kl)
     return {

@@ -16,6 +16,7 @@ from oa_train.files import read_json
 from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
+from oa_train.studies.findings import listed
 from oa_train.studies.study import RESULTS_FILE
 
 SCORES, ATTRIBUTION, RANDOM = "scores", "attribution", "random"
@@ -188,17 +189,12 @@ def _of_parts(whose: str, scores: Mapping[str, float], level: Level, parts: Sequ
     unknown, missing = [name for name in scores if name not in known], [name for name in parts if name not in scores]
     if unknown:
         raise ArtefactError(
-            f"{whose} ranks {_listed(unknown)}, which this selection does not have: it is of another model or "
-            f"selection. {nearest_names(unknown[0], level.names)}"
+            f"{whose} ranks {listed(unknown, MOST_NAMED)}, which this selection does not have: it is of "
+            f"another model or selection. {nearest_names(unknown[0], level.names)}"
         )
     if missing:
         raise ArtefactError(
-            f"{whose} has no score of {_listed(missing)}, of the {len(parts)} {level.parts} that are selected. Select "
-            "what it ranks (components), or rank the rest too."
+            f"{whose} has no score of {listed(missing, MOST_NAMED)}, of the {len(parts)} {level.parts} that are "
+            "selected. Select what it ranks (components), or rank the rest too."
         )
     return torch.tensor([scores[name] for name in parts], dtype=torch.float64)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
+from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
@@ -22,20 +22,11 @@ from oa_train.metrics.measures import Loss, check_loss
 from oa_train.progress import Stage
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
+from oa_train.studies.ablation_study import AblationStudy
 from oa_train.studies.comparison_tables import label
-from oa_train.studies.fitted import fitted_constants
+from oa_train.studies.findings import listed
 from oa_train.studies.options import check_ablations
-from oa_train.studies.study import (
-    Findings,
-    Row,
-    Study,
-    Table,
-    differences,
-    estimates,
-    interval,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import Findings, Row, Table, differences, estimates, spoken, statistics_stages
 from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
@@ -78,7 +69,7 @@ class RobustnessSettings:
             raise ConfigurationError(f"densities names one of {', '.join(map(str, self.densities))} twice.")
 
 
-class Robustness(Study[RobustnessSettings]):
+class Robustness(AblationStudy[RobustnessSettings]):
     """Keeps the parts outside a circuit in many combinations: does the circuit do as well in all of them?
 
     A circuit is usually evaluated with everything outside ablated. Here random subsets of the outside are kept, and
@@ -110,19 +101,13 @@ class Robustness(Study[RobustnessSettings]):
                 f"{self.trained.name} keeps all {self.level.parts} that it could leave out, so there is nothing "
                 "outside it."
             )
-        self.kinds = self.settings.ablations or [self.trained.ablation]
-        check_suits(self.kinds, AblationSource(self.model, self.task, self.level), self.batches)
+        self.choose_kinds(self.settings.ablations or [self.trained.ablation])
         n_prompts, n_validation = self.settings.ascent.n_prompts, self.task.n_validation
         if n_prompts > n_validation:
             raise ConfigurationError(
                 f"ascent.n_prompts is {n_prompts}, but there are {n_validation} validation prompts. Lower it, or "
                 "raise n_validation of the task."
             )
-
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
 
     def _has_constants(self, kind: AblationKind) -> bool:
         """True if the circuit has constants of this ablation."""
@@ -147,23 +132,28 @@ class Robustness(Study[RobustnessSettings]):
         prepared = {kind: self._prepared(kind) for kind in self.kinds}
         subsets = self._subsets()
         drawn = torch.stack([*subsets.values()]) if subsets else torch.zeros(0, len(self.level))
-        rows, searches = list[Row](), dict[AblationKind, WorstMask]()
+        rows, searches = dict[AblationKind, list[Row]](), dict[AblationKind, WorstMask]()
         for kind in self.kinds:
-            ablation = self._fitted() if self._needs_fit(kind) else prepared[kind]
-            searches[kind] = search = self._search(drawn, ablation)
+            ablation = prepared[kind]
+            if KINDS[kind].learned and not self._has_constants(kind):
+                (ablation,) = self.fitted_constants(self.mask.unsqueeze(0), self.settings.fit, "the circuit")
+            search = worst_mask(
+                self.source, self.mask, self.outside, drawn, ablation, self.settings.ascent, self.settings.loss
+            )
+            searches[kind] = search
             masks = torch.cat([torch.stack([self.mask.float(), search.vertex, search.mask]), drawn])
             shown, rows_per_run = f"masks under {spoken(kind)} ablation", self.settings.ascent.rows_per_run
             behaviour = self.behaviour(self.level, masks, [ablation], shown, rows_per_run)
-            rows += self._rows(kind, behaviour, list(subsets))
+            rows[kind] = list(self._rows(kind, behaviour, list(subsets)))
         metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
-        for kind in self.kinds:
-            metrics |= self._metrics(kind, rows)
+        for kind, of_kind in rows.items():
+            metrics |= _metrics(kind, of_kind)
         return Findings(
-            rows,
+            [row for of_kind in rows.values() for row in of_kind],
             metrics=metrics,
             facts={
                 "n_outside": int(self.outside.sum()),
-                "ablations": {kind: self._facts(kind, rows, searches[kind]) for kind in self.kinds},
+                "ablations": {kind: self._facts(of_kind, searches[kind]) for kind, of_kind in rows.items()},
             },
             shown=list(self._shown(rows, searches)),
             figures={"subsets": partial(self._figure, rows)},
@@ -171,19 +161,11 @@ class Robustness(Study[RobustnessSettings]):
             table="masks",
         )
 
-    def _needs_fit(self, kind: AblationKind) -> bool:
-        return KINDS[kind].learned and not self._has_constants(kind)
-
     def _prepared(self, kind: AblationKind) -> Ablation:
         constants = self.trained.constants
         if constants is not None and self._has_constants(kind):
             return constants.of_level(self.level)
         return KINDS[kind].prepare(self.source)
-
-    def _fitted(self) -> Ablation:
-        """Learned constants of the circuit, trained with everything outside ablated."""
-        masks, described = self.mask.unsqueeze(0), "fitting constants of the circuit"
-        return fitted_constants(self.source, masks, self.settings.fit, described)[0]
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
         """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""
@@ -195,10 +177,6 @@ class Robustness(Study[RobustnessSettings]):
                 masks[density, draw] = (self.mask | (self.outside & kept)).float()
         return masks
 
-    def _search(self, subsets: Float[Tensor, "subset entry"], ablation: Ablation) -> WorstMask:
-        entries, settings = (self.level, self.mask, self.outside, subsets), self.settings
-        return worst_mask(self.model, self.task, *entries, ablation, settings.ascent, settings.loss, self.track)
-
     def _rows(self, kind: AblationKind, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
         named: list[tuple[str, float | None, int | None]] = [(mask, None, None) for mask in (ALL_OFF, VERTEX, WORST)]
         named += [(RANDOM, density, draw) for density, draw in drawn]
@@ -207,42 +185,28 @@ class Robustness(Study[RobustnessSettings]):
             row |= {"total": KINDS[kind].total} | estimates(behaviour, number)
             yield row | differences(behaviour, behaviour, number, 0, "all_off")
 
-    def _metrics(self, kind: AblationKind, rows: Sequence[Row]) -> dict[str, Estimate]:
-        by_mask = {row["mask"]: row for row in rows if row["ablation"] == kind}
-        names = {ALL_OFF: "all_off", VERTEX: "worst_vertex", WORST: "worst"}
-        metrics = {f"{name}_{kind}_kl": by_mask[mask]["kl"] for mask, name in names.items()}
-        gaps = {f"{name}_minus_all_off_{kind}_kl": by_mask[mask]["kl_minus_all_off"] for mask, name in names.items()}
-        del gaps[f"all_off_minus_all_off_{kind}_kl"]
-        return metrics | gaps
-
-    def _random_kl(self, kind: AblationKind, rows: Sequence[Row]) -> dict[float, list[float]]:
-        by_density: dict[float, list[float]] = {}
-        for row in rows:
-            if row["ablation"] == kind and row["mask"] == RANDOM:
-                by_density.setdefault(row["density"], []).append(row["kl"].mean)
-        return by_density
-
-    def _spread(self, kind: AblationKind, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Spread of the random subsets' divergences at each density, in nats."""
-        names = ("lowest", "median", "highest")
-        return [
-            {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
-            for density, kl in self._random_kl(kind, rows).items()
-        ]
-
-    def _facts(self, kind: AblationKind, rows: Sequence[Row], search: WorstMask) -> dict[str, Any]:
+    def _facts(self, rows: Sequence[Row], search: WorstMask) -> dict[str, Any]:
         return {
             "search": {"n_prompts": self.settings.ascent.n_prompts, **search.losses},
             "worst_mask": most_kept(search.mask, self.outside, self.level.names),
-            "random_subsets": self._spread(kind, rows),
+            "random_subsets": _spread(rows),
         }
 
-    def _shown(self, rows: Sequence[Row], searches: Mapping[AblationKind, WorstMask]) -> Iterator[Table | str]:
-        for kind in self.kinds:
-            of_kind = [row for row in rows if row["ablation"] == kind]
+    def _shown(
+        self, rows: Mapping[AblationKind, Sequence[Row]], searches: Mapping[AblationKind, WorstMask]
+    ) -> Iterator[Table | str]:
+        for kind, of_kind in rows.items():
             by_mask = {row["mask"]: row for row in of_kind}
-            cells = [self._cells(mask, by_mask[mask]) for mask in (ALL_OFF, VERTEX, WORST)]
-            for spread in self._spread(kind, rows):
+            cells = [
+                {
+                    "outside the circuit": mask,
+                    "KL": by_mask[mask]["kl"],
+                    "KL minus\nall off": None if mask == ALL_OFF else by_mask[mask]["kl_minus_all_off"],
+                    "accuracy": f"{by_mask[mask]['accuracy'].mean:.3f}",
+                }
+                for mask in (ALL_OFF, VERTEX, WORST)
+            ]
+            for spread in _spread(of_kind):
                 low, median, high = (written(spread[name]) for name in ("lowest", "median", "highest"))
                 name = f"{spread['n']} random subsets, {spread['density']:.0%} kept"
                 cells.append({"outside the circuit": name, "KL": f"{median} (median), {low} to {high}"})
@@ -253,14 +217,6 @@ class Robustness(Study[RobustnessSettings]):
             )
             yield self._sentence(kind, max(of_kind, key=lambda row: row["kl"].mean), by_mask[WORST])
             yield self._kept(searches[kind])
-
-    def _cells(self, mask: str, row: Row) -> dict[str, Any]:
-        return {
-            "outside the circuit": mask,
-            "KL": row["kl"],
-            "KL minus\nall off": None if mask == ALL_OFF else row["kl_minus_all_off"],
-            "accuracy": f"{row['accuracy'].mean:.3f}",
-        }
 
     def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
         """Verdict on the parts outside, by the mask that hurts most on the test prompts."""
@@ -282,14 +238,39 @@ class Robustness(Study[RobustnessSettings]):
         on = [f"{name} {value:.2f}" for name, value in values.items() if value > 0]
         if not on:
             return "The worst mask is all off."
-        more = f" and {len(on) - MOST_LISTED_PARTS} more" if len(on) > MOST_LISTED_PARTS else ""
         n_off = len(values) - len(on)
-        return f"Kept most in the worst mask: {', '.join(on[:MOST_LISTED_PARTS])}{more}; {n_off} of {len(values)} off."
+        return f"Kept most in the worst mask: {listed(on, MOST_LISTED_PARTS)}; {n_off} of {len(values)} off."
 
-    def _figure(self, rows: Sequence[Row]) -> Figure:
+    def _figure(self, rows: Mapping[AblationKind, Sequence[Row]]) -> Figure:
         panels = []
-        for kind in self.kinds:
-            by_mask = {row["mask"]: row for row in rows if row["ablation"] == kind}
-            marked = {mask: interval(by_mask[mask]["kl"]) for mask in (ALL_OFF, VERTEX, WORST)}
-            panels.append(Subsets(f"{label(kind)} ablation", self._random_kl(kind, rows), marked))
+        for kind, of_kind in rows.items():
+            by_mask = {row["mask"]: row for row in of_kind}
+            marked = {mask: by_mask[mask]["kl"] for mask in (ALL_OFF, VERTEX, WORST)}
+            panels.append(Subsets(f"{label(kind)} ablation", _random_kl(of_kind), marked))
         return subsets_figure(panels, f"{self.subject}: {self.trained.size}, and the rest in many combinations")
+
+
+def _metrics(kind: AblationKind, rows: Sequence[Row]) -> dict[str, Estimate]:
+    by_mask = {row["mask"].replace(" ", "_"): row for row in rows}
+    metrics = {f"{mask}_{kind}_kl": by_mask[mask]["kl"] for mask in ("all_off", "worst_vertex", "worst")}
+    for mask in ("worst_vertex", "worst"):
+        metrics[f"{mask}_minus_all_off_{kind}_kl"] = by_mask[mask]["kl_minus_all_off"]
+    return metrics
+
+
+def _random_kl(rows: Sequence[Row]) -> dict[float, list[float]]:
+    """Divergences of the random subsets at each density, in nats."""
+    by_density: dict[float, list[float]] = {}
+    for row in rows:
+        if row["mask"] == RANDOM:
+            by_density.setdefault(row["density"], []).append(row["kl"].mean)
+    return by_density
+
+
+def _spread(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Spread of the same."""
+    names = ("lowest", "median", "highest")
+    return [
+        {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
+        for density, kl in _random_kl(rows).items()
+    ]

@@ -43,21 +43,13 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one.
-
-    Attributes:
-        path: the folder.
-    """
+    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one."""
 
     path: Path
 
     @classmethod
     def create(cls, root: Path, experiment: str) -> "RunFolder":
-        """Claim the next version of an experiment; no two processes get the same one.
-
-        Args:
-            root: from `output_root`.
-            experiment: name; it becomes a folder.
+        """Claim the next version of an experiment, a folder in the root; no two processes get the same one.
 
         Raises:
             RunError: the folder cannot be made.
@@ -66,11 +58,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, text: str, *, whole: bool = False) -> "RunFolder":
-        """The run folder, or the folder of one of its circuits, that a user named.
-
-        Args:
-            text: its path.
-            whole: accept the run only, none of its circuits.
+        """The folder that a user named, of a run or, unless only a `whole` run will do, of one of its circuits.
 
         Raises:
             ArtefactError: it is not a run; runs nearby are listed.
@@ -188,11 +176,7 @@ class RunFolder:
         return next((path for path in map(self.checkpoint, ("last", "best")) if path.is_file()), None)
 
     def resume_command(self, checkpoint: Path | None = None) -> str:
-        """The command that resumes or finishes the run, for pasting into a shell.
-
-        Args:
-            checkpoint: where to resume; `last.ckpt` by default.
-        """
+        """The command that resumes the run at a checkpoint, `last.ckpt` by default, or finishes it; for a shell."""
         return f"{self.start_command()} --ckpt_path {shlex.quote(str(checkpoint or self.checkpoint('last')))}"
 
     def start_command(self) -> str:
@@ -200,11 +184,7 @@ class RunFolder:
         return f"oa-train fit --config {shlex.quote(str(self.config_path))}"
 
     def how_to_resume(self, resumed_from: Path | None = None) -> list[str]:
-        """Lines that say how to resume an interrupted run.
-
-        Args:
-            resumed_from: checkpoint from which this run itself was resumed.
-        """
+        """Lines that say how to resume an interrupted run, which may have been resumed from a checkpoint itself."""
         if not self.config_path.is_file():
             return [f"Nothing is left in {self.run}. Start again with the command that started this run."]
         kept = self.last_state()

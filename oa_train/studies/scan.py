@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.registry import KINDS, AblationKind
 from oa_train.engine.direct import direct_attribution
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
@@ -18,22 +18,13 @@ from oa_train.figures.style import Figure
 from oa_train.metrics.estimates import Estimate, estimate, written
 from oa_train.metrics.ranks import FLOOR, above, mean_ratio, median_ratio, rank_correlation
 from oa_train.models.dictionaries import DictionarySpec
+from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.progress import Stage, counted
-from oa_train.studies.comparison_tables import alone_cells, intervals, label
-from oa_train.studies.kinds import chosen_kinds
+from oa_train.studies.comparison_tables import alone_cells, kl_by_ablation, label, most_listed
 from oa_train.studies.options import check_ablations, check_unit_options, selected_units
-from oa_train.studies.pieces import Piece, Pieces
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Study,
-    Table,
-    differences,
-    estimates,
-)
-from oa_train.studies.unit_ablations import UnitAblations, gathered
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates
+from oa_train.studies.unit_study import UnitStudy
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class ScanSettings:
         check_dictionaries(self.sites, len(self.dictionaries))
 
 
-class Scan(Study[ScanSettings]):
+class Scan(UnitStudy[ScanSettings]):
     """Ablates every unit of a selection alone, under every ablation: how much does each matter?
 
     Rows: one for each unit and ablation, with all measures, their paired differences to optimal ablation
@@ -91,37 +82,29 @@ class Scan(Study[ScanSettings]):
 
     name = "scan"
     Settings: ClassVar[type] = ScanSettings
-    resumable = True
+    settings: ScanSettings
+    level: Nodes
 
     def check(self) -> None:
         """Select the units."""
         super().check()
         settings = self.settings
-        units = settings.sites, settings.components, settings.dictionaries
-        self.level, self.parts = selected_units(self.model.config, *units)
-        unplanned = AblationSource(self.model, self.task, self.level)
-        self.chosen = chosen_kinds(settings.ablations, unplanned, self.batches)
-        self.kinds = self.chosen.kinds
-        self.n_pieces = -(-len(self.parts) // settings.parts_at_once)
+        self.level, self.units = selected_units(
+            self.model.config, settings.sites, settings.components, settings.dictionaries
+        )
+        self.choose_kinds(settings.ablations)
 
     def plan(self) -> list[Stage]:
         """The clean model and statistics; then each piece under each ablation."""
         stages = [Stage("the clean model", self.task.n_test), Stage("direct attribution", self.task.n_test)]
-        missing = self.pieces.missing(self.n_pieces)
-        return stages + self._ablations.stages([len(self._names(number)) for number in missing])
-
-    @cached_property
-    def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
-        return self._ablations.pieces(self.parts)
+        return stages + self.piece_stages(len(self.units))
 
     def run(self) -> Findings:
         """Measure every unit, and assemble the findings."""
         clean = self.clean_behaviour()
         assert clean.identities is not None
         direct = self._direct(clean)
-        pieces = list(self.pieces.all(self.n_pieces, self._measured))
-        behaviours = {kind: gathered(pieces, kind, clean) for kind in self.kinds}
+        behaviours = self.behaviours([(name,) for name in self.units], "units", clean)
         rows = list(self._rows(behaviours, clean, direct))
         figures: dict[str, Callable[[], Figure | None]] = {
             "maps": partial(self._maps, behaviours),
@@ -132,8 +115,8 @@ class Scan(Study[ScanSettings]):
             rows,
             metrics={f"clean_{name}": value for name, value in estimates(clean).items()},
             facts={
-                "n_units": len(self.parts),
-                "left_out": self.chosen.left_out,
+                "n_units": len(self.units),
+                "left_out": self.left_out,
                 "agreement": self._agreement(behaviours),
             },
             shown=list(self._shown(rows, behaviours)),
@@ -141,24 +124,11 @@ class Scan(Study[ScanSettings]):
             table="scan",
         )
 
-    def _names(self, number: int) -> Sequence[str]:
-        at_once = self.settings.parts_at_once
-        return self.parts[number * at_once : (number + 1) * at_once]
-
-    @cached_property
-    def _ablations(self) -> UnitAblations:
-        return UnitAblations(self, self.level, self.kinds, self.settings.fit, self.settings.positions)
-
-    def _measured(self, number: int) -> Piece:
-        masks = torch.stack([~self.level.mask([name]) for name in self._names(number)])
-        first = number * self.settings.parts_at_once
-        return self._ablations.measured(masks, f"units {first + 1} to {first + len(masks)}")
-
     def _direct(self, clean: Behaviour) -> dict[str, Estimate | None]:
         """Direct logit attribution of each unit."""
         model, batches = self.model, counted(self.track, self.batches, "attributing the logit difference")
         terms = torch.cat([direct_attribution(model, batch.to(model.device), self.level).cpu() for batch in batches])
-        by_unit = {name: terms[:, self.level.index(name)] for name in self.parts}
+        by_unit = {name: terms[:, self.level.index(name)] for name in self.units}
         return {
             name: None if bool(values.isnan().any()) else estimate(values, clean.identities)
             for name, values in by_unit.items()
@@ -174,7 +144,7 @@ class Scan(Study[ScanSettings]):
             kind: above(behaviour.kl, self.settings.threshold, self.settings.false_discovery_rate)
             for kind, behaviour in behaviours.items()
         }
-        for index, name in enumerate(self.parts):
+        for index, name in enumerate(self.units):
             for kind, behaviour in behaviours.items():
                 critical, adjusted = tests[kind]
                 row = {"component": name, "ablation": kind, "total": KINDS[kind].total}
@@ -201,17 +171,15 @@ class Scan(Study[ScanSettings]):
         ]
 
     def _shown(self, rows: Sequence[Row], behaviours: Mapping[AblationKind, Behaviour]) -> Iterator[Table | str]:
-        n_parts = len(self.parts)
-        title = f"KL divergence in nats with one unit ablated, on {self.prompts}"
-        if n_parts > MOST_LISTED:
-            title += f": the {MOST_LISTED} of {n_parts} that matter most"
+        n_units = len(self.units)
+        title = most_listed(f"KL divergence in nats with one unit ablated, on {self.prompts}", n_units)
         direct = {row["component"]: row.get("direct_attribution") for row in rows}
         listed = alone_cells(rows, len(self.kinds))[:MOST_LISTED]
         yield Table(title, [cells | {"direct\nattribution": direct[cells["ablated"]]} for cells in listed])
-        yield from self.chosen.lines()
+        yield from self.left_out_lines()
         threshold = f"critical (above {self.settings.threshold:g} nats)"
         yield Table(
-            f"All {n_parts} units",
+            f"All {n_units} units",
             [self._summary(kind, behaviours, rows, threshold) for kind in self.kinds],
         )
 
@@ -234,14 +202,14 @@ class Scan(Study[ScanSettings]):
         tables = {}
         for kind, behaviour in behaviours.items():
             scores = torch.full((len(self.level),), torch.nan)
-            scores[[self.level.index(name) for name in self.parts]] = behaviour.kl.mean(dim=1).float()
+            scores[[self.level.index(name) for name in self.units]] = behaviour.kl.mean(dim=1).float()
             laid_out = self.level.score_map(scores)
             tables[label(kind)] = laid_out.table.numpy()
         axes = laid_out.row_axis, laid_out.column_axis
         return effect_maps(tables, laid_out.rows, laid_out.columns, axes, f"{self.subject}: one unit ablated")
 
     def _ranked(self, rows: Sequence[Row]) -> Figure:
-        panel = Panel("one unit ablated", list(self.parts), intervals(rows), ranked=True)
+        panel = Panel("one unit ablated", list(self.units), kl_by_ablation(rows), ranked=True)
         return comparison_figure([panel], self.subject, {kind: label(kind) for kind in self.kinds})
 
     def _gaps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure | None:
@@ -249,4 +217,4 @@ class Scan(Study[ScanSettings]):
             return None
         means = {kind: behaviour.kl.mean(dim=1).clamp(min=FLOOR).numpy() for kind, behaviour in behaviours.items()}
         ratios = {kind: np.asarray(values / means["optimal"]) for kind, values in means.items() if kind != "optimal"}
-        return gap_figure(ratios, f"{self.subject}: {len(self.parts)} units, each ablated alone")
+        return gap_figure(ratios, f"{self.subject}: {len(self.units)} units, each ablated alone")

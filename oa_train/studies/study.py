@@ -16,13 +16,12 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import AblationKind
+from oa_train.ablations.registry import KINDS, STATISTICS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES
 from oa_train.errors import ArtefactError, ConfigurationError, RunError
-from oa_train.figures.comparison import Interval
 from oa_train.figures.style import save_figure
 from oa_train.files import make_next_folder, write_json
 from oa_train.metrics.estimates import Estimate, estimate, paired_difference, written
@@ -32,10 +31,7 @@ from oa_train.models.levels import Level
 from oa_train.models.weights import fingerprint
 from oa_train.progress import Stage, Track, counted, silent
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.studies.findings import Findings as Findings
-from oa_train.studies.findings import Row as Row
-from oa_train.studies.findings import Table as Table
-from oa_train.studies.findings import plain, write_csv
+from oa_train.studies.findings import Findings as Findings, Row as Row, Table as Table, plain, write_csv
 from oa_train.studies.run_folder import PIECES
 from oa_train.tasks.task import Stream, Task
 
@@ -100,23 +96,16 @@ class Study(ABC, Generic[S]):
         Raises:
             ConfigurationError: there is not as much as the study needs, or two have the same name.
         """
-        n_trained, names, noun = len(self.from_runs), [trained.name for trained in self.from_runs], self.FromRun.noun
-        fits = {
-            "none": n_trained == 0,
-            "one": n_trained == 1,
-            "several": n_trained > 0,
-            "optional": n_trained <= 1,
-            "any": True,
+        names, noun = [trained.name for trained in self.from_runs], self.FromRun.noun
+        fits, wanted = {
+            "none": (not names, f"no {noun}"),
+            "one": (len(names) == 1, f"one {noun}"),
+            "several": (len(names) > 0, f"{noun}s with different names"),
+            "optional": (len(names) <= 1, f"one {noun} or none"),
+            "any": (True, f"{noun}s with different names, or none"),
         }[self.asks_of]
-        if not fits or len(set(names)) < n_trained:
-            wanted = {
-                "none": f"no {noun}",
-                "one": f"one {noun}",
-                "several": f"{noun}s with different names",
-                "optional": f"one {noun} or none",
-                "any": f"{noun}s with different names, or none",
-            }
-            raise ConfigurationError(f"{self.name} expects {wanted[self.asks_of]}; it was given {names}.")
+        if not fits or len(set(names)) < len(names):
+            raise ConfigurationError(f"{self.name} expects {wanted}; it was given {names}.")
 
     @property
     def circuits(self) -> list[TrainedCircuit]:
@@ -254,7 +243,7 @@ class Study(ABC, Generic[S]):
                 **self.task.describe(),
                 "n_prompts": self.task.n_test,
                 "split": "test",
-                "distinct_prompts": distinct_prompts(self.task),
+                "distinct_prompts": self.distinct_prompts,
             },
             "versions": versions(),
             "metrics": plain(findings.metrics),
@@ -264,10 +253,17 @@ class Study(ABC, Generic[S]):
             "settings": plain(self.settings),
         }
 
+    @cached_property
+    def distinct_prompts(self) -> dict[Stream, int]:
+        """Distinct texts among the prompts of each stream that evaluations use."""
+        task = self.task
+        sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
+        return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
+
     @property
     def prompts(self) -> str:
         """The test prompts, for titles."""
-        n_test, distinct = self.task.n_test, distinct_prompts(self.task)["test"]
+        n_test, distinct = self.task.n_test, self.distinct_prompts["test"]
         repeated = "" if distinct == n_test else f", {distinct:,} of them distinct, which intervals count"
         return f"{n_test:,} held-out prompts{repeated}"
 
@@ -317,24 +313,8 @@ def differences(
 
 def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
     """Passes over the `means` prompts from which ablations of these kinds are made."""
-    needed = {
-        "averaging activations": {"optimal", "mean", "noise"},
-        "averaging activations by position": {"mean_by_position"},
-        "measuring the spread of activations": {"noise"},
-        "averaging activations on counterfactuals": {"counterfactual_mean"},
-    }
-    return [Stage(name, task.n_means) for name, needing in needed.items() if needing & set(kinds)]
-
-
-def distinct_prompts(task: Task) -> dict[Stream, int]:
-    """Distinct texts among the prompts of each stream that evaluations use."""
-    sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
-    return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
-
-
-def interval(value: Estimate) -> Interval:
-    """An estimate as figures draw it."""
-    return Interval(value.mean, *value.ci95)
+    needed = {statistic for kind in kinds for statistic in KINDS[kind].statistics}
+    return [Stage(description, task.n_means) for name, description in STATISTICS.items() if name in needed]
 
 
 def spoken(name: str) -> str:

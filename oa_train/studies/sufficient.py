@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -10,7 +10,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import fit_passes
-from oa_train.ablations.registry import AblationSource, check_kind, check_suits
+from oa_train.ablations.registry import check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
@@ -18,9 +18,9 @@ from oa_train.metrics.estimates import Estimate, written
 from oa_train.models.levels import Level
 from oa_train.models.sites import DEFAULT_SITES
 from oa_train.progress import Stage, counted
-from oa_train.shapes import Float, Tensor
-from oa_train.studies.findings import plain
-from oa_train.studies.fitted import fitted_constants
+from oa_train.shapes import Bool, Float, Tensor
+from oa_train.studies.ablation_study import AblationStudy
+from oa_train.studies.findings import listed
 from oa_train.studies.greedy import Budget, GreedySearch, Step
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.path_tables import (
@@ -33,20 +33,11 @@ from oa_train.studies.path_tables import (
     step_cells,
     step_rows,
 )
-from oa_train.studies.study import (
-    MOST_LISTED,
-    Findings,
-    Row,
-    Study,
-    Table,
-    estimates,
-    spoken,
-    statistics_stages,
-)
+from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken, statistics_stages
 from oa_train.studies.sufficient_settings import SufficientSettings as SufficientSettings
 
 
-class Sufficient(Study[SufficientSettings]):
+class Sufficient(AblationStudy[SufficientSettings]):
     """Finds a small set of units that alone reach a stated recovery of the model's behaviour.
 
     Units are restored until the set is sufficient on the validation prompts, then removed while it stays sufficient.
@@ -80,7 +71,7 @@ class Sufficient(Study[SufficientSettings]):
             raise ConfigurationError(f"components is {patterns}, which selects no unit that may be ablated.")
         own = "optimal" if self.start is None else self.start.ablation
         self.kind = check_kind("ablation", settings.ablation or own)
-        check_suits([self.kind.name], AblationSource(self.model, self.task, self.level), self.batches)
+        self.choose_kinds([self.kind.name])
         self._own = self._own_constants()
 
     def _level(self, patterns: list[str]) -> Level:
@@ -102,11 +93,10 @@ class Sufficient(Study[SufficientSettings]):
             )
         return level
 
-    @cached_property
-    def source(self) -> AblationSource:
-        """Statistics from which ablations are made."""
-        own = 1 if self.start is None else self.start.positions
-        return AblationSource(self.model, self.task, self.level, self.settings.positions or own, self.track)
+    @property
+    def positions(self) -> int:
+        """Number of positions that constants tell apart."""
+        return self.settings.positions or super().positions
 
     @cached_property
     def ablation(self) -> Ablation:
@@ -121,9 +111,7 @@ class Sufficient(Study[SufficientSettings]):
         """
         if self.start is None or self.start.constants is None or self.start.ablation != self.kind.name:
             return None
-        return self.start.constants.of_level(self.level).with_positions(
-            self.settings.positions or self.start.positions
-        )
+        return self.start.constants.of_level(self.level).with_positions(self.positions)
 
     @property
     def _n_search(self) -> int:
@@ -187,21 +175,28 @@ class Sufficient(Study[SufficientSettings]):
         _ = self.ablation  # statistics are gathered before all stages that use them
         if self.kind.learned:
             _ = self.source.mean
-        steps = self._search()
+        steps, fit = self._search(), self.settings.fit
         clean = self.clean_behaviour()
         points = evenly(len(steps), self.settings.curve_points)
-        curve = self._curve([steps[point].mask for point in points])
-        stride = self.settings.fit_every
-        fitted = sorted({*(points[::stride] if stride else ()), len(steps) - 1})
-        trained, constants = (
-            self._trained([steps[point].mask for point in fitted]) if self.kind.learned else (None, None)
-        )
-        measured = {"": (points, curve)} | ({} if trained is None else {"trained_": (fitted, trained)})
+        masks = self._beside_nothing(steps, points)
+        curve = self.behaviour(self.level, masks, [self.ablation], "the sets on test prompts", fit.rows_per_run)
+        measured, constants = {"": (points, curve)}, None
+        if self.kind.learned:
+            assert isinstance(self.ablation, Constants)
+            stride = self.settings.fit_every
+            fitted = sorted({*(points[::stride] if stride else ()), len(steps) - 1})
+            masks = self._beside_nothing(steps, fitted)
+            sets = self.fitted_constants(masks, fit, "sets", starts=[self.ablation])
+            described, constants = "sets with constants of their own", sets[-1]
+            measured["trained_"] = fitted, self.behaviour(self.level, masks, sets, described, fit.rows_per_run)
         rows = list(step_rows(steps, self.level, self.free, clean, measured, self.settings.measure))
         trained_set = self._trained_set(steps[-1], constants)
         metrics = {f"clean_{name}": value for name, value in estimates(clean).items()}
         metrics |= {f"nothing_{name}": value for name, value in estimates(curve).items()}
         metrics |= {name: value for name, value in rows[-1].items() if isinstance(value, Estimate)}
+        measure = spoken(self.settings.measure).replace("kl", "KL divergence")
+        labels = f"units kept, of {int(self.free.sum()):,}", f"recovery ({measure})"
+        title = f"{self.subject}: all other units under {spoken(self.kind.name)} ablation"
         return Findings(
             rows,
             metrics=metrics,
@@ -212,7 +207,7 @@ class Sufficient(Study[SufficientSettings]):
                 "search": searched(steps, self._n_search, self._tried_in_vain),
             },
             shown=list(self._shown(rows, steps)),
-            figures={"recovery": partial(path_figure, rows, self.settings.recovery, *self._labels)},
+            figures={"recovery": partial(path_figure, rows, self.settings.recovery, *labels, title)},
             circuit=trained_set.circuit.counts(),
             trained=trained_set,
             table="steps",
@@ -259,22 +254,18 @@ class Sufficient(Study[SufficientSettings]):
                 "Choose another measure, ablation or task."
             )
 
-    def _curve(self, masks: Sequence[Tensor]) -> Behaviour:
-        """Behaviour with everything ablated, then of each set, under the ablation of the search."""
-        stacked, rows = torch.stack([~self.free, *masks]), self.settings.fit.rows_per_run
-        return self.behaviour(self.level, stacked, [self.ablation], "the sets on test prompts", rows)
-
-    def _trained(self, masks: Sequence[Tensor]) -> tuple[Behaviour, Constants]:
-        """The same as `_curve` with constants trained for each set, and the constants of the last one."""
-        stacked, fit = torch.stack([~self.free, *masks]), self.settings.fit
-        assert isinstance(self.ablation, Constants)
-        sets = fitted_constants(self.source, stacked, fit, "fitting constants of sets", starts=[self.ablation])
-        described = "sets with constants of their own"
-        return self.behaviour(self.level, stacked, sets, described, fit.rows_per_run), sets[-1]
+    def _beside_nothing(self, steps: Sequence[Step], points: Sequence[int]) -> Bool[Tensor, "circuit entry"]:
+        """Everything ablated, then the sets of these steps."""
+        return torch.stack([~self.free, *(steps[point].mask for point in points)])
 
     def _trained_set(self, last: Step, constants: Constants | None) -> TrainedCircuit:
         """The set as a circuit, with its constants if the ablation has some."""
-        task = self.task
+        task, settings = self.task, self.settings
+        searched_for = {
+            "direction": settings.direction,
+            "recovery": settings.recovery,
+            "measure": settings.measure,
+        }
         provenance = {
             "model": task.lm.name,
             "revision": task.lm.revision,
@@ -286,7 +277,7 @@ class Sufficient(Study[SufficientSettings]):
             "ablation": self.kind.name,
             "loss": "kl",
             "selected": list(self.level.kept(self.free)),
-            "training": {"positions": self.source.slots.positions, "study": self.name, **plain(self._described)},
+            "training": {"positions": self.source.slots.positions, "study": self.name, **searched_for},
         }
         fixed = self.ablation if self.kind.constant and isinstance(self.ablation, Constants) else None
         constants = constants or fixed
@@ -295,34 +286,20 @@ class Sufficient(Study[SufficientSettings]):
         circuit = Circuit.from_mask(self.level, last.mask, provenance=provenance)
         return TrainedCircuit(self.name, circuit, constants)
 
-    @property
-    def _described(self) -> dict[str, Any]:
-        return {name: getattr(self.settings, name) for name in ("direction", "recovery", "measure")}
-
-    @property
-    def _labels(self) -> tuple[str, str, str]:
-        """Labels of the figure's axes, and its title."""
-        return (
-            f"units kept, of {int(self.free.sum()):,}",
-            f"recovery ({spoken(self.settings.measure).replace('kl', 'KL divergence')})",
-            f"{self.subject}: all other units under {spoken(self.kind.name)} ablation",
-        )
-
     def _shown(self, rows: Sequence[Row], steps: Sequence[Step]) -> Iterator[Table | str]:
         last, settings = rows[-1], self.settings
         measured = [row for row in rows if "recovery" in row]
-        listed = [measured[number] for number in evenly(len(measured), MOST_LISTED)]
+        shown = [measured[number] for number in evenly(len(measured), MOST_LISTED)]
         of = f"of the {spoken(settings.measure)}" if settings.measure != "kl" else "in KL divergence"
         title = (
             f"{last['size']} of {int(self.free.sum()):,} units, which recover {settings.recovery:g} {of} under "
             f"{spoken(self.kind.name)} ablation of the others\nMeasured on {self.prompts}, with 95 % intervals"
         )
-        if len(listed) < len(rows):
-            title += f"; {len(listed)} of {len(rows)} steps"
-        yield Table(title, [step_cells(row) for row in listed])
+        if len(shown) < len(rows):
+            title += f"; {len(shown)} of {len(rows)} steps"
+        yield Table(title, [step_cells(row) for row in shown])
         names = self.level.kept(steps[-1].mask & self.free)
-        more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-        yield f"set: {', '.join(names[:MOST_LISTED])}{more}"
+        yield f"set: {listed(names, MOST_LISTED)}"
         yield from searched_lines(searched(steps, self._n_search, self._tried_in_vain), settings.pairs)
         if "trained_recovery" in last:
             yield f"with constants trained for the set and for everything ablated: recovery {last['trained_recovery']}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -202,33 +203,22 @@ class Trace(Study[TraceSettings]):
 
     def _traced(self, n_batches: int) -> dict[str, Float[Tensor, "draw run prompt"]]:
         """Probabilities of the answers, from the pieces."""
-        jobs = [
-            (name, draw, number)
-            for name in self.corruptions
-            for draw in range(self._draws(name))
-            for number in range(n_batches)
-        ]
+        drawn = [(name, draw) for name in self.corruptions for draw in range(self._draws(name))]
+        jobs = list(product(drawn, range(n_batches)))
         tracer = Tracer(self.model, self.tracing, self.settings.rows_per_run)
-        corruptions = {job: self._corruption(*job) for job in dict.fromkeys(job[:2] for job in jobs)}
-        missing = [len(self.known[jobs[number][2]]) for number in self._pieces.missing(len(jobs))]
+        corruptions = {each: self._corruption(*each) for each in drawn}
+        missing = [len(self.known[jobs[number][1]]) for number in self._pieces.missing(len(jobs))]
         with self.track(len(self.tracing) * sum(missing), "tracing") as advance:
 
             def compute(number: int) -> Piece:
-                name, draw, piece = jobs[number]
-                return {"probabilities": tracer.probabilities(self.known[piece], corruptions[name, draw], advance)}
+                each, batch = jobs[number]
+                return {"probabilities": tracer.probabilities(self.known[batch], corruptions[each], advance)}
 
-            pieces = list(self._pieces.all(len(jobs), compute))
-        return {
-            name: torch.stack(
-                [
-                    torch.cat(
-                        [p["probabilities"] for p, job in zip(pieces, jobs, strict=True) if job[:2] == (name, draw)], 1
-                    )
-                    for draw in range(self._draws(name))
-                ]
-            ).double()
-            for name in self.corruptions
-        }
+            pieces = [piece["probabilities"] for piece in self._pieces.all(len(jobs), compute)]
+        draws: dict[str, list[Tensor]] = {name: [] for name in self.corruptions}
+        for number, (name, _) in enumerate(drawn):
+            draws[name].append(torch.cat(pieces[number * n_batches : (number + 1) * n_batches], dim=1))
+        return {name: torch.stack(of_draws).double() for name, of_draws in draws.items()}
 
     @cached_property
     def _pieces(self) -> Pieces:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -9,14 +10,13 @@ import numpy as np
 
 from oa_train.ablations.tracing import TracedRun, Tracing
 from oa_train.batches import WHOLE
-from oa_train.figures.comparison import Interval
 from oa_train.figures.style import Figure
 from oa_train.figures.tracing import profile_figure, recovery_maps
-from oa_train.metrics.estimates import Estimate, estimate
-from oa_train.metrics.ranks import linear_correlation, rank_correlation
-from oa_train.metrics.recovered import Identities, effective_layers, recovered, recovered_bootstrap
+from oa_train.metrics.estimates import Estimate, Identities, estimate
+from oa_train.metrics.ranks import Bootstrapped, linear_correlation, rank_correlation
+from oa_train.metrics.recovered import effective_layers, recovered, recovered_bootstrap
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.study import Row, Table, interval, spoken
+from oa_train.studies.study import Row, Table, spoken
 
 # Name in tables of the run that restores nothing.
 NOTHING = "nothing"
@@ -45,8 +45,7 @@ class Traced:
             intervals = recovered_bootstrap(drop[:-1], drop[-1], self.identities)
             for number, run in enumerate(self.tracing.runs):
                 low, high = intervals[number]
-                yield {"corruption": name, "restored": run.kind, "at": run.span, "window": run.window} | {
-                    "layer": run.layer,
+                yield {"corruption": name, **where(run), "layer": run.layer} | {
                     "recovered": recovered(drop[number], drop[-1], self.identities),
                     "bootstrap_low": low,
                     "bootstrap_high": high,
@@ -58,18 +57,12 @@ class Traced:
                 "probability": estimate(probabilities[-1], self.identities),
             }
 
-    def _groups(self) -> Iterator[tuple[TracedRun, slice]]:
-        """The first run of every kind, span and window, and the slice of its runs."""
-        n_layers = len(self.tracing.layers)
-        for first in range(0, len(self.tracing.runs), n_layers):
-            yield self.tracing.runs[first], slice(first, first + n_layers)
-
     def localisation(self) -> Iterator[dict[str, Any]]:
         """Peak of each profile over the layers, and the number of layers that it is spread over."""
-        for first, runs in self._groups():
+        for first, runs in by_place(self.tracing):
             for name, drop in self.lost.items():
                 peak = int(drop[runs].mean(dim=1).argmin())
-                yield {"restored": first.kind, "at": first.span, "window": first.window, "corruption": name} | {
+                yield {**where(first), "corruption": name} | {
                     "peak": self.tracing.layers[peak],
                     "recovered": recovered(drop[runs][peak], drop[-1], self.identities),
                     "effective_layers": effective_layers(drop[runs], drop[-1], self.identities),
@@ -78,13 +71,15 @@ class Traced:
     def agreement(self) -> list[dict[str, Any]]:
         """Correlations of the recovery of all runs, of ranks and of values, for each pair of corruptions."""
         return [
-            {
-                "first": first,
-                "second": second,
-                "rank_correlation": rank_correlation(self.lost[first][:-1], self.lost[second][:-1]).as_json(),
-                "correlation": linear_correlation(self.lost[first][:-1], self.lost[second][:-1]).as_json(),
-            }
-            for first, second in combinations(self.lost, 2)
+            {"first": first, "second": second, "rank_correlation": ranks.as_json(), "correlation": values.as_json()}
+            for first, second, ranks, values in self._correlations
+        ]
+
+    @cached_property
+    def _correlations(self) -> list[tuple[str, str, Bootstrapped, Bootstrapped]]:
+        return [
+            (first, second, rank_correlation(a[:-1], b[:-1]), linear_correlation(a[:-1], b[:-1]))
+            for (first, a), (second, b) in combinations(self.lost.items(), 2)
         ]
 
     def tables(self, clean: Estimate) -> Iterator[Table | str]:
@@ -107,13 +102,23 @@ class Traced:
             ],
         )
         pairs = [
-            {"": f"{spoken(first)} and {spoken(second)}"}
-            | {"rank correlation": str(rank_correlation(self.lost[first][:-1], self.lost[second][:-1]))}
-            | {"correlation": str(linear_correlation(self.lost[first][:-1], self.lost[second][:-1]))}
-            for first, second in combinations(self.lost, 2)
+            {"": f"{spoken(first)} and {spoken(second)}", "rank correlation": str(ranks), "correlation": str(values)}
+            for first, second, ranks, values in self._correlations
         ]
         if pairs:
             yield Table(f"Agreement on {len(self.tracing.runs)} restored places, with 95 % intervals", pairs)
+
+
+def by_place(tracing: Tracing) -> Iterator[tuple[TracedRun, slice]]:
+    """The first run of every kind, span and window, and the slice of its runs, one for each layer."""
+    n_layers = len(tracing.layers)
+    for first in range(0, len(tracing.runs), n_layers):
+        yield tracing.runs[first], slice(first, first + n_layers)
+
+
+def where(run: TracedRun) -> dict[str, Any]:
+    """What a run restores at a layer, as columns."""
+    return {"restored": run.kind, "at": run.span, "window": run.window}
 
 
 def place(span: str) -> str:
@@ -134,14 +139,10 @@ def place(span: str) -> str:
 
 def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
     """Recovery by layer, a panel for each kind, place and window."""
-    panels: dict[tuple[str, str], dict[str, list[Interval]]] = {}
-    several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
-    for row in rows:
-        if row["restored"] != NOTHING:
-            where = place(row["at"]) + (f", {row['window']} layers" if several else "")
-            panels.setdefault((row["restored"], where), {}).setdefault(row["corruption"], []).append(
-                interval(row["recovered"])
-            )
+    panels: dict[tuple[str, str], dict[str, list[Estimate]]] = {}
+    for row, window in _restoring(rows):
+        profiles = panels.setdefault((row["restored"], place(row["at"]) + window), {})
+        profiles.setdefault(row["corruption"], []).append(row["recovered"])
     labels = {row["corruption"]: f"{spoken(row['corruption'])} corruption" for row in rows}
     return profile_figure(panels, layers, labels, title)
 
@@ -149,14 +150,19 @@ def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
 def place_maps(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
     """Heat maps of recovery: places by layers, a map for each corruption, kind and window."""
     tables: dict[tuple[str, str], dict[str, list[float]]] = {}
-    several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
-    for row in rows:
-        if row["restored"] != NOTHING:
-            column = row["restored"] + (f", {row['window']} layers" if several else "")
-            cells = tables.setdefault((spoken(row["corruption"]), column), {})
-            cells.setdefault(place(row["at"]), []).append(row["recovered"].mean)
+    for row, window in _restoring(rows):
+        lines = tables.setdefault((spoken(row["corruption"]), row["restored"] + window), {})
+        lines.setdefault(place(row["at"]), []).append(row["recovered"].mean)
     names = list(next(iter(tables.values())))
     return recovery_maps({key: np.array([*lines.values()]) for key, lines in tables.items()}, names, layers, title)
+
+
+def _restoring(rows: Sequence[Row]) -> Iterator[tuple[Row, str]]:
+    """Rows of runs that restore something, each with its window in words if there are several."""
+    restoring = [row for row in rows if row["restored"] != NOTHING]
+    several = len({row["window"] for row in restoring}) > 1
+    for row in restoring:
+        yield row, f", {row['window']} layers" if several else ""
 
 
 def token_maps(

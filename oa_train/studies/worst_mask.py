@@ -1,20 +1,18 @@
 """The search for the mask of the parts outside a circuit that hurts most."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from oa_train.ablations.ascent import AscentSettings, ascend, mean_losses
+from oa_train.ablations.ascent import AscentSettings, ascend
 from oa_train.ablations.base import Ablation
+from oa_train.ablations.registry import AblationSource
 from oa_train.metrics.measures import Loss
-from oa_train.models.frozen import CausalLM
-from oa_train.models.levels import Level
-from oa_train.progress import Stage, Track
+from oa_train.progress import Stage
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.tasks.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +43,13 @@ def search_stages(ascent: AscentSettings, n_subsets: int) -> list[Stage]:
 
 
 def worst_mask(
-    model: CausalLM,
-    task: Task,
-    level: Level,
+    source: AblationSource,
     circuit: Bool[Tensor, " entry"],
     outside: Bool[Tensor, " entry"],
     subsets: Float[Tensor, "subset entry"],
     ablation: Ablation,
     ascent: AscentSettings,
     loss: Loss,
-    track: Track,
 ) -> WorstMask:
     """Search for the mask of the parts outside a circuit that hurts most, on validation prompts.
 
@@ -62,22 +57,21 @@ def worst_mask(
     results are also rounded to masks of zeros and ones.
 
     Args:
-        model: frozen causal language model.
-        task: prompts, and the seed of the random values.
-        level: level of the masks.
+        source: model, level, prompts, the seed of the random values, and progress.
         circuit: entries that are kept; entries that are neither kept nor outside stay 0.
         outside: entries that may change.
         subsets: masks that keep random subsets of the outside; may be empty.
         ablation: supplies the replacements.
         ascent: the ascents.
         loss: name of the loss to maximise.
-        track: progress.
     """
+    model, task, level, track = source.model, source.task, source.level, source.track
     batches = list(task.batches("validation", ascent.n_prompts))
 
     def evaluated(masks: Tensor, description: str) -> Tensor:
         with track(len(masks) * ascent.n_prompts, description) as advance:
-            return mean_losses(model, batches, level, masks, ablation, loss, ascent.rows_per_run, advance)
+            still = replace(ascent, steps=0)
+            return ascend(model, batches, level, masks, outside, ablation, still, loss, advance).losses
 
     all_off = circuit.float()
     starts, losses = [all_off], dict[str, Any]()

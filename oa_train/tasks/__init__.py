@@ -12,8 +12,5 @@ from oa_train.tasks.induction import Induction as Induction
 from oa_train.tasks.ioi import IOI as IOI
 from oa_train.tasks.records import Records as Records
 from oa_train.tasks.synthetic_facts import SyntheticFacts as SyntheticFacts
-from oa_train.tasks.task import Prompt as Prompt
-from oa_train.tasks.task import Question as Question
-from oa_train.tasks.task import Stream as Stream
-from oa_train.tasks.task import Task as Task
+from oa_train.tasks.task import Prompt as Prompt, Question as Question, Stream as Stream, Task as Task
 from oa_train.tasks.text import Text as Text

@@ -19,9 +19,6 @@ class Agreement(ShippedRecords):
     Answers are the forms of common verbs that agree with the subject, distractors those that do not. Attractors are
     singular or plural. The counterfactual has the subject in the other number. All prompts of a subject are in one
     stream. Spans: `subject`, `attractor`, `end` (the last token).
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
     """
 
     name: ClassVar[str] = "agreement"

@@ -11,13 +11,7 @@ from oa_train.tasks.vocabulary import read_data
 class Capitals(FactRecords):
     """Name the capital of a country.
 
-    Countries are paired: the counterfactual names another country with the same number of tokens, whose capital begins
-    with a different token and is the distractor. Paired countries are in the same stream, with all their prompts.
-    Countries without a possible partner are left out, and a remark says so. Spans: `subject` (the country), `end` (the
-    last token).
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
+    Countries are paired (see `FactRecords`). Spans: `subject` (the country), `end` (the last token).
     """
 
     name: ClassVar[str] = "capitals"

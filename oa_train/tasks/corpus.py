@@ -14,7 +14,7 @@ from oa_train.seeds import derive_seed
 from oa_train.shapes import Int, Tensor
 from oa_train.tasks.documents import Document
 from oa_train.tasks.encoding import PromptEncoder
-from oa_train.tasks.record_streams import TEST_SHARE, VALIDATION_SHARE
+from oa_train.tasks.record_streams import LEAST, TEST_SHARE, VALIDATION_SHARE
 from oa_train.tasks.task import Stream, stream_of
 
 # Characters given to the tokenizer at once: for more, the objects that it makes for each token would fill the memory.
@@ -22,10 +22,6 @@ CHARACTERS_AT_ONCE = 1_000_000
 
 # From this many documents on, every document belongs to one stream; the smallest streams then get about 20 documents.
 MANY_DOCUMENTS = 200
-
-# Streams that a small corpus is cut into, with the minimum number of windows of each: a standard error takes two.
-LEAST: dict[Stream, int] = {"train": 1, "validation": 2, "test": 2}
-CUT = tuple(LEAST)
 
 
 @dataclass(frozen=True)
@@ -189,18 +185,16 @@ class Windows:
     def deal(self, source: str, advice: str) -> dict[Stream, list[int]]:
         """The windows of each stream, in hash order, so that the first N are a fair sample.
 
-        Args:
-            source: name of the corpus, for messages.
-            advice: how to get more windows, for messages.
+        `source` and `advice`, the name of the corpus and how to get more windows, are for messages.
 
         Raises:
             TaskError: only some documents have a `split`, or a stream has too few windows.
         """
-        parts = self._by_split(source) or self._by_document() or self._by_blocks()
-        sizes = {stream: len(parts.get(stream, ())) for stream in CUT}
+        parts = self._by_blocks() if self.are_blocks else self._by_document(source)
+        sizes = {stream: len(parts.get(stream, ())) for stream in LEAST}
         if any(size < LEAST[stream] for stream, size in sizes.items()):
             shown = ", ".join(f"{size} for {stream}" for stream, size in sizes.items())
-            least = ", ".join(str(LEAST[stream]) for stream in CUT)
+            least = ", ".join(map(str, LEAST.values()))
             raise TaskError(f"{source} gives too few windows: {shown}; expected at least {least}. {advice}")
         ordered = {
             stream: sorted(windows, key=lambda number: self.seed(number, "order")) for stream, windows in parts.items()
@@ -221,29 +215,18 @@ class Windows:
     def _is_split(self) -> bool:
         return any(section.split is not None for section in self.corpus.sections)
 
-    def _by_split(self, source: str) -> dict[Stream, list[int]]:
-        if not self._is_split:
-            return {}
-        parts: dict[Stream, list[int]] = defaultdict(list)
-        bare = [section for section in self.corpus.sections if section.split is None]
-        if bare:
-            n_documents = len(self.corpus.sections)
-            n_named = n_documents - len(bare)
+    def _by_document(self, source: str) -> dict[Stream, list[int]]:
+        """Whole documents: by their `split` if they have one, else by the hash of their text."""
+        sections = self.corpus.sections
+        bare = [section for section in sections if section.split is None]
+        if bare and self._is_split:
+            n_named = len(sections) - len(bare)
             raise TaskError(
-                f"{source}, {bare[0].place}: no `split`, and {n_named} of {n_documents} documents have one."
+                f"{source}, {bare[0].place}: no `split`, and {n_named} of {len(sections)} documents have one."
             )
-        for number, section in enumerate(self.sections.tolist()):
-            split = self.corpus.sections[section].split
-            assert split is not None
-            parts[split].append(number)
-        return parts
-
-    def _by_document(self) -> dict[Stream, list[int]]:
-        if self.are_blocks:
-            return {}
         parts: dict[Stream, list[int]] = defaultdict(list)
         for number, section in enumerate(self.sections.tolist()):
-            parts[self.corpus.sections[section].hashed].append(number)
+            parts[sections[section].split or sections[section].hashed].append(number)
         return parts
 
     def _by_blocks(self) -> dict[Stream, list[int]]:
@@ -253,8 +236,8 @@ class Windows:
         borders = (max(0, len(self) - n_test - n_validation), max(0, len(self) - n_test))
         blocks = zip((0, *borders), (*borders, len(self)), strict=True)
         parts: dict[Stream, list[int]] = {}
-        for stream, (first, end) in zip(CUT, blocks, strict=True):
-            # The last answer of a window is the first token of the next one, which here belongs to another stream.
+        for stream, (first, end) in zip(LEAST, blocks, strict=True):
+            # The last answer of a window is the first token of the next one, which is another stream's here.
             continues = 0 < end < len(self) and bool(self.sections[end - 1] == self.sections[end])
             parts[stream] = list(range(first, end - continues))
         return parts

@@ -126,7 +126,10 @@ class PromptEncoder:
         Raises:
             TaskError: a token has no row in the model's embedding.
         """
-        rows = self._plain(texts)
+        return self._checked(texts, self._plain(texts))
+
+    def _checked(self, texts: Sequence[str], rows: list[list[int]]) -> list[list[int]]:
+        """The ids of texts, if all of them have a row in the model's embedding."""
         for text, row in zip(texts, rows, strict=True):
             token = max(row, default=0)
             if token >= self.vocabulary_size:
@@ -138,30 +141,34 @@ class PromptEncoder:
                 )
         return rows
 
-    def encode_with_ends(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Ids of texts as in `encode`, and for each id the end of its characters in the text.
+    def encode_with_places(
+        self, texts: Sequence[str], subject: str = "This", alternative: str = ""
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of texts as in `encode`, and for each id its first character in the text and the one after its last.
+
+        Args:
+            texts: the texts.
+            subject: beginning of the message about a slow tokenizer.
+            alternative: end of what it advises.
 
         Raises:
             TaskError: as in `encode`; or the tokenizer is slow, and does not tell which characters tokens cover.
         """
         if not self.tokenizer.is_fast:
             raise TaskError(
-                f"This tokenizer is a slow one ({type(self.tokenizer).__name__}), which does not tell which "
-                "characters a token covers. Use the model's fast tokenizer (a folder with tokenizer.json)."
+                f"{subject} tokenizer is a slow one ({type(self.tokenizer).__name__}), which does not tell which "
+                "characters a token covers. Use the model's fast tokenizer (a folder with tokenizer.json)"
+                f"{alternative}."
             )
-        offsets = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return [
-            (ids, [0] * (len(ids) - len(places)) + [end for _, end in places])
-            for ids, places in zip(self.encode(texts), offsets, strict=True)
-        ]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = zip(self._checked(texts, encoded["input_ids"]), encoded["offset_mapping"], strict=True)
+        openings = ((self._opening(ids), ids, places) for ids, places in rows)
+        return [(opening + ids, [(0, 0)] * len(opening) + places) for opening, ids, places in openings]
 
     def pad(
         self, rows: Sequence[Sequence[int]], side: PaddingSide
     ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-        """Pad the token ids of prompts of different length on one side, into one tensor.
-
-        Returns:
-            Token ids, and a mask that is True at real tokens.
+        """The token ids of prompts, padded on one side into one tensor, and a mask that is True at real tokens.
 
         Raises:
             TaskError: a prompt has more tokens than the model has positions.
@@ -187,14 +194,9 @@ class PromptEncoder:
         return leading_tokens(tokens, (mask.long().cumsum(dim=1) - 1).clamp(min=0), self.bos) & mask
 
     def span_flags(self, texts: Sequence[str], spans: Sequence[Mapping[str, Span]]) -> list[dict[str, list[bool]]]:
-        """Find the tokens of named spans: those that share a non-whitespace character with the span.
+        """A flag for every token of `encode`, for each text and each of its named spans.
 
-        Args:
-            texts: the prompts.
-            spans: the spans of each.
-
-        Returns:
-            For each text and each of its spans, a flag for every token of `encode`.
+        It is True at tokens that share a non-whitespace character with the span.
 
         Raises:
             TaskError: the tokenizer does not tell which characters a token covers; a span is not part of its text, or
@@ -202,25 +204,16 @@ class PromptEncoder:
         """
         if not any(spans):
             return [{} for _ in texts]
-        if not self.tokenizer.is_fast:
-            raise TaskError(
-                f"The prompts name spans ({', '.join(next(filter(None, spans)))}), and this tokenizer is a slow one "
-                f"({type(self.tokenizer).__name__}), which does not tell which characters a token covers. Use the "
-                "model's fast tokenizer (a folder with tokenizer.json), or prompts without spans."
-            )
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)
-        rows = zip(texts, spans, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        subject = f"The prompts name spans ({', '.join(next(filter(None, spans)))}), and this"
+        encoded = self.encode_with_places(texts, subject, ", or prompts without spans")
         return [
-            {name: self._flags(text, name, span, ids, offsets) for name, span in named.items()}
-            for text, named, ids, offsets in rows
+            {name: self._flags(text, name, span, places) for name, span in named.items()}
+            for text, named, (_, places) in zip(texts, spans, encoded, strict=True)
         ]
 
-    def _flags(
-        self, text: str, name: str, span: Span, ids: list[int], offsets: Sequence[tuple[int, int]]
-    ) -> list[bool]:
+    def _flags(self, text: str, name: str, span: Span, places: Sequence[tuple[int, int]]) -> list[bool]:
         start, end = _characters(text, name, span)
-        flags = [False] * len(self._opening(ids))
-        flags += [bool(text[max(start, first) : min(end, last)].strip()) for first, last in offsets]
+        flags = [bool(text[max(start, first) : min(end, last)].strip()) for first, last in places]
         if not any(flags[self.bos is not None :]):
             state = "the beginning-of-sequence token, which is never ablated" if any(flags) else "part of no token"
             raise TaskError(

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from oa_train.errors import TaskError
 from oa_train.tasks.grammar import end_span, fill
@@ -21,9 +21,6 @@ class FactRecords(ShippedRecords):
     tokens, whose object begins with a different token and is the distractor. Paired subjects are in the same stream,
     with all their facts. Subjects without a possible partner are left out, and a remark says so. Spans: `subject`,
     `end` (the last token).
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
 
     Attributes:
         subjects_are: plural noun for the subjects, for messages.
@@ -59,7 +56,6 @@ class FactRecords(ShippedRecords):
         self._judge(facts, partners)
         for subject, other in partners.items():
             pair = pair_name(partners, subject)
-            placed: dict[str, Any] = {"group": pair} | ({"split": split} if (split := self.split(pair)) else {})
             for relation, objects in facts[subject].items():
                 for sentence in sentences[relation]:
                     text, places = fill(sentence, subject=subject)
@@ -69,7 +65,8 @@ class FactRecords(ShippedRecords):
                         "wrong_answers": [f" {name}" for name in facts[other][relation]],
                         "counterfactual": sentence.format(subject=other),
                         "spans": {"subject": places["subject"], "end": end_span(text)},
-                        **placed,
+                        "group": pair,
+                        "split": self.split(pair),
                     }
 
     def _judge(self, facts: Mapping[str, Objects], partners: Mapping[str, str]) -> None:

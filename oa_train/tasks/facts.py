@@ -14,11 +14,8 @@ class Facts(FactRecords):
     """Name the object of a well-known fact.
 
     The relations are capital, language, currency and continent of a country, country of a city, city of a landmark,
-    symbol of an element, and country of a company. Subjects with the same relations are paired: the counterfactual
-    names another subject with the same number of tokens, whose object begins with a different token and is the
-    distractor. Paired subjects are in the same stream, with all their facts; those without a possible partner are left
-    out, and a remark says so. Objects of several tokens are scored on their first token. Spans: `subject`, `end` (the
-    last token).
+    symbol of an element, and country of a company. Subjects are paired (see `FactRecords`). Objects of several tokens
+    are scored by their first. Spans: `subject`, `end` (the last token).
 
     Args:
         relations: names of the relations that are asked for: `capital`, `language`, `currency`, `continent`,

@@ -14,9 +14,6 @@ WIDE_BELOW = 100
 class FiniteTask(Task):
     """Task whose streams are finite.
 
-    Args:
-        **options: the options of every task (see `Task`).
-
     Attributes:
         streams: the prompts of each stream in order, or their numbers; set before `cap_sizes`.
         source: name of the source of the prompts, for messages.

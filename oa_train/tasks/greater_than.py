@@ -38,9 +38,6 @@ class GreaterThan(GrammarTask):
     The counterfactual starts in the second year of the same century, or in the first of the same decade. Spans:
     `noun`, `year` (the last token of the start), `end` (the last token).
 
-    Args:
-        **options: the options of every task (see `Task`).
-
     Attributes:
         nouns: events that are single tokens.
         years: for each group of first digits, the endings of years that are one token after them.

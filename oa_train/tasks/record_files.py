@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +64,11 @@ def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTE
         ArtefactError: the file does not have the format of its suffix or is not UTF-8, or the dataset cannot be read.
     """
     if path.startswith(HUB):
-        return _dataset_rows(path, subset)
+        return chain.from_iterable(dataset_splits(path, subset))
     check_subset(path, subset)
     file = Path(path).expanduser()
     if file.is_dir():
-        return _dataset_rows(str(file), None)
+        return chain.from_iterable(dataset_splits(str(file)))
     check_file(file, path)
     if file.suffix.lower() not in READERS:
         raise ConfigurationError(
@@ -87,16 +87,13 @@ def check_subset(path: str, subset: str | None) -> None:
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
     """Raise a ConfigurationError if a file does not exist; it names the nearest folders and files of these suffixes.
 
-    Args:
-        file: the file.
-        path: the path as the user gave it.
-        suffixes: suffixes of the files to suggest; those of `READERS` by default.
+    `path` is the file as its user wrote it; the suffixes are those of `READERS` by default.
     """
     if not file.is_file():
         known = READERS if suffixes is None else suffixes
         others = (other for other in file.parent.glob("*") if not other.name.startswith("."))
         names = sorted(other.name for other in others if other.suffix in known or other.is_dir())
-        near = f" {nearest_names(file.name, names).replace('Valid names', f'In {file.parent}')}" if names else ""
+        near = f" {nearest_names(file.name, names, f'In {file.parent}')}" if names else ""
         raise ConfigurationError(f"data.path is {path!r}, and there is no such file.{near}")
 
 
@@ -230,11 +227,6 @@ def _parquet(file: Path, longest: int) -> Iterator[Row]:
         yield from (Row(f"row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as problem:
         raise ArtefactError(f"{file} cannot be read as Parquet: {str(problem).splitlines()[0]}") from None
-
-
-def _dataset_rows(path: str, subset: str | None) -> Iterator[Row]:
-    for rows in dataset_splits(path, subset):
-        yield from rows
 
 
 def dataset_splits(path: str, subset: str | None = None) -> list[Iterator[Row]]:

@@ -40,13 +40,11 @@ class RecordFitter:
         fitted = []
         uneven = self._uneven(records)
         for record in records:
-            counts = len(self.several), len(self.overlapping)
             try:
                 if id(record) in uneven:
                     raise uneven[id(record)]
                 fitted.append(replace(record, prompt=self._prompt(record.prompt)))
             except (RowError, TaskError) as problem:
-                del self.several[counts[0] :], self.overlapping[counts[1] :]
                 error = problem if isinstance(problem, RowError) else RowError("not for this tokenizer", str(problem))
                 problems.append((record.place, error))
         return fitted
@@ -83,8 +81,8 @@ class RecordFitter:
             raise RowError("a prompt longer than the model's context", detail)
         tails = _tails(self.encoder, text, begun, (*prompt.answers, *prompt.distractors))
         right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
-        shared = _shared(tails) if wrong else 0
-        # A token that is only a space counts to the prompt, not to the answer.
+        shared = shared_length([tail.ids for tail in tails]) if wrong else 0
+        # A token that is only a space is the prompt's, not the answer's.
         while shared < min(len(tail.ids) for tail in tails) - 1 and all(
             not tail.pieces[shared].strip() for tail in tails
         ):
@@ -92,11 +90,8 @@ class RecordFitter:
         if self.answer_positions == "every" and max(len(tail.ids) for tail in right) > 1:
             if len(right) > 1:
                 raise RowError("answer_positions: every needs a single answer", shorten(list(prompt.answers)))
-            final = self._every(prompt, right[0], wrong)
-        else:
-            final = self._first(prompt, right, wrong, shared)
-        self._check(final)
-        return final
+            return self._every(prompt, right[0], wrong)
+        return self._first(prompt, right, wrong, shared)
 
     def _first(self, prompt: Prompt, right: Sequence["_Tail"], wrong: Sequence["_Tail"], shared: int) -> Prompt:
         """The prompt up to the first token in which answers differ from wrong ones."""
@@ -113,12 +108,13 @@ class RecordFitter:
             raise RowError(
                 "answers and wrong answers begin with the same token", f"{both} after {shorten(prompt.text)}"
             )
+        final = self._extended(prompt, "".join(right[0].pieces[:shared]), kept, rest)
+        self._check(final)
         if any(len(tail.ids) > 1 for tail in right):
-            before = f"{prompt.text}{''.join(right[0].pieces[:shared])}"
-            self.several.append(f"{prompt.answers[0]!r} by {kept[0]!r} after {shorten(before, 60)}")
+            self.several.append(f"{prompt.answers[0]!r} by {kept[0]!r} after {shorten(final.text, 60)}")
         if both:
             self.overlapping.append(f"{both[0]!r} after {shorten(prompt.text, 60)}")
-        return self._extended(prompt, "".join(right[0].pieces[:shared]), kept, rest)
+        return final
 
     def _every(self, prompt: Prompt, right: "_Tail", wrong: Sequence["_Tail"]) -> Prompt:
         """The prompt up to the last token of its answer, with a question at each token before."""
@@ -133,12 +129,13 @@ class RecordFitter:
             questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
         if not questions:
             raise RowError("an answer of which no token is whole characters", f"{right.ids} for {prompt.answers[0]!r}")
-        self.several.append(
-            f"{prompt.answers[0]!r} as {', '.join(repr(question.answers[0]) for question in questions)}"
-        )
         *earlier, last = questions
         extended = self._extended(prompt, last.text.removeprefix(prompt.text), last.answers, last.distractors)
-        return replace(extended, earlier=(*prompt.earlier, *earlier))
+        final = replace(extended, earlier=(*prompt.earlier, *earlier))
+        self._check(final)
+        scored = ", ".join(repr(question.answers[0]) for question in questions)
+        self.several.append(f"{prompt.answers[0]!r} as {scored}")
+        return final
 
     def _extended(self, prompt: Prompt, more: str, answers: tuple[str, ...], distractors: tuple[str, ...]) -> Prompt:
         other = prompt.counterfactual
@@ -190,19 +187,14 @@ def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequenc
     """The answers to a prompt whose ids are `begun`."""
     tails = []
     wholes = [text + answer for answer in answers]
-    for answer, whole, (ids, ends) in zip(answers, wholes, encoder.encode_with_ends(wholes), strict=True):
+    for answer, whole, (ids, places) in zip(answers, wholes, encoder.encode_with_places(wholes), strict=True):
         if ids[: len(begun)] != begun or len(ids) == len(begun):
             detail = f"{shorten(answer)} after {shorten(text)} changes the prompt's last token"
             raise RowError("an answer that does not continue its prompt", detail)
         if encoder.tokenizer.unk_token_id in ids[len(begun) :]:
             detail = f"{shorten(answer)} after {shorten(text)}"
             raise RowError("an answer with a word that this tokenizer does not know", detail)
-        bounds = [len(text), *ends[len(begun) :]]
+        bounds = [len(text), *(end for _, end in places[len(begun) :])]
         pieces = tuple(whole[start:end] for start, end in itertools.pairwise(bounds))
         tails.append(_Tail(tuple(ids[len(begun) :]), pieces))
     return tails
-
-
-def _shared(tails: Sequence[_Tail]) -> int:
-    """Length of the common token prefix of all answers."""
-    return shared_length([tail.ids for tail in tails])

@@ -3,7 +3,7 @@
 import heapq
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from oa_train.errors import nearest_names
@@ -44,29 +44,22 @@ class Record:
     group: str = ""
 
 
+@dataclass
 class RecordReader:
     """Turns rows into records, and collects the problems of those that cannot be used."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        decode: Callable[[list[int]], object],
-        leading_space: LeadingSpace,
-        ignored_fields: Sequence[str],
-        max_prompts: int,
-    ) -> None:
-        self.decode = decode
-        self.layout = layout
-        self.as_written = leading_space == "as_written"
-        self.ignored = set(ignored_fields)
-        self.most = max_prompts
-        self.n_rows = 0
-        self.n_records = 0
-        self.n_repeated = 0
-        self.spaced: dict[str, str] = {}
-        self.n_spaced = 0
-        self.problems: list[tuple[str, RowError]] = []
-        self.misfit: Fields | None = None  # the first row that does not have the layout
+    layout: Layout
+    decode: Callable[[list[int]], object]
+    leading_space: LeadingSpace
+    ignored_fields: Sequence[str]
+    max_prompts: int
+    n_rows: int = 0
+    n_records: int = 0
+    n_repeated: int = 0
+    n_spaced: int = 0
+    spaced: dict[str, str] = field(default_factory=dict)
+    problems: list[tuple[str, RowError]] = field(default_factory=list)
+    misfit: Fields | None = None  # the first row that is not of the layout
 
     def read(self, rows: Iterable[Row]) -> list[Record]:
         """Records in the order of the file, at most `max_prompts`."""
@@ -87,14 +80,15 @@ class RecordReader:
             self.n_records += 1
             kept[text] = record
             heapq.heappush(smallest, (-derive_seed("kept", text), text))
-            if len(kept) > self.most:
+            if len(kept) > self.max_prompts:
                 del kept[heapq.heappop(smallest)[1]]
         return list(kept.values())
 
     def remarks(self) -> Iterator[str]:
         """Remarks on how the rows were read, for the terminal."""
-        if self.n_records > self.most:
-            yield f"{self.most:,} of {self.n_records:,} prompts are used (max_prompts), those of the smallest hash."
+        if self.n_records > self.max_prompts:
+            used = f"{self.max_prompts:,} of {self.n_records:,} prompts are used (max_prompts)"
+            yield f"{used}, those of the smallest hash."
         if self.n_repeated:
             yield f"{self.n_repeated} rows repeat the text of an earlier one and are used once."
         if self.n_spaced:
@@ -117,7 +111,7 @@ class RecordReader:
     def _record(self, row: Row) -> Record:
         if isinstance(row.content, RowError):
             raise row.content
-        content = {name: value for name, value in row.content.items() if name not in self.ignored}
+        content = {name: value for name, value in row.content.items() if name not in self.ignored_fields}
         split = content.pop("split", None)
         try:
             fields = {"split": split, **self.layout.read(content)}
@@ -129,8 +123,8 @@ class RecordReader:
         other = None if counterfactual is None else _text("counterfactual", counterfactual)
         if other is not None and other == text:
             raise RowError("the counterfactual is the prompt itself", shorten(text))
-        as_written = self.as_written or bool(_parsed(fields.get("as_written")))
-        # A separate token for a space at the end would get in the way of answers that begin with one.
+        as_written = self.leading_space == "as_written" or bool(_parsed(fields.get("as_written")))
+        # A token for the space alone would be in the way of answers that begin with one.
         moved = not as_written and text.endswith(" ") and not text.endswith("  ")
         if moved:
             text, other = text[:-1], other.removesuffix(" ") if other is not None else None

@@ -9,7 +9,10 @@ from oa_train.seeds import derive_seed
 from oa_train.tasks.record_reading import Record
 from oa_train.tasks.task import Prompt, Stream, stream_of
 
-# Least number of prompts that can be split: validation and test need at least two each.
+# Streams that few prompts are cut into, with the fewest of each: two have a standard error.
+LEAST: dict[Stream, int] = {"train": 1, "validation": 2, "test": 2}
+
+# Fewer prompts cannot be split.
 FEWEST = 20
 
 # From this many prompts on the streams are disjoint (see `stream_of`); the smallest then have about 200.
@@ -26,8 +29,7 @@ def cut_into_streams(records: Sequence[Record], source: str) -> dict[Stream, lis
         bare = next(record for record in records if record.split is None)
         raise TaskError(f"{source}, {bare.place}: no `split`, and {len(named)} of {len(records)} rows have one.")
     parts = _named_streams(records) if named else _cut_streams(records, source)
-    for stream in ("train", "validation", "test"):
-        least = 1 if stream == "train" else 2
+    for stream, least in LEAST.items():
         if len(parts.get(stream, ())) < least:
             sizes = ", ".join(f"{len(rows)} {name}" for name, rows in parts.items()) or "none"
             raise TaskError(

@@ -10,11 +10,7 @@ from oa_train.tasks.records import Records
 
 
 class ShippedRecords(Records):
-    """Task of a fixed set of prompts that comes with the package.
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
-    """
+    """Task of a fixed set of prompts that comes with the package, with the options of `Task` and `max_prompts`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(

@@ -14,14 +14,9 @@ from oa_train.tasks.vocabulary import read_data
 class SyntheticFacts(FactRecords):
     """Recall the town, the job or the instrument of an invented person, which the built-in model `facts` knows.
 
-    Every ordered pair of different names is a person, and each person's three objects are drawn independently: the
-    object follows from both names in their order, and neither name determines it alone. People are paired: the
-    counterfactual names another person with the same number of tokens, whose object is the distractor. Paired people
-    are in the same stream, with all their prompts; the five streams share no person. Spans: `subject` (both names),
-    `end` (the last token).
-
-    Args:
-        **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
+    Every ordered pair of different names is a person, and each person's three objects are drawn for that person alone:
+    the object follows from both names in their order, and neither name tells it by itself. People are paired (see
+    `FactRecords`), and the five streams share no person. Spans: `subject` (both names), `end` (the last token).
     """
 
     name: ClassVar[str] = "synthetic_facts"

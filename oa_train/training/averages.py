@@ -21,6 +21,7 @@ class CircuitMeans(Metric):
 
     def __init__(self, n_figures: int, n_circuits: int) -> None:
         super().__init__()
+        self.n_circuits = n_circuits
         self.add_state("total", torch.zeros(n_figures, n_circuits), dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
@@ -34,6 +35,12 @@ class CircuitMeans(Metric):
     def compute(self) -> Float[Tensor, "figure circuit"]:
         """The means over all prompts so far."""
         return self.total / self.count
+
+    def taken(self) -> Float[Tensor, "figure circuit"]:
+        """The means, after which they start anew."""
+        means: Tensor = self.compute()
+        self.reset()
+        return means
 
 
 def each_and_mean(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:

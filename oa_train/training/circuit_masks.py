@@ -1,6 +1,7 @@
 """Masks of circuits that are trained side by side: sampled for the selected entries, 1 for all others."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -8,13 +9,13 @@ from torch import nn
 
 from oa_train.checks import check_choice
 from oa_train.errors import ConfigurationError
-from oa_train.masks.base import MaskDistribution
-from oa_train.masks.sampler import MaskSampler, StepRows
+from oa_train.masks.base import MaskDistribution, averaged_gradient
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.graph import Graph
 from oa_train.models.levels import Level
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import DEFAULT_SITES, check_site_kinds
+from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 LevelKind = Literal["nodes", "edges"]
@@ -23,17 +24,22 @@ LevelKind = Literal["nodes", "edges"]
 MOST_LISTED = 2000
 
 
+@dataclass(frozen=True, eq=False)
+class StepRows:
+    """Numbers of rows in one optimiser step, over accumulated batches and processes.
+
+    `counts` are the rows that carry gradient to each mask entry, `n_rows` all rows.
+    """
+
+    counts: Int[Tensor, " entry"]
+    n_rows: int
+
+
 class CircuitMasks(nn.Module):
     """A distribution over masks of some entries of a level, for several circuits; all other entries are always kept.
 
-    Args:
-        level: level of the masks.
-        patterns: shell patterns of the entries that may be ablated.
-        distribution: makes the distribution for a number of entries.
-        n_circuits: number of circuits, each with its own masks.
-        threshold: an entry is in a discrete circuit if its keep-probability exceeds this.
-        seed: seed of the samples.
-        samples_per_prompt: S, the number of masks drawn for each prompt and circuit.
+    Shell patterns name the entries that may be ablated; `distribution` makes the distribution for a number of entries.
+    An entry is in a discrete circuit when its keep-probability exceeds the threshold.
 
     Attributes:
         selection: true for entries that are selected.
@@ -57,17 +63,15 @@ class CircuitMasks(nn.Module):
     ) -> None:
         super().__init__()
         self.level, self.n_circuits, self.threshold = level, n_circuits, threshold
-        self.samples_per_prompt = samples_per_prompt
+        self.seed, self.samples_per_prompt = seed, samples_per_prompt
         self._patterns = list(patterns)
         selection = torch.ones(len(level)).bool() if self._patterns == ["*"] else level.selected(patterns)
         if not selection.any():
             raise ConfigurationError(f"components is {self._patterns}, which selects nothing that could be trained.")
-        self.selection: Tensor
-        self.register_buffer("selection", selection, persistent=False)
+        self.selection = nn.Buffer(selection, persistent=False)
         self.n_selected = int(selection.sum())
         self.n_fixed = len(level) - self.n_selected
         self.distribution = distribution(n_circuits * self.n_selected)
-        self._sampler = MaskSampler(self.distribution, seed, samples_per_prompt, self._effective)
 
     @property
     def selected(self) -> list[str]:
@@ -86,26 +90,52 @@ class CircuitMasks(nn.Module):
         }
 
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
-        """Draw masks over all entries for every circuit and prompt.
+        """Draw S masks over all entries for each of C circuits and of the B prompts with these numbers.
 
-        A prompt's masks depend on the seed and its index alone, not on how prompts are batched or distributed.
-
-        Args:
-            example_ids: indices of B prompts.
-            step: rows over which gradients are averaged; by default those of these prompts.
+        A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
+        Gradients are averaged over the rows of `step`, by default over those drawn here.
 
         Returns:
             C * S * B rows in the order of `Batch.repeat(C * S)`, all rows of a circuit together.
         """
-        drawn = self._sampler.draw(example_ids, step)
+        drawn, inside = self._drawn(example_ids)
+        if inside is not None:
+            rows = step or StepRows(inside.sum(dim=0), len(drawn))
+            drawn = averaged_gradient(drawn, rows.counts, rows.n_rows)
         by_circuit = drawn.view(len(drawn), -1, self.n_selected).transpose(0, 1)
         return self._spread(by_circuit.flatten(0, 1))
 
+    @torch.no_grad()
     def rows_of_step(
         self, batches: Sequence[Int[Tensor, " batch"]], over_processes: Callable[[Tensor], Tensor], n_processes: int
     ) -> StepRows | None:
-        """Count the rows that carry gradient in a whole step of the optimiser; see `MaskSampler.rows_of_step`."""
-        return self._sampler.rows_of_step(batches, over_processes, n_processes)
+        """Count the rows that carry gradient in a whole step of the optimiser; None if gradients are not averaged.
+
+        `batches` are the prompt numbers of each of this process's batches in the step; their masks can be drawn ahead,
+        because the parameters do not change before. `over_processes` sums over all processes, with equally many
+        prompts each.
+        """
+        counts, n_rows = torch.zeros_like(self.distribution.logits, dtype=torch.long), 0
+        for numbers in batches:
+            _, inside = self._drawn(numbers)
+            if inside is None:
+                return None
+            counts += inside.sum(dim=0)
+            n_rows += len(inside)
+        return StepRows(over_processes(counts), n_rows * n_processes)
+
+    def _drawn(self, numbers: Int[Tensor, " batch"]) -> tuple[Tensor, Tensor | None]:
+        """Masks for each sample of each prompt, side by side for all circuits, and the samples that carry gradient."""
+        drawn = self._effective(self.distribution.sample(self._uniform(numbers)))
+        return drawn, self.distribution.carries_gradient(drawn)
+
+    def _uniform(self, numbers: Int[Tensor, " batch"]) -> Float[Tensor, "row entry"]:
+        shape, device = (self.samples_per_prompt, len(self.distribution.logits)), self.distribution.logits.device
+        drawn = [
+            torch.rand(shape, generator=torch_generator(self.seed, "masks", number, device=device), device=device)
+            for number in numbers.tolist()
+        ]
+        return torch.stack(drawn, dim=1).flatten(0, 1)
 
     def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
         """Drawn masks with 0 for dangling edges, separately for each circuit in each row."""

@@ -21,7 +21,6 @@ from oa_train.engine.reading import read_values
 from oa_train.errors import ConfigurationError
 from oa_train.masks.base import MaskDistribution, check_threshold
 from oa_train.masks.penalty import smooth_size
-from oa_train.masks.sampler import StepRows
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES, Loss, check_loss, loss_of, measured
 from oa_train.models.dictionaries import DictionarySpec
@@ -30,7 +29,7 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.training.averages import CircuitMeans, each_and_mean
-from oa_train.training.circuit_masks import CircuitMasks, LevelKind, check_level, level_of
+from oa_train.training.circuit_masks import CircuitMasks, LevelKind, StepRows, check_level, level_of
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight
@@ -239,10 +238,7 @@ class CircuitModule(FrozenModelModule):
     ) -> tuple[Float[Tensor, " circuit"], Float[Tensor, " circuit"]]:
         """Each circuit's loss under sampled masks, and its penalty; training minimises the sum of all.
 
-        Args:
-            batch: prompts.
-            clean: the unablated model's logits for them.
-            step: rows over which mask gradients are averaged; by default those of this batch.
+        Mask gradients are averaged over the rows of `step`, by default over those of this batch.
         """
         samples = self.masks.samples_per_prompt
         copies = self.n_circuits * samples
@@ -332,8 +328,7 @@ class CircuitModule(FrozenModelModule):
 
     def _log_evaluation(self, stage: str) -> dict[str, Tensor]:
         """Log the measures and sizes of all circuits; returns them."""
-        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.compute(), strict=True))}
-        self._evaluated.reset()
+        figures = {"size": self._discrete.sum(dim=1), **dict(zip(MEASURES, self._evaluated.taken(), strict=True))}
         shown = each_and_mean({f"{stage}/{name}": values for name, values in figures.items()})
         for name, value in shown.items():
             self.log(name, value, prog_bar=name in (f"{stage}/kl", f"{stage}/size"), sync_dist=True)

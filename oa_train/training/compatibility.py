@@ -9,14 +9,8 @@ from oa_train.errors import ConfigurationError
 from oa_train.training.strategies import ShardedStrategy
 
 
-def check_trainer(trainer: Trainer, module: str, keeps_best: bool, shardable: bool = True) -> None:
-    """Refuse trainer options that cannot work.
-
-    Args:
-        trainer: the attached trainer.
-        module: name of the module's class.
-        keeps_best: the module's state holds the best parameters, which cannot be averaged.
-        shardable: all processes run the model the same number of times, as a sharded model needs.
+def check_trainer(trainer: Trainer, module: str, keeps_best: bool, shardable: bool) -> None:
+    """Refuse options of a trainer that cannot work for the class `module`; see `FrozenModelModule` for its properties.
 
     Raises:
         ConfigurationError: validations would be 0 batches or epochs apart; a callback cannot average the module; or

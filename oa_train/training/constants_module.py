@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
-from oa_train.ablations.fitting import FittedCircuits
+from oa_train.ablations.fitting import NOTICEABLE, FittedCircuits
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
 from oa_train.ablations.trained import TrainedCircuit
 from oa_train.batches import Batch
@@ -28,15 +28,10 @@ from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.module import FrozenModelModule
-from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
-from oa_train.training.steps import share_of_step
+from oa_train.training.side_by_side import SideBySideModule
 from oa_train.training.strategies import share_from_first_process
-from oa_train.training.summed import summed
-
-# Relative improvement of at least one circuit's loss that counts as progress.
-LEAST_PROGRESS = 0.01
 
 # Number of sets of constants that the first validation compares with the trained ones.
 MOST_CANDIDATES = 3
@@ -45,8 +40,8 @@ MOST_CANDIDATES = 3
 MOST_LISTED = 100
 
 
-class ConstantsModule(FrozenModelModule):
-    """Finds the best constant replacements of the units outside a fixed circuit.
+class ConstantsModule(SideBySideModule):
+    """Finds the constants that replace units best in a fixed circuit.
 
     The constants of units that are ablated alone are trained in parallel on the same prompts; each row of a batch uses
     and updates only those of its own unit, so this is equivalent to a separate job for each unit.
@@ -79,8 +74,6 @@ class ConstantsModule(FrozenModelModule):
         ModelError: the model cannot be loaded.
         ArtefactError: a folder holds nothing that fits.
     """
-
-    keeps_best = True
 
     def __init__(
         self,
@@ -121,7 +114,7 @@ class ConstantsModule(FrozenModelModule):
         check_site_kinds("sites", sites)
         check_dictionaries(sites, len(dictionaries or []))
         loaded = [spec.load() for spec in dictionaries or []]
-        super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
+        super().__init__(arguments, optimizer, lr_scheduler)
         self.loss: Loss = loss
         self.positions = positions
         self.learning_rate = learning_rate
@@ -145,15 +138,12 @@ class ConstantsModule(FrozenModelModule):
             raise ConfigurationError(
                 f"{chosen[0]} is {options[chosen[0]]!r}, which keeps everything: there are no constants to train."
             )
-        self.constants_started: Tensor
-        self.register_buffer("constants_started", torch.tensor(False))
-        self.progress: Tensor
-        self.register_buffer("progress", torch.full((len(self.circuits),), float("inf")))
-        self.stale: Tensor
-        self.register_buffer("stale", torch.tensor(0))
-        # Alternatives to the trained constants, which the first validation compares: the start, means and zeros.
+        self.constants_started = nn.Buffer(torch.tensor(False))
+        self.progress = nn.Buffer(torch.full((len(self.circuits),), torch.inf))
+        self.stale: Tensor = nn.Buffer(torch.tensor(0))
+        # Other constants than the trained ones, which the first validation compares: the start, means and zeros.
         self._candidates: list[TrainableConstants] = []
-        self._losses = CircuitMeans(1 + MOST_CANDIDATES, len(self.circuits))
+        self.losses = CircuitMeans(1 + MOST_CANDIDATES, len(self.circuits))
 
     @property
     def each_alone(self) -> bool:
@@ -184,7 +174,7 @@ class ConstantsModule(FrozenModelModule):
         if self.patience is not None and self.trainer.limit_val_batches == 0:
             raise ConfigurationError("patience counts validations, and trainer.limit_val_batches is 0.")
         started = bool(self.constants_started)
-        if started and bool(torch.isfinite(self.fitted.best.loss).all()):
+        if started and self.fitted.best.known():
             return
         source = AblationSource(self.frozen, self.data.task, self.level, self.positions, self.track)
         start = self._starting_constants(source)
@@ -206,17 +196,8 @@ class ConstantsModule(FrozenModelModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all circuits."""
-        runs = list(self.fitted.runs(self.frozen, batch))
-        tables = [table for table in self.fitted.constants.parameters() if table.requires_grad]
-        values, loss = summed([run.losses for run in runs], tables)
-        losses = torch.zeros(len(self.circuits), device=self.device)
-        for run, value in zip(runs, values, strict=True):
-            losses[run.circuits] += value
-        means = self.over_processes(losses)
-        self.check_finite({"train/loss": means}, "Losses", batch)
-        self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
-        # A sum, so that a circuit's gradient is that of its own mean, however many run together.
-        return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        runs = self.fitted.runs(self.frozen, batch)
+        return self.step_of_parts([("train/loss", run.circuits, run.losses) for run in runs], batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the current constants and, at the first validation, of the candidates."""
@@ -239,16 +220,11 @@ class ConstantsModule(FrozenModelModule):
             circuit_behaviour(self.frozen, [batch], self.level, self.fitted.masks, sets, rows).loss(self.loss)
             for sets in tables
         ]
-        self._losses.update(torch.stack(losses).mean(dim=2).to(self.device), len(batch))
-
-    def _mean_losses(self) -> Float[Tensor, "table circuit"]:
-        losses: Tensor = self._losses.compute()
-        self._losses.reset()
-        return losses
+        self.losses.update(torch.stack(losses).mean(dim=2).to(self.device), len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Keep each circuit's best constants; the best checkpoint minimises the mean of their losses."""
-        losses = self._mean_losses()
+        losses = self.losses.taken()
         if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
             return
         for candidate, loss in zip(self._candidates, losses[1:], strict=False):
@@ -257,7 +233,7 @@ class ConstantsModule(FrozenModelModule):
         self.fitted.best.offer(self.fitted.constants, losses[0])
         self.log(f"val/{self.loss}", LOSS_SIGNS[self.loss] * losses[0].mean(), prog_bar=True, sync_dist=True)
         self.log("val/objective", self.fitted.best.loss.mean(), sync_dist=True)
-        least = torch.where(self.progress.isfinite(), LEAST_PROGRESS * self.progress.abs(), 0.0)
+        least = torch.where(self.progress.isfinite(), NOTICEABLE * self.progress.abs(), 0.0)
         fallen = self.fitted.best.loss < self.progress - least
         self.progress[fallen] = self.fitted.best.loss[fallen]
         self.stale = torch.zeros_like(self.stale) if bool(fallen.any()) else self.stale + 1
@@ -269,7 +245,7 @@ class ConstantsModule(FrozenModelModule):
 
     def on_test_epoch_end(self) -> None:
         """Report the mean over circuits."""
-        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * self._mean_losses()[0].mean(), sync_dist=True)
+        self.log(f"test/{self.loss}", LOSS_SIGNS[self.loss] * self.losses.taken()[0].mean(), sync_dist=True)
 
     def trained_circuits(self) -> list[TrainedCircuit]:
         """The circuit, named "circuit", or one for each unit that is ablated alone, with the best constants."""
@@ -292,8 +268,7 @@ class ConstantsModule(FrozenModelModule):
         return self.provenance() | {"ablation": "optimal", "loss": self.loss}
 
     def _best_sets(self) -> list[Constants]:
-        known = bool(torch.isfinite(self.fitted.best.loss).all())
-        return self.fitted.best.sets() if known else self.fitted.constants.sets()
+        return self.fitted.best.sets() if self.fitted.best.known() else self.fitted.constants.sets()
 
     def best_constants(self) -> Constants:
         """The best constants by validation, or the last ones without one; units ablated alone share one set."""

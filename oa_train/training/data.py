@@ -16,13 +16,8 @@ class PromptLoader:
     """Training batches in order: every epoch continues where the previous one ended.
 
     Lightning stores `state_dict` in its checkpoints, so a resumed run continues at the very next batch, even in the
-    middle of an epoch. Prompts are made from their indices.
-
-    Args:
-        task: source of the prompts.
-        rank: index of this process, which takes every `world_size`-th batch.
-        world_size: number of processes.
-        epoch_length: number of batches in an epoch; that of the task by default.
+    middle of an epoch. Prompts are made from their numbers. A process takes every `world_size`-th batch. An epoch has
+    `epoch_length` batches, by default as many as the task says.
     """
 
     def __init__(self, task: Task, rank: int = 0, world_size: int = 1, epoch_length: int | None = None) -> None:
@@ -60,11 +55,7 @@ class PromptLoader:
 
 
 class EvaluationLoader:
-    """Fixed batches; a separate class, because Lightning would read a list as several loaders.
-
-    Args:
-        batches: the batches of one epoch.
-    """
+    """Fixed batches of an epoch; a class of its own because Lightning reads a list as several loaders."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         self._batches = batches
@@ -77,11 +68,7 @@ class EvaluationLoader:
 
 
 class TaskData(lightning.LightningDataModule):
-    """The streams of a task as Lightning's train, validation and test data.
-
-    Args:
-        task: source of the prompts.
-    """
+    """The streams of a task as Lightning's train, validation and test data."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()

@@ -17,11 +17,8 @@ def check_finite(
 ) -> None:
     """Stop when a tensor holds NaN or infinity.
 
-    Args:
-        tensors: tensors by name.
-        label: plural noun for the tensors, which begins the message.
-        model: the frozen model that computed them, if any; the message says if its own logits are not finite.
-        batch: the prompts on which they were computed.
+    The message begins with `label`, a plural noun for the tensors, and says so if the model by itself fails on the
+    batch.
 
     Raises:
         NotFiniteError: names the tensors that are not finite.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -102,10 +102,6 @@ class FrozenModelModule(lightning.LightningModule):
         """Refuse options of the trainer that cannot work; see `check_trainer`."""
         del stage
         check_trainer(self.trainer, type(self).__name__, self.keeps_best, self.shardable)
-
-    def _callbacks(self, *kinds: type[Callback]) -> list[Any]:
-        callbacks: list[Callback] = vars(self.trainer)["callbacks"]
-        return [callback for callback in callbacks if isinstance(callback, kinds)]
 
     def configure_model(self) -> None:
         """Shard the frozen model, if the strategy does so."""
@@ -280,17 +276,14 @@ class FrozenModelModule(lightning.LightningModule):
         parameters = self.named_trainables()
         for name, gradient in record.get("gradients", {}).items():
             parameters[name].grad = gradient.to(self.device)
-        if record and self._callbacks(StochasticWeightAveraging):
+        averaging = [each for each in vars(trainer)["callbacks"] if isinstance(each, StochasticWeightAveraging)]
+        if record and averaging:
             rank_zero_warn("A resume with StochasticWeightAveraging is not exact; with EMAWeightAveraging it is.")
-        if record and any(stopping.wait_count >= stopping.patience for stopping in self._callbacks(EarlyStopping)):
+        if record and any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):
             trainer.should_stop = True
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], task: Task | None) -> None:
-        """Check that a checkpoint can be loaded into this module.
-
-        Args:
-            checkpoint: content of the checkpoint.
-            task: the task to which it must belong; None skips this check.
+        """Check that a checkpoint can be loaded into this module, and is of a task, if one is given.
 
         Raises:
             CheckpointError: it is of another model, component set, mask distribution or task, or is incomplete.

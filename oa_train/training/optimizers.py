@@ -21,13 +21,8 @@ def configured(
 ) -> Optimizer | dict[str, Any]:
     """The optimiser, or a dictionary of it and its schedule, in the form that Lightning takes.
 
-    A schedule is stepped after every optimiser step, except `ReduceLROnPlateau`, which is stepped after every epoch
-    with its monitor, `val/objective` by default.
-
-    Args:
-        make_optimizer: makes the optimiser of parameter groups.
-        make_schedule: makes the schedule of an optimiser; None for constant rates.
-        groups: parameters with their learning rates; those without parameters are left out.
+    A schedule moves on after every optimiser step, but `ReduceLROnPlateau` after every epoch, by its monitor or by
+    `val/objective`. Without one rates are constant. Groups without parameters are left out.
 
     Raises:
         ConfigurationError: the optimiser or the schedule refuses its arguments or the groups.
@@ -63,12 +58,8 @@ def decaying_to_zero(module: Any, optimizer: Optimizer) -> LambdaLR:
 def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Set the configured learning rates where they differ from those that a checkpoint has just restored.
 
-    Rates that a schedule has changed are multiplied by the ratio of the two, so that unchanged rates stay as they are.
-
-    Args:
-        optimizer: the trainer's optimiser.
-        configs: Lightning's configurations of the schedules.
-        groups: parameters with their configured learning rates.
+    Rates that a schedule has moved are multiplied by the ratio of the two, so that unchanged rates stay as they are.
+    The `groups` have the rates that are wanted, the `configs` are Lightning's, of the schedules.
     """
     rates = [group["lr"] for group in groups if group["params"]]
     schedules = [config.scheduler for config in configs]

@@ -1,13 +1,13 @@
 """The penalties that a configuration names, for circuits that are trained side by side."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from oa_train.checks import check_positive
 from oa_train.errors import ConfigurationError
-from oa_train.masks.penalty import NodeRegulariser, Penalty, SizePenalty, TargetSize
+from oa_train.masks.penalty import NodeRegulariser, SizePenalty, TargetSize
 from oa_train.training.circuit_masks import CircuitMasks
 
 PenaltyWeight = float | list[float] | dict[str, float]
@@ -67,20 +67,11 @@ class PenaltySettings:
         targets = self.target_size if isinstance(self.target_size, list) else [self.target_size] * self.n_circuits
         return [max(1, round(target)) for target in targets]
 
-    def settings(self) -> dict[str, Any]:
-        """The settings as plain values."""
-        return asdict(self)
-
-    def make(self, masks: CircuitMasks, rate: float) -> Penalty:
-        """The penalty on all circuits.
-
-        Args:
-            masks: masks of the circuits.
-            rate: rate at which a penalty weight is adjusted to reach a target size; see `TargetSize`.
+    def make(self, masks: CircuitMasks, rate: float) -> SizePenalty:
+        """The penalty on all circuits; `rate` is the speed of a penalty weight that leads to a target size.
 
         Raises:
-            ConfigurationError: weights by kind do not name the kinds of site that are selected, or there is a node
-                penalty although entries are nodes.
+            ConfigurationError: weights by kind do not name the kinds of site that are selected.
         """
         weight, relative = self.penalty_weight, None
         if isinstance(weight, dict):
@@ -119,10 +110,7 @@ class PenaltySettings:
         if not self.node_penalty:
             return None
         pairs = masks.level.entries_at_nodes()
-        if pairs is None:
-            raise ConfigurationError(
-                f"node_penalty is {self.node_penalty}, which is for edges: set level to edges, or leave it."
-            )
+        assert pairs is not None  # see `check_level`
         entries, nodes, n_nodes = pairs
         numbers = masks.selection.cumsum(dim=0) - 1
         chosen = masks.selection[entries]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from oa_train.circuits.circuit import Circuit
-from oa_train.figures.circuits import circuit_drawing
-from oa_train.figures.edges import edge_drawing
+from oa_train.figures.circuits import circuit_drawing, edge_drawing
 from oa_train.figures.maps import count_map, score_map
 from oa_train.figures.style import Figure
 from oa_train.models.levels import Level
@@ -18,13 +17,7 @@ MOST_EDGES_DRAWN = 400
 
 
 def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: float) -> Figure:
-    """Keep-probability of every entry of a level.
-
-    Args:
-        level: level of the scores.
-        scores: keep-probabilities, in mask order.
-        threshold: entries above it are kept.
-    """
+    """Keep-probability of every entry of a level; those above the threshold are kept."""
     laid_out = level.score_map(scores)
     axes = laid_out.row_axis, laid_out.column_axis
     return score_map(laid_out.table.numpy(), laid_out.rows, laid_out.columns, axes, threshold)

@@ -5,7 +5,7 @@ from torch import nn
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, Kind, check_kind, check_suits
+from oa_train.ablations.registry import AblationKind, AblationSource, check_kind, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Tensor
@@ -15,12 +15,7 @@ from oa_train.tasks.task import Task
 class Replacements(nn.Module):
     """Replacements of ablated entries for several circuits; prepared with a task's prompts before they are used.
 
-    Args:
-        kind: kind of ablation.
-        level: level of the circuits.
-        positions: number of positions with their own constants.
-        n_circuits: number of circuits, each with its own constants.
-        selection: entries that may be ablated; only the constants of sites with such an entry are trained.
+    Constants are trained at sites where an entry of the selection, which may be ablated, lies.
 
     Attributes:
         constants: constants of every circuit; None if the ablation has none.
@@ -31,8 +26,7 @@ class Replacements(nn.Module):
         self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
     ) -> None:
         super().__init__()
-        check_kind("ablation", kind)
-        self._name = kind
+        self.kind = check_kind("ablation", kind)
         self.constants: TrainableConstants | None = None
         if self.kind.constant:
             replaced = level.replaced(~selection.unsqueeze(0)) if self.kind.learned else {}
@@ -40,22 +34,16 @@ class Replacements(nn.Module):
             self.constants = TrainableConstants([Constants.zeros(level, positions)] * n_circuits, trained)
         self._other: Ablation | None = None
         self._task: Task | None = None
-        self.prepared: Tensor
-        self.register_buffer("prepared", torch.tensor(kind == "zero"))
-
-    @property
-    def kind(self) -> Kind:
-        """The kind of ablation; looked up by name, because its functions could not be sent to another process."""
-        return KINDS[self._name]
+        self.prepared = nn.Buffer(torch.tensor(kind == "zero"))
 
     def is_prepared_for(self, task: Task) -> bool:
         """True if a checkpoint or an earlier call has prepared it."""
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:
-        """Compute the statistics that the ablation needs on the task's `means` prompts."""
-        task = source.task
+        """Gather what the ablation needs from the task's `means` prompts."""
         if self.kind.partnered:
+            task = source.task
             evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))
             check_suits([self.kind.name], source, evaluated)
         made = self.kind.prepare(source)

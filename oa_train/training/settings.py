@@ -34,12 +34,10 @@ def _plain(value: Any) -> Any:
 
 
 def rebuilt(module: type[Built], record: Mapping[str, Any], changes: Mapping[str, Any]) -> Built:
-    """The module that wrote a checkpoint, untrained. `trust_remote_code` is never taken from the file.
+    """The module of a class that wrote a checkpoint, untrained.
 
-    Args:
-        module: its class.
-        record: identity and settings in the checkpoint.
-        changes: arguments that replace recorded ones.
+    The record has its identity and settings; the changes replace arguments. Trust in a model's own code is never taken
+    from the file.
 
     Raises:
         CheckpointError: the checkpoint is of another class, or its settings are not arguments of this class.

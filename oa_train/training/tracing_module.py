@@ -1,7 +1,7 @@
 """Training of the constants by which causal tracing corrupts subjects."""
 
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,21 +25,18 @@ from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
 from oa_train.training.averages import CircuitMeans
-from oa_train.training.best_slices import BestSlices
-from oa_train.training.module import FrozenModelModule
-from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
+from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
-from oa_train.training.steps import share_of_step
+from oa_train.training.side_by_side import BestSlices, Part, SideBySideModule
 from oa_train.training.strategies import share_from_first_process
-from oa_train.training.summed import summed
 
 _TABLE = "table"
 
 TracingLoss = Literal["probability", "cross_entropy"]
 
 
-class TracingModule(FrozenModelModule):
-    """Finds the constants that hurt each traced run least when they replace the subject's token embeddings.
+class TracingModule(SideBySideModule):
+    """Finds the constants that, in place of a subject's token embeddings, hurt each traced run least.
 
     Every run restores some clean values (see `ablations.tracing`), and has its own constant, shared by all prompts and
     all tokens of the subject. The best constants minimise the drop in the answers' probability: the mean over prompts
@@ -71,7 +68,6 @@ class TracingModule(FrozenModelModule):
         ModelError: the model cannot be loaded.
     """
 
-    keeps_best = True
     shardable = False
 
     def __init__(
@@ -97,19 +93,18 @@ class TracingModule(FrozenModelModule):
         spans = ["-1", f"{subject}_last"] if at is None else as_list(at)
         chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(spans), tuple(windows), subject)
         Tracing(1, (0,), *chosen)  # refuses wrong names before the model is loaded
-        super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
+        super().__init__(arguments, optimizer, lr_scheduler)
         self.loss, self.learning_rate, self.recompute = loss, learning_rate, recompute
         n_layers = Dimensions.of(self.frozen.config).n_layers
         self.tracing = Tracing(n_layers, tuple(range(n_layers) if layers is None else layers), *chosen)
         self._rows_per_run = rows_per_run
         zeros = torch.zeros(len(self.tracing), Dimensions.of(self.frozen.config).d_model)
         self.constants = nn.Parameter(zeros)
-        self.started: Tensor
-        self.register_buffer("started", torch.tensor(False))
+        self.started = nn.Buffer(torch.tensor(False))
         self.best = BestSlices({_TABLE: zeros})
         # The first validation compares the trained constants with the initial ones.
         self._start: Tensor | None = None
-        self._losses = CircuitMeans(2, len(self.tracing))
+        self.losses = CircuitMeans(2, len(self.tracing))
 
     @cached_property
     def tracer(self) -> Tracer:
@@ -138,8 +133,7 @@ class TracingModule(FrozenModelModule):
                 self.constants.copy_(start)
             self.started.fill_(True)
 
-    def _parts(self, batch: Batch) -> Iterator[tuple[slice, Any]]:
-        """Slices of runs, each with a function that computes their share of the loss on the batch."""
+    def _parts(self, batch: Batch) -> Iterator[Part]:
         for piece in self.tracer.pieces(batch, gradients=True):
             for runs in piece.slices:
 
@@ -151,20 +145,11 @@ class TracingModule(FrozenModelModule):
                         losses = probability_lost(piece.clean, probabilities)
                     return losses.sum(dim=1) / len(batch)
 
-                yield runs, of_runs
+                yield "train/loss", runs, of_runs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of all runs."""
-        parts = list(self._parts(batch))
-        values, loss = summed([losses for _, losses in parts], [self.constants])
-        losses = torch.zeros(len(self.tracing), device=self.device)
-        for (runs, _), value in zip(parts, values, strict=True):
-            losses[runs] += value
-        means = self.over_processes(losses)
-        self.check_finite({"train/loss": means}, "Losses", batch)
-        self.log("train/loss", means.mean(), prog_bar=True, batch_size=len(batch))
-        # A sum over runs, so that a run's gradient is that of its own mean, however many run together.
-        return loss * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
+        return self.step_of_parts(list(self._parts(batch)), batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Losses of the current constants and, at the first validation, of the initial ones."""
@@ -180,16 +165,11 @@ class TracingModule(FrozenModelModule):
 
     def _evaluate(self, batch: Batch, tables: list[Tensor]) -> None:
         losses = [self.tracer.lost(batch, corrupted_by_constants(table)).mean(dim=1) for table in tables]
-        self._losses.update(torch.stack(losses).to(self.device), len(batch))
-
-    def _mean_losses(self) -> Float[Tensor, "table run"]:
-        losses: Tensor = self._losses.compute()
-        self._losses.reset()
-        return losses
+        self.losses.update(torch.stack(losses).to(self.device), len(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Keep each run's best constants; the best checkpoint minimises the mean of their losses."""
-        losses = self._mean_losses()
+        losses = self.losses.taken()
         if self.trainer.sanity_checking:  # on a few prompts, not comparable with later losses
             return
         if self._start is not None:
@@ -201,7 +181,7 @@ class TracingModule(FrozenModelModule):
 
     def on_test_epoch_end(self) -> None:
         """Report the mean over runs."""
-        self.log("test/probability_lost", self._mean_losses()[0].mean(), sync_dist=True)
+        self.log("test/probability_lost", self.losses.taken()[0].mean(), sync_dist=True)
 
     def _best(self) -> Float[Tensor, "run d_model"]:
         return self.best.tensors()[_TABLE] if self.best.known() else self.constants.detach()

@@ -5,15 +5,15 @@
 It is trained on the residual stream at every token of indirect object prompts.
 """
 
-import argparse
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from oa_train.batches import Batch
 from oa_train.engine.reading import read_values
 from oa_train.models.dictionaries import Dictionary, save_dictionary
 from oa_train.models.frozen import CausalLM
@@ -24,6 +24,7 @@ from oa_train.models.spec import LMSpec
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 from oa_train.tasks import IOI, Task
+from oa_train.zoo.making import make_from_command_line
 
 SITE = Site("residual", 2)
 
@@ -49,23 +50,15 @@ class Recipe:
     sparsity: float = 0.08
 
 
-def activations(model: CausalLM, task: Task, step: int, size: int) -> Float[Tensor, "token d_model"]:
+def activations(model: CausalLM, batch: Batch) -> Float[Tensor, "token d_model"]:
     """The residual stream at the site, at every real token that is not protected."""
-    batch = task.batch("train", step, size)
     values = read_values(model, batch, Nodes.of(model.config, [SITE.kind]))[SITE]
     return values[:, :, 0][batch.attention_mask & ~batch.protected]
 
 
 def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0) -> Dictionary:
-    """Train a dictionary with one hidden layer: a ReLU code, and decoder directions of length 1.
-
-    Args:
-        model: frozen causal language model.
-        task: prompts of the stream `train`.
-        recipe: sizes and steps.
-        seed: seed of the initial weights.
-    """
-    first = activations(model, task, 0, 512)
+    """Train a dictionary of one hidden layer: ReLU code, decoder directions of length 1; the seed is of its start."""
+    first = activations(model, task.batch("train", 0, 512))
     centre, scale = first.mean(dim=0), (first - first.mean(dim=0)).square().sum(dim=1).mean()
     generator = torch_generator("dictionary", seed)
     directions = F.normalize(torch.randn(recipe.n_features, first.shape[1], generator=generator), dim=1)
@@ -75,7 +68,7 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
     optimizer = torch.optim.Adam([w_enc, b_enc, w_dec, b_dec], lr=recipe.learning_rate, betas=(0.9, 0.99))
     for step in range(recipe.steps):
         optimizer.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, 5 * (1 - step / recipe.steps))
-        x = activations(model, task, step, recipe.batch_size)
+        x = activations(model, task.batch("train", step, recipe.batch_size))
         code = F.relu((x - b_dec) @ w_enc + b_enc)
         error = (code @ w_dec + b_dec - x).square().sum(dim=1).mean() / scale
         loss = error + recipe.sparsity * code.sum(dim=1).mean() / scale.sqrt()
@@ -92,10 +85,8 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
 
 @torch.no_grad()
 def figures(dictionary: Dictionary, model: CausalLM, task: Task) -> dict[str, float]:
-    """Share of the variance that the dictionary explains on held-out prompts, and numbers of active features."""
-    batch = task.batch("test", 0, 512)
-    values = read_values(model, batch, Nodes.of(model.config, [SITE.kind]))[SITE]
-    x = values[:, :, 0][batch.attention_mask & ~batch.protected]
+    """Share of the variance that the dictionary explains on held-out prompts, and how many features are on."""
+    x = activations(model, task.batch("test", 0, 512))
     code = dictionary.encode(x)
     error = (code @ dictionary.w_dec + dictionary.b_dec - x).square().sum()
     on = code > 0
@@ -142,15 +133,7 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> dict[str
     return measured
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in dictionary from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m oa_train.zoo.dictionary", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name, value in build(options.output, options.seed).items():
-        log.info("%s: %.4g", name, value)
+main = partial(make_from_command_line, "dictionary", __doc__, build)
 
 
 if __name__ == "__main__":

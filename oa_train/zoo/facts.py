@@ -8,21 +8,30 @@ person whose values were inserted (interchange intervention training, Geiger et 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.models.frozen import CausalLM
+from oa_train.models.taps import Tap, tapped
 from oa_train.seeds import derive_seed, torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks import Prompt, SyntheticFacts
 from oa_train.tasks.vocabulary import read_data
-from oa_train.zoo.making import make_from_command_line, next_words, one_thread, share_right, temporary_lm, write_model
+from oa_train.zoo.making import (
+    make_from_command_line,
+    next_words,
+    one_thread,
+    share_right,
+    small_gpt2,
+    temporary_lm,
+    write_model,
+)
 from oa_train.zoo.tokenizer import word_tokenizer
 from oa_train.zoo.training import Schedule, answer_loss, train_on
 
@@ -106,24 +115,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadModel:
-    """Make the model with random weights; the global generator is not touched."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=32,
-        n_embd=64,
-        n_layer=N_LAYERS,
-        n_head=4,
-        n_inner=256,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("facts", seed))
-        return GPT2LMHeadModel(config)
+    """Make the model with random weights."""
+    return small_gpt2("facts", seed, tokenizer, n_positions=32, n_layer=N_LAYERS, n_inner=256)
 
 
 def all_prompts(task: SyntheticFacts) -> list[Prompt]:
@@ -132,17 +125,7 @@ def all_prompts(task: SyntheticFacts) -> list[Prompt]:
 
 
 def train(model: CausalLM, task: SyntheticFacts, recipe: Recipe, seed: int = 0) -> list[float]:
-    """Train the model on the facts.
-
-    Args:
-        model: changed in place.
-        task: the prompts, for the model's tokenizer.
-        recipe: settings of the training.
-        seed: seed of the order of the prompts.
-
-    Returns:
-        The loss of each step.
-    """
+    """Train the model in place on the facts, in an order that the seed decides; returns the loss of each step."""
     facts = FactPrompts.of(task, [prompt for prompt in all_prompts(task) if not held_out(prompt)])
     return train_on(model, lambda step: _step_loss(model, facts, recipe, seed, step), recipe)
 
@@ -162,11 +145,10 @@ def _step_loss(model: CausalLM, facts: FactPrompts, recipe: Recipe, seed: int, s
         return answer_loss(model, tokens, mask)
 
 
-@contextmanager
 def exchanged(
     model: CausalLM, layer: int, columns: Int[Tensor, " batch"], donors: Int[Tensor, " batch"]
-) -> Iterator[None]:
-    """Exchange the output of a block at one token of each prompt between the prompts of a batch.
+) -> AbstractContextManager[None]:
+    """Exchange what a block writes at one token of each prompt between the prompts of a batch.
 
     Args:
         model: the model, a GPT-2.
@@ -176,26 +158,16 @@ def exchanged(
     """
     rows = torch.arange(len(columns))
 
-    def replace(_module: Any, _inputs: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+    def exchange(hidden: Tensor) -> Tensor:
         changed = hidden.clone()
         changed[rows, columns] = hidden[donors, columns[donors]]
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+        return changed
 
-    hook = model.get_submodule(f"transformer.h.{layer}").register_forward_hook(replace)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return tapped([Tap(model.get_submodule(f"transformer.h.{layer}"), "output", exchange)])
 
 
 def figures(model: CausalLM, task: SyntheticFacts) -> dict[str, float]:
-    """Share of the facts that the model knows, asked by prompts that it was trained on and by held-out prompts.
-
-    Args:
-        model: the trained model.
-        task: the prompts, for its tokenizer.
-    """
+    """Share of the facts that the model knows: by prompts that it was trained on, and by those that were held out."""
     prompts = all_prompts(task)
     kinds = {
         "sentences that it was trained on": [prompt for prompt in prompts if not held_out(prompt)],
@@ -205,16 +177,7 @@ def figures(model: CausalLM, task: SyntheticFacts) -> dict[str, float]:
 
 
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> Mapping[str, float]:
-    """Make the model and write its folder: weights, configuration, tokenizer and model card.
-
-    Args:
-        output: the folder; files in it are replaced.
-        seed: seed of the weights and of the order of the prompts.
-        recipe: settings of the training; by default those of the built-in model.
-
-    Returns:
-        The shares of `figures`.
-    """
+    """Make the model, write its folder by `write_model`, and return the shares of `figures`."""
     recipe = recipe or Recipe()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -224,8 +187,25 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None) -> Mapping[
         train(model, task, recipe, seed)
     shares = figures(model, task)
     example = next_words(model, task, EXAMPLE)
-    counts = len(task.facts()), len(all_prompts(task))
-    write_model(output, model, tokenizer, lambda digest: _model_card(shares, example, counts, seed, recipe, digest))
+
+    def card(digest: str) -> str:
+        return CARD.format(
+            n_layers=N_LAYERS,
+            n_people=len(task.facts()),
+            n_prompts=len(all_prompts(task)),
+            seed=seed,
+            steps=f"{recipe.steps:,}",
+            batch=recipe.batch_size,
+            exchanged=f"{100 * recipe.exchanged:.0f}",
+            layers=" or ".join(map(str, recipe.layers)),
+            last=max(recipe.layers),
+            rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in shares.items()),
+            text=EXAMPLE,
+            example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
+            digest=digest,
+        )
+
+    write_model(output, model, tokenizer, card)
     return shares
 
 
@@ -274,34 +254,7 @@ MIT, as the package. The training text was generated; no one else's text or weig
 """
 
 
-def _model_card(
-    shares: Mapping[str, float],
-    example: Sequence[tuple[str, float]],
-    counts: tuple[int, int],
-    seed: int,
-    recipe: Recipe,
-    digest: str,
-) -> str:
-    return CARD.format(
-        n_layers=N_LAYERS,
-        n_people=counts[0],
-        n_prompts=counts[1],
-        seed=seed,
-        steps=f"{recipe.steps:,}",
-        batch=recipe.batch_size,
-        exchanged=f"{100 * recipe.exchanged:.0f}",
-        layers=" or ".join(map(str, recipe.layers)),
-        last=max(recipe.layers),
-        rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in shares.items()),
-        text=EXAMPLE,
-        example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
-        digest=digest,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in model from the command line."""
-    make_from_command_line("facts", __doc__, build, arguments)
+main = partial(make_from_command_line, "facts", __doc__, build)
 
 
 if __name__ == "__main__":

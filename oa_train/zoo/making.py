@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from oa_train.metrics.behaviour import is_correct
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
+from oa_train.seeds import derive_seed
 from oa_train.tasks import Prompt, Task
 
 log = logging.getLogger(__name__)
 
-
-# Makes the model with a seed in a folder, and returns its figures.
+# Makes the model (or dictionary) of a seed in a folder, and returns its figures.
 Build = Callable[[Path, int], Mapping[str, float]]
 
 
@@ -35,15 +34,27 @@ def temporary_lm(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> 
         yield LMSpec(folder)
 
 
-@torch.no_grad()
-def accuracy(model: CausalLM, task: Task, n_prompts: int = 2000) -> float:
-    """Share of a task's test prompts whose most probable next token is an answer."""
-    right = 0
-    for batch in task.batches("test", n_prompts, 200):
-        logits = model(input_ids=batch.tokens, attention_mask=batch.attention_mask).logits
-        scored = logits[torch.arange(len(batch)).unsqueeze(1), batch.scored]
-        right += int(is_correct(scored, batch.answers).sum())
-    return right / n_prompts
+def small_gpt2(
+    name: str, seed: int, tokenizer: PreTrainedTokenizerFast, *, n_layer: int, n_inner: int, n_positions: int
+) -> GPT2LMHeadModel:
+    """A GPT-2 of width 64 with 4 heads and random weights, which its name and the seed decide."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=n_positions,
+        n_embd=64,
+        n_layer=n_layer,
+        n_head=4,
+        n_inner=n_inner,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):  # the global generator is not touched
+        torch.manual_seed(derive_seed(name, seed))
+        return GPT2LMHeadModel(config)
 
 
 @torch.no_grad()
@@ -86,13 +97,9 @@ def write_model(
     tokenizer: PreTrainedTokenizerFast,
     card: Callable[[str], str],
 ) -> None:
-    """Write the folder of a model: weights, configuration, tokenizer and model card.
+    """Write the folder of a model, whose files are replaced: weights, configuration, tokenizer and model card.
 
-    Args:
-        output: the folder; files in it are replaced.
-        model: the trained model.
-        tokenizer: tokenizer of the model.
-        card: makes the text of the card from the SHA-256 of the weights.
+    `card` makes the text of the card from the SHA-256 of the weights.
     """
     output.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output)
@@ -103,19 +110,14 @@ def write_model(
         file.chmod(0o644)  # transformers leaves the weights readable by their owner only
 
 
-def make_from_command_line(name: str, description: str | None, build: Build, arguments: Sequence[str] | None) -> None:
-    """Make a built-in model with the arguments of the command line.
-
-    Args:
-        name: name of its module in `oa_train.zoo`.
-        description: description in the help.
-        build: function that makes the model.
-        arguments: command-line arguments; by default those of the process.
-    """
+def make_from_command_line(
+    name: str, description: str | None, build: Build, arguments: Sequence[str] | None = None
+) -> None:
+    """Make what the module `name` of `oa_train.zoo` makes, with arguments of the command line."""
     parser = argparse.ArgumentParser(prog=f"python -m oa_train.zoo.{name}", description=description)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and prompts")
+    parser.add_argument("--output", type=Path, required=True, help="folder that is written")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all that is drawn")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for kind, share in build(options.output, options.seed).items():
-        log.info("%s: %.4f", kind, share)
+    for kind, figure in build(options.output, options.seed).items():
+        log.info("%s: %.4g", kind, figure)

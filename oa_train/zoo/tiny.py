@@ -7,21 +7,28 @@ templates never enter training; the model card, written into the same folder, re
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import torch
 from tokenizers import Regex, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
-from oa_train.seeds import derive_seed
 from oa_train.tasks import IOI, GreaterThan, Induction, Task
 from oa_train.tasks.greater_than import CENTURIES, SENTENCE, YEARS
 from oa_train.tasks.induction import OPENING
 from oa_train.tasks.vocabulary import read_data, read_words
-from oa_train.zoo.making import accuracy, make_from_command_line, next_words, one_thread, temporary_lm, write_model
+from oa_train.zoo.making import (
+    make_from_command_line,
+    next_words,
+    one_thread,
+    share_right,
+    small_gpt2,
+    temporary_lm,
+    write_model,
+)
 from oa_train.zoo.tiny_prompts import HELD_OUT_TEMPLATES, SceneIOI, pair_held_out
 from oa_train.zoo.tiny_training import Recipe, train
 from oa_train.zoo.tokenizer import word_tokenizer
@@ -54,34 +61,12 @@ def _grammar_texts() -> Iterator[str]:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> GPT2LMHeadModel:
-    """Make the model with random weights; the global generator is not touched."""
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=48,
-        n_embd=64,
-        n_layer=3,
-        n_head=4,
-        n_inner=128,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("tiny", seed))
-        return GPT2LMHeadModel(config)
+    """Make the model with random weights."""
+    return small_gpt2("tiny", seed, tokenizer, n_positions=48, n_layer=3, n_inner=128)
 
 
 def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict[str, float]:
-    """Accuracy on each kind of prompt on which the model was not trained.
-
-    Args:
-        model: the trained model.
-        lm: specification of a folder with its tokenizer.
-        n_prompts: number of test prompts of each kind.
-    """
+    """Accuracy on each kind of prompt that the model was not trained on; `lm` is a folder with its tokenizer."""
     tasks: dict[str, Task] = {
         "indirect object, pairs of names that were held out": SceneIOI(lm, pair_held_out),
         "indirect object, templates that were held out": SceneIOI(lm, lambda _: True, templates=HELD_OUT_TEMPLATES),
@@ -89,21 +74,14 @@ def held_out_figures(model: CausalLM, lm: LMSpec, n_prompts: int = 2000) -> dict
         "greater-than": GreaterThan(lm=lm),
         "induction": Induction(lm=lm),
     }
-    return {kind: accuracy(model, task, n_prompts) for kind, task in tasks.items()}
+    return {
+        kind: share_right(model, task, [task.prompt("test", number) for number in range(n_prompts)])
+        for kind, task in tasks.items()
+    }
 
 
 def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: int = 2000) -> dict[str, float]:
-    """Make the model and write its folder: weights, configuration, tokenizer and model card.
-
-    Args:
-        output: the folder; files in it are replaced.
-        seed: seed of the weights and prompts.
-        recipe: settings of the training; by default those of the built-in model.
-        n_prompts: number of test prompts of each kind.
-
-    Returns:
-        The accuracies of `held_out_figures`.
-    """
+    """Make the model, write its folder by `write_model`, and return the accuracies of `held_out_figures`."""
     recipe = recipe or Recipe()
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, seed)
@@ -112,9 +90,24 @@ def build(output: Path, seed: int = 0, recipe: Recipe | None = None, n_prompts: 
             train(model, lm, recipe, seed)
         figures = held_out_figures(model, lm, n_prompts)
         example = next_words(model, IOI(lm=lm), EXAMPLE)
-    write_model(
-        output, model, tokenizer, lambda digest: _model_card(figures, example, seed, recipe, n_prompts, digest)
-    )
+
+    def card(digest: str) -> str:
+        return CARD.format(
+            seed=seed,
+            steps=f"{recipe.steps:,}",
+            batch=recipe.ioi + recipe.greater_than + recipe.induction,
+            ioi=recipe.ioi,
+            greater_than=recipe.greater_than,
+            induction=recipe.induction,
+            unrelated=f"{100 * recipe.unrelated:.0f}",
+            rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in figures.items()),
+            n_prompts=n_prompts,
+            text=EXAMPLE,
+            example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
+            digest=digest,
+        )
+
+    write_model(output, model, tokenizer, card)
     return figures
 
 
@@ -160,33 +153,7 @@ MIT, as the package. The training text was generated; no one else's text or weig
 """
 
 
-def _model_card(
-    figures: dict[str, float],
-    example: Sequence[tuple[str, float]],
-    seed: int,
-    recipe: Recipe,
-    n_prompts: int,
-    digest: str,
-) -> str:
-    return CARD.format(
-        seed=seed,
-        steps=f"{recipe.steps:,}",
-        batch=recipe.ioi + recipe.greater_than + recipe.induction,
-        ioi=recipe.ioi,
-        greater_than=recipe.greater_than,
-        induction=recipe.induction,
-        unrelated=f"{100 * recipe.unrelated:.0f}",
-        rows="\n".join(f"| {kind} | {100 * share:.2f} % |" for kind, share in figures.items()),
-        n_prompts=n_prompts,
-        text=EXAMPLE,
-        example=", ".join(f'"{word}" ({value:.4f})' for word, value in example),
-        digest=digest,
-    )
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make the built-in model from the command line."""
-    make_from_command_line("tiny", __doc__, build, arguments)
+main = partial(make_from_command_line, "tiny", __doc__, build)
 
 
 if __name__ == "__main__":

@@ -35,16 +35,9 @@ class Recipe(Schedule):
 
 
 def train(model: CausalLM, lm: LMSpec, recipe: Recipe, seed: int = 0) -> list[float]:
-    """Train the model on the task grammars.
+    """Train the model in place on the task grammars; returns the loss of each step.
 
-    Args:
-        model: changed in place.
-        lm: specification of a folder with the model's tokenizer.
-        recipe: settings of the training.
-        seed: seed of the prompts.
-
-    Returns:
-        The loss of each step.
+    `lm` is a folder with the model's tokenizer, and the seed decides the prompts.
     """
     tasks = _training_tasks(lm, recipe, seed)
     return train_on(model, lambda step: answer_loss(model, *_training_batch(tasks, step, seed)), recipe)

@@ -35,16 +35,7 @@ class Schedule:
 
 
 def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule: Schedule) -> list[float]:
-    """Train a model.
-
-    Args:
-        model: changed in place.
-        loss: computes the loss of a step from its index.
-        schedule: steps and learning rates.
-
-    Returns:
-        The loss of each step.
-    """
+    """Train a model in place; `loss` is that of a step, by its number. Returns the loss of each step."""
     optimizer = _optimizer(model, schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, schedule))
     losses = []
@@ -68,12 +59,8 @@ def answer_loss(
 ) -> Float[Tensor, ""]:
     """Mean of the loss on all next tokens and that on the answer, which is the last token of its row.
 
-    Without the second term the model spends its first thousand steps on words that cannot be predicted.
-
-    Args:
-        model: the model that is trained.
-        tokens: token ids of prompts, each followed by one right answer.
-        mask: True at real tokens.
+    Without the second half the model spends its first thousand steps on words that nobody can foresee. `tokens` are
+    prompts with one right answer behind each, and `mask` is True at real tokens.
     """
     logits = model(input_ids=tokens[:, :-1], attention_mask=mask[:, :-1]).logits
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")

@@ -17,7 +17,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
-from oa_train.errors import ConfigurationError
+from oa_train.checks import check_at_least, check_positive
 from oa_train.metrics.recovery import Recovery, recovery
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
@@ -57,11 +57,8 @@ class TruthSettings:
     n_orders: int = 2
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0:
-            raise ConfigurationError(f"tolerance is {self.tolerance}; expected more than 0.")
-        for name in ("n_prompts", "n_starts", "n_orders"):
-            if getattr(self, name) < 1:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        check_positive(tolerance=self.tolerance)
+        check_at_least(1, n_prompts=self.n_prompts, n_starts=self.n_starts, n_orders=self.n_orders)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +92,7 @@ class Truth:
         return min(min(costs.values()) for costs in self.without)
 
     def recovery(self, circuit: Bool[Tensor, " edge"], scores: Float[Tensor, " edge"] | None = None) -> Recovery:
-        """Compare a circuit with the set with which it agrees best.
-
-        Args:
-            circuit: mask of the circuit.
-            scores: scores of all edges.
-        """
+        """Compare a circuit, and the scores of all edges, with the set that it agrees with best."""
         recoveries = [recovery(circuit, self.graph.mask(edges), scores) for edges in self.sets]
         return max(recoveries, key=lambda result: (result.f1, result.auroc or 0.0))
 
@@ -149,15 +141,7 @@ def find_truth(
 
 
 class _Measure:
-    """KL divergence of circuits on test prompts, in nats.
-
-    Args:
-        model: frozen causal language model.
-        task: the task that it solves.
-        kind: kind of ablation.
-        settings: prompts and training.
-        track: progress.
-    """
+    """KL divergence of circuits on test prompts, in nats."""
 
     def __init__(self, model: CausalLM, task: Task, kind: AblationKind, settings: TruthSettings, track: Track) -> None:
         self._model, self._task, self._settings, self._track = model, task, settings, track

@@ -11,7 +11,7 @@ from oa_train.ablations.constants import Slots
 from oa_train.ablations.means import StreamingMeans, value_sums
 from oa_train.engine.reading import read_values
 from oa_train.models.selection import Nodes
-from tests.builders import BOS, VOCABULARY, batch_of, random_batch, tiny_model, with_spans
+from tests.builders import BOS, VOCABULARY, batch_of, tiny_model, with_spans
 
 EXACT = {"rtol": 0, "atol": 1e-11}
 LONG = Slots(12)
@@ -140,7 +140,7 @@ def test_means_at_a_span_are_plain_averages_there(model, side):
 
 
 @pytest.mark.parametrize("slots", [Slots(), Slots(4), Slots(1, (None, "s", "-1"))], ids=["pooled", "position", "span"])
-def test_uneven_batches_one_batch_and_merged_halves_agree(model, level, slots):
+def test_uneven_batches_and_one_batch_agree(model, level, slots):
     rows = prompts(9, 4, 8, seed=1)
 
     def summed(*parts: list[list[int]]) -> StreamingMeans:
@@ -149,20 +149,8 @@ def test_uneven_batches_one_batch_and_merged_halves_agree(model, level, slots):
     whole, parts = summed(rows), (rows[:1], rows[1:6], rows[6:])
     assert_same(summed(*parts), whole)
     assert_same(summed(*parts[::-1]), whole)
-    first, second = summed(*parts[:2]), summed(*parts[2:])
-    first.merge(second)
-    assert_same(first, whole)
-    for site, table in first.means().tables.items():
+    for site, table in summed(*parts).means().tables.items():
         assert_close(table, whole.means().tables[site])
-
-
-def test_merging_with_nothing_changes_nothing(model, level):
-    sums, same = (value_sums(model, [random_batch([5, 3])], level, Slots()) for _ in range(2))
-    same.merge(StreamingMeans())
-    assert_same(same, sums)
-    other = StreamingMeans()
-    other.merge(sums)
-    assert_same(other, sums)
 
 
 def test_a_batch_of_nothing_but_bos_adds_nothing(model, level):

@@ -26,7 +26,7 @@ from oa_train.models.parts import Dimensions
 from oa_train.models.selection import Nodes
 from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule
-from tests.builders import TINY_CONFIGS, small_ioi
+from tests.builders import TINY_CONFIGS, draw_masks, small_ioi
 from tests.conftest import ARCHETYPES
 
 
@@ -51,7 +51,7 @@ def measured_peak(model: CausalLM, n_prompts: int, n_tokens: int, n_samples: int
             with torch.no_grad():
                 clean = scored_logits(model, batch)
             rows = batch.repeat(n_samples)
-            mask = masks.draw(len(rows), generator)
+            mask = draw_masks(masks, len(rows), generator)
             logits = masked_logits(model, rows, level, mask, constants.sets()[0].replacements(rows))
             loss = kl_divergence(torch.cat([clean] * n_samples), logits).mean()
             optimiser.zero_grad()

@@ -15,13 +15,13 @@ from oa_train.figures.comparison import (
     RANDOM_CIRCUITS,
     SMALLEST_KL,
     Control,
-    Interval,
     Panel,
     comparison_figure,
 )
 from oa_train.figures.maps import score_map
 from oa_train.figures.style import ABLATION_STYLES, KEPT, ablation_style, save_figure
 from oa_train.figures.worth import COLOURS, worth_figure
+from oa_train.metrics.estimates import Estimate
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -123,8 +123,12 @@ def test_the_empty_and_the_whole_circuit_are_drawn(kept):
     assert filled == [bool(kept)] * 6
 
 
-def intervals(n: int, scale: float) -> list[Interval]:
-    return [Interval(scale * (i + 1), scale * (i + 0.5), scale * (i + 2)) for i in range(n)]
+def an_estimate(mean: float, low: float, high: float) -> Estimate:
+    return Estimate(mean, (high - low) / 4, (low, high), 100)
+
+
+def intervals(n: int, scale: float) -> list[Estimate]:
+    return [an_estimate(scale * (i + 1), scale * (i + 0.5), scale * (i + 2)) for i in range(n)]
 
 
 def two_panels(circuit, components, names, title: str = "", controls=()):
@@ -161,7 +165,7 @@ def test_of_many_components_those_that_matter_most_are_drawn():
 
 def test_points_stand_at_their_means_in_their_colours():
     components = {"optimal": intervals(3, 0.01), "zero": intervals(3, 0.1)}
-    circuit = {"optimal": [Interval(0.5, 0.4, 0.7)], "zero": [Interval(2.0, 1.0, 3.0)]}
+    circuit = {"optimal": [an_estimate(0.5, 0.4, 0.7)], "zero": [an_estimate(2.0, 1.0, 3.0)]}
     upper, lower = two_panels(circuit, components, ["a0.h0", "a0.h1", "m0"]).axes
     for axes, drawn in ((upper, circuit), (lower, components)):
         for container, (kind, wanted) in zip(axes.containers, drawn.items(), strict=True):
@@ -169,7 +173,7 @@ def test_points_stand_at_their_means_in_their_colours():
             np.testing.assert_allclose(points.get_xdata(), [interval.mean for interval in wanted])
             np.testing.assert_allclose(np.round(points.get_ydata()), range(len(wanted)))
             ends = [(segment[0, 0], segment[1, 0]) for segment in bars.get_segments()]
-            np.testing.assert_allclose(ends, [(interval.low, interval.high) for interval in wanted])
+            np.testing.assert_allclose(ends, [interval.ci95 for interval in wanted])
             assert (points.get_color(), points.get_marker()) == ABLATION_STYLES[kind]
     # The first component stands on top.
     assert lower.get_ylim()[0] > lower.get_ylim()[1]
@@ -200,7 +204,7 @@ def test_what_is_no_total_ablation_is_hollow():
 
 
 def test_divergences_of_zero_and_below_are_drawn_at_the_edge(tmp_path):
-    none = [Interval(0.0, -1e-3, 1e-3)]
+    none = [an_estimate(0.0, -1e-3, 1e-3)]
     figure = two_panels({"mean": none}, {"mean": none}, ["m0"])
     points = figure.axes[1].containers[0].lines[0]
     assert points.get_xdata().tolist() == [SMALLEST_KL]
@@ -222,7 +226,7 @@ def test_runs_are_tabled_with_their_numbers(tmp_path, n_runs):
 
 
 def test_parts_stand_by_what_they_are_worth_and_in_the_colour_of_their_verdict(tmp_path):
-    worth = [Interval(0.5, 0.4, 0.6), Interval(0.002, 0.0, 0.004), Interval(-0.001, -0.002, 0.0)]
+    worth = [an_estimate(0.5, 0.4, 0.6), an_estimate(0.002, 0.0, 0.004), an_estimate(-0.001, -0.002, 0.0)]
     figure = worth_figure(["a0.h0", "m0", "m1"], worth, ["needed", "undecided", "superfluous"], 0.001, "three parts")
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a0.h0", "m0", "m1"]
@@ -232,7 +236,7 @@ def test_parts_stand_by_what_they_are_worth_and_in_the_colour_of_their_verdict(t
         assert (points.get_xdata()[0], points.get_ydata()[0]) == (worth[rank].mean, rank + 1)
         assert points.get_color() == COLOURS[verdict]
         ((low, _), (high, _)) = bars.get_segments()[0]
-        np.testing.assert_allclose([low, high], [worth[rank].low, worth[rank].high])
+        np.testing.assert_allclose([low, high], worth[rank].ci95)
     svg = saved(figure, tmp_path)
     for words in ("three parts", "needed (1)", "undecided (1)", "superfluous (1)", "tolerance 0.001"):
         assert f"<!-- {words} -->" in svg

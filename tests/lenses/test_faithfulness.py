@@ -93,7 +93,7 @@ def test_an_unchanged_stream_changes_nothing_and_a_changed_one_what_a_hook_does(
 
         expected = scored_logits(archetype, batch, [Tap(find_parts(archetype).blocks[1], "input", put)])
         assert_close(prompts.logits(streams)[number], expected[:, 0], **EXACT)
-    effects = prompts.effects(LogitLens([1]), streams, prompts.logits(streams))
+    effects = prompts.effects(LogitLens([1], 3, 32), streams, prompts.logits(streams))
     assert effects.model.shape == effects.lens.shape == effects.similarity.shape == (2, 2)
 
 

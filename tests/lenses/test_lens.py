@@ -10,8 +10,7 @@ from torch.testing import assert_close
 from oa_train.engine.tail import scored_stream
 from oa_train.errors import ArtefactError, ConfigurationError, TaskError
 from oa_train.lenses.lens import LENS_KINDS, AffineLens, ConstantsLens, LogitLens, check_layers, check_lens_kinds
-from oa_train.lenses.mean_attention import mean_attention
-from oa_train.lenses.predictions import Tokens, lens_logits
+from oa_train.lenses.predictions import Tokens, lens_logits, mean_attention
 from oa_train.lenses.trained_lenses import TrainedLenses, load_tuned_lens
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import load_model
@@ -34,7 +33,7 @@ def at_two_positions(batch):
 def test_the_logit_lens_at_the_last_layer_reads_the_models_own_stream(archetype):
     batch = random_batch([7, 5])
     tokens = Tokens(archetype, batch)
-    (logits,) = lens_logits(LogitLens([3]), archetype, tokens, slice(None))
+    (logits,) = lens_logits(LogitLens([3], 3, 32), archetype, tokens, slice(None))
     assert_close(logits, tokens.logits, **EXACT)
     assert kl_divergence(tokens.logits, logits.unsqueeze(0)).abs().max() < 1e-12
 
@@ -47,7 +46,7 @@ def test_constants_that_are_a_tokens_own_attention_outputs_give_the_model(archet
         assert_close(logits, tokens.logits, **EXACT)
     shared = ConstantsLens(range(3), 3, 32, shared=True).double()
     shared.load(tokens.attention[:, 0])
-    assert shared.shared
+    assert len(shared.constants) == 1
     assert_close(
         lens_logits(shared, archetype, tokens, slice(None)), lens_logits(lens, archetype, tokens, slice(None))
     )
@@ -65,7 +64,7 @@ def test_a_lens_at_some_layers_is_the_same_lens(archetype, kind):
 
 
 def test_an_affine_lens_is_the_map_it_says(archetype):
-    lens, streams = AffineLens([0, 1], 4).double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    lens, streams = AffineLens([0, 1], 2, 4).double(), torch.randn(2, 5, 4, dtype=torch.float64)
     assert_close(lens(archetype, streams), streams)
     torch.nn.init.normal_(lens.weight)
     torch.nn.init.normal_(lens.bias)

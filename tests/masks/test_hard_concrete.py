@@ -9,6 +9,7 @@ from scipy import stats
 from oa_train.errors import ConfigurationError
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.seeds import torch_generator
+from tests.builders import draw_masks
 
 ROWS = 40_000
 SETTINGS = [
@@ -30,7 +31,7 @@ def distribution(logits, **settings) -> HardConcrete:
 
 def assert_shares(masks, kept, ones):
     """The shares of samples that are not 0, and of those that are 1, within 4 standard errors."""
-    drawn = masks.draw(ROWS, torch_generator("shares")).detach()
+    drawn = draw_masks(masks, ROWS, torch_generator("shares")).detach()
     for found, expected in (((drawn != 0), kept), ((drawn == 1), ones)):
         error = (expected * (1 - expected) / ROWS).sqrt()
         assert ((found.double().mean(dim=0) - expected).abs() <= 4 * error).all()
@@ -65,11 +66,11 @@ def test_the_published_form_is_what_the_published_code_draws():
     masks = distribution([0.4, -1.0], form="published")
     uniform = torch.rand(1000, 2, generator=torch_generator("same"), dtype=torch.float64)
     soft = torch.sigmoid(((uniform + 1e-3).log() - (1 - uniform).log() + masks.logits) / (2 / 3))
-    torch.testing.assert_close(masks.draw(1000, torch_generator("same")), (1.2 * soft - 0.12).clamp(0, 1))
+    torch.testing.assert_close(draw_masks(masks, 1000, torch_generator("same")), (1.2 * soft - 0.12).clamp(0, 1))
     # Entries with large logits are never ablated, and say so.
     certain = distribution([6.0], form="published")
     assert certain.keep_probability().item() == 1.0
-    assert (certain.draw(ROWS, torch_generator("certain")) > 0).all()
+    assert (draw_masks(certain, ROWS, torch_generator("certain")) > 0).all()
 
 
 @pytest.mark.parametrize("form", ["standard", "published"])
@@ -77,8 +78,8 @@ def test_learned_temperatures_start_where_they_are_told_and_have_gradients(form)
     fixed = distribution([0.5, -0.5], form=form, temperature=0.4)
     masks = distribution([0.5, -0.5], form=form, temperature=0.4, learned_temperature=True)
     assert masks.temperatures().tolist() == pytest.approx([0.4, 0.4], abs=1e-6)
-    drawn = masks.draw(ROWS, torch_generator("learned"))
-    torch.testing.assert_close(drawn, fixed.draw(ROWS, torch_generator("learned")), atol=1e-5, rtol=0)
+    drawn = draw_masks(masks, ROWS, torch_generator("learned"))
+    torch.testing.assert_close(drawn, draw_masks(fixed, ROWS, torch_generator("learned")), atol=1e-5, rtol=0)
     for what in ((drawn**2).mean(), masks.keep_probability().sum()):
         (gradient,) = torch.autograd.grad(what, masks.raw_temperatures)
         assert (gradient != 0).all()
@@ -91,11 +92,11 @@ def test_gradients_of_a_learned_temperature_are_those_of_the_expected_loss():
         masks = distribution([0.4], learned_temperature=True)
         masks.raw_temperatures.data.fill_(raw)
         with torch.no_grad():
-            return float((masks.draw(400_000, torch_generator("fine")) ** 2).mean())
+            return float((draw_masks(masks, 400_000, torch_generator("fine")) ** 2).mean())
 
     masks = distribution([0.4], learned_temperature=True)
     raw = masks.raw_temperatures.item()
-    loss = (masks.draw(400_000, torch_generator("fine")) ** 2).mean()
+    loss = (draw_masks(masks, 400_000, torch_generator("fine")) ** 2).mean()
     (gradient,) = torch.autograd.grad(loss, masks.raw_temperatures)
     assert gradient.item() == pytest.approx((mean_loss(raw + 1e-3) - mean_loss(raw - 1e-3)) / 2e-3, rel=1e-2)
 
@@ -104,14 +105,14 @@ def test_a_learned_temperature_stays_positive_wherever_its_parameter_goes():
     masks = distribution([0.3, -0.3], learned_temperature=True).float()
     masks.raw_temperatures.data = torch.tensor([-1e4, 1e4])
     assert (masks.temperatures() >= 1e-3).all()
-    drawn = masks.draw(64, torch_generator("extremes"))
+    drawn = draw_masks(masks, 64, torch_generator("extremes"))
     gradients = torch.autograd.grad(drawn.sum() + masks.keep_probability().sum(), list(masks.parameters()))
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_between_zero_and_one_samples_follow_the_binary_concrete_distribution():
     masks = distribution([0.7])
-    drawn = masks.draw(ROWS, torch_generator("inside")).flatten().detach()
+    drawn = draw_masks(masks, ROWS, torch_generator("inside")).flatten().detach()
     inside = drawn[(drawn > 0) & (drawn < 1)].numpy()
 
     def cumulative(value):
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_the_expected_loss():
         return float(((soft * 1.2 - 0.1).clamp(0, 1) ** 2).mean())
 
     masks = distribution([0.4])
-    drawn = masks.draw(ROWS, torch_generator("gradient"))
+    drawn = draw_masks(masks, ROWS, torch_generator("gradient"))
     (total,) = torch.autograd.grad((drawn**2).mean(), masks.logits)
     derivative = (mean_loss(0.401) - mean_loss(0.399)) / 0.002
     assert float(total) == pytest.approx(derivative, rel=0.03)
@@ -140,7 +141,7 @@ def test_gradients_are_those_of_the_expected_loss():
 @pytest.mark.parametrize("form", ["standard", "published"])
 def test_the_same_generator_draws_the_same_masks_and_extremes_stay_finite(form):
     masks = distribution([-60.0, 0.0, 60.0], form=form)
-    first, second = (masks.draw(8, torch_generator("same")) for _ in range(2))
+    first, second = (draw_masks(masks, 8, torch_generator("same")) for _ in range(2))
     assert torch.equal(first, second)
     assert first[:, 0].eq(0).all()
     assert first[:, 2].eq(1).all()

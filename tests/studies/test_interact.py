@@ -22,6 +22,7 @@ from oa_train.models.spec import LMSpec
 from oa_train.studies.interact import Interact, InteractSettings
 from oa_train.studies.joint import n_screened
 from oa_train.studies.scan import Scan, ScanSettings
+from oa_train.studies.unit_study import UnitStudy
 from oa_train.zoo.known.backup_induction import BACKUP, PRIMARY
 from tests.builders import small_ioi
 from tests.known import known_case
@@ -164,16 +165,17 @@ def test_it_does_what_it_says_and_goes_on_where_it_stopped(model, task, tmp_path
     expected = Interact(model, task, settings=settings)
     check_plan(expected)
     stopped, folder = Interact(model, task, settings=settings), tmp_path / "studies" / "interact_0"
-    measured = stopped._measured
+    behaviours = UnitStudy.behaviours
 
-    def without_sets(sets: Any, described: str, *others: Any) -> Any:
+    def without_sets(ablations: UnitStudy, sets: Any, described: str, *others: Any) -> Any:
         if described == "sets of units":
             raise KeyboardInterrupt
-        return measured(sets, described, *others)
+        return behaviours(ablations, sets, described, *others)
 
-    monkeypatch.setattr(stopped, "_measured", without_sets)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run_in(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(UnitStudy, "behaviours", without_sets)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run_in(tmp_path)
     assert sorted(file.stem for file in folder.glob("pieces/*.safetensors")) == ["0000", "0001", "0002"]
     resumed = Interact(model, task, settings=settings)
     resumed.resume(folder)

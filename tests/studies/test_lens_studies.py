@@ -8,8 +8,7 @@ import torch
 from oa_train.cli.main import main
 from oa_train.errors import ArtefactError, ConfigurationError, TaskError
 from oa_train.lenses.lens import LENS_KINDS
-from oa_train.lenses.mean_attention import mean_attention
-from oa_train.lenses.predictions import Tokens, lens_logits
+from oa_train.lenses.predictions import Tokens, lens_logits, mean_attention
 from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.loading import load_model

@@ -21,6 +21,7 @@ from oa_train.models.frozen import CausalLM
 from oa_train.models.loading import load_model
 from oa_train.models.spec import LMSpec
 from oa_train.studies.scan import Scan, ScanSettings
+from oa_train.studies.unit_study import UnitStudy
 from oa_train.tasks import IOI
 from tests.jobs.fits import torchrun
 
@@ -95,25 +96,26 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(model, task, tmp_path, mon
     settings = ScanSettings(fit=settings.fit, components=["a0*", "m*"], parts_at_once=3)
     expected = Scan(model, task, settings=settings).run()
     stopped = Scan(model, task, settings=settings)
-    measured, done = stopped._measured, []
+    measured, done = UnitStudy.measured, []
 
-    def until_the_last(number: int) -> Any:
-        if number == 2:
+    def until_the_last(ablations: UnitStudy, masks: Any, described: str) -> Any:
+        if described == "units 7 to 7":
             raise KeyboardInterrupt
-        done.append(number)
-        return measured(number)
+        done.append(described)
+        return measured(ablations, masks, described)
 
-    monkeypatch.setattr(stopped, "_measured", until_the_last)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run_in(tmp_path)
-    assert done == [0, 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(UnitStudy, "measured", until_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.run_in(tmp_path)
+    assert done == ["units 1 to 3", "units 4 to 6"]
     folder = tmp_path / "studies" / "scan_0"
     resumed = Scan(model, task, settings=settings)
     resumed.resume(folder)
-    again, measured_again = [], resumed._measured
-    monkeypatch.setattr(resumed, "_measured", lambda number: again.append(number) or measured_again(number))
+    again = []
+    monkeypatch.setattr(UnitStudy, "measured", lambda *asked: again.append(asked[2]) or measured(*asked))
     findings = resumed.write(resumed.answer(), folder)
-    assert again == [2]
+    assert again == ["units 7 to 7"]
     assert findings.flat_rows() == expected.flat_rows()
     assert json.loads((folder / "results.json").read_text())["n_units"] == 7
     with pytest.raises(ArtefactError, match="was finished"):

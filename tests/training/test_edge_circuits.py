@@ -67,7 +67,7 @@ def test_sampled_masks_have_no_edge_that_dangles_and_no_gradient_to_one():
     module.masks.distribution.logits.data.normal_(-1.5, 1.5, generator=torch.Generator().manual_seed(0))
     batch = small_ioi().batch("train", 0, 16)
     masks = module.masks.sample(batch.example_ids)
-    bare = module.masks.distribution.sample(module.masks._sampler._uniform(batch.example_ids))
+    bare = module.masks.distribution.sample(module.masks._uniform(batch.example_ids))
     lasting = without_dangling(module.level, bare > 0)
     assert torch.equal(masks > 0, lasting)
     assert_close(masks, bare * lasting)
@@ -173,11 +173,11 @@ def test_circuits_side_by_side_have_the_gradients_that_they_have_alone(level, ma
     clean = together.clean_logits(batch)
     lost, penalty = together.masked_loss(batch, clean)
     (lost + penalty).sum().backward()
-    uniform = together.masks._sampler._uniform(batch.example_ids)
+    uniform = together.masks._uniform(batch.example_ids)
     for number, weight in enumerate([0.02, 0.05, 0.01]):
         alone = CircuitModule(penalty_weight=weight, **options)
         alone.masks.distribution.logits.data.copy_(together.masks.distribution.logits[number * n : (number + 1) * n])
-        alone.masks._sampler._uniform = lambda _, part=uniform[:, number * n : (number + 1) * n]: part
+        alone.masks._uniform = lambda _, part=uniform[:, number * n : (number + 1) * n]: part
         alone.replacements.prepare(source)
         if alone.replacements.constants is not None:
             alone.replacements.constants.load(together.replacements.constants.sets()[number])

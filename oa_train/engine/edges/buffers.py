@@ -131,13 +131,7 @@ class Needs:
 class Buffers:
     """Outputs of the sources in one run of a model, and the readers' inputs, which are mixed from them.
 
-    Args:
-        workspace: workspace of the model.
-        graph: graph of the model.
-        mask: mask of each row.
-        protected: tokens at which every reader reads the model's own residual stream.
-        dtype: dtype of all buffers.
-        needs: gradients that the run needs.
+    At protected tokens every reader reads the model's own residual stream. All buffers are of one dtype.
 
     Attributes:
         layers: masks and inputs of each layer.

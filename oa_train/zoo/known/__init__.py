@@ -9,7 +9,9 @@ from oa_train.zoo.known.case_induction import CaseInduction as CaseInduction
 from oa_train.zoo.known.digit_sum import DigitSum as DigitSum
 from oa_train.zoo.known.model import KnownModel as KnownModel
 from oa_train.zoo.known.pair_induction import PairInduction as PairInduction
-from oa_train.zoo.known.registry import KNOWN_MODELS as KNOWN_MODELS
-from oa_train.zoo.known.registry import KNOWN_TASKS as KNOWN_TASKS
-from oa_train.zoo.known.registry import write_known as write_known
+from oa_train.zoo.known.registry import (
+    KNOWN_MODELS as KNOWN_MODELS,
+    KNOWN_TASKS as KNOWN_TASKS,
+    write_known as write_known,
+)
 from oa_train.zoo.known.two_hops import TwoHops as TwoHops

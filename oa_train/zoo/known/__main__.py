@@ -5,27 +5,19 @@
 Nothing is trained, so it takes seconds.
 """
 
-import argparse
-import logging
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from oa_train.zoo.known.registry import KNOWN_MODELS, write_known
+from oa_train.zoo.making import make_from_command_line
 
-log = logging.getLogger(__name__)
+
+def build(output: Path, seed: int = 0) -> dict[str, float]:
+    """Write each model into a folder of its own in `output`; returns their numbers of edges."""
+    return {f"edges of {name}": len(write_known(name, output / name, seed).edges) for name in KNOWN_MODELS}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write all models from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m oa_train.zoo.known", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder in which each model gets its own folder")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the distractors")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in KNOWN_MODELS:
-        known = write_known(name, options.output / name, options.seed)
-        log.info("%s: %d edges", options.output / name, len(known.edges))
-
+main = partial(make_from_command_line, "known", __doc__, build)
 
 if __name__ == "__main__":
     main()

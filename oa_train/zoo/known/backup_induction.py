@@ -56,15 +56,13 @@ def build_backup_induction(seed: int = 0) -> KnownModel:
     model = gpt2(96, BOTH_CASES, n_layers=4, n_heads=3, n_units=48, n_positions=N_POSITIONS)
     wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known backup induction", seed))
     add_letters(wiring, 0)
-    wiring.look_back(1, 0, 1)
-    wiring.copy(1, 0, "letter", "before")
+    wiring.copy(1, 0, "letter", "before", back=1)
     for layer, hushed_by in ((2, None), (3, "answer")):
         wiring.match(layer, 0, [("letter", "before")])
         wiring.rest_on_first(layer, 0, hushed_by)
         wiring.copy(layer, 0, "token", "answer")
-        # It does the same, and writes where nothing reads.
-        wiring.match(layer, 1, [("letter", "before")])
-        wiring.copy(layer, 1, "token", "rest")
+        # It does the same and writes where nothing reads.
+        wiring.copy(layer, 1, "token", "rest", where=[("letter", "before")])
     add_decoder(wiring, 3)
     add_distractors(
         wiring,

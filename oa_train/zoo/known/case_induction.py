@@ -74,16 +74,12 @@ def build_case_induction(seed: int = 0) -> KnownModel:
     model = gpt2(104, BOTH_CASES, n_layers=3, n_heads=4, n_units=48, n_positions=N_POSITIONS)
     wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known case induction", seed))
     add_letters(wiring, 0)
-    wiring.look_back(1, 0, 1)
-    wiring.copy(1, 0, "letter", "before")
-    wiring.match(2, 0, [("letter", "before")])
-    wiring.copy(2, 0, "token", "answer")
+    wiring.copy(1, 0, "letter", "before", back=1)
+    wiring.copy(2, 0, "token", "answer", where=[("letter", "before")])
     add_decoder(wiring, 2)
-    # They do the same, and write where nothing reads.
-    wiring.look_back(0, 1, 1)
-    wiring.copy(0, 1, "token", "rest")
-    wiring.match(2, 1, [("letter", "before")])
-    wiring.copy(2, 1, "token", "rest")
+    # They do the same and write where nothing reads.
+    wiring.copy(0, 1, "token", "rest", back=1)
+    wiring.copy(2, 1, "token", "rest", where=[("letter", "before")])
     add_distractors(
         wiring,
         constant_head=(0, 0),

@@ -70,17 +70,13 @@ def build_digit_sum(seed: int = 0) -> KnownModel:
     model = gpt_neox(72, DIGITS, rotated=1 / 3, base=123.0, n_layers=4, n_heads=3, n_units=40, n_positions=16)
     wiring = Wiring(model, spaces, DIGITS, DIGITS, torch_generator("known digit sum", seed))
     sums = {(first, second): (first + second) % n for first in range(n) for second in range(n)}
-    wiring.look_back(0, 0, 1)
-    wiring.copy(0, 0, "token", "before")
+    wiring.copy(0, 0, "token", "before", back=1)
     add_table(wiring, 1, sums, ("token", "before"), "pair")
-    wiring.look_back(2, 0, 2)
-    wiring.copy(2, 0, "pair", "far")
+    wiring.copy(2, 0, "pair", "far", back=2)
     add_table(wiring, 3, sums, ("pair", "far"), "output", supported=True)
-    # They do the same, and write where nothing reads.
-    wiring.look_back(2, 1, 2)
-    wiring.copy(2, 1, "pair", "rest")
-    wiring.look_back(3, 0, 1)
-    wiring.copy(3, 0, "token", "rest")
+    # They do the same and write where nothing reads.
+    wiring.copy(2, 1, "pair", "rest", back=2)
+    wiring.copy(3, 0, "token", "rest", back=1)
     add_distractors(
         wiring,
         constant_head=(0, 1),

@@ -15,9 +15,6 @@ BOTH_CASES = (*LETTERS, *(letter.upper() for letter in LETTERS))
 class KnownTask(GrammarTask):
     """Base class of the tasks that hand-written models solve.
 
-    Args:
-        **options: the options of every grammar task (see `GrammarTask`).
-
     Attributes:
         words: the vocabulary, in the order of its ids after the special tokens.
 

@@ -76,16 +76,12 @@ def build_pair_induction(seed: int = 0) -> KnownModel:
     model = llama(128, BOTH_CASES, base=2e7, n_groups=2, n_layers=3, n_heads=4, n_units=48, n_positions=24)
     wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known pair induction", seed))
     add_letters(wiring, 0)
-    wiring.look_back(1, 0, 1)
-    wiring.copy(1, 0, "letter", "before")
-    wiring.look_back(1, 1, 2)
-    wiring.copy(1, 1, "letter", "earlier")
-    wiring.match(2, 0, [("letter", "before"), ("before", "earlier")])
-    wiring.copy(2, 0, "token", "answer")
+    wiring.copy(1, 0, "letter", "before", back=1)
+    wiring.copy(1, 1, "letter", "earlier", back=2)
+    wiring.copy(2, 0, "token", "answer", where=[("letter", "before"), ("before", "earlier")])
     add_decoder(wiring, 2)
-    # It does the same, and writes where nothing reads.
-    wiring.match(2, 2, [("letter", "before"), ("before", "earlier")])
-    wiring.copy(2, 2, "token", "rest")
+    # It does the same and writes where nothing reads.
+    wiring.copy(2, 2, "token", "rest", where=[("letter", "before"), ("before", "earlier")])
     add_distractors(
         wiring,
         constant_head=(0, 0),

@@ -93,8 +93,7 @@ def add_distractors(
             with opposite signs.
     """
     wiring.copy(*constant_head, "one", "support")
-    wiring.look_back(*sign_head, 0)
-    wiring.copy(*sign_head, "coin", "sign")
+    wiring.copy(*sign_head, "coin", "sign", back=0)
     sign, support = wiring.vector("sign"), wiring.vector("support")
     wiring.add_units(absolute_units, [sign, -sign], [support] * 2)
     wiring.add_units(constant_unit, [wiring.vector("one")], [support])

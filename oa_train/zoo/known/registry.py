@@ -14,6 +14,7 @@ from oa_train.zoo.known.model import KnownModel
 from oa_train.zoo.known.pair_induction import PairInduction, build_pair_induction
 from oa_train.zoo.known.two_hops import TwoHops, build_two_hops
 from oa_train.zoo.known.weights import EPSILON
+from oa_train.zoo.making import write_model
 from oa_train.zoo.tokenizer import word_tokenizer
 
 # Functions from a seed to the model; the name is also that of its task.
@@ -32,21 +33,15 @@ EDGES_FILE = "edges.json"
 
 
 def write_known(name: str, folder: Path, seed: int = 0) -> KnownModel:
-    """Write the folder of a model: weights, configuration, tokenizer, edges and model card.
+    """Write the folder of a model, whose files are replaced: weights, configuration, tokenizer, edges and model card.
 
-    Args:
-        name: name of the model, a key of `KNOWN_MODELS`.
-        folder: the folder; files in it are replaced.
-        seed: determines the distractors of the model.
+    The seed draws the distractors of the model.
     """
     known = KNOWN_MODELS[name](seed)
     folder.mkdir(parents=True, exist_ok=True)
-    word_tokenizer([f"▁{word}" for word in known.task.words]).save_pretrained(folder)
-    known.model.save_pretrained(folder)
     (folder / EDGES_FILE).write_text(json.dumps(list(known.edges), indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_model_card(known, folder, seed), encoding="utf-8")
-    for file in folder.iterdir():
-        file.chmod(0o644)  # transformers leaves the weights readable by their owner only
+    tokenizer = word_tokenizer([f"▁{word}" for word in known.task.words])
+    write_model(folder, known.model, tokenizer, lambda _: _model_card(known, folder, seed))
     return known
 
 

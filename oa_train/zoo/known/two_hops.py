@@ -95,18 +95,13 @@ def build_two_hops(seed: int = 0) -> KnownModel:
     spaces["token"] = slice(spaces["lower"].start, spaces["upper"].stop)
     model = gpt2(96, BOTH_CASES, n_layers=4, n_heads=3, n_units=40, n_positions=N_POSITIONS)
     wiring = Wiring(model, spaces, BOTH_CASES, LETTERS, torch_generator("known two hops", seed))
-    wiring.look_back(0, 0, 1)
-    wiring.copy(0, 0, "lower", "before")
-    wiring.match(1, 0, [("lower", "before")])
-    wiring.copy(1, 0, "upper", "hop")
-    wiring.match(2, 0, [("hop", "before")])
-    wiring.copy(2, 0, "upper", "answer")
+    wiring.copy(0, 0, "lower", "before", back=1)
+    wiring.copy(1, 0, "upper", "hop", where=[("lower", "before")])
+    wiring.copy(2, 0, "upper", "answer", where=[("hop", "before")])
     add_decoder(wiring, 3)
-    # They do the same, and write where nothing reads.
-    wiring.match(1, 2, [("lower", "before")])
-    wiring.copy(1, 2, "upper", "rest")
-    wiring.look_back(2, 2, 1)
-    wiring.copy(2, 2, "lower", "rest")
+    # They do the same and write where nothing reads.
+    wiring.copy(1, 2, "upper", "rest", where=[("lower", "before")])
+    wiring.copy(2, 2, "lower", "rest", back=1)
     add_distractors(
         wiring,
         constant_head=(0, 1),

@@ -119,12 +119,6 @@ class HandWrittenWeights:
     ) -> None:
         """Add rectified units to an MLP: each writes relu(read * residual + bias) times its vector.
 
-        Args:
-            layer: layer of the MLP.
-            reads: direction that each unit reads.
-            biases: biases that are added before rectifying.
-            writes: vector that each unit writes for a rectified value of 1.
-
         Raises:
             ValueError: the MLP has too few unused units.
         """
@@ -146,10 +140,7 @@ class HandWrittenWeights:
         """Give everything written to the residual stream a mean of zero over its dimensions.
 
         A LayerNorm, which subtracts the mean, then changes nothing, whichever writes are removed or replaced by other
-        writes of the model.
-
-        Args:
-            coordinate: dimension that is changed to this end, and that nothing reads.
+        writes of the model. The dimension `coordinate`, which nothing reads, is changed for it.
         """
         tables = [self.embedding.T]
         if self.model.config.model_type == "gpt2":

@@ -96,8 +96,23 @@ class Wiring:
         """Layer, and index in it, of a head's key and value, which other heads may share."""
         return layer, head // self.weights.heads_per_group
 
-    def copy(self, layer: int, head: int, source: str, into: str) -> None:
-        """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another."""
+    def copy(
+        self,
+        layer: int,
+        head: int,
+        source: str,
+        into: str,
+        back: int | None = None,
+        where: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        """Let a head copy a subspace of the tokens that it attends to into the first dimensions of another.
+
+        Unless it attends by other means, it looks `back` (see `look_back`) or to tokens `where` pairs of subspaces
+        agree (see `match`).
+        """
+        if back is not None:
+            self.look_back(layer, head, back)
+        self.match(layer, head, where)
         self.tell(layer, head, source, self.basis(into)[: self.size(source)])
 
     def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
@@ -113,10 +128,7 @@ class Wiring:
     def match(self, layer: int, head: int, pairs: Sequence[tuple[str, str]]) -> None:
         """Let a head attend to tokens in which one subspace equals another subspace of its own token.
 
-        Args:
-            layer: layer of the head.
-            head: index of the head in its layer.
-            pairs: one-hot subspaces that the query and the key read; the scores of all pairs are added.
+        `pairs` are one-hot subspaces that query and key read; their scores are added up.
         """
         query, key, free = self.weights.query(layer, head), self.weights.key(layer, head), self._still()
         for asked, offered in pairs:
@@ -167,14 +179,7 @@ class Wiring:
         return torch.cat([slow, slow + n_pairs, torch.arange(2 * n_pairs, self.d_head)])
 
     def add_units(self, layer: int, reads: Sequence[Tensor], writes: Sequence[Tensor], bias: float = 0.0) -> None:
-        """Add rectified units to an MLP.
-
-        Args:
-            layer: layer of the MLP.
-            reads: direction [d_model] that each unit reads.
-            writes: vector [d_model] that each unit writes.
-            bias: bias that is added before rectifying, the same for all units.
-        """
+        """Add rectified units to an MLP, all with the same bias, by `HandWrittenWeights.add_units`."""
         biases = torch.full((len(reads),), bias)
         self.weights.add_units(layer, torch.stack(list(reads)), biases, torch.stack(list(writes)))
 

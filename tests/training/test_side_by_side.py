@@ -3,8 +3,7 @@
 import torch
 from torch.testing import assert_close
 
-from oa_train.training.best_slices import BestSlices
-from oa_train.training.summed import summed
+from oa_train.training.side_by_side import BestSlices, summed
 
 
 def test_value_and_gradient_are_those_of_the_sum():
