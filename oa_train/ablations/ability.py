@@ -94,7 +94,7 @@ def clean_ability(model: CausalLM, batches: Iterable[Batch], advance: Advance = 
 
 
 def ability_before_training(model: CausalLM, task: Task, track: Track = silent) -> list[str]:
-    """Sentences for people before a training: remarks on its prompts, and how well the model does."""
+    """Lines for the user before training: remarks on the task's prompts, and how well the clean model does on them."""
     n_prompts = min(task.n_validation, ENOUGH)
     with track(n_prompts, "clean model on validation prompts") as advance:
         ability = clean_ability(model, task.batches("validation", n_prompts), advance)

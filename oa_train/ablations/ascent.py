@@ -88,7 +88,7 @@ def ascend(
     ablation, clean, n_prompts = ablation.to(model.device), CleanLogits(model), sum(map(len, batches))
 
     def losses_and_gradient(masks: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor]:
-        """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
+        """Mean loss of each mask over all prompts, and its gradient, or zeros if no gradients are wanted."""
         totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
         for batch in batches:
             runs = pieces(model, batch, clean(batch), level, masks, settings.rows_per_run, gradients=True)

@@ -187,7 +187,7 @@ def fit_constants(
             advance(more)
 
         _fit(model, task, fitted, settings, others, count)
-        advance(passes - done)  # of circuits whose training stopped early
+        advance(passes - done)  # passes of circuits whose training stopped early
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 

@@ -103,8 +103,8 @@ class Kind:
     """A kind of ablation.
 
     Attributes:
-        name: in configurations and results.
-        prepare: makes the ablation for a model and a task; of a learned one, the initial constants.
+        name: name in configurations and results.
+        prepare: makes the ablation for a model and a task; for a learned ablation, the initial constants.
         statistics: keys of `STATISTICS` that `prepare` takes from the source, by which work is announced.
         constant: True if replacements are constants of `positions` slots, which runs store.
         learned: True if the constants are trained.
@@ -152,7 +152,7 @@ KINDS: dict[AblationKind, Kind] = {
     for kind in (
         Kind("optimal", lambda source: source.mean, ("mean",), learned=True),
         Kind("mean", lambda source: source.mean, ("mean",)),
-        # Not stored: how many positions there are is known once the prompts are.
+        # Not stored, as the number of positions is known only with the prompts.
         Kind("mean_by_position", lambda source: source.mean_by_position, ("mean_by_position",), constant=False),
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False, partnered=True),

@@ -52,7 +52,7 @@ def prefix_logits(
         sites = [site for site in nodes.sites if _moment(nodes, site) // 2 == stage]
         if sites:
             layout = rows.rows(slice(0, n_rows)).layout
-            # Values of a whole model, one for each row, would be copied for every stage.
+            # Otherwise the values of the whole model would be copied, row by row, at every stage.
             own = values.only(sites).rows(growth.value_rows[:n_rows])
             taps += node_taps(model, nodes, growth.masks[:n_rows], own, layout, sites)
     start = batch.repeat(growth.counts[0] // len(batch))

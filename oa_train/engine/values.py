@@ -59,7 +59,7 @@ class Values(Mapping[Site, Tensor]):
         return Values({site: self.tensors[site] for site in sites}, self.slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
-        """The values of some rows; values that stand for all rows are unchanged."""
+        """The values of some rows; values that apply to all rows are unchanged."""
         return self._by_row(lambda tensor: tensor[numbers])
 
     def _by_row(self, function: Callable[[Tensor], Tensor]) -> "Values":

@@ -61,7 +61,7 @@ class SizePenalty(nn.Module):
 
     Args:
         weight: penalty weight of a kept entry in nats, at least 0; for all circuits, or a list with one each.
-        regulariser: adds to the number.
+        regulariser: adds a term to the expected number.
         relative: how much each entry counts; 1 for all of them by default.
     """
 
@@ -82,7 +82,7 @@ class SizePenalty(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
-        """Price of a kept entry now, in nats; never negative."""
+        """Current price of a kept entry in nats; never negative."""
         return self.initial_weight
 
     def objective(
@@ -112,7 +112,7 @@ class SizePenalty(nn.Module):
 
 
 class TargetSize(SizePenalty):
-    """A weight that leads to a circuit of a given size: a Lagrange multiplier, set by a controller.
+    """A weight adjusted to reach a circuit of a given size: a Lagrange multiplier, set by a controller.
 
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
     With all sizes counted without the entries that are never ablated, the weight of a kept entry is
@@ -130,9 +130,9 @@ class TargetSize(SizePenalty):
         n_entries: number of entries of the distribution.
         weight: initial weight of a kept entry in nats; more than 0, because it changes by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: change of the weight's logarithm in one step at a size of e times the goal. The learning rate of the
-            masks suits, so that the weight moves no faster than the logits that respond to it.
-        always_kept: number of entries that are never ablated and so belong to no distribution.
+        rate: change of the weight's logarithm in one step at a size of e times the goal. The masks' learning rate is
+            a good choice: the weight then changes no faster than the logits that respond to it.
+        always_kept: number of entries that are never ablated and so are not in the distribution.
         regulariser: see `SizePenalty`.
         relative: see `SizePenalty`.
 

@@ -65,7 +65,7 @@ class SiteKind:
         place: module whose input or output is a layer's tensor, and which of the two.
         unit_name: suffix for each of several units, with `{unit}` in it.
         after_attention: whether attention of the layer, up to the input of its output projection, reads nothing that
-            depends on the tensor. A circuit that ablates no other tensor of the layer does without that attention.
+            depends on the tensor. A circuit that ablates no other tensor of the layer can skip that attention.
         writes: how its units write to the residual stream; None if they do not, or not linearly.
     """
 

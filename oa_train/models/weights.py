@@ -62,7 +62,7 @@ def check_finite(model: CausalLM) -> None:
     wrong = []
     for name, parameter in model.named_parameters():
         if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.dtype in FLOATS:
-            # One pass without a copy; NaN comes out of it as well.
+            # One pass without a copy; it also detects NaN.
             extremes = torch.stack(parameter.aminmax()) if parameter.numel() else parameter
             if not extremes.isfinite().all():
                 wrong.append(name)

@@ -237,7 +237,7 @@ class Windows:
         blocks = zip((0, *borders), (*borders, len(self)), strict=True)
         parts: dict[Stream, list[int]] = {}
         for stream, (first, end) in zip(LEAST, blocks, strict=True):
-            # The last answer of a window is the first token of the next one, which is another stream's here.
+            # The last answer of a window is the first token of the next one, which here belongs to another stream.
             continues = 0 < end < len(self) and bool(self.sections[end - 1] == self.sections[end])
             parts[stream] = list(range(first, end - continues))
         return parts

@@ -82,7 +82,7 @@ class RecordFitter:
         tails = _tails(self.encoder, text, begun, (*prompt.answers, *prompt.distractors))
         right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
         shared = shared_length([tail.ids for tail in tails]) if wrong else 0
-        # A token that is only a space is the prompt's, not the answer's.
+        # A token that is only a space counts to the prompt, not to the answer.
         while shared < min(len(tail.ids) for tail in tails) - 1 and all(
             not tail.pieces[shared].strip() for tail in tails
         ):

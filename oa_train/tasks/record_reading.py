@@ -124,7 +124,7 @@ class RecordReader:
         if other is not None and other == text:
             raise RowError("the counterfactual is the prompt itself", shorten(text))
         as_written = self.leading_space == "as_written" or bool(_parsed(fields.get("as_written")))
-        # A token for the space alone would be in the way of answers that begin with one.
+        # A separate token for a space at the end would get in the way of answers that begin with one.
         moved = not as_written and text.endswith(" ") and not text.endswith("  ")
         if moved:
             text, other = text[:-1], other.removesuffix(" ") if other is not None else None

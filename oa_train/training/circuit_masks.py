@@ -92,7 +92,7 @@ class CircuitMasks(nn.Module):
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
         """Draw S masks over all entries for each of C circuits and of the B prompts with these numbers.
 
-        A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
+        A prompt's masks depend on the seed and its index alone, not on how prompts are batched or distributed.
         Gradients are averaged over the rows of `step`, by default over those drawn here.
 
         Returns:

@@ -41,7 +41,7 @@ MOST_LISTED = 100
 
 
 class ConstantsModule(SideBySideModule):
-    """Finds the constants that replace units best in a fixed circuit.
+    """Finds the best constant replacements of the units outside a fixed circuit.
 
     The constants of units that are ablated alone are trained in parallel on the same prompts; each row of a batch uses
     and updates only those of its own unit, so this is equivalent to a separate job for each unit.
@@ -141,7 +141,7 @@ class ConstantsModule(SideBySideModule):
         self.constants_started = nn.Buffer(torch.tensor(False))
         self.progress = nn.Buffer(torch.full((len(self.circuits),), torch.inf))
         self.stale: Tensor = nn.Buffer(torch.tensor(0))
-        # Other constants than the trained ones, which the first validation compares: the start, means and zeros.
+        # Alternatives to the trained constants, which the first validation compares: the start, means and zeros.
         self._candidates: list[TrainableConstants] = []
         self.losses = CircuitMeans(1 + MOST_CANDIDATES, len(self.circuits))
 

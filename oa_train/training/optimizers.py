@@ -58,7 +58,7 @@ def decaying_to_zero(module: Any, optimizer: Optimizer) -> LambdaLR:
 def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
     """Set the configured learning rates where they differ from those that a checkpoint has just restored.
 
-    Rates that a schedule has moved are multiplied by the ratio of the two, so that unchanged rates stay as they are.
+    Rates that a schedule has changed are multiplied by the ratio of the two, so that unchanged rates stay as they are.
     The `groups` have the rates that are wanted, the `configs` are Lightning's, of the schedules.
     """
     rates = [group["lr"] for group in groups if group["params"]]

@@ -41,7 +41,7 @@ class Replacements(nn.Module):
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:
-        """Gather what the ablation needs from the task's `means` prompts."""
+        """Compute the statistics that the ablation needs on the task's `means` prompts."""
         if self.kind.partnered:
             task = source.task
             evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))

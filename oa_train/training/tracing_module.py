@@ -36,7 +36,7 @@ TracingLoss = Literal["probability", "cross_entropy"]
 
 
 class TracingModule(SideBySideModule):
-    """Finds the constants that, in place of a subject's token embeddings, hurt each traced run least.
+    """Finds the constants that hurt each traced run least when they replace the subject's token embeddings.
 
     Every run restores some clean values (see `ablations.tracing`), and has its own constant, shared by all prompts and
     all tokens of the subject. The best constants minimise the drop in the answers' probability: the mean over prompts

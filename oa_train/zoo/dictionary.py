@@ -85,7 +85,7 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
 
 @torch.no_grad()
 def figures(dictionary: Dictionary, model: CausalLM, task: Task) -> dict[str, float]:
-    """Share of the variance that the dictionary explains on held-out prompts, and how many features are on."""
+    """Share of the variance that the dictionary explains on held-out prompts, and numbers of active features."""
     x = activations(model, task.batch("test", 0, 512))
     code = dictionary.encode(x)
     error = (code @ dictionary.w_dec + dictionary.b_dec - x).square().sum()

@@ -148,7 +148,7 @@ def _step_loss(model: CausalLM, facts: FactPrompts, recipe: Recipe, seed: int, s
 def exchanged(
     model: CausalLM, layer: int, columns: Int[Tensor, " batch"], donors: Int[Tensor, " batch"]
 ) -> AbstractContextManager[None]:
-    """Exchange what a block writes at one token of each prompt between the prompts of a batch.
+    """Exchange the output of a block at one token of each prompt between the prompts of a batch.
 
     Args:
         model: the model, a GPT-2.

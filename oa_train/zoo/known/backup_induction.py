@@ -61,7 +61,7 @@ def build_backup_induction(seed: int = 0) -> KnownModel:
         wiring.match(layer, 0, [("letter", "before")])
         wiring.rest_on_first(layer, 0, hushed_by)
         wiring.copy(layer, 0, "token", "answer")
-        # It does the same and writes where nothing reads.
+        # It does the same, and writes where nothing reads.
         wiring.copy(layer, 1, "token", "rest", where=[("letter", "before")])
     add_decoder(wiring, 3)
     add_distractors(

@@ -77,7 +77,7 @@ def build_case_induction(seed: int = 0) -> KnownModel:
     wiring.copy(1, 0, "letter", "before", back=1)
     wiring.copy(2, 0, "token", "answer", where=[("letter", "before")])
     add_decoder(wiring, 2)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(0, 1, "token", "rest", back=1)
     wiring.copy(2, 1, "token", "rest", where=[("letter", "before")])
     add_distractors(

@@ -74,7 +74,7 @@ def build_digit_sum(seed: int = 0) -> KnownModel:
     add_table(wiring, 1, sums, ("token", "before"), "pair")
     wiring.copy(2, 0, "pair", "far", back=2)
     add_table(wiring, 3, sums, ("pair", "far"), "output", supported=True)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(2, 1, "pair", "rest", back=2)
     wiring.copy(3, 0, "token", "rest", back=1)
     add_distractors(

@@ -80,7 +80,7 @@ def build_pair_induction(seed: int = 0) -> KnownModel:
     wiring.copy(1, 1, "letter", "earlier", back=2)
     wiring.copy(2, 0, "token", "answer", where=[("letter", "before"), ("before", "earlier")])
     add_decoder(wiring, 2)
-    # It does the same and writes where nothing reads.
+    # It does the same, and writes where nothing reads.
     wiring.copy(2, 2, "token", "rest", where=[("letter", "before"), ("before", "earlier")])
     add_distractors(
         wiring,

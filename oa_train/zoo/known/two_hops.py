@@ -99,7 +99,7 @@ def build_two_hops(seed: int = 0) -> KnownModel:
     wiring.copy(1, 0, "upper", "hop", where=[("lower", "before")])
     wiring.copy(2, 0, "upper", "answer", where=[("hop", "before")])
     add_decoder(wiring, 3)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(1, 2, "upper", "rest", where=[("lower", "before")])
     wiring.copy(2, 2, "lower", "rest", back=1)
     add_distractors(
