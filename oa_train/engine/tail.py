@@ -21,7 +21,7 @@ from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.shapes import Float, Int, Tensor
 
-# Outputs of attention in a layer, for the starts that run through it: [start or 1, token or 1, d_model].
+# Maps a layer and the starts at or before it to the layer's attention outputs, [start or 1, token or 1, d_model].
 AttentionOutputs = Callable[[int, Sequence[int]], Tensor]
 
 
