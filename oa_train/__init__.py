@@ -1,7 +1,6 @@
 """Learned ablations and sparse circuit masks for Hugging Face transformers.
 
-Names are imported when they are first used, so that `import oa_train` is quick and imports neither torch nor
-Lightning.
+Names are imported when they are first used, so that `import oa_train` is quick and does not import torch or Lightning.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Artefacts: result folders of a JSON header with provenance, and of tensors in safetensors.
+"""Artefacts: result folders with a JSON header, provenance included, and tensors in safetensors.
 
     circuit/
         artefact.json        kind, schema version, header, provenance, checksums of header and tensors
@@ -36,7 +36,7 @@ MOST_HEADER_BYTES = 1 << 28  # room for the names of ten million kept neurons
 _RECORDED_PACKAGES = ("oa_train", "torch", "lightning", "transformers")
 
 # Schema of a value read from a file: a type (`object` for any value); a range of integers; [schema] for a list; a
-# tuple of alternatives; or a dict by key, where "key?" may be missing and `str` stands for all keys not named.
+# tuple of alternatives; or a dict by key, where "key?" may be missing and `str` means all keys that are not named.
 Schema = Any
 COUNT = range(1 << 53)
 SIZE = range(1, 1 << 31)
@@ -95,10 +95,10 @@ def _brief(value: object) -> str:
 def check_tensor(
     where: object, name: str, tensor: Tensor | None, shape: Sequence[int | None], *dtypes: torch.dtype
 ) -> None:
-    """Check a tensor read from a file; None in its shape stands for any size.
+    """Check a tensor read from a file; None in `shape` means any size.
 
     Raises:
-        ArtefactError: it is missing, of another shape or dtype, or not finite.
+        ArtefactError: the tensor is missing, has another shape or dtype, or is not finite.
     """
     if tensor is None:
         raise ArtefactError(f"{where} is damaged: it has no tensor {name!r}.")
@@ -122,7 +122,7 @@ class Artefact:
 
 
 def versions() -> dict[str, str]:
-    """Versions of python and of the packages that results depend on."""
+    """Versions of Python and of the packages on which results depend."""
     known = {"python": platform.python_version()}
     for package in _RECORDED_PACKAGES:
         try:
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    """Tensors as a safetensors file; copies, because safetensors refuses tensors that share memory."""
+    """Tensors as the bytes of a safetensors file; copied first, because it cannot hold tensors that share memory."""
     return save_safetensors({name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}, metadata)
 
 
@@ -164,7 +164,7 @@ def check_header(folder: object, kind: str, header: object, schema: Schema) -> N
 
 
 def load_artefact(folder: str | Path, kind: str, layout: int = ARTEFACT_VERSION) -> Artefact:
-    """Read a result folder of a kind and schema version; what its header must hold is left to `check_header`.
+    """Read a result folder of a kind and schema version; the contents of its header are left to `check_header`.
 
     Raises:
         ArtefactError: the folder is missing, damaged, or of another kind or version.
@@ -194,7 +194,7 @@ def read_document(folder: Path, kind: str) -> dict[str, Any]:
     """The parsed header file of a result folder, of any kind and version; messages call it a `kind`.
 
     Raises:
-        ArtefactError: it is missing, or not a JSON object of finite numbers.
+        ArtefactError: the file is missing, or not a JSON object whose numbers are finite.
     """
     path = folder / HEADER_FILE
     try:

@@ -14,20 +14,20 @@ TensorFunction = Callable[[Tensor], Tensor]
 # A span of all real tokens.
 WHOLE = "every"
 
-# Tokens beside or inside a named span, by what follows its name: `subject_last` is the last token of `subject`.
+# Suffixes for tokens in or next to a named span: `subject_last` is the last token of `subject`.
 _DERIVED = ("_first", "_last", "_next")
 
 
 @dataclass(frozen=True, eq=False)
 class TokenLayout:
-    """Positions of a padded batch's tokens, and which are real, protected, and in each span.
+    """Positions of a padded batch's tokens, and flags for those that are real, protected, and in each span.
 
     Attributes:
         positions: position of each token counted from its row's first real token; 0 at padding before it.
         real: True at real tokens, False at padding.
         protected: True at tokens that are never ablated.
         spans: tokens of each named span.
-        continued: True when tokens come before these, as with a key-value cache; spans may then be empty.
+        continued: True if other tokens precede these, as with a key-value cache; spans may then be empty.
     """
 
     positions: Int[Tensor, "row position"]
@@ -39,11 +39,11 @@ class TokenLayout:
     def span(self, name: str) -> Bool[Tensor, "row position"]:
         """Tokens of a span.
 
-        That is a named one, its first or last token or the one after it (`subject_first`, `subject_last`,
+        `name` is a named span, its first or last token or the one after it (`subject_first`, `subject_last`,
         `subject_next`), `-1` for each row's last real token, `-2` for the one before it, or `every` for all tokens.
 
         Raises:
-            TaskError: the prompts have no span of that name, or one of them has no token in it that may be ablated.
+            TaskError: the prompts have no span of that name, or one of them has no ablatable token in it.
         """
         base, derived = name, ""
         if name not in self.spans:
@@ -72,7 +72,7 @@ class TokenLayout:
         return inside
 
     def _derived(self, span: Bool[Tensor, "row position"], which: str) -> Bool[Tensor, "row position"]:
-        """The tokens of a span, its first, its last, or the one after its last."""
+        """The tokens of a span, or its first, its last or the one after its last."""
         columns = torch.arange(span.shape[1], device=span.device)
         if which == "_first":
             return span & (columns == span.long().argmax(dim=1, keepdim=True))
@@ -89,18 +89,18 @@ class Batch:
     Attributes:
         tokens: token ids; padded on the left or on the right.
         attention_mask: True at real tokens, False at padding.
-        scored: columns whose next-token predictions are scored, from left to right. A prompt with fewer than the
-            others repeats its last one.
+        scored: columns whose next-token predictions are scored, from left to right. A prompt with fewer columns than
+            the others repeats its last one.
         weights: weight of each scored position in the prompt's average; they sum to 1, and repetitions have 0.
         answers: ids of the correct next tokens, padded with -1.
-        distractors: ids of the wrong tokens that answers are compared with, padded with -1.
+        distractors: ids of the wrong tokens with which answers are compared, padded with -1.
         counterfactual_tokens: the counterfactual prompts, aligned with `tokens` token by token.
-        example_ids: number of each prompt within its stream.
-        padded: True when a row has padding; kept beside the mask to spare a device synchronisation.
-        protected: True at tokens that are never ablated: a beginning-of-sequence token that stands first. It is an
-            attention sink, whose outlier activations every later token relies on.
+        example_ids: index of each prompt within its stream.
+        padded: True if a row has padding; stored in addition to the mask to save a device synchronisation.
+        protected: True at tokens that are never ablated: a beginning-of-sequence token at the start. It is an
+            attention sink, on whose outlier activations every later token relies.
         spans: True at the tokens of each named span.
-        scored_from: no column left of this one is scored; 0 if it was not known without a synchronisation.
+        scored_from: no column to the left of this one is scored; 0 if it was not known without a synchronisation.
     """
 
     tokens: Int[Tensor, "batch position"]
@@ -117,7 +117,7 @@ class Batch:
     scored_from: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
-        # Elsewhere a number would cost a synchronisation, or does not exist, as of tensors of shapes alone.
+        # On other devices this would cost a synchronisation, and tensors on the meta device have no values.
         if type(self.scored) is Tensor and self.scored.is_cpu and self.scored.numel():
             self._set_scored_from(int(self.scored.min()))
 
@@ -134,7 +134,7 @@ class Batch:
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Real tokens of each prompt."""
+        """Number of real tokens of each prompt."""
         return self.attention_mask.sum(dim=1)
 
     @property
@@ -143,7 +143,7 @@ class Batch:
         return TokenLayout(self.positions, self.attention_mask, self.protected, self.spans)
 
     def average(self, values: Float[Tensor, "batch scored"]) -> Float[Tensor, " batch"]:
-        """Each prompt's mean of a figure over its scored positions."""
+        """Weighted mean of values over the scored positions of each prompt."""
         return (values * self.weights.to(values.dtype)).sum(dim=1)
 
     def _map(self, function: TensorFunction) -> "Batch":
@@ -159,18 +159,18 @@ class Batch:
         return mapped
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """Copy to a device; `example_ids`, which seed generators, stay on the CPU."""
+        """Copy to a device; `example_ids`, which seed generators, remain on the CPU."""
         ids = self.example_ids
         return self._map(lambda tensor: tensor if tensor is ids else tensor.to(device, non_blocking=non_blocking))
 
     def repeat(self, times: int) -> "Batch":
-        """Tile the batch: row `s * len(self) + b` is prompt `b`; `times` 1 returns the batch itself."""
+        """Tile the batch: row `s * len(self) + b` is prompt `b`; with `times` 1 this is the batch itself."""
         if times == 1:
             return self
         return self._map(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
 
     def rows(self, chosen: slice | Bool[Tensor, " batch"]) -> "Batch":
-        """Some of the rows, padded as before: a slice of them, or those with a flag."""
+        """Some of the rows, with their padding: a slice of them, or those whose flag is True."""
         return self._map(lambda tensor: tensor[chosen])
 
     def pieces(self, most: int) -> "Iterator[Batch]":
@@ -198,7 +198,7 @@ def unanswered(
     attention_mask: Bool[Tensor, "batch position"],
     protected: Bool[Tensor, "batch position"] | None = None,
 ) -> Batch:
-    """A batch of prompts without answers, each scored at its last real token; padded on either side."""
+    """A batch of prompts without answers, each scored at its last real token; padding may be on either side."""
     n_rows, width = tokens.shape
     columns = torch.arange(width, device=tokens.device)
     none = torch.full((n_rows, 1, 1), -1, device=tokens.device)
@@ -219,9 +219,9 @@ def unanswered(
 def leading_tokens(
     tokens: Int[Tensor, "row position"], positions: Int[Tensor, "row position"], token_id: int | None
 ) -> Bool[Tensor, "row position"]:
-    """True at a row's first real token if it is `token_id`, such as a beginning-of-sequence token; never for None.
+    """True at a row's first real token if that is `token_id`, such as a beginning-of-sequence token; never for None.
 
-    Padding to its left also has position 0, and is True if it has the same id.
+    Padding to its left also has position 0, so it is True as well if it has the same id.
     """
     if token_id is None:
         return torch.zeros_like(tokens, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Checks of options, each with one wording."""
+"""Checks of options, each with the same wording everywhere."""
 
 from collections.abc import Collection
 
@@ -6,7 +6,7 @@ from oa_train.errors import ConfigurationError, suggestion
 
 
 def check_at_least(least: float, **options: float | None) -> None:
-    """Check that options are at least `least`; those that are None are not checked.
+    """Check that options are at least `least`; None is allowed.
 
     Raises:
         ConfigurationError: an option is less, or NaN.
@@ -17,10 +17,10 @@ def check_at_least(least: float, **options: float | None) -> None:
 
 
 def check_positive(**options: float | None) -> None:
-    """Check that options are more than 0; those that are None are not checked.
+    """Check that options are more than 0; None is allowed.
 
     Raises:
-        ConfigurationError: an option is not.
+        ConfigurationError: an option is not more than 0.
     """
     for name, value in options.items():
         if value is not None and not value > 0:
@@ -31,7 +31,7 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Check that a value is one of the choices.
 
     Raises:
-        ConfigurationError: it is not; the message names all, and the nearest ones.
+        ConfigurationError: it is not; the message names all choices, and the nearest ones.
     """
     if value not in choices:
         near = suggestion(str(value), choices)

@@ -1,4 +1,4 @@
-"""Files and folders: written whole or not at all, and claimed by one process."""
+"""Files and folders that are written completely or not at all, and claimed by one process."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from oa_train.errors import ArtefactError, RunError
 
 
 def make_next_folder(parent: Path, prefix: str) -> Path:
-    """Make `<parent>/<prefix>_<N>` with the first number that is free; two processes never get the same.
+    """Make `<parent>/<prefix>_<N>` with the first free number; two processes never get the same one.
 
     Raises:
         RunError: the folder cannot be made.
@@ -35,7 +35,7 @@ def write_synced(path: Path, content: bytes) -> None:
     """Write a file and wait until it is on the disk.
 
     Raises:
-        OSError: it cannot be written; the error names the file, which the system does only when it cannot be opened.
+        OSError: it cannot be written; the error names the file, which the system does only if it cannot be opened.
     """
     try:
         with path.open("wb") as file:
@@ -48,10 +48,10 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole: readers, and a later start after a crash, see the old content or the new, never a part.
+    """Write a file atomically: readers, even after a crash, see the old content or the new one, never a part of it.
 
     Raises:
-        OSError: it cannot be written; the error names the file, and the old one is as it was.
+        OSError: it cannot be written; the error names the file, and the old content is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file whole; NaN is refused because it is not JSON."""
+    """Write a JSON file atomically; NaN is refused, because it is not JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, (json.dumps(document, indent=2, allow_nan=False) + "\n").encode())
 
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that `write_json` wrote.
 
     Raises:
-        ArtefactError: it cannot be read, or holds no mapping.
+        ArtefactError: the file cannot be read, or does not hold a mapping.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -1,10 +1,10 @@
-"""Ablations of plain activations, tensors or nested lists, without a model.
+"""Ablations of plain activations (tensors or nested lists), without a model.
 
     ablated = mean_ablation(activations, activations.mean(0), [3, 17])
     effect = compute_ablation_effect(activations, ablated)
 
-Activations are [batch, units]; further leading dimensions are allowed. Tensors give tensors of the same dtype and
-device, nested lists give nested lists of floats, computed in float64. The input is never changed.
+Activations are [batch, units]; further leading dimensions are allowed. For tensors the result is a tensor of the same
+dtype and device; for nested lists it is nested lists of floats, computed in float64. The input is never changed.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import torch
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Tensor
 
-# A tensor, or nested lists of numbers; not checked by annotation, so that users get our messages.
+# A tensor, or nested lists of numbers; not checked by annotations, so that users get our messages.
 Activations = Any
 
 # Integers, in a sequence or a tensor.
@@ -26,7 +26,7 @@ def zero_ablation(activations: Activations, neurons_to_ablate: Indices) -> Activ
     """Activations [batch, units] with the chosen units set to zero.
 
     Raises:
-        ConfigurationError: as of `mean_ablation`.
+        ConfigurationError: as in `mean_ablation`.
     """
     values = _tensor("activations", activations)
     return _replaced(activations, values, torch.zeros_like(values), neurons_to_ablate)
@@ -41,18 +41,18 @@ def mean_ablation(activations: Activations, mean_activations: Activations, neuro
         neurons_to_ablate: indices of units, from 0 to units - 1, each once.
 
     Raises:
-        ConfigurationError: shapes that do not fit, values that are no numbers, or indices that are out of range,
-            negative or given twice.
+        ConfigurationError: shapes do not match, values are not numbers, or indices are out of range, negative or
+            given twice.
     """
     values = _tensor("activations", activations)
     return _replaced(activations, values, _per_unit("mean_activations", mean_activations, values), neurons_to_ablate)
 
 
 def optimal_ablation(activations: Activations, constants: Activations, neurons_to_ablate: Indices) -> Activations:
-    """Activations [batch, units] with the chosen units set to constants [units], see `optimal_constants`.
+    """Activations [batch, units] with the chosen units set to constants [units]; see `optimal_constants`.
 
     Raises:
-        ConfigurationError: as of `mean_ablation`.
+        ConfigurationError: as in `mean_ablation`.
     """
     values = _tensor("activations", activations)
     return _replaced(activations, values, _per_unit("constants", constants, values), neurons_to_ablate)
@@ -68,13 +68,13 @@ def resample_ablation(
 
     Args:
         activations: [batch, units].
-        neurons_to_ablate: as of `mean_ablation`.
-        other: activations of the same shape to take from, row by row. By default rows of the batch itself, at least
-            two, each from another row (a random cycle through all of them).
-        seed: of the cycle.
+        neurons_to_ablate: as in `mean_ablation`.
+        other: activations of the same shape from which values are taken, row by row. By default each row takes those
+            of another row of the batch, which needs at least two (a random cycle through all of them).
+        seed: seed of the cycle.
 
     Raises:
-        ConfigurationError: as of `mean_ablation`, or the batch has one row and `other` is not given.
+        ConfigurationError: as in `mean_ablation`; or the batch has one row and `other` is not given.
     """
     values = _tensor("activations", activations)
     if other is not None:
@@ -99,10 +99,10 @@ def noise_ablation(
     neurons_to_ablate: Indices,
     seed: int = 0,
 ) -> Activations:
-    """Activations [batch, units] with the chosen units drawn from Gaussians of these means and deviations [units].
+    """Activations [batch, units] with the chosen units drawn from Gaussians with these means and deviations [units].
 
     Raises:
-        ConfigurationError: as of `mean_ablation`, or a standard deviation is negative.
+        ConfigurationError: as in `mean_ablation`; or a standard deviation is negative.
     """
     values = _tensor("activations", activations)
     deviations = _per_unit("standard_deviations", standard_deviations, values)
@@ -120,19 +120,19 @@ def optimal_constants(
     steps: int = 200,
     learning_rate: float = 0.01,
 ) -> Activations:
-    """Constants [units] that minimise the loss of the ablated activations, by Adam from the batch's means.
+    """Constants [units] that minimise the loss of the ablated activations, trained with Adam from the batch's means.
 
-    The best constants seen are returned, so their loss is never above that of the means (Li & Janson 2024).
+    The best constants found are returned, so their loss is never above that of the means (Li & Janson 2024).
 
     Args:
         activations: [batch, units].
-        loss: a differentiable function of ablated activations, a scalar tensor.
-        neurons_to_ablate: as of `mean_ablation`. Constants of other units are the means.
-        steps: of Adam.
-        learning_rate: of Adam.
+        loss: a differentiable function from ablated activations to a scalar tensor.
+        neurons_to_ablate: as in `mean_ablation`. Constants of other units are the means.
+        steps: number of steps of Adam.
+        learning_rate: learning rate of Adam.
 
     Raises:
-        ConfigurationError: as of `mean_ablation`.
+        ConfigurationError: as in `mean_ablation`.
     """
     values = _tensor("activations", activations).detach()
     means = values.reshape(-1, values.shape[-1]).mean(dim=0)
@@ -152,10 +152,10 @@ def optimal_constants(
 
 
 def compute_ablation_effect(original: Activations, ablated: Activations) -> Any:
-    """Euclidean (L2) norm of the difference of two activations of one shape: a float for lists, else a tensor.
+    """Euclidean (L2) norm of the difference of two activations of the same shape: a float for lists, else a tensor.
 
     Raises:
-        ConfigurationError: the shapes differ, or values are no numbers.
+        ConfigurationError: the shapes differ, or values are not numbers.
     """
     before, after = _tensor("original", original), _tensor("ablated", ablated)
     if before.shape != after.shape:
@@ -201,7 +201,7 @@ def _tensor(name: str, values: Activations) -> Tensor:
             tensor = torch.tensor(values, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError) as problem:
             raise ConfigurationError(
-                f"{name} is no array of numbers: {problem}. Expected a tensor, or nested lists of equal lengths."
+                f"{name} is not an array of numbers: {problem}. Expected a tensor, or nested lists of equal lengths."
             ) from problem
     if tensor.dim() == 0:
         raise ConfigurationError(f"{name} is a single number; expected [batch, units].")

@@ -9,19 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
-# Counts passes that are done.
+# Counts finished passes.
 Advance = Callable[[int], None]
 
-# A pass that a gradient goes back through takes about as long as two.
+# A pass with a backward pass takes about as long as two without.
 WITH_GRADIENTS = 2
 
-# Seconds between two lines on the progress of long work, where output goes to a file.
+# Seconds between two progress lines if output goes to a file.
 BETWEEN_LINES = 60.0
 
-# Seconds of work before its duration is estimated, and of an estimate that is worth saying.
+# Seconds of work before its duration is estimated, and the shortest estimate that is shown.
 MEASURED, WORTH_SAYING = 1.0, 10.0
 
-# Share of a stage after which its own pace counts for the rest of it, and no longer that of all stages so far.
+# Share of a stage after which its remaining time is estimated from its own pace instead of that of all stages so far.
 PACED = 0.05
 
 T = TypeVar("T")
@@ -39,21 +39,21 @@ class Track:
     """Shows the stages of some work. This one shows nothing; subclasses override `__call__` and `say`.
 
     Attributes:
-        stages: those that are known in advance.
+        stages: the stages that are known in advance.
     """
 
     stages: Sequence[Stage] = ()
 
     @contextmanager
     def __call__(self, passes: int, description: str) -> Iterator[Advance]:
-        """A stage, for the length of the context, which gives the function that counts its passes."""
+        """Show a stage for the duration of the context, which yields the function that counts its passes."""
         yield lambda done: None
 
     def say(self, line: str) -> None:
         """Show a line."""
 
     def planned(self, stages: Sequence[Stage]) -> "Track":
-        """The same, for work of these stages: they are numbered, and it is said how long all of them take."""
+        """This track for work with these stages: they are numbered, and their total duration is estimated."""
         return _Planned(self, stages)
 
 
@@ -61,7 +61,7 @@ silent = Track()
 
 
 class _Planned(Track):
-    """Numbers the stages of a plan, and says how long it takes once that can be told, and when that has changed."""
+    """Numbers the stages of a plan, and shows its estimated duration as soon as it is known and when it changes."""
 
     def __init__(self, shown: Track, stages: Sequence[Stage]) -> None:
         self._shown, self.stages = shown, list(stages)
@@ -110,7 +110,7 @@ def counted(track: Track, items: Sequence[T], description: str) -> Iterator[T]:
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: "40 s", "4 min", "2 h 10 min"."""
+    """A duration in words: "40 s", "4 min", "2 h 10 min"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{round(seconds)} s"

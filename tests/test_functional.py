@@ -95,7 +95,7 @@ def test_the_effect_is_the_norm_of_the_difference() -> None:
         (lambda: F.zero_ablation(ROWS, [1, 1]), "names 1 twice"),
         (lambda: F.zero_ablation(ROWS, [1.5]), "holds 1.5; expected indices"),
         (lambda: F.zero_ablation(ROWS, [True]), "holds True; expected indices"),
-        (lambda: F.zero_ablation([[1.0], [1.0, 2.0]], [0]), "activations is no array of numbers"),
+        (lambda: F.zero_ablation([[1.0], [1.0, 2.0]], [0]), "activations is not an array of numbers"),
         (lambda: F.zero_ablation(3.0, [0]), "activations is a single number"),
         (lambda: F.mean_ablation(ROWS, [1.0], [0]), r"mean_activations has the shape \[1\]; expected \[3\]"),
         (lambda: F.noise_ablation(ROWS, MEANS, [1.0, -1.0, 0.0], [0]), "standard_deviations holds -1.0"),

@@ -14,7 +14,7 @@ from oa_train.progress import Advance, Track, silent
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.tasks.task import Task
 
-# Prompts that are enough to tell whether a model can do a task.
+# Number of prompts that suffices to tell whether a model can do a task.
 ENOUGH = 64
 
 # A model that prefers the answer to the wrong ones on a smaller share of prompts cannot do the task: guessing is 0.5.
@@ -27,7 +27,7 @@ class Ability:
 
     Attributes:
         accuracy: share of the scored positions at which the top token is an answer.
-        logit_difference: log odds of the answers against the wrong ones, or against all other tokens without any.
+        logit_difference: log odds of the answers against the wrong ones, or, if there are none, against all others.
         top: id of the top token at the last scored position.
         has_distractors: the prompts have wrong answers.
     """
@@ -39,7 +39,7 @@ class Ability:
 
     @property
     def estimates(self) -> dict[str, Estimate]:
-        """Means with intervals, which take two prompts at least."""
+        """Means with intervals, which need at least two prompts."""
         return {
             "accuracy": estimate(self.accuracy, is_share=True),
             "logit_difference": estimate(self.logit_difference),
@@ -47,12 +47,12 @@ class Ability:
 
     @property
     def preferred(self) -> float:
-        """Share of prompts at which answers are likelier than wrong ones."""
+        """Share of prompts on which the answers are more probable than the wrong ones."""
         return float((self.logit_difference > 0).double().mean())
 
     @property
     def warning(self) -> str | None:
-        """A sentence for people if the model cannot do the task."""
+        """A warning for the user if the model cannot do the task, else None."""
         share = self.preferred if self.has_distractors else float(self.accuracy.mean())
         if share >= ABLE_FROM:
             return None
@@ -94,7 +94,7 @@ def clean_ability(model: CausalLM, batches: Iterable[Batch], advance: Advance = 
 
 
 def ability_before_training(model: CausalLM, task: Task, track: Track = silent) -> list[str]:
-    """Sentences for people before a training: remarks on its prompts, and how well the model does."""
+    """Lines for the user before training: remarks on the task's prompts, and how well the clean model does on them."""
     n_prompts = min(task.n_validation, ENOUGH)
     with track(n_prompts, "clean model on validation prompts") as advance:
         ability = clean_ability(model, task.batches("validation", n_prompts), advance)

@@ -77,7 +77,7 @@ def ascend(
     loss: Loss = "kl",
     advance: Advance = lambda done: None,
 ) -> Ascended:
-    """Raise the mean loss on some prompts by changing mask entries, which stay in [0, 1] and are the same for all.
+    """Maximise the mean loss on some prompts over mask entries in [0, 1] that are the same for all prompts.
 
     A step adds `step_size` times the sign of the gradient, and clamps to [0, 1]. The worst mask of all steps is kept,
     so its loss is never below that of the start. Without steps the starts are evaluated as they are.
@@ -88,7 +88,7 @@ def ascend(
     ablation, clean, n_prompts = ablation.to(model.device), CleanLogits(model), sum(map(len, batches))
 
     def losses_and_gradient(masks: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor]:
-        """Mean loss of each mask over all prompts, and its gradient, or zeros without."""
+        """Mean loss of each mask over all prompts, and its gradient, or zeros if no gradients are wanted."""
         totals, gradient = masks.new_zeros(len(masks)), torch.zeros_like(masks)
         for batch in batches:
             runs = pieces(model, batch, clean(batch), level, masks, settings.rows_per_run, gradients=True)

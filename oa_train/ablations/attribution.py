@@ -28,9 +28,9 @@ def mask_gradients(
 ) -> Float[Tensor, "prompt entry"]:
     """Gradient of each prompt's loss with respect to the mask at the clean model, on the CPU.
 
-    Minus the gradient is the first-order effect of ablating an entry: attribution patching (Nanda, 2023), and of edges
-    edge attribution patching (Syed et al., 2023), for replacements of any ablation. The KL divergence from the clean
-    model is at its minimum there, so its gradient is zero and uninformative.
+    Minus the gradient is the first-order effect of ablating an entry: attribution patching (Nanda, 2023) and, for
+    edges, edge attribution patching (Syed et al., 2023), with the replacements of any ablation. The KL divergence from
+    the clean model has its minimum there, so its gradient is zero and uninformative.
 
     The batches are on any device; a model run has `rows_per_run` prompts at most, which bounds memory and changes no
     result. `advance` counts passes.

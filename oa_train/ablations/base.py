@@ -15,7 +15,7 @@ ValuesOf = Callable[[Batch], Values]
 class Ablation(ABC):
     """Supplies the replacements of a model's units on any prompts.
 
-    The replacements on a prompt depend on the prompt and its number alone, never on the other prompts of a batch or on
+    The replacements on a prompt depend on the prompt and its index alone, never on the other prompts of a batch or on
     earlier calls.
     """
 
@@ -29,7 +29,7 @@ class Ablation(ABC):
 
 
 def replacements_of_copies(ablations: Sequence[Ablation], batch: Batch, copies: int, values_of: ValuesOf) -> Values:
-    """Replacements for the copies of a batch that `Batch.repeat` makes, from one ablation for all or one for each."""
+    """Replacements for the copies that `Batch.repeat` makes of a batch, from one ablation for all or one for each."""
     if len(ablations) == 1:
         return ablations[0].replacements(batch, values_of).repeat(copies)
     return side_by_side([ablation.replacements(batch, values_of) for ablation in ablations], len(batch))

@@ -8,12 +8,12 @@ from oa_train.models.levels import Level
 from oa_train.models.sites import Site
 from oa_train.shapes import Bool, Float, Tensor
 
-# Units that each circuit replaces, for each span with a slot of its own.
+# Units that each circuit replaces, for each span that has its own slot.
 Replaced = dict[Site, Bool[Tensor, "circuit span_or_1 unit"]]
 
 
 class BestConstants(nn.Module):
-    """The constants with the lowest loss so far of each circuit, as buffers that are stored in checkpoints.
+    """The constants with the lowest loss so far for each circuit, as buffers that are stored in checkpoints.
 
     There is a set of tables for each circuit, or one set for all if no two circuits replace the same unit.
 
@@ -34,7 +34,7 @@ class BestConstants(nn.Module):
 
     @torch.no_grad()
     def offer(self, tables: TrainableConstants, loss: Float[Tensor, " circuit"]) -> None:
-        """Keep the constants of every circuit whose loss is lower than before; NaN never is."""
+        """Keep the constants of every circuit whose loss is lower than before; a NaN never is."""
         offered = tables.by_site()
         for circuit in (loss.to(self.loss.device) < self.loss).nonzero().flatten().tolist():
             for site, best in self._tables().items():
@@ -57,7 +57,7 @@ class BestConstants(nn.Module):
 
 
 def replaced_slots(level: Level, masks: Bool[Tensor, "circuit entry"], slots: Slots) -> Replaced:
-    """Units that each circuit replaces, for each span with a slot of its own."""
+    """Units that each circuit replaces, for each span that has its own slot."""
     replaced = level.replaced(masks)
     if slots.positions == 1:
         return replaced

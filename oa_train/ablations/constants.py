@@ -1,7 +1,7 @@
 """Constants: replacements that do not depend on the prompt.
 
-Zero, mean and optimal ablation differ in their numbers alone. Those of an optimal ablation are trained to keep the
-ablated model as close as possible to the clean one (Li & Janson, 2024).
+Zero, mean and optimal ablation differ only in the values of the constants. Those of an optimal ablation are trained to
+keep the ablated model as close as possible to the clean one (Li & Janson, 2024).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,8 +41,8 @@ class Slots:
 
     Attributes:
         positions: 1 pools all positions. P > 1 gives a slot to each of the positions 0 to P - 2, and one to all later
-            positions; positions count from a prompt's first real token.
-        spans: spans of the entries that are ablated, each with a slot if positions are pooled; None stands for entries
+            positions; positions are counted from a prompt's first real token.
+        spans: spans of the entries that are ablated, each with a slot if positions are pooled; None denotes entries
             that apply at every token.
     """
 
@@ -68,7 +68,7 @@ class Constants(Ablation):
         tables: constants by site.
         slots: which tokens share a constant.
         provenance: model, task and run that they come from, as plain data; `bos_token_id` is the token that is
-            protected if it stands first.
+            protected at the start of a prompt.
     """
 
     tables: Tables
@@ -77,17 +77,17 @@ class Constants(Ablation):
 
     @classmethod
     def zeros(cls, level: Level, positions: int = 1) -> "Constants":
-        """Zero ablation: every replacement is zero; an MLP loses its output bias as well."""
+        """Zero ablation: every replacement is zero, so an MLP loses its output bias as well."""
         slots = Slots(positions, level.spans)
         return cls({site: torch.zeros(len(slots), *shape) for site, shape in level.sites.items()}, slots)
 
     @property
     def n_positions(self) -> int:
-        """Number of positions with a slot of their own; 1 if they are pooled."""
+        """Number of positions with their own slots; 1 if they are pooled."""
         return self.slots.positions
 
     def with_positions(self, positions: int) -> "Constants":
-        """The same constants for more positions, where the further ones copy the last one.
+        """The same constants for more positions; the additional ones copy the last one.
 
         Raises:
             ConfigurationError: `positions` is smaller than `n_positions`, or there are several spans.
@@ -100,7 +100,7 @@ class Constants(Ablation):
                 f"{positions}; give at least as many."
             )
         if len(self.slots.spans) > 1:
-            raise ConfigurationError("Constants of several spans cannot be told apart by position as well.")
+            raise ConfigurationError("Constants of several spans cannot also differ by position.")
         further = positions - self.n_positions
         wider = self.mapped(lambda table: torch.cat([table, *[table[-1:]] * further]))
         return replace(wider, slots=replace(self.slots, positions=positions))
@@ -114,16 +114,16 @@ class Constants(Ablation):
         return self.mapped(lambda table: table.detach().clone())
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "Constants":
-        """The same with a function applied to every table."""
+        """A copy with a function applied to every table."""
         return replace(self, tables={site: function(table) for site, table in self.tables.items()})
 
     def of_level(self, level: Level) -> "Constants":
-        """The constants of a level's sites alone; raises `ArtefactError` if they lack some, see `check_fits`."""
+        """The constants of a level's sites alone; raises `ArtefactError` if some are missing, see `check_fits`."""
         self.check_fits(level)
         return replace(self, tables={site: self.tables[site] for site in level.sites})
 
     def check_fits(self, level: Level) -> None:
-        """Check that every unit of a level has a constant of its width; raises `ArtefactError` if one has not."""
+        """Check that every unit of a level has a constant of its width; raises `ArtefactError` if not."""
         for site, shape in level.sites.items():
             if site not in self.tables:
                 raise ArtefactError(f"The constants lack the site {site.key}; they have {_listed(self.tables)}.")
@@ -165,12 +165,12 @@ class Constants(Ablation):
         return cls(tables, slots, header["provenance"])
 
     def replacements(self, batch: Batch, values_of: ValuesOf | None = None) -> Values:
-        """The constants for the tokens of a batch, with gradients to them; no model is run."""
+        """The constants at the tokens of a batch, with gradients to them; no model is run."""
         del values_of
         return self.at(batch.positions)
 
     def at(self, positions: Int[Tensor, "row position"]) -> Values:
-        """The constants for tokens at these positions, with gradients to them."""
+        """The constants at tokens of these positions, with gradients to them."""
         tables = {site: table.unsqueeze(0) for site, table in self.tables.items()}
         return Values(tables, self.slots.of_tokens(positions))
 

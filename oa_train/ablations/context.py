@@ -25,7 +25,7 @@ Spans = Mapping[str, Bool[Tensor, "row position"]]
 
 @contextmanager
 def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Spans | None = None) -> Iterator[CausalLM]:
-    """Run a model as a circuit inside the context: all entries that it does not keep are replaced by constants.
+    """Run a model as a circuit inside the context: entries that the circuit does not keep are replaced by constants.
 
     Anything may call the model, including `generate` with its key-value cache. At tokens that `generate` adds, only
     entries without a span are replaced. The model is restored afterwards, even after an exception.
@@ -33,13 +33,13 @@ def ablated(model: CausalLM, circuit: Circuit, constants: Constants, spans: Span
     Args:
         model: frozen causal language model.
         circuit: the entries that are kept.
-        constants: replacements of the others; their provenance names the token that is protected if it stands first.
+        constants: replacements of the others; their provenance names the token that is protected at the start.
         spans: tokens of the spans in the circuit's entries, for the prompts that the model is called with; not needed
             for `-1`, the last token of each prompt.
 
     Raises:
         ModelError: the family is not in the table, or the model is compiled as a whole.
-        ArtefactError: circuit or constants belong to another model.
+        ArtefactError: the circuit or the constants belong to another model.
         ConfigurationError: a call has no token ids, or asks for hidden states of a circuit of edges.
         TaskError: a span is missing, or overlaps another span of the same unit.
     """
@@ -109,7 +109,7 @@ class _Calls:
 
 
 def _in_place_of(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method as a function with the signature of the original."""
+    """The method wrapped in a function with the signature of the original."""
 
     @wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -143,7 +143,7 @@ def _tokens_and_positions(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, in
 
 
 def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None) -> None:
-    """Refuse a circuit, or constants, of another model with an `ArtefactError`."""
+    """Raise an `ArtefactError` if the circuit or the constants belong to another model."""
     own = circuit.level.of_model(model.config)
     if circuit.level != own:
         raise ArtefactError(
@@ -156,7 +156,7 @@ def check_belongs(model: CausalLM, circuit: Circuit, constants: Constants | None
 
 
 def check_fingerprint(model: CausalLM, belonging: str, provenance: Mapping[str, Any]) -> None:
-    """Refuse the provenance of an artefact of another model with an `ArtefactError` that begins with `belonging`."""
+    """Raise an `ArtefactError` that begins with `belonging` if the provenance is that of another model."""
     wanted = provenance.get("fingerprint")
     if wanted is not None and wanted != fingerprint(model):
         name = provenance.get("model", "another model")

@@ -1,4 +1,4 @@
-"""Conversion of circuits and constants from layout 1, which had heads and MLPs only, to the current one."""
+"""Conversion of circuits and constants from layout 1, which had heads and MLPs only, to the current layout."""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def convert(old: Path, new: Path) -> Path:
     """Convert a circuit or constants of layout 1 into a new folder; the old folder stays as it is.
 
     Raises:
-        ArtefactError: the old folder is not of that layout, or the new one exists.
-        ModelError: the model, whose sizes are needed, cannot be reached.
+        ArtefactError: the old folder does not have that layout, or the new one exists.
+        ModelError: the model, whose sizes are needed, cannot be loaded.
     """
     inside = sorted(str(path.parent) for path in old.glob(f"*/{HEADER_FILE}"))
     if inside and not (old / HEADER_FILE).exists():

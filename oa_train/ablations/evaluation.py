@@ -19,20 +19,20 @@ from oa_train.models.levels import Level
 from oa_train.progress import Advance
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-# Most memory of clean logits that are kept to be used again.
+# Most bytes of clean logits that are kept for reuse.
 CLEAN_BYTES = 2**30
 
 
 @dataclass(frozen=True, eq=False)
 class Behaviour:
-    """Measures of every circuit on every prompt, averaged over the prompt's scored positions, on the CPU.
+    """Metrics of every circuit on every prompt, averaged over the prompt's scored positions, on the CPU.
 
     Attributes:
         kl: KL divergence from the clean model, in nats.
         accuracy: share of the scored positions whose top token is an answer.
         logit_difference: log odds of the answers against the distractors, in nats.
         cross_entropy: minus the log probability of the answers, in nats.
-        identities: of each prompt, equal for prompts of the same tokens.
+        identities: a hash of each prompt, equal for prompts with the same tokens.
     """
 
     kl: Float[Tensor, "circuit prompt"]
@@ -42,15 +42,15 @@ class Behaviour:
     identities: Int[Tensor, " prompt"] | None = None
 
     def loss(self, name: Loss) -> Float[Tensor, "circuit prompt"]:
-        """Loss of that name; see `metrics.measures.loss_of`."""
+        """The loss with that name; see `metrics.measures.loss_of`."""
         values: Tensor = getattr(self, name)
         return LOSS_SIGNS[name] * values
 
 
 class CleanLogits:
-    """Clean logits of batches at their scored positions, on the CPU; those of a batch are computed once.
+    """Clean logits of batches at their scored positions, on the CPU, computed once for each batch.
 
-    Beyond `most_bytes` they are computed anew each time.
+    Beyond `most_bytes` they are computed again each time.
     """
 
     def __init__(self, model: CausalLM, most_bytes: int = CLEAN_BYTES) -> None:
@@ -59,7 +59,7 @@ class CleanLogits:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Float[Tensor, "row scored vocabulary"]:
-        """Logits of a batch, which is on any device."""
+        """Logits of a batch, which may be on any device."""
         if batch in self._kept:
             return self._kept[batch]
         logits = scored_logits(self._model, batch.to(self._model.device)).cpu()
@@ -86,10 +86,10 @@ def circuit_behaviour(
         batches: prompts, on any device.
         level: level of the masks.
         masks: a circuit in each row; false entries are ablated, and numbers in [0, 1] mix.
-        ablations: ablation of each circuit, or one for all.
+        ablations: the ablation of each circuit, or one for all.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
-        clean: clean logits of the batches, where the same ones are evaluated again.
-        advance: counts the rows that are done.
+        clean: cache of clean logits, for when the same batches are evaluated again.
+        advance: counts finished rows.
     """
     clean, values_of = clean or CleanLogits(model), partial(read_values, model, level=level)
     ablations, results = [ablation.to(model.device) for ablation in ablations], []

@@ -30,7 +30,7 @@ from oa_train.progress import WITH_GRADIENTS, Advance, Track, silent
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
 
-# Relative decrease of the loss that counts as an improvement.
+# Least relative decrease of the loss that counts as an improvement.
 NOTICEABLE = 0.01
 
 
@@ -42,7 +42,7 @@ class RefitSettings:
         steps: steps of Adam; 0 keeps the best of the initial constants.
         batch_size: prompts of a step, shared by all circuits.
         learning_rate: Adam's initial learning rate, with cosine decay to zero.
-        evaluate_every: steps from one evaluation on the validation prompts to the next; the best constants are kept.
+        evaluate_every: steps between evaluations on the validation prompts; the best constants are kept.
         patience: evaluations in a row that lower a circuit's loss by less than 1 %, after which the training of its
             constants stops; 0 never stops early.
         rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
@@ -88,7 +88,7 @@ class FittedCircuits(nn.Module):
 
     @property
     def has_constants(self) -> bool:
-        """True if a circuit replaces any unit: its constants are trained."""
+        """True if a circuit replaces any unit, so that there are constants to train."""
         return any(table.requires_grad for table in self.constants.parameters())
 
     def candidate(self, constants: Constants) -> TrainableConstants:
@@ -97,7 +97,7 @@ class FittedCircuits(nn.Module):
         return TrainableConstants(sets).to(self.constants.device).requires_grad_(False)
 
     def runs(self, model: CausalLM, batch: Batch, circuits: Sequence[int] | None = None) -> Iterator["CircuitRun"]:
-        """Model runs of a step of all circuits, or of some, on a batch, each within `rows_per_run` and memory."""
+        """Model runs of one step of all or some circuits on a batch, each within `rows_per_run` rows and memory."""
         circuits = range(len(self.masks)) if circuits is None else circuits
         masks = self.masks[[*circuits]]
         for piece, slices in chunks(model, self.level, batch, masks, self.rows_per_run, gradients=True):
@@ -166,7 +166,7 @@ def fit_constants(
         settings: steps, learning rate and so on; circuits that replace nothing are not trained.
         loss: name of the loss.
         others: alternatives, such as zeros or means, that are kept for a circuit if they do better on the validation
-            prompts, so that there the result is never worse.
+            prompts, so the result is never worse on those prompts.
         track: progress.
         description: text of the progress bar.
 
@@ -187,7 +187,7 @@ def fit_constants(
             advance(more)
 
         _fit(model, task, fitted, settings, others, count)
-        advance(passes - done)  # of circuits whose training stopped early
+        advance(passes - done)  # passes of circuits whose training stopped early
     return FittedConstants(fitted.best.sets(), fitted.best.loss.cpu())
 
 
@@ -215,7 +215,7 @@ def _fit(
     active = [*range(len(fitted.masks))]
 
     def offer(tables: TrainableConstants) -> Float[Tensor, " circuit"]:
-        """Offer constants of the active circuits, and return the best loss of all circuits before."""
+        """Offer these constants for the active circuits; returns each circuit's best loss before the offer."""
         before, loss = fitted.best.loss.cpu(), torch.full_like(stagnation, torch.inf, dtype=torch.float)
         masks, sets = fitted.masks[active], tables.sets(active)
         behaviour = circuit_behaviour(
@@ -237,7 +237,7 @@ def _fit(
         total = torch.zeros(len(fitted.masks), device=model.device)
         for run in fitted.runs(model, batch, active):
             losses = run.losses()
-            # A sum over circuits: each circuit's gradient is that of its own mean, however many run beside it.
+            # A sum over circuits: each circuit's gradient is that of its own mean, however many run together.
             losses.sum().backward()
             total[run.circuits] += losses.detach()
             advance(WITH_GRADIENTS * len(losses) * len(run.batch))

@@ -1,4 +1,4 @@
-"""Streaming means of units' values, the same however the data are split.
+"""Streaming means of units' values, independent of how the data are split.
 
 Sums in float64 are kept with counts, so the order of batches changes the last bits at most.
 """
@@ -21,8 +21,8 @@ class StreamingMeans:
     """Sums of units' values in each slot, over all tokens so far.
 
     Attributes:
-        sums: by site, [slot, unit, width], float64.
-        counts: tokens summed in each slot, [slot].
+        sums: sums by site, [slot, unit, width], float64.
+        counts: number of tokens summed in each slot, [slot].
     """
 
     def __init__(self, slots: Slots | None = None) -> None:
@@ -48,7 +48,7 @@ class StreamingMeans:
     def _tokens_of_slots(
         self, batch: Batch, counted: Bool[Tensor, "batch position"]
     ) -> Iterable[tuple[Bool[Tensor, "batch position"], Int[Tensor, " token"]]]:
-        """Tokens that are summed, and the slot of each; a token in several spans occurs once for each."""
+        """The tokens that are summed, and the slot of each; a token in several spans occurs once for each span."""
         if self.slots.positions > 1:
             yield counted, batch.positions[counted].clamp(max=self.slots.positions - 1)
             return
@@ -57,13 +57,13 @@ class StreamingMeans:
             yield inside, torch.full((int(inside.sum()),), number, device=inside.device)
 
     def means(self) -> Constants:
-        """Means as constants; a position without tokens takes the mean of the nearest one before it, or 0."""
+        """Means as constants; a position without tokens takes the mean of the nearest earlier one, or 0."""
         return self._constants(self._means())
 
     def spread(self, squares: "StreamingMeans") -> Constants:
         """Standard deviations as constants, from the sums of the squares of the same values.
 
-        Differences of large numbers, which float64 keeps accurate even if the mean is a thousand times as large.
+        They are differences of large numbers; float64 keeps them accurate even for a mean a thousand times as large.
         """
         means, of_squares = self._means(), squares._means()
         return self._constants(
@@ -89,7 +89,7 @@ def _summed(
     n_slots: int,
     of: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "slot unit width"]:
-    device = "cpu" if tokens.device.type == "mps" else tokens.device  # which has no float64
+    device = "cpu" if tokens.device.type == "mps" else tokens.device  # MPS has no float64
     sums = torch.zeros(n_slots, *tokens.shape[1:], dtype=torch.float64, device=device)
     return sums.index_add_(0, slot.to(device), of(tokens.to(device).double())).cpu()
 

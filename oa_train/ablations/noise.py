@@ -1,4 +1,4 @@
-"""Gaussian noise in place of a unit's value."""
+"""Gaussian noise in place of a unit's value, or added to it."""
 
 from dataclasses import replace
 
@@ -37,7 +37,7 @@ class NoiseAblation(Ablation):
         means, spreads = self._mean.replacements(batch), self._spread.replacements(batch)
         drawn = _standard_normal(self._mean.tables, batch, self._seed)
         spans, width = self._mean.slots.spans, batch.tokens.shape[1]
-        # Each span has a centre of its own and the same draws.
+        # Each span has its own mean and the same draws.
         tensors = {
             site: torch.cat([means.at(site, span) + spreads.at(site, span) * drawn[site] for span in spans], dim=1)
             for site in means
@@ -59,7 +59,7 @@ class AddedNoiseAblation(Ablation):
 
     @classmethod
     def of_spread(cls, means: Constants, spread: Constants, scale: float, seed: int) -> "AddedNoiseAblation":
-        """Noise of `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
+        """Noise with `scale` times the standard deviation of all numbers of a unit, the same in every dimension.
 
         Computed from mean and standard deviation (`spread`) in every dimension. The scale is 3 in causal tracing.
         """
@@ -71,7 +71,7 @@ class AddedNoiseAblation(Ablation):
         return AddedNoiseAblation(self._deviation.to(device), self._seed)
 
     def replacements(self, batch: Batch, values_of: ValuesOf) -> Values:
-        """Clean values with noise for every row and column; runs the clean model."""
+        """Clean values plus noise for every row and column; runs the clean model."""
         clean, deviations = values_of(batch), self._deviation.replacements(batch)
         drawn = _standard_normal(self._deviation.tables, batch, self._seed)
         (span,) = self._deviation.slots.spans
@@ -79,7 +79,7 @@ class AddedNoiseAblation(Ablation):
 
 
 def _overall(scale: float, spread: Tensor, mean: Tensor) -> Tensor:
-    """`scale` times the standard deviation of all numbers of a unit, from those of its dimensions."""
+    """`scale` times the standard deviation of all numbers of a unit, from the statistics of its dimensions."""
     squares = (spread.square() + mean.square()).mean(dim=-1, keepdim=True)
     return (scale * (squares - mean.mean(dim=-1, keepdim=True).square()).sqrt()).expand_as(spread)
 

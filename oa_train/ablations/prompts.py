@@ -1,4 +1,4 @@
-"""Ablations by the values that units have in another run: resample, counterfactual and clean."""
+"""Ablations that take a unit's value from another run: resample, counterfactual and clean."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from oa_train.engine.values import Values
 from oa_train.errors import TaskError
 from oa_train.shapes import Int, Tensor
 
-# Another prompt for each prompt of a batch, aligned with it token by token.
+# Maps a batch to another prompt for each of its prompts, aligned with it token by token.
 OtherPrompts = Callable[[Batch], Batch]
 
 
@@ -18,11 +18,11 @@ class OtherPromptAblation(Ablation):
     """Replaces each unit's value by its value at the same position of another prompt.
 
     With prompts drawn at random this is resample ablation; with the counterfactual of each prompt it is counterfactual
-    ablation, which is not total: what the two prompts share stays. With the prompt itself it restores the clean value
-    after earlier units were replaced. At a span the value is that of the same span in the other prompt.
+    ablation, which is not total: what the two prompts share is kept. With the prompt itself it restores the clean
+    value after earlier units were replaced. At a span the value is taken from the same span of the other prompt.
 
     Args:
-        other_prompts: the other prompt of each prompt; deterministic.
+        other_prompts: returns the other prompt of each prompt; deterministic.
         spans: spans of the ablated entries.
     """
 

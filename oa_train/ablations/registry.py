@@ -24,7 +24,7 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.donors import Donors
 from oa_train.tasks.task import Task
 
-# A key of `KINDS`; not a Literal, so that users can register ablations of their own.
+# A key of `KINDS`; not a Literal, so that users can register their own ablations.
 AblationKind = str
 
 # Statistics of an `AblationSource` by attribute, with what gathering each is called; a kind names those that it needs.
@@ -37,9 +37,9 @@ STATISTICS = {
 
 
 class AblationSource:
-    """Statistics of a model on a task's `means` stream that ablations are made from, computed when first needed.
+    """Statistics of a model on a task's `means` stream from which ablations are made, computed when first needed.
 
-    `positions` is the number of positions that constants tell apart; 1 pools them.
+    `positions` is the number of positions that constants distinguish; 1 pools them.
     """
 
     def __init__(self, model: CausalLM, task: Task, level: Level, positions: int = 1, track: Track = silent) -> None:
@@ -48,7 +48,7 @@ class AblationSource:
 
     @cached_property
     def donors(self) -> Donors:
-        """Partners of prompts, with spans of the same lengths."""
+        """Source of partners of prompts, with spans of the same lengths."""
         return Donors(self.task, self.task.seed, [span for span in self.level.spans if span is not None])
 
     @cached_property
@@ -92,7 +92,7 @@ class AblationSource:
         of: Callable[[Tensor], Tensor] = lambda value: value,
         slots: Slots | None = None,
     ) -> StreamingMeans:
-        """Sums of a function `of` the values on the `means` stream, whose batches `prompts` maps to other prompts."""
+        """Sums of a function `of` the values on the `means` stream, each of whose batches `prompts` maps first."""
         batches = list(self.task.batches("means", self.task.n_means))
         shown = (prompts(batch) for batch in counted(self.track, batches, description))
         return value_sums(self.model, shown, self.level, slots or self.slots, of)
@@ -103,15 +103,15 @@ class Kind:
     """A kind of ablation.
 
     Attributes:
-        name: in configurations and results.
-        prepare: makes the ablation for a model and a task; of a learned one, the initial constants.
+        name: name in configurations and results.
+        prepare: makes the ablation for a model and a task; for a learned ablation, the initial constants.
         statistics: keys of `STATISTICS` that `prepare` takes from the source, by which work is announced.
         constant: True if replacements are constants of `positions` slots, which runs store.
         learned: True if the constants are trained.
         total: True if replacements carry nothing about the prompt.
         paired: True if the task's prompts need counterfactuals.
-        partnered: True if they need partners (see `Donors`).
-        restores: True if replacements are the model's own clean values, which alone change nothing.
+        partnered: True if the prompts need partners (see `Donors`).
+        restores: True if replacements are the model's own clean values, which change nothing by themselves.
     """
 
     name: AblationKind
@@ -125,13 +125,13 @@ class Kind:
     restores: bool = False
 
     def why_not(self, source: AblationSource, batches: Iterable[Batch]) -> str | None:
-        """Reason why the ablation cannot be made on these prompts, for messages; None if it can."""
+        """Reason why the ablation cannot be applied to these prompts, for messages; None if it can."""
         if self.paired and any(batch.counterfactual_tokens is None for batch in batches):
             return "the prompts have no counterfactuals"
         return source.donors.why_lacking(batches) if self.partnered else None
 
     def __reduce__(self) -> tuple[Callable[[AblationKind], "Kind"], tuple[AblationKind]]:
-        # By name: functions of a kind may be lambdas, and a spawned process gets its modules pickled.
+        # By name: functions of a kind may be lambdas, and modules are pickled for a spawned process.
         return _kind, (self.name,)
 
 
@@ -152,7 +152,7 @@ KINDS: dict[AblationKind, Kind] = {
     for kind in (
         Kind("optimal", lambda source: source.mean, ("mean",), learned=True),
         Kind("mean", lambda source: source.mean, ("mean",)),
-        # Not stored: how many positions there are is known once the prompts are.
+        # Not stored, as the number of positions is known only with the prompts.
         Kind("mean_by_position", lambda source: source.mean_by_position, ("mean_by_position",), constant=False),
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False, partnered=True),
@@ -170,7 +170,7 @@ KINDS: dict[AblationKind, Kind] = {
 
 
 def check_kind(option: str, name: str) -> Kind:
-    """Look up an ablation; raises `ConfigurationError` if it is unknown or restores the model's values."""
+    """Look up an ablation; raises `ConfigurationError` if it is unknown or restores the model's own values."""
     ablating = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
     if name in KINDS and name not in ablating:
         raise ConfigurationError(

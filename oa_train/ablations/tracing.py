@@ -1,8 +1,9 @@
 """Causal tracing: clean values restored in runs whose subject is corrupted (Meng et al. 2022; Li & Janson 2024).
 
 A traced run is one row of a mask over a single selection: the token embeddings of the subject are replaced by a
-corruption, and in some layers what attention, the MLP or the block adds up to is replaced, at a span, by its value in
-the clean run. The share of the lost probability that comes back says how much of the fact passes there.
+corruption, and in some layers the output of attention, of the MLP or of the block is restored, at a span, to its value
+in the clean run. The share of the lost probability that is recovered measures how much of the recall of the fact
+passes through that place.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,11 @@ from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.progress import Advance
 from oa_train.shapes import Bool, Float, Tensor
 
-# Kinds of site that can be restored, with the distance from a block's index to that of its site: what block l leaves
-# in the residual stream is what enters block l + 1.
+# Kinds of site that can be restored, with the offset from a block's index to that of its site: the output of block l
+# is the residual stream at the input of block l + 1.
 RESTORABLE = {"attention": 0, "mlp": 0, "residual": 1}
 
-# The corrupted site: the output of the token embedding, without that of positions.
+# The corrupted site: the output of the token embedding, before position embeddings are added.
 CORRUPTED = Site("tokens")
 
 SUBJECT = "subject"
@@ -45,9 +46,9 @@ class TracedRun:
 
     Attributes:
         kind: key of `RESTORABLE`.
-        span: where; see `TokenLayout.span`.
+        span: span at which values are restored; see `TokenLayout.span`.
         window: number of neighbouring layers that are restored.
-        layer: index of the block in their middle.
+        layer: index of the block in the middle of the window.
     """
 
     kind: str
@@ -63,13 +64,13 @@ class TracedRun:
 
 @dataclass(frozen=True)
 class Tracing:
-    """The traced runs of a model: layer by layer, for each kind of site, span and window.
+    """The traced runs of a model, one for each kind of site, span, window and layer.
 
     Attributes:
-        n_layers: of the model.
-        layers: blocks in the middle of the windows.
+        n_layers: number of layers of the model.
+        layers: indices of the blocks in the middle of the windows.
         kinds: kinds of site that are restored, keys of `RESTORABLE`.
-        spans: where.
+        spans: spans at which values are restored.
         windows: odd numbers of neighbouring layers that are restored together.
         subject: span whose tokens are corrupted.
     """
@@ -98,7 +99,7 @@ class Tracing:
 
     @cached_property
     def runs(self) -> tuple[TracedRun, ...]:
-        """The runs that restore something; one more run, the last, restores nothing."""
+        """The runs that restore something; `masks` has, and `len` counts, one more, which restores nothing."""
         return tuple(
             TracedRun(kind, span, window, layer)
             for kind in self.kinds
@@ -129,12 +130,12 @@ class Tracing:
         return masks
 
     def describe(self) -> dict[str, Any]:
-        """Plain values from which `of_description` rebuilds it."""
+        """Plain values from which `of_description` restores the tracing."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def of_description(cls, description: dict[str, Any]) -> "Tracing":
-        """The tracing of a description."""
+        """The tracing that `describe` described."""
         arguments: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in description.items()
         }
@@ -153,7 +154,7 @@ class Tracer:
         self.masks = tracing.masks(self.level)
 
     def pieces(self, batch: Batch, gradients: bool = False) -> "Iterator[Piece]":
-        """Pieces of a batch on the model's device, with clean values and the runs that fit into memory at once."""
+        """Pieces of a batch on the model's device, with clean values and the runs that fit in memory at once."""
         pieces = chunks(self.model, self.level, batch, self.masks, self.rows_per_run, gradients)
         return (Piece(self, prompts, slices) for prompts, slices in pieces)
 
@@ -166,7 +167,7 @@ class Tracer:
     def lost(
         self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
     ) -> Float[Tensor, "run prompt"]:
-        """Probability that each prompt's answers lose in every run, on the CPU; see `probability_lost`."""
+        """Drop in the probability of each prompt's answers in every run, on the CPU; see `probability_lost`."""
         parts = self._traced(batch, corruption, advance)
         return torch.cat([probability_lost(clean, traced) for clean, traced in parts], dim=1)
 
@@ -186,7 +187,7 @@ class Tracer:
 
 
 class Piece:
-    """Some prompts of a batch, their clean values and probabilities, and slices of the runs that fit into memory."""
+    """Some prompts of a batch, their clean values and probabilities, and slices of the runs that fit in memory."""
 
     def __init__(self, tracer: Tracer, batch: Batch, slices: Sequence[slice]) -> None:
         self._tracer, self.batch, self.slices = tracer, batch, slices
@@ -227,12 +228,12 @@ def answer_probability(logits: Float[Tensor, "batch scored vocabulary"], batch: 
 def probability_lost(
     clean: Float[Tensor, " prompt"], traced: Float[Tensor, "*run prompt"]
 ) -> Float[Tensor, "*run prompt"]:
-    """Probability that the answers lose, at least 0: a run that is surer than the model has lost nothing."""
+    """Drop in the answers' probability, clipped at 0: a run with more probability than the model has lost nothing."""
     return (clean - traced).clamp(min=0)
 
 
 def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str = SUBJECT) -> Corruption:
-    """The corruption, the same in all runs, that an ablation of the subject's token embeddings makes.
+    """The corruption by an ablation of the subject's token embeddings, the same in all runs.
 
     It is any ablation that was prepared for this level, the `tokens_level` of the model.
     """
@@ -245,7 +246,7 @@ def corrupted_by(ablation: Ablation, model: CausalLM, level: Nodes, subject: str
 
 
 def corrupted_by_constants(constants: Float[Tensor, "run d_model"]) -> Corruption:
-    """The corruption by a constant of each run's own."""
+    """The corruption that replaces the subject's token embeddings by a constant for each run."""
     return lambda batch, runs: constants[runs].to(batch.tokens.device)[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Constants by which causal tracing corrupts subjects: one for each traced run, that which hurts it least."""
+"""Constants by which causal tracing corrupts subjects: for each traced run, the one that hurts it least."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,14 +38,14 @@ _HEADER: Schema = {"tracing": _TRACING, "provenance": PROVENANCE}
 
 @dataclass(frozen=True, eq=False)
 class TracingConstants:
-    """The corruption of each traced run, trained to lose as little as possible while its values are restored.
+    """The corrupting constant of each traced run, trained to lose as little probability as possible in that run.
 
     Attributes:
-        name: in tables and figures.
-        tracing: the runs.
-        table: constants, that of the run which restores nothing last.
+        name: name in tables and figures.
+        tracing: the traced runs.
+        table: constant of each run; that of the run that restores nothing comes last.
         provenance: model, task and run that they come from, as plain data.
-        noun: for messages.
+        noun: what messages call it.
     """
 
     noun: ClassVar[str] = "set of tracing constants"
@@ -62,7 +62,7 @@ class TracingConstants:
         return fingerprint
 
     def check_belongs(self, model: CausalLM) -> None:
-        """Refuse another model with an `ArtefactError`."""
+        """Raise an `ArtefactError` if the constants belong to another model."""
         check_fingerprint(model, "The tracing constants belong", self.provenance)
 
     def save(self, run: str | Path) -> Path:

@@ -14,13 +14,13 @@ from oa_train.models.frozen import CausalLM
 
 @dataclass(frozen=True, eq=False)
 class TrainedCircuit:
-    """A circuit and the constants of everything outside it.
+    """A circuit and the constants of all units outside it.
 
     Attributes:
-        name: in tables and figures; experiment and version for the circuit of a run.
+        name: name in tables and figures; experiment and version for the circuit of a run.
         circuit: the circuit.
         constants: replacements of the ablated units; None for an ablation without constants.
-        noun: for messages.
+        noun: what messages call it.
     """
 
     noun: ClassVar[str] = "circuit"
@@ -45,7 +45,7 @@ class TrainedCircuit:
         return cls(run_name(folder), circuit, Constants.load(folder / "constants") if kind.constant else None)
 
     def check_belongs(self, model: CausalLM) -> None:
-        """Refuse another model than the circuit's with an `ArtefactError`."""
+        """Raise an `ArtefactError` if the circuit belongs to another model."""
         check_belongs(model, self.circuit, self.constants)
 
     @property
@@ -83,7 +83,7 @@ class TrainedCircuit:
 
     @property
     def positions(self) -> int:
-        """Number of positions that the constants tell apart."""
+        """Number of positions that the constants distinguish."""
         if self.constants is not None:
             return self.constants.n_positions
         positions: int = self.training.get("positions", 1)
@@ -116,9 +116,9 @@ class TrainedCircuit:
 
 
 def run_name(folder: str | Path) -> str:
-    """Name of a run in tables and figures: experiment/version, followed by front/N for one of its circuits.
+    """Name of a run in tables and figures: experiment/version.
 
-    And by studies/<name>_<K> for a circuit that a study found.
+    It is followed by front/N for one of its circuits, and by studies/<name>_<K> for a circuit that a study found.
     """
     path = Path(folder).absolute()
     own = "/".join(path.parts[-2:])

@@ -1,1 +1,1 @@
-"""Circuits: which components do a task. Names and indices only, no model."""
+"""Circuits: the components that do a task. Names and indices only; no model is needed."""

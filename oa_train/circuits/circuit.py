@@ -26,7 +26,7 @@ from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS
 from oa_train.shapes import Bool, Float, Tensor
 
-# Levels by name, and the schemas of the headers of their circuits.
+# Levels by name, and the header schemas of their circuits.
 LEVELS: dict[str, type[Level]] = {level.kind: level for level in (Nodes, Graph)}
 _FIELDS: Schema = {"level": str, "names": [str], "provenance": PROVENANCE}
 _HEADERS: dict[str, Schema] = {
@@ -46,10 +46,10 @@ _HEADERS: dict[str, Schema] = {
 
 @dataclass(frozen=True)
 class Circuit:
-    """Kept entries of a level of one model.
+    """The entries of one model's level that are kept.
 
     Attributes:
-        level: the level.
+        level: the level of the mask, units or edges.
         names: names of the kept entries, in mask order.
         scores: keep-probability of every entry, if the circuit was trained.
         provenance: model, task and run that the circuit comes from, as plain data.
@@ -81,10 +81,10 @@ class Circuit:
 
     @classmethod
     def from_file(cls, folder: str | Path, level: Level, names: Sequence[str], content: Artefact) -> "Circuit":
-        """The circuit of these names with mask and scores from an artefact; `folder` is for messages.
+        """The circuit with these names, and mask and scores from an artefact; `folder` is for messages.
 
         Raises:
-            ArtefactError: names, mask and scores contradict each other or the level.
+            ArtefactError: the names, the mask and the scores contradict each other or the level.
         """
         tensors = content.tensors
         if unknown := tensors.keys() - {"mask", "scores"}:
@@ -107,7 +107,7 @@ class Circuit:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Names of the nodes in the circuit; of a circuit of edges, those with an outgoing edge."""
+        """Names of the nodes in the circuit; in a circuit of edges, those with an outgoing edge."""
         return self.level.nodes(self.mask)
 
     def __len__(self) -> int:
@@ -148,7 +148,7 @@ class Circuit:
 
 
 def _fewest_entries(header: Mapping[str, Any]) -> int:
-    """Lower bound on the entries of a level of these sizes: its units, or one edge for each of its readers."""
+    """Lower bound on the number of entries of a level with these sizes: its units, or one edge for each reader."""
     if header["level"] == Graph.kind:
         return int(header["n_layers"] * (header["n_heads"] + 2 * header["n_kv_heads"] + 1))
     sizes, kinds = Dimensions(**header["dimensions"]), (SITE_KINDS[name] for name in header["sites"])
@@ -156,6 +156,6 @@ def _fewest_entries(header: Mapping[str, Any]) -> int:
 
 
 def jaccard(first: Circuit, second: Circuit) -> float:
-    """Overlap of two circuits of one level: shared entries over entries in either; 1 for two empty ones."""
+    """Overlap of two circuits of one level: shared entries divided by entries in either; 1 for two empty circuits."""
     union = set(first.names) | set(second.names)
     return len(set(first.names) & set(second.names)) / len(union) if union else 1.0

@@ -1,4 +1,4 @@
-"""Circuits from the literature, as names."""
+"""Circuits from the literature, by the names of their parts."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ GPT2_SMALL = (12, 12, 12, False)
 
 
 def _heads(numbers: str) -> tuple[str, ...]:
-    """Names of heads that papers write as `layer.head`."""
+    """Names of heads that the paper writes as `layer.head`."""
     pairs = (number.split(".") for number in numbers.split())
     return tuple(f"a{layer}.h{head}" for layer, head in pairs)
 
@@ -41,7 +41,7 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
     """
     if (graph.n_layers, graph.n_heads, graph.n_kv_heads, graph.parallel) != GPT2_SMALL:
         raise ConfigurationError(
-            f"The published circuit is of GPT-2 small: 12 layers of 12 heads, each with its own key and value, "
+            f"The published circuit is for GPT-2 small: 12 layers of 12 heads, each with its own key and value, "
             f"attention before the MLP. This graph has {graph.n_layers} layers of {graph.n_heads} heads, "
             f"{graph.n_kv_heads} keys and values{' and MLPs in parallel' if graph.parallel else ''}."
         )
@@ -56,7 +56,7 @@ def published_ioi_circuit(graph: Graph) -> Circuit:
 
 
 def _rules(graph: Graph) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
-    """Sources and readers; the circuit has every edge from one of the sources to one of the readers."""
+    """Pairs of sources and readers; the circuit has every edge from one of the sources to one of the readers."""
     mlps = [f"m{layer}" for layer in range(graph.n_layers)]
     yield ["input", *mlps], [*mlps, "logits"]
     yield ALL_HEADS, mlps
@@ -70,5 +70,5 @@ def _rules(graph: Graph) -> Iterator[tuple[Sequence[str], Sequence[str]]]:
 
 
 def _reading(heads: Sequence[str], kinds: str) -> list[str]:
-    """Queries (q), keys (k) and values (v) of heads."""
+    """Names of the queries (q), keys (k) and values (v) of heads."""
     return [f"{head}<{kind}>" for head in heads for kind in kinds]

@@ -9,14 +9,14 @@ from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.seeds import torch_generator
 
-# Orders drawn for one circuit; if all of them lead to fewer edges than asked for, the largest circuit is taken.
+# Number of orders drawn for one circuit; if all give fewer edges than asked for, the largest circuit is taken.
 MOST_ATTEMPTS = 100
 
 
 def random_circuits(
     level: Level, size: int, n_circuits: int, seed: int, among: Sequence[str] = ("*",)
 ) -> list[Circuit]:
-    """Draw circuits of equal size.
+    """Draw random circuits of equal size.
 
     Entries are taken in a random order; edges until enough of them lie on a path from the input to the logits (see
     `within_budget`), and an order that leads to fewer is drawn again. Only entries that the patterns `among` select
@@ -28,7 +28,7 @@ def random_circuits(
     drawn = level.selected(among).nonzero().flatten()
     always_kept = torch.ones(1, len(level), dtype=torch.bool)
     always_kept[0, drawn] = False
-    # Some edges that are always kept may dangle, and are removed.
+    # Some edges that are always kept may dangle; those are removed.
     fewest = int(level.prune(always_kept).sum())
     if not fewest <= size <= len(level):
         raise ConfigurationError(f"A circuit of {size} of {len(level)} parts of the model cannot be drawn.")

@@ -1,1 +1,1 @@
-"""The command `oa-train`: options and YAML in, objects out, errors to messages and exit status."""
+"""The command `oa-train`: turns options and YAML into objects, and errors into messages and exit statuses."""

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; elsewhere, a line every few seconds."""
+"""Progress bars on a terminal; elsewhere a line now and then."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ class Bars(Track):
 
     @contextmanager
     def __call__(self, passes: int, description: str) -> Iterator[Advance]:
-        """A stage with its bar."""
+        """Show a stage with its bar."""
         log.info("%s: %s passes", description, f"{passes:,}")
         console = Console(stderr=True)
         with _bar(console, passes, description) if console.is_terminal else _lines(passes, description) as advance:
@@ -40,7 +40,7 @@ def _bar(console: Console, passes: int, description: str) -> Iterator[Advance]:
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} passes"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    # Rates of the last half minute are averaged, which holds several runs of a large model.
+    # Rates are averaged over the last half minute, which is enough for several runs of a large model.
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         task = progress.add_task(description, total=passes)
         yield lambda done: progress.advance(task, done)

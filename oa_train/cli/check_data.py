@@ -1,4 +1,4 @@
-"""`oa-train check-data`: prompts of a task as a model reads them, and the clean model's results on them."""
+"""`oa-train check-data`: a task's prompts as a model reads them, and the clean model's results on them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +22,16 @@ from oa_train.diagnostics.task_facts import ability_rows, stream_rows, wrong_row
 from oa_train.models.loading import load_on_device
 from oa_train.tasks.task import Stream, Task
 
-# Most wrongly answered prompts that are listed.
+# Largest number of wrongly answered prompts that are listed.
 MOST_WRONG = 10
 
-# Streams whose prompts are shown, and streams that the model runs on.
+# Streams whose prompts are shown, and streams on which the model runs.
 _SHOWN: tuple[Stream, ...] = ("train", "test")
 _RUN: tuple[Stream, ...] = ("train", "validation", "test")
 
 
 def check_data(words: Sequence[str]) -> dict[str, Any]:
-    """Show prompts as tokens, streams, lengths, the clean model's ability, and what was left out; returns the figures.
+    """Show prompts as tokens, streams, lengths, the clean model's ability and left-out rows; returns the figures.
 
     Raises:
         TaskError: the task's prompts cannot be used.
@@ -73,9 +73,9 @@ def _parser() -> ExplainingParser:
     add_config(parser)
     for name, kind, default, meaning in (
         ("seed_everything", int, 0, "seed of all draws"),
-        ("shown", int, 2, "prompts of train, and of test, that are shown as tokens"),
-        ("n_prompts", int, ENOUGH, "most prompts of a stream that the model runs on"),
-        ("run_model", bool, True, "false: load the tokenizer alone"),
+        ("shown", int, 2, "number of prompts of train, and of test, that are shown as tokens"),
+        ("n_prompts", int, ENOUGH, "largest number of prompts per stream on which the model runs"),
+        ("run_model", bool, True, "false: load only the tokenizer"),
         ("device", str, "auto", "device of the model: auto, cpu, cuda, cuda:1"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
@@ -99,4 +99,4 @@ def _show_wrong(task: Task, abilities: dict[Stream, Ability]) -> None:
     if rows:
         n_run = sum(len(ability.top) for ability in abilities.values())
         worst = f", the {MOST_WRONG} worst" if len(rows) > MOST_WRONG else ""
-        print_table(f"top token is no answer: {len(rows)} of {n_run} prompts{worst}", rows[:MOST_WRONG])
+        print_table(f"top token is not an answer: {len(rows)} of {n_run} prompts{worst}", rows[:MOST_WRONG])

@@ -14,8 +14,8 @@ def convert_command(argv: Sequence[str]) -> Path:
         prog="oa-train convert",
         description="Convert a circuit or constants of layout 1 to the current one; the old folder is left unchanged.",
     )
-    parser.add_argument("old", type=str, help="folder of a circuit or of constants")
-    parser.add_argument("new", type=str, help="folder that is made")
+    parser.add_argument("old", type=str, help="folder of a circuit or constants")
+    parser.add_argument("new", type=str, help="folder to make")
     options = parser.parse_args(list(argv))
     written = convert(Path(options.old).expanduser(), Path(options.new).expanduser())
     console.print(f"converted: {written}", soft_wrap=True)

@@ -19,7 +19,7 @@ def demo(words: Sequence[str]) -> Path:
         prog="oa-train demo",
         description="Train a circuit for indirect object identification in the built-in model, and compare ablations.",
     )
-    parser.add_argument("--output", type=str, default="runs", help="folder that gets the run")
+    parser.add_argument("--output", type=str, default="runs", help="folder for the run")
     output = parser.parse_args(list(words)).output
     output_root("--output", output)
     console.print("1. Train masks and constants, then refit the constants (oa-train fit)", style="bold")

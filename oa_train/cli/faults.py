@@ -14,7 +14,7 @@ import oa_train
 from oa_train.errors import FAULT, MISTAKE, ConfigurationError, OaTrainError, RunError, causes
 from oa_train.studies.run_folder import PIECES, RunFolder
 
-# Advice on system errors on files.
+# Advice on system errors about files.
 _ELSEWHERE = "or name another folder with --trainer.default_root_dir"
 _MISSING = "Check its path, and whether something deletes or moves it"
 _OF_FILES: dict[int, str] = {
@@ -31,7 +31,7 @@ _OF_FILES: dict[int, str] = {
     errno.ENFILE: "Raise the system's limit of open files",
 }
 
-# Writers that do not name their file, by a part of the path of their code.
+# Names of files whose writers do not name them in errors, by a part of the path of the writer's code.
 _WRITERS = {
     "/tensorboard/": "the TensorBoard log (events.out.tfevents.*)",
     "/csv_logs.py": "metrics.csv",
@@ -50,7 +50,7 @@ _PORT_TAKEN = re.compile(r"EADDRINUSE|address already in use", re.IGNORECASE)
 
 
 def explain(problem: Exception) -> tuple[int, str]:
-    """Exit status and message for an error, of this package or from outside."""
+    """Exit status and message for an error, whether of this package or from outside."""
     own = own_error(problem)
     if own is not None:
         return own.exit_status, str(own)
@@ -67,13 +67,13 @@ def explain(problem: Exception) -> tuple[int, str]:
 
 
 def own_error(problem: BaseException | None) -> OaTrainError | None:
-    """The error of this package among the causes of another; the parser wraps what constructors raise."""
+    """The error of this package among the causes of another error; the parser wraps errors from constructors."""
     chain = () if problem is None else causes(problem)
     return next((cause for cause in chain if isinstance(cause, OaTrainError)), None)
 
 
 def users_own(problem: BaseException) -> str | None:
-    """The first cause that was raised in the user's own code, and where; None if there is none."""
+    """Message on the first cause that was raised in the user's own code, with its place; None if there is none."""
     for cause in reversed(list(causes(problem))):
         place = place_outside(cause)
         if place is not None:
@@ -82,7 +82,7 @@ def users_own(problem: BaseException) -> str | None:
 
 
 def place_outside(problem: BaseException) -> str | None:
-    """Deepest function, file and line in the user's own code; None if all is ours, a library's or Python's."""
+    """Deepest function, file and line in the user's own code; None if there is no such frame."""
     paths = sysconfig.get_paths()
     libraries = [Path(paths[name]) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     known = [Path(oa_train.__file__).parent, *libraries]
@@ -95,7 +95,7 @@ def place_outside(problem: BaseException) -> str | None:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Turn what constructors raise, the user's own among them, into mistakes in the options."""
+    """Turn errors from constructors, including the user's own, into mistakes in the options."""
     try:
         yield
     except Exception as problem:
@@ -118,25 +118,25 @@ def reasons(problem: str) -> str:
 def told_how_to_resume(
     run: Callable[[], RunFolder], resumed_from: Path | None = None, save_config: Callable[[], object] | None = None
 ) -> Iterator[None]:
-    """Add to a fault or an interruption how to resume; the deletion of the run folder is a fault.
+    """Add to a fault or an interruption how to resume; deletion of the run folder counts as a fault.
 
     Args:
-        run: returns the run folder, which processes other than the first may learn only during the run.
+        run: returns the run folder, which processes other than the first one may learn only during the run.
         resumed_from: checkpoint from which this run itself was resumed.
-        save_config: writes the configuration again, if the folder was deleted; None in processes other than the
-            first, which reports the faults that all of them meet.
+        save_config: writes the configuration again if the folder was deleted; None in all processes except the main
+            one, which reports faults that all of them meet.
     """
     try:
         yield
         if save_config is not None and not run().config_path.is_file():
             raise RunError(
-                f"The folder {run().path} was deleted while the run wrote to it; what is left is incomplete."
+                f"The folder {run().path} was deleted while the run wrote to it; the remaining files are incomplete."
             )
     except BaseException as problem:
         if save_config is not None and run().path.is_dir() and not run().config_path.is_file():
             with suppress(OSError):
                 save_config()
-        # Other processes report only what the first cannot know.
+        # Other processes report only what the first one cannot know.
         goes_on = not isinstance(problem, Exception) or explain(problem)[0] == FAULT
         if goes_on and (save_config is not None or (isinstance(problem, Exception) and own_error(problem) is None)):
             for line in run().how_to_resume(resumed_from):
@@ -155,19 +155,19 @@ class Claim:
 
     @contextmanager
     def given_up_after_a_refusal(self) -> Iterator[None]:
-        """Remove the folders when options turn out to be wrong before anything was trained."""
+        """Remove the folders if options turn out to be wrong before anything was trained."""
         try:
             yield
         except Exception as problem:
             refused = isinstance(problem, ImportError) or explain(problem)[0] == MISTAKE
-            # What is older is a copy of the resumed run's best.
+            # An older checkpoint is a copy of the resumed run's best.
             done = [
                 *self.run.path.glob("checkpoints/*.ckpt"),
                 *self.run.path.glob(f"studies/*/{PIECES}/*.safetensors"),
             ]
             if refused and not any(path.stat().st_mtime >= self._begun for path in done):
                 shutil.rmtree(self.run.path, ignore_errors=True)
-                with suppress(OSError):  # another run has come in between
+                with suppress(OSError):  # another run may have made a folder there
                     for folder in self.run.path.parents:
                         if folder == self._kept:
                             break
@@ -176,7 +176,7 @@ class Claim:
 
 
 def _machine(problem: BaseException) -> str | None:
-    """Message for a lack of memory, and for lost processes."""
+    """Message for a lack of memory or for lost processes; None for other errors."""
     text, is_runtime = str(problem), isinstance(problem, RuntimeError)
     if (
         isinstance(problem, MemoryError)
@@ -187,21 +187,21 @@ def _machine(problem: BaseException) -> str | None:
     is_distributed = any(kind.__name__ == "DistError" for kind in type(problem).__mro__)
     if is_distributed and _PORT_TAKEN.search(text):
         return (
-            "The processes of this run cannot meet, because another program has their port: "
+            "The processes of this run cannot connect, because another program uses their port: "
             f"{_first_sentence(problem)}\nWait until it has ended, or choose another port with the variable "
             "MASTER_PORT (torchrun: --master_port)."
         )
     if is_distributed or (is_runtime and _NO_PEER.search(text)):
         return (
-            "Another process of this run has ended, or cannot be reached any more, so this one cannot go on.\n"
-            "If it printed nothing itself, it was killed: by a user, by the scheduler, or by the system for lack of "
-            f"memory.\nThis process saw: {_first_sentence(problem)}"
+            "Another process of this run has ended or can no longer be reached, so this one cannot continue.\n"
+            "If it printed nothing itself, it was killed: by a user, by the scheduler, or by the system when memory "
+            f"ran out.\nThis process saw: {_first_sentence(problem)}"
         )
     return None
 
 
 def _file(problem: BaseException) -> str | None:
-    """Message for a system error on a file; a file that the user's own code misses is that code's concern."""
+    """Message for a system error about a file; None for others, and for files that the user's own code misses."""
     if not isinstance(problem, OSError) or problem.errno not in _OF_FILES:
         return None
     if problem.errno == errno.ENOENT and place_outside(problem) is not None:

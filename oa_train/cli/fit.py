@@ -9,12 +9,12 @@ from oa_train.cli.precheck import stored_config, take_option, take_options
 from oa_train.errors import CheckpointError, ConfigurationError, nearest_names
 from oa_train.studies.run_folder import RunFolder
 
-# Options that an evaluation of a run leaves out: they only affect training.
+# Options of a run that its evaluation leaves out, because they only affect training.
 _OF_TRAINING = ("callbacks", "logger", "enable_checkpointing")
 
 
 def fit(words: Sequence[str]) -> Path | None:
-    """Train, then finish; returns the run folder (None after `fast_dev_run`)."""
+    """Train, then finish the result; returns the run folder (None after `fast_dev_run`)."""
     run: RunFolder | None = _lightning("fit", words)
     return None if run is None else run.path
 
@@ -32,13 +32,13 @@ def test(words: Sequence[str]) -> None:
 def _lightning(command: str, words: Sequence[str]) -> RunFolder | None:
     from oa_train.cli.lightning_cli import OaTrainCLI
 
-    # Files first, so that an option overrides them wherever it stands.
+    # Files come first, so that an option overrides them wherever it is on the command line.
     configs, rest = take_options(words, "--config", "-c")
     return OaTrainCLI(command, [*(f"--config={config}" for config in configs), *rest]).run_folder
 
 
 def _expand_run(words: Sequence[str]) -> list[str]:
-    """Replace `--run DIR --ckpt best` by the configuration and checkpoint of that run."""
+    """Replace `--run DIR --ckpt best` with the configuration and checkpoint of that run."""
     folder, words = take_option(words, "--run")
     name, words = take_option(words, "--ckpt")
     if folder is None:

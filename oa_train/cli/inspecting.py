@@ -1,4 +1,4 @@
-"""`oa-train inspect`: parts of a model, memory of a training step, and the self-check of its family's entry."""
+"""`oa-train inspect`: a model's parts, the memory of a training step, and the self-check of its family's entry."""
 
 import json
 import math
@@ -22,26 +22,26 @@ from oa_train.models.spec import LMSpec
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 
-# A model of at most this size is checked in float64, whatever its own type: thirty million parameters. Larger ones
-# would take minutes.
+# Models with at most this many parameters are checked in float64, whatever their own type; larger ones would take
+# minutes.
 FLOAT64_BYTES = 2**28
 # Attention back ends that compute in float64.
 FLOAT64_ATTENTION = (None, "sdpa", "eager")
 
 # Further options, with their types, defaults and meanings.
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "batch_size": (int, 16, "prompts in a training batch of one process"),
-    "n_tokens": (int | None, None, f"tokens of a prompt; by default {DEFAULT_TOKENS}, or all that the model has"),
-    "samples_per_prompt": (int, 4, "mask samples drawn for each prompt"),
-    "precision": (Precision, "32-true", "of the trainer"),
-    "strategy": (Strategy, "auto", "of the trainer"),
-    "devices": (int, 1, "processes of the trainer, on all nodes together"),
+    "batch_size": (int, 16, "number of prompts in a training batch of one process"),
+    "n_tokens": (int | None, None, f"tokens per prompt; by default {DEFAULT_TOKENS}, or the model's maximum if less"),
+    "samples_per_prompt": (int, 4, "number of masks drawn for each prompt"),
+    "precision": (Precision, "32-true", "precision of the trainer"),
+    "strategy": (Strategy, "auto", "strategy of the trainer"),
+    "devices": (int, 1, "number of processes of the trainer, on all nodes together"),
     "recompute": (bool, False, "activation checkpointing of blocks"),
 }
 
 
 def inspect_command(words: Sequence[str]) -> dict[str, Any]:
-    """Show the facts of a model, and check it if asked to; returns what `--json` prints.
+    """Show facts about a model, and check it if asked to; returns the content that `--json` prints.
 
     Raises:
         RunError: a check has failed.
@@ -70,7 +70,7 @@ def inspect_command(words: Sequence[str]) -> dict[str, Any]:
         raise RunError(
             f"{len(failed)} of {len(checks)} checks of {lm.name!r} failed: {'; '.join(failed)}.\n"
             f"The entry of {facts['model']['family']!r} in oa_train/models/families.py does not fit this model; "
-            "docs/extending.md says what each check shows."
+            "docs/extending.md explains each check."
         )
     return facts
 
@@ -94,7 +94,7 @@ def _step(lm: LMSpec, options: Any) -> StepSettings:
 
 
 def _sharpest(lm: LMSpec, n_parameters: int) -> LMSpec:
-    """The same model in float64 where that is feasible, else unchanged."""
+    """The same model in float64 if that is feasible, else unchanged."""
     feasible = 8 * n_parameters <= FLOAT64_BYTES and lm.attn_implementation in FLOAT64_ATTENTION
     return replace(lm, dtype="float64") if feasible else lm
 

@@ -46,15 +46,15 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.progress_lines import training_bar
 from oa_train.training.strategies import ShardedStrategy
 
-# Tells the processes that a distributed strategy starts which run folder the first one has claimed.
+# Tells the processes that a distributed strategy starts which run folder the first process has claimed.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
 
 # Keys of a fit's options that do not describe the experiment.
 _NOT_RECORDED = ("config", "ckpt_path", "weights_only", "verbose")
 
 _CKPT_PATH = (
-    "file of a checkpoint to resume or evaluate, as runs/<experiment>/version_<N>/checkpoints/last.ckpt; a run's own "
-    "are named to `validate` and `test` by --run and --ckpt"
+    "checkpoint file to resume or evaluate, such as runs/<experiment>/version_<N>/checkpoints/last.ckpt; `validate` "
+    "and `test` also find a run's own by --run and --ckpt"
 )
 
 
@@ -62,14 +62,14 @@ class OaTrainCLI(LightningCLI):
     """LightningCLI whose `model` is one of our modules and whose `data` is a task.
 
     Args:
-        command: the only subcommand that is set up, because parsers of the others would take time.
-        words: its options.
+        command: the only subcommand that is set up, because the parsers of the others would take time.
+        words: options of the subcommand.
     """
 
     def __init__(self, command: str, words: list[str]) -> None:
         silence_libraries()
         self._command = command
-        # Asked before this process itself names its folder in the environment.
+        # Read before this process itself puts its folder into the environment.
         self._is_started = RUN_FOLDER_VARIABLE in os.environ
         self.run_folder: RunFolder | None = None
         self._claim: Claim | None = None
@@ -92,15 +92,15 @@ class OaTrainCLI(LightningCLI):
         return parser
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method of Lightning's
-        """The trainer's method, and those of its arguments that are no options."""
+        """The trainer's method, and those of its arguments that are not options."""
         return {self._command: {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders"}}
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         next(action for action in parser._actions if action.dest == "ckpt_path").help = _CKPT_PATH
         if subcommand != "fit":
-            # Replaced by the run's configuration before the parser sees them; here only to be listed.
-            for name, meaning in (("run", "folder of a run"), ("ckpt", "of that run: best (default), last, a path")):
+            # Replaced by the run's configuration before the parser sees them; added only to be listed in the help.
+            for name, meaning in (("run", "folder of a run"), ("ckpt", "checkpoint: best (default), last, a path")):
                 parser.add_argument(f"--{name}", type=str | None, default=None, help=meaning)
         return parser
 
@@ -111,21 +111,21 @@ class OaTrainCLI(LightningCLI):
         super()._set_seed()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the trainer; module and task follow."""
+        """Add the trainer; the module and the task follow."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the model's name, the task, and the settings of the end of a fit."""
-        # The task first, in the place of Lightning's datamodule: bad prompts are refused before the model is loaded.
+        # The task comes first, in place of Lightning's datamodule: bad prompts are refused before the model is loaded.
         add_model_and_task(parser)
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True)
         link_model(parser, ("model", "data"))
         for name, kind, default, meaning in (
             ("experiment", str, "circuit", "results go to <default_root_dir>/<experiment>/version_<N>"),
             ("checkpoint_every", int, 25, "optimiser steps between two writes of checkpoints/last.ckpt"),
-            ("resumed_from", str | None, None, "checkpoint from which this run was resumed; a record"),
-            ("slurm_job", str | None, None, "SLURM job to which this run belongs; a record"),
+            ("resumed_from", str | None, None, "checkpoint from which this run was resumed; only recorded"),
+            ("slurm_job", str | None, None, "SLURM job to which this run belongs; only recorded"),
         ):
             parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
         parser.add_class_arguments(FinishSettings, "finish")
@@ -135,7 +135,7 @@ class OaTrainCLI(LightningCLI):
 
     @property
     def _is_first(self) -> bool:
-        """True for the only process or the first of several, whoever has started them (Lightning, torchrun, SLURM)."""
+        """True for the only process or the first one of several, whatever has started them."""
         return getattr(rank_zero_only, "rank", 0) == 0 and not self._is_started
 
     @property
@@ -156,7 +156,7 @@ class OaTrainCLI(LightningCLI):
                 f"{self.subcommand} needs a trained module: give --run, the folder of a run, or --ckpt_path, a file."
             )
         if self._writes and slurm.is_restarted():
-            # The command line's checkpoint is where the job began; its own is further on.
+            # The command line's checkpoint is where the job began; the job's own is more advanced.
             checkpoint, messages = checkpoint_to_go_on_from(self._experiment_folder(), self._recorded())
             self._say(*messages)
             chosen.ckpt_path = chosen.ckpt_path if checkpoint is None else str(checkpoint)
@@ -165,23 +165,23 @@ class OaTrainCLI(LightningCLI):
         if chosen.ckpt_path is not None:
             self._checkpoint = _read_named(chosen.ckpt_path)  # before the model is loaded
         with building():
-            load_config(LMSpec(**vars(chosen.lm)))  # a model that does not exist is told before its tokenizer
+            load_config(LMSpec(**vars(chosen.lm)))  # a missing model is reported before its missing tokenizer
             super().instantiate_classes()
         self.datamodule = TaskData(self.datamodule)
 
     def _end_if_finished(self, checkpoint: Path) -> None:
-        """End here if a checkpoint is of a finished run and nothing in the configuration differs from that run's."""
+        """End here if a checkpoint is of a finished run and the configuration is the same as that run's."""
         run = RunFolder(checkpoint.parent.parent)
         if checkpoint.is_file() and finished_results(run) and is_same_experiment(run, self._recorded()):
             self._say(
-                f"{run.path} is finished already, so nothing was done. To train on, change what ended its training "
-                "(--trainer.max_epochs, --trainer.max_steps); with any other option than that run's it is resumed "
-                "in a new version."
+                f"{run.path} is finished already, so nothing was done. To continue its training, change what ended it "
+                "(--trainer.max_epochs, --trainer.max_steps); with any option that differs from that run's it is "
+                "resumed in a new version."
             )
             raise SystemExit(DONE)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Build the trainer around a run folder that is claimed for it; `fast_dev_run` and evaluation have none."""
+        """Build the trainer and claim a run folder for it; `fast_dev_run` and evaluation have none."""
         config = self._get(self.config_init, "trainer")
         self._check_against_module(config)
         plugins = _as_list(config.plugins)
@@ -200,13 +200,13 @@ class OaTrainCLI(LightningCLI):
         return self._trainer(
             logger=self._loggers(config.logger, run),
             callbacks=[*_as_list(config.callbacks), *self._callbacks(config, run.path)],
-            # Under SLURM Lightning resumes from any job's checkpoint in the root; only this run's folder holds none.
+            # Under SLURM Lightning resumes from any job's checkpoint in the root; this run's own folder has none.
             default_root_dir=str(run.path),
             **kwargs,
         )
 
     def _check_against_module(self, config: Any) -> None:
-        """Check what needs the module: the checkpoint, sizes, and intervals."""
+        """Make the checks that need the module: of the checkpoint, sizes, and intervals."""
         if self._checkpoint is not None:
             self.model.check_checkpoint(self._checkpoint, self.datamodule)
             changes = self.model.changed_settings(self._checkpoint) if self.subcommand == "fit" else ()
@@ -239,7 +239,7 @@ class OaTrainCLI(LightningCLI):
         return nullcontext() if self._claim is None else self._claim.given_up_after_a_refusal()
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run with the folder's name in the environment, where processes that a strategy starts find it."""
+        """Run with the folder's name in the environment, where the processes that a strategy starts find it."""
         run, path = self.run_folder, self.config[subcommand].ckpt_path
         if run is None:
             super()._run_subcommand(subcommand)
@@ -264,7 +264,7 @@ class OaTrainCLI(LightningCLI):
         return RunFolder(Path(best.dirpath).parent)
 
     def before_fit(self) -> None:
-        """Say how well the clean model does the task; of a sharded model no process alone can."""
+        """Print how well the clean model does the task, unless it is sharded: a single process cannot run it then."""
         strategy = self.trainer.strategy
         if self.run_folder is None or not self._is_first or isinstance(strategy, ShardedStrategy):
             return
@@ -273,19 +273,19 @@ class OaTrainCLI(LightningCLI):
             self._say(*ability_before_training(self.model.frozen, self.datamodule.task, track=self.model.track))
 
     def after_fit(self) -> None:
-        """Finish what was trained, with the best checkpoint."""
+        """Finish the training result, with the best checkpoint."""
         first, strategy = self.trainer.is_global_zero, self.trainer.strategy
         sharded = isinstance(strategy, ShardedStrategy)
         if self.run_folder is None or not (first or sharded):
             return
-        # A sharded model needs all processes to run it. They compute the same; the first one's files are kept.
+        # A sharded model needs all processes to run it. They compute the same; the files of the first one are kept.
         with none_left_behind(self.trainer) if sharded else nullcontext():
             best = self.run_folder.checkpoint("best")
             state = read_checkpoint(best)["state_dict"] if first and best.is_file() else None
             state = strategy.broadcast(state) if sharded else state
             if state is not None:
                 self.model.load_state_dict(state, strict=False)
-            # Lightning moves the module back to the CPU when it is done.
+            # Lightning moves the module back to the CPU at the end.
             self.model.to(strategy.root_device)
             with (
                 terminable(self._signals),
@@ -317,7 +317,7 @@ class OaTrainCLI(LightningCLI):
         if claimed is not None:
             return RunFolder(Path(claimed))
         if not self._is_first:
-            # Another process writes nothing, and learns the folder when the checkpoint callback broadcasts it.
+            # Other processes write nothing, and learn the folder when the checkpoint callback broadcasts it.
             return RunFolder(experiment / "version_of_the_first_process")
         self._claim = Claim(experiment.parent, experiment.name)
         return self._claim.run

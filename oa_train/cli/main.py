@@ -1,6 +1,6 @@
-"""Entry point of `oa-train`: finds the command, and turns errors into messages and exit statuses.
+"""Entry point of `oa-train`: runs the command, and turns errors into messages and exit statuses.
 
-Torch and Lightning are imported by the commands that need them, so that help and many refusals are quick.
+Torch and Lightning are imported by the commands that need them, so that help and many error messages are quick.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from oa_train.errors import (
 )
 from oa_train.studies.registry import STUDIES
 
-# By name: the function, imported when it is used, and the line in the overview.
+# Commands by name: the function, imported when it is used, and the line in the overview.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("oa_train.cli.demo.demo", "train, finish and compare on the built-in model, in minutes"),
     "fit": ("oa_train.cli.fit.fit", "train masks and constants; --ckpt_path resumes"),
@@ -46,10 +46,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 QUIET = ("-q", "--quiet")
 
-# Options that ask for output and nothing else, to which --quiet does not apply.
+# Options that only ask for output, to which --quiet does not apply.
 _ASKING = ("-h", "--help", "--version", "--print_config", "--json")
 
-# Characters kept at the beginning and the end of a long line of a message, which may quote a text.
+# Number of characters kept at the beginning and end of a long line of a message, which may quote a text.
 _HEAD, _TAIL = 700, 300
 
 

@@ -1,4 +1,4 @@
-"""Messages for users instead of the option parser's: which option is wrong, and what was expected."""
+"""Messages that replace those of the option parser: which option is wrong, and what was expected."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ BASES = (FrozenModelModule, Task, MaskDistribution)
 
 PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 
-# Values that work, where the parser would accept more.
+# Values that work, for options of which the parser would accept more.
 _EXPECTED = {"seed_everything": "an integer", "trainer.precision": PRECISIONS}
 
 _PLAIN_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "a string", list: "a list"}
@@ -35,12 +35,12 @@ RENAMED = {
     "activation_checkpointing": "recompute",
 }
 
-# Where a message of the parser quotes a value.
+# Places where a message of the parser quotes a value.
 _VALUE = re.compile(r"(?:Given value: |Got value: |Unable to load config |path string: )(.*)")
 
 
 def explained(problem: str, parser: ArgumentParser) -> ConfigurationError:
-    """The error for a message of the parser of a command, or of the arguments of a class, which is its `owner`."""
+    """The error for a message of a parser: that of a command, or of the arguments of a class, its `owner`."""
     text = problem.strip()
     if match := re.search(r"the following arguments are required: (.*)", problem):
         names = [f"--{name.strip().rpartition('.')[2]}" for name in match[1].split(",")]
@@ -61,7 +61,7 @@ def explained(problem: str, parser: ArgumentParser) -> ConfigurationError:
 def option_names(parser: ArgumentParser) -> list[str]:
     """Every option of a parser and of its subcommands, without dashes."""
     options = [option for action in _actions(parser) for option in action.option_strings if len(option) > 2]
-    # A misspelt name is never meant to append to a list, or to be a class's help page.
+    # A misspelt name is never meant as one that appends to a list, or as a class's help page.
     names = [name for name in (option.removeprefix("--") for option in options) if re.fullmatch(r"[\w.]+", name)]
     return [name for name in dict.fromkeys(names) if not name.endswith((".help", "print_shtab"))]
 
@@ -74,14 +74,14 @@ def _actions(parser: ArgumentParser) -> Iterator[Any]:
 
 
 def group_problem(key: str, value: object, parser: ArgumentParser) -> str:
-    """Message for a single value in the place of a group of options."""
+    """Message for a single value in place of a group of options."""
     inner = [name for name in option_names(parser) if name.startswith(f"{key}.")]
-    value = _parsed(value) if isinstance(value, str) else value  # from a command line a number is text
+    value = _parsed(value) if isinstance(value, str) else value  # on a command line a number is text
     return f"{key} is {value!r}; expected a group of options ({', '.join(inner[:3])}, ...) or a file that holds one."
 
 
 def null_problems(parser: ArgumentParser, options: Any) -> Iterator[str]:
-    """Messages for arguments of classes that are null against their types; the parser takes null for any."""
+    """Messages for class arguments that are null although their types exclude it, which the parser does not check."""
     for action in parser._actions:
         value = options.get(action.dest) if hasattr(action, "_typehint") else None
         for chosen in value if isinstance(value, list) else [value]:
@@ -116,7 +116,7 @@ def _unknown(name: str, shown: str, parser: ArgumentParser) -> str:
     if name == "lm.device_map":
         return f"There is no option {shown}. {WITHOUT_DEVICE_MAP}"
     if name == "class_path":
-        return "A class is given by class_path and init_args and nothing else; its arguments stand under init_args."
+        return "A class is given by class_path and init_args and nothing else; its arguments belong under init_args."
     names, owner = option_names(parser), getattr(parser, "owner", None)
     prefix, _, last = name.rpartition(".")
     new = RENAMED.get(last)
@@ -176,7 +176,7 @@ def _expected(key: str, value: object, leaves: Sequence[Any]) -> str:
 
 
 def _leaves(hint: Any) -> Iterator[Any]:
-    """Types and literal values of which a type annotation consists."""
+    """Types and literal values in a type annotation."""
     origin = get_origin(hint)
     if origin is Literal:
         yield from get_args(hint)
@@ -191,7 +191,7 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The value that the parser quotes by its text."""
+    """The value that the parser quotes as `text`."""
     nested = re.fullmatch(r"NestedArg\(key='class_path', val=(.*)\)", text.strip())
     text = nested[1] if nested else text.strip()
     try:
@@ -201,7 +201,7 @@ def _parsed(text: str) -> Any:
 
 
 def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
-    """Message for a name that is no usable class: its module, its name or its base class is wrong."""
+    """Message for a name that is not a usable class: its module, name or base class is wrong."""
     start = f"{key} is {name!r}, which"
     known = {short: kind for base in bases for short, kind in _known_classes(base).items()}
     classes = (kind for base in (*bases, *BASES) for kind in (base, *_below(base)))
@@ -217,8 +217,8 @@ def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
         return f"{start} cannot be imported: {type(problem).__name__}: {problem}{raised}.\n{hint}"
     expected = f"expected a kind of {bases[0].__name__}: {', '.join(list(known)[:10])}"
     if not inspect.isclass(kind):
-        return f"{start} is a {type(kind).__name__} and no class."
+        return f"{start} is a {type(kind).__name__}, not a class."
     if not issubclass(kind, bases):
-        return f"{start} is no {bases[0].__name__}; {expected}."
+        return f"{start} is not a {bases[0].__name__}; {expected}."
     fault = "is abstract" if kind in bases or inspect.isabstract(kind) else "cannot be used here"
     return f"{start} {fault}; {expected}."

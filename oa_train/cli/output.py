@@ -12,20 +12,20 @@ from oa_train.cli.record import log
 if TYPE_CHECKING:
     from oa_train.studies.findings import Findings
 
-# Columns of output that is read in a file and not on a terminal.
+# Width in characters of output that does not go to a terminal.
 WIDTH = 160
 
 _NUMBER = re.compile(r"[-+]?[\d.]|$")
 
 
 class RecordedConsole(Console):
-    """A console whose output also goes into the log of the command, as plain text. Names are never markup."""
+    """A console whose output also goes to the log of the command, as plain text. Text is never read as markup."""
 
     def __init__(self) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, record=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print, and log."""
+        """Print, and log the text."""
         self._width = None if self.is_terminal else WIDTH
         super().print(*objects, **options)
         for line in self.export_text().rstrip().splitlines():
@@ -52,7 +52,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> RichTable:
-    """A table whose columns of numbers are aligned to the right."""
+    """A table whose columns of numbers are right-aligned."""
     width = min(max(map(len, title.split("\n"))), WIDTH)
     shown = RichTable(title=title, title_justify="left", padding=(0, 0, 0, 1), min_width=width)
     columns = dict.fromkeys(name for row in rows for name in row)

@@ -1,4 +1,4 @@
-"""Parsers of the commands: the model is named once, and errors name the nearest options."""
+"""Parsers of the commands: the model is given once, and errors name the nearest options."""
 
 from collections.abc import Iterable
 from dataclasses import fields
@@ -24,7 +24,7 @@ from oa_train.tasks.task import Task
 
 
 class ExplainingParser(ArgumentParser):
-    """Raises our errors instead of printing its usage; knows the class whose arguments it parses."""
+    """Raises this package's errors instead of printing its usage; knows the class whose arguments it parses."""
 
     owner: type | None = None
 
@@ -38,7 +38,7 @@ class ExplainingParser(ArgumentParser):
         return super().add_class_arguments(theclass, nested_key, *args, **options)
 
     def error(self, message: str, ex: BaseException | None = None) -> NoReturn:
-        """Raise the error of this package that a nested parser or a constructor has raised, else its message."""
+        """Raise the error of this package that a nested parser or constructor raised, else one with `message`."""
         raise own_error(ex) or explained(message, self) from ex
 
 
@@ -66,7 +66,7 @@ def link_model(parser: ArgumentParser, targets: Iterable[str] = ("data",)) -> No
 
 
 def check_values(parser: ArgumentParser, options: Namespace) -> None:
-    """Refuse what the parser accepts unchecked: `trainer: 5` from a file, and null instead of any value."""
+    """Refuse values that the parser accepts unchecked: `trainer: 5` in a file, and null instead of any value."""
     for group in dict.fromkeys(name.rpartition(".")[0] for name in option_names(parser) if "." in name):
         value = options.get(group)
         if value is not None and not isinstance(value, Namespace):
@@ -76,7 +76,7 @@ def check_values(parser: ArgumentParser, options: Namespace) -> None:
 
 
 def make_paths_absolute(options: Namespace) -> None:
-    """Make the paths of the model, its adapter and the prompts absolute, so that a run is found from anywhere."""
+    """Make the paths of the model, its adapter and the prompts absolute, so that a run works from anywhere."""
     spec = LMSpec(**vars(options.lm))
     for name in ("name", "gguf_file", "adapter"):
         options.lm[name] = getattr(spec, name)

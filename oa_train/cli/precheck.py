@@ -8,14 +8,14 @@ from typing import Any
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.studies.run_folder import RunFolder, is_gone, read_config
 
-# Arguments of a module or task that follow an option at the top.
+# Arguments of a module or task that are linked to an option at the top level.
 LINKED = {"lm": "lm", "seed": "seed_everything"}
 
 _GROUPS = ("lm", "data", "model", "trainer", "finish")
 
 
 def check_files(words: Sequence[str]) -> None:
-    """Check every `--config` and `--run` of a command line, and that nothing linked is given to a class."""
+    """Check every `--config` and `--run` of a command line, and that no linked argument is given to a class."""
     for name in (word.partition("=")[0] for word in words):
         parts = name.removeprefix("--").replace(".init_args.", ".").split(".")
         if name.startswith("--") and parts[0] in ("model", "data") and parts[1:2] and parts[1] in LINKED:
@@ -60,7 +60,7 @@ def take_options(words: Sequence[str], *names: str) -> tuple[list[str], list[str
 
 
 def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]:
-    """Value of an option that may be given once, and the other words."""
+    """Value of an option that may be given only once, and the other words."""
     values, rest = take_options(words, name)
     if len(values) > 1:
         raise ConfigurationError(f"{name} is given {len(values)} times: {', '.join(values)}; expected one.")
@@ -68,9 +68,9 @@ def take_option(words: Sequence[str], name: str) -> tuple[str | None, list[str]]
 
 
 def stored_config(run: RunFolder, words: Sequence[str]) -> dict[str, Any]:
-    """Configuration of a run, unless it asks to run a model's own code: folders are passed on, trust is not.
+    """Configuration of a run; refuses one that asks to run a model's own code, because run folders may be shared.
 
-    A model that the command line does not name, and that is not where it was, is looked for (see `RunFolder.lm`).
+    A model that the command line does not name, and that has been moved, is searched for (see `RunFolder.lm`).
     """
     config = run.config()
     if _trusts(config) and not any(word.startswith("--lm.trust_remote_code") for word in words):
@@ -85,7 +85,7 @@ def stored_config(run: RunFolder, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _names_model(words: Sequence[str]) -> bool:
-    """True if a command line, or a configuration file that it names, says which model is used."""
+    """True if a command line, or a configuration file that it names, names the model."""
     files = [read_config(Path(path)).get("lm") for path in take_options(words, "--config", "-c")[0]]
     return any(word.partition("=")[0] == "--lm.name" for word in words) or any(
         isinstance(lm, dict) and "name" in lm for lm in files
@@ -93,7 +93,7 @@ def _names_model(words: Sequence[str]) -> bool:
 
 
 def _trusts(content: object) -> bool:
-    """True if a configuration trusts remote code anywhere, in nested or dotted keys."""
+    """True if a configuration sets `trust_remote_code` anywhere, in nested or dotted keys."""
     if isinstance(content, Mapping):
         return any(
             (str(key).rpartition(".")[2] == "trust_remote_code" and bool(value)) or _trusts(value)
@@ -104,7 +104,7 @@ def _trusts(content: object) -> bool:
 
 def _only_at_the_top(option: str, name: str) -> ConfigurationError:
     return ConfigurationError(
-        f"{option} cannot be given to a class: {LINKED[name]} is given once, at the top, and handed on."
+        f"{option} cannot be given to a class: {LINKED[name]} is given once, at the top level, and passed on."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 LOG_FILE = "run.log"
 
-# Messages of this package; its only handler writes the log, because the terminal has them already.
+# Messages of this package; their only handler writes the log, because the terminal shows them already.
 log = logging.getLogger("oa_train.log")
 
 # Libraries whose notices are logged.
@@ -21,21 +21,21 @@ LIBRARIES = ("lightning", "lightning.pytorch", "lightning.fabric", "transformers
 
 
 class Record(MemoryHandler):
-    """Buffers messages until the run folder is known, then writes them there, and later ones at once."""
+    """Buffers messages until the run folder is known, then writes them there, and later messages at once."""
 
     def __init__(self) -> None:
         super().__init__(capacity=sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
         self._latest: logging.LogRecord | None = None
 
     def write_to(self, folder: Path) -> None:
-        """Write to `run.log` in a folder, after what an earlier command wrote there."""
+        """Write to `run.log` in a folder, appending to the output of earlier commands."""
         path = folder / LOG_FILE
         if isinstance(self.target, logging.FileHandler):
             if Path(self.target.baseFilename) == path.absolute():
                 return
             self._close_target()
         target = logging.FileHandler(path, encoding="utf-8")
-        # Lines for which the disk has no room are dropped: the terminal has shown them already.
+        # If the disk is full, lines are dropped: the terminal has shown them already.
         vars(target)["handleError"] = lambda record: None
         target.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         self.setTarget(target)
@@ -43,13 +43,13 @@ class Record(MemoryHandler):
         self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Emit a record once, although a library's loggers may propagate it to each other."""
+        """Emit a record only once, even if a library's loggers propagate it to each other."""
         if record is not self._latest:
             self._latest = record
             super().emit(record)
 
     def close(self) -> None:
-        """Close the file as well."""
+        """Close the handler and its file."""
         self._close_target()
         super().close()
 
@@ -61,7 +61,7 @@ class Record(MemoryHandler):
 
 @contextmanager
 def recording(words: Sequence[str]) -> Iterator[None]:
-    """Log a command line, what it prints, Python's warnings and errors of threads, until the command ends."""
+    """Log a command line, its output, Python's warnings and errors in threads, until the command ends."""
     record = Record()
     loggers = [log, *(logging.getLogger(name) for name in LIBRARIES)]
     log.setLevel(logging.INFO)
@@ -85,7 +85,7 @@ def record_in(folder: Path) -> None:
     """Write the log of the running command to `run.log` in a folder; nothing happens outside a command."""
     for handler in log.handlers:
         if isinstance(handler, Record):
-            with suppress(OSError):  # a folder that is read only can still be asked about
+            with suppress(OSError):  # a command may also read from a folder that is read-only
                 handler.write_to(folder)
 
 
@@ -99,7 +99,7 @@ def _show_warning(
 def _thread_ended(ended: threading.ExceptHookArgs) -> None:
     """Log an error that has ended a thread, and warn of it.
 
-    TensorBoard writes in a thread; its error is raised again where the writer is used next.
+    TensorBoard writes in a thread; its error is raised again when the writer is used next.
     """
     problem = ended.exc_value
     if problem is None or isinstance(problem, SystemExit):

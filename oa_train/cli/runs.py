@@ -1,4 +1,4 @@
-"""`oa-train runs`: a table of runs; quick, because it needs no torch."""
+"""`oa-train runs`: a table of runs; quick, because it does not import torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from oa_train.studies.run_list import list_runs
 
 
 def runs(words: Sequence[str]) -> list[dict[str, str]]:
-    """Print a table of the runs, the latest last; returns its rows."""
+    """Print a table of the runs, with the latest last; returns its rows."""
     parser = argparse.ArgumentParser(
         prog="oa-train runs", description="List runs with size, KL divergence and accuracy.", exit_on_error=False
     )

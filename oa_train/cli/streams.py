@@ -1,4 +1,4 @@
-"""Output streams that never end a computation: text that cannot be written is dropped."""
+"""Output streams whose errors never end a computation: text that cannot be written is dropped."""
 
 import codecs
 import errno
@@ -10,7 +10,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from pathlib import Path
 from typing import Any
 
-# Substitutes where the terminal's encoding lacks a character.
+# Substitutes for characters that the terminal's encoding lacks.
 _PLAIN = {"±": "+-", "…": "...", "━": "-", "•": "*"}
 
 
@@ -25,7 +25,7 @@ codecs.register_error("oa_train.plain", _plain)
 
 
 class SafeStream:
-    """Passes text on to a stream; drops it if the stream is closed, full, or nobody reads it.
+    """Passes text on to a stream; drops it if the stream is closed, its disk is full, or nobody reads it.
 
     Attributes:
         unread: the reader has closed its end of the pipe.
@@ -42,7 +42,7 @@ class SafeStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop the text if that fails."""
+        """Write the text, or drop it if that fails."""
         self._dropping(lambda: self._stream.write(text))
         return len(text)
 
@@ -63,7 +63,7 @@ class SafeStream:
 
 @contextmanager
 def safe_streams(quiet: bool) -> Iterator[tuple[SafeStream, SafeStream]]:
-    """Put safe streams, or none if quiet, in the place of standard output and error; yields safe ones in any case."""
+    """Replace standard output and error by safe streams, or by none if quiet; yields safe streams in either case."""
     with Path(os.devnull).open("w") as nowhere:
         output, error = SafeStream(sys.stdout or nowhere), SafeStream(sys.stderr or nowhere)
         shown: tuple[Any, Any] = (SafeStream(nowhere), SafeStream(nowhere)) if quiet else (output, error)

@@ -33,20 +33,21 @@ from oa_train.studies.run_folder import RunFolder, check_experiment, check_writa
 from oa_train.studies.study import Findings, Study, removed_if_empty
 from oa_train.training.interruption import terminable
 
-# Options that a study takes from its run.
+# Options whose values a study takes from its run.
 FROM_RUN = ("seed_everything", "lm", "data")
 
 # Values of `asks_of` that require a run.
 NEEDING_RUNS = ("one", "several")
-# Values that admit several.
+# Values that allow several runs.
 TAKING_SEVERAL = ("several", "any")
 
 _RUN_HELP = {
-    "none": "folder of a run, whose model, task and seed are used and which gets the results",
-    "one": "folder of a finished run; it gets the results",
-    "optional": "folder of a run, whose model, task, seed and result (if any) are used and which gets the results",
-    "several": "folder of a finished run, of one circuit or several; the first gives model and task and gets results",
-    "any": "folder of a run; of several, the first gives model, task and seed and gets the results",
+    "none": "folder of a run, whose model, task and seed are used; results are stored in it",
+    "one": "folder of a finished run; results are stored in it",
+    "optional": "folder of a run, whose model, task, seed and result (if any) are used; results are stored in it",
+    "several": "folder of a finished run, with one circuit or several; model and task are those of the first run, in "
+    "which results are stored",
+    "any": "folder of a run; model, task and seed are those of the first run, in which results are stored",
 }
 
 
@@ -58,7 +59,7 @@ def own_study(words: list[str]) -> Findings:
 
 
 def run_study(path: str, words: Sequence[str]) -> Findings:
-    """Run a study, the class at an import path, with these options, and show its findings."""
+    """Run the study whose class has this import path, with these options, and show its findings."""
     silence_libraries()
     kind = _study_class(path)
     parser = _parser(kind)
@@ -108,7 +109,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
         record_in(run.path)
         folder = study.folder or study.claim(run.path)
         if study.resumable:
-            track.say(f"Finished pieces are kept in {folder}; if interrupted, resume with --resume {folder}")
+            track.say(f"Finished pieces are kept in {folder}; after an interruption, resume with --resume {folder}")
         from_first(str(folder))
         with terminable(), removed_if_empty(folder):
             findings = study.answer()
@@ -122,7 +123,7 @@ def _carried_out(study: Study[Any], run: RunFolder | None, parser: ExplainingPar
 def _study_class(path: str) -> type[Study[Any]]:
     module, _, name = path.rpartition(".")
     if not module:
-        raise ConfigurationError(f"{path!r} is no import path; expected package.module.Class of a study.")
+        raise ConfigurationError(f"{path!r} is not an import path; expected package.module.Class of a study.")
     try:
         members = vars(import_module(module))
     except ImportError as problem:
@@ -140,7 +141,7 @@ def _parser(kind: type[Study[Any]]) -> ExplainingParser:
     run_type = str if needs_run else str | None
     parser.add_argument("--run", type=run_type, required=needs_run, help=_RUN_HELP[kind.asks_of])
     if not needs_run:
-        parser.add_argument("--output", type=str, default="runs", help="folder that gets a new run, without --run")
+        parser.add_argument("--output", type=str, default="runs", help="folder for a new run, without --run")
         parser.add_argument("--experiment", type=str, default=kind.name, help="name of the new run")
     if kind.resumable:
         parser.add_argument("--resume", type=str | None, default=None, help="folder of this study, if unfinished")
@@ -153,7 +154,7 @@ def _parser(kind: type[Study[Any]]) -> ExplainingParser:
 
 
 def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequence[str]) -> Namespace:
-    """The options of a command line; model, task and seed are the run's unless it says otherwise."""
+    """The options of a command line; model, task and seed are those of the run unless the command line sets them."""
     stored: list[str] = []
     if runs:
         config = stored_config(runs[0], words)
@@ -166,7 +167,7 @@ def _options(parser: ExplainingParser, runs: Sequence[RunFolder], words: Sequenc
 
 
 def _trained(kind: type[Study[Any]], runs: Sequence[RunFolder]) -> list[Any]:
-    """Load the circuits, lenses or constants of the runs that a study is about."""
+    """Load the circuits, lenses or constants of the runs that a study analyses."""
     if kind.asks_of == "none":
         return []
     having = [run for run in runs if not (kind.asks_of in ("optional", "any") and run.is_of_a_study)]

@@ -1,4 +1,4 @@
-"""Options of Lightning's trainer: checks that Lightning lacks or makes only after the run began, and our defaults."""
+"""Options of Lightning's trainer: checks that Lightning lacks or makes only during a run, and our defaults."""
 
 from typing import Any
 
@@ -14,22 +14,22 @@ from oa_train.training.strategies import ShardedStrategy
 
 DEFAULT_ROOT = "runs"
 
-# The strategy that shards the frozen model; Lightning's of that name would shard what is trained as well.
+# The strategy that shards the frozen model; Lightning's strategy of that name would shard the trained tensors as well.
 SHARDED = "fsdp"
 
 # Strategies that start processes by multiprocessing.
 _OF_NOTEBOOKS = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
-# Precisions that set the data type of the frozen model, which has to be loaded in it.
+# Precisions that set the data type of the frozen model, which must be loaded in it.
 TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
 
-# Smallest numbers of the trainer that work, where Lightning has no check of its own.
+# Smallest values of trainer options that work, for those that Lightning does not check.
 _LEAST = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 
 
 def check_trainer(chosen: Any, *, writes: bool) -> None:
-    """Check what Lightning would not, or only after the run has begun, and where a run folder will be made."""
+    """Make the checks that Lightning does not make, or only during the run, and check where a run folder will be."""
     config = chosen.trainer
     for name, least in _LEAST.items():
         check_at_least(least, **{f"trainer.{name}": getattr(config, name)})
@@ -44,7 +44,7 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
     if name.startswith(_OF_NOTEBOOKS) or method not in (None, "popen"):
         raise ConfigurationError(
             f"trainer.strategy is {name!r}{f' with start_method {method}' if method else ''}, which is for notebooks: "
-            "here its processes would run on after a signal has ended the first one. Use ddp, which trains the same."
+            "here its processes would keep running after a signal has ended the first one. Use ddp, its equivalent."
         )
     check_experiment(chosen.experiment)
     if writes:
@@ -53,7 +53,7 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
 
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
-    """Check that a validation interval in batches fits into an epoch."""
+    """Check that a validation interval in batches fits in an epoch."""
     interval, limit = config.val_check_interval, config.limit_train_batches
     if isinstance(limit, float):
         limit = int(limit * batches_per_epoch)
@@ -83,7 +83,7 @@ def trainer_changes(config: Any) -> dict[str, Any]:
         # The summary lists the frozen model's modules; it is shown on request.
         changes["enable_model_summary"] = False
     if config.precision in TRUE_PRECISIONS:
-        # The model has been loaded in this type; Lightning would cast what is trained as well.
+        # The model has been loaded in this type; Lightning would cast the trained tensors as well.
         changes["precision"] = "32-true"
     if config.strategy == SHARDED:
         changes["strategy"] = ShardedStrategy()
@@ -104,4 +104,4 @@ def _check_precision(chosen: Any) -> None:
     if precision == "16-mixed" and not on_gpu:
         raise ConfigurationError("trainer.precision 16-mixed needs a GPU; on a CPU there is bf16-mixed.")
     if precision == "16-mixed" and config.strategy == SHARDED:
-        raise ConfigurationError("trainer.precision 16-mixed does not go with the strategy fsdp; use bf16-mixed.")
+        raise ConfigurationError("trainer.precision 16-mixed does not work with the strategy fsdp; use bf16-mixed.")

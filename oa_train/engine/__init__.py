@@ -1,1 +1,1 @@
-"""Running a frozen model with parts of it read or replaced."""
+"""Running a frozen model while parts of it are read or replaced."""

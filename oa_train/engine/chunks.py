@@ -1,4 +1,4 @@
-"""Chunking of runs of several circuits on several prompts into pieces that fit into memory."""
+"""Splitting runs of several circuits on several prompts into pieces that fit in memory."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,10 +10,10 @@ from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Float, Tensor
 
-# Default rows of one model run: enough to keep a processor busy, few enough for the activations of a small model.
+# Default number of rows of one model run: enough to keep a processor busy, and their activations fit in memory.
 ROWS_PER_RUN = 128
 
-# Most memory of one run beside the model's own activations; larger runs are split.
+# Most bytes of activations in one run, by the estimate `Engine.row_bytes`; larger runs are split.
 RUN_BYTES = 2**30
 
 
@@ -28,10 +28,10 @@ def chunks(
     """Pieces of a batch, each with slices of the circuits; the circuits of a slice run on the piece together.
 
     A run has at most `rows_per_run` rows, circuits times prompts, and `RUN_BYTES` of activations; `gradients` is True
-    if a backward pass follows. Masks are those of `copies_logits`.
-    Prompts are split first: circuits on the same prompts share their clean prefix, whose cost a run of few circuits
-    would not recover. Of a sharded model circuits alone are split, and memory does not count: all processes have to
-    run it equally often, though their batches may differ by a prompt or in length.
+    if a backward pass follows. `masks` is as in `copies_logits`.
+    Prompts are split first: circuits on the same prompts share their clean prefix, and a run of few circuits would
+    not amortise its cost. With a sharded model only circuits are split, and the memory limit is ignored: every process
+    must run the model the same number of times, though their batches may differ by a prompt or in length.
     """
     n_circuits = len(masks)
     if isinstance(model, FSDPModule):

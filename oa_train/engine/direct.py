@@ -1,4 +1,4 @@
-"""Direct logit attribution: the term of the logit difference that each unit writes directly.
+"""Direct logit attribution: the part of the logit difference that each unit contributes directly.
 
 The output of a unit reaches the logits through later layers, and directly through the final norm and the unembedding.
 The direct path is linear once the scale of the final norm is fixed at that of the clean run. So the logit difference
@@ -24,10 +24,10 @@ from oa_train.shapes import Float, Tensor
 
 
 def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Tensor, "row entry"]:
-    """Terms of the clean model's logit difference that each unit writes directly, in nats, averaged over positions.
+    """Each unit's direct contribution to the clean model's logit difference, in nats, averaged over positions.
 
     Where the logit difference is not linear in the logits (several answers, or soft-capping), it is linearised at the
-    clean run. Norms after attention or an MLP keep the scale of the clean run, too.
+    clean run. The scales of norms after attention or an MLP are also fixed at their values in the clean run.
 
     Units at a span count there only; those of kinds without `SiteKind.writes` (the stream before a block, token
     embeddings, features of dictionaries) get NaN.
@@ -74,7 +74,7 @@ def _has_post_norm(projection: nn.Module, adding: nn.Module) -> bool:
 def _direction(
     model: CausalLM, batch: Batch, parts: Parts, taps: list[Tap], scored: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "row scored d_model"]:
-    """Gradient of each prompt's logit difference with respect to the final norm's input, its scale fixed."""
+    """Gradient of each prompt's logit difference with respect to the input of the final norm, whose scale is fixed."""
     entering: list[Tensor] = []
     leaving: list[Tensor] = []
 
@@ -102,7 +102,7 @@ def _direction(
 
 @torch.enable_grad()
 def _pulled_back(projection: nn.Module, values: Tensor, direction: Tensor) -> Tensor:
-    """The transposed linear map applied to a direction; through autograd, so that weights may have any format."""
+    """The transposed linear map applied to a direction; by autograd, so that weights may have any format."""
     entering = values.detach().requires_grad_()
     output: Tensor = projection(entering.flatten(0, 1))
     (gradient,) = torch.autograd.grad(output, entering, direction.flatten(0, 1).to(output.dtype))

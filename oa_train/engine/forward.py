@@ -29,8 +29,8 @@ from oa_train.shapes import Float, Int, Tensor
 def model_inputs(batch: Batch) -> dict[str, Any]:
     """Arguments of the model's forward for a batch.
 
-    Positions count from each row's first real token, so that padding on the left and on the right agree. Without
-    padding there are neither mask nor positions, which lets the attention back end take its fastest path.
+    Positions count from each row's first real token, so that left and right padding give the same result.
+    Without padding there is neither a mask nor positions, which lets the attention back end take its fastest path.
     """
     inputs: dict[str, Any] = {"input_ids": batch.tokens, "use_cache": False}
     if batch.padded:
@@ -47,19 +47,19 @@ def scored_logits(
     changes: Iterable[tuple[nn.Module, CallFunction]] = (),
     whole: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Next-token logits at each row's scored positions, with functions attached for this run.
+    """Next-token logits at each row's scored positions, with taps attached for this run.
 
     Only those positions pass through the unembedding, which in a small model is the largest matrix. The last block's
-    attention projection and MLP run from the first scored column on, unless something else is attached to the model
-    that may read what they write before it.
+    attention projection and MLP run from the first scored column on, unless something else attached to the model may
+    read their outputs at earlier columns.
 
     Args:
         model: frozen causal language model.
-        batch: prompts on its device.
-        taps: functions of modules' tensors.
+        batch: prompts on the model's device.
+        taps: functions that read or replace tensors of modules; see `models.taps`.
         recompute: activation checkpointing of each block: less memory, more time, the same result.
         scored: the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
-        changes: of the calls of modules, made before the taps act.
+        changes: modules, each with a function that changes the arguments of its calls before the taps act.
         whole: run the last block at every column, because a tap reads its outputs there.
     """
     columns = batch.scored if scored is None else scored
@@ -70,7 +70,7 @@ def scored_logits(
     trimmed = [] if whole or recompute or _is_observed(model, parts) else _last_parts(parts, attached_taps)
     inputs = model_inputs(batch)
     if getattr(model.config, "output_router_logits", False):
-        inputs["output_router_logits"] = False  # a loss of them expects every token in the last block
+        inputs["output_router_logits"] = False  # the router loss expects every token in the last block
     # Rows join before anything else acts on the arguments of a call.
     with changed_calls(changes), as_written(model), trimmed_to(trimmed, batch.scored_from), attached:
         logits: Tensor = model(**inputs).logits
@@ -78,7 +78,7 @@ def scored_logits(
 
 
 def _is_observed(model: CausalLM, parts: Parts) -> bool:
-    """True if something is attached to a module that gets, or is part of, what the last block writes."""
+    """True if something is attached to a module that receives or computes the output of the last block."""
     names = parts.family.blocks.split(".")[:-1]
     around = [model.get_submodule(".".join(names[:depth])) for depth in range(len(names) + 1)]
     modules = [*around, *parts.blocks[-1].modules(), parts.final_norm, parts.unembedding]
@@ -90,14 +90,14 @@ def _is_observed(model: CausalLM, parts: Parts) -> bool:
 
 
 def _last_parts(parts: Parts, taps: Iterable[Tap]) -> list[nn.Module]:
-    """Modules of the last block that map each token by itself, and inside which no tap acts."""
+    """Token-wise modules of the last block with no tap on any module inside them."""
     body, block, acting = parts.family.mlp_body, parts.blocks[-1], {tap.module for tap in taps}
     candidates = [parts.attention_outputs[-1], *([block.get_submodule(body)] if body else [])]
     return [module for module in candidates if not acting & ({*module.modules()} - {module})]
 
 
 def trimmed_to(modules: Iterable[nn.Module], first: int) -> AbstractContextManager[None]:
-    """Run modules that map each token by itself from a column on, inside the context; before it they return zeros."""
+    """Within the context, run token-wise modules from column `first` on only; earlier columns of the output are 0."""
 
     def trimmed(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -117,8 +117,8 @@ def as_written(model: CausalLM) -> Iterator[None]:
 
     Hugging Face's eager attention masks columns by adding the lowest number of the model's dtype, and takes the
     softmax in float32, where the lowest number of float64 is minus infinity: a fully masked row, as at padding,
-    becomes NaN, and in the next layer so does every token that masks it. The lowest number of float32 masks columns
-    just as well; other dtypes have nothing lower and are left alone.
+    becomes NaN, and in the next layer so does every token that gives it weight 0 (0 * NaN). The lowest number of
+    float32 masks columns just as well; other dtypes have no lower number and are left alone.
     """
     lowest = torch.finfo(torch.float32).min
 

@@ -27,10 +27,10 @@ class Engine:
     """Functions that run a model under masks of a level.
 
     Attributes:
-        run: logits of a batch under masks, one per row.
+        run: logits of a batch under masks, one for each row.
         called: context in which one call of the model is masked.
         circuits: logits of several circuits on the same prompts, and those of the clean model if the run has them.
-        row_bytes: bytes that `circuits` takes for one prompt, by circuit, with or without a backward pass.
+        row_bytes: estimated bytes that `circuits` takes for one prompt, by circuit, with or without a backward pass.
     """
 
     run: Callable[[CausalLM, Batch, Any, Tensor, Values, bool], Tensor]
@@ -61,7 +61,7 @@ def _node_circuits(
 
 
 def _shares(model: CausalLM, nodes: Nodes, masks: Tensor) -> bool:
-    """True if runs of circuits share the clean prefix."""
+    """True if the circuits share the clean prefix."""
     mixes = masks.is_floating_point()
     return not (mixes or isinstance(model, FSDPModule)) and saved_share(nodes, masks) > 0
 
@@ -80,7 +80,7 @@ def _repeated(batch: Batch, masks: Tensor) -> tuple[Batch, Tensor]:
 
 
 def _node_row_bytes(model: CausalLM, batch: Batch, nodes: Nodes, masks: Tensor, gradients: bool) -> list[int]:
-    """About what a row's activations take: of one block, or of all that a backward pass goes through, and logits."""
+    """Estimated bytes of a row's activations in one block, or in all blocks that a backward pass needs, and logits."""
     sizes, width = nodes.dimensions, batch.tokens.shape[1]
     of_block = width * (10 * sizes.d_model + 4 * sizes.d_mlp + 2 * sizes.n_heads * width)
     vocabulary: int = model.config.vocab_size
@@ -135,7 +135,7 @@ def copies_logits(
     values: Values,
     recompute: bool = False,
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Like `masked_logits`, of S circuits on the same B prompts, laid out as `batch.repeat(S)`.
+    """Like `masked_logits`, for S circuits on the same B prompts, laid out as `batch.repeat(S)`.
 
     Circuits of nodes share their clean prefix where that saves work and no mask mixes. False entries are ablated; if
     masks are numbers, which mix, gradients flow to them. There are values for all rows or for each of the S * B rows.
@@ -154,8 +154,8 @@ def copies_and_clean_logits(
 ) -> tuple[Float[Tensor, "row scored vocabulary"], Float[Tensor, "batch scored vocabulary"]]:
     """`copies_logits`, and the clean model's logits without gradients.
 
-    They come from the same run if the circuits share their clean prefix, else from one of their own, unless they are
-    given as `clean`.
+    The clean logits are `clean` if it is given; otherwise they come from the same run if the circuits share their
+    clean prefix, and from a run of their own if not.
     """
     logits, own = ENGINES[type(level)].circuits(model, batch, level, masks, values, recompute)
     clean = own if clean is None else clean

@@ -1,7 +1,7 @@
 """The engine for nodes: units of any site mixed with their replacements.
 
-value = mask * value + (1 - mask) * replacement, for every entry of a selection, by functions attached to the model's
-own modules. `diagnostics.reference` does the same slowly and obviously.
+Functions attached to the model's own modules compute mask * value + (1 - mask) * replacement for every entry of a
+selection. `diagnostics.reference` does the same in slow and obvious code.
 """
 
 from collections.abc import Callable, Collection
@@ -36,7 +36,7 @@ def node_taps(
 ) -> list[Tap]:
     """Taps that mix the units of a selection with their replacements, in the order of a forward pass.
 
-    Mask and values are those of `masked_logits`, `layout` that of the tokens of the run. `sites` limits the taps to
+    `mask` and `values` are as in `masked_logits`; `layout` describes the tokens of the run. `sites` limits the taps to
     some of the sites.
 
     Raises:
@@ -58,7 +58,7 @@ def node_taps(
 def _check_overlaps(
     nodes: Nodes, mask: Float[Tensor, "row entry"], spans: dict[str, Bool[Tensor, "row position"]]
 ) -> None:
-    """Refuse to replace a unit twice at one token; where a level's spans may overlap, its masks decide."""
+    """Refuse to replace a unit twice at one token; spans that may overlap are refused only if a row ablates both."""
     for first, second in nodes.span_pairs:
         sharing = (spans[first] & spans[second]).any(dim=1)
         if nodes.overlapping and bool(sharing.any()):
@@ -102,8 +102,8 @@ def _mixer(
 class _Mixture(torch.autograd.Function):
     """mask * value + (1 - mask) * replacement; the replacement's gradient comes from ablated units only.
 
-    Written by hand because autograd would keep the replacement expanded to all rows and positions, and in half
-    precision a copy of that as well, for every layer.
+    Written by hand because autograd would keep the replacement expanded to all rows and positions for every layer, and
+    in half precision a copy of it as well.
     """
 
     @staticmethod

@@ -1,10 +1,10 @@
-"""Runs of several circuits that share the clean prefix before the first layer that each ablates.
+"""Runs several circuits at once; they share the clean layers before the first one that each of them ablates.
 
 The model starts on the prompts alone. In the block where a circuit first ablates something, its rows join the batch as
 copies of the clean rows, and attention masks, rotary tables and other inputs with a row for each prompt grow
 accordingly. Where a circuit's first ablation comes after attention has mixed tokens, its rows skip that attention and
-take the clean rows' heads. So a circuit that ablates one unit of the last layer costs a part of one layer, and the
-clean run costs nothing extra.
+use the outputs of the clean rows' heads. So a circuit that ablates one unit of the last layer costs a part of one
+layer, and the clean run costs nothing extra.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class PrefixLogits:
 def prefix_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"], values: Values
 ) -> PrefixLogits:
-    """Like `masked_logits` for several circuits on the same prompts, but with shared clean layers.
+    """Like `masked_logits` for several circuits on the same prompts, but with their clean layers shared.
 
     False entries are ablated. There are values for all rows, or for S * B rows of S circuits as `batch.repeat(S)` lays
     them out; gradients flow to them.
@@ -52,7 +52,7 @@ def prefix_logits(
         sites = [site for site in nodes.sites if _moment(nodes, site) // 2 == stage]
         if sites:
             layout = rows.rows(slice(0, n_rows)).layout
-            # Values of a whole model, one for each row, would be copied for every stage.
+            # Otherwise the values of the whole model would be copied, row by row, at every stage.
             own = values.only(sites).rows(growth.value_rows[:n_rows])
             taps += node_taps(model, nodes, growth.masks[:n_rows], own, layout, sites)
     start = batch.repeat(growth.counts[0] // len(batch))
@@ -62,7 +62,7 @@ def prefix_logits(
 
 
 def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
-    """Fraction of the work of plain runs that a shared prefix saves; negative if its clean rows cost more."""
+    """Fraction of the work of separate runs that a shared prefix saves; negative if its clean rows cost more."""
     n_blocks = nodes.dimensions.n_layers * len(masks)
     if not n_blocks:
         return 0.0
@@ -70,13 +70,13 @@ def saved_share(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> float:
 
 
 def own_blocks(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
-    """Blocks that each circuit runs itself, from the first one in which it ablates something."""
+    """Number of blocks that each circuit runs itself, from the first one in which it ablates something."""
     # The token embedding costs next to nothing.
     return nodes.dimensions.n_layers - (_first_moments(nodes, masks) // 2 - 1).clamp(min=0)
 
 
 def _moment(nodes: Nodes, site: Site) -> int:
-    """When a site's tensor passes: at 2 s in stage s, or at 2 s + 1 if attention has mixed tokens there."""
+    """Place of a site in the order of the forward pass: 2 s in stage s, or 2 s + 1 after that stage's attention."""
     if site.kind == "tokens":
         return 0
     kind, layer = SITE_KINDS[site.kind], site.layer
@@ -84,7 +84,7 @@ def _moment(nodes: Nodes, site: Site) -> int:
 
 
 def _first_moments(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Tensor, " circuit"]:
-    """When each circuit first ablates something; the last moment for a circuit that ablates nothing."""
+    """Moment (see `_moment`) at which each circuit first ablates something; the last one if it ablates nothing."""
     first, masks = torch.full((len(masks),), 2 * (nodes.dimensions.n_layers + 1)), masks.cpu()
     for group in reversed(nodes.groups):
         ablates = (~masks[:, group.entries]).any(dim=1)
@@ -93,15 +93,15 @@ def _first_moments(nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> Int[Te
 
 
 class _Growth:
-    """Rows of a run at each stage.
+    """The rows of a run at each stage, which grow as circuits join.
 
     Stage 0 is the token embedding, stage l + 1 begins with the input of block l, and the last stage with that of the
     final norm. The first rows are the clean prompts; circuits follow in the order in which they join.
 
     Attributes:
         counts: number of rows in each stage.
-        attending: number of rows in each stage, the first ones, that run through attention; the others take the clean
-            rows' heads.
+        attending: in each stage, how many rows (the first ones) run through attention; the others use the outputs of
+            the clean rows' heads.
     """
 
     def __init__(self, model: CausalLM, batch: Batch, nodes: Nodes, masks: Bool[Tensor, "circuit entry"]) -> None:
@@ -121,20 +121,20 @@ class _Growth:
         self.value_rows = torch.cat([prompts, of_circuits.flatten()])
 
     def changes(self, model: CausalLM) -> Iterator[tuple[nn.Module, CallFunction]]:
-        """Changes of calls by which rows join during a run."""
+        """The call changes through which rows join during a run."""
         parts = find_parts(model)
         for stage, module in enumerate([*parts.blocks, parts.final_norm], 1):
             yield module, self._joining(stage)
         yield from self._mixing(parts)
 
     def _mixing(self, parts: Parts) -> Iterator[tuple[nn.Module, CallFunction]]:
-        """Changes of calls that spare attention the rows that have just joined, up to its projection."""
+        """Call changes that skip attention, up to its output projection, for the rows that have just joined."""
         path = parts.family.attention_output.rpartition(".")[0]
         for stage, (block, projection) in enumerate(zip(parts.blocks, parts.attention_outputs, strict=True), 1):
             if self.attending[stage] == self.counts[stage] or self._reads_inside(stage, parts):
                 continue
             attention = block.get_submodule(path)
-            # Some attention modules add the residual stream themselves, or may get a row for each prompt and head.
+            # Some attention modules add the residual stream themselves, or take inputs with a row per prompt and head.
             if not {"residual", "alibi"} & {*signature(attention.forward).parameters}:
                 yield attention, self._leaving(stage)
                 yield projection, self._returning(stage)
@@ -178,7 +178,7 @@ class _Growth:
             prompts = torch.arange(n_rows, device=hidden.device) % self._n_prompts
 
             def by_row(value: Any) -> Any:
-                # The model passes every block the inputs that it computed for the initial rows.
+                # The model passes to every block the inputs that it computed for the initial rows.
                 per_row = isinstance(value, Tensor) and value.dim() > 1 and len(value) == self.counts[0] > 1
                 return value[prompts] if per_row else value
 

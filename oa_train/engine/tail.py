@@ -1,9 +1,9 @@
-"""The end of a model run from its middle: on single tokens, with the output of every attention layer supplied.
+"""Runs a model from a middle layer to its end, on single tokens, with the output of every attention layer supplied.
 
-Attention is all that moves information between tokens. Where its output is supplied, the later blocks turn the
-residual stream of a token into a prediction by itself, whatever text surrounds it. The blocks run as Hugging Face
-wrote them: for the length of a run the model gets tokens that are texts by themselves, its attention modules are
-swapped for ones that return what is supplied, and the residual streams join the batch where they start.
+Only attention moves information between tokens. Once its output is supplied, each token's residual stream yields a
+prediction independently of the surrounding text. The blocks run as Hugging Face wrote them: the model is called on
+one-token sequences, its attention modules return the supplied outputs during that call, and each residual stream
+joins the batch at its start layer.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from oa_train.models.parts import find_parts
 from oa_train.models.taps import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.shapes import Float, Int, Tensor
 
-# Outputs of attention in a layer, for the starts that run through it: [start or 1, token or 1, d_model].
+# Maps a layer and the starts at or before it to the layer's attention outputs, [start or 1, token or 1, d_model].
 AttentionOutputs = Callable[[int, Sequence[int]], Tensor]
 
 
@@ -30,8 +30,8 @@ class ScoredStream:
     """A clean run at the scored positions of its prompts, which are called tokens here.
 
     Attributes:
-        logits: of the model.
-        residuals: what enters each block and, last, the final norm.
+        logits: logits of the model.
+        residuals: input of each block and, last, of the final norm.
         attention: what each attention layer adds to the residual stream; None if it was not asked for.
     """
 
@@ -104,7 +104,7 @@ def run_tail(
 
 
 def read_out(model: CausalLM, residuals: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocabulary"]:
-    """Logits of what enters the final norm: norm, unembedding and whatever the model does to its logits."""
+    """Logits of residual streams at the final norm: the norm, the unembedding and, say, soft-capping are applied."""
     parts = find_parts(model)
     entering = Tap(parts.final_norm, "input", lambda _: residuals.unsqueeze(1))
     with replaced_forwards((block, _skip) for block in parts.blocks), tapped([entering]):
@@ -113,7 +113,7 @@ def read_out(model: CausalLM, residuals: Float[Tensor, "token d_model"]) -> Floa
 
 
 def _call(model: CausalLM, n_tokens: int) -> Float[Tensor, "row position vocabulary"]:
-    """Call a model on texts of one token, whose residual streams are replaced on the way."""
+    """Call the model on one-token sequences whose residual streams are replaced during the run."""
     tokens: Int[Tensor, "token position"] = torch.zeros(n_tokens, 1, dtype=torch.long, device=model.device)
     with as_written(model):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
@@ -121,14 +121,14 @@ def _call(model: CausalLM, n_tokens: int) -> Float[Tensor, "row position vocabul
 
 
 def _skip(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Forward of a block that changes nothing."""
+    """Forward of a skipped block: returns its input."""
     return hidden
 
 
 def _swaps(
     model: CausalLM, layer: int, supplied: Callable[[int], Tensor]
 ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-    """Forward methods that replace attention in a block, so that what it adds is what is supplied."""
+    """Forward methods that make the attention of a block return the supplied output."""
     parts = find_parts(model)
     attention = parts.blocks[layer].get_submodule(parts.family.attention_output.split(".")[0])
     # Some attention modules add the residual stream themselves.
@@ -138,7 +138,7 @@ def _swaps(
         call = signature(type(attention).forward).bind(attention, *args, **kwargs).arguments
         hidden = call["hidden_states"]
         if parts.family.attention_post_norm:
-            return hidden, None  # whatever it is, the norm after it returns what is supplied
+            return hidden, None  # the value does not matter: the norm after it returns the supplied output
         values = supplied(layer).to(hidden.dtype)
         return (values + call["residual"] if adds else values.expand_as(hidden)), None
 

@@ -20,7 +20,7 @@ class Values(Mapping[Site, Tensor]):
     each span, or each column of a batch.
 
     Attributes:
-        tensors: values by site; a first dimension of size 1 stands for all rows, a second of size 1 for all tokens.
+        tensors: values by site; a first dimension of size 1 applies to all rows, a second of size 1 to all tokens.
         slots: slot of each token, for entries that apply at every token (None) and for those of each span. If a span
             is missing here, the slot is the token's column, or the only one.
     """
@@ -38,7 +38,7 @@ class Values(Mapping[Site, Tensor]):
         return len(self.tensors)
 
     def at(self, site: Site, span: str | None = None) -> Float[Tensor, "row_or_1 position_or_1 unit width"]:
-        """The values of a site for the tokens of a batch, with gradients to them; a span's are valid inside it."""
+        """Values of a site at the tokens of a batch, with gradients; values of a span are valid inside it only."""
         values, slot = self.tensors[site], self.slots.get(span)
         if slot is None or values.shape[1] == 1:
             return values
@@ -49,7 +49,7 @@ class Values(Mapping[Site, Tensor]):
         return laid_out
 
     def repeat(self, times: int) -> "Values":
-        """Tile like `Batch.repeat`: row `s * B + b` is row `b`; values that stand for all rows are unchanged."""
+        """Tile like `Batch.repeat`: row `s * B + b` is row `b`; values that apply to all rows are unchanged."""
         if times == 1:
             return self
         return self._by_row(lambda tensor: tensor.repeat(times, *[1] * (tensor.dim() - 1)))
@@ -59,7 +59,7 @@ class Values(Mapping[Site, Tensor]):
         return Values({site: self.tensors[site] for site in sites}, self.slots)
 
     def rows(self, numbers: Int[Tensor, " row"]) -> "Values":
-        """The values of some rows; values that stand for all rows are unchanged."""
+        """The values of some rows; values that apply to all rows are unchanged."""
         return self._by_row(lambda tensor: tensor[numbers])
 
     def _by_row(self, function: Callable[[Tensor], Tensor]) -> "Values":
@@ -72,7 +72,7 @@ class Values(Mapping[Site, Tensor]):
 
 
 def side_by_side(sets: Sequence[Values], n_rows: int) -> Values:
-    """Values for copies of a batch of `n_rows` rows, where each copy has a set of its own, all of the same sites."""
+    """Values for copies of a batch of `n_rows` rows: each copy has its own set, and all sets have the same sites."""
     first = sets[0]
     if all(_is_one_slot(values) and values.slots == first.slots for values in sets):
         slots = first.slots  # tables of pooled constants stay as small as they are

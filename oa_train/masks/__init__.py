@@ -1,1 +1,1 @@
-"""Distributions over masks and penalties on them; nothing here knows a model."""
+"""Distributions over masks, and penalties on them; nothing here depends on a model."""

@@ -1,6 +1,6 @@
-"""Distributions over masks, and the average of gradients over the rows that carry them.
+"""Distributions over masks, and the averaging of gradients over the rows that carry them.
 
-A distribution knows how many entries a mask has, but not what they stand for.
+A distribution knows the number of entries of a mask, but not their meaning.
 """
 
 from abc import abstractmethod
@@ -17,7 +17,7 @@ class MaskDistribution(nn.Module):
     """A trainable distribution over masks of independent entries.
 
     Attributes:
-        logits: one parameter per entry; the larger, the likelier that the entry is kept.
+        logits: one parameter per entry; the larger it is, the more probably the entry is kept.
     """
 
     def __init__(self, n_entries: int, initial_logit: float) -> None:
@@ -26,7 +26,7 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Map independent draws from [0, 1), the only source of randomness, to masks with gradients."""
+        """Map independent uniform draws from [0, 1), the only source of randomness, to masks with gradients."""
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
         """Samples over which each entry's gradient is averaged; None if gradients are summed over all rows.
@@ -37,7 +37,7 @@ class MaskDistribution(nn.Module):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Name and settings as plain values, for checkpoints."""
+        """Name and settings of the distribution as plain values, for checkpoints."""
 
     @abstractmethod
     def keep_probability(self) -> Float[Tensor, " entry"]:
@@ -58,7 +58,7 @@ def averaged_gradient(
     n_rows / counts turns that into a mean over these rows.
     """
     weight = (n_rows / counts.clamp(min=1)).to(mask.dtype)
-    # The difference is zero: the value stays, and its gradient is scaled by the weight.
+    # The difference is zero, so the value is unchanged and its gradient is scaled by the weight.
     return mask.detach() + weight * (mask - mask.detach())
 
 

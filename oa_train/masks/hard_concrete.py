@@ -34,17 +34,17 @@ class HardConcrete(MaskDistribution):
         standard     e = log(u) - log(1 - u)            m = s * (upper - lower) + lower
         published    e = log(u + 0.001) - log(1 - u)    m = (s + lower) * (upper - lower)
 
-    with u uniform on (0, 1). The published code of Li & Janson (2024) draws the second form, which is here for
-    comparison: its noise is bounded from below, so that an entry with a large logit (about 5.4 with the other
+    with u uniform on (0, 1). The published code of Li & Janson (2024) uses the second form, which is included for
+    comparison: its noise is bounded from below, so an entry with a large logit (above about 5.4 with the other
     defaults) is never exactly 0, and the size penalty has no gradient there.
 
     Args:
         n_entries: number of mask entries.
-        initial_logit: start of every logit; with the other defaults 2 keeps entries with probability 0.97.
+        initial_logit: initial value of every logit; with the other defaults 2 keeps entries with probability 0.97.
         temperature: the lower, the more samples are exactly 0 or 1; positive. If it is learned, its initial value.
         learned_temperature: train a temperature for each entry, 0.001 plus the softplus of a parameter. (The published
             code has a ReLU instead, which has no gradient at the floor.)
-        form: `standard` or `published`, see above.
+        form: `standard` or `published` (see above).
         lower: lower end of the stretch, below 0.
         upper: upper end of the stretch, above 1.
 
@@ -97,7 +97,7 @@ class HardConcrete(MaskDistribution):
         }
 
     def temperatures(self) -> Float[Tensor, " entry"] | float:
-        """Learned temperatures with gradients, or the fixed one of all entries."""
+        """Learned temperatures with gradients, or the fixed temperature of all entries."""
         if self.raw_temperatures is None:
             return self.temperature
         return LOWEST_TEMPERATURE + F.softplus(self.raw_temperatures)
@@ -105,7 +105,7 @@ class HardConcrete(MaskDistribution):
     def keep_probability(self) -> Float[Tensor, " entry"]:
         """Probability that a sample is not exactly 0; its sum is the L0 penalty of the paper."""
         scale, offset = self._stretch()
-        cut = (0.0 - offset) / scale  # of the sigmoid; below it samples are clamped to 0
+        cut = (0.0 - offset) / scale  # value of the sigmoid below which samples are clamped to 0
         least_noise = self.temperatures() * math.log(cut / (1 - cut)) - self.logits
         logistic = torch.sigmoid(-least_noise)
         # log(u + shift) - log(1 - u) > x where u > (exp(x) - shift) / (exp(x) + 1), and u is never below 0.

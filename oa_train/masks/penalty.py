@@ -1,4 +1,4 @@
-"""Penalties that make masks sparse: a fixed weight on each kept entry, or a weight that leads to a given size.
+"""Penalties that make masks sparse: a fixed weight on each kept entry, or a weight adjusted to reach a given size.
 
 Several circuits may be penalised at once: weights, sizes and penalties then have an entry for each circuit.
 """
@@ -13,7 +13,7 @@ from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.shapes import Bool, Float, Int, Tensor
 
-# The weight has this power of smooth size / goal as a factor, a proportional term. It reacts before entries are
+# The weight has this power of (smooth size / goal) as a factor: a proportional term. It reacts before entries are
 # gone, which keeps the weight from overshooting.
 PROPORTIONAL_POWER = 4.0
 
@@ -25,16 +25,16 @@ LARGEST_ERROR = 1.0
 
 
 class NodeRegulariser(nn.Module):
-    """A count of the edges at every node that saturates, so that nodes with few edges lose them all.
+    """A saturating count of the edges at every node, under which nodes with few edges lose them all.
 
     With E the expected number of kept edges that enter or leave a node, and M nodes in all, a node adds
     (M / 2) * tanh(2 E / M) (Li & Janson 2024).
 
     Args:
-        weight: of this term, as a fraction of the weight of an edge; at least 0.
+        weight: weight of this term, as a fraction of the weight of an edge; at least 0.
         entries: entries of the distribution that enter or leave a node, once for each such node.
         nodes: the node of each of these entries.
-        n_nodes: M.
+        n_nodes: number of nodes, M.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class NodeRegulariser(nn.Module):
     ) -> None:
         super().__init__()
         if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigurationError(f"node_penalty is {weight}; expected a part of the penalty, at least 0.")
+            raise ConfigurationError(f"node_penalty is {weight}; expected a fraction of penalty_weight, at least 0.")
         self.weight = weight
         self.entries = nn.Buffer(entries, persistent=False)
         self.nodes = nn.Buffer(nodes, persistent=False)
@@ -61,7 +61,7 @@ class SizePenalty(nn.Module):
 
     Args:
         weight: penalty weight of a kept entry in nats, at least 0; for all circuits, or a list with one each.
-        regulariser: adds to the number.
+        regulariser: adds a term to the expected number.
         relative: how much each entry counts; 1 for all of them by default.
     """
 
@@ -82,7 +82,7 @@ class SizePenalty(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
-        """Price of a kept entry now, in nats; never negative."""
+        """Current price of a kept entry in nats; never negative."""
         return self.initial_weight
 
     def objective(
@@ -90,15 +90,16 @@ class SizePenalty(nn.Module):
     ) -> Float[Tensor, "*circuits"]:
         """Objective that the best checkpoint minimises: loss and penalty of the discrete circuit, in nats.
 
-        `kept` are the entries of the distribution that the circuit keeps, in addition to `always_kept` that are never
-        ablated.
+        `kept` marks the entries of the distribution that the circuit keeps, in addition to `always_kept` entries that
+        are never ablated.
         """
         return loss + self.weight * (self._counted(kept.float()) + always_kept)
 
     def update(self, smooth: Float[Tensor, "*circuits"], size: Int[Tensor, "*circuits"]) -> None:
         """Set the weight for the next step; called once after every optimiser step.
 
-        `size` is that of the discrete circuit with entries never ablated, `smooth` the `smooth_size` of the others.
+        `size` is the size of the discrete circuit, entries that are never ablated included; `smooth` is the
+        `smooth_size` of the others.
         """
 
     def forward(self, probabilities: Float[Tensor, "*circuits entry"]) -> Float[Tensor, "*circuits"]:
@@ -111,26 +112,27 @@ class SizePenalty(nn.Module):
 
 
 class TargetSize(SizePenalty):
-    """A weight that leads to a circuit of a given size: a Lagrange multiplier, set by a controller.
+    """A weight adjusted to reach a circuit of a given size: a Lagrange multiplier, set by a controller.
 
     The goal falls linearly from all entries to the target in the first `warmup` optimiser steps and stays there.
-    All sizes counted without the entries that are never ablated, the weight of a kept entry is
+    With all sizes counted without the entries that are never ablated, the weight of a kept entry is
 
         weight * exp(rate * sum over the steps so far of log(kept / goal)) * (smooth / goal) ^ PROPORTIONAL_POWER
 
-    with `kept` the size of the discrete circuit and `smooth` one that changes before entries cross the threshold. It
-    rises while masks are too large and falls while they are too small. The sum is at rest when the discrete circuit
-    has the right size, whatever entries that are nearly off add up to. Only ratios of sizes and of weights enter, so
-    one rule serves any number of entries and a loss of any scale, and the weight is always positive.
+    where `kept` is the size of the discrete circuit and `smooth` the `smooth_size`, which changes before entries cross
+    the threshold. The weight rises while masks are too large and falls while they are too small. The sum is stationary
+    when the discrete circuit has the right size, whatever the total of the entries that are nearly off. Only ratios of
+    sizes and of weights enter, so one rule serves any number of entries and any scale of the loss, and the weight is
+    always positive.
 
     Args:
         target: entries to keep, those that are never ablated included; for all circuits, or a list with one for each.
         n_entries: number of entries of the distribution.
-        weight: initial weight of a kept entry, in nats; more than 0, because it moves by factors.
+        weight: initial weight of a kept entry in nats; more than 0, because it changes by factors.
         warmup: optimiser steps in which the goal falls to the target, at least 1.
-        rate: change of the weight's logarithm in one step at a size of e times the goal. The learning rate of the
-            masks suits, so that the weight moves no faster than the logits that respond to it.
-        always_kept: number of entries that are never ablated and so belong to no distribution.
+        rate: change of the weight's logarithm in one step at a size of e times the goal. The masks' learning rate is
+            a good choice: the weight then changes no faster than the logits that respond to it.
+        always_kept: number of entries that are never ablated and so are not in the distribution.
         regulariser: see `SizePenalty`.
         relative: see `SizePenalty`.
 
@@ -177,7 +179,7 @@ class TargetSize(SizePenalty):
 
     @property
     def weight(self) -> Float[Tensor, "*circuits"]:
-        """The penalty weight now, in nats."""
+        """The current penalty weight in nats."""
         return (self.log_weight + PROPORTIONAL_POWER * self.excess).exp()
 
     @torch.no_grad()
@@ -192,16 +194,16 @@ class TargetSize(SizePenalty):
     def objective(
         self, loss: Float[Tensor, "*circuits"], kept: Bool[Tensor, "*circuits entry"], always_kept: int
     ) -> Float[Tensor, "*circuits"]:
-        """The loss: the discrete circuit has the target size."""
+        """The loss alone, because the discrete circuit has the target size."""
         return loss
 
 
 @torch.no_grad()
 def smooth_size(probabilities: Float[Tensor, "*circuits entry"], threshold: float) -> Float[Tensor, "*circuits"]:
-    """Number of keep-probabilities above the threshold, counted so that it changes before one crosses over.
+    """Smooth number of keep-probabilities above the threshold, which changes before one of them crosses it.
 
-    An entry counts by the fourth power of its odds against the threshold. The expected size would also count the many
-    entries that are nearly off; a weight that leads it to a target leads the circuit below it.
+    An entry counts by the fourth power of its odds relative to the threshold's. The expected size would also count the
+    many entries that are nearly off, so a weight that brings it to a target makes the circuit smaller than the target.
     """
     odds = probabilities.float().clamp(1e-6, 1 - 1e-6).logit() - math.log(threshold / (1 - threshold))
     return torch.sigmoid(SHARPNESS * odds).sum(dim=-1)

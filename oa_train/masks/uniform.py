@@ -1,10 +1,10 @@
 """Uniform gradient sampling (UGS): masks that are 0, 1, or uniform between the two.
 
 Li & Janson, Optimal ablation for interpretability (NeurIPS 2024). With keep-probability theta = sigmoid(logit) an
-entry is drawn inside the window (0, 1) with probability w = theta (1 - theta), and uniformly there; else it is 1 or
-0, such that its mean is theta. Over uniform m the mean of dL/dm is L(kept) - L(ablated), so inside the window
-the derivative of the loss estimates what the entry is worth. The gradient of the logit is scaled to
-theta (1 - theta) times that estimate.
+entry is drawn uniformly from the window (0, 1) with probability w = theta (1 - theta); otherwise it is 1 or 0, such
+that its mean is theta. Over uniform m the mean of dL/dm is L(kept) - L(ablated), so inside the window the derivative
+of the loss estimates what the entry is worth. The gradient of the logit is scaled to theta (1 - theta) times that
+estimate.
 """
 
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ class UniformGradientSampling(MaskDistribution):
 
     Args:
         n_entries: number of mask entries.
-        initial_logit: start of every logit; 1 keeps entries with probability 0.73.
+        initial_logit: initial value of every logit; 1 keeps entries with probability 0.73.
         window_scale: width of the window as a multiple of theta (1 - theta); above 0 and at most 2, beyond which
             the window would leave [0, 1].
         count_normalization: `empirical` averages an entry's gradient over the rows of a step that fell into its
@@ -59,7 +59,7 @@ class UniformGradientSampling(MaskDistribution):
         }
 
     def keep_probability(self) -> Float[Tensor, " entry"]:
-        """Theta, the sigmoid of the logit."""
+        """The sigmoid of the logit, theta."""
         return torch.sigmoid(self.logits)
 
     def sample(self, uniform: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
@@ -69,11 +69,11 @@ class UniformGradientSampling(MaskDistribution):
         window = (self.window_scale * fixed * (1 - fixed)).clamp(min=NARROWEST_WINDOW)
         mask = (0.5 + (fixed - uniform) / window).clamp(0.0, 1.0)
         weight = 1 / window if self.count_normalization == "expected" else 1.0
-        # The difference is zero: the value stays, and its gradient to theta is `weight` inside the window.
+        # The difference is zero, so the value is unchanged; its gradient to theta is `weight` inside the window.
         return mask + weight * _inside(mask) * (theta - fixed)
 
     def carries_gradient(self, mask: Float[Tensor, "row entry"]) -> Bool[Tensor, "row entry"] | None:
-        """Samples inside the window, which `empirical` averages over; `expected` counts none."""
+        """Samples inside the window, over which `empirical` averages; None for `expected`, which counts none."""
         return _inside(mask) if self.count_normalization == "empirical" else None
 
 

@@ -1,4 +1,4 @@
-"""Adapters of peft (LoRA and its relatives), merged into the weights of the model that they were trained on."""
+"""peft adapters (LoRA and its relatives), merged into the weights of the model on which they were trained."""
 
 import json
 import warnings
@@ -19,13 +19,13 @@ def merged(model: PreTrainedModel, name: str, local_files_only: bool, base: str)
     """The model with an adapter merged into its weights.
 
     Args:
-        model: what the adapter was trained on; it is changed.
+        model: the model on which the adapter was trained; it is changed in place.
         name: folder or Hub id of the adapter. Only safetensors are read.
         local_files_only: never contact the Hub.
-        base: name of the model. Where the adapter names another one, that is warned of.
+        base: name of the model. A warning is given if the adapter names another one.
 
     Raises:
-        ModelError: there is no such adapter, it does not fit the model or has no merged form, or peft is missing.
+        ModelError: the adapter does not exist, does not fit the model or cannot be merged, or peft is missing.
     """
     if find_spec("peft") is None:
         raise ModelError("lm.adapter needs peft: pip install 'oa_train[peft]'")
@@ -37,17 +37,17 @@ def merged(model: PreTrainedModel, name: str, local_files_only: bool, base: str)
         with safe_open(folder / WEIGHTS, "pt") as file:
             stored = set(file.keys())
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about what is checked below
+            warnings.simplefilter("ignore")  # they are about things that are checked below
             adapted: Any = PeftModel.from_pretrained(model, str(folder))
         different = sorted(stored ^ set(get_peft_model_state_dict(adapted)))
         if different:
             raise ValueError(f"{len(different)} tensors that it has and should have differ, as {different[0]}")
         if not hasattr(adapted, "merge_and_unload"):
-            raise ValueError("adapters of its kind are no change of weights")
+            raise ValueError("adapters of its kind are not a change of weights")
         result: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except MemoryError:
         raise
-    except Exception as problem:  # damaged files and other models break peft anywhere
+    except Exception as problem:  # damaged files and wrong models make peft fail anywhere
         raise ModelError(
             f"The adapter {name!r} cannot be merged into {base!r}: {type(problem).__name__}: "
             f"{str(problem).partition(chr(10))[0]}\nIt was trained on {trained_on or 'a model it does not name'}; "

@@ -37,25 +37,26 @@ _SETTINGS = ("site", "activation", "k", "subtracts_decoder_bias", "centres_input
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """A sparse autoencoder on the tensor at a site; the entries of its code are features.
+    """A sparse autoencoder of the tensor at a site; the entries of its code are features.
 
     Attributes:
-        site: `r3` is what enters block 3 (`r{L}` the final norm), `m3` and `a3` what MLP and attention of layer 3 add.
+        site: `r3` is the input of block 3 (`r{L}` that of the final norm), `m3` and `a3` the outputs of MLP 3 and
+            attention 3.
         w_enc: encoder weights.
         b_enc: encoder biases.
         w_dec: direction that each feature adds at the site.
         b_dec: decoder bias.
         activation: function from pre-activations to the code. `jumprelu` keeps those above 0 and the threshold; `topk`
             the k largest, if positive; `groupmax` the largest of each of k equal groups, if positive.
-        threshold: of `jumprelu`.
-        k: of `topk` and `groupmax`.
+        threshold: threshold of `jumprelu` for each feature.
+        k: number of features kept by `topk`, or of groups for `groupmax`.
         subtracts_decoder_bias: True if the encoder reads x - b_dec.
-        centres_input: True if the encoder reads x less its mean over d_model, because it was trained on a
+        centres_input: True if the encoder reads x minus its mean over d_model, because it was trained on a
             TransformerLens model with `center_writing_weights`.
-        path: file that it was read from.
+        path: file from which it was read.
 
     Raises:
-        ArtefactError: tensors and settings do not fit together, or a number is not finite.
+        ArtefactError: the tensors and settings are inconsistent, or a number is not finite.
     """
 
     site: str
@@ -75,7 +76,7 @@ class Dictionary:
 
     @property
     def n_features(self) -> int:
-        """Entries of the code."""
+        """Number of entries of the code."""
         return self.w_enc.shape[1]
 
     @property
@@ -85,12 +86,12 @@ class Dictionary:
 
     @property
     def layer(self) -> int:
-        """Number in the site's name; for `r3` the block that the tensor enters."""
+        """Index in the site's name; for `r3` that of the block which reads the tensor."""
         return int(self.site[1:])
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 of site, settings and weights; neither device nor a wider dtype changes it."""
+        """First 16 hex digits of a SHA-256 of site, settings and weights, for any device and any wider dtype."""
         digest = hashlib.sha256(json.dumps(self._settings(), sort_keys=True).encode())
         for name, tensor in self._tensors().items():
             digest.update(f"{name}{list(tensor.shape)}".encode())
@@ -109,7 +110,7 @@ class Dictionary:
         return {}
 
     def like(self, x: Tensor) -> "Dictionary":
-        """This dictionary on the device of x, in the dtype in which x is encoded; each copy is made once and kept."""
+        """This dictionary on the device of x, in the dtype in which x is encoded; copies are made once and cached."""
         where = x.device, torch.promote_types(x.dtype, torch.float32)
         if where == (self.w_enc.device, self.w_enc.dtype):
             return self
@@ -142,7 +143,7 @@ class Dictionary:
         return torch.zeros_like(code).scatter(-1, largest.indices, largest.values)
 
     def decode_change(self, change: Float[Tensor, "*batch feature"]) -> Float[Tensor, "*batch d_model"]:
-        """Change of the site's tensor that a change of the code makes, in at least float32."""
+        """Change of the site's tensor that corresponds to a change of the code, in at least float32."""
         dtype = torch.promote_types(change.dtype, torch.float32)
         with torch.autocast(change.device.type, enabled=False):
             return change.to(dtype) @ self.w_dec.to(dtype)
@@ -165,8 +166,8 @@ class DictionarySpec:
 
     Attributes:
         path: its folder or weights file, or the name of a built-in one (`tiny_r2`).
-        site: site that it reads, for files that do not name it; otherwise it must agree with them.
-        centres_input: overrides what the files say; see `load_dictionary`.
+        site: site at which it reads, for files that do not name it; otherwise it must agree with them.
+        centres_input: overrides the value in the files; see `load_dictionary`.
     """
 
     path: str
@@ -174,7 +175,7 @@ class DictionarySpec:
     centres_input: bool | None = None
 
     def load(self) -> Dictionary:
-        """Read it by `load_dictionary`."""
+        """Read it with `load_dictionary`."""
         return load_dictionary(self.path, self.site, self.centres_input)
 
 
@@ -182,7 +183,7 @@ def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
     """Reload a dictionary by the path, site, `centres_input` and fingerprint that an artefact's header names.
 
     Raises:
-        ArtefactError: it is missing, or its content has changed.
+        ArtefactError: the dictionary is missing, or its content has changed.
     """
     dictionary = load_dictionary(header["path"], header["site"], header["centres_input"])
     if dictionary.fingerprint != header["fingerprint"]:
@@ -194,7 +195,7 @@ def reload_dictionary(header: Mapping[str, Any]) -> Dictionary:
 
 
 def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
-    """Check that arguments of `Dictionary` are consistent; messages call it `where`.
+    """Check that arguments of `Dictionary` are consistent; messages call the dictionary `where`.
 
     Raises:
         ArtefactError: they are not, or a number is not finite.
@@ -233,13 +234,13 @@ def check_dictionary(where: str, values: Mapping[str, Any]) -> None:
 def load_dictionary(
     folder_or_file: str | Path, site: str | None = None, centres_input: bool | None = None
 ) -> Dictionary:
-    """Read a dictionary in one of the three layouts, to the CPU and in float32 at least.
+    """Read a dictionary in one of the three layouts, onto the CPU and in at least float32.
 
     Args:
         folder_or_file: its folder or weights file, or the name of a built-in one.
-        site: site that it reads, for files that do not name it; otherwise it must agree with them.
-        centres_input: overrides what the files say. SAELens did not store it before September 2024; its
-            `gpt2-small-res-jb` need True.
+        site: site at which it reads, for files that do not name it; otherwise it must agree with them.
+        centres_input: overrides the value in the files. SAELens did not store it before September 2024; its
+            `gpt2-small-res-jb` dictionaries need True.
 
     Raises:
         ArtefactError: the layout is unknown, a file is missing or damaged, the variant is not supported, or the site
@@ -258,7 +259,7 @@ def load_dictionary(
     if centres_input is not None:
         values["centres_input"] = centres_input
     values |= {"site": site, "path": str(weights)}
-    check_dictionary(str(path), values)  # before a run-time type checker, whose errors say less
+    check_dictionary(str(path), values)  # before a run-time type checker does, with less helpful errors
     return Dictionary(**values)
 
 

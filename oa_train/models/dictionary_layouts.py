@@ -1,12 +1,12 @@
-"""Files of sparse dictionaries in the layouts of SAELens, sparsify and our own, read as arguments of `Dictionary`.
+"""Reads files of sparse dictionaries, in the layouts of SAELens, sparsify and our own, as arguments of `Dictionary`.
 
-A gated encoder, decoder norms that rescale a top-k code, and a log threshold are folded into the weights, which
-changes the result by rounding only. Any other option that changes the code or what it adds is refused by name. Only
+Gated encoders, decoder norms that rescale a top-k code, and log thresholds are folded into the weights, which
+changes the result by rounding only. Any other option that changes the code or its decoding is refused by name. Only
 JSON and safetensors are read, so reading runs no code. Every reader raises `ArtefactError` if a file is missing or
 damaged, or the variant is not supported.
 
-A module's name (`layers.3.mlp`) stands for that module's output. In families with post-norms (Gemma 2, 3, OLMo 2)
-that is not yet what the layer adds to the residual stream, which is what site `m3` is.
+A module's name (`layers.3.mlp`) stands for that module's output. In families with post-norms (Gemma 2, 3, OLMo 2) it
+is normed before it is added to the residual stream, and differs from site `m3`, which is the tensor that is added.
 """
 
 import functools
@@ -34,14 +34,14 @@ _HOOK_FORMS = (
     "blocks.N.hook_resid_pre, hook_resid_post, hook_mlp_out or hook_attn_out; layers.N, layers.N.mlp or .attn"
 )
 
-# Architectures of SAELens: the tensors besides W_enc, W_dec and b_dec, and our activation.
+# Architectures of SAELens: their tensors besides W_enc, W_dec and b_dec, and the activation in our terms.
 _ARCHITECTURES = {
     "standard": (("b_enc",), "relu"),
     "topk": (("b_enc",), "topk"),
     "jumprelu": (("b_enc", "threshold"), "jumprelu"),
     "gated": (("b_gate", "b_mag", "r_mag"), "jumprelu"),
 }
-# Settings that change the code or what it adds, each with the values that are supported; the first is the default.
+# Settings that change the code or its decoding, each with the supported values; the first is the default.
 _SAE_LENS_SETTINGS: dict[str, tuple[object, ...]] = {
     "signed": (False,),
     "normalize_activations": ("none", False),
@@ -73,10 +73,10 @@ def refuse(where: str, problem: str, expected: str) -> NoReturn:
 
 
 def site_of_hook(hook: str, where: str) -> str | None:
-    """Translate a TransformerLens hook or the name of a module into a site; None when it names no layer.
+    """Translate a TransformerLens hook or the name of a module into a site; None if it names no layer.
 
     Raises:
-        ArtefactError: it names a place in a layer that is not a site.
+        ArtefactError: the name is that of a place in a layer that is not a site.
     """
     match, sites = _HOOK.fullmatch(hook), _HOOK_SITES
     if match is None:
@@ -93,7 +93,7 @@ def site_of_hook(hook: str, where: str) -> str | None:
 
 
 def read_sae_lens(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from the files of SAELens, those before its version 6 included."""
+    """Arguments of `Dictionary` from the files of SAELens, including versions before 6."""
     where, config = str(weights.parent), _read_config(weights.parent)
     stored = [*_as_object(where, "metadata", config).items(), *config.items()]
     config = {_OLD_NAMES.get(name, name): value for name, value in stored if value is not None}
@@ -116,7 +116,7 @@ def read_sae_lens(weights: Path) -> dict[str, Any]:
             refuse(where, f"has a {name} other than 1", "Expected none: fold it into W_dec and save again.")
     w_enc, w_dec, b_enc, threshold = tensors["W_enc"], tensors["W_dec"], tensors.get("b_enc"), tensors.get("threshold")
     _check_size(where, w_enc.shape, (config.get("d_in"), config.get("d_sae")))
-    for name, tensor in tensors.items():  # before they are combined; `Dictionary` checks the rest
+    for name, tensor in tensors.items():  # checked before they are combined; `Dictionary` checks the rest
         expected = w_enc.shape[::-1] if name == "W_dec" else w_enc.shape[1:]
         if name in ("W_dec", "b_mag", "b_gate", "r_mag") and tensor.shape != expected:
             refuse(where, f"has {name} of shape {list(tensor.shape)}", f"Expected {list(expected)}.")
@@ -146,11 +146,11 @@ def read_sae_lens(weights: Path) -> dict[str, Any]:
 
 
 def read_sparsify(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from the files of sparsify, whose folder is named after the module that it reads."""
+    """Arguments of `Dictionary` from the files of sparsify, whose folder has the name of the module that it reads."""
     folder = weights.parent
     where, config = str(folder), _read_config(folder)
     _checked_settings(where, config, _SPARSIFY_SETTINGS)
-    # A skip connection reads x itself, so no change of the code changes what it adds.
+    # A skip connection reads x itself, so changes of the code do not change its output.
     tensors, _ = _read_tensors(weights, ("encoder.weight", "encoder.bias", "W_dec", "b_dec"), ("W_skip",))
     _check_size(where, tensors["encoder.weight"].shape, (config.get("num_latents") or None, config.get("d_in")))
     module = folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
@@ -167,7 +167,7 @@ def read_sparsify(weights: Path) -> dict[str, Any]:
 
 
 def read_plain(weights: Path) -> dict[str, Any]:
-    """Arguments of `Dictionary` from one file, with its settings in the metadata of the file's header."""
+    """Arguments of `Dictionary` from one file, whose header's metadata holds the settings."""
     capitals = {"W_enc": "w_enc", "W_dec": "w_dec"}
     tensors, settings = _read_tensors(weights, ("w_enc", "b_enc", "w_dec", "b_dec"), ("threshold",), capitals)
     default = "jumprelu" if "threshold" in tensors else "topk" if "k" in settings else "relu"
@@ -199,7 +199,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             refuse(str(path), "is too long for settings", f"Expected at most {MOST_CONFIG_BYTES} bytes of JSON.")
         config = json.loads(path.read_bytes())
     except OSError as problem:
-        raise ArtefactError(f"{path} cannot be read: {problem}.\nExpected it beside the weights.") from problem
+        raise ArtefactError(f"{path} cannot be read: {problem}.\nExpected it next to the weights.") from problem
     except (ValueError, RecursionError) as problem:
         raise ArtefactError(f"{path} is not JSON: {problem}.\nDownload or export it again.") from problem
     if not isinstance(config, dict):
@@ -210,7 +210,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_tensors(
     path: Path, required: Collection[str], optional: Collection[str] = (), other_names: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, all in their widest dtype and float32 at least, and the metadata of the file's header."""
+    """Tensors by name, all in their widest dtype and at least float32, and the metadata of the file's header."""
     other_names = other_names or {}
     known = [*required, *optional, *(name for name, usual in other_names.items() if usual in required)]
     try:
@@ -249,7 +249,7 @@ def _as_object(where: str, name: str, config: Mapping[str, Any]) -> dict[str, An
 def _checked_settings(
     where: str, config: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]]
 ) -> dict[str, Any]:
-    """Settings of a table of supported values, from a configuration or by default."""
+    """The settings named in a table of supported values, from a configuration or by default."""
     settings = {name: config.get(name, values[0]) for name, values in supported.items()}
     for name, value in settings.items():
         _check_setting(where, name, value, supported[name])

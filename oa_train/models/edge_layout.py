@@ -1,7 +1,8 @@
-"""The order of a decoder's edges: which sources every reader reads.
+"""The order of a decoder's edges, and the sources that each reader reads.
 
 Sources are in the order in which they write, readers in the order in which they read. So each reader reads a prefix of
-the sources, and with edges ordered by reader the index of an edge follows by arithmetic: GPT-2 XL has 2.2 million.
+the sources, and with edges ordered by reader the index of an edge follows by arithmetic: no list of edges is needed,
+of which GPT-2 XL has 2.2 million.
 """
 
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from oa_train.shapes import Int, Tensor
 class EdgeLayout:
     """Sources, readers and edges of a decoder, by index.
 
-    A reader has an edge from every source that writes before it reads. Heads of one layer do not read each other; an
-    MLP reads the heads of its own layer, unless the two run in parallel.
+    A reader has an edge from every source that writes before it reads. Heads of the same layer do not read each other;
+    an MLP reads the heads of its own layer, unless the two run in parallel.
 
     Attributes:
         n_layers: number of decoder blocks.
-        n_heads: query heads of a block.
-        n_kv_heads: key-value heads of a block; divides `n_heads`.
+        n_heads: number of query heads of a block.
+        n_kv_heads: number of key-value heads of a block; divides `n_heads`.
         parallel: True if attention and MLP of a block read the same residual stream.
     """
 
@@ -32,7 +33,7 @@ class EdgeLayout:
     parallel: bool = False
 
     def sources_before(self, layer: int) -> int:
-        """Number of sources that write before a layer: the first ones."""
+        """Number of sources that write before a layer; they are the first ones."""
         return 1 + layer * (self.n_heads + 1)
 
     @property
@@ -42,7 +43,7 @@ class EdgeLayout:
 
     @property
     def n_attention_readers(self) -> int:
-        """Queries, keys and values of one layer."""
+        """Number of queries, keys and values of one layer."""
         return self.n_heads + 2 * self.n_kv_heads
 
     @property
@@ -52,7 +53,7 @@ class EdgeLayout:
 
     @cached_property
     def n_read(self) -> Int[Tensor, " reader"]:
-        """Number of sources that each reader reads: the first ones."""
+        """Number of sources that each reader reads; they are the first ones."""
         before = torch.tensor([[self.sources_before(layer)] for layer in range(self.n_layers)])
         by_attention = before.expand(-1, self.n_attention_readers)
         by_mlp = before + (0 if self.parallel else self.n_heads)

@@ -1,7 +1,7 @@
 """The table of model families.
 
-A family is data: where Hugging Face's classes keep their decoder blocks, attention output projections and MLPs.
-Nothing of a family's arithmetic is repeated here. To support another family, add one entry to `FAMILIES`.
+A family is data: the paths at which Hugging Face's classes keep their decoder blocks, attention output projections and
+MLPs. None of a family's arithmetic is repeated here. To support another family, add one entry to `FAMILIES`.
 """
 
 from collections.abc import Mapping
@@ -22,28 +22,28 @@ class Family:
             concatenation of the heads' values.
         mlp: path to the module whose output the block adds to the residual stream.
         final_norm: path from the causal language model to the norm before the unembedding.
-        attention_norm: path to the norm through which attention reads the residual stream; empty without one.
+        attention_norm: path to the norm through which attention reads the residual stream; empty if there is none.
         projections: paths to the query, key and value projections, or to a fused one: all queries first, then all
             keys, then all values.
-        mlp_input: path to the module through which the MLP reads the residual stream, its norm.
-        down_projection: path to the projection that the MLP's neurons enter; empty where there is no single one, as
-            in mixtures of experts.
-        mlp_body: path to the module with the MLP's hidden layer, which maps each token by itself: `recompute` runs it
-            again, and the last layer's runs at some tokens only. Its first argument is [row, position, width] and no
-            other differs by token; empty where the block has the hidden layer itself, or where that does not hold.
+        mlp_input: path to the module through which the MLP reads the residual stream: its norm.
+        down_projection: path to the projection that reads the MLP's neurons; empty if there is no single one, as in
+            mixtures of experts.
+        mlp_body: path to the token-wise module with the MLP's hidden layer, which `recompute` runs again, and which
+            runs at some tokens only in the last layer. Its first argument must be [row, position, width], and no other
+            may differ by token; empty if that does not hold, or if the block has the hidden layer itself.
         interleaved: whether a fused projection interleaves each head's query, key and value.
         parallel: whether attention and MLP of a block read the same residual stream, so that the MLP does not read
             the heads of its own layer.
         post_norms: whether the outputs of attention and MLP are normed before they are added to the residual stream.
         attention_post_norm: path to that norm of attention.
-        joint_norms: whether the queries of all heads, and their keys, are normed together, so that what one head reads
-            changes the others' queries.
-        attention_sinks: whether attention weights add up to less than 1, so that heads are no averages of values.
-        residual_scale: attribute of configuration and block with a factor for all that attention and MLP add; `freeze`
-            folds it into the weights of their last projections.
-        variants: what is different in models whose configuration has an attribute set, by that attribute.
-        refuses: why models of the family do not fit whose configuration has an attribute set, or with `not ` before
-            its name has it not set, by that attribute.
+        joint_norms: whether the queries of all heads, and their keys, are normed together, so that the input of one
+            head changes the other heads' queries.
+        attention_sinks: whether attention weights add up to less than 1, so that heads are not averages of values.
+        residual_scale: attribute of the configuration and the blocks that scales the outputs of attention and MLP;
+            `freeze` folds it into the weights of their last projections.
+        variants: changed fields of this entry, by the configuration attribute that must be set for them.
+        refuses: reasons why models of the family are not supported, by the configuration attribute that is set in
+            them, or not set if its name is preceded by `not `.
     """
 
     model_type: str
@@ -100,7 +100,7 @@ BLOOM = replace(
     model_type="bloom",
     blocks="transformer.h",
     attention_output="self_attention.dense",
-    # Its MLP adds what the residual stream holds by itself.
+    # Its MLP module adds the residual stream itself.
     mlp="mlp.dense_4h_to_h",
     mlp_body="",
     final_norm="transformer.ln_f",
@@ -110,7 +110,7 @@ BLOOM = replace(
     refuses={"apply_residual_connection_post_layernorm": _NORMED_STREAM},
 )
 
-# These norm what attention and MLP write before it is added to the residual stream.
+# These norm the outputs of attention and MLP before they are added to the residual stream.
 GEMMA2 = replace(
     LLAMA,
     model_type="gemma2",
@@ -141,7 +141,7 @@ FAMILIES = {
         ),
         LLAMA,
         *(replace(LLAMA, model_type=name) for name in ("mistral", "qwen2", "qwen3", "smollm3", "gemma", "olmo")),
-        # Mixtures of experts: the whole layer of experts is the MLP.
+        # Mixtures of experts: the whole expert layer is the MLP.
         *(replace(LLAMA, model_type=name, down_projection="") for name in ("mixtral", "qwen3_moe")),
         replace(LLAMA, model_type="gpt_oss", down_projection="", attention_sinks=True),
         replace(LLAMA, model_type="olmoe", down_projection="", joint_norms=True),
@@ -209,7 +209,7 @@ def check_family(model_type: str) -> Family:
     """Look up a family.
 
     Raises:
-        ModelError: the table has no such family; the message lists those that it has.
+        ModelError: the table has no such family; the message lists those it has.
     """
     if model_type not in FAMILIES:
         raise ModelError(
@@ -220,7 +220,7 @@ def check_family(model_type: str) -> Family:
 
 
 def check_config(config: Any) -> Family:
-    """Look up the family of a configuration, in the variant that the configuration asks for.
+    """Look up the family of a configuration, in the variant that the configuration selects.
 
     Raises:
         ModelError: the table has no such family, or its entry does not cover this model.

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES
 
-# The class of every model here, by a name that other modules can import without importing transformers.
+# The class of every model here, under a name that other modules can import without importing transformers.
 CausalLM = PreTrainedModel
 
 
@@ -17,15 +17,15 @@ def freeze(model: CausalLM) -> CausalLM:
     model.eval().requires_grad_(False)
     _fold_residual_scale(model)
     if model.dtype is not torch.bfloat16:
-        model.set_experts_implementation("eager")  # products of all experts at once are made for bfloat16
+        model.set_experts_implementation("eager")  # the grouped products of all experts are made for bfloat16
     return model
 
 
 @torch.no_grad()
 def _fold_residual_scale(model: Any) -> None:
-    """Multiply the weights of what attention and MLP write last by the factor that a family's blocks have for it.
+    """Fold the factor by which a family's blocks scale the outputs of attention and MLP into their last projections.
 
-    The model computes the same, and what its parts write is what its residual stream gets.
+    The model computes the same function, and the outputs of its parts are what is added to the residual stream.
 
     Raises:
         ModelError: the weights are quantised.

@@ -28,11 +28,11 @@ class Graph(EdgeLayout, Level):
 
     Sources are the embedding `input`, every head `a{layer}.h{head}` and every MLP `m{layer}`. Readers are the query
     of every head `a{layer}.h{head}<q>`, the key and the value of every key-value head `a{layer}.k{group}<k>` and
-    `a{layer}.k{group}<v>` (`a{layer}.h{head}<k>` where each head has its own), every MLP `m{layer}`, and `logits`.
+    `a{layer}.k{group}<v>` (`a{layer}.h{head}<k>` if each head has its own), every MLP `m{layer}`, and `logits`.
 
     Attributes:
-        d_head: width of one head's value; 0 where only names matter.
-        d_model: width of the residual stream; 0 where only names matter.
+        d_head: width of one head's value; 0 if only names matter.
+        d_model: width of the residual stream; 0 if only names matter.
     """
 
     kind = "edges"
@@ -53,14 +53,14 @@ class Graph(EdgeLayout, Level):
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """Names in the order in which they write; source `i + 1` is entry `i` of a mask over heads and MLPs."""
+        """Names of the sources in writing order; source `i + 1` is entry `i` of a mask over heads and MLPs."""
         heads = range(self.n_heads)
         layers = ((*(f"a{layer}.h{head}" for head in heads), f"m{layer}") for layer in range(self.n_layers))
         return ("input", *itertools.chain(*layers))
 
     @cached_property
     def readers(self) -> tuple[str, ...]:
-        """Names in the order in which they read: of each layer queries, keys, values and the MLP; then `logits`."""
+        """Names of the readers in reading order: queries, keys, values and the MLP of each layer; then `logits`."""
         letter = "h" if self.n_kv_heads == self.n_heads else "k"
         of_attention = [f"h{head}<q>" for head in range(self.n_heads)]
         of_attention += [f"{letter}{group}<{kind}>" for kind in "kv" for group in range(self.n_kv_heads)]
@@ -69,7 +69,7 @@ class Graph(EdgeLayout, Level):
 
     @cached_property
     def sites(self) -> Mapping[Site, tuple[int, int]]:
-        """Sites of the sources in the order in which they write, with number and width of their units."""
+        """Sites of the sources in writing order, with number and width of their units."""
         sites = {Site("embedding"): (1, self.d_model)}
         for layer in range(self.n_layers):
             sites |= {Site("heads", layer): (self.n_heads, self.d_head), Site("mlp", layer): (1, self.d_model)}
@@ -121,7 +121,7 @@ class Graph(EdgeLayout, Level):
         A pattern without an arrow matches sources; `a3` stands for all heads of layer 3.
 
         Raises:
-            ConfigurationError: it matches nothing, or names a span, which edges do not have.
+            ConfigurationError: the pattern matches nothing, or names a span, which edges do not have.
         """
         if "@" in pattern:
             raise ConfigurationError(
@@ -146,7 +146,7 @@ class Graph(EdgeLayout, Level):
         return within_budget(self, scores, size)
 
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Sources with an edge that the circuit cuts, for each circuit."""
+        """For each circuit, the sources with an edge that it cuts."""
         cut = torch.zeros(len(masks), self.n_sources, dtype=torch.int, device=masks.device)
         cut.index_add_(1, self.edge_sources.to(masks.device), (~masks).int())
         by_site = (cut > 0).split([n_units for n_units, _ in self.sites.values()], dim=1)
@@ -162,7 +162,7 @@ class Graph(EdgeLayout, Level):
         return Nodes.of(config)
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """Numbers of kept edges and of all edges, and of the nodes with an outgoing edge."""
+        """Number of kept edges, of all edges, and of the nodes with an outgoing edge."""
         nodes = {"nodes": len(self.nodes(mask)), "nodes_total": self.n_sources - 1}
         return nodes | {"edges": int(mask.sum()), "edges_total": self.n_edges}
 
@@ -192,7 +192,7 @@ class Graph(EdgeLayout, Level):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Numbers of layers and of heads in a layer."""
+        """Number of layers, and of heads in a layer."""
         return self.n_layers, self.n_heads
 
     def score_map(self, scores: Float[Tensor, " entry"]) -> ScoreMap:
@@ -241,5 +241,5 @@ class Graph(EdgeLayout, Level):
         return f"{self.n_layers} layers of {self.n_heads} heads and {self.n_kv_heads} key-value heads{parallel}"
 
 
-# Cached, because its arrays of edges are long.
+# Cached, because a graph's arrays of edges are long.
 _graph = cache(Graph)

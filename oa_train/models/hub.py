@@ -1,4 +1,4 @@
-"""A check that the Hugging Face Hub can be reached, made once."""
+"""A check, made once, that the Hugging Face Hub can be reached."""
 
 import os
 import ssl
@@ -17,20 +17,20 @@ PATIENCE = 5.0
 def hub_answers() -> bool:
     """True if the Hub answers; warns if it does not.
 
-    Offline, transformers tries every file of a model six times over half a minute, even if it was downloaded before.
-    One request shows at once that only downloaded files can be used.
+    Offline, transformers tries every file of a model six times over half a minute, even if it was downloaded before. A
+    single request shows at once that only downloaded files can be used.
     """
     if constants.HF_HUB_OFFLINE:
         return False
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
     if not endpoint.startswith(("http://", "https://")):
-        return True  # left for the Hub's own client to judge
+        return True  # leave it to the Hub's own client
     try:
-        urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE).close()  # noqa: S310 (the scheme was looked at)
+        urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE).close()  # noqa: S310 (the scheme was checked)
     except HTTPError:
-        return True  # an answer, whatever it is
+        return True  # any answer will do
     except OSError as problem:
-        # The Hub's own client brings certificates of its own.
+        # The Hub's own client has its own certificates.
         if isinstance(getattr(problem, "reason", None), ssl.SSLError):
             return True
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Levels: what a mask is over, either units of sites (`Nodes`) or edges between components (`Graph`).
+"""Levels: the entries of a mask, which are either units of sites (`Nodes`) or edges between components (`Graph`).
 
 A mask has a number for each entry of its level, and is always passed along with that level.
 """
@@ -29,10 +29,10 @@ class ScoreMap:
 
 
 class Level(ABC):
-    """The entries of a mask: their names and order, and what a mask over them means.
+    """The entries of a mask: their names and order, and the meaning of a mask over them.
 
     Attributes:
-        kind: name in configurations and files.
+        kind: name of the level in configurations and files.
         part: noun for an entry in messages.
         has_one_stream: True if all readers of a masked model share one residual stream.
     """
@@ -98,7 +98,7 @@ class Level(ABC):
         """Entries that a shell pattern matches.
 
         Raises:
-            ConfigurationError: it matches none.
+            ConfigurationError: the pattern matches nothing.
         """
 
     def selected(self, patterns: Sequence[str]) -> Bool[Tensor, " entry"]:
@@ -118,11 +118,11 @@ class Level(ABC):
         return self.kept(self.selected(patterns))
 
     def prune(self, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
-        """A mask without the entries that have no effect beside the others, such as dangling edges, row by row."""
+        """A mask without the entries that have no effect given the others, such as dangling edges, row by row."""
         return kept
 
     def largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """The circuit of a given size with the largest scores; for edges see `within_budget`.
+        """The circuit of a given size with the highest scores; for edges see `within_budget`.
 
         Raises:
             ConfigurationError: the level has fewer than `size` entries.
@@ -132,14 +132,14 @@ class Level(ABC):
         return self._largest(scores, size)
 
     def _largest(self, scores: Float[Tensor, " entry"], size: int) -> Bool[Tensor, " entry"]:
-        """Ties go to the first in mask order."""
+        """`largest` without its check; ties go to the first entry in mask order."""
         mask = torch.zeros(len(scores), dtype=torch.bool)
         mask[scores.argsort(descending=True, stable=True)[:size]] = True
         return mask
 
     @abstractmethod
     def replaced(self, masks: Bool[Tensor, "circuit entry"]) -> dict[Site, Bool[Tensor, "circuit slot unit"]]:
-        """Units whose value each circuit replaces at any token; a slot for each of `spans`."""
+        """Units whose value each circuit replaces at some token, with a slot for each of `spans`."""
 
     @abstractmethod
     def nodes(self, mask: Bool[Tensor, " entry"]) -> tuple[str, ...]:
@@ -156,10 +156,10 @@ class Level(ABC):
     @property
     @abstractmethod
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and the index of each entry's kind; penalty weights may differ by kind."""
+        """Kinds of site, and for each entry the index of its kind; penalty weights may differ by kind."""
 
     def entries_at_nodes(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], int] | None:
-        """Pairs of an entry and a node that it touches, and the number of nodes; None if entries are nodes."""
+        """Pairs of an entry and a node at one of its ends, and the number of nodes; None if entries are nodes."""
         return None
 
     @abstractmethod
@@ -167,13 +167,13 @@ class Level(ABC):
         """Scores of all entries as a table."""
 
     def arrows(self, mask: Bool[Tensor, " entry"]) -> list[tuple[str, str, str]] | None:
-        """Arrows of a drawing: source, reader, and `q`, `k`, `v` or an empty string; None for boxes alone."""
+        """Arrows of a drawing: source, reader, and `q`, `k`, `v` or an empty string; None if only boxes are drawn."""
         return None
 
     @property
     @abstractmethod
     def grid(self) -> tuple[int, int] | None:
-        """Numbers of layers and of heads in a layer; None if circuits are not of whole heads and MLPs."""
+        """Number of layers, and of heads in a layer; None if circuits do not consist of whole heads and MLPs."""
 
     @abstractmethod
     def of_model(self, config: Any) -> "Level":
@@ -189,13 +189,13 @@ class Level(ABC):
         """The level that `header` describes.
 
         Raises:
-            KeyError, TypeError: it does not describe one.
+            KeyError, TypeError: the header does not describe a level.
         """
 
     def identity(self) -> dict[str, Any]:
-        """Values that a checkpoint must share with the level that it is loaded for, apart from the model."""
+        """Values in which a checkpoint must agree with the level for which it is loaded, apart from the model."""
         return {"level": self.kind}
 
     @abstractmethod
     def describe(self) -> str:
-        """Sizes of the model that the level is of, in words."""
+        """Sizes of the level's model, in words."""

@@ -1,7 +1,7 @@
 """Loading frozen Hugging Face models by name.
 
-The model stays the plain `PreTrainedModel` that transformers made: `models.parts` finds its parts, and `models.taps`
-replaces parts of a run.
+The model remains the plain `PreTrainedModel` that transformers made: `models.parts` finds its parts, and `models.taps`
+reads and replaces their tensors during a run.
 """
 
 import os
@@ -22,7 +22,7 @@ from oa_train.models.locating import ADAPTER_ALONE, loading, locate
 from oa_train.models.spec import LMSpec
 from oa_train.models.weights import check_complete, check_finite
 
-# Where a model of several kinds of input keeps its language model, and where that model has them by itself.
+# Prefixes of the language model's weights inside a multimodal model, and their prefixes in the language model alone.
 _TEXT_PART = {
     r"^(?:model\.)?(?:language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(?:model\.)?(?:language_model|text_model)\.(?:model\.)?": "model.",
@@ -33,7 +33,7 @@ def load_config(spec: LMSpec) -> PretrainedConfig:
     """Read the model's configuration without its weights.
 
     Raises:
-        ModelError: there is no such model, it cannot be reached, it is an adapter, or its family is not in the table.
+        ModelError: the model does not exist, cannot be reached or is an adapter, or its family is not in the table.
     """
     return _read_config(spec)[0]
 
@@ -65,7 +65,7 @@ def load_model(spec: LMSpec) -> CausalLM:
     """Load a model in evaluation mode with frozen weights, as transformers made it, on the CPU.
 
     Raises:
-        ModelError: there is no such model, it cannot be reached, its family is not in the table, or its weights are
+        ModelError: the model does not exist or cannot be reached, its family is not in the table, or its weights are
             damaged, not finite, or not those that its configuration asks for.
     """
     (config, is_part), where = _read_config(spec), locate(spec)
@@ -94,11 +94,11 @@ def load_on_device(spec: LMSpec, device: str = "auto") -> CausalLM:
 
     Args:
         spec: the model.
-        device: as torch names it; `auto` is the GPU of this process, or the CPU if there is none.
+        device: name of the device in torch; `auto` is the GPU of this process, or the CPU if there is none.
 
     Raises:
         ConfigurationError: the device cannot be used.
-        ModelError: as of `load_model`.
+        ModelError: as in `load_model`.
     """
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK'] if dist.is_torchelastic_launched() else 0}"
@@ -134,10 +134,10 @@ def _dtype(spec: LMSpec, config: PretrainedConfig) -> torch.dtype:
 
 
 def with_dtype(spec: LMSpec) -> LMSpec:
-    """The specification with the data type of the model's configuration in place of `auto`.
+    """The specification, with the data type `auto` replaced by that of the model's configuration.
 
     Raises:
-        ModelError: as `load_config`, which is called for `auto` only.
+        ModelError: as in `load_config`, which is called for `auto` only.
     """
     if spec.dtype != "auto":
         return spec
@@ -147,11 +147,11 @@ def with_dtype(spec: LMSpec) -> LMSpec:
 def empty_model(spec: LMSpec) -> CausalLM:
     """Build a model without its weights, on torch's meta device, in evaluation mode and frozen.
 
-    Only the configuration is read. Of the attention back ends only `eager` makes a difference: the others need not be
-    installed.
+    Only the configuration is read. The only attention back end that makes a difference is `eager`; the others need not
+    be installed.
 
     Raises:
-        ModelError: there is no such configuration, it cannot be reached, or its family is not in the table.
+        ModelError: the configuration does not exist or cannot be reached, or its family is not in the table.
     """
     config = load_config(spec)
     with loading("model", spec), torch.device("meta"):

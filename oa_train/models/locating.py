@@ -1,4 +1,4 @@
-"""Paths of a model's files, and errors of those that cannot be loaded."""
+"""Paths of a model's files, and the errors if they cannot be loaded."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from oa_train.models.spec import LMSpec, builtin_models, is_gguf
 _LFS_POINTER = b"version https://git-lfs"
 
 ADAPTER_ALONE = (
-    "{} holds a LoRA or other adapter of peft, which is no model by itself and would be ignored beside full weights.\n"
-    "Give the model that it was trained on as lm.name and the adapter as lm.adapter; it is merged on loading."
+    "{} holds a LoRA or other peft adapter, which is not a model and would be ignored next to full weights.\n"
+    "Give the model on which it was trained as lm.name and the adapter as lm.adapter; it is merged on loading."
 )
 
 _EXPECTED = (
@@ -31,10 +31,10 @@ _EXPECTED = (
 
 
 def locate(spec: LMSpec) -> dict[str, Any]:
-    """Arguments by which every `from_pretrained` of transformers finds what `spec` names; dequantises a GGUF file.
+    """Arguments with which every `from_pretrained` of transformers finds the model of `spec`; dequantises GGUF files.
 
     Raises:
-        ModelError: the name is a directory without a model or with an adapter, or a file that is no GGUF.
+        ModelError: the name is a directory without a model or with an adapter, or a file that is not a GGUF file.
     """
     shared = {"local_files_only": spec.local_files_only, "trust_remote_code": spec.trust_remote_code}
     folder = builtin_models().get(spec.name, Path(spec.name).expanduser())
@@ -75,8 +75,8 @@ def _no_model(name: str, folder: Path) -> str:
 def loading(kind: str, spec: LMSpec) -> Iterator[None]:
     """Turn any error that transformers raises into a ModelError; `kind` is "model" or "tokenizer of".
 
-    Damaged files and wrong values in them break its code anywhere, with errors of any class. Bars of the loading are
-    not shown, those of downloads are.
+    Damaged files and wrong values in them make its code fail anywhere, with errors of any class. Progress bars of
+    loading are hidden, those of downloads are shown.
     """
     hook = set_tqdm_hook(lambda factory, arguments, options: EmptyTqdm(*arguments, **options))
     try:
@@ -98,9 +98,9 @@ def loading(kind: str, spec: LMSpec) -> Iterator[None]:
 
 
 def _reason(problem: Exception) -> str:
-    """The first sentence of an error, with its class where that says more than the words."""
+    """The first sentence of an error, with its class if that says more than the words."""
     first, _, rest = str(problem).strip().partition("\n")
-    if first.endswith(":"):  # the second line of a wrong value in config.json says what is wrong with it
+    if first.endswith(":"):  # for a wrong value in config.json, the second line says what is wrong with it
         first = f"{first} {rest.partition(chr(10))[0].strip()}"
     first = re.split(r"(?<=\w\w\.) ", first)[0]
     bare = isinstance(problem, LookupError | AttributeError | TypeError | ArithmeticError)
@@ -108,7 +108,7 @@ def _reason(problem: Exception) -> str:
 
 
 def _damage(folder: Path) -> str:
-    """A line about each file of a folder that is plainly not what its name says."""
+    """A line about each file of a folder whose content is plainly not what its name says."""
     lines = ""
     for file in sorted(filter(Path.is_file, folder.glob("*.*"))):
         with file.open("rb") as stream:

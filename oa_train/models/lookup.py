@@ -1,4 +1,4 @@
-"""Looking up modules of a model once, until one of them is swapped."""
+"""Cached lookup of a model's modules, valid until one of them is swapped."""
 
 import weakref
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from oa_train.errors import ModelError
 
 
 class Lookup:
-    """Looks up modules of a model by path, and remembers where, so that a later swap is noticed."""
+    """Looks up modules of a model by path, and remembers where they were, so that a later swap is noticed."""
 
     def __init__(self) -> None:
-        # Parents by weak references: one of them is the model, which a cache must not keep alive.
+        # Parents are weak references: one of them is the model, which a cache must not keep alive.
         self._children: list[tuple[weakref.ref[nn.Module], str, nn.Module, type[nn.Module]]] = []
 
     def get(self, module: nn.Module, path: str) -> nn.Module:
@@ -29,7 +29,7 @@ class Lookup:
         return self.get(model, next(path for path, part in model.named_modules() if part is module))
 
     def holds(self) -> bool:
-        """True if no module was swapped or has changed its class."""
+        """True if no module has been swapped or has changed its class."""
         return all(
             getattr(parent(), "_modules", {}).get(name) is child and type(child) is kind
             for parent, name, child, kind in self._children
@@ -42,11 +42,11 @@ _lookups: "weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Lookup]]]" 
 
 
 def looked_up(model: Any, find: Callable[[Any, Lookup], _T]) -> _T:
-    """The result of a function on a model, cached until a module on the way is swapped.
+    """The result of a function of a model, cached until a module that it looked up is swapped.
 
     Args:
         model: a `PreTrainedModel`.
-        find: gets every module from the lookup that it is passed, and keeps nothing but modules.
+        find: gets every module from the lookup that it is passed, and keeps no other state of the model.
 
     Raises:
         ModelError: the model is not built as its entry in the family table says.

@@ -1,4 +1,4 @@
-"""A local model that is not where it was, found again by its fingerprint in a few folders."""
+"""Finds a local model that has been moved, by its fingerprint, in a few folders."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from oa_train.models.loading import load_config, load_model
 from oa_train.models.spec import LMSpec
 from oa_train.models.weights import fingerprint
 
-# Folders above a run that are looked at: its experiment, the root of all runs, and what holds that.
+# Number of folders above a run that are searched: its experiment, the root of all runs, and the folder of that.
 ABOVE_A_RUN = 3
 
-# Entries of a folder that are looked at, so that one of millions of files costs no more than others.
+# Number of entries of a folder that are examined, so that one with millions of files costs no more than others.
 MOST_ENTRIES = 1000
 
 _MOST_BYTES = 1 << 20  # of a config.json
 
-# Sizes in the header of a circuit, and what configurations call them.
+# Sizes in the header of a circuit, and their names in configurations.
 SIZES = {"n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "d_model": "hidden_size"}
 
 
@@ -36,7 +36,7 @@ class Identity:
     Attributes:
         fingerprint: digest of the weights.
         family: `model_type` of the language model.
-        sizes: `n_layers`, `n_heads`, `d_model`, those that are known.
+        sizes: `n_layers`, `n_heads` and `d_model`, as far as they are known.
     """
 
     fingerprint: str
@@ -45,7 +45,7 @@ class Identity:
 
 
 def places(run: Path) -> list[Path]:
-    """Folders in which a model of a run is looked for, two levels deep; the root of the file system never is one."""
+    """Folders that are searched, two levels deep, for a run's model; never the root of the file system."""
     above = list(islice((run.absolute() / "_").parents, ABOVE_A_RUN + 1))
     folders = [*above, Path.cwd(), cache_folder(), Path(constants.HF_HUB_CACHE)]
     return [folder for folder in dict.fromkeys(folders) if folder != folder.parent and folder.is_dir()]
@@ -71,7 +71,7 @@ def _fits(candidate: LMSpec, identity: Identity) -> bool:
 
 
 def _models(folders: list[Path], family: str) -> Iterator[Path]:
-    """Folders of models of a family in the places, each once."""
+    """Model folders of a family in these places, each once."""
     known = set()
     for place in folders:
         for folder in _inside(place):
@@ -81,7 +81,7 @@ def _models(folders: list[Path], family: str) -> Iterator[Path]:
 
 
 def _inside(place: Path) -> Iterator[Path]:
-    """The folders in a place and those in them; of the cache of the Hub, the snapshots."""
+    """The folders in a place and their subfolders; in the Hub's cache, the snapshots."""
     for folder in _subfolders(place):
         yield folder
         yield from _subfolders(folder / "snapshots" if folder.name.startswith("models--") else folder)
@@ -94,7 +94,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _family_of(config: Path, family: str) -> bool:
-    """True if a configuration, or that of its language model, is of a family."""
+    """True if a configuration, or that of the language model in it, is of a family."""
     content: Any = None
     with suppress(OSError, ValueError, RecursionError):
         if config.is_file() and config.stat().st_size <= _MOST_BYTES:

@@ -1,4 +1,4 @@
-"""The parts of one model, found where the table of families says, and its sizes."""
+"""The parts of one model, found at the paths in the table of families, and its sizes."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +21,11 @@ class Dimensions:
     """Sizes of a model.
 
     Attributes:
-        n_layers: decoder blocks.
-        n_heads: attention heads of a block; with grouped keys and values, the query heads.
+        n_layers: number of decoder blocks.
+        n_heads: number of attention heads of a block; with grouped keys and values, of query heads.
         d_head: width of one head's value.
         d_model: width of the residual stream.
-        d_mlp: neurons of an MLP: width of what enters its down projection.
+        d_mlp: number of neurons of an MLP, the input width of its down projection.
     """
 
     n_layers: int
@@ -47,7 +47,7 @@ class Dimensions:
 
 
 def n_kv_heads(config: Any) -> int:
-    """Keys of an attention layer, and values: heads share them where there are fewer than queries."""
+    """Number of key-value heads of an attention layer; if they are fewer than the query heads, those share them."""
     if getattr(config, "multi_query", False):
         return 1
     return getattr(config, "num_key_value_heads", None) or Dimensions.of(config).n_heads
@@ -55,17 +55,17 @@ def n_kv_heads(config: Any) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The modules of one model at which units are read and replaced; tuples have one for each layer.
+    """The modules of one model at which units are read and replaced; tuples have one module for each layer.
 
     Attributes:
-        family: entry of the table.
+        family: the model's entry in the table of families.
         dimensions: sizes of the model.
         token_embedding: turns token ids into vectors.
         blocks: decoder blocks.
         attention_outputs: output projections of attention; their input is the concatenated heads.
         attentions: modules whose output attention adds to the residual stream: the output projection, or the norm
             after it.
-        down_projections: projections that the MLP's neurons enter; no entries where there is no single one.
+        down_projections: projections that read the MLPs' neurons; empty if there is no single one in a layer.
         mlps: modules whose output the MLP adds to the residual stream.
         final_norm: norm before the unembedding.
         unembedding: the last linear map, from the residual stream to logits.
@@ -84,7 +84,7 @@ class Parts:
 
 
 def find_parts(model: Any) -> Parts:
-    """Find the parts of a Hugging Face causal language model; they are looked up once per model.
+    """Find the parts of a Hugging Face causal language model; the result is cached for each model.
 
     Raises:
         ModelError: the family is not in the table, the model is not built as its entry says, it is compiled as a
@@ -96,7 +96,7 @@ def find_parts(model: Any) -> Parts:
             "model itself (model._orig_mod of the compiled one), or compile it in place with model.compile(): "
             "interventions then run the code that it was compiled from."
         )
-    # What `from_pretrained(device_map=...)` leaves.
+    # Attribute that `from_pretrained(device_map=...)` sets.
     devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
     if len(devices) > 1:
         raise ModelError(f"This model is spread over {', '.join(devices)} (device_map). {WITHOUT_DEVICE_MAP}")
@@ -155,5 +155,5 @@ def _linear_shape(module: Any) -> tuple[int, int] | None:
         return module.in_features, module.out_features
     if hasattr(module, "nf"):  # Hugging Face's Conv1D, whose weight is transposed
         return module.nx, module.nf
-    base = getattr(module, "base_layer", None)  # of an adapter
+    base = getattr(module, "base_layer", None)  # the linear map inside an adapter
     return None if base is None else _linear_shape(base)

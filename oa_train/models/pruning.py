@@ -1,8 +1,8 @@
-"""Removal of dangling edges: those on no path of kept edges from the input to the logits.
+"""Removal of dangling edges: those that lie on no path of kept edges from the input to the logits.
 
-An edge into a source that no reader reads changes nothing. A source that reads nothing of the prompt carries no
-information about it: under constants it is itself constant, but not equal to its replacement, so constants should be
-refitted after its edges are removed.
+An edge into a component that no reader reads changes nothing. A component that reads nothing of the prompt carries no
+information about it: under constants its output is itself constant, but not equal to its replacement, so constants
+should be refitted after its edges are removed.
 """
 
 from bisect import bisect_right
@@ -16,8 +16,8 @@ from oa_train.shapes import Bool, Float, Tensor
 def without_dangling(graph: EdgeLayout, kept: Bool[Tensor, "row entry"]) -> Bool[Tensor, "row entry"]:
     """A new mask without dangling edges, separately in each row.
 
-    A head is one node: a path enters it by its query, key or value. A key or value that several heads share leads to
-    all of them.
+    A head is one node: a path enters it through its query, key or value. A key or value that several heads share leads
+    to all of them.
     """
     stages = _stages(graph)
     parts = kept.split([stage.n_readers * stage.n_read for stage in stages], dim=1)
@@ -34,7 +34,7 @@ class _Stage:
         mlp = before + graph.n_heads
         self.n_readers = graph.n_attention_readers if attention else 1
         self.n_read = before if attention or layer == graph.n_layers or graph.parallel else mlp
-        # The sources that these readers belong to; logits belong to none.
+        # The sources to which these readers belong; the logits belong to none.
         self.own = slice(before, mlp) if attention else slice(mlp, mlp + 1)
 
     def readers_of(self, sources: Bool[Tensor, "row source"]) -> Bool[Tensor, "row reader"]:
@@ -60,7 +60,7 @@ def _stages(graph: EdgeLayout) -> list[_Stage]:
 
 
 def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Edges [row, reader, source] of every stage from whose reader a path leads to the logits."""
+    """Edges [row, reader, source] of every stage whose reader is on a path to the logits."""
     leading, is_read = [read[-1]], read[-1].any(dim=1)
     for part, stage in zip(read[-2::-1], stages[-2::-1], strict=True):
         leading.append(part & stage.readers_of(is_read[:, stage.own]).unsqueeze(2))
@@ -69,7 +69,7 @@ def _to_the_logits(read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
 
 
 def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage]) -> list[Tensor]:
-    """Edges whose source can be reached from the input."""
+    """Edges whose source is reachable from the input."""
     reached = torch.zeros(len(read[0]), graph.n_sources, dtype=torch.bool, device=read[0].device)
     reached[:, 0] = True
     coming = []
@@ -83,9 +83,9 @@ def _from_the_input(graph: EdgeLayout, read: list[Tensor], stages: list[_Stage])
 def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int) -> Bool[Tensor, " edge"]:
     """The circuit of at most `budget` edges with the highest scores and no dangling edges.
 
-    Edges are taken in the order of their scores while those that do not dangle fit the budget. The rest of the budget
-    goes to the highest edges between nodes that are already in the circuit. The circuit is smaller than the budget if
-    it has all edges between its nodes and a further node would add more edges than the budget has left.
+    Edges are taken in the order of their scores as long as those that do not dangle fit the budget. The rest of the
+    budget goes to the edges with the highest scores between nodes that are already in the circuit. The circuit is
+    smaller than the budget if it has all edges between its nodes and another node would add more edges than are left.
     """
     order = scores.argsort(descending=True, stable=True)
 
@@ -103,14 +103,14 @@ def within_budget(graph: EdgeLayout, scores: Float[Tensor, " edge"], budget: int
 
 
 def _joins(graph: EdgeLayout, circuit: Bool[Tensor, " edge"]) -> Bool[Tensor, " edge"]:
-    """Edges outside a circuit without dangling edges that lead from a source it reaches to a reader it uses."""
+    """Edges outside a circuit, which has no dangling edges, from a source that it reaches to a reader that it uses."""
     stages = _stages(graph)[:-1]
     leads_on = torch.zeros(1, graph.n_sources, dtype=torch.bool)
     leads_on[0, graph.edge_sources[circuit]] = True
     entered = torch.zeros(1, graph.n_readers, dtype=torch.bool)
     entered[0, graph.edge_readers[circuit]] = True
     parts = entered[:, :-1].split([stage.n_readers for stage in stages], dim=1)
-    always = torch.ones(1, 1, dtype=torch.bool)  # the input is written, and the logits are read
+    always = torch.ones(1, 1, dtype=torch.bool)  # the input always writes, and the logits are always used
     reached = torch.cat([always, *(stage.sources_of(part) for stage, part in zip(stages, parts, strict=True))], dim=1)
     used = torch.cat([*(stage.readers_of(leads_on[:, stage.own]) for stage in stages), always], dim=1)
     return reached[0, graph.edge_sources] & used[0, graph.edge_readers] & ~circuit

@@ -1,8 +1,8 @@
-"""The modules that read and write the residual stream, taken apart: single heads of projections, and norms.
+"""The modules that read and write the residual stream, split into the single heads of projections, and norms.
 
-A model projects one normed residual stream to all heads. Where edges are cut, every head's query, every group's key
-and value has an input of its own and is projected by its slice of the weight; with equal inputs the result is the
-model's.
+A model projects one normed residual stream to all heads. If edges are cut, the query of every head and the key and
+value of every group have their own inputs, and are projected by their slices of the weight; with equal inputs the
+result is the model's.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ class AttentionReaders:
 
     Attributes:
         norm: the norm through which they read the residual stream, if any.
-        modules: the model's projections; one for each of the three, or a fused one.
-        interleaved: whether a fused projection interleaves each head's three.
-        n_heads: queries.
-        n_kv_heads: keys, and values.
+        modules: the model's projections: one each for queries, keys and values, or a fused one.
+        interleaved: whether a fused projection interleaves each head's query, key and value.
+        n_heads: number of queries.
+        n_kv_heads: number of keys, and of values.
     """
 
     norm: nn.Module | None
@@ -40,11 +40,11 @@ class AttentionReaders:
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """Numbers of queries, keys and values."""
+        """Number of queries, of keys and of values."""
         return self.n_heads, self.n_kv_heads, self.n_kv_heads
 
     def by_reader(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Views [reader, d_head, ...] for queries, keys and values of one tensor [width, ...] for each module."""
+        """Views [reader, d_head, ...] of queries, keys and values, in one tensor [width, ...] for each module."""
         if len(self.modules) == 3:
             queries, keys, values = (
                 tensor.unflatten(0, (count, -1)) for tensor, count in zip(tensors, self.counts, strict=True)
@@ -71,7 +71,7 @@ class AttentionReaders:
         weights = [weight_and_bias(module)[0] for module in self.modules]
         scaled = []
         for weight, part in zip(weights, out.split([weight.numel() for weight in weights]), strict=True):
-            # In the module's own memory layout, so that both are traversed in the same order.
+            # In the memory layout of the module's weight, so that both are traversed in the same order.
             same = part.view(weight.shape) if weight.is_contiguous() else part.view(weight.T.shape).T
             scaled.append(torch.mul(weight, gain, out=same))
         return self.by_reader(scaled)
@@ -83,11 +83,11 @@ class ResidualParts:
 
     Attributes:
         attention: queries, keys and values.
-        post_norms: norms of what attention adds; empty where there are none.
-        mlp_inputs: modules that the MLPs' residual stream enters first.
-        mlp_bodies: modules with the MLPs' hidden layers, which can be run again; empty where blocks have them.
-        bypassed: modules by name whose input and output are unused where edges are cut: blocks, and modules around
-            or between the projections of attention.
+        post_norms: norms of the attention outputs; empty if there are none.
+        mlp_inputs: modules through which the MLPs read the residual stream.
+        mlp_bodies: modules with the MLPs' hidden layers, which can be run again; empty if the blocks hold those.
+        bypassed: modules by name whose input and output are unused if edges are cut: blocks, and modules around or
+            between the attention projections.
     """
 
     attention: tuple[AttentionReaders, ...]
@@ -98,10 +98,10 @@ class ResidualParts:
 
 
 def find_residual_parts(model: CausalLM) -> ResidualParts:
-    """The modules that read and write the residual stream of a model, looked up once per model.
+    """The modules that read and write the residual stream of a model; the result is cached for each model.
 
     Raises:
-        ModelError: `find_parts` raises it, or a projection of attention is not a plain linear map.
+        ModelError: as in `find_parts`; or an attention projection is not a plain linear map.
     """
     return looked_up(model, _find_residual_parts)
 
@@ -145,13 +145,13 @@ def _class_path(module: nn.Module) -> str:
 
 
 def _check_plain(module: Any, path: str, layer: int) -> None:
-    """Refuse what computes anything other than `weight @ input + bias`: adapters, quantised and other layers."""
+    """Refuse modules that do not compute just `weight @ input + bias`: adapters, quantised and other layers."""
     packed = _is_quantised(module)
     if (type(module) is nn.Linear or _class_path(module) in (_CONV1D, _FALCON_LINEAR)) and not packed:
         return
     if hasattr(module, "base_layer"):
         reason, advice = (
-            "an adapter, which adds a map of its own to the weight",
+            "an adapter, which adds its own map to the weight",
             "Merge the adapter into the weights (model = model.merge_and_unload())",
         )
     elif packed:
@@ -161,7 +161,7 @@ def _check_plain(module: Any, path: str, layer: int) -> None:
         )
     else:
         reason, advice = (
-            "neither torch.nn.Linear nor transformers' Conv1D, and may compute something else than its weight says",
+            "neither torch.nn.Linear nor transformers' Conv1D, and may compute something other than its weight says",
             "Put a plain torch.nn.Linear in its place",
         )
     raise ModelError(
@@ -176,7 +176,7 @@ def _is_quantised(module: Any) -> bool:
     weight = getattr(module, "weight", None)
     if any(kind.__module__.partition(".")[0] in ("bitsandbytes", "torchao") for kind in (type(module), type(weight))):
         return True
-    # Packed weights are integers, have another name (qweight), or have only 8 bits per element.
+    # Packed weights are integers, have another name (qweight), or have 8 bits per element.
     return not hasattr(module, "base_layer") and not (
         isinstance(weight, Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     )
@@ -190,7 +190,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Float[Tensor, "out into"], Float
 
 
 def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_head d_model"]:
-    """A view of an attention output projection: what maps each head's value to what it writes."""
+    """A view of an attention output projection as the maps from each head's value to its output."""
     by_head: Tensor = weight_and_bias(projection)[0].T.unflatten(0, (n_heads, -1))
     return by_head
 
@@ -199,7 +199,7 @@ def head_weights(projection: nn.Module, n_heads: int) -> Float[Tensor, "head d_h
 class NormWeights:
     """A norm as (x - mean of x) / sqrt(mean square + epsilon) * gain + bias.
 
-    An RMS norm subtracts no mean and has no bias. A gain of None stands for ones, a bias of None for zeros.
+    An RMS norm subtracts no mean and has no bias. A gain of None means ones, a bias of None zeros.
     """
 
     epsilon: float
@@ -210,15 +210,15 @@ class NormWeights:
     def of(cls, norm: Any) -> "NormWeights":
         """Weights of one of Hugging Face's norms."""
         if is_layer_norm(norm):
-            # OLMo's has no parameters, and its epsilon stands in its code.
+            # OLMo's norm has no parameters, and its epsilon is hard-coded.
             return cls(getattr(norm, "eps", 1e-5), getattr(norm, "weight", None), getattr(norm, "bias", None))
         epsilon = next(getattr(norm, name) for name in ("eps", "variance_epsilon") if hasattr(norm, name))
-        # Families store the gain in different ways; the norm of ones shows it.
+        # Families store the gain in different ways, so it is read off the norm of a vector of ones.
         ones = torch.ones_like(norm.weight, dtype=torch.promote_types(norm.weight.dtype, torch.float32))
         return cls(epsilon, norm.forward(ones) * (1 + epsilon) ** 0.5, None)
 
     def factor(self, inputs: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token 1"]:
-        """1 / sqrt(mean square + epsilon) of inputs without a mean, in at least float32."""
+        """1 / sqrt(mean square + epsilon) of inputs with mean zero, in at least float32."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
         length = torch.linalg.vector_norm(inputs, dim=-1, keepdim=True, dtype=dtype)
         factor: Tensor = (length.square() / inputs.shape[-1] + self.epsilon).rsqrt()
@@ -231,7 +231,7 @@ def is_layer_norm(norm: nn.Module) -> bool:
 
 
 def rms_norm_scale(norm: nn.Module, total: Float[Tensor, "*token d_model"]) -> Float[Tensor, "*token d_model"]:
-    """Per-token scale of an RMS norm's input in each dimension, with gradients to that input."""
+    """Factor by which an RMS norm multiplies each token and dimension of its input, with gradients to the input."""
     weights = NormWeights.of(norm)
     assert weights.gain is not None
     return (weights.factor(total) * weights.gain).to(total.dtype)

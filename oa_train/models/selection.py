@@ -1,8 +1,8 @@
 """The level of nodes: selections of units as mask entries.
 
-A selection names kinds of site and has an entry for each of their units, layer by layer in the order of a forward
-pass. An entry may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and at all
-other tokens the MLP is kept.
+A selection names kinds of site and has an entry for each of their units, layer by layer in forward order. An entry
+may be restricted to a span of the prompt: `m3@S2` is MLP 3 at the tokens of the span S2, and at all other tokens the
+MLP is kept.
 """
 
 import itertools
@@ -34,7 +34,7 @@ AT = "@"
 
 @dataclass(frozen=True)
 class Group:
-    """The entries of one site and one span (None for all tokens), which are contiguous in a mask.
+    """The entries of one site at one span (None for all tokens), which are contiguous in a mask.
 
     Attributes:
         entries: their slice of a mask.
@@ -54,10 +54,10 @@ class Nodes(Level):
     Attributes:
         dimensions: sizes of the model.
         kinds: kinds of site, keys of `SITE_KINDS`.
-        spanned: shell patterns with a span (`m*@S2`); a unit that some of them match has an entry for each of their
+        spanned: shell patterns with a span (`m*@S2`); a unit matched by some of them has an entry for each of their
             spans instead of one for all tokens.
         dictionaries: sparse dictionaries whose features are units; at most one per layer.
-        overlapping: spans of one unit may share tokens, as long as no mask ablates the unit at both of them.
+        overlapping: spans of one unit may share tokens, provided that no mask ablates the unit at both of them.
     """
 
     kind = "nodes"
@@ -74,7 +74,7 @@ class Nodes(Level):
         check_site_kinds("sites", self.kinds)
         check_dictionaries(self.kinds, len(self.dictionaries))
         if len(self.by_layer) < len(self.dictionaries):
-            raise ConfigurationError("Two dictionaries stand in the same layer, so their features would share names.")
+            raise ConfigurationError("Two dictionaries are in the same layer, so their features would share names.")
         for dictionary in self.dictionaries:
             site_of_name(dictionary.site, self.dimensions)
             if dictionary.d_model != self.dimensions.d_model:
@@ -95,7 +95,7 @@ class Nodes(Level):
 
         Raises:
             ConfigurationError: a kind does not exist, a unit is selected both with and without a span, or two
-                dictionaries are of one layer.
+                dictionaries are in the same layer.
         """
         positive = [pattern for pattern in patterns if not pattern.startswith("!")]
         spanned = tuple(pattern for pattern in positive if AT in pattern)
@@ -112,7 +112,7 @@ class Nodes(Level):
 
     @cached_property
     def by_layer(self) -> dict[int, Dictionary]:
-        """Dictionaries by layer of their site."""
+        """Dictionaries by the layer of their site."""
         return {dictionary.layer: dictionary for dictionary in self.dictionaries}
 
     @cached_property
@@ -143,7 +143,7 @@ class Nodes(Level):
 
     @cached_property
     def _unit_spans(self) -> list[tuple[str | None, ...]]:
-        """Spans of each unit; None stands for all tokens."""
+        """Spans of each unit; None means all tokens."""
         spans: list[tuple[str | None, ...]] = [()] * len(self.unit_names)
         for pattern in dict.fromkeys(self.spanned):
             unit, _, span = pattern.rpartition(AT)
@@ -208,7 +208,7 @@ class Nodes(Level):
         A pattern without a span matches a unit's entries at all spans.
 
         Raises:
-            ConfigurationError: it matches nothing.
+            ConfigurationError: the pattern matches nothing.
         """
         if pattern in self._indices:  # a shortcut for stored selections, which name thousands of entries
             return self.mask([pattern])
@@ -224,7 +224,7 @@ class Nodes(Level):
         return matched
 
     def _other_kind(self, unit: str) -> str:
-        """Hint at another kind of site with units that match."""
+        """Hint at another kind of site whose units match, if there is one."""
         for name in dict.fromkeys((*DEFAULT_SITES, *SITE_KINDS)):
             if name not in self.kinds and SITE_KINDS[name].may_name(unit, self.dimensions):
                 return f"\nIt would match units of the kind {name!r}, which sites does not name."
@@ -249,12 +249,12 @@ class Nodes(Level):
         return self
 
     def counts(self, mask: Bool[Tensor, " entry"]) -> dict[str, int]:
-        """Numbers of kept entries and of all entries."""
+        """Number of kept entries, and of all entries."""
         return {"nodes": int(mask.sum()), "nodes_total": len(self)}
 
     @cached_property
     def entry_kinds(self) -> tuple[tuple[str, ...], Int[Tensor, " entry"]]:
-        """Kinds of site, and the index of each entry's kind."""
+        """Kinds of site, and for each entry the index of its kind."""
         kinds = torch.zeros(len(self), dtype=torch.long)
         for group in self.groups:
             kinds[group.entries] = self.kinds.index(group.site.kind)
@@ -278,7 +278,7 @@ class Nodes(Level):
 
     @property
     def grid(self) -> tuple[int, int] | None:
-        """Numbers of layers and of heads in a layer; None unless the units are whole heads and MLPs."""
+        """Number of layers, and of heads in a layer; None unless the units are whole heads and MLPs."""
         plain = set(self.kinds) == set(DEFAULT_SITES) and self.spans == (None,)
         return (self.dimensions.n_layers, self.dimensions.n_heads) if plain else None
 
@@ -306,7 +306,7 @@ class Nodes(Level):
         return cls(Dimensions(**header["dimensions"]), tuple(header["sites"]), tuple(header["spanned"]), dictionaries)
 
     def identity(self) -> dict[str, Any]:
-        """The kinds, the spans, and the content of the dictionaries, wherever they are stored."""
+        """The kinds, the spans, and fingerprints of the dictionaries, wherever they are stored."""
         return {
             "level": self.kind,
             "sites": list(self.kinds),

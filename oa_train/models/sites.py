@@ -1,8 +1,8 @@
-"""Sites: places in a decoder where a tensor passes, and how that tensor is cut into units.
+"""Sites: inputs or outputs of a decoder's modules, and the units into which their tensors are split.
 
-A unit is what can be ablated: a head, an MLP, a neuron, the residual stream before a block, a feature of a sparse
-dictionary. To add a kind of site, add an entry to `SITE_KINDS` (and, if it needs a module that no other kind needs,
-its path to `models.families` and its modules to `models.parts`).
+Units can be ablated: a head, an MLP, a neuron, the residual stream before a block, a feature of a sparse dictionary.
+To add a kind of site, add an entry to `SITE_KINDS` (and, if it needs a module that no other kind needs, its path to
+`models.families` and its modules to `models.parts`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from oa_train.shapes import Bool, Float, Tensor
 
 # The module whose input or output is the tensor of a site.
 Place = tuple[nn.Module, Literal["input", "output"]]
-# Dictionaries by layer of their site.
+# Dictionaries by the layer of their site.
 Dictionaries = Mapping[int, Dictionary]
 # Modules through which the units of a layer's site write to the residual stream: the last linear map, and the module
 # whose output is added (the map itself, or a norm after it); none where the tensor itself is added.
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Name in files and of parameters: `heads_3`."""
+        """Name in files, and of parameters: `heads_3`."""
         return f"{self.kind}_{self.layer}"
 
     @classmethod
@@ -58,14 +58,14 @@ class SiteKind:
     """One kind of site.
 
     Attributes:
-        name: in configurations (`sites: [heads, mlp]`).
+        name: name in configurations (`sites: [heads, mlp]`).
         site_name: name of a layer's site, with `{layer}` in it; also that of its unit, if it has only one.
         layers: layers that have such a site.
         shape: number and width of its units.
-        place: where a layer's tensor passes.
+        place: module whose input or output is a layer's tensor, and which of the two.
         unit_name: suffix for each of several units, with `{unit}` in it.
         after_attention: whether attention of the layer, up to the input of its output projection, reads nothing that
-            depends on the tensor. A circuit that ablates no other tensor of the layer does without that attention.
+            depends on the tensor. A circuit that ablates no other tensor of the layer can skip that attention.
         writes: how its units write to the residual stream; None if they do not, or not linearly.
     """
 
@@ -87,11 +87,11 @@ class SiteKind:
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Module and side at which a layer's tensor is tapped; raises `ConfigurationError` if a family has none."""
+        """Module and side at which a layer's tensor is tapped; raises `ConfigurationError` if the family has none."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:
-        """Sort key of the order of a forward pass."""
+        """Sort key for forward order."""
         return layer, list(SITE_KINDS).index(self.name), 0
 
     def is_after_attention(self, layer: int, dictionaries: Dictionaries) -> bool:
@@ -113,9 +113,9 @@ class SiteKind:
     def read(
         self, tensor: Tensor, layout: tuple[int, int, int, int], layer: int, dictionaries: Dictionaries
     ) -> Float[Tensor, "row position unit width"]:
-        """Values of the units in a site's tensor, whose rows and positions are one dimension or two.
+        """Values of the units in a site's tensor, whose rows and positions may be merged into one dimension.
 
-        `layout` is the numbers of rows, positions and units, and the units' width.
+        `layout` holds the number of rows, positions and units, and the units' width.
         """
         return tensor.reshape(layout)
 
@@ -134,7 +134,7 @@ class SiteKind:
 class _Features(SiteKind):
     """Entries of the code that a sparse dictionary computes from another site's tensor.
 
-    The change of the code is decoded and added, so that the reconstruction error stays.
+    The change of the code is decoded and added, so that the reconstruction error is kept.
     """
 
     @staticmethod
@@ -202,7 +202,7 @@ def _stream(dimensions: Dimensions) -> tuple[int, int]:
     return 1, dimensions.d_model
 
 
-# In the order of a forward pass through a layer.
+# In forward order within a layer.
 SITE_KINDS: dict[str, SiteKind] = {
     kind.name: kind
     for kind in (
@@ -260,7 +260,7 @@ SITE_KINDS: dict[str, SiteKind] = {
 
 DEFAULT_SITES = ("heads", "mlp")
 
-# Kinds of site that dictionaries can read, by the first letter of the site's name.
+# Kinds of site at which dictionaries can read, by the first letter of the site's name.
 _DICTIONARY_SITES = {"r": "residual", "m": "mlp", "a": "attention"}
 
 
@@ -299,7 +299,7 @@ def check_site_kinds(option: str, names: Sequence[str]) -> None:
 
 
 def matching(names: Sequence[str], pattern: str) -> Bool[Tensor, " name"]:
-    """Names that a shell pattern matches; if there are none, the units of what it names (`a3` for `a3.h0`, ...)."""
+    """Names that a shell pattern matches; if there are none, the units of the site it names (`a3`: `a3.h0`, ...)."""
     for wanted in (pattern, f"{pattern}.*"):
         matched = torch.tensor([fnmatchcase(name, wanted) for name in names], dtype=torch.bool)
         if matched.any():

@@ -1,4 +1,4 @@
-"""Specification of a model: its name and the options of loading it."""
+"""Specification of a model: its name and loading options."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ def builtin_models() -> dict[str, Path]:
 
 
 def _from_anywhere(name: str) -> str:
-    """The name of a model or an adapter, made absolute where it is the path of one; a wrong path stays as typed."""
+    """The name of a model or adapter, made absolute if it is an existing path; a wrong path is left as typed."""
     path = Path(name).expanduser()
     is_local = any(path.glob("*config.json")) if path.is_dir() else is_gguf(name) and path.is_file()
     return str(path.absolute()) if is_local and name not in builtin_models() else name
@@ -34,21 +34,21 @@ def is_gguf(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LMSpec:
-    """Frozen language model by name; given once in a configuration.
+    """A frozen language model by name; given once in a configuration.
 
     Attributes:
         name: a built-in model (`tiny`, `facts`), a local directory in Hugging Face format, a GGUF file, or a Hub id;
             local paths are made absolute, so that they are found from another directory.
         revision: branch, tag or commit of a Hub model.
-        gguf_file: path of a GGUF file, which then is the name; or its name in the directory or Hub repository `name`.
-            It is dequantised once, into a cache in OA_TRAIN_CACHE or the user's cache folder.
+        gguf_file: path of a GGUF file, which then replaces `name`; or its name in the directory or Hub repository
+            `name`. It is dequantised once, into a cache in OA_TRAIN_CACHE or the user's cache folder.
         adapter: folder or Hub id of a peft adapter (LoRA), which is merged into the weights.
         dtype: data type of the frozen weights, `auto` for the one that the model's configuration names; trained
-            tensors are float32 whatever it is.
+            tensors are always float32.
         quantization: load the weights in 8 or 4 bits with bitsandbytes, for circuits of nodes.
-        attn_implementation: attention back end of transformers (`sdpa`, `eager`, `flash_attention_2`, ...);
-            chosen by transformers by default.
-        bos: `auto` puts the tokenizer's bos token (else its eos token) in front of every prompt and never
+        attn_implementation: attention back end of transformers (`sdpa`, `eager`, `flash_attention_2`, ...); by
+            default the one that transformers chooses.
+        bos: `auto` puts the tokenizer's BOS token (else its EOS token) in front of every prompt and never
             ablates that position; `none` adds nothing and protects nothing.
         local_files_only: never contact the Hub; the environment variable HF_HUB_OFFLINE=1 does the same.
         trust_remote_code: let transformers run model code that comes with the weights.
@@ -87,6 +87,6 @@ class LMSpec:
         object.__setattr__(self, "adapter", self.adapter and _from_anywhere(self.adapter))
 
 
-# The default of arguments is this and not None: the command line can hand the fields of `lm` on to a default that is
-# a specification, but not to None.
+# The default of arguments is this and not None: the command line can pass the fields of `lm` on to a default that is a
+# specification, but not to None.
 BUILT_IN = LMSpec()

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-# From a tensor to the one that takes its place; None leaves it unchanged.
+# Maps a tensor to the one that replaces it; None leaves it unchanged.
 TensorFunction = Callable[[Tensor], Tensor | None]
-# From the arguments of a call, positional and by keyword, to those that take their place; None leaves them unchanged.
+# Maps the positional and keyword arguments of a call to those that replace them; None leaves them unchanged.
 CallFunction = Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
 
 
 @dataclass(frozen=True)
 class Tap:
-    """A function of a module's first positional argument (`input`), or of its output (the first one of a tuple)."""
+    """A function of a module's first positional argument (`input`), or of its output (the first item of a tuple)."""
 
     module: nn.Module
     side: Literal["input", "output"]
@@ -47,7 +47,7 @@ class Tap:
 
 @contextmanager
 def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of the context; `handles` registers them as it is read."""
+    """Remove hooks at the end of the context; iterating over `handles` registers them."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -55,7 +55,7 @@ def _hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 
 def tapped(taps: Iterable[Tap]) -> AbstractContextManager[None]:
-    """Attach functions inside the context."""
+    """Attach taps inside the context."""
     return _hooked(tap.attach() for tap in taps)
 
 
@@ -84,7 +84,7 @@ def replaced_attributes(module: nn.Module, **replacements: Callable[..., Any]) -
 
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Run every module uncompiled inside the context: compiled code ignores hooks that are attached later."""
+    """Run every module uncompiled inside the context, because compiled code ignores hooks that are attached later."""
     with ExitStack() as stack:
         for module in model.modules():
             if module._compiled_call_impl is not None:
@@ -98,14 +98,14 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module], taps: Iterable[Tap] = ()) -> Iterator[None]:
-    """Attach functions inside the context, with activation checkpointing of each block.
+    """Attach taps inside the context, with activation checkpointing of each block.
 
-    A function inside a block is attached whenever the block runs, so that it acts in the recomputation too, which may
-    come after the context has ended.
+    A tap inside a block is attached whenever the block runs, so that it also acts in the recomputation, which may
+    happen after the context has ended.
 
     Args:
         blocks: modules, none inside another, that draw no random numbers.
-        taps: functions inside the blocks or elsewhere.
+        taps: taps inside the blocks or elsewhere.
     """
     elsewhere, forwards = list(taps), []
     for block in blocks:
@@ -126,19 +126,19 @@ def _checkpointed(forward: Callable[..., Any], taps: list[Tap]) -> Callable[...,
 
 
 def foreign_hooks(hooks: Iterable[Any], known: tuple[str, ...] = ("oa_train.",)) -> list[Any]:
-    """Hooks of packages that are not known; those of FSDP and of transformers change nothing, and always are."""
+    """Hooks from packages that are not known; FSDP and transformers always are, because theirs change nothing."""
     known = (*known, "torch.distributed.", "transformers.")
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(known)]
 
 
 def replaced_forward(module: nn.Module) -> list[Any]:
-    """Forward that replaces that of a module's class, if any; torch.compile's does not count."""
+    """The forward method that replaces that of a module's class, if any; torch.compile's does not count."""
     forward = vars(module).get("forward")
     return [] if forward is None or hasattr(forward, "_torchdynamo_orig_callable") else [forward]
 
 
 def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> AbstractContextManager[None]:
-    """Change the arguments of modules' calls inside the context, before functions that are attached later act."""
+    """Change the arguments of modules' calls inside the context, before hooks that are attached later act."""
 
     def hook(change: CallFunction) -> Callable[..., Any]:
         return lambda _, args, kwargs: change(args, kwargs)
@@ -149,7 +149,7 @@ def changed_calls(changes: Iterable[tuple[nn.Module, CallFunction]]) -> Abstract
 def changed_argument(
     modules: Iterable[nn.Module], name: str, function: TensorFunction
 ) -> AbstractContextManager[None]:
-    """Change the tensor argument of that name in every call that has one, inside the context."""
+    """Inside the context, change the tensor argument `name` in every call that has one."""
 
     def change(parameters: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = parameters.bind(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Checks of a model's weights, and the fingerprint that identifies a model by them."""
+"""Checks of a model's weights, and the fingerprint by which they identify a model."""
 
 import hashlib
 import re
@@ -10,11 +10,11 @@ from oa_train.artefacts import FLOATS
 from oa_train.errors import ModelError
 from oa_train.models.frozen import CausalLM
 
-# Values of each parameter that enter the fingerprint: enough to tell two trainings of one architecture
-# apart, few enough that a model of tens of gigabytes is fingerprinted in a second.
+# Number of values of each parameter in the fingerprint: enough to distinguish two training runs of one architecture,
+# few enough that a model of tens of gigabytes is fingerprinted in a second.
 FINGERPRINT_VALUES = 1024
 
-# Buffers that older versions of transformers saved with the weights, and that models now compute themselves.
+# Buffers that older versions of transformers saved with the weights, and that models now compute.
 _COMPUTED_BUFFERS = re.compile(
     r"\.(inv_freq|(attn|attention)\.bias|masked_bias|embed_positions|position_ids|(cos|sin)_cached|version)$"
 )
@@ -26,8 +26,8 @@ def check_complete(report: Mapping[str, Iterable[str]], model: str, within: str 
     Args:
         report: the loading info of `from_pretrained`.
         model: its name.
-        within: path of the weights that may not be superfluous; of a checkpoint with other parts (a vision tower),
-            the blocks of its language model.
+        within: prefix of the weights among which none may be superfluous; for a checkpoint with other parts (a vision
+            tower), that of its language model's blocks.
 
     Raises:
         ModelError: weights are missing or superfluous; the message names them.
@@ -57,12 +57,12 @@ def check_finite(model: CausalLM) -> None:
     """Check that no weight is NaN or infinite; sharded weights and those on the meta device are skipped.
 
     Raises:
-        ModelError: some are; the message names their parameters.
+        ModelError: some are not finite; the message names their parameters.
     """
     wrong = []
     for name, parameter in model.named_parameters():
         if type(parameter.data) is torch.Tensor and not parameter.is_meta and parameter.dtype in FLOATS:
-            # One pass without a copy; NaN comes out of it as well.
+            # One pass without a copy; it also detects NaN.
             extremes = torch.stack(parameter.aminmax()) if parameter.numel() else parameter
             if not extremes.isfinite().all():
                 wrong.append(name)
@@ -77,8 +77,8 @@ def check_finite(model: CausalLM) -> None:
 def fingerprint(model: CausalLM) -> str:
     """Sixteen hexadecimal digits that identify a model by its weights.
 
-    Names, shapes and evenly spaced values of all parameters are hashed. Values are rounded to bfloat16 first, so
-    that the same weights loaded as float32 and as bfloat16 agree.
+    Names, shapes and evenly spaced values of all parameters are hashed. Values are rounded to bfloat16 first, so that
+    the same weights have the same fingerprint in float32 and in bfloat16.
     """
     digest = hashlib.sha256(model.config.model_type.encode())
     for name, parameter in sorted(model.named_parameters()):

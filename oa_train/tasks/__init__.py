@@ -1,6 +1,6 @@
 """Tasks: prompts, and the right and wrong continuations.
 
-A task is a source of prompts and makes batches of token ids of them. It knows no weights and no training.
+A task is a source of prompts, and makes batches of token ids from them. It knows nothing of weights and training.
 """
 
 from oa_train.tasks.agreement import Agreement as Agreement

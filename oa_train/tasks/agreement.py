@@ -1,4 +1,4 @@
-"""Agreement of verb and subject: "I think that the authors near the guard usually" -> " are", " have", " know"."""
+"""Subject-verb agreement: "I think that the authors near the guard usually" -> " are", " have", " know"."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -16,15 +16,15 @@ MINIMUM_VERBS = 2
 class Agreement(ShippedRecords):
     """Choose the number of a verb whose subject is followed by another noun, the attractor.
 
-    Answers are the forms of common verbs that agree with the subject, distractors those that do not. Attractors are in
-    either number. The counterfactual has the subject in the other number. All prompts of a subject are in the same
+    Answers are the forms of common verbs that agree with the subject, distractors those that do not. Attractors are
+    singular or plural. The counterfactual has the subject in the other number. All prompts of a subject are in one
     stream. Spans: `subject`, `attractor`, `end` (the last token).
     """
 
     name: ClassVar[str] = "agreement"
 
     def rows(self) -> Iterator[Fields]:
-        """A row for each sentence, subject, and number of subject and attractor.
+        """A row for each sentence, subject, and grammatical number of subject and attractor.
 
         Raises:
             TaskError: too few nouns or verbs are single tokens in both numbers.
@@ -49,7 +49,7 @@ class Agreement(ShippedRecords):
                     }
 
     def _single_tokens(self, kind: str, words: dict[str, str], minimum: int) -> list[tuple[str, str]]:
-        """Words in both numbers, each of which is a single token."""
+        """Words of which both the singular and the plural are single tokens."""
         kept = [pair for pair in words.items() if all(map(self.encoder.is_single_token, pair))]
         require_enough(
             [singular for singular, _ in kept],

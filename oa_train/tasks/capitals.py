@@ -18,7 +18,7 @@ class Capitals(FactRecords):
     subjects_are: ClassVar[str] = "countries"
 
     def facts(self) -> Mapping[str, Objects]:
-        """The capital of each country, in all its spellings."""
+        """The capital of each country, with all its spellings."""
         return {country: {"capital": names.split("|")} for country, names in read_data("capitals")["capitals"].items()}
 
     def sentences(self) -> Mapping[str, Sequence[str]]:

@@ -1,4 +1,4 @@
-"""Tokens of a corpus, cut into windows that cross no document's border and dealt to streams."""
+"""Tokens of a corpus, cut into windows that stay within one document, and assigned to streams."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -17,10 +17,10 @@ from oa_train.tasks.encoding import PromptEncoder
 from oa_train.tasks.record_streams import LEAST, TEST_SHARE, VALIDATION_SHARE
 from oa_train.tasks.task import Stream, stream_of
 
-# Characters that are given to the tokenizer at a time: its objects for each token would fill the memory.
+# Characters given to the tokenizer at once: for more, the objects that it makes for each token would fill the memory.
 CHARACTERS_AT_ONCE = 1_000_000
 
-# From this number of documents on each belongs to one stream; the smallest then have about 20.
+# From this many documents on, every document belongs to one stream; the smallest streams then get about 20 documents.
 MANY_DOCUMENTS = 200
 
 
@@ -29,11 +29,11 @@ class Section:
     """A document's range of a corpus's tokens.
 
     Attributes:
-        place: where the document stands.
-        start: its first token.
-        end: the token after its last.
-        split: its stream, if the corpus says so.
-        hashed: the stream that its text is hashed into.
+        place: location of the document, for messages.
+        start: index of its first token.
+        end: index of the token after its last.
+        split: its stream, if the corpus names it.
+        hashed: the stream that a hash of its text gives.
     """
 
     place: str
@@ -53,15 +53,15 @@ class Corpus:
     """Documents as tokens, one after another.
 
     Args:
-        encoder: the model's.
-        max_tokens: most tokens of each part that are kept; the rest is not read.
+        encoder: encoder of the model's prompts.
+        max_tokens: at most this many tokens of each part are kept; the rest is not read.
 
     Attributes:
         tokens: ids of all tokens, without BOS.
         sections: the documents.
-        n_repeated: documents that repeat an earlier one, which are left out.
-        n_empty: documents of white space only.
-        is_cut: there was more than `max_tokens`.
+        n_repeated: number of documents that repeat an earlier one, which are left out.
+        n_empty: number of documents with nothing but white space.
+        is_cut: True if a part had more than `max_tokens` tokens.
     """
 
     encoder: PromptEncoder
@@ -89,7 +89,7 @@ class Corpus:
                 for document, ids in zip(
                     documents, self.encoder.encode_plain([document.text for document in documents]), strict=True
                 ):
-                    # The BOS in front of the first window is the text's own.
+                    # A BOS with which the text itself begins is dropped, because every window gets one.
                     plain = ids[1:] if ids[:1] == [self.encoder.bos] else ids
                     kept = torch.tensor(plain[: limit - end], dtype=torch.int32)
                     self.is_cut |= len(kept) < len(plain)
@@ -132,13 +132,13 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of a corpus. Token `starts + j + 1` answers token `starts + j`, and `lengths` tokens are answered.
+    """Windows of a corpus: token `starts + j + 1` is the answer at token `starts + j`, for j from 0 to `lengths - 1`.
 
     Attributes:
         corpus: the tokens.
-        starts: first token of each window.
-        lengths: tokens of each, without BOS and without the last answer.
-        sections: number of its document.
+        starts: index of each window's first token.
+        lengths: number of tokens of each window, without BOS and without the last answer.
+        sections: index of each window's document.
     """
 
     corpus: Corpus
@@ -148,9 +148,9 @@ class Windows:
 
     @classmethod
     def cut(cls, corpus: Corpus, longest: int, least: int) -> "Windows":
-        """Cut every document into windows of `longest` tokens; the last one of a document may be as short as `least`.
+        """Cut every document into windows of `longest` tokens; the last of a document may have as few as `least`.
 
-        Tokens are counted without BOS. The token after a window, its last answer, is the first one of the next.
+        Tokens are counted without BOS. The token after a window, its last answer, is the first token of the next.
         """
         starts, lengths, sections = [], [], []
         for number, section in enumerate(corpus.sections):
@@ -173,11 +173,11 @@ class Windows:
         return ids
 
     def seed(self, number: int, *key: int | str) -> int:
-        """Seed that a key and a window's tokens decide, wherever the window stands."""
+        """Seed determined by a key and the window's tokens alone, not by its place in the corpus."""
         return derive_seed(*key, np.asarray(self.ids(number), dtype="<i4").tobytes().hex())
 
     def place(self, number: int) -> str:
-        """Place of a window: its document, and its tokens counted from the document's first."""
+        """Location of a window for messages: its document, and its range of tokens in the document."""
         section = self.corpus.sections[int(self.sections[number])]
         first = int(self.starts[number]) - section.start
         return ", ".join(filter(None, (section.place, f"tokens {first} to {first + int(self.lengths[number]) - 1}")))
@@ -188,7 +188,7 @@ class Windows:
         `source` and `advice`, the name of the corpus and how to get more windows, are for messages.
 
         Raises:
-            TaskError: some documents have a `split` and some have none, or a stream has too few windows.
+            TaskError: only some documents have a `split`, or a stream has too few windows.
         """
         parts = self._by_blocks() if self.are_blocks else self._by_document(source)
         sizes = {stream: len(parts.get(stream, ())) for stream in LEAST}
@@ -203,12 +203,12 @@ class Windows:
 
     @property
     def are_blocks(self) -> bool:
-        """True if streams are blocks of consecutive windows, for want of documents."""
+        """True if streams are blocks of consecutive windows, because there are too few documents."""
         return not self._is_split and self.n_documents < MANY_DOCUMENTS
 
     @property
     def n_documents(self) -> int:
-        """Documents with a window."""
+        """Number of documents that have a window."""
         return len(self.sections.unique())
 
     @property
@@ -237,7 +237,7 @@ class Windows:
         blocks = zip((0, *borders), (*borders, len(self)), strict=True)
         parts: dict[Stream, list[int]] = {}
         for stream, (first, end) in zip(LEAST, blocks, strict=True):
-            # The last answer of a window is the first token of the next one, which is another stream's here.
+            # The last answer of a window is the first token of the next one, which here belongs to another stream.
             continues = 0 < end < len(self) and bool(self.sections[end - 1] == self.sections[end])
             parts[stream] = list(range(first, end - continues))
         return parts

@@ -1,4 +1,4 @@
-"""Documents of a corpus: plain text files, and rows of files and datasets with a field of text."""
+"""Documents of a corpus: plain text files, and rows of files and datasets that have a text field."""
 
 import codecs
 from collections import Counter
@@ -22,16 +22,16 @@ from oa_train.tasks.record_files import (
 from oa_train.tasks.record_reading import SPLIT_NAMES, stream_named
 from oa_train.tasks.task import Stream
 
-# A whole book may be a row: the longest that the parser of CSV takes on every system.
+# A row may be a whole book: the longest cell that the CSV parser accepts on every system.
 LONGEST = 2**31 - 1
 
-# Bytes at the beginning of a file that tell whether it is text.
+# Number of bytes at the beginning of a file that are examined to see whether it is text.
 BEGINNING = 8192
 
-# Rows that are read before a field that none of them has is an error.
+# Number of rows after which a field that none of them has is an error.
 ROWS_WITHOUT = 100
 
-# Files by one of which `datasets` knows a folder that it saved.
+# Files one of which identifies a folder saved by `datasets`.
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 
 
@@ -40,9 +40,9 @@ class Document:
     """A text of a corpus.
 
     Attributes:
-        place: where it stands ("howto/index.txt", "line 3").
-        text: all of it.
-        split: its stream, if the corpus says so.
+        place: its location, for messages ("howto/index.txt", "line 3").
+        text: its full text.
+        split: its stream, if the corpus names it.
     """
 
     place: str
@@ -55,12 +55,12 @@ class DocumentReader:
     """Reads the documents of files, folders and datasets.
 
     Args:
-        path: plain text file, file of rows (a suffix of `READERS`), folder of such files, folder that `datasets` has
-            saved, or `hf://owner/name` on the Hub.
+        path: plain text file, file of rows (a suffix of `READERS`), folder of such files, folder saved by `datasets`,
+            or `hf://owner/name` on the Hub.
         field: field of a row that holds the text.
-        pattern: which files of a folder are read.
-        separator: text between the documents of a plain file; the file is one document without it.
-        subset: configuration of a dataset of the Hub.
+        pattern: glob pattern of the files in a folder that are read.
+        separator: text between the documents of a plain file; without it the file is one document.
+        subset: configuration of a Hub dataset.
     """
 
     path: str
@@ -73,8 +73,8 @@ class DocumentReader:
         """Documents in parts: the splits of a dataset, or one part of everything else.
 
         Raises:
-            ConfigurationError: there is no such file, or a folder has none that matches the pattern.
-            ArtefactError: a file cannot be read, or no row has the field. Some of these are raised by the iterators.
+            ConfigurationError: there is no such file, or no file in the folder matches the pattern.
+            ArtefactError: a file cannot be read, or no row has the field; some are raised by the iterators.
         """
         check_subset(self.path, self.subset)
         folder = Path(self.path).expanduser()
@@ -109,7 +109,7 @@ class DocumentReader:
             raise ConfigurationError(
                 f"No file in {self.path!r} matches data.pattern {self.pattern!r}. By suffix its files are: {kinds}."
             )
-        # Folders train, validation and test are a split, if nothing lies beside them.
+        # Folders train, validation and test are splits if the folder has no other entries.
         splits = [SPLIT_NAMES.get(file.parts[0].lower()) if len(file.parts) > 1 else None for file in files]
         named = all(splits)
         for file, split in zip(files, splits, strict=True):
@@ -141,12 +141,12 @@ class DocumentReader:
                     raise row.content
                 fields |= dict.fromkeys(row.content)
                 n_with += self.field in row.content
-                # Before a large dataset is read to its end.
+                # Raise before a large dataset is read to its end.
                 if not n_with and n_rows == ROWS_WITHOUT:
                     break
                 text = row.content.get(self.field) or ""
                 if not isinstance(text, str):
-                    raise RowError(f"`{self.field}` is no text", f"{shorten(text)}, a {type(text).__name__}")
+                    raise RowError(f"`{self.field}` is not text", f"{shorten(text)}, a {type(text).__name__}")
                 yield Document(place, text, stream_named(row.content.get("split")))
             except RowError as problem:
                 raise ArtefactError(f"{self.path}, {place}: {problem}.") from None
@@ -160,16 +160,16 @@ class DocumentReader:
 
 
 def listed_documents(texts: Sequence[str]) -> list[Iterator[Document]]:
-    """Texts that are at hand, as one part."""
+    """Texts that are already in memory, as one part."""
     return [(Document(f"document {number}", text) for number, text in enumerate(texts, start=1))]
 
 
 def _checked_lines(file: Path) -> Iterator[str]:
-    """Lines of a text file that end in one character; refuses what is no text."""
+    """Lines of a text file, each with one character at its end; refuses a file that is not text."""
     with file.open("rb") as content:
         beginning = content.read(BEGINNING)
     if b"\0" in beginning and not beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        # Before a byte that is not UTF-8 is taken for one of another encoding.
+        # Checked first, lest a byte that is not UTF-8 be taken for one of another encoding.
         raise _binary(file, beginning[: beginning.index(b"\0")].count(b"\n") + 1)
     for number, line in enumerate(read_lines(file), start=1):
         if "\0" in line:

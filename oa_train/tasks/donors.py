@@ -1,4 +1,4 @@
-"""Partners of prompts for resample ablation: other prompts of equal length, whose activations replace theirs."""
+"""Partners of prompts for resample ablation: other prompts of equal length, whose activations replace their own."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,32 +12,32 @@ from oa_train.seeds import derive_seed
 from oa_train.shapes import Tensor
 from oa_train.tasks.task import Task
 
-# Prompts after the donors that are searched for a partner with lengths that no donor has.
+# Number of prompts after the donors that are searched for a partner with lengths that no donor has.
 FURTHER_PROMPTS = 20_000
 
 
 class Donors:
-    """Draws a partner for every prompt: one of equal length from the stream `means`, which shares no text with it.
+    """Draws a partner for every prompt: another prompt of equal length from the stream `means`.
 
-    The partner depends only on the seed and the prompt's number, not on its batch.
+    The partner depends only on the seed and the prompt's index, not on its batch.
 
     Args:
         task: source of the donors.
         seed: other seeds draw other partners.
         spans: spans that have as many tokens in the partner as in the prompt, so that values at a span can be taken
-            from the partner's same span.
+            from the same span of the partner.
     """
 
     def __init__(self, task: Task, seed: int, spans: Sequence[str] = ()) -> None:
         self._task = task
         self._seed = seed
         self._spans = tuple(spans)
-        # Batches of one prompt, by the number of its tokens and of those of its spans.
+        # Batches of one prompt, by the number of tokens of the prompt and of its spans.
         self._by_lengths: dict[tuple[int, ...], list[Batch]] = {}
         self._n_read = 0
 
     def __call__(self, batch: Batch) -> Batch:
-        """The partners of a batch's prompts, each in its prompt's columns, with spans of its own.
+        """The partners of a batch's prompts, each in its prompt's columns, with its own spans.
 
         Raises:
             TaskError: the prompts lack one of the spans, or a prompt has no partner of equal lengths.
@@ -65,7 +65,7 @@ class Donors:
         )
 
     def why_lacking(self, batches: Iterable[Batch]) -> str | None:
-        """Message on the prompts without a partner: their number and the reason; None if all have one."""
+        """Message about the prompts without a partner: how many, and why; None if all have one."""
         pairs = [pair for batch in batches for pair in self._partners(batch)]
         alone = [lengths for lengths, partner in pairs if partner is None]
         if not alone:
@@ -81,7 +81,7 @@ class Donors:
         """Lengths of each prompt, and its partner if there is one."""
         tokens = [row[real] for row, real in zip(batch.tokens.cpu(), batch.attention_mask.cpu(), strict=True)]
         for number, lengths, row in zip(batch.example_ids.tolist(), self._lengths(batch), tokens, strict=True):
-            # A small file of prompts is trained on and drawn from, and no prompt is its own partner.
+            # A small file of prompts serves both for training and as donors, and no prompt is its own partner.
             donors = self._with_lengths(lengths)
             first = derive_seed(self._seed, "donor", number) % max(len(donors), 1)
             others = itertools.chain(donors[first:], donors[:first])
@@ -105,7 +105,7 @@ class Donors:
         return self._by_lengths[lengths]
 
     def _further(self, lengths: tuple[int, ...]) -> list[Batch]:
-        """The first prompt after the donors with these lengths, for lengths that no donor has; none may have them."""
+        """The first prompt after the donors with these lengths, for lengths that no donor has; empty if none does."""
         size = self._task.size("means")
         end = self._n_read + FURTHER_PROMPTS
         for number in range(self._n_read, end if size is None else min(size, end)):

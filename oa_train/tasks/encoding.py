@@ -18,14 +18,14 @@ from oa_train.shapes import Bool, Int, Tensor
 PaddingSide = Literal["left", "right"]
 Tokenizer = PreTrainedTokenizerBase
 
-# Part of a text: its first character and the one after its last, or a substring that occurs once.
+# Part of a text: index of its first character and of the one after its last, or a substring that occurs once.
 Span = tuple[int, int] | str
 
 # An ordinary word in front of a probe: tokenizers encode the first word of a text differently from words after a
 # space, and most words of a prompt follow a space.
 CONTEXT = "Then"
 
-# Signs after which, and in front of which, a word follows without a space.
+# Characters that are followed (opening) or preceded (closing) by a word without a space.
 OPENING = "([{<“‘«„$£€#@/\\-–_^~*"  # noqa: RUF001
 CLOSING = ".,;:!?)]}>”’»%'\"-–/"  # noqa: RUF001
 
@@ -34,7 +34,7 @@ def load_tokenizer(spec: LMSpec) -> Tokenizer:
     """Load the tokenizer that belongs to a model.
 
     Raises:
-        ModelError: there is no such tokenizer, it cannot be reached, or its files are damaged.
+        ModelError: the tokenizer does not exist or cannot be downloaded, or its files are damaged.
     """
     with loading("tokenizer of", spec):
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**locate(spec))
@@ -45,7 +45,7 @@ def load_tokenizer(spec: LMSpec) -> Tokenizer:
 
 
 def bos_token_id(spec: LMSpec, tokenizer: Tokenizer) -> int | None:
-    """Id of the token in front of every prompt by the rule `spec.bos`; None for no such token."""
+    """Id of the token in front of every prompt by the rule `spec.bos`; None if there is none."""
     if spec.bos == "none":
         return None
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -58,16 +58,16 @@ class PromptEncoder:
     Args:
         tokenizer: the model's tokenizer.
         bos: id of the token in front of every prompt; None for none.
-        vocabulary_size: rows of the model's embedding.
+        vocabulary_size: number of rows of the model's embedding.
         n_positions: rows of the model's position embedding; None for a model without one (rotary embeddings).
-        context_length: tokens of the longest text that the model was made for; `n_positions` by default.
+        context_length: length in tokens of the longest text the model was made for; `n_positions` by default.
 
     Attributes:
         padding: id that fills padded columns. Any id of the embedding will do, because those columns are masked.
 
     Raises:
         ModelError: the tokenizer, or the BOS token, has ids without a row in the embedding. Other tokens that were
-            added to the tokenizer alone are refused where a prompt uses them.
+            added to the tokenizer alone are refused when a prompt uses them.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class PromptEncoder:
         return cls(tokenizer, bos_token_id(spec, tokenizer), config.vocab_size, n_positions, context_length)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without the tokenizer's own special tokens, each with the BOS in front unless it has one.
+        """Encode texts without the tokenizer's own special tokens; the BOS is prepended to those that lack it.
 
         Raises:
             TaskError: a token has no row in the model's embedding.
@@ -121,7 +121,7 @@ class PromptEncoder:
         return [self._opening(ids) + ids for ids in self.encode_plain(texts)]
 
     def encode_plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts without special tokens and without a BOS in front.
+        """Encode texts without special tokens and without a BOS.
 
         Raises:
             TaskError: a token has no row in the model's embedding.
@@ -152,7 +152,7 @@ class PromptEncoder:
             alternative: end of what it advises.
 
         Raises:
-            TaskError: as of `encode`; the tokenizer is a slow one, which does not tell which characters tokens cover.
+            TaskError: as in `encode`; or the tokenizer is slow, and does not tell which characters tokens cover.
         """
         if not self.tokenizer.is_fast:
             raise TaskError(
@@ -199,7 +199,7 @@ class PromptEncoder:
         It is True at tokens that share a non-whitespace character with the span.
 
         Raises:
-            TaskError: the tokenizer does not tell which characters a token covers; a span is no part of its text, or
+            TaskError: the tokenizer does not tell which characters a token covers; a span is not part of its text, or
                 holds no token that may be ablated.
         """
         if not any(spans):
@@ -223,38 +223,38 @@ class PromptEncoder:
         return flags
 
     def continuation(self, text: str, piece: str) -> int | None:
-        """Id of the one token by which `piece` continues `text`.
+        """Id of the single token with which `piece` continues `text`.
 
-        Only the last word of `text` can change how `piece` is written, so the answer is cached by that word.
+        Only the last word of `text` can change how `piece` is tokenised, so the id is cached by that word.
 
         Args:
-            text: what stands before.
-            piece: what follows, with its leading space if it has one (" Anna", "32").
+            text: the text before it.
+            piece: the continuation, with its leading space if it has one (" Anna", "32").
 
         Returns:
-            The id; None when `piece` is several tokens, changes the tokens before it, or is unknown.
+            The id; None if `piece` is several tokens, changes the tokens before it, or is unknown.
         """
         last_word = text.rsplit(maxsplit=1)[-1] if text.strip() else ""
-        # With the white space that ends the text: "is " goes on with "43" where "is" goes on with " 43".
+        # The cache key includes white space at the end: "is " is continued by "43", "is" by " 43".
         last_word += text[len(text.rstrip()) :]
         key = (last_word, piece)
         if key not in self._continuations:
             context = f"{CONTEXT} {last_word}" if last_word else CONTEXT
             before, after = self._plain([context, context + piece])
             follows = after[:-1] == before and len(after) == len(before) + 1 and after[-1] < self.vocabulary_size
-            # A token for unknown words, declared as such or not, does not give the word back.
+            # A token for unknown words, declared as such or not, does not decode to the word.
             known = follows and str(self.tokenizer.decode(after[-1:])).strip() == piece.strip()
             self._continuations[key] = after[-1] if known else None
         return self._continuations[key]
 
     def is_single_token(self, word: str) -> bool:
-        """True if a word is one token after a space in the middle of a sentence."""
+        """True if a word after a space, in the middle of a sentence, is one token."""
         return self.continuation("", f" {word}") is not None
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        # A text may be longer than the model's context, as long as no prompt is.
+        # A text may be longer than the model's context; only prompts may not.
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
@@ -264,9 +264,9 @@ class PromptEncoder:
 
 
 def needs_space(text: str, word: str) -> bool:
-    """True if a word can only go on after a text with a space between them, as "Paris" does after "The capital is".
+    """True if a word can only follow a text with a space between them, as "Paris" follows "The capital is".
 
-    No space belongs after white space or an opening sign, in front of a closing sign, inside a number, or in scripts
+    No space belongs after white space or an opening character, before a closing one, inside a number, or in scripts
     without spaces.
     """
     if not text or not word or text[-1].isspace() or word[0].isspace():
@@ -278,7 +278,7 @@ def needs_space(text: str, word: str) -> bool:
 
 
 def _characters(text: str, name: str, span: Span) -> tuple[int, int]:
-    """The first character of a span and the one after its last."""
+    """Index of a span's first character and of the one after its last."""
     if isinstance(span, str):
         places = [start for start in range(len(text)) if text.startswith(span, start)]
         if len(places) != 1:

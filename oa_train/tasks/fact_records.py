@@ -1,4 +1,4 @@
-"""Prompts that ask for the object of a fact, with another subject in the counterfactual."""
+"""Prompts that ask for the object of a fact; the counterfactual names another subject."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,36 +15,36 @@ MINIMUM_SUBJECTS = 10
 
 
 class FactRecords(ShippedRecords):
-    """Task of facts, each a relation, a subject and an object, put into the sentences of their relation.
+    """Task of facts (relation, subject, object), expressed in the sentences of their relation.
 
-    Subjects of the same relations are paired: the counterfactual names another subject of as many tokens, whose object
-    begins with another token and is the distractor. Paired subjects are in the same stream, with all their facts.
-    Subjects that no other one can be paired with are left out, which a remark says. Spans: `subject`, `end` (the last
-    token).
+    Subjects with the same relations are paired: the counterfactual names another subject with the same number of
+    tokens, whose object begins with a different token and is the distractor. Paired subjects are in the same stream,
+    with all their facts. Subjects without a possible partner are left out, and a remark says so. Spans: `subject`,
+    `end` (the last token).
 
     Attributes:
-        subjects_are: what the subjects are, in messages.
+        subjects_are: plural noun for the subjects, for messages.
     """
 
     subjects_are: ClassVar[str] = "subjects"
 
     @abstractmethod
     def facts(self) -> Mapping[str, Objects]:
-        """The objects of each subject, by relation; several where an object has several names."""
+        """The objects of each subject, by relation; several if an object has several names."""
 
     @abstractmethod
     def sentences(self) -> Mapping[str, Sequence[str]]:
         """The sentences of each relation, with the slot {subject}."""
 
     def split(self, pair: str) -> Stream | None:
-        """Stream of a pair of subjects; None lets `Records` cut the streams."""
+        """Stream of a pair of subjects; None lets `Records` make the streams."""
         return None
 
     def rows(self) -> Iterator[Fields]:
         """A row for each sentence and each fact whose subject has a partner.
 
         Raises:
-            TaskError: too few have one.
+            TaskError: too few subjects have a partner.
         """
         facts, sentences = self.facts(), self.sentences()
         if self.answer_positions == "every":
@@ -70,7 +70,7 @@ class FactRecords(ShippedRecords):
                     }
 
     def _judge(self, facts: Mapping[str, Objects], partners: Mapping[str, str]) -> None:
-        """Refuse a tokenizer that leaves too few subjects with a partner, and remark on those without one."""
+        """Refuse a tokenizer under which too few subjects have a partner, and remark on those without one."""
         if len(partners) < MINIMUM_SUBJECTS:
             unknown = sum(self._has_unknown_words(subject, objects) for subject, objects in facts.items())
             words = f" ({unknown} have words in name or answers that it does not know)" if unknown else ""

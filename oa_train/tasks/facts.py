@@ -23,7 +23,7 @@ class Facts(FactRecords):
         **options: the options of every task (see `Task`), and `max_prompts` (see `Records`).
 
     Raises:
-        UnknownNameError: there is no relation of a name.
+        UnknownNameError: a relation is unknown.
     """
 
     name: ClassVar[str] = "facts"

@@ -1,4 +1,4 @@
-"""Tasks with so many prompts and no more: training repeats them in another order, evaluation repeats none."""
+"""Tasks with a finite number of prompts: training repeats them in another order, evaluation repeats none."""
 
 from collections.abc import Mapping, Sized
 from typing import Any
@@ -12,11 +12,11 @@ WIDE_BELOW = 100
 
 
 class FiniteTask(Task):
-    """Task whose streams have ends.
+    """Task whose streams are finite.
 
     Attributes:
-        streams: what there is of each stream, in the order of its numbers; set before `cap_sizes`.
-        source: where it is from, for messages.
+        streams: the prompts of each stream in order, or their numbers; set before `cap_sizes`.
+        source: name of the source of the prompts, for messages.
     """
 
     streams: Mapping[Stream, Sized]
@@ -31,7 +31,7 @@ class FiniteTask(Task):
         return len(self.streams[stream])
 
     def cap_sizes(self) -> None:
-        """Cap evaluation sizes at the number of prompts, and remark on small ones."""
+        """Cap evaluation sizes at the number of prompts, and add remarks on small ones."""
         options: dict[str, Stream] = {"n_validation": "validation", "n_test": "test", "n_means": "means"}
         for option, stream in options.items():
             size = len(self.streams[stream])
@@ -48,10 +48,10 @@ class FiniteTask(Task):
             )
 
     def place_of(self, stream: Stream, index: int) -> int:
-        """Place in its stream of prompt number `index`; train and refit begin again at their end, in another order.
+        """Position in its stream of prompt number `index`; train and refit start over at the end, in another order.
 
         Raises:
-            TaskError: a stream that is not trained on has no prompt of this number.
+            TaskError: a stream that is not trained on has no prompt with this number.
         """
         size = len(self.streams[stream])
         if stream not in ("train", "refit"):
@@ -62,7 +62,7 @@ class FiniteTask(Task):
         if (stream, epoch) not in self._order:
             order = list(range(size))
             python_generator(self.seed, self.name, stream, epoch).shuffle(order)
-            # A batch touches two epochs at most.
+            # A batch spans two epochs at most.
             self._order = {key: kept for key, kept in self._order.items() if key[0] != stream or key[1] == epoch - 1}
             self._order[stream, epoch] = order
         return self._order[stream, epoch][place]

@@ -11,20 +11,20 @@ from oa_train.errors import TaskError
 from oa_train.seeds import python_generator
 from oa_train.tasks.task import Prompt, Stream, Task, stream_of
 
-# The smallest streams hold a tenth of the texts, so a grammar with many texts fails this often with a probability of
-# 0.9 ** 1000.
+# The smallest streams hold a tenth of the texts, so all attempts of a grammar with many texts fail with a probability
+# of 0.9 ** 1000.
 ATTEMPTS = 1000
 
-# Factor on the attempts when only one length will do: a length that one prompt in fifty has is missed with a
-# probability of 0.998 ** 20000.
+# Factor on the attempts if only one length will do: a length that one prompt in fifty has is missed with a probability
+# of 0.998 ** 20000.
 RARE_LENGTHS = 20
 
 
 class GrammarTask(Task):
-    """Task whose prompts are drawn at random, each from a generator of its own: seed, stream and number decide.
+    """Task whose prompts are drawn at random, each by a generator seeded with the seed, the stream and its number.
 
     Args:
-        n_tokens: only prompts of so many tokens, a prepended BOS included; prompts of any length when not given.
+        n_tokens: only prompts of this many tokens, including a prepended BOS; by default prompts of any length.
         **options: the options of every task (see `Task`).
     """
 
@@ -45,7 +45,7 @@ class GrammarTask(Task):
         """Draw prompt number `index` of a stream.
 
         Raises:
-            TaskError: the task has so few different prompts that none belongs to this stream, or none of `n_tokens`.
+            TaskError: the task has so few different prompts that none is in this stream, or none has `n_tokens`.
         """
         lengths = set()
         for attempt in range(ATTEMPTS if self.n_tokens is None else ATTEMPTS * RARE_LENGTHS):
@@ -69,7 +69,7 @@ class GrammarTask(Task):
 
 
 def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Fill the slots of a template: the text, and the character range [start, end) of each word's first use."""
+    """Fill a template; returns the text, and the character range [start, end) of the first use of each slot."""
     text = ""
     places: dict[str, tuple[int, int]] = {}
     for literal, slot, _, _ in Formatter().parse(template):
@@ -81,11 +81,11 @@ def fill(template: str, **words: str) -> tuple[str, dict[str, tuple[int, int]]]:
 
 
 def word_span(words: Sequence[str], number: int) -> tuple[int, int]:
-    """Character range [start, end) of a word in a text of space-separated words."""
+    """Character range [start, end) of word `number` in a text of space-separated words."""
     end = len(" ".join(words[: number + 1]))
     return end - len(words[number]), end
 
 
 def end_span(text: str) -> tuple[int, int]:
-    """Character range of a text's last character, which names the span of its last token."""
+    """Character range of a text's last character, which gives the span of its last token."""
     return len(text) - 1, len(text)

@@ -12,11 +12,11 @@ SENTENCE = "The {noun} lasted from the year {begin}{start} to the year {begin}"
 DIGITS = tuple("0123456789")
 YEARS = tuple(f"{year:02d}" for year in range(100))
 CENTURIES = tuple(str(century) for century in range(10, 19))
-# Without the first decade of a century, in which no tens digit is too small.
+# The first decade of each century is left out, because no tens digit is too small there.
 DECADES = tuple(century + tens for century in CENTURIES for tens in DIGITS[1:])
 
-# Splits of a year: its first digits, the endings that complete them, and the ending of the counterfactual, after
-# which (nearly) every other one is an answer.
+# Ways to split a year: its first digits, the endings that complete them, and the ending of the counterfactual, for
+# which (nearly) every other ending is an answer.
 CUTS = (
     (CENTURIES, YEARS, "01"),
     (DECADES, DIGITS, "0"),
@@ -29,18 +29,18 @@ MINIMUM_YEARS = 20
 class GreaterThan(GrammarTask):
     """Predict the end year of a period from its start year.
 
-    The text ends before the last token of the end year, whose first digits are those of the start. Answers are all
-    last tokens that make a later year, distractors all others. If the tokenizer has two-digit tokens, like GPT-2's,
-    the text ends with the century ("1732 to the year 17"). If the last digit is a token of its own, it ends with the
-    decade ("1732 to the year 173"); if the tens digit is one too, it is an earlier question, whose answers are the
-    digits that a later year can have (3 and above), its distractors those that it cannot.
+    The text ends before the last token of the end year, whose first digits are those of the start year. Answers are
+    all last tokens that make a later year, distractors all others. If the tokenizer has two-digit tokens, like
+    GPT-2's, the text ends with the century ("1732 to the year 17"). If the last digit is a separate token, it ends
+    with the decade ("1732 to the year 173"); if the tens digit is one too, it is the answer to an earlier question,
+    for which the digits that a later year can have (3 and above) are right and all others are distractors.
 
     The counterfactual starts in the second year of the same century, or in the first of the same decade. Spans:
     `noun`, `year` (the last token of the start), `end` (the last token).
 
     Attributes:
         nouns: events that are single tokens.
-        years: endings of years that are one token after the first digits, by first digits.
+        years: for each group of first digits, the endings of years that are one token after them.
         starts: first digits and endings of the years in which a period may start.
     """
 
@@ -51,13 +51,13 @@ class GreaterThan(GrammarTask):
         self.nouns = single_token_words(self.encoder, self.name, "nouns", MINIMUM_NOUNS)
         for begins, endings, earliest in CUTS:
             self._earliest = earliest
-            # The first digits keep the tokens that they have alone.
+            # The first digits keep the tokens that they have by themselves.
             self.years = {begin: tuple(end for end in endings if self._continues(begin, end)) for begin in begins}
             self.starts = [
                 (begin, start)
                 for begin, ends in self.years.items()
                 if earliest in ends
-                for start in ends[:-1]  # none comes after the last one
+                for start in ends[:-1]  # no year comes after the last one
                 if start > earliest
             ]
             if len(self.starts) >= MINIMUM_YEARS:
@@ -89,7 +89,7 @@ class GreaterThan(GrammarTask):
         )
 
     def _tens(self, text: str, begin: str) -> tuple[Question, ...]:
-        """Earlier question that the tens digit of the second year answers, if that digit is a token of its own."""
+        """Earlier question that the tens digit of the end year answers, if that digit is a separate token."""
         century, tens = begin[:2], begin[2:]
         if not tens or not all(self._continues(century, digit) for digit in DIGITS):
             return ()

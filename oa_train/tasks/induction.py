@@ -12,7 +12,7 @@ from oa_train.tasks.vocabulary import read_words, single_token_words, vocabulary
 
 Vocabulary = Literal["list", "model"]
 
-# Some text must stand before the first word: tokenizers write the very first word of a prompt differently.
+# Some text must precede the first word: tokenizers encode the very first word of a prompt differently.
 OPENING = "Words:"
 
 
@@ -22,15 +22,15 @@ class Induction(GrammarTask):
     In "Words: river stone cloud window stone" the answer is " cloud", the word that followed "stone" before;
     distractors are the other words of the row. The counterfactual has another word at the first "stone", so that
     nothing predicts what follows the last one. With `answer_positions: every` each repeated word is a question.
-    Spans: `first` (where the last word stood before), `after` (the word that followed it there, the answer), `end`
-    (the last token).
+    Spans: `first` (the earlier occurrence of the last word), `after` (the word that followed it there, the answer),
+    `end` (the last token).
 
     For the repeated random tokens on which induction heads are usually measured, set `vocabulary: model`, `repeated`
     to one less than `length`, and `answer_positions: every`.
 
     Args:
-        length: distinct words in the row, before those that are repeated.
-        repeated: words that are repeated, in their original order.
+        length: number of distinct words in the row, before those that are repeated.
+        repeated: number of words that are repeated, in their original order.
         vocabulary: where the words come from: `list` is a list of concrete nouns, `model` all words of the model's
             vocabulary (tokens of letters after a space).
         **options: the options of every task (see `Task`).
@@ -48,7 +48,7 @@ class Induction(GrammarTask):
                 f"repeated is {repeated}; expected 1 to {length - 1} words, so that one of the row follows them."
             )
         check_choice("vocabulary", vocabulary, get_args(Vocabulary))
-        minimum = length + repeated  # the counterfactual has words of its own
+        minimum = length + repeated  # the counterfactual has other words at the repeated places
         if vocabulary == "list" and minimum > (n_words := len(read_words("induction"))):
             raise ConfigurationError(
                 f"length and repeated are {length} and {repeated}; expected a sum of at most {n_words}, the words of "
@@ -67,7 +67,7 @@ class Induction(GrammarTask):
         """Draw the words and those that are repeated."""
         drawn = random.sample(self.words, self.length + self.repeated)
         row, replacements = drawn[: self.length], drawn[self.length :]
-        place = random.randrange(self.length - self.repeated)  # a word of the row follows those that come back
+        place = random.randrange(self.length - self.repeated)  # a word of the row follows the repeated ones
         after = place + self.repeated
         again = row[place:after]
         *earlier, last = [self._question(row, again[: n + 1], row[place + n + 1]) for n in range(self.repeated)]

@@ -14,18 +14,18 @@ from oa_train.tasks.vocabulary import read_data, single_token_words
 Order = Literal["mixed", "ABBA", "BABA"]
 Sentences = Literal["varied", "literature"]
 
-# A prompt and its counterfactual name six people: two, three others, and a bystander.
+# A prompt and its counterfactual name six people: two in the prompt, three in the counterfactual, and a bystander.
 MINIMUM_NAMES = 6
 MINIMUM_OTHERS = 2
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a prompt: the sentence and the people in it.
+    """Contents of a prompt: the sentence and the people in it.
 
     Attributes:
         template: the template that the frame was made from.
-        frame: the template with everything filled in but the three mentions {A}, {B} and {S}.
+        frame: the template with everything filled in except the three mentions {A}, {B} and {S}.
         indirect_object: name of the receiver; the answer.
         subject: name of the giver, which occurs twice.
         unrelated: three other people, for a text in which nobody is named twice.
@@ -67,12 +67,12 @@ class IOI(GrammarTask):
     (first and second mention of the subject), `end` (the last token).
 
     Args:
-        order: ABBA introduces the indirect object first, BABA the subject first; mixed draws either.
+        order: ABBA introduces the indirect object first, BABA the subject; mixed draws one of the two for each prompt.
         sentences: `literature` are the fifteen templates of Wang et al. (2023), which pretrained models know well;
-            `varied` are templates for training a small model, with varied openings.
-        distractor_names: probability that a clause with a third name is added ("While Tom was busy,"), by default
-            half for `varied` and never for `literature`, which has no such clauses. Without them a small model learns
-            to look for the name that occurs once.
+            `varied` are templates with varied openings, made for training a small model.
+        distractor_names: probability that a clause with a third name is added ("While Tom was busy,"); by default 0.5
+            for `varied` and 0 for `literature`, which has no such clauses. Without them a small model learns to look
+            for the name that occurs once.
         **options: the options of every task (see `Task`).
 
     Attributes:
@@ -123,7 +123,7 @@ class IOI(GrammarTask):
         return self.draw_scene(random).prompt
 
     def draw_scene(self, random: random.Random) -> Scene:
-        """Draw people, place, thing, template and the order of the names."""
+        """Draw the people, place, object, template and order of the names."""
         first, second, *others = random.sample(self.names, MINIMUM_NAMES)
         template = random.choice(self.templates)
         return Scene(

@@ -1,4 +1,4 @@
-"""Layouts of files of prompts: the fields of their rows, and the conversion to the fields of `Records`."""
+"""Layouts of prompt files: the fields of their rows, and their conversion to the fields of `Records`."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 from oa_train.errors import nearest_names
 from oa_train.tasks.record_files import Fields, RowError, shared_length, shorten
 
-# The fields of a prompt, which `Records` reads, `Task.save` writes, and every other layout is converted to.
+# The fields of a prompt that `Records` reads and `Task.save` writes, and to which every other layout is converted.
 OWN_FIELDS = (
     "prompt",
     "answer",
@@ -29,10 +29,10 @@ class Layout:
     """Layout of the rows of a file.
 
     Attributes:
-        source: whose files have it.
+        source: package or benchmark whose files have this layout.
         required: fields that a row must have; a dot leads into an object (`metadata.subject`).
-        convert: from a row to the fields of `Records`.
-        optional: fields that a row may have besides; None for any, which are ignored.
+        convert: maps a row to the fields of `Records`.
+        optional: other fields that a row may have; None allows any, and ignores them.
     """
 
     source: str
@@ -48,7 +48,7 @@ class Layout:
         )
 
     def read(self, fields: Fields) -> Fields:
-        """Fields of `Records` of a row.
+        """A row converted to the fields of `Records`.
 
         Raises:
             RowError: a field is missing, empty, unknown, or not of this layout.
@@ -72,7 +72,7 @@ class Layout:
 
 
 def value_at(fields: Any, name: str) -> Any:
-    """Value of a field, with a dot into an object; None where there is none."""
+    """Value of a field; a dot in its name leads into an object; None if there is none."""
     for part in name.split("."):
         fields = fields.get(part) if isinstance(fields, dict) else None
     return fields
@@ -84,7 +84,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _renamed(**names: str) -> Callable[[Fields], Fields]:
-    """A layout that only names fields differently: `own=theirs`."""
+    """Conversion of a layout that only names fields differently: `own=theirs`."""
     return lambda fields: {own: value_at(fields, theirs) for own, theirs in names.items()}
 
 
@@ -115,7 +115,7 @@ def _choices(fields: Fields) -> Fields:
 
 
 def _years(year_field: str) -> Callable[[Fields], Fields]:
-    """Greater-than: the last two digits of the start, after which the end must lie."""
+    """Greater-than: the field holds the last two digits of the start year; answers are all later ones."""
 
     def convert(fields: Fields) -> Fields:
         start = int(str(fields[year_field])[-2:])
@@ -188,7 +188,7 @@ def _circuitkit(fields: Fields) -> Fields:
 
 
 def _minimal_pair(fields: Fields) -> Fields:
-    """BLiMP: two sentences; the prompt is what they share from the left, in whole words, the answers what follows."""
+    """BLiMP: two sentences; the prompt is their common beginning in whole words, the answers are the continuations."""
     good, bad = fields["sentence_good"], fields["sentence_bad"]
     shared = good[: shared_length([good, bad])]
     start = shared.rfind(" ") if len(shared) < min(len(good), len(bad)) else -1

@@ -1,4 +1,4 @@
-"""Pairs of subjects whose facts differ, so that each can stand in the counterfactual prompts of the other."""
+"""Pairs of subjects whose facts differ, so that each can replace the other in counterfactual prompts."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,13 +12,13 @@ Objects = Mapping[str, Sequence[str]]
 
 
 def pair_subjects(encoder: PromptEncoder, facts: Mapping[str, Objects]) -> dict[str, str]:
-    """Another subject for each, of as many tokens, whose objects begin with other tokens in every relation.
+    """Partner of each subject: one with as many tokens, whose objects begin with other tokens in every relation.
 
-    Both subjects of a pair have facts of the same relations. Pairs are mutual, but for the last of an odd number of
-    subjects, whose partner has another one. Subjects that no other one can be paired with are left out.
+    Both subjects of a pair have facts of the same relations. Pairs are mutual, except for the last of an odd number of
+    subjects, whose partner has another partner. Subjects without a possible partner are left out.
 
     Args:
-        encoder: of the model that the prompts are for.
+        encoder: encoder of the model that the prompts are for.
         facts: objects of each subject.
     """
     tokens_of = {subject: _word_tokens(encoder, _names(objects)) for subject, objects in facts.items()}
@@ -53,7 +53,7 @@ def pair_subjects(encoder: PromptEncoder, facts: Mapping[str, Objects]) -> dict[
 
 
 def pair_name(partners: Mapping[str, str], subject: str) -> str:
-    """A name that two paired subjects share, and a third one whose partner is one of them."""
+    """Name of a pair: the same for two paired subjects, and for a third one whose partner is one of them."""
     other = partners[subject]
     return min(other, partners[other])
 
@@ -63,6 +63,6 @@ def _names(objects: Objects) -> list[str]:
 
 
 def _word_tokens(encoder: PromptEncoder, words: Iterable[str]) -> list[list[int]]:
-    """Tokens of each word after another one."""
+    """Tokens of each word when it follows another word."""
     before, *rows = encoder.encode([CONTEXT, *(f"{CONTEXT} {word}" for word in words)])
     return [row[len(before) :] for row in rows]

@@ -1,4 +1,4 @@
-"""Rows and lines of files: JSON Lines, JSON, CSV, Parquet and datasets of the Hub, with their line numbers."""
+"""Rows and lines of files with their line numbers: JSON Lines, JSON, CSV, Parquet and Hub datasets."""
 
 import codecs
 import csv
@@ -15,10 +15,10 @@ from oa_train.models.hub import hub_answers
 
 HUB = "hf://"
 
-# A longer line is no prompt: most often a whole JSON file without line breaks.
+# A longer line is not a prompt; it is usually a whole JSON file without line breaks.
 MOST_CHARACTERS = 1_000_000
 
-# Rows that a message lists for each problem; the others are counted.
+# Number of rows that a message lists for each problem; the others are only counted.
 MOST_LISTED = 10
 
 Fields = dict[str, Any]
@@ -43,8 +43,8 @@ class Row:
     """A row of a file.
 
     Attributes:
-        place: place in the file ("line 3").
-        content: fields, or the reason why there are none.
+        place: its location in the file, for messages ("line 3").
+        content: its fields, or the reason why it could not be read.
     """
 
     place: str
@@ -52,16 +52,16 @@ class Row:
 
 
 def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTERS) -> Iterator[Row]:
-    """Rows of a file by its suffix, of a folder that `datasets` has saved, or of `hf://owner/name` on the Hub.
+    """Rows of a file (its suffix gives the format), a folder saved by `datasets`, or `hf://owner/name` on the Hub.
 
     Args:
         path: the file, folder or dataset.
-        subset: configuration of a dataset of the Hub.
-        longest: characters of the longest line of JSON Lines, or cell of a table, that is read.
+        subset: configuration of a Hub dataset.
+        longest: longest line of JSON Lines, or cell of a table, that is read, in characters.
 
     Raises:
         ConfigurationError: there is no such file, or its format is not known.
-        ArtefactError: the file is not what its suffix says, is not UTF-8, or the dataset cannot be reached.
+        ArtefactError: the file does not have the format of its suffix or is not UTF-8, or the dataset cannot be read.
     """
     if path.startswith(HUB):
         return chain.from_iterable(dataset_splits(path, subset))
@@ -72,22 +72,20 @@ def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTE
     check_file(file, path)
     if file.suffix.lower() not in READERS:
         raise ConfigurationError(
-            f"data.path is {path!r}, and {file.suffix or 'no suffix'!r} is no known format; expected "
+            f"data.path is {path!r}, and {file.suffix or 'no suffix'!r} is not a known format; expected "
             f"{', '.join(READERS)}, a folder saved by `datasets`, or {HUB}owner/name."
         )
     return READERS[file.suffix.lower()](file, longest)
 
 
 def check_subset(path: str, subset: str | None) -> None:
-    """Raise a ConfigurationError if a subset is named of what is no dataset of the Hub."""
+    """Raise a ConfigurationError if a subset is given for something other than a Hub dataset."""
     if subset is not None and not path.startswith(HUB):
-        raise ConfigurationError(
-            f"data.subset is for datasets of the Hub ({HUB}owner/name), and data.path is {path!r}."
-        )
+        raise ConfigurationError(f"data.subset is for Hub datasets ({HUB}owner/name), and data.path is {path!r}.")
 
 
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
-    """Raise a ConfigurationError that names the nearest folders and files of these suffixes if there is no such file.
+    """Raise a ConfigurationError if a file does not exist; it names the nearest folders and files of these suffixes.
 
     `path` is the file as its user wrote it; the suffixes are those of `READERS` by default.
     """
@@ -100,7 +98,7 @@ def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> 
 
 
 def shorten(value: object, most: int = 80) -> str:
-    """A value as a message shows it: quoted, and cut in the middle when it is long."""
+    """A value as a message shows it: quoted, and shortened in the middle if it is long."""
     text = repr(value[: 2 * most] + value[-most:] if isinstance(value, str) and len(value) > 4 * most else value)
     return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-(most // 4) :]}"
 
@@ -112,7 +110,7 @@ def shared_length(sequences: Sequence[Sequence[object]]) -> int:
 
 
 def report(problems: Iterable[tuple[str, RowError]]) -> str:
-    """Problems of rows by kind: the count of each, and the first ten with places."""
+    """Lines that list problems of rows by kind: the count of each kind, and its first ten with their places."""
     ordered = sorted(problems, key=lambda row: row[1].problem)
     lines = []
     for problem, group in groupby(ordered, key=lambda row: row[1].problem):
@@ -145,7 +143,7 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def _json(text: str) -> Any:
-    """Parse JSON; NaN counts as no value, as pandas writes it."""
+    """Parse JSON; NaN, which pandas writes for a missing value, becomes None."""
     try:
         return json.loads(text, parse_constant=lambda name: None)
     except json.JSONDecodeError as problem:

@@ -1,4 +1,4 @@
-"""Records fitted to a tokenizer: every scored answer becomes one token."""
+"""Fits records to a tokenizer: extends every prompt so that each scored answer is a single token."""
 
 import itertools
 from collections import Counter
@@ -14,7 +14,7 @@ from oa_train.tasks.task import AnswerPositions, Prompt, Question
 
 @dataclass(frozen=True)
 class RecordFitter:
-    """Fits records to a tokenizer: every scored answer is one token."""
+    """Fits records to a tokenizer: extends prompts, if necessary, so that each scored answer is a single token."""
 
     encoder: PromptEncoder
     answer_positions: AnswerPositions
@@ -51,7 +51,7 @@ class RecordFitter:
 
     @staticmethod
     def _uneven(records: Sequence[Record]) -> dict[int, RowError]:
-        """Records that lack a field most have, or have a field most lack."""
+        """Errors of records that lack a field which most records have, or have one which most lack; by `id`."""
         uneven: dict[int, RowError] = {}
         parts = {
             "counterfactual": lambda prompt: prompt.counterfactual is not None,
@@ -82,7 +82,7 @@ class RecordFitter:
         tails = _tails(self.encoder, text, begun, (*prompt.answers, *prompt.distractors))
         right, wrong = tails[: len(prompt.answers)], tails[len(prompt.answers) :]
         shared = shared_length([tail.ids for tail in tails]) if wrong else 0
-        # A token that is only a space is the prompt's, not the answer's.
+        # A token that is only a space counts to the prompt, not to the answer.
         while shared < min(len(tail.ids) for tail in tails) - 1 and all(
             not tail.pieces[shared].strip() for tail in tails
         ):
@@ -121,9 +121,9 @@ class RecordFitter:
         questions = []
         for place, (piece, following) in enumerate(zip(right.pieces, (*right.pieces[1:], None), strict=True)):
             if not "".join(right.pieces[: place + 1]).strip():
-                continue  # a token that is only a space is the prompt's
+                continue  # a token that is only a space counts to the prompt
             if "" in (piece, following):
-                continue  # a part of a character, as one of the two bytes of "é", is no text that could be an answer
+                continue  # part of a character, such as one of the two bytes of "é", cannot be an answer
             rivals = [tail for tail in wrong if tail.ids[:place] == right.ids[:place] and len(tail.ids) > place]
             others = dict.fromkeys(tail.pieces[place] for tail in rivals if tail.ids[place] != right.ids[place])
             questions.append(Question(prompt.text + "".join(right.pieces[:place]), (piece,), tuple(others)))
@@ -155,7 +155,7 @@ class RecordFitter:
         )
 
     def _check(self, prompt: Prompt) -> None:
-        """Refuse a prompt that cannot be put into a batch."""
+        """Raise a `RowError` if a prompt cannot be put into a batch."""
         for question in (*prompt.earlier, prompt):
             for piece in (*question.answers, *question.distractors):
                 if self.encoder.continuation(question.text, piece) is None:
@@ -177,14 +177,14 @@ class RecordFitter:
 
 @dataclass(frozen=True)
 class _Tail:
-    """An answer as the tokens by which it continues a prompt, each with its part of the text."""
+    """An answer as the tokens with which it continues a prompt, each with its part of the text."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
 
 
 def _tails(encoder: PromptEncoder, text: str, begun: list[int], answers: Sequence[str]) -> list[_Tail]:
-    """Answers after a prompt with the ids `begun`."""
+    """The answers to a prompt whose ids are `begun`."""
     tails = []
     wholes = [text + answer for answer in answers]
     for answer, whole, (ids, places) in zip(answers, wholes, encoder.encode_with_places(wholes), strict=True):

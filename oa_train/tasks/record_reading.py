@@ -1,4 +1,4 @@
-"""Records: rows of files as prompts, before any tokenizer."""
+"""Records: prompts read from rows of files, not yet tokenised."""
 
 import heapq
 import json
@@ -29,13 +29,13 @@ SPLIT_NAMES: dict[str, Stream] = {
 
 @dataclass(frozen=True)
 class Record:
-    """A row as its layout reads it, before any tokenizer.
+    """A row as its layout reads it, not yet tokenised.
 
     Attributes:
-        place: where it stands in its file.
-        prompt: texts; answers and distractors may be several tokens long.
-        split: its stream, if the file says so.
-        group: prompts of one group are in one stream.
+        place: its location in the file, for messages.
+        prompt: the prompt as text; answers and distractors may be several tokens long.
+        split: its stream, if the file names it.
+        group: prompts of the same group are in the same stream.
     """
 
     place: str
@@ -46,7 +46,7 @@ class Record:
 
 @dataclass
 class RecordReader:
-    """Turns rows into records, and gathers those that cannot be used."""
+    """Turns rows into records, and collects the problems of those that cannot be used."""
 
     layout: Layout
     decode: Callable[[list[int]], object]
@@ -124,7 +124,7 @@ class RecordReader:
         if other is not None and other == text:
             raise RowError("the counterfactual is the prompt itself", shorten(text))
         as_written = self.leading_space == "as_written" or bool(_parsed(fields.get("as_written")))
-        # A token for the space alone would be in the way of answers that begin with one.
+        # A separate token for a space at the end would get in the way of answers that begin with one.
         moved = not as_written and text.endswith(" ") and not text.endswith("  ")
         if moved:
             text, other = text[:-1], other.removesuffix(" ") if other is not None else None
@@ -155,7 +155,7 @@ class RecordReader:
         )
 
     def _token(self, number: Any, text: str) -> str:
-        """Text of a token of the model that a file was made for, which has to be this one."""
+        """Text of a token id; raises a `RowError` if the file was made with another model's tokenizer."""
         token = str(self.decode([int(number)]))
         if token.strip() not in text:
             detail = f"{number} is {token!r} here, and not in {shorten(text)}"
@@ -183,8 +183,8 @@ class RecordReader:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise RowError(f"`{name}` is no text", f"{shorten(value)}, a {type(value).__name__}")
-    # A column of numbers with a gap is one of floats to pandas.
+        raise RowError(f"`{name}` is not text", f"{shorten(value)}, a {type(value).__name__}")
+    # pandas reads a column of integers with a missing value as floats.
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not text.strip():
         raise RowError(f"`{name}` is empty", repr(text))
@@ -192,18 +192,18 @@ def _text(name: str, value: Any) -> str:
 
 
 def _parsed(value: Any) -> Any:
-    """Value of a field that is no text; in CSV it is JSON in a cell."""
+    """Value of a field that is not text, which a CSV cell holds as JSON."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        raise RowError("a cell that is no JSON", shorten(value)) from None
+        raise RowError("a cell that is not JSON", shorten(value)) from None
 
 
 def _spans(spans: Any, end: int) -> dict[str, Span]:
     if not isinstance(spans, Mapping):
-        raise RowError("`spans` is no object", f"{shorten(spans)}; expected {{name: [start, end] or a substring}}")
+        raise RowError("`spans` is not an object", f"{shorten(spans)}; expected {{name: [start, end] or a substring}}")
     read: dict[str, Span] = {}
     for name, span in spans.items():
         if isinstance(span, list | tuple) and len(span) == 2 and all(type(number) is int for number in span):
@@ -226,7 +226,7 @@ def _question(value: Any) -> Question:
 
 
 def stream_named(split: Any) -> Stream | None:
-    """The stream that the name of a split means; None for no name.
+    """The stream that a split name stands for; None without a name.
 
     Raises:
         RowError: the name is unknown.

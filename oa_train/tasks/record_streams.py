@@ -1,4 +1,4 @@
-"""Split of records into streams."""
+"""Splitting records into streams."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ LEAST: dict[Stream, int] = {"train": 1, "validation": 2, "test": 2}
 # Fewer prompts cannot be split.
 FEWEST = 20
 
-# From this number of prompts on the streams are disjoint, by `stream_of`; the smallest then have about 200.
+# From this many prompts on the streams are disjoint (see `stream_of`); the smallest then have about 200.
 MANY = 2000
 
-# Of fewer prompts, shares of test and of validation; train, refit and means share the rest.
+# With fewer prompts, the shares of test and of validation; train, refit and means share the rest.
 TEST_SHARE = VALIDATION_SHARE = 0.2
 
 
@@ -67,7 +67,7 @@ def _cut_streams(records: Sequence[Record], source: str) -> dict[Stream, list[Re
         return parts
     before = 0
     for name in sorted(groups, key=lambda name: derive_seed("stream", name)):
-        # The middle of a group decides its stream, so that large groups do not all fall to one side.
+        # The middle of a group determines its stream, so that large groups do not all end up on one side.
         middle = (before + len(groups[name]) / 2) / len(records)
         stream: Stream = "train"
         if middle < TEST_SHARE:

@@ -19,27 +19,27 @@ BadRows = Literal["stop", "leave_out"]
 
 
 class Records(FiniteTask):
-    """Prompts from a file of your own, or of a benchmark.
+    """Prompts from your own file, or from that of a benchmark.
 
-    Answers may be written with or without their leading space, and may be several tokens long: they are scored at the
-    first token in which answers and wrong answers differ, or at all of them with `answer_positions: every`. Streams
+    Answers may be written with or without their leading space, and may be several tokens long: they are scored on the
+    first token in which answers and wrong answers differ, or on all tokens with `answer_positions: every`. Streams
     come from a column `split`, else from a hash of the prompts' text; `docs/data.md` has the rules.
 
     Args:
         path: file (.jsonl, .json, .csv, .tsv, .parquet), folder saved by `datasets`, or `hf://owner/name` on the Hub.
         layout: names of the fields; a key of `LAYOUTS`.
         rows: the rows themselves, in place of `path`.
-        subset: configuration of a dataset of the Hub.
-        bad_rows: `stop` with an error that lists all unusable rows, or `leave_out` these.
+        subset: configuration of a Hub dataset.
+        bad_rows: `stop` with an error that lists all unusable rows, or `leave_out` those rows.
         leading_space: `auto` puts a space in front of an answer where one belongs, `as_written` changes nothing.
-        max_prompts: most prompts that are kept: those with the smallest hash of their text.
+        max_prompts: at most this many prompts are kept: those with the smallest hash of their text.
         ignored_fields: fields that are skipped; other unknown fields are an error.
         **options: the options of every task (see `Task`).
 
     Attributes:
         streams: the prompts of each stream.
         places: place of each prompt in the file, by its text.
-        left_out: rows that were left out, with places.
+        left_out: rows that were left out, with their places.
 
     Raises:
         ConfigurationError: an option has a value that cannot work.
@@ -86,7 +86,7 @@ class Records(FiniteTask):
     def _content(
         self, path: str | None, subset: str | None, rows: list[dict[str, Any]] | None
     ) -> tuple[str, Iterable[Row]]:
-        """Name of the rows for messages, and the rows."""
+        """Name of the source for messages, and the rows."""
         if path is not None:
             return path, read_rows(path, subset)
         return "data.rows", (Row(f"row {number}", row) for number, row in enumerate(rows or [], start=1))
@@ -112,10 +112,10 @@ class Records(FiniteTask):
         self.remarks.append(f"{len(problems)} of {n_rows} rows are left out.")
 
     def prompt(self, stream: Stream, index: int) -> Prompt:
-        """Prompt number `index` of a stream; train and refit go through their prompts again, in another order.
+        """Prompt number `index` of a stream; train and refit start over at the end, in another order.
 
         Raises:
-            TaskError: a stream that is not trained on has no prompt of this number.
+            TaskError: a stream that is not trained on has no prompt with this number.
         """
         return self.streams[stream][self.place_of(stream, index)]
 
@@ -124,7 +124,7 @@ class Records(FiniteTask):
         return self.places[self.prompt(stream, index).text]
 
     def left_out_report(self) -> str:
-        """Rows that were left out, by the reason, with their places."""
+        """Rows that were left out, grouped by reason, with their places."""
         return report(self.left_out)
 
     def describe(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Records(FiniteTask):
 
 
 def _other_layouts(fields: Fields | None, named: str) -> str:
-    """Advice for a row that is not of the layout that was named, if it is of others."""
+    """Advice if a row does not have the given layout but has others."""
     fitting = [name for name, layout in LAYOUTS.items() if fields is not None and layout.fits(fields)]
     names = [] if named in fitting else fitting
     return f"\nThe fields are those of --data.layout {' or '.join(names)}." if names else ""

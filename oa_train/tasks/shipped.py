@@ -1,4 +1,4 @@
-"""Records that come with the package: made for the model's tokenizer and split into streams like those of a file."""
+"""Records that come with the package, adapted to the model's tokenizer and split into streams like those of a file."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Tasks: sources of prompts in streams, and the batches made of them."""
+"""Tasks: sources of prompts in streams, and the batches made from them."""
 
 import json
 from abc import ABC, abstractmethod
@@ -22,7 +22,7 @@ Stream = Literal["train", "refit", "means", "validation", "test"]
 AnswerPositions = Literal["last", "every"]
 
 # Streams of the ten classes that texts are hashed into. Neither a seed nor an option moves a text to another stream,
-# so what one run trains on is never what another one tests on.
+# so no run is tested on a text that another run was trained on.
 TENTHS: tuple[Stream, ...] = ("train",) * 5 + ("refit",) * 2 + ("means", "validation", "test")
 
 
@@ -43,16 +43,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Prompt(Question):
-    """A text that ends with a question, the last one, and may hold earlier ones.
+    """A text that ends with a question and may contain earlier ones.
 
     Attributes:
         text: the prompt, up to and including the token that predicts the last answer.
-        answers: right continuations of the whole text.
-        distractors: wrong continuations of it.
-        counterfactual: the prompt with other content, with equally many tokens; None when the task has none.
+        answers: correct continuations of the whole text.
+        distractors: wrong continuations of the whole text.
+        counterfactual: a prompt with other content and the same number of tokens; None if the task has none.
         earlier: questions that the text itself goes on to answer, from left to right.
-        spans: named parts of the text: the first character of each and the one after its last, or a substring that
-            occurs exactly once.
+        spans: named parts of the text: index of the first character of each and of the one after its last, or a
+            substring that occurs exactly once.
     """
 
     counterfactual: str | None = None
@@ -76,7 +76,7 @@ def _row_of(question: Question) -> dict[str, Any]:
 
 
 def stream_of(text: str) -> Stream:
-    """The only stream in which a prompt with this text may appear."""
+    """The only stream in which a prompt with this text may occur."""
     return TENTHS[derive_seed("stream", text) % len(TENTHS)]
 
 
@@ -85,21 +85,21 @@ class Task(ABC):
 
     Args:
         lm: the model whose tokenizer encodes the prompts; the built-in model by default.
-        seed: other seeds give other prompts, where prompts are drawn.
-        batch_size: prompts in a training batch.
-        batches_per_epoch: training batches between two validations.
-        n_validation: prompts of a validation.
-        n_test: prompts of the final evaluation.
-        n_means: prompts over which mean ablation averages.
-        padding_side: where shorter prompts of a batch are padded.
-        evaluation_batch_size: prompts of a batch when the model is only evaluated; bounds memory, changes no result.
+        seed: other seeds give other prompts, if prompts are drawn.
+        batch_size: number of prompts in a training batch.
+        batches_per_epoch: number of training batches between two validations.
+        n_validation: number of prompts in a validation.
+        n_test: number of prompts in the final evaluation.
+        n_means: number of prompts over which mean ablation averages.
+        padding_side: side on which shorter prompts of a batch are padded.
+        evaluation_batch_size: prompts per batch when the model is only evaluated; bounds memory, changes no result.
         answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
 
     Attributes:
         name: name of the task in configurations and artefacts.
-        solvable: True if a capable model answers nearly every prompt; a model that does not is warned of.
+        solvable: True if a capable model answers nearly every prompt; users are warned of one that does not.
         encoder: turns texts into token ids.
-        remarks: sentences to read before trusting results: what was left out, added, or is scarce.
+        remarks: sentences to read before trusting results: what was left out or added, or is scarce.
 
     Raises:
         ConfigurationError: an argument has a value that cannot work.
@@ -128,7 +128,7 @@ class Task(ABC):
         check_choice("answer_positions", answer_positions, get_args(AnswerPositions))
         check_at_least(1, evaluation_batch_size=evaluation_batch_size, batch_size=batch_size, n_means=n_means)
         check_at_least(1, batches_per_epoch=batches_per_epoch)
-        # Two prompts are the fewest that have a standard error.
+        # A standard error takes two prompts.
         check_at_least(2, n_validation=n_validation, n_test=n_test)
         self.evaluation_batch_size = evaluation_batch_size
         self.answer_positions: AnswerPositions = answer_positions
@@ -146,9 +146,9 @@ class Task(ABC):
 
     @abstractmethod
     def prompt(self, stream: Stream, index: int) -> Prompt:
-        """Prompt number `index` of a stream, which depends on no prompt made before.
+        """Prompt number `index` of a stream, which does not depend on prompts made before.
 
-        Streams should share no text: `stream_of` says to which one a text belongs.
+        Streams should share no text: `stream_of` tells which one a text belongs to.
 
         Raises:
             TaskError: the stream has no prompts.
@@ -170,11 +170,11 @@ class Task(ABC):
 
     @property
     def bos_token_id(self) -> int | None:
-        """Id of the token in front of every prompt; None for no such token."""
+        """Id of the token in front of every prompt; None if there is none."""
         return self.encoder.bos
 
     def size(self, stream: Stream) -> int | None:
-        """Number of prompts of a stream; None where prompts are drawn without end."""
+        """Number of prompts of a stream; None if prompts are drawn without end."""
         return None
 
     def place(self, stream: Stream, index: int) -> str:
@@ -182,12 +182,12 @@ class Task(ABC):
         return ""
 
     def lengths(self, stream: Stream, n_prompts: int) -> list[int]:
-        """Numbers of tokens, BOS included, of the different texts among the first prompts of a stream."""
+        """Number of tokens, BOS included, of each distinct text among the first prompts of a stream."""
         texts = {self.prompt(stream, number).text for number in range(n_prompts)}
         return [len(ids) for ids in self.encoder.encode(sorted(texts))]
 
     def left_out_report(self) -> str:
-        """What was left out of the task's file, and why, a line each; empty if nothing was."""
+        """Lines that say what was left out of the task's file, and why; empty if nothing was."""
         return ""
 
     def save(self, path: str | Path, stream: Stream, n_prompts: int) -> int:
@@ -196,15 +196,15 @@ class Task(ABC):
         Repeated texts are written once.
 
         Args:
-            path: the file; it is replaced.
-            stream: where the prompts are from, and which they return to.
-            n_prompts: how many are read; fewer where the stream has fewer.
+            path: the file; an existing one is replaced.
+            stream: stream of the prompts, in this task and in the file.
+            n_prompts: number of prompts that are read; fewer if the stream has fewer.
 
         Returns:
             The number of prompts that were written.
 
         Raises:
-            TaskError: as of `prompt`.
+            TaskError: as in `prompt`.
         """
         size = self.size(stream)
         numbers = range(n_prompts if size is None else min(n_prompts, size))
@@ -217,17 +217,17 @@ class Task(ABC):
         """Prompts `index * size` to `(index + 1) * size - 1` of a stream; `size` is `batch_size` by default.
 
         Raises:
-            TaskError: as of `batch_of`.
+            TaskError: as in `batch_of`.
         """
         check_at_least(1, size=size)
         size = self.batch_size if size is None else size
         return self.batch_of(stream, range(index * size, (index + 1) * size))
 
     def batches(self, stream: Stream, n_prompts: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `n_prompts` prompts of a stream, `size` (by default `evaluation_batch_size`) or fewer in a batch.
+        """The first `n_prompts` prompts of a stream, in batches of at most `size`, `evaluation_batch_size` by default.
 
         Raises:
-            TaskError: as of `batch_of`.
+            TaskError: as in `batch_of`.
         """
         check_at_least(1, size=size)
         size = self.evaluation_batch_size if size is None else size
@@ -238,7 +238,7 @@ class Task(ABC):
         """The prompts of a stream with these numbers, at least one, as a batch.
 
         Raises:
-            TaskError: a prompt does not fit tokenizer or model, or its spans are wrong or not those of other prompts.
+            TaskError: a prompt does not fit the tokenizer or model, or its spans are wrong or differ from the others'.
         """
         prompts = [self.prompt(stream, number) for number in numbers]
         rows = self.encoder.encode([prompt.text for prompt in prompts])
@@ -246,7 +246,7 @@ class Task(ABC):
         width = tokens.shape[1]
         questions = [self._questions(prompt) for prompt in prompts]
         most = max(map(len, questions))
-        # A prompt with fewer questions repeats its last one, with weight 0.
+        # A prompt with fewer questions repeats its last one with weight 0.
         filled = [[*row, *[row[-1]] * (most - len(row))] for row in questions]
         return Batch(
             tokens=tokens,
@@ -295,7 +295,7 @@ class Task(ABC):
             if row[: len(begins)] != begins:
                 raise TaskError(
                     f"The tokens of {question.text!r} are not those with which {last.text!r} begins, so the position "
-                    "that answers it cannot be told. End the question at the end of a word."
+                    "that answers it cannot be determined. End the question at the end of a word."
                 )
             columns.append(padding + len(begins) - 1)
         return [*columns, padding + len(row) - 1]
@@ -315,7 +315,7 @@ class Task(ABC):
             if token is None:
                 raise TaskError(
                     f"{piece!r} after {question.text!r} is not one token of this tokenizer. The task {self.name} "
-                    "scores one token, so leave this word out or choose a model whose tokenizer holds it."
+                    "scores one token, so leave this word out or choose a model whose tokenizer has it."
                 )
             tokens.append(token)
         return tokens + [-1] * (most - len(tokens))

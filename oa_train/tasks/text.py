@@ -1,4 +1,4 @@
-"""Text: windows of any corpus, scored by the tokens that follow."""
+"""Text: windows of any corpus, scored on the tokens that follow."""
 
 from functools import cached_property
 from hashlib import blake2b
@@ -20,9 +20,9 @@ Scored = Literal["last", "all"] | int
 
 
 class Text(FiniteTask):
-    """Windows of plain text, of rows with a field of text, or of a dataset; the answers are the next tokens.
+    """Windows of plain text, of rows with a text field, or of a dataset; the answers are the next tokens.
 
-    A window is part of one document, with the BOS (by `lm.bos`) in front. There are no distractors and no
+    A window is part of one document, preceded by the BOS token (see `lm.bos`). There are no distractors and no
     counterfactuals, so `logit_difference` is against all other tokens. Streams share no text: they come from a
     `split`, else from a hash of each document, else (fewer than 200 documents) they are blocks of the corpus, with
     train first and test last. `docs/data.md` has the rules.
@@ -32,22 +32,22 @@ class Text(FiniteTask):
             by `datasets`, or `hf://owner/name` on the Hub.
         documents: the texts themselves, in place of `path`.
         field: field of a row that holds its text.
-        pattern: which files of a folder are read.
-        separator: text between the documents of a plain file, where a backslash and n are a line break; without it a
-            file is one document.
-        subset: configuration of a dataset of the Hub.
-        context_length: tokens of a window, the BOS included.
+        pattern: glob pattern of the files in a folder that are read.
+        separator: text between the documents of a plain file, in which a backslash followed by n stands for a line
+            break; without it a file is one document.
+        subset: configuration of a Hub dataset.
+        context_length: number of tokens of a window, BOS included.
         least_tokens: tokens of the shortest window at a document's end; half of `context_length` by default.
-        scored: `last` position, `all` positions but that of the BOS, or a number of positions that are drawn.
+        scored: `last` position, `all` positions except that of the BOS, or a number of positions drawn at random.
         first_scored: first position, counted from 0, that may be drawn, so that a prediction has context; by default
             8, or the last position of a shorter window.
-        max_tokens: most tokens that are read, of each split of a dataset.
-        evaluation_batch_size: windows of a batch when nothing is trained; bounds memory, changes no result.
-        **options: the options of every task (see `Task`), but `answer_positions`.
+        max_tokens: at most this many tokens are read; for a dataset, from each split.
+        evaluation_batch_size: windows per batch outside training; bounds memory, changes no result.
+        **options: the options of every task (see `Task`) except `answer_positions`.
 
     Attributes:
         windows: the windows of all streams.
-        streams: numbers of the windows of each stream.
+        streams: indices of the windows of each stream.
 
     Raises:
         ConfigurationError: an option has a value that cannot work, or there is no such file.
@@ -108,7 +108,7 @@ class Text(FiniteTask):
 
     @property
     def _n_before(self) -> int:
-        """Tokens in front of a window's text: the BOS, or none."""
+        """Number of tokens in front of a window's text: 1 with a BOS, else 0."""
         return int(self.encoder.bos is not None)
 
     def _check_lengths(self) -> None:
@@ -165,7 +165,7 @@ class Text(FiniteTask):
                 f"{n_short} of {shown} are shorter than {self.least_tokens:,} tokens and left out "
                 f"({n_tokens - n_used:,} tokens)."
             )
-        # The last answer of a document is in no window.
+        # The last answer of a document is not part of a window.
         n_ends = n_used - windows.n_documents - int(windows.lengths.sum())
         if n_ends:
             remarks.append(
@@ -187,7 +187,7 @@ class Text(FiniteTask):
         return remarks
 
     def window(self, stream: Stream, index: int) -> int:
-        """Number of the window that is prompt `index` of a stream.
+        """Index of the window that is prompt `index` of a stream.
 
         Raises:
             TaskError: a stream that is not trained on has no prompt of this number.
@@ -195,11 +195,11 @@ class Text(FiniteTask):
         return self.streams[stream][self.place_of(stream, index)]
 
     def place(self, stream: Stream, index: int) -> str:
-        """Place in the corpus of prompt number `index` of a stream."""
+        """Location in the corpus of prompt number `index` of a stream."""
         return self.windows.place(self.window(stream, index))
 
     def lengths(self, stream: Stream, n_prompts: int) -> list[int]:
-        """Numbers of tokens, BOS included, of the first windows of a stream."""
+        """Number of tokens, BOS included, of each of the first windows of a stream."""
         lengths: list[int] = (self.windows.lengths[self.streams[stream]][:n_prompts] + self._n_before).tolist()
         return lengths
 
@@ -226,7 +226,7 @@ class Text(FiniteTask):
         tokens, mask = self.encoder.pad([row[:-1] for row in rows], self.padding_side)
         positions = [self._positions(window) for window in chosen]
         most = max(map(len, positions))
-        # A window with fewer positions repeats its last one, with weight 0.
+        # A window with fewer scored positions repeats its last one with weight 0.
         filled = [[*row, *[row[-1]] * (most - len(row))] for row in positions]
         answers = [[row[place + 1] for place in places] for row, places in zip(rows, filled, strict=True)]
         columns = torch.tensor(filled)

@@ -1,4 +1,4 @@
-"""Word lists of the task grammars, and the choice of the words that a tokenizer knows as single tokens."""
+"""Word lists of the task grammars, and the selection of words that a tokenizer encodes as single tokens."""
 
 import functools
 import importlib.resources
@@ -25,12 +25,12 @@ def read_words(name: str) -> tuple[str, ...]:
 
 
 def single_token_words(encoder: PromptEncoder, task: str, name: str, minimum: int) -> tuple[str, ...]:
-    """The words of a list that are single tokens, at least `minimum` of them, for the task of this name.
+    """The words of list `name` that are single tokens, at least `minimum` of them; `task` is named in the error.
 
     Prompts that differ in one word then have the same number of tokens, whatever the word.
 
     Raises:
-        TaskError: there are fewer.
+        TaskError: there are fewer than `minimum`.
     """
     words = read_words(name)
     kept = tuple(word for word in words if encoder.is_single_token(word))
@@ -39,7 +39,7 @@ def single_token_words(encoder: PromptEncoder, task: str, name: str, minimum: in
 
 
 def vocabulary_words(encoder: PromptEncoder, task: str, minimum: int) -> tuple[str, ...]:
-    """All words that are single tokens of letters after a space, in the order of their ids, for the task of this name.
+    """All tokens that are a space followed by letters, as words in the order of their ids.
 
     Raises:
         TaskError: there are fewer than `minimum`.
@@ -61,8 +61,8 @@ def require_enough(kept: Sequence[str], words: Sequence[str], *, task: str, what
     """Refuse a tokenizer that knows too few words of a list.
 
     Args:
-        kept: words that the tokenizer knows, of all `words`.
-        words: the list.
+        kept: those of `words` that the tokenizer knows.
+        words: the whole list.
         task: name of the task, for the message.
         what: what the words are and what is true of those kept, for the message.
         minimum: fewest words that the task needs.

@@ -9,10 +9,10 @@ from oa_train.shapes import Float, Tensor
 
 
 class CircuitMeans(Metric):
-    """Means of each circuit's metrics over all prompts, on all processes.
+    """Means of each circuit's metrics over all prompts of all processes.
 
     Args:
-        n_figures: largest number of metrics.
+        n_figures: maximum number of metrics.
         n_circuits: number of circuits.
     """
 
@@ -26,9 +26,9 @@ class CircuitMeans(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, means: Float[Tensor, "figure circuit"], n_prompts: int) -> None:
-        """Add means over some prompts, for all metrics or the first few."""
+        """Add means over `n_prompts` prompts, for all metrics or the first few."""
         sums = torch.nn.functional.pad(means * n_prompts, (0, 0, 0, len(self.total) - len(means)))
-        # Not in place: a standalone validation of Lightning's leaves inference tensors, which are read-only.
+        # Not in place: a standalone validation by Lightning leaves inference tensors, which are read-only.
         self.total = self.total + sums
         self.count = self.count + n_prompts
 
@@ -44,7 +44,7 @@ class CircuitMeans(Metric):
 
 
 def each_and_mean(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means of metrics over circuits and, for several circuits, each one's metrics as `name/number`."""
+    """Means of metrics over circuits and, if there are several, each circuit's metrics as `name/index`."""
     shown = {name: values.float().mean() for name, values in figures.items()}
     for name, values in figures.items():
         if len(values) > 1:

@@ -15,15 +15,15 @@ from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.pictures import score_picture
 
-# Settings that must agree for the objectives of two runs to be comparable.
+# Settings in which two runs must agree for their objectives to be comparable.
 _OBJECTIVE = ("penalty", "target_size", "threshold")
 
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps `checkpoints/best.ckpt`, the state with the lowest `val/objective`, across resumes.
 
-    A resumed run writes to a folder of its own. The best checkpoint of the run before is copied there, so that the
-    best of the whole training is kept, as without the interruption.
+    A resumed run writes to its own folder. The best checkpoint of the earlier run is copied there, so that the best of
+    the whole training is kept, as it would be without the interruption.
 
     Args:
         folder: where `best.ckpt` is kept.
@@ -60,15 +60,15 @@ class BestCheckpoint(ModelCheckpoint):
                 rank_zero_warn(f"There is no {self._earlier}, so the best is chosen among later validations alone.")
             return
         earlier = read_checkpoint(self._earlier)
-        # A better checkpoint from after the resumed step is found again if the settings are the same; if they are not,
-        # it does not belong to this run.
+        # A better checkpoint from after the resumed step is reached again if the settings are the same; if they are
+        # not, it does not belong to this run.
         if earlier["global_step"] > self._resumed_step or self.state_key not in earlier["callbacks"]:
             return
         copied = Path(self.dirpath) / "best.ckpt"
         if self._is_global_zero:
             copied.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(self._earlier, copied)
-        # Take the score from best.ckpt itself: `state_dict` can be from before a validation at the same step.
+        # Take the score from best.ckpt itself: `state_dict` can date from before a validation at the same step.
         score, path = earlier["callbacks"][self.state_key]["best_model_score"], str(copied)
         moved = {"dirpath": self.dirpath, "best_model_path": path, "kth_best_model_path": path}
         taken_over = {"best_model_score": score, "kth_value": score, "best_k_models": {path: score}}
@@ -76,9 +76,9 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill costs little.
+    """Keeps `checkpoints/last.ckpt`: written every few steps and at the end, so that a kill loses little.
 
-    Like all of Lightning's checkpoint callbacks it runs after the others. List it after `BestCheckpoint`, so that
+    Like all checkpoint callbacks of Lightning it runs after the others. List it after `BestCheckpoint`, so that
     `last.ckpt` never includes a validation that `best.ckpt` does not.
 
     Args:
@@ -109,10 +109,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Write every `every_n_steps` steps, and when `max_steps` or `max_epochs` is reached.
 
-        A training can be extended from a checkpoint written here; once it has ended, Lightning counts the epoch as
-        complete, and a resume would skip a batch. If a validation follows, the checkpoint is written after it, or a
-        resume would skip the validation. Nothing is written while gradients are accumulated: those of several
-        processes are stored as their mean, which rounds.
+        Training can be extended from a checkpoint written here; once it has ended, Lightning counts the epoch as
+        complete, and a resume would skip a batch. If a validation follows, the checkpoint is written after it, because
+        a resume would otherwise skip the validation. Nothing is written while gradients are accumulated: those of
+        several processes are stored as their mean, which rounds.
         """
         step = trainer.global_step
         stepped, self._step = step != self._step, step
@@ -131,12 +131,12 @@ class LastCheckpoint(Checkpoint):
         self.save(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write the state of a training that was already complete when resumed, and so ran no step."""
+        """Write the state of a run that was already complete when resumed, and so took no step."""
         if trainer.ckpt_path is not None and self._saved_at < 0:
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Write the state, at most once per step; all processes have to take part."""
+        """Write the state, at most once per step; all processes must take part."""
         self._due = False
         if trainer.global_step != self._saved_at:
             self._saved_at = trainer.global_step
@@ -145,7 +145,7 @@ class LastCheckpoint(Checkpoint):
     def _is_deleted(self, trainer: lightning.Trainer) -> bool:
         """True if the folder was deleted: the state is then written at once, which ends the run.
 
-        Several processes would have to agree on it; they notice at the next regular write.
+        Several processes would have to agree on this; they notice at the next regular write.
         """
         return self._is_watched and trainer.world_size == 1 and not self._path.parent.is_dir()
 
@@ -166,7 +166,7 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
 
 
 class MaskImages(Callback):
-    """Shows the keep-probability of every mask entry as an image in TensorBoard after each validation."""
+    """Logs the keep-probability of every mask entry as an image for TensorBoard after each validation."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw and log the map."""

@@ -1,4 +1,4 @@
-"""Training checkpoints: written atomically, read without running code, refused if of another experiment."""
+"""Training checkpoints: written atomically, read without running code, refused if they are of another experiment."""
 
 import io
 import warnings
@@ -20,7 +20,7 @@ from oa_train.files import replace_file
 IDENTITY_KEY = "oa_train"
 _VERSION_KEY = "pytorch-lightning_version"
 
-# The file in which Lightning's notebook strategies hand what was trained, and nothing else, to the first process.
+# The file in which Lightning's notebook strategies hand the trained tensors, and nothing else, to the first process.
 HANDED_OVER = ".temp.ckpt"
 
 _COUNTS: Schema = {"ready": COUNT, "completed": COUNT, str: COUNT}
@@ -82,7 +82,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under a temporary name, waits for the disk and renames it.
 
     A process that is killed while writing leaves the previous checkpoint intact. A folder that was deleted since the
-    last write is recreated, so that the state is safe; then the run ends, because the folder's other files are lost.
+    last write is recreated, so the state is safe; then the run ends, because the folder's other files are lost.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         """Make a folder for checkpoints, and watch for its deletion from now on.
 
         Raises:
-            RunError: it cannot be made.
+            RunError: the folder cannot be made.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -124,12 +124,12 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         if deleted:
             raise RunError(
                 f"The folder {target.parent} was deleted while the run wrote to it.\nThe state of step "
-                f"{checkpoint.get('global_step')} was written to it again, and the run was ended there; what else the "
-                "folder held is gone."
+                f"{checkpoint.get('global_step')} was written to it again, and the run was ended there; the folder's "
+                "other files are lost."
             )
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint, or what a notebook's process hands over: tensors and plain types only."""
+        """Read a checkpoint, or the file that a notebook's process hands over: tensors and plain types only."""
         del weights_only
         if Path(path).name == HANDED_OVER:
             state: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
@@ -141,15 +141,15 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint without running code from it.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no checkpoint of this package.
+        CheckpointError: the file is missing, damaged, or not a checkpoint of this package.
     """
     if not path.is_file():
-        state = f"{path} is a folder and no checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
+        state = f"{path} is a folder, not a checkpoint" if path.is_dir() else f"There is no checkpoint at {path}"
         raise CheckpointError(f"{state}. {_others(path)}".rstrip())
     try:
         _check_zip(path)
         with warnings.catch_warnings():
-            # Torch warns about what it finds in files that are no checkpoints, and then refuses them.
+            # Torch warns about the contents of files that are not checkpoints, and then refuses them.
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
         problem = _mistake(checkpoint)
@@ -171,7 +171,7 @@ def _check_zip(path: Path) -> None:
     """Compare every part of a checkpoint with its checksum, which torch writes but does not verify.
 
     Raises:
-        BadZipFile: a part is damaged or compressed, which might ask for any amount of memory.
+        BadZipFile: a part is damaged, or compressed, in which case it could need any amount of memory.
     """
     with zipfile.ZipFile(path) as archive:
         parts = archive.infolist()
@@ -184,7 +184,7 @@ def _check_zip(path: Path) -> None:
 
 
 def _mistake(checkpoint: Any) -> str | None:
-    """The first reason why content is no checkpoint, in words; None if it is one."""
+    """The first reason why `checkpoint` is not a valid checkpoint, in words; None if it is one."""
     problem = mismatch(checkpoint, _CHECKPOINT, "its content")
     if problem is not None:
         return problem
@@ -205,15 +205,15 @@ def _mistake(checkpoint: Any) -> str | None:
     if any(isinstance(leaf, torch.Tensor) for leaf in _leaves([own_record["identity"], own_record["settings"]])):
         return f"{IDENTITY_KEY} describes the run by tensors; expected plain values"
     if any(tuple(gradient.shape) not in shapes for gradient in own_record.get("gradients", {}).values()):
-        return "its gradients are not of what is trained"
+        return "its gradients do not match the trained tensors"
     for leaf in _leaves([checkpoint["state_dict"], optimizers, own_record.get("gradients")]):
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.isnan().any():
-            return "what is trained, or its optimiser's state, holds NaN"
+            return "a trained tensor, or the state of its optimiser, holds NaN"
     return None
 
 
 def _is_whole(states: Sequence[Any], shapes: Collection[tuple[int, ...]]) -> bool:
-    """True if Adam's states all have the same keys and shapes that are trained; other optimisers are not checked."""
+    """True if Adam's states all have the same keys, and shapes of trained tensors; others are not checked."""
     if not all(isinstance(state, dict) for state in states):
         return False
     if not any("exp_avg" in state for state in states):
@@ -246,7 +246,7 @@ def record_of(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
     """Record of the training in a checkpoint, with `identity` and `settings`.
 
     Raises:
-        CheckpointError: it says nothing.
+        CheckpointError: the checkpoint has no record.
     """
     record = checkpoint.get(IDENTITY_KEY)
     if not isinstance(record, dict) or not {"identity", "settings"} <= record.keys():

@@ -1,4 +1,4 @@
-"""Masks of circuits that are trained side by side: drawn for the selected entries, 1 for all others."""
+"""Masks of circuits that are trained side by side: sampled for the selected entries, 1 for all others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from oa_train.shapes import Bool, Float, Int, Tensor
 
 LevelKind = Literal["nodes", "edges"]
 
-# Longest selection that a checkpoint lists by name; for longer ones it lists the patterns.
+# Longest selection that a checkpoint lists by name; of longer ones it lists the patterns.
 MOST_LISTED = 2000
 
 
@@ -92,7 +92,7 @@ class CircuitMasks(nn.Module):
     def sample(self, example_ids: Int[Tensor, " batch"], step: StepRows | None = None) -> Float[Tensor, "row entry"]:
         """Draw S masks over all entries for each of C circuits and of the B prompts with these numbers.
 
-        A prompt's masks depend on the seed and its number alone, not on how prompts are batched or distributed.
+        A prompt's masks depend on the seed and its index alone, not on how prompts are batched or distributed.
         Gradients are averaged over the rows of `step`, by default over those drawn here.
 
         Returns:
@@ -138,7 +138,7 @@ class CircuitMasks(nn.Module):
         return torch.stack(drawn, dim=1).flatten(0, 1)
 
     def _effective(self, drawn: Float[Tensor, "row entry"]) -> Float[Tensor, "row entry"]:
-        """Drawn masks with 0 for dangling edges, separately for each circuit of each row."""
+        """Drawn masks with 0 for dangling edges, separately for each circuit in each row."""
         if self.level.entries_at_nodes() is None:
             return drawn
         of_circuits = drawn.reshape(-1, self.n_selected)
@@ -146,7 +146,7 @@ class CircuitMasks(nn.Module):
         return (of_circuits * lasting[:, self.selection]).view(drawn.shape)
 
     def _spread(self, drawn: Tensor) -> Tensor:
-        """Scatter masks [row, entry] over the selected entries into masks over all, with 1 elsewhere."""
+        """Scatter masks [row, entry] of the selected entries into masks of all entries, with 1 elsewhere."""
         if not self.n_fixed:
             return drawn
         kept = torch.ones(len(drawn), len(self.level), device=drawn.device, dtype=drawn.dtype)
@@ -163,7 +163,7 @@ class CircuitMasks(nn.Module):
 
     @torch.no_grad()
     def above_threshold(self) -> Bool[Tensor, "circuit entry"]:
-        """Entries whose keep-probability exceeds the threshold, and those that are not selected."""
+        """Entries whose keep-probability exceeds the threshold, and all that are not selected."""
         return self._spread(self.distribution.threshold(self.threshold).view(self.n_circuits, -1))
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
@@ -178,7 +178,7 @@ class CircuitMasks(nn.Module):
         """Check that a circuit can have this many entries.
 
         Raises:
-            ConfigurationError: the level has fewer, or more are always kept.
+            ConfigurationError: the level has fewer entries, or more are always kept.
         """
         if not max(1, self.n_fixed) <= size <= len(self.level):
             raise ConfigurationError(
@@ -187,7 +187,7 @@ class CircuitMasks(nn.Module):
             )
 
     def largest(self, number: int, size: int) -> Bool[Tensor, " entry"]:
-        """The entries of a circuit with the highest keep-probabilities, `size` of them; see `check_size`."""
+        """The `size` entries of circuit `number` with the highest keep-probabilities; see `check_size`."""
         self.check_size(size)
         # Entries that are not selected come first, whatever else has saturated.
         scores = self.keep_probability()[number].cpu() + ~self.selection.cpu()
@@ -205,7 +205,7 @@ def check_level(level: str, node_penalty: float, sites: list[str]) -> None:
     """Check that a level exists, and that a node penalty and sites are compatible with it.
 
     Raises:
-        ConfigurationError: it does not, or they are not.
+        ConfigurationError: the level does not exist, or the others are not compatible with it.
     """
     check_choice("level", level, get_args(LevelKind))
     if level == "nodes" and node_penalty:

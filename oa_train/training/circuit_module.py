@@ -43,49 +43,49 @@ class CircuitModule(FrozenModelModule):
     """Finds the units of a model, or the edges between its components, that do a task, and constants for all others.
 
     Every step runs the clean model on a batch of prompts, then several copies of each prompt with freshly drawn masks:
-    a unit with mask m passes on m times its value plus (1 - m) times its replacement, an edge passes that on to its
-    reader alone. The loss is the KL divergence of the clean prediction from the masked one, plus the penalty
-    on the number of kept units or edges.
+    a unit with mask m outputs m times its value plus (1 - m) times its replacement; an edge with mask m passes this
+    mixture to its reader alone. The loss is the KL divergence of the clean prediction from the masked one, plus the
+    penalty on the number of kept units or edges.
 
-    Several circuits, with penalty weights or target sizes, masks and constants of their own, are trained side by side
-    on the same prompts. They interact only if gradients are clipped, by the norm over all of them.
+    Several circuits, each with its own penalty weight or target size, masks and constants, are trained side by side on
+    the same prompts. They interact only if gradients are clipped, because the norm is taken over all of them.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: seeds the mask samples.
         level: `nodes`, units of the chosen sites, or `edges` from what writes to the residual stream to what reads
             it: queries, keys and values of heads, MLPs, and the logits.
-        sites: kinds of site whose units the nodes are: `heads`, `mlp`, `attention`, `neurons`, `residual`,
+        sites: kinds of site whose units are the nodes: `heads`, `mlp`, `attention`, `neurons`, `residual`,
             `embedding`, `tokens`, `features`.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         ablation: replacement of an ablated unit: `optimal` (constants that are trained), `mean`, `mean_by_position`,
-            `zero`, `resample` (its value on another prompt of equal length), `noise` (Gaussian, with its mean and
-            standard deviation), `counterfactual_mean`, or `counterfactual` (its value on the prompt's counterfactual).
+            `zero`, `resample` (its value on another prompt of equal length), `noise` (Gaussian, with the unit's mean
+            and standard deviation), `counterfactual_mean`, or `counterfactual` (its value on the counterfactual).
         loss: `kl`, the divergence from the clean model; `cross_entropy` of the task's answers; `logit_difference` of
             answers against distractors, which is maximised.
         positions: size of the constants' tables; 1 gives each unit one constant, P gives it one for each of the
             positions 0 to P - 2 and one for all later ones. The beginning-of-sequence token is position 0.
         components: shell patterns of the units that may be ablated (`a*.h*`, `m*`, `!m0`), also at a span alone
             (`m*@S2`, `r2@-1`), or of the edges that may be cut (`a*.h*->logits`, `input->*<v>`; without an arrow all
-            edges from a component). All others are kept, but for edges that then lead nowhere.
+            edges from a component). All others are kept, except edges that then lead nowhere.
         masks: distribution of the masks.
-        penalty_weight: price of a kept unit or edge in nats; with a target size the weight at the start. A list
-            trains a circuit for each weight, side by side; a mapping has a weight for each kind of site.
-        node_penalty: for edges, a surcharge on those of a head that has few, as a fraction of the penalty weight;
-            above 0 it empties heads.
-        target_size: units or edges of the circuit, those that are always kept included: the penalty weight is moved
-            until about as many are kept, and those of the highest keep-probability are the circuit, exactly so many
-            (of edges fewer, if more would dangle). None keeps the weight fixed, a list trains a circuit for each size.
+        penalty_weight: price of a kept unit or edge in nats; with a target size, the initial weight. A list trains a
+            circuit for each weight, side by side; a mapping has a weight for each kind of site.
+        node_penalty: for edges, a surcharge on those of heads with few edges, as a fraction of the penalty weight;
+            above 0, heads with few edges tend to lose them all.
+        target_size: number of units or edges in the circuit, including those that are always kept: the penalty weight
+            is adjusted until about this many are kept, and the circuit has exactly this many, those with the highest
+            keep-probability (fewer edges, if others would dangle). None fixes the weight; a list has one per circuit.
         target_warmup: optimiser steps in which the goal falls from all units or edges to the target size; less than
             half of the training, so that the masks have time to follow.
-        samples_per_prompt: mask samples drawn for each prompt of a batch.
+        samples_per_prompt: number of masks drawn for each prompt of a batch.
         threshold: without a target size, a unit or edge with a keep-probability above this is in the circuit; dangling
             edges are removed.
-        mask_learning_rate: learning rate of the mask parameters, at the start if there is a schedule.
+        mask_learning_rate: learning rate of the mask parameters; the initial one if there is a schedule.
         constants_learning_rate: learning rate of the constants.
-        optimizer: class of the optimiser, with its arguments but for `lr`; by default Adam, with a second beta of
+        optimizer: class of the optimiser, with its arguments except `lr`; by default Adam, with a second beta of
             0.995 for the masks.
-        lr_scheduler: class of a schedule of both rates, with its arguments; constant by default. It moves on after
+        lr_scheduler: class of a schedule of both rates, with its arguments; constant by default. It is stepped after
             every optimiser step, `ReduceLROnPlateau` after every epoch.
         recompute: activation checkpointing of each decoder block; less memory, more time, the same result.
 
@@ -120,7 +120,7 @@ class CircuitModule(FrozenModelModule):
         recompute: bool = False,
     ) -> None:
         arguments = dict(locals())
-        # Cheap checks come before the model is loaded.
+        # Cheap checks are made before the model is loaded.
         check_kind("ablation", ablation)
         check_level(level, node_penalty, sites)
         check_loss("loss", loss)
@@ -167,16 +167,16 @@ class CircuitModule(FrozenModelModule):
         """A group for the masks and one for the constants."""
         masks = {"name": "masks", "params": list(self.masks.parameters()), "lr": self.mask_learning_rate}
         if self.optimizer is None:
-            # Mask gradients are sparse in time (an entry has one only when a sample falls into its window).
+            # Mask gradients are sparse in time: an entry has one only if a sample falls into its window.
             masks["betas"] = (0.9, 0.995)
         constants = [p for p in self.replacements.parameters() if p.requires_grad]
         return [masks, {"name": "constants", "params": constants, "lr": self.constants_learning_rate}]
 
     def configure_model(self) -> None:
-        """Shard the model; that strategy refuses circuits of edges (see `FrozenModelModule.configure_model`)."""
+        """Shard the model (see `FrozenModelModule.configure_model`); circuits of edges are refused."""
         if not self.level.has_one_stream and isinstance(self.trainer.strategy, ShardedStrategy):
             raise ConfigurationError(
-                "The strategy fsdp frees the gathered weights of a block when it has run, and gradients of edges need "
+                "The strategy fsdp frees the gathered weights of a block once it has run, and gradients of edges need "
                 "them again. Train circuits of nodes under it, or edges with --trainer.strategy ddp and "
                 "--lm.dtype bfloat16."
             )
@@ -211,7 +211,7 @@ class CircuitModule(FrozenModelModule):
                 self.penalty.update(smooth_size(self.masks.probabilities(), self.masks.threshold), sizes)
 
     def discrete(self) -> Bool[Tensor, "circuit entry"]:
-        """The discrete circuits: of the target size if there is one, those of the highest keep-probability."""
+        """The discrete circuits: of the target sizes if there are any, else all entries above the threshold."""
         masks = [self.masks.largest(number, size) for number, size in enumerate(self.penalties.target_sizes)]
         return torch.stack(masks).to(self.masks.selection.device) if masks else self.masks.discrete()
 
@@ -264,11 +264,11 @@ class CircuitModule(FrozenModelModule):
         self.log("train/loss", (means + penalties).mean(), prog_bar=True, batch_size=len(batch))
         for name, value in each_and_mean(figures).items():
             self.log(name, value, prog_bar=name in (measure, "train/size"), batch_size=len(batch))
-        # A sum, so that a circuit's gradient is that of its own loss, however many run beside it.
+        # A sum, so that a circuit's gradient is that of its own loss, however many run together.
         return (losses + penalty).sum() * share_of_step(self.trainer, self.data.epoch_length, batch_idx)
 
     def trained_circuits(self, size: int | None = None) -> list[TrainedCircuit]:
-        """The discrete circuits (see `circuit`) with the constants that were trained beside the masks."""
+        """The discrete circuits (see `circuit`) with the constants that were trained together with the masks."""
         table = self.replacements.constants
         circuits = [self.circuit(number, size) for number in range(self.n_circuits)]
         if table is None:
@@ -282,9 +282,9 @@ class CircuitModule(FrozenModelModule):
         """A discrete circuit.
 
         Args:
-            number: place in the lists of penalty weights or target sizes.
-            size: entries of the circuit, those of the highest keep-probability; by default the target size, and
-                without one all above the threshold.
+            number: index in the list of penalty weights or target sizes.
+            size: number of entries of the circuit, those with the highest keep-probability; by default the target
+                size and, without one, all entries above the threshold.
 
         Raises:
             ConfigurationError: see `CircuitMasks.check_size`.
@@ -313,7 +313,7 @@ class CircuitModule(FrozenModelModule):
         """Evaluate the discrete circuits."""
         clean, rows = self.clean_logits(batch), batch.repeat(self.n_circuits)
         if batch_idx == 0:
-            # Stored now: a weight-averaging callback swaps the weights back before the validation ends.
+            # Taken now, because a weight-averaging callback swaps the weights back before the validation ends.
             self._discrete = self.discrete()
         logits = circuit_logits(self.frozen, batch, self.level, self._discrete, self.replacements.ablations())
         values = torch.stack([measured(name, clean, logits, rows).view(self.n_circuits, -1) for name in MEASURES])
@@ -335,7 +335,7 @@ class CircuitModule(FrozenModelModule):
         return figures
 
     def on_validation_epoch_end(self) -> None:
-        """Log the measures, the sizes, and what the best checkpoint minimises."""
+        """Log the measures, the sizes, and the objective that the best checkpoint minimises."""
         figures = self._log_evaluation("val")
         loss, kept = LOSS_SIGNS[self.loss] * figures[self.loss], self.masks.priced(self._discrete)
         objective = self.penalty.objective(loss, kept, self.masks.n_fixed)

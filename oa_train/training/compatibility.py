@@ -1,4 +1,4 @@
-"""Options of a trainer that would change or break what is trained."""
+"""Checks for trainer options that would change or break the trained tensors."""
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -14,7 +14,7 @@ def check_trainer(trainer: Trainer, module: str, keeps_best: bool, shardable: bo
 
     Raises:
         ConfigurationError: validations would be 0 batches or epochs apart; a callback cannot average the module; or
-            strategy or precision would change what is trained.
+            the strategy or precision would change the trained tensors.
     """
     for name in ("val_check_interval", "check_val_every_n_epoch"):
         if getattr(trainer, name) == 0:
@@ -23,19 +23,19 @@ def check_trainer(trainer: Trainer, module: str, keeps_best: bool, shardable: bo
         if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
             name = type(callback).__name__
             if keeps_best:
-                raise ConfigurationError(f"{module} keeps what is best by validation, not averages; leave {name} out.")
+                raise ConfigurationError(f"{module} keeps the best parameters, not averages; leave {name} out.")
             if getattr(callback, "_use_buffers", False):
                 raise ConfigurationError(f"{name} would average counters and flags too; set its use_buffers to false.")
     check_strategy(trainer.strategy)
     if isinstance(trainer.strategy, ShardedStrategy) and not shardable:
         raise ConfigurationError(
-            f"{module} cannot train with a sharded model, whose processes have to run it equally often. Use ddp, with "
-            "lm.dtype bfloat16 if the model is large."
+            f"{module} cannot train with a sharded model, which all processes must run the same number of times. Use "
+            "ddp, with lm.dtype bfloat16 if the model is large."
         )
     precision = trainer.precision_plugin
     if isinstance(precision, (HalfPrecision, DoublePrecision)):
         raise ConfigurationError(
-            f"precision is {precision.precision!r}, which would change the data type of what is trained; that is "
+            f"precision is {precision.precision!r}, which would change the data type of the trained tensors; that is "
             "always float32. The data type of the frozen model is lm.dtype, with precision 32-true."
         )
 
@@ -44,7 +44,7 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuse strategies that shard or wrap trained tensors.
 
     Raises:
-        ConfigurationError: it is one of them.
+        ConfigurationError: the strategy is one of them.
     """
     sharding = isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy))
     if sharding and not isinstance(strategy, ShardedStrategy):

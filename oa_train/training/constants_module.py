@@ -1,4 +1,4 @@
-"""Training of constants alone: for a fixed circuit, or for units that are each ablated alone, in one job."""
+"""Training of constants alone: for a fixed circuit, or in one job for many units that are each ablated alone."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,37 +33,37 @@ from oa_train.training.settings import as_list
 from oa_train.training.side_by_side import SideBySideModule
 from oa_train.training.strategies import share_from_first_process
 
-# Constants that the first validation compares with the trained ones.
+# Number of sets of constants that the first validation compares with the trained ones.
 MOST_CANDIDATES = 3
 
-# Ablated entries of a circuit that a checkpoint lists by name.
+# Largest number of ablated entries of a circuit that a checkpoint lists by name.
 MOST_LISTED = 100
 
 
 class ConstantsModule(SideBySideModule):
-    """Finds the constants that replace units best in a fixed circuit.
+    """Finds the best constant replacements of the units outside a fixed circuit.
 
     The constants of units that are ablated alone are trained in parallel on the same prompts; each row of a batch uses
-    and updates those of its own unit only, so this equals a separate job for each unit.
+    and updates only those of its own unit, so this is equivalent to a separate job for each unit.
 
-    Exactly one of `circuit`, `keep` and `alone` says what is ablated.
+    Exactly one of `circuit`, `keep` and `alone` determines what is ablated.
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: recorded only; nothing here is random.
         circuit: folder of a circuit, or of a run that has one; everything outside it is ablated.
-        keep: names or shell patterns of the units that are kept, all others being ablated.
+        keep: names or shell patterns of the units that are kept; all others are ablated.
         alone: names or shell patterns of units, each of which is ablated alone (`*` for all).
         sites: with `keep` and `alone`, kinds of site whose units these are; see `CircuitModule`.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
-        start: where the constants start: `mean`, `zero` or `counterfactual_mean`, or a folder of constants, or of a
-            run that has some.
+        start: initial constants: `mean`, `zero` or `counterfactual_mean`, or a folder of constants, or of a run that
+            has some.
         loss: `kl`, `cross_entropy` or `logit_difference`; see `CircuitModule`.
         positions: size of the constants' table; 1 gives each unit one constant.
-        learning_rate: learning rate at the start.
-        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        learning_rate: initial learning rate.
+        optimizer: class of the optimiser, with its arguments except `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
-            whole training. It moves on after every optimiser step, `ReduceLROnPlateau` after every epoch.
+            whole training. It is stepped after every optimiser step, `ReduceLROnPlateau` after every epoch.
         patience: early stopping after this many validations in which no circuit's loss fell by 1 %; off by default.
         rows_per_run: most rows (circuits times prompts) whose activations are kept at once; bounds memory, changes no
             result.
@@ -141,7 +141,7 @@ class ConstantsModule(SideBySideModule):
         self.constants_started = nn.Buffer(torch.tensor(False))
         self.progress = nn.Buffer(torch.full((len(self.circuits),), torch.inf))
         self.stale: Tensor = nn.Buffer(torch.tensor(0))
-        # Other constants than the trained ones, which the first validation compares: the start, means and zeros.
+        # Alternatives to the trained constants, which the first validation compares: the start, means and zeros.
         self._candidates: list[TrainableConstants] = []
         self.losses = CircuitMeans(1 + MOST_CANDIDATES, len(self.circuits))
 
@@ -165,7 +165,7 @@ class ConstantsModule(SideBySideModule):
         return [{"params": list(self.fitted.constants.parameters()), "lr": self.learning_rate}]
 
     def on_train_start(self) -> None:
-        """Restore what Lightning does not; end at once if patience had run out."""
+        """Restore the state that Lightning does not; end at once if patience had run out."""
         super().on_train_start()
         self._stop_when_stale()
 
@@ -182,7 +182,7 @@ class ConstantsModule(SideBySideModule):
             self.fitted.constants.load(start)
             self.constants_started.fill_(True)
             share_from_first_process(self.fitted.constants.parameters())
-        # The means are the usual start, and need not be evaluated twice.
+        # The means are the usual start, which need not be evaluated twice.
         candidates = [start, source.zero] if start is source.mean else [start, source.mean, source.zero]
         self._candidates = [self.fitted.candidate(constants) for constants in candidates]
 
@@ -213,8 +213,8 @@ class ConstantsModule(SideBySideModule):
         return logits.view(len(self.circuits), len(batch), *logits.shape[1:])
 
     def _evaluate(self, batch: Batch, tables: Sequence[Sequence[Constants]]) -> None:
-        # The same number of circuits at once in every process, although batches may differ by a prompt: all processes
-        # run a sharded model together.
+        # Every process runs the same number of circuits at once, although batches may differ by a prompt, because all
+        # processes run a sharded model together.
         rows = len(batch) * max(1, self.fitted.rows_per_run // self.data.task.evaluation_batch_size)
         losses = [
             circuit_behaviour(self.frozen, [batch], self.level, self.fitted.masks, sets, rows).loss(self.loss)
@@ -254,7 +254,7 @@ class ConstantsModule(SideBySideModule):
         return [TrainedCircuit(name, circuit, constants) for name, circuit in circuits.items()]
 
     def circuit(self) -> Circuit:
-        """The circuit that constants were trained for; its ablation is now optimal, whatever it was trained under.
+        """The circuit for which constants were trained; its ablation is now optimal, whatever it was trained under.
 
         Raises:
             ConfigurationError: units were ablated alone.
@@ -271,7 +271,7 @@ class ConstantsModule(SideBySideModule):
         return self.fitted.best.sets() if self.fitted.best.known() else self.fitted.constants.sets()
 
     def best_constants(self) -> Constants:
-        """The best constants by validation, or the last ones without any; units ablated alone share one set."""
+        """The best constants by validation, or the last ones without one; units ablated alone share one set."""
         (constants,) = self._best_sets()
         return replace(constants.detach().to("cpu"), provenance=self._optimal_provenance())
 
@@ -284,7 +284,7 @@ def _each_alone(nodes: Nodes, patterns: list[str]) -> dict[str, Circuit]:
 
 
 def _digest(names: Sequence[str]) -> str:
-    """The names if few, else their number and a hash."""
+    """The names if there are few, else their number and a hash."""
     listed = " ".join(names)
     return listed if len(names) <= MOST_LISTED else f"{len(names)} entries, {derive_seed(listed):016x}"
 
@@ -294,12 +294,12 @@ def _start_kind(name: str) -> Kind:
     kinds = [kind.name for kind in KINDS.values() if kind.constant and not kind.learned]
     if name not in kinds:
         raise ConfigurationError(
-            f"start is {name!r}, which is no folder of constants either. {nearest_names(name, kinds)}"
+            f"start is {name!r}, which is not a folder of constants either. {nearest_names(name, kinds)}"
         )
     return check_kind("start", name)
 
 
 def _inside(folder: str, artefact: str) -> Path:
-    """Folder of an artefact, from its own path or that of its run."""
+    """Folder of an artefact, given its own path or that of its run."""
     path = Path(folder)
     return path / artefact if (path / artefact).is_dir() else path

@@ -1,4 +1,4 @@
-"""Lightning datamodule of any task, resumable at any batch."""
+"""Lightning datamodule for any task, resumable at any batch."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from oa_train.tasks.task import Stream, Task
 
 
 class PromptLoader:
-    """Training batches by number: every epoch continues where the previous one ended.
+    """Training batches in order: every epoch continues where the previous one ended.
 
     Lightning stores `state_dict` in its checkpoints, so a resumed run continues at the very next batch, even in the
     middle of an epoch. Prompts are made from their numbers. A process takes every `world_size`-th batch. An epoch has
@@ -75,12 +75,12 @@ class TaskData(lightning.LightningDataModule):
         self.task = task
 
     def train_dataloader(self) -> PromptLoader:
-        """Batches of the train stream; epochs of loader and trainer end together, which resuming relies on."""
+        """Batches of the train stream; epochs of the loader and trainer end together, on which resuming relies."""
         return PromptLoader(self.task, *self._rank_and_world_size(), self.epoch_length)
 
     @property
     def epoch_length(self) -> int:
-        """Training batches of an epoch in each process, as the attached trainer limits them."""
+        """Number of training batches of an epoch in each process, as limited by the attached trainer."""
         length = self.task.batches_per_epoch
         limit = getattr(self.trainer, "limit_train_batches", None)
         if isinstance(limit, int):

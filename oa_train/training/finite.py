@@ -1,4 +1,4 @@
-"""The check that stops a training which has become NaN or infinite."""
+"""The check that stops training when a tensor becomes NaN or infinite."""
 
 from collections.abc import Mapping
 
@@ -28,7 +28,7 @@ def check_finite(
         return
     if model is not None and batch is not None:
         logits = scored_logits(model, batch)
-        # A model may rule tokens out, with logits of -inf.
+        # A model may exclude tokens, with logits of -inf.
         if bool((logits.isnan() | logits.isposinf()).any()):
             raise NotFiniteError(
                 f"{label} are not finite: {bad}.\nThe logits of the frozen model itself are not finite on these "

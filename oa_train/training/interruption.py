@@ -1,4 +1,4 @@
-"""Ending a training in order: at a whole step, in all of its processes, with a checkpoint of that step."""
+"""Ending training in an orderly way: after a whole step, in all processes, with a checkpoint of that step."""
 
 import signal
 import subprocess
@@ -16,18 +16,18 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from oa_train.errors import TERMINATED
 from oa_train.training.callbacks import LastCheckpoint, validation_follows
 
-# How long the first process waits for those that it has started, once all have agreed to end.
+# Seconds that the first process waits for those that it has started, once all have agreed to end.
 SECONDS_TO_END = 30.0
 
-# The same after a fault of its own. Meanwhile other processes that failed can say so; one that waits for the first
-# in a collective would wait forever.
+# The same after an error in the first process. Meanwhile other processes that failed can report it; one that waits for
+# the first process in a collective operation would wait forever.
 SECONDS_AFTER_A_FAULT = 2.0
 
 Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers | None
 
 
 class Stopped(SystemExit):
-    """A signal has ended a training; the exit status is 143.
+    """A signal has ended training; the exit status is 143.
 
     Args:
         number: the signal.
@@ -42,15 +42,15 @@ class Stopped(SystemExit):
 
 
 class StopAtSignal(Checkpoint):
-    """Ends a training in order when one of its processes gets a signal.
+    """Ends training in an orderly way when one of its processes gets a signal.
 
-    A handler only notes the signal. At the end of the next batch that completed an optimiser step, or after the
-    validation that follows it, all processes learn whether any has noted one. Then all write `last.ckpt` together and
-    raise `Stopped`; a resume continues bit for bit. Before the training begins there is nothing to write: a single
+    A handler only records the signal. At the end of the next batch that completed an optimiser step, or after the
+    validation that follows it, all processes learn whether any has recorded one. Then all write `last.ckpt` together
+    and raise `Stopped`; a resume continues bit for bit. Before training begins there is nothing to write: a single
     process ends at once, several end when all are ready to begin.
 
-    Lightning's own handlers of these signals are disabled meanwhile: they would talk to other processes at any
-    point, and write nothing. The previous handlers are restored when the training ends, however it ends. Only
+    Meanwhile Lightning's own handlers of these signals are disabled: they would communicate with other processes at
+    any point, and write nothing. The previous handlers are restored when training ends, however it ends. Only
     processes of an external launcher ignore the signals once they have agreed to end: torchrun and srun send SIGTERM
     to all as soon as one has ended.
 
@@ -61,7 +61,7 @@ class StopAtSignal(Checkpoint):
 
     Args:
         last: writes the checkpoint.
-        signals: signals that end the training; of several received, the last in this list counts.
+        signals: signals that end training; if several are received, the last in this list counts.
     """
 
     def __init__(self, last: LastCheckpoint, signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> None:
@@ -71,7 +71,7 @@ class StopAtSignal(Checkpoint):
         self._forget()
 
     def _forget(self) -> None:
-        self._noted = 0  # place in the list of signals, from 1 on
+        self._noted = 0  # position in the list of signals, counted from 1
         self._at_once = False
         self._step = 0
         self._whole_step = False
@@ -87,24 +87,24 @@ class StopAtSignal(Checkpoint):
         self._displace_lightning(trainer)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End here if the signal came during the preparation."""
+        """End here if a signal came during the preparation."""
         self._at_once = False
         self._step = trainer.global_step
         self._end_if_agreed(trainer, save=False)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """End here, unless gradients are being accumulated or a validation belongs to this step."""
+        """End here if a signal came, unless gradients are being accumulated or a validation belongs to this step."""
         self._whole_step, self._step = trainer.global_step != self._step, trainer.global_step
         if self._whole_step and not validation_follows(trainer):
             self._end_if_agreed(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End here, unless gradients are being accumulated."""
+        """End here if a signal came, unless gradients are being accumulated."""
         if self._whole_step and not trainer.sanity_checking:
             self._end_if_agreed(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End here, before the trained circuits are finished."""
+        """End here if a signal came, before the trained circuits are finished."""
         self._end_if_agreed(trainer)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -123,9 +123,9 @@ class StopAtSignal(Checkpoint):
     ) -> None:
         """Restore the previous handlers, and end the child processes.
 
-        A process of an external launcher keeps ignoring signals: it still has to say why it ends.
+        A process of an external launcher keeps ignoring signals: it still has to report why it ends.
         """
-        if not isinstance(exception, KeyboardInterrupt):  # Lightning sees to that
+        if not isinstance(exception, KeyboardInterrupt):  # which Lightning handles
             children = _take_children(trainer)
             self._deaf = self._deaf or (trainer.world_size > 1 and not children)
             _wait_for(children, SECONDS_AFTER_A_FAULT)
@@ -157,14 +157,14 @@ class StopAtSignal(Checkpoint):
     def _leave(self, trainer: lightning.Trainer) -> None:
         vars(trainer._signal_connector).pop("register_signal_handlers", None)
         for number, before in self._before.items():
-            # None stands for a handler that was not set from Python, and cannot be set from there either.
+            # None means a handler that was not set from Python, and cannot be restored from there either.
             signal.signal(number, signal.SIG_IGN if self._deaf else signal.SIG_DFL if before is None else before)
         self._before.clear()
         self._forget()
 
     def _end_if_agreed(self, trainer: lightning.Trainer, *, save: bool = True) -> None:
         noted = self._noted
-        if trainer.world_size > 1:  # the same in all processes, because they ask at the same point
+        if trainer.world_size > 1:  # the same in all processes, because they check at the same point
             here = torch.tensor(noted, device=trainer.strategy.root_device)
             noted = int(trainer.strategy.reduce(here, reduce_op="max"))
         if not noted:
@@ -179,7 +179,7 @@ class StopAtSignal(Checkpoint):
 
 @contextmanager
 def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterator[None]:
-    """Raise an exception at a signal inside the context, as Python does at Ctrl-C but not at SIGTERM."""
+    """Raise `Stopped` at a signal inside the context, as Python raises at Ctrl-C but not at SIGTERM."""
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise Stopped(signal.Signals(number))
@@ -195,10 +195,10 @@ def terminable(signals: Sequence[signal.Signals] = (signal.SIGTERM,)) -> Iterato
 
 @contextmanager
 def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
-    """Make the first process outlive its child processes while they work together outside of the training.
+    """Make the first process outlive its child processes while they work together outside training.
 
     Lightning would kill it as soon as a child fails, before it could say how to resume, and would leave the children
-    running when it fails itself.
+    running if it fails itself.
     """
     children = _take_children(trainer)
     try:
@@ -212,8 +212,8 @@ def none_left_behind(trainer: lightning.Trainer) -> Iterator[None]:
 def _take_children(trainer: lightning.Trainer) -> list[subprocess.Popen[bytes]]:
     """Take over the child processes that Lightning has started; an empty list in all other processes.
 
-    A thread of Lightning's kills this process when a child ends with a non-zero status, which the children are about
-    to do on purpose. The thread shares the list and ends when it is empty.
+    A thread of Lightning kills this process when a child ends with a non-zero status, which the children are about to
+    do on purpose. The thread shares the list, and ends when it is empty.
     """
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):

@@ -27,7 +27,7 @@ class LensModule(SideBySideModule):
     """Trains lenses, at all layers at once, to predict what the model predicts.
 
     The loss of a lens at a layer is the KL divergence of its prediction from the model's (of `linear_oca` from that of
-    `oca`), averaged over the scored positions of the prompts. Layers and lenses are independent trainings on the same
+    `oca`), averaged over the scored positions of the prompts. Layers and lenses are trained independently on the same
     prompts, each with its own best state by validation; only the constants of `oca_shared` serve all layers.
 
     Args:
@@ -36,9 +36,9 @@ class LensModule(SideBySideModule):
         lenses: kinds that are trained: `oca` (constants in place of all later attention outputs, others for each
             layer), `oca_shared` (the same for all layers), `tuned` (an affine map), `linear_oca` (an affine map that
             matches `oca`).
-        layers: layers that are read; all by default.
+        layers: layers at which lenses are trained; all by default.
         learning_rates: learning rate at the start, by kind; see `LENS_KINDS` for the others.
-        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        optimizer: class of the optimiser, with its arguments except `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rates, with its arguments; by default cosine decay to zero over the
             whole training.
         predictions_at_once: predictions (layers times scored positions) whose activations are kept at once; bounds
@@ -80,7 +80,7 @@ class LensModule(SideBySideModule):
         self.lenses: Any = nn.ModuleDict(by_kind)
         self.best: Any = nn.ModuleDict({kind: BestSlices(lens.trained()) for kind, lens in by_kind.items()})
         self.started = nn.Buffer(torch.tensor(False))
-        # The first validation compares what is trained with its start.
+        # The first validation compares the trained lenses with their initial state.
         self._start: dict[str, Lens] = {}
         self.losses = CircuitMeans(2 * len(kinds), len(self.starts))
 
@@ -93,7 +93,7 @@ class LensModule(SideBySideModule):
         return [{"params": list(lens.parameters()), "lr": self.rates[kind]} for kind, lens in self.lenses.items()]
 
     def on_fit_start(self) -> None:
-        """Start constants at what attention adds on average, unless they were restored."""
+        """Start constants at the mean attention outputs, unless they were restored."""
         if bool(self.started) and all(best.known() for best in self.best.values()):
             return
         for kind in self.lenses:
@@ -135,7 +135,7 @@ class LensModule(SideBySideModule):
         return self.step_of_parts([*self._parts(Tokens(self.frozen, batch), len(batch))], batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of what is trained and, at the first validation, of its start."""
+        """Losses of the trained lenses and, at the first validation, of their initial state."""
         self._evaluate(batch, [dict(self.lenses), *([self._start] if self._start else [])])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -176,7 +176,7 @@ class LensModule(SideBySideModule):
             self.log(f"test/kl_{kind}", losses.mean(), sync_dist=True)
 
     def _best_lenses(self) -> dict[str, Lens]:
-        """Copies of the best state of each lens, or of the last without any validation."""
+        """Copies of the best state of each lens, or of the last state without any validation."""
         chosen: dict[str, Lens] = {}
         for kind, lens in self.lenses.items():
             copy, best = LENS_KINDS[kind].make(self.starts, *self._sizes), self.best[kind]
@@ -190,5 +190,5 @@ class LensModule(SideBySideModule):
         return TrainedLenses(name, lenses, *self._sizes, self.provenance())
 
     def validation_losses(self) -> dict[str, Float[Tensor, " start"]]:
-        """Lowest validation loss of each lens at each layer, or of all layers together where they share parameters."""
+        """Lowest validation loss of each lens at each layer, or over all layers if they share parameters."""
         return {kind: best.loss.cpu() for kind, best in self.best.items()}

@@ -35,19 +35,19 @@ from oa_train.training.strategies import ShardedStrategy
 
 FROZEN_PREFIX = "frozen."
 
-# Where the processes of a notebook leave the description of the task, in the state that they hand over.
+# Key under which the processes of a notebook put the description of the task into the state that they hand over.
 TASK_KEY = "oa_train_task"
 
 
 class FrozenModelModule(lightning.LightningModule):
-    """A Lightning module around a frozen language model.
+    """Base class of Lightning modules around a frozen language model.
 
     The model is a submodule, so that Lightning moves it to the device, but it stays in evaluation mode, has no
     gradients and is left out of `state_dict` and `parameters`. A checkpoint names its fingerprint instead, and is
     refused by a module of another model, component set, mask distribution or task.
 
     Args:
-        arguments: all arguments of the subclass, `lm` and `seed` among them.
+        arguments: all arguments of the subclass, including `lm` and `seed`.
         optimizer: makes the optimiser of the `parameter_groups`; None for Adam.
         lr_scheduler: makes a schedule of their learning rates; None for constant rates.
 
@@ -55,9 +55,9 @@ class FrozenModelModule(lightning.LightningModule):
         lm: the specification of the frozen model.
         seed: seeds every draw of this module; the same seed gives the same run, also across a resume.
         frozen: the model.
-        track: progress bar for passes over prompts outside of the trainer's steps; silent by default.
+        track: progress bar for passes over prompts outside the trainer's steps; silent by default.
         keeps_best: whether the state holds the best parameters so far, so that averaging weights makes no sense.
-        shardable: whether all processes run the frozen model equally often, as a sharded one needs.
+        shardable: whether all processes run the frozen model the same number of times, as a sharded model needs.
     """
 
     keeps_best: ClassVar[bool] = False
@@ -78,20 +78,20 @@ class FrozenModelModule(lightning.LightningModule):
         self.frozen: CausalLM = load_model(self.lm)
         self.fingerprint = fingerprint(self.frozen)
         self.register_load_state_dict_post_hook(_expect_no_frozen_weights)
-        # State that Lightning's checkpoints leave out, from loading until the training begins.
+        # State that Lightning's checkpoints leave out, held from loading until training begins.
         self._to_restore: Mapping[str, Any] = {}
         self._described_task: Mapping[str, Any] | None = None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Description of the trained parts, as plain values; a checkpoint with another one is refused."""
+        """Description of the trained parts as plain values; a checkpoint with another description is refused."""
 
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of the optimiser, with their learning rates."""
+        """Parameter groups for the optimiser, with their learning rates."""
 
     def settings(self) -> dict[str, Any]:
-        """The arguments that this module was built with, as plain values; functions are left out."""
+        """The arguments with which this module was built, as plain values; functions are left out."""
         return dict(self._settings)
 
     def configure_optimizers(self) -> Any:
@@ -116,10 +116,10 @@ class FrozenModelModule(lightning.LightningModule):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override] # the overloads of torch
-        """All parameters and buffers but those of the frozen model."""
+        """All parameters and buffers except those of the frozen model."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "") + FROZEN_PREFIX
-        # In place: a module around this one, such as an average, collects its state in the same dictionary.
+        # In place: a module that wraps this one, such as an average, collects its state in the same dictionary.
         for name in [name for name in state if name.startswith(prefix)]:
             del state[name]
         if self._leaves_its_process():
@@ -127,7 +127,7 @@ class FrozenModelModule(lightning.LightningModule):
         return state
 
     def _leaves_its_process(self) -> bool:
-        """True at the end of a training in a process of a notebook, from which the state alone comes back."""
+        """True at the end of training in a notebook's child process, which returns nothing but the state."""
         trainer = self._trainer
         return (
             trainer is not None
@@ -136,14 +136,14 @@ class FrozenModelModule(lightning.LightningModule):
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load trained tensors and, from a process of a notebook, the description of the task."""
+        """Load trained tensors and, from a notebook's child process, the description of the task."""
         self._described_task = state_dict.get(TASK_KEY, self._described_task)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def named_modules(self, memo: set[nn.Module] | None = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """All submodules but the frozen model's, so that `parameters` and `buffers` lack its weights as well.
+        """All submodules except the frozen model's, so that `parameters` and `buffers` lack its weights as well.
 
-        Callbacks that average weights would round them, and DDP would send them to processes that have them.
+        Callbacks that average weights would round them, and DDP would send them to processes that already have them.
         """
         memo = set() if memo is None else memo
         memo.add(self.frozen)
@@ -187,7 +187,7 @@ class FrozenModelModule(lightning.LightningModule):
     def over_processes(self, tensor: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes, without gradients.
 
-        A value that is not finite in one process makes the mean so in all, which then stop at the same step.
+        A value that is not finite in one process makes the mean non-finite in all, which then stop at the same step.
         """
         reduced = self.trainer.strategy.reduce(tensor.detach().clone(), reduce_op="mean")
         assert isinstance(reduced, torch.Tensor)
@@ -198,7 +198,7 @@ class FrozenModelModule(lightning.LightningModule):
         check_finite(tensors, label, self.frozen, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the identity of the training, and the state that Lightning leaves out.
+        """Add the identity of the experiment, and the state that Lightning leaves out.
 
         Raises:
             NotFiniteError: a trained tensor is not finite; no checkpoint is written.
@@ -218,17 +218,17 @@ class FrozenModelModule(lightning.LightningModule):
         }
 
     def _optimisation(self) -> list[str]:
-        """Names of the optimiser and the schedule, whose states fit no others."""
+        """Class names of the optimisers and schedules; their states can be restored into the same classes only."""
         schedules = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         parts = (*self.trainer.optimizers, *schedules)
-        # StochasticWeightAveraging puts a schedule of its own in the place of the others.
+        # StochasticWeightAveraging replaces the schedules by its own.
         return [type(part).__name__ for part in parts if not isinstance(part, SWALR)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, these components and this task, and is complete.
 
         Raises:
-            CheckpointError: it is not, or a training would go on from it in epochs of another length.
+            CheckpointError: it is not, or training would continue from it in epochs of another length.
         """
         data = getattr(self._trainer, "datamodule", None)
         self.check_checkpoint(checkpoint, data.task if isinstance(data, TaskData) else None)
@@ -257,7 +257,7 @@ class FrozenModelModule(lightning.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Restore the state that Lightning's checkpoints leave out, and set this module's learning rates.
+        """Restore the state that Lightning's checkpoints leave out, and set the learning rates of this module.
 
         Raises:
             CheckpointError: the checkpoint's optimiser or schedule is of another kind.
@@ -296,20 +296,20 @@ class FrozenModelModule(lightning.LightningModule):
     def load_from_checkpoint(  # type: ignore[override] # what Lightning offers beyond this would run code from a file
         cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, weights_only: bool = True, **arguments: Any
     ) -> Any:
-        """Build the module that wrote a checkpoint, and load what it has trained.
+        """Build the module that wrote a checkpoint, and load its trained tensors.
 
-        No code from the file is run. The module can be evaluated, asked for its circuits, and trained on with
+        No code from the file is run. The module can be evaluated, asked for its circuits, and trained further with
         `trainer.fit(module, datamodule=..., ckpt_path=...)`.
 
         Args:
             checkpoint_path: the file.
             map_location: device of the trained tensors.
-            weights_only: nothing else is possible.
-            arguments: replace arguments that the checkpoint records, such as `lm` where the model has moved. Those
-                that are functions (`optimizer`, `lr_scheduler`, a class of masks from elsewhere) are not recorded.
+            weights_only: must be True.
+            arguments: replace arguments that the checkpoint records, such as `lm` if the model has moved. Those that
+                are functions (`optimizer`, `lr_scheduler`, a user's class of masks) are not recorded.
 
         Raises:
-            CheckpointError: it is missing, damaged, of another module, or contradicts the arguments or the model.
+            CheckpointError: the file is missing, damaged, of another module, or contradicts the arguments or model.
             ConfigurationError: an argument is unknown or cannot work.
         """
         if not weights_only:
@@ -321,12 +321,12 @@ class FrozenModelModule(lightning.LightningModule):
         return module.to(next(iter(checkpoint["state_dict"].values())).device)
 
     def changed_settings(self, checkpoint: Mapping[str, Any]) -> list[str]:
-        """Settings in which this module differs from the one that wrote a checkpoint, one per line."""
+        """Lines that name the settings in which this module differs from the one that wrote a checkpoint."""
         stored, settings = checkpoint[IDENTITY_KEY]["settings"], self.settings()
         return [f"{name}: {stored.get(name)} -> {now}" for name, now in settings.items() if stored.get(name) != now]
 
     def _identity(self) -> dict[str, Any]:
-        """Description that a checkpoint must share with the run that it is loaded into; the task is apart."""
+        """Description that a checkpoint must share with the run into which it is loaded, apart from the task."""
         return {"module": type(self).__name__, "model": {"fingerprint": self.fingerprint}, **self.describe()}
 
     def named_trainables(self) -> dict[str, nn.Parameter]:

@@ -1,4 +1,4 @@
-"""The optimiser and the schedule of learning rates, as a configuration names them, and their rates after a resume."""
+"""The optimiser and learning-rate schedule that a configuration names, and the learning rates after a resume."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ LRSchedulerCallable = Callable[[Optimizer], LRScheduler | ReduceLROnPlateau]
 def configured(
     make_optimizer: OptimizerCallable, make_schedule: LRSchedulerCallable | None, groups: Sequence[Mapping[str, Any]]
 ) -> Optimizer | dict[str, Any]:
-    """The optimiser, or a dictionary of it and its schedule, as Lightning takes them.
+    """The optimiser, or a dictionary of it and its schedule, in the form that Lightning takes.
 
     A schedule moves on after every optimiser step, but `ReduceLROnPlateau` after every epoch, by its monitor or by
     `val/objective`. Without one rates are constant. Groups without parameters are left out.
@@ -56,14 +56,14 @@ def decaying_to_zero(module: Any, optimizer: Optimizer) -> LambdaLR:
 
 
 def restore_rates(optimizer: Optimizer, configs: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Set learning rates that differ from those which a checkpoint has just restored.
+    """Set the configured learning rates where they differ from those that a checkpoint has just restored.
 
-    Rates that a schedule has moved are multiplied by the ratio of the two, so that unchanged rates stay as they are.
+    Rates that a schedule has changed are multiplied by the ratio of the two, so that unchanged rates stay as they are.
     The `groups` have the rates that are wanted, the `configs` are Lightning's, of the schedules.
     """
     rates = [group["lr"] for group in groups if group["params"]]
     schedules = [config.scheduler for config in configs]
-    # Schedules of schedules hold the rates as well.
+    # Nested schedules hold the rates as well.
     schedules += [inner for schedule in schedules for inner in getattr(schedule, "_schedulers", [])]
     for number, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
         before = group.get("initial_lr")

@@ -1,4 +1,4 @@
-"""Penalties as a configuration names them, for circuits that are trained side by side."""
+"""The penalties that a configuration names, for circuits that are trained side by side."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class PenaltySettings:
     Attributes:
         penalty_weight: price of a kept entry in nats; a list has one for each circuit, a mapping one for each kind of
             site.
-        node_penalty: surcharge on the edges of a head that has few, as a fraction of the penalty weight.
+        node_penalty: surcharge on the edges of heads with few edges, as a fraction of the penalty weight.
         target_size: entries that a circuit should have; None fixes the weight; a list has one for each circuit.
         target_warmup: optimiser steps in which the goal falls to that size.
 
@@ -38,7 +38,7 @@ class PenaltySettings:
         if len(lengths) > 1 or 0 in lengths:
             raise ConfigurationError(
                 f"penalty_weight is {self.penalty_weight} and target_size {self.target_size}; expected a number, or "
-                "lists of one length, an entry for each circuit."
+                "lists of the same length, with an entry for each circuit."
             )
         if self.target_size is not None:
             check_positive(target_warmup=self.target_warmup)
@@ -75,7 +75,7 @@ class PenaltySettings:
         """
         weight, relative = self.penalty_weight, None
         if isinstance(weight, dict):
-            # The largest is the weight that is reported and moved; the others keep their ratio to it.
+            # The largest weight is the one that is reported and adjusted; the others keep their ratio to it.
             largest = max(weight.values())
             relative = self._relative_weights(masks, weight, largest)
             weight = largest

@@ -12,7 +12,7 @@ from oa_train.figures.style import Figure
 from oa_train.models.levels import Level
 from oa_train.shapes import Float, Tensor
 
-# Drawings of more edges are illegible.
+# Drawings with more edges are illegible.
 MOST_EDGES_DRAWN = 400
 
 
@@ -24,7 +24,7 @@ def score_picture(level: Level, scores: Float[Tensor, " entry"], threshold: floa
 
 
 def circuit_picture(circuit: Circuit, title: str) -> Figure | None:
-    """The circuit drawn as the model is built, with many edges as their number at each node; None if it cannot be."""
+    """A drawing of the circuit in the layout of the model, or its edge counts by node if edges are many, or None."""
     grid, arrows = circuit.level.grid, circuit.level.arrows(circuit.mask)
     if grid is None:
         return None

@@ -1,4 +1,4 @@
-"""Progress of a training in lines, for output to a file."""
+"""Training progress in lines, for output to a file."""
 
 import math
 import time
@@ -21,7 +21,7 @@ def training_bar(track: Track) -> ProgressBar:
 
 
 class TrainingLines(ProgressBar):
-    """A line now and then, with steps, the metrics that a bar would show, and the time that is left.
+    """Prints a line now and then, with the steps, the metrics that a bar would show, and the remaining time.
 
     Lightning's own bars repaint, which fills a file.
 
@@ -35,11 +35,11 @@ class TrainingLines(ProgressBar):
         self._is_enabled, self._begun, self._next, self._first_step = True, 0.0, math.inf, 0
 
     def disable(self) -> None:
-        """Say nothing, in processes other than the first."""
+        """Print nothing; called in all processes except the first one."""
         self._is_enabled = False
 
     def enable(self) -> None:
-        """Say how far the training is."""
+        """Print lines."""
         self._is_enabled = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,12 +13,12 @@ from oa_train.tasks.task import Task
 
 
 class Replacements(nn.Module):
-    """Replacements of ablated entries, for several circuits; prepared with a task's prompts before they are used.
+    """Replacements of ablated entries for several circuits; prepared with a task's prompts before they are used.
 
     Constants are trained at sites where an entry of the selection, which may be ablated, lies.
 
     Attributes:
-        constants: of every circuit, where the ablation is by constants.
+        constants: constants of every circuit; None if the ablation has none.
         prepared: whether the constants are initialised; stored in checkpoints.
     """
 
@@ -41,7 +41,7 @@ class Replacements(nn.Module):
         return bool(self.prepared) if self.constants is not None else self._task is task
 
     def prepare(self, source: AblationSource) -> None:
-        """Gather what the ablation needs from the task's `means` prompts."""
+        """Compute the statistics that the ablation needs on the task's `means` prompts."""
         if self.kind.partnered:
             task = source.task
             evaluated = (*task.batches("validation", task.n_validation), *task.batches("test", task.n_test))

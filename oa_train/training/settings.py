@@ -1,4 +1,4 @@
-"""Arguments of a module: their checks, and their way into a checkpoint and back."""
+"""Arguments of a module: how they are stored in a checkpoint and restored from it."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ Built = TypeVar("Built")
 
 
 def as_list(patterns: str | list[str]) -> list[str]:
-    """Patterns as a list, also where there is only one."""
+    """Patterns as a list, even if there is only one."""
     return [patterns] if isinstance(patterns, str) else patterns
 
 
@@ -40,8 +40,8 @@ def rebuilt(module: type[Built], record: Mapping[str, Any], changes: Mapping[str
     from the file.
 
     Raises:
-        CheckpointError: it is of another class, or its settings are no arguments of this one.
-        ConfigurationError: a change is no argument of the class, or cannot work.
+        CheckpointError: the checkpoint is of another class, or its settings are not arguments of this class.
+        ConfigurationError: a change is not an argument of the class, or cannot work.
     """
     names = inspect.signature(module).parameters
     for name in changes:
@@ -67,7 +67,7 @@ def rebuilt(module: type[Built], record: Mapping[str, Any], changes: Mapping[str
 
 
 def _distribution(**described: Any) -> Callable[[int], MaskDistribution]:
-    """The mask distribution of a description; only classes that have been imported are known."""
+    """The mask distribution that a description names; only classes that have been imported are known."""
     name = described.pop("class")
     known, remaining = dict[str, type[MaskDistribution]](), [MaskDistribution]
     while remaining:

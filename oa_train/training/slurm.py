@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from oa_train.errors import ConfigurationError
 from oa_train.training.interruption import Stopped
 
-# Sent by SLURM ahead of the time limit if the job asks for it (sbatch --signal=USR1@60).
+# Sent by SLURM before the time limit if the job asks for it (sbatch --signal=USR1@60).
 REQUEUE_SIGNAL = signal.SIGUSR1
 
 # Variables from which Lightning takes the rank of a process.
@@ -34,9 +34,9 @@ def slurm_job() -> str | None:
 
 
 def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvironment]:
-    """The environment that Lightning would detect under SLURM, unless the user has chosen one, without its requeueing.
+    """The environment that Lightning would detect under SLURM, without its requeueing; none if the user chose one.
 
-    That writes a checkpoint inside a signal handler, to a folder in which every other job would look.
+    That requeueing writes a checkpoint inside a signal handler, to a folder in which every other job would look.
     """
     chosen = [plugin for plugin in plugins if isinstance(plugin, ClusterEnvironment)]
     if chosen or getattr(strategy, "cluster_environment", None) is not None or slurm_job() is None:
@@ -50,12 +50,12 @@ def slurm_environment(plugins: Sequence[Any], strategy: Any) -> list[ClusterEnvi
 
 
 def ignore_stray_ranks(config: Any) -> list[str]:
-    """Remove the rank from the environment if no launcher has started several processes; returns what to say of it.
+    """Remove the rank from the environment if no launcher has started several processes; returns lines that report it.
 
-    A shell inside an allocation sets such variables, and Lightning would take the run for a process of another rank
-    than 0, which writes nothing. Where several processes are asked for, the variables are a mistake.
+    A shell inside an allocation sets such variables, and Lightning would take the run for a process whose rank is not
+    0, which writes nothing. If several processes are asked for, the variables are an error.
     """
-    # Among the user's plugins may be another environment; several tasks of SLURM and torchrun set these rightly.
+    # The user's plugins may include another environment; torchrun and several SLURM tasks set these correctly.
     if config.plugins or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ:
         return []
     stray = [name for name in _RANKS if os.environ.get(name, "0") != "0"]
@@ -82,13 +82,13 @@ def stop_signals(plugins: Sequence[Any] = ()) -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def requeued() -> Iterator[None]:
-    """Ask SLURM to start the job again when the requeue signal has ended the work inside; a note says so."""
+    """Ask SLURM to start the job again if the requeue signal ended the work inside; a note on it says so."""
     try:
         yield
     except Stopped as stop:
         job = slurm_job()
         if stop.signal is REQUEUE_SIGNAL and job is not None:
-            # SLURM ends the processes of a job that it requeues. This one is about to end, and still has to say how.
+            # SLURM ends the processes of a job that it requeues. This one is about to end, and still has to report it.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stop.add_note(_requeue(job))
         raise

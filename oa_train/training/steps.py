@@ -1,4 +1,4 @@
-"""Arithmetic of optimiser steps: batches that are accumulated, and the steps of a whole training."""
+"""Arithmetic of optimiser steps: batches that are accumulated, and the steps of a whole training run."""
 
 import math
 
@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def accumulated_in(trainer: Trainer, epoch: int) -> int:
-    """Batches that are accumulated for an optimiser step of an epoch."""
+    """Number of batches that are accumulated for one optimiser step in an epoch."""
     for callback in vars(trainer)["callbacks"]:
         if isinstance(callback, GradientAccumulationScheduler):
             return callback.get_accumulate_grad_batches(epoch)
@@ -15,9 +15,9 @@ def accumulated_in(trainer: Trainer, epoch: int) -> int:
 
 
 def planned_steps(trainer: Trainer, epoch_length: int) -> float:
-    """Optimiser steps of the whole training, at least 1; infinite when nothing ends it.
+    """Number of optimiser steps of the whole training run, at least 1; infinite if nothing ends it.
 
-    Lightning's own estimate would create the dataloader before a checkpoint is restored, at its beginning.
+    Lightning's own estimate would create the dataloader, at its beginning, before a checkpoint is restored.
     """
     by_epochs = math.inf
     if trainer.max_epochs not in (None, -1):
@@ -27,7 +27,7 @@ def planned_steps(trainer: Trainer, epoch_length: int) -> float:
 
 
 def batches_of_step(trainer: Trainer, epoch_length: int, batch_idx: int) -> range:
-    """Indices, in the epoch, of the batches that are accumulated in the same optimiser step as this one."""
+    """Indices in the epoch of the batches that are accumulated in the same optimiser step as this batch."""
     accumulated = trainer.accumulate_grad_batches
     first = batch_idx - batch_idx % accumulated
     return range(first, min(first + accumulated, epoch_length))

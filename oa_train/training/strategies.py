@@ -16,15 +16,15 @@ class ShardedStrategy(ModelParallelStrategy):
 
     A process keeps its shard of every weight, and gathers a decoder block only while the block runs. Masks and
     constants are small, so every process has all of them, and their gradients are averaged after each backward pass,
-    as DDP does. Checkpoints hold what is trained and nothing else. They are those of every other strategy, so that a
-    run may be resumed under another one.
+    as in DDP. Checkpoints hold the trained tensors and nothing else. They are the same under every strategy, so a run
+    may be resumed under another one.
 
     Args:
-        process_group_backend: `nccl`, `gloo`, ...; by default the one of the device.
+        process_group_backend: `nccl`, `gloo`, ...; by default that of the device.
         timeout: how long a process waits for the others.
     """
 
-    # The content of checkpoints is not sharded, so it is written and read as in any parallel training.
+    # The content of checkpoints is not sharded, so it is written and read as under any parallel strategy.
     lightning_module_state_dict = ParallelStrategy.lightning_module_state_dict
     load_model_state_dict = ParallelStrategy.load_model_state_dict
     optimizer_state = ParallelStrategy.optimizer_state
@@ -51,7 +51,7 @@ class ShardedStrategy(ModelParallelStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Do not average gradients, for all batches of an accumulation but the last."""
+        """Do not average gradients; used for all batches of an accumulation except the last."""
         self._averages = False
         try:
             yield

@@ -36,27 +36,27 @@ TracingLoss = Literal["probability", "cross_entropy"]
 
 
 class TracingModule(SideBySideModule):
-    """Finds the constants that, in place of a subject's token embeddings, hurt each traced run least.
+    """Finds the constants that hurt each traced run least when they replace the subject's token embeddings.
 
-    Every run restores some clean values (see `ablations.tracing`), and has a constant of its own, shared by all
-    prompts and all tokens of the subject. The best constants are those that cost the answers least probability: the
-    mean over prompts of max(0, P - P'), with the clean model's probability P and the run's P' (Li & Janson 2024).
+    Every run restores some clean values (see `ablations.tracing`), and has its own constant, shared by all prompts and
+    all tokens of the subject. The best constants minimise the drop in the answers' probability: the mean over prompts
+    of max(0, P - P'), with the clean model's probability P and the run's P' (Li & Janson 2024).
 
     Args:
         lm: the frozen model; the built-in one by default.
         seed: recorded only; nothing here is random.
-        restore: what is restored, each by itself: `attention`, `mlp` (what they add to the residual stream),
-            `residual` (what a block leaves there).
-        at: spans at which it is restored, each by itself: one that the prompts name, its `_first` or `_last` token or
-            the token `_next` to it (`subject_last`), `-1` for the last token of the prompt, `every`; by default the
-            last token of the prompt and that of the subject.
+        restore: what is restored, each in separate runs: `attention` or `mlp` (their outputs), `residual` (the
+            residual stream after a block).
+        at: spans at which it is restored, each in separate runs: one that the prompts name, its `_first` or `_last`
+            token or the `_next` one after it (`subject_last`), `-1` for the last token of the prompt, `every`; by
+            default the last token of the prompt and that of the subject.
         windows: odd numbers of neighbouring layers that are restored together.
-        layers: blocks in the middle of the windows; all by default. Fewer of them make a large model affordable.
+        layers: blocks in the middle of the windows; all by default. Choose fewer to make a large model affordable.
         subject: span whose tokens are corrupted.
-        loss: what the training minimises: `probability` as above, or `cross_entropy`, the mean of max(0, log P -
-            log P'), whose gradient does not vanish where a run has lost an answer altogether.
-        learning_rate: learning rate at the start.
-        optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
+        loss: what training minimises: `probability` as above, or `cross_entropy`, the mean of max(0, log P - log P'),
+            whose gradient does not vanish if a run has lost an answer altogether.
+        learning_rate: initial learning rate.
+        optimizer: class of the optimiser, with its arguments except `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rate, with its arguments; by default cosine decay to zero over the
             whole training.
         rows_per_run: most rows (runs times prompts) whose activations are kept at once; bounds memory, changes no
@@ -102,13 +102,13 @@ class TracingModule(SideBySideModule):
         self.constants = nn.Parameter(zeros)
         self.started = nn.Buffer(torch.tensor(False))
         self.best = BestSlices({_TABLE: zeros})
-        # The first validation compares the trained constants with those at the start.
+        # The first validation compares the trained constants with the initial ones.
         self._start: Tensor | None = None
         self.losses = CircuitMeans(2, len(self.tracing))
 
     @cached_property
     def tracer(self) -> Tracer:
-        """Runs the model."""
+        """The tracer, which runs the model."""
         return Tracer(self.frozen, self.tracing, self._rows_per_run)
 
     def describe(self) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class TracingModule(SideBySideModule):
         return self.step_of_parts(list(self._parts(batch)), batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Losses of the current constants and, at the first validation, of the start."""
+        """Losses of the current constants and, at the first validation, of the initial ones."""
         self._evaluate(batch, [self.constants.detach(), *([] if self._start is None else [self._start])])
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -187,6 +187,6 @@ class TracingModule(SideBySideModule):
         return self.best.tensors()[_TABLE] if self.best.known() else self.constants.detach()
 
     def tracing_constants(self, name: str = "tracing") -> TracingConstants:
-        """The best constants by validation, or the last ones without any."""
+        """The best constants by validation, or the last ones without one."""
         table = self._best().float().cpu().clone()
         return TracingConstants(name, self.tracing, table, self.provenance())

@@ -1,1 +1,1 @@
-"""Models that come with the package or are made by it: how each is made, and what is known of it."""
+"""How the models that come with the package, or are written by it, are made, and what is known of their circuits."""

@@ -1,4 +1,4 @@
-"""Makes the built-in dictionary `tiny_r2`: a sparse autoencoder of what enters block 2 of the built-in model.
+"""Makes the built-in dictionary `tiny_r2`: a sparse autoencoder of the input of block 2 of the built-in model.
 
     python -m oa_train.zoo.dictionary --output checkpoints/tiny_r2
 
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Training of the dictionary.
+    """Training settings of the dictionary.
 
     Attributes:
-        n_features: entries of the code.
-        steps: steps of Adam.
-        batch_size: prompts of a step.
-        learning_rate: of Adam; falls linearly over the last fifth.
-        sparsity: weight of the code's mean L1 norm beside the reconstruction error, both in units of the variance.
+        n_features: number of entries of the code.
+        steps: number of steps of Adam.
+        batch_size: number of prompts in a step.
+        learning_rate: learning rate of Adam; it falls linearly over the last fifth of the steps.
+        sparsity: weight of the code's mean L1 norm against the reconstruction error, both in units of the variance.
     """
 
     n_features: int = 256
@@ -85,7 +85,7 @@ def train_dictionary(model: CausalLM, task: Task, recipe: Recipe, seed: int = 0)
 
 @torch.no_grad()
 def figures(dictionary: Dictionary, model: CausalLM, task: Task) -> dict[str, float]:
-    """Share of the variance that the dictionary explains on held-out prompts, and how many features are on."""
+    """Share of the variance that the dictionary explains on held-out prompts, and numbers of active features."""
     x = activations(model, task.batch("test", 0, 512))
     code = dictionary.encode(x)
     error = (code @ dictionary.w_dec + dictionary.b_dec - x).square().sum()

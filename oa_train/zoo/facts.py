@@ -2,9 +2,9 @@
 
     python -m oa_train.zoo.facts --output checkpoints/facts
 
-It is trained so that a person's facts are found at the last token of the person's name: half the prompts of a step are
-run with what the middle blocks write at that token exchanged between people, and are to be answered with the object
-of the person whose values they got (interchange intervention training, Geiger et al., 2022, arXiv:2112.00826).
+It is trained so that a person's facts are found at the last token of the person's name: in half the prompts of a
+step, the output of a middle block at that token is exchanged between people, and the answer is the object of the
+person whose values were inserted (interchange intervention training, Geiger et al., 2022, arXiv:2112.00826).
 """
 
 import re
@@ -42,12 +42,12 @@ N_LAYERS = 5
 
 @dataclass(frozen=True)
 class Recipe(Schedule):
-    """Training of `facts`.
+    """Training settings of `facts`.
 
     Attributes:
-        batch_size: prompts in a step.
+        batch_size: number of prompts in a step.
         exchanged: share of the prompts in a step whose people are exchanged in the middle of the model.
-        layers: blocks behind which they are exchanged, one a step in turn.
+        layers: blocks after which they are exchanged; the steps take them in turn.
     """
 
     steps: int = 4000
@@ -63,10 +63,10 @@ class FactPrompts:
     """Prompts of the task as tensors.
 
     Attributes:
-        tokens: token ids of each prompt, with its answer behind it.
+        tokens: token ids of each prompt, followed by its answer.
         mask: True at real tokens.
         subject: column of the last token of the subject.
-        relation: number of the relation.
+        relation: index of the relation.
         objects: token of the object of the prompt's subject under each relation.
     """
 
@@ -101,12 +101,12 @@ def subject_of(prompt: Prompt) -> str:
 
 
 def held_out(prompt: Prompt) -> bool:
-    """True for a prompt that never enters training: a tenth, whose facts the other sentence of the relation tells."""
+    """True for a tenth of the prompts, which never enter training; another sentence may tell the same fact."""
     return derive_seed("held out", prompt.text) % 10 == 0
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words that knows what the task says."""
+    """Make a tokenizer of whole words, with all words of the task."""
     data = read_data("synthetic_facts")
     texts = list(data["names"])
     for content in data["relations"].values():
@@ -148,13 +148,13 @@ def _step_loss(model: CausalLM, facts: FactPrompts, recipe: Recipe, seed: int, s
 def exchanged(
     model: CausalLM, layer: int, columns: Int[Tensor, " batch"], donors: Int[Tensor, " batch"]
 ) -> AbstractContextManager[None]:
-    """Exchange what a block writes at one token of each prompt between the prompts of a batch.
+    """Exchange the output of a block at one token of each prompt between the prompts of a batch.
 
     Args:
         model: the model, a GPT-2.
-        layer: number of the block.
-        columns: the token of each prompt.
-        donors: prompt from which each one gets its values; its own number leaves it as it is.
+        layer: index of the block.
+        columns: column of the token in each prompt.
+        donors: index of the prompt from which each one gets its values; its own index leaves it unchanged.
     """
     rows = torch.arange(len(columns))
 

@@ -1,4 +1,4 @@
-"""Steps of making a small model beside its training: its tokenizer in a folder, its figures, its card."""
+"""Steps of making a small model other than its training: its tokenizer in a folder, its figures, its card."""
 
 import argparse
 import hashlib
@@ -24,9 +24,9 @@ Build = Callable[[Path, int], Mapping[str, float]]
 
 @contextmanager
 def temporary_lm(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> Iterator[LMSpec]:
-    """A folder with the tokenizer and the configuration of a model, for as long as the block runs.
+    """A folder with the tokenizer and the configuration of a model, for the duration of the context.
 
-    Tasks ask for the tokenizer of a model in a folder, so there must be one before training.
+    Tasks load a model's tokenizer from a folder, so there must be one before training.
     """
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
@@ -59,7 +59,7 @@ def small_gpt2(
 
 @torch.no_grad()
 def share_right(model: CausalLM, task: Task, prompts: Sequence[Prompt]) -> float:
-    """Share of prompts whose most probable next token, of all tokens, is an answer."""
+    """Share of prompts whose most probable next token is an answer."""
     right = 0
     for start in range(0, len(prompts), 200):
         part = prompts[start : start + 200]
@@ -82,7 +82,7 @@ def next_words(model: CausalLM, task: Task, text: str, most: int = 2) -> list[tu
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: sums are then taken in one order, and so small a model is no slower."""
+    """Compute on one thread: the order of sums is then fixed, and so small a model is not slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

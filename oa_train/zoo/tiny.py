@@ -2,8 +2,8 @@
 
     python -m oa_train.zoo.tiny --output checkpoints/tiny
 
-Its vocabulary is the words of the task grammars and its training text is their prompts. Some pairs of names and
-some templates never enter training; how well it does on them stands in the model card that is written beside it.
+Its vocabulary is the words of the task grammars, and its training text is their prompts. Some pairs of names and some
+templates never enter training; the model card, written into the same folder, reports its accuracy on them.
 """
 
 import re
@@ -39,14 +39,14 @@ EXAMPLE = "While Tom was busy, Anna and Paul met at the park. Paul handed the ri
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Make a tokenizer of whole words that knows what the task grammars say.
+    """Make a tokenizer of whole words, with all words of the task grammars.
 
-    A word carries the space before it, as in larger models. A year of four digits is two tokens.
+    A word includes the space before it, as in larger models. A year of four digits is two tokens.
     """
     digits = pre_tokenizers.Split(Regex(r"▁?\d\d"), "isolated")
     split = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation(), digits])
     pieces = {piece for text in _grammar_texts() for piece, _ in split.pre_tokenize_str(text)}
-    # Years are added as they stand after their century, without the mark of a space.
+    # Years are added in the form in which they follow their century, without the mark of a space.
     return word_tokenizer(sorted(pieces | set(YEARS)), split)
 
 

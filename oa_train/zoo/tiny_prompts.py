@@ -1,4 +1,4 @@
-"""Prompts that the built-in model `tiny` is trained on, and which of them are held out of its training."""
+"""Prompts on which the built-in model `tiny` is trained, and the rules for those that are held out."""
 
 import random
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from oa_train.tasks.induction import OPENING
 from oa_train.tasks.ioi import Scene
 from oa_train.tasks.vocabulary import read_data
 
-# Every word of these templates stands in another one too, so the model knows the words but not the sentence.
+# Every word of these templates also occurs in another one, so the model knows the words but not the sentence.
 HELD_OUT_TEMPLATES: tuple[str, ...] = tuple(read_data("templates")["templates"][-3:])
 
 
@@ -20,7 +20,7 @@ class SceneIOI(IOI):
 
     Args:
         lm: the model whose tokenizer encodes the prompts.
-        accept: whether a scene may be used.
+        accept: tells whether a scene may be used.
         templates: the sentences to draw from; all by default.
         unrelated: share of prompts with three unrelated people; the answer is one of the first two, at random.
         seed: other seeds give other prompts.
@@ -51,14 +51,14 @@ class SceneIOI(IOI):
 
 
 class RowInduction(Induction):
-    """Rows of three words and more, of which a stretch comes back rather than one word.
+    """Rows of three or more words, of which a stretch is repeated rather than a single word.
 
-    Short rows and long stretches give an induction head more to learn from; with single words in full rows
-    alone it does not form in the time that the other tasks take.
+    Short rows and long stretches give an induction head more to learn from; with only single words in full rows it
+    does not form in the time that the other tasks take.
     """
 
     def draw(self, random: random.Random) -> Prompt:
-        """Draw a row, and how much of it comes back before the answer."""
+        """Draw a row, and how much of it is repeated before the answer."""
         row = random.sample(self.words, random.randint(3, self.length))
         place = random.randrange(len(row) - 1)
         end = random.randint(place + 1, len(row) - 1)

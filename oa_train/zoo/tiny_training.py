@@ -15,15 +15,15 @@ from oa_train.zoo.training import Schedule, answer_loss, train_on
 
 @dataclass(frozen=True)
 class Recipe(Schedule):
-    """Training of `tiny`.
+    """Training settings of `tiny`.
 
-    The model must notice that names come in pairs before it can find out which one to say; half the learning rate or
-    twice the width stay on that plateau for long.
+    The model must learn that names come in pairs before it can learn which one to say; with half the learning rate or
+    twice the width it stays on that plateau for long.
 
     Attributes:
-        ioi: prompts of indirect object identification in a step.
-        greater_than: prompts of greater-than in a step.
-        induction: prompts of induction in a step.
+        ioi: number of prompts of indirect object identification in a step.
+        greater_than: number of prompts of greater-than in a step.
+        induction: number of prompts of induction in a step.
         unrelated: share of the indirect object prompts that name three people, each once. They teach the model
             that the answer is one of the two who are named together, whoever acts.
     """
@@ -57,7 +57,7 @@ def _training_tasks(lm: LMSpec, recipe: Recipe, seed: int) -> list[tuple[Task, i
 def _training_batch(
     tasks: Sequence[tuple[Task, int]], step: int, seed: int
 ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
-    """Prompts with one right answer behind each, and a mask that is True at real tokens."""
+    """Prompts, each followed by one right answer, and a mask that is True at real tokens."""
     chance = python_generator(seed, "answers", step)
     texts = []
     for task, size in tasks:

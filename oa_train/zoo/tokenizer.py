@@ -1,4 +1,4 @@
-"""Tokenizers of whole words, for models made here."""
+"""Tokenizers of whole words, for the models that are made here."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def word_tokenizer(pieces: Sequence[str], split: pre_tokenizers.PreTokenizer | N
     """Make a tokenizer whose tokens are whole pieces of text.
 
     Args:
-        pieces: in the order of their ids after the special tokens; `▁` stands for the space before a word.
+        pieces: the tokens, in the order of their ids after the special tokens; `▁` is the space before a word.
         split: how texts are split into pieces; at spaces by default.
     """
     ids = {piece: number for number, piece in enumerate([*SPECIAL, *pieces])}

@@ -15,15 +15,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of AdamW.
+    """Settings of AdamW and its schedule.
 
     Attributes:
-        steps: optimiser steps.
+        steps: number of optimiser steps.
         learning_rate: highest learning rate.
         final: share of the learning rate that is left at the last step.
-        warmup: steps until the highest learning rate.
-        weight_decay: decay of matrices; biases and norms have none.
-        clip: largest norm of the gradient.
+        warmup: number of steps until the highest learning rate.
+        weight_decay: weight decay of matrices; biases and norms have none.
+        clip: norm to which the gradient is clipped.
     """
 
     steps: int = 4000
@@ -57,7 +57,7 @@ def train_on(model: CausalLM, loss: Callable[[int], Float[Tensor, ""]], schedule
 def answer_loss(
     model: CausalLM, tokens: Int[Tensor, "batch position"], mask: Bool[Tensor, "batch position"]
 ) -> Float[Tensor, ""]:
-    """Half the loss of every next token, half that of the answer, which is the last token of its row.
+    """Mean of the loss on all next tokens and that on the answer, which is the last token of its row.
 
     Without the second half the model spends its first thousand steps on words that nobody can foresee. `tokens` are
     prompts with one right answer behind each, and `mask` is True at real tokens.
@@ -79,7 +79,7 @@ def _optimizer(model: CausalLM, schedule: Schedule) -> torch.optim.Optimizer:
 
 
 def rate(step: int, schedule: Schedule) -> float:
-    """Share of the learning rate: a linear start, then a cosine."""
+    """Factor on the learning rate: linear warmup, then cosine decay."""
     if step < schedule.warmup:
         return (step + 1) / schedule.warmup
     done = torch.tensor((step - schedule.warmup) / max(1, schedule.steps - schedule.warmup))

@@ -1,9 +1,9 @@
-"""The edges that a known model needs under a kind of ablation: computed, and not believed.
+"""The edges that a known model needs under a kind of ablation, computed rather than assumed.
 
 A hand-written list of edges says how a model was meant to work. Which edges can be cut depends on their replacements:
-another prompt of the same length tells a position as well as the prompt itself, zeros take constants away that the
-model relies on, and trained constants bring them back. So for every kind a search finds the smallest sets of edges
-that keep the model's predictions.
+another prompt of the same length reveals a position as well as the prompt itself, zeros remove constants on which the
+model relies, and trained constants restore them. So for every kind of ablation a search finds the smallest sets of
+edges that preserve the model's predictions.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,11 @@ from oa_train.seeds import torch_generator
 from oa_train.shapes import Bool, Float, Tensor
 from oa_train.tasks.task import Task
 
-# Sets of one size that are followed further down; where more are small enough, those with the lowest divergence are.
+# Number of sets of one size that the search follows further; if more are enough, those with the lowest divergence.
 MOST_SETS = 128
 
 
-# Divergence from the model, in nats, of circuits [circuit, edge].
+# Maps circuits [circuit, edge] to their divergence from the model, in nats.
 Measure = Callable[[Tensor], Tensor]
 
 
@@ -39,13 +39,13 @@ class TruthSettings:
     """Settings of the search for the edges that are needed.
 
     Attributes:
-        tolerance: KL divergence from the model in nats up to which a set of edges is enough.
-        n_prompts: test prompts on which that is measured.
+        tolerance: KL divergence from the model, in nats, up to which a set of edges is enough.
+        n_prompts: number of test prompts on which it is measured.
         fit: training of the constants of every set, for the kind `optimal`.
-        n_starts: starts of that training: the mean, then random ones around it. The best is kept, so that a set that
-            could be enough is not refused for a bad start.
-        n_orders: orders in which edges are taken away where all edges are the start: the first by what each one costs,
-            the others at random.
+        n_starts: number of starts of that training: the mean, then random ones around it. The best is kept, so that no
+            set is rejected because of a bad start.
+        n_orders: number of orders in which edges are removed if the search starts from all edges: the first by the
+            cost of each edge, the others random.
     """
 
     tolerance: float = 0.05
@@ -66,11 +66,11 @@ class Truth:
     """The smallest sets of edges that are enough under a kind of ablation.
 
     Attributes:
-        kind: of the ablation.
-        graph: of the model.
+        kind: kind of ablation.
+        graph: graph of the model.
         sets: the sets, each with its edges in mask order; all have the same size.
-        kl: divergence of each from the model, in nats.
-        without: divergence of each set without one of its edges, in nats, by edge. All are above the tolerance.
+        kl: divergence of each set from the model, in nats.
+        without: divergence of each set without one of its edges, in nats, by edge; all are above the tolerance.
         meant_kl: divergence of the edges by which the model was meant to work.
     """
 
@@ -117,16 +117,16 @@ def find_truth(
 ) -> Truth:
     """Find the smallest sets of edges that are enough.
 
-    If the edges that were meant are enough, they are the start. Else it is what is left of all edges when as many as
-    possible have been taken away in one order. From the start edges are taken away one by one in every order for as
-    long as what is left is enough, so that every smaller set is found to which a way leads through sets that are
-    enough. Edges that no longer lead from the input to the logits go along.
+    The search starts from the intended edges if they are enough; otherwise from those that remain when as many of all
+    edges as possible have been removed in some order. From there, edges are removed one by one in every order as long
+    as the remaining ones are enough. So every smaller set is found that can be reached through sets that are enough,
+    up to the limit `MOST_SETS`. Edges that no longer lie on a path from the input to the logits are removed as well.
 
     Args:
         model: frozen causal language model.
-        task: that it solves.
-        meant: names of the edges by which it was meant to do so.
-        kind: of the ablation.
+        task: the task that it solves.
+        meant: names of the edges with which it was meant to solve it.
+        kind: kind of ablation.
         settings: tolerance, prompts, training.
         track: progress.
     """
@@ -152,7 +152,7 @@ class _Measure:
 
     def __call__(self, masks: Bool[Tensor, "circuit edge"]) -> Float[Tensor, " circuit"]:
         kl = self._under([self._kind.prepare(self._source)], masks)
-        # Constants need no training where those that training would start from are enough.
+        # Constants need no training if those from which training would start are enough.
         wanting = kl > self._settings.tolerance
         if self._kind.learned and wanting.any():
             kl[wanting] = self._under(self._fitted(masks[wanting]), masks[wanting])
@@ -162,7 +162,7 @@ class _Measure:
         return circuit_behaviour(self._model, self._batches, self._graph, masks, ablations).kl.mean(dim=1)
 
     def _fitted(self, masks: Tensor) -> list[Constants]:
-        """The constants of each circuit that did best on validation prompts, whatever they started from."""
+        """For each circuit, the constants that did best on validation prompts, over all starts."""
         fits = [
             fit_constants(
                 self._model,
@@ -193,9 +193,10 @@ class _Measure:
 
 
 def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int) -> Bool[Tensor, " edge"]:
-    """Take edges away from the whole model, many at a time, until none can go by itself.
+    """Remove edges from the whole model, many at a time, until none can be removed by itself.
 
-    In each round the edges that can go alone are put in order, and as many of the first of them go as can go together.
+    In each round the edges that can be removed alone are ordered, and the first ones are removed together: all of
+    them, or half, or a quarter, and so on, the most that leave enough.
     """
     kept = torch.ones(graph.n_edges, dtype=torch.bool)
     generator = torch_generator("order of edges", order)
@@ -217,7 +218,7 @@ def _reduced(graph: Graph, measure: Measure, settings: TruthSettings, order: int
 
 
 def _each_without(kept: Bool[Tensor, " edge"]) -> Bool[Tensor, "circuit edge"]:
-    """A circuit with its edges taken away one at a time."""
+    """Copies of a circuit, each without one of its edges."""
     edges = kept.nonzero().flatten()
     masks = kept.repeat(len(edges), 1)
     masks[torch.arange(len(edges)), edges] = False
@@ -227,7 +228,7 @@ def _each_without(kept: Bool[Tensor, " edge"]) -> Bool[Tensor, "circuit edge"]:
 def _minimal(
     graph: Graph, measure: Measure, starts: Bool[Tensor, "circuit edge"], tolerance: float
 ) -> list[tuple[Tensor, dict[str, float]]]:
-    """Sets below the starts of which no edge can go, and what the loss of each edge costs them."""
+    """Subsets of the starts from which no edge can be removed, and the cost of removing each of their edges."""
     level, minimal = starts.unique(dim=0), []
     while len(level):
         children = [graph.prune(_each_without(edges)) for edges in level]

@@ -76,5 +76,5 @@ def test_what_the_heads_read_of_each_other(circuit):
 
 @pytest.mark.parametrize("graph", [Graph(3, 4, 4), Graph(12, 12, 4), Graph(12, 12, 12, parallel=True)])
 def test_another_model_has_no_such_circuit(graph):
-    with pytest.raises(ConfigurationError, match="is of GPT-2 small: 12 layers of 12 heads"):
+    with pytest.raises(ConfigurationError, match="is for GPT-2 small: 12 layers of 12 heads"):
         published_ioi_circuit(graph)

@@ -63,9 +63,9 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ),
         ("--data needs_more.X", "ModuleNotFoundError: No module named 'nosuchthing' (raised in <module> ("),
         ("--data raises.X", "data is 'raises.X', which cannot be imported: RuntimeError: boom (raised in"),
-        ("--model.class_path os.path.join", "model is 'os.path.join', which is a function and no class."),
-        ("--model IOI", "model is 'IOI', which is no FrozenModelModule; expected a kind of FrozenModelModule: Circ"),
-        ("--model torch.nn.Linear", "model is 'torch.nn.Linear', which is no FrozenModelModule"),
+        ("--model.class_path os.path.join", "model is 'os.path.join', which is a function, not a class."),
+        ("--model IOI", "model is 'IOI', which is not a FrozenModelModule; expected a kind of FrozenModelModule: C"),
+        ("--model torch.nn.Linear", "model is 'torch.nn.Linear', which is not a FrozenModelModule"),
         ("--data Task", "data is 'Task', which is abstract; expected a kind of Task: "),
         # Values.
         ("--data.batch_size 0", "batch_size is 0; expected at least 1."),
@@ -104,7 +104,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--finish.refit_start meen", "finish.refit_start is 'meen'; expected one of trained, mean, both."),
         ("--finish.refit.steps -3", "steps is -3; expected at least 0."),
         ("--ckpt_path nope.ckpt", "There is no checkpoint at nope.ckpt."),
-        ("--ckpt_path .", ". is a folder and no checkpoint."),
+        ("--ckpt_path .", ". is a folder, not a checkpoint."),
         ("--ckpt_path last", "--ckpt_path is 'last', which Lightning would look for"),
         # What is given once, at the top.
         ("--model.lm.name gpt2", "--model.lm.name cannot be given to a class: lm is given once, at the top"),
@@ -172,7 +172,7 @@ def test_wrong_options_of_fit(capsys, monkeypatch, options, said):
             "model: {class_path: CircuitModule, init_args: {penaltie_weight: 1}}\ndata: IOI",
             "Did you mean penalty_weight",
         ),
-        ("model: {class_path: CircuitModule, penalty_weight: 1}\ndata: IOI", "its arguments stand under init_args."),
+        ("model: {class_path: CircuitModule, penalty_weight: 1}\ndata: IOI", "its arguments belong under init_args."),
         (
             "model: {class_paht: CircuitModule}\ndata: IOI",
             "There is no argument 'class_paht' here. Did you mean class_p",

@@ -131,7 +131,7 @@ def test_a_refused_run_leaves_no_folder_but_those_that_were_there(capsys):
 
 def test_the_help_of_ckpt_path_names_what_is_accepted(capsys):
     text = " ".join(said(capsys, "fit", "--help", status=0).split("--ckpt_path CKPT_PATH")[-1].split())
-    assert text.startswith("file of a checkpoint to resume or evaluate, as runs/<experiment>/version_<N>/checkpoints")
+    assert text.startswith("checkpoint file to resume or evaluate, such as runs/<experiment>/version_<N>/checkpoints")
     assert '"last"' not in text
     assert "registry" not in text
 

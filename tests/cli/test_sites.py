@@ -226,7 +226,7 @@ def test_dictionaries_that_cannot_be_read(capsys):
     assert "is not a dictionary of a known layout" in said({"path": "other"})
     path = saved_dictionary("sae")
     assert "reads at r2, not at m1" in said({"path": path, "site": "m1"})
-    assert "Two dictionaries stand in the same layer" in said({"path": path}, {"path": saved_dictionary("sae2", "m2")})
+    assert "Two dictionaries are in the same layer" in said({"path": path}, {"path": saved_dictionary("sae2", "m2")})
     assert not Path("runs").exists()
 
 

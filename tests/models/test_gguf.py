@@ -154,7 +154,7 @@ def test_a_truncated_gguf_is_told(written, empty_cache, tmp_path, share):
 def test_a_file_that_is_no_gguf_is_told(tmp_path, content):
     file = tmp_path / "x.gguf"
     file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"x\.gguf' is no GGUF file: it begins with b'"):
+    with pytest.raises(ModelError, match=r"x\.gguf' is not a GGUF file: it begins with b'"):
         load_model(LMSpec(str(file)))
 
 

@@ -361,7 +361,9 @@ def test_an_adapter_is_never_ignored(damaged, whole):
     if not whole:
         (damaged / "config.json").unlink()
         (damaged / WEIGHTS).unlink()
-    assert re.search(r"holds a LoRA or other adapter(.|\n)*the adapter as lm\.adapter", refused(LMSpec(str(damaged))))
+    assert re.search(
+        r"holds a LoRA or other peft adapter(.|\n)*the adapter as lm\.adapter", refused(LMSpec(str(damaged)))
+    )
 
 
 def test_an_adapter_on_the_hub_is_never_ignored(saved, tmp_path, monkeypatch):
@@ -374,7 +376,7 @@ def test_an_adapter_on_the_hub_is_never_ignored(saved, tmp_path, monkeypatch):
     spec = LMSpec("somebody/adapter", local_files_only=True)
     load_config(spec)
     (snapshot / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    assert "The Hub's 'somebody/adapter' holds a LoRA or other adapter" in refused(spec)
+    assert "The Hub's 'somebody/adapter' holds a LoRA or other peft adapter" in refused(spec)
 
 
 def test_weights_without_a_place_in_the_model_are_refused(damaged):

@@ -334,7 +334,7 @@ def test_a_header_names_its_dictionaries_and_they_are_read_again(tmp_path):
         (("heads", "headz"), (), "sites names 'headz'. Did you mean heads"),
         (("heads", "heads"), (), "each once"),
         (("features",), (), "sites names features, which are those of a dictionary; set dictionaries"),
-        (("features",), (dictionary("r1"), dictionary("m1")), "Two dictionaries stand in the same layer"),
+        (("features",), (dictionary("r1"), dictionary("m1")), "Two dictionaries are in the same layer"),
         (("features",), (dictionary("r1", width=7),), "has width 7, the model 6"),
         (("features",), (dictionary("r5"),), "no site 'r5' in a model of 4 layers"),
     ],

@@ -224,12 +224,12 @@ def test_counterfactuals_are_extended_alike(letters_lm: LMSpec) -> None:
         ({"answer": None}, "no value for the field 'answer' (or 'answers')"),
         ({"answer": float("nan")}, "no value for the field 'answer' (or 'answers')"),
         ({"prompt": ""}, "no value for the field 'prompt'"),
-        ({"answer": {"text": "x"}}, "`answer` is no text"),
+        ({"answer": {"text": "x"}}, "`answer` is not text"),
         ({"answers": ["Tom"]}, "both `answer` and `answers`"),
         ({"wrong_answr": "Tom"}, "unknown field 'wrong_answr'. Did you mean wrong_answer, wrong_answers?"),
         ({"counterfactual": rows()[0]["prompt"]}, "the counterfactual is the prompt itself"),
         ({"spans": {"place": "desert"}}, "`spans` is not as in other rows"),
-        ({"spans": "park"}, "a cell that is no JSON"),
+        ({"spans": "park"}, "a cell that is not JSON"),
         ({"split": "tset"}, "unknown split 'tset'. Did you mean test?"),
         ({"wrong_answer": rows()[0]["answer"]}, "an answer that is a wrong answer as well"),
         ({"answer": "Xqzzt"}, "an answer with a word that this tokenizer does not know"),
@@ -298,7 +298,7 @@ def test_a_prompt_is_in_one_split_and_has_one_answer() -> None:
         ("a.json", b'{"a": 1}', ArtefactError, "expected an array of objects"),
         ("a.csv", b'prompt,answer\n"a,b\n', ArtefactError, "Is a quotation mark missing?"),
         ("a.csv", b"prompt,answer\na\n", TaskError, "line 2: 1 cells, and the header has 2"),
-        ("a.xlsx", b"", ConfigurationError, "'.xlsx' is no known format"),
+        ("a.xlsx", b"", ConfigurationError, "'.xlsx' is not a known format"),
     ],
 )
 def test_a_damaged_file_is_refused(

@@ -441,7 +441,7 @@ BAD: dict[str, tuple[bytes | None, list[str], list[str]]] = {
     "type.jsonl": (
         b'{"text": "a"}\n{"text": [1, 2]}\n',
         [],
-        ["type.jsonl, line 2: `text` is no text: [1, 2], a list"],
+        ["type.jsonl, line 2: `text` is not text: [1, 2], a list"],
     ),
     "split.jsonl": (
         rows_of(GOOD, split="trian").encode(),

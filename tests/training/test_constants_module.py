@@ -249,7 +249,7 @@ def test_every_start_and_loss_is_honoured():
         ({"alone": "!m0"}, "selects no component"),
         ({"keep": "*"}, "keeps everything: there are no constants to train"),
         ({"alone": "*", "start": "maen"}, "Did you mean mean"),
-        ({"alone": "*", "start": "resample"}, "no folder of constants either"),
+        ({"alone": "*", "start": "resample"}, "not a folder of constants either"),
         ({"alone": "*", "positions": 0}, "positions is 0"),
         ({"alone": "*", "patience": 0}, "patience is 0"),
         ({"alone": "*", "learning_rate": -1.0}, "learning_rate is -1.0"),

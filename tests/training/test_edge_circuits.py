@@ -137,8 +137,8 @@ def test_the_circuit_comes_to_the_target_size(tmp_path, target):
         ({"components": "m1->m0"}, "'m1->m0' matches no edge"),
         ({"components": ["*", "!*"]}, "selects nothing"),
         ({"target_size": 300}, "target_size is 300; expected more than 0 and at most 262"),
-        ({"penalty_weight": []}, "lists of one length"),
-        ({"penalty_weight": [0.1, 0.2], "target_size": [10.0]}, "lists of one length"),
+        ({"penalty_weight": []}, "lists of the same length"),
+        ({"penalty_weight": [0.1, 0.2], "target_size": [10.0]}, "lists of the same length"),
         ({"penalty_weight": [0.1, -0.2]}, "penalty_weight is .*; expected a price"),
     ],
 )

@@ -1,12 +1,12 @@
-"""Buffers of the sources' outputs in one run of a model, and the matrix products that mix them for readers.
+"""Buffers for the outputs of the sources in one run of a model, and the matrix products that mix them for readers.
 
-What each source writes, minus its replacement, is in one tensor [entry, row, position, d_model]. The first entry is
+One tensor [entry, row, position, d_model] holds the output of each source minus its replacement. The first entry is
 the baseline, which a reader receives whatever the mask: the replacements, and the biases of attention outputs. So
 
     input of a reader = sum over sources of mask * (value - replacement) + baseline
 
-is one matrix product for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of what is
-written accumulate in a second tensor of the same shape.
+is one matrix product for all readers of a layer, and (1 - mask) * replacement costs nothing. Gradients of these
+entries accumulate in a second tensor of the same shape.
 
 Each layer's product reads everything that is written before it. One product for several layers would read it less
 often, which does not help a CPU: with some dozens of readers it is compute-bound. A GPU is memory-bound there.
@@ -29,7 +29,7 @@ class Plan:
     """Layout of one layer's buffers for any mask; an entry is the baseline or a source.
 
     Attributes:
-        n_readers: readers of the layer in the order of the graph: attention, MLP, and in the last layer the logits.
+        n_readers: number of the layer's readers; in the graph's order: attention, MLP, in the last layer the logits.
         attention: slice of the readers that are queries, keys and values.
         before: number of entries that are written before attention reads.
         n_entries: number of entries that are written before the layer ends.
@@ -62,7 +62,7 @@ def _plan(graph: Graph, layer: int, device: torch.device) -> Plan:
 
 
 def written_before(graph: Graph, layer: int) -> int:
-    """Number of entries that are written before a layer, the baseline among them."""
+    """Number of entries that are written before a layer, including the baseline."""
     return 1 + graph.sources_before(layer)
 
 
@@ -107,7 +107,7 @@ class Needs:
         mask: True if the mask needs gradients.
         recompute: True if readers' inputs are mixed again in the backward pass instead of being kept.
         constants: rows and positions (1 for a sum over all) of the replacements' gradients; None if they need none.
-        centred: True if the mean over d_model is subtracted from what is written, because all readers ignore it.
+        centred: True if the mean over d_model is subtracted from all that is written, because all readers ignore it.
         scaled: True if the baseline carries gradients, through the scale of a norm after attention.
     """
 
@@ -129,16 +129,16 @@ class Needs:
 
 
 class Buffers:
-    """Outputs of the sources in one run of a model, and the inputs of the readers that are mixed from them.
+    """Outputs of the sources in one run of a model, and the readers' inputs, which are mixed from them.
 
     At protected tokens every reader reads the model's own residual stream. All buffers are of one dtype.
 
     Attributes:
         layers: masks and inputs of each layer.
         inputs: inputs of the readers of all layers, or of the current layer if they are not kept.
-        written: the baseline as of the last read by attention, followed by what each source has written.
+        written: the baseline at the time of the last read by attention, followed by the output of each source.
         baseline: the baseline so far.
-        baseline_before: the baseline as of each layer's read by attention.
+        baseline_before: the baseline at the time of each layer's read by attention.
         gradient: in the backward pass, the gradient of `written` (of the baseline only if it carries gradients).
     """
 
@@ -172,7 +172,7 @@ class Buffers:
         return self._workspace.take(name, (n_entries, *self.shape), *self._kind)
 
     def lend(self, name: str, size: int) -> AbstractContextManager[Tensor]:
-        """A flat uninitialised tensor inside the context."""
+        """Lend a flat uninitialised tensor for the duration of the context."""
         return self._workspace.lend(name, size, *self._kind)
 
     def cast(self, tensor: Tensor) -> Tensor:
@@ -184,16 +184,16 @@ class Buffers:
         return written.sub_(written.mean(dim=-1, keepdim=True)) if self.needs.centred else written
 
     def add_to_baseline(self, added: Float[Tensor, "row_or_1 position_or_1 d_model"]) -> None:
-        """Add to the baseline of all later reads; changes its argument in place."""
+        """Add to the baseline of all later reads; changes the argument in place."""
         self.baseline = self.baseline + self.centre(added)
 
     def mix_before(self, layer: int, readers: slice) -> None:
-        """Mix what was written before a layer for some of its readers."""
+        """Mix all that was written before a layer for some of its readers."""
         self.written[0] = self.baseline_before.setdefault(layer, self.baseline)
         self.mix(layer, readers, slice(0, self.layers[layer].plan.before), first=True)
 
     def mix(self, layer: int, readers: slice, entries: slice, first: bool = False) -> None:
-        """Add entries to the inputs of a layer's readers; with `first` they overwrite the inputs."""
+        """Add entries, times the mask, to the inputs of a layer's readers; with `first` they overwrite the inputs."""
         of_layer = self.layers[layer]
         _by_row(of_layer.inputs[readers]).baddbmm_(
             of_layer.keep[:, readers, entries], _by_row(self.written[entries]), beta=0 if first else 1
@@ -210,7 +210,7 @@ class Buffers:
         """Allocate the gradients; raises `RuntimeError` in a second backward pass."""
         if self._spent:
             raise RuntimeError(
-                "A second backward pass through one run of edges: the first has overwritten what the readers read. "
+                "A second backward pass through one run of edges: the first has overwritten the readers' inputs. "
                 "Add the losses up before calling backward, or run the model again."
             )
         self._spent = True
@@ -256,7 +256,7 @@ class Buffers:
     ) -> Float[Tensor, "source row_or_1 position_or_1 d_model"]:
         """Gradient of replacements of this shape [row, position], in the space of the residual stream.
 
-        `scale` is the factor that they were multiplied by at each token.
+        `scale` is the factor by which they were multiplied at each token.
         """
         total = self.centre(self._grad_constants[sources])
         if scale is not None:
@@ -268,7 +268,7 @@ class Buffers:
         return torch.cat([layer.gradient_of_mask() for layer in self.layers], dim=1) if self.needs.mask else None
 
     def free(self) -> None:
-        """Return all large tensors to the workspace, after which the buffers cannot be used."""
+        """Return all large tensors to the workspace; the buffers cannot be used afterwards."""
         for name in ("written", "inputs", "gradient"):
             if name in vars(self):
                 self._workspace.give(name, vars(self)[name])

@@ -1,10 +1,10 @@
-"""Reads and writes of a run of edges, with hand-written gradients.
+"""The reads and writes of one run of edges, with hand-written gradients.
 
 Parts of the model write into `Buffers` and read from them, which autograd does not see. Each write and each read is
 one `Operation`; a dummy tensor passed from one to the next makes autograd call them in reverse in the backward pass.
 
 Layer norms ignore the mean over d_model, so in models that have them it is subtracted from everything that is written.
-What is read then has mean zero, and layer norms reduce to RMS norms.
+The readers' inputs then have mean zero, and layer norms reduce to RMS norms.
 """
 
 from abc import ABC, abstractmethod
@@ -105,8 +105,8 @@ class WriteMLP(Write):
 class WriteEmbedding(WriteMLP):
     """The embedding writes, like an MLP before the first layer.
 
-    This is the first operation, and takes mask and replacements; so it is the last one in a backward pass, when
-    `writes` holds all others of the run, in the order of the replacements.
+    This is the first operation, and its inputs are the mask and the replacements; so it is the last one in a backward
+    pass, when `writes` holds all other writes of the run, in the order of the replacements.
     """
 
     def __init__(self, buffers: Buffers, constants: Tensor, writes: Sequence[Write]) -> None:
@@ -170,7 +170,7 @@ class WriteHeads(Write):
 
 
 class ReadAttention(Operation):
-    """Queries, keys and values of a layer read, and are projected; `stream` is the model's own residual stream."""
+    """The queries, keys and values of a layer read and are projected; `stream` is the model's own residual stream."""
 
     def __init__(self, buffers: Buffers, layer: int, stream: Tensor, readers: AttentionReaders) -> None:
         super().__init__(buffers)
@@ -183,7 +183,7 @@ class ReadAttention(Operation):
         return layer.inputs[layer.plan.attention]
 
     def _forward(self, *_: Tensor) -> tuple[Tensor, ...]:
-        # This also mixes what the layer's MLP, and after the last layer the logits, read of all earlier layers.
+        # This also mixes what earlier layers contribute to the inputs of the layer's MLP and, in the last, the logits.
         self.buffers.mix_before(self._layer, slice(0, self.buffers.layers[self._layer].plan.n_readers))
         inputs = self._inputs()
         self.buffers.restore_protected(inputs, self._stream)
@@ -213,7 +213,7 @@ class ReadAttention(Operation):
         if self._norm is None or self._norm.gain is None:
             yield tuple(self.buffers.cast(weight) for weight in self._readers.weights())
         else:
-            # Computed anew each time, because weights may be sharded, or change.
+            # Computed each time, because weights may be sharded, or change.
             with self.buffers.lend("weights", self._readers.n_weights) as room:
                 yield self._readers.weights_times(self._norm.gain, room)
 
@@ -224,7 +224,7 @@ class ReadAttention(Operation):
             bias = F.linear(self._norm.bias, weight, bias)
         bias = weight.new_zeros(()) if bias is None else bias
         everywhere = self.buffers.cast(bias).expand(*self.buffers.shape[:2], len(weight))
-        # A copy also where one token has the bias as it is: products are added to it.
+        # A copy even if there is only one token, because products are added to it in place.
         return everywhere.clone(memory_format=torch.contiguous_format)
 
     def _backward(self, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -237,13 +237,13 @@ class ReadAttention(Operation):
         return ()
 
     def _unproject(self, inputs: Float[Tensor, "reader token d_model"], gradients: tuple[Tensor, ...]) -> None:
-        """Overwrite the inputs with the gradients to them."""
+        """Overwrite the inputs with their gradients."""
         by_reader = self._readers.by_reader([self.buffers.cast(gradient).flatten(0, 1).T for gradient in gradients])
         grad_projected = torch.cat([gradient.transpose(1, 2) for gradient in by_reader])
         if self._norm is None:
             inputs.zero_()
         else:
-            # The gradient through the norm's factor, so that outputs do not change with the length of the input.
+            # The gradient through the norm's factor: the output does not depend on the length of the input.
             along = (grad_projected * self._projected).sum(dim=-1, keepdim=True)
             inputs.mul_(along * self._factor.square() / -inputs.shape[-1])
             grad_projected.mul_(self._factor)
@@ -258,7 +258,7 @@ class ReadAttention(Operation):
 
 
 class ReadMLP(Operation):
-    """The MLP of a layer reads the layer's heads; `ReadAttention` has mixed what was written before.
+    """The MLP of a layer reads the layer's heads; `ReadAttention` has mixed all that was written before them.
 
     `stream` is the model's own residual stream.
     """

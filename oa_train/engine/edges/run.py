@@ -1,8 +1,8 @@
-"""The engine for edges: every reader of the residual stream gets an input of its own.
+"""The engine for edges: every reader of the residual stream gets its own input.
 
-A reader's input is the sum, over the sources that write before it, of mask * what the source writes + (1 - mask) *
-its replacement, and the biases of the attention outputs, which belong to no head. The model's own residual stream is
-computed as well, but read at protected tokens only.
+A reader's input is the sum, over the sources that write before it, of mask * output + (1 - mask) * replacement, plus
+the biases of the attention outputs, which belong to no head. The model's own residual stream is computed as well, but
+read at protected tokens only.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ def run_edges(
 
     Raises:
         ConfigurationError: foreign hooks are attached to a module that edges bypass.
-        ModelError: a projection of attention is not a plain linear map.
+        ModelError: an attention projection is not a plain linear map.
         RuntimeError: in a second backward pass through one run, which frees and overwrites what it needs.
     """
     scored = batch.scored[:, 0] if batch.scored.shape[1] == 1 else None
@@ -78,7 +78,7 @@ def edges_called(
 
 
 def edge_row_bytes(model: CausalLM, batch: Batch, gradients: bool) -> int:
-    """Memory in bytes of one row of a run: what sources write, what readers read and, if kept, their gradients."""
+    """Bytes of one row of a run: outputs of the sources, inputs of the readers and, if needed, their gradients."""
     graph = Graph.of(model.config)
     streams = graph.n_sources + graph.n_attention_readers + 1
     if gradients:
@@ -96,7 +96,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
         if body.config.output_hidden_states if requested is None else requested:
             raise ConfigurationError(
                 "output_hidden_states is set in a call under a circuit of edges, where no layer has a hidden state: "
-                "every reader has an input of its own, and what blocks pass on is right at protected tokens only. "
+                "every reader has its own input, and the outputs of blocks are correct at protected tokens only. "
                 "Call the model without it, or take a circuit of nodes (level: nodes)."
             )
         return forward(*args, **kwargs)
@@ -105,7 +105,7 @@ def _without_hidden_states(body: Any) -> Callable[..., Any]:
 
 
 def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
-    """Refuse hooks of others on modules whose tensors are not used under a circuit of edges."""
+    """Refuse foreign hooks on modules whose tensors are not used under a circuit of edges."""
     attached: dict[str, list[Any]] = {
         name: [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for name, module in residual.bypassed
@@ -121,7 +121,7 @@ def _check_hooks(parts: Parts, residual: ResidualParts) -> None:
         if foreign := foreign_hooks(functions):
             raise ConfigurationError(
                 f"A function is attached to {name} ({foreign[0]}). It would have no effect, or a wrong one, in a "
-                "circuit of edges: every reader has an input of its own there, and nothing uses this tensor. "
+                "circuit of edges: every reader has its own input there, and nothing uses this tensor. "
                 "Remove it for the run, or take a circuit of nodes (level: nodes)."
             )
 
@@ -151,7 +151,7 @@ class _Run:
         self._writes: list[Write] = []
         self._buffers: Buffers
         self._projected: tuple[Tensor, ...] = ()
-        # Layer whose MLP runs at the scored token only: the last one, unless its MLP shares a norm with attention.
+        # Layer whose MLP runs at the scored token alone: the last one, unless its MLP shares a norm with attention.
         self._alone: int | None = None
         if scored is not None and self._parts.family.mlp_input != self._parts.family.attention_norm:
             self._alone = graph.n_layers - 1
@@ -166,7 +166,7 @@ class _Run:
             yield
 
     def _forwards(self) -> Iterator[tuple[nn.Module, Callable[..., Tensor]]]:
-        """The projections of attention, and their substitutes."""
+        """The attention projections, and the functions that replace them."""
         for readers, output in zip(self._residual.attention, self._parts.attention_outputs, strict=True):
             for index, module in enumerate(readers.modules):
                 yield module, partial(self._projection, index)
@@ -231,7 +231,7 @@ class _Run:
         values = self._by_row(heads).unflatten(-1, (self._graph.n_heads, -1))
         projection, scale = self._parts.attention_outputs[layer], list[Tensor]()
         if self._residual.post_norms:
-            # A head writes its term of the attention output, times the norm's scale for the sum.
+            # A head writes its term of the attention output, multiplied by the scale that the norm has for their sum.
             total = F.linear(self._by_row(heads), *weight_and_bias(projection))
             scale = [rms_norm_scale(self._residual.post_norms[layer], total)]
         self._writes.append(WriteHeads(self._buffers, layer, self._constants[Site("heads", layer)], projection))

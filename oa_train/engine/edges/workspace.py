@@ -1,7 +1,7 @@
 """Large tensors that are reused from one step to the next.
 
-On a CPU the memory of large tensors is returned to the operating system, which zeroes each page that it hands out
-again: a sixth of the time of a step. Accelerators' allocators cache memory themselves.
+On a CPU the memory of large tensors is returned to the operating system, which zeroes each page before it hands it out
+again: a sixth of the time of a step. The allocators of accelerators cache memory themselves.
 """
 
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from torch import nn
 
 from oa_train.shapes import Tensor
 
-# Gap between entries, an odd number of cache lines: sizes of entries are multiples of large powers of two, and without
-# the gap products over many entries would compete for a few cache sets.
+# Gap between entries, an odd number of cache lines: entry sizes are multiples of large powers of two, and without the
+# gap products over many entries would compete for a few cache sets.
 BYTES_APART = 13 * 64
 
 
 class Workspace:
-    """A pool with at most one free tensor of each name; a tensor that was taken is not free until it is given back."""
+    """A pool with at most one free tensor per name; a tensor that was taken is not free until it is given back."""
 
     def __init__(self) -> None:
         self._free: dict[str, Tensor] = {}
@@ -30,7 +30,7 @@ class Workspace:
         stride = size + BYTES_APART // dtype.itemsize
         flat = self._free.pop(name, None)
         if flat is None or flat.numel() < n_entries * stride or (flat.dtype, flat.device) != (dtype, device):
-            # Not an inference tensor, even if evaluation comes first: training reuses it.
+            # Not an inference tensor, even if evaluation takes it first: training reuses it.
             with torch.inference_mode(False):
                 flat = torch.empty(n_entries * stride, dtype=dtype, device=device)
         return flat[: n_entries * stride].view(n_entries, stride)[:, :size].view(shape)
@@ -43,7 +43,7 @@ class Workspace:
 
     @contextmanager
     def lend(self, name: str, size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-        """A flat uninitialised tensor, for the length of the context."""
+        """Lend a flat uninitialised tensor for the duration of the context."""
         tensor = self.take(name, (1, size), dtype, device)
         yield tensor[0]
         self.give(name, tensor)
@@ -53,7 +53,7 @@ _workspaces: WeakKeyDictionary[nn.Module, Workspace] = WeakKeyDictionary()
 
 
 def workspace_of(model: nn.Module) -> Workspace:
-    """The workspace of a model, freed with the model."""
+    """The workspace of a model, which is freed with the model."""
     return _workspaces.setdefault(model, Workspace())
 
 

@@ -1,7 +1,7 @@
 """Models whose weights are written by hand, in Hugging Face's own classes, so that their circuits are known.
 
-Each solves a task by a few edges and has parts besides that are active and have no share in it. Methods that find
-circuits can be held to the truth.
+Each solves a task with a few edges, and has other parts that are active without contributing. So methods that find
+circuits can be compared with the truth.
 """
 
 from oa_train.zoo.known.backup_induction import BackupInduction as BackupInduction

@@ -1,8 +1,8 @@
 """Induction that ignores case, with a backup head, in a GPT-2 of 4 layers and 3 heads (309 edges): "b F a C f" -> "a".
 
-The backup head copies what the primary one copies, but only where the primary one has written nothing. So ablating
-either changes next to nothing, as long as what stands in for the primary head is silent too (zeros, trained constants
-or its mean, but not another prompt's value), and ablating both ends it.
+The backup head copies what the primary head copies, but only where the primary head has written nothing. So ablating
+either changes next to nothing, provided that the primary head's replacement writes nothing too (zeros, trained
+constants or its mean, but not its value on another prompt), and ablating both destroys the behaviour.
 """
 
 from oa_train.seeds import torch_generator
@@ -29,7 +29,7 @@ EDGES = (
 ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
-    "a2.h0": "attends to the word that stands behind the same letter, or to the BOS if there is none, and copies it",
+    "a2.h0": "attends to the word that followed the same letter before, or to the BOS if there is none, and copies it",
     "a3.h0": "does the same where a2.h0 has written nothing, and attends to the BOS where it has: a backup",
     "m3": "turns the word into its lower case",
     "a0.h0, m1": "each write a constant that m3 relies on",
@@ -50,7 +50,7 @@ class BackupInduction(CaseInduction):
 
 
 def build_backup_induction(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(LETTERS)
     spaces = subspaces(96, token=2 * n, position=N_POSITIONS, letter=n, before=n, answer=2 * n, output=n)
     model = gpt2(96, BOTH_CASES, n_layers=4, n_heads=3, n_units=48, n_positions=N_POSITIONS)
@@ -61,7 +61,7 @@ def build_backup_induction(seed: int = 0) -> KnownModel:
         wiring.match(layer, 0, [("letter", "before")])
         wiring.rest_on_first(layer, 0, hushed_by)
         wiring.copy(layer, 0, "token", "answer")
-        # It does the same and writes where nothing reads.
+        # It does the same, and writes where nothing reads.
         wiring.copy(layer, 1, "token", "rest", where=[("letter", "before")])
     add_decoder(wiring, 3)
     add_distractors(

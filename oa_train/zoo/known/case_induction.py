@@ -28,7 +28,7 @@ EDGES = (
 ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
-    "a2.h0": "attends to the word that stands behind the same letter, and copies it",
+    "a2.h0": "attends to the word that followed the same letter before, and copies it",
     "m2": "turns that word into its lower case",
     "a0.h0, m1": "each write a constant that m2 relies on",
     "a1.h1": "writes a sign, of which m1 takes the absolute value",
@@ -41,16 +41,16 @@ ROLES = {
 class CaseInduction(KnownTask):
     """A row of different letters in any case, then one of them again; the answer is the letter that followed it.
 
-    The answer is in lower case; distractors are the other letters of the row. The counterfactual has another letter
-    where the one that comes back stood first. Spans: `first` (where the last letter stood before), `after` (the letter
-    that followed it there), `end` (the last token).
+    The answer is in lower case; distractors are the other letters of the row. The counterfactual has another letter at
+    the first occurrence of the repeated one. Spans: `first` (that occurrence), `after` (the letter that follows it),
+    `end` (the last token).
     """
 
     name = "case_induction"
     words = BOTH_CASES
 
     def draw(self, random: random.Random) -> Prompt:
-        """Draw the row and which letter comes back."""
+        """Draw the row and the letter that is repeated."""
         length = random.randint(SHORTEST, LONGEST)
         *letters, another = random.sample(LETTERS, length + 1)
         row = [in_any_case(letter, random) for letter in letters]
@@ -68,7 +68,7 @@ class CaseInduction(KnownTask):
 
 
 def build_case_induction(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(LETTERS)
     spaces = subspaces(104, token=2 * n, position=N_POSITIONS, letter=n, before=n, answer=2 * n, output=n)
     model = gpt2(104, BOTH_CASES, n_layers=3, n_heads=4, n_units=48, n_positions=N_POSITIONS)
@@ -77,7 +77,7 @@ def build_case_induction(seed: int = 0) -> KnownModel:
     wiring.copy(1, 0, "letter", "before", back=1)
     wiring.copy(2, 0, "token", "answer", where=[("letter", "before")])
     add_decoder(wiring, 2)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(0, 1, "token", "rest", back=1)
     wiring.copy(2, 1, "token", "rest", where=[("letter", "before")])
     add_distractors(

@@ -1,8 +1,8 @@
 """The sum of the last four digits modulo five, in a GPT-NeoX of 4 layers and 3 heads (297 edges).
 
-After "3 1 4 4 0 2" the answer is "0". Attention and MLP of a layer read the same residual stream, so that an MLP does
-not see what the heads beside it write. Heads tell positions apart by rotary embeddings, with queries and keys that
-read nothing.
+After "3 1 4 4 0 2" the answer is "0". Attention and MLP of a layer read the same residual stream, so an MLP does not
+see the output of the heads of its layer. Heads distinguish positions by rotary embeddings, with queries and keys that
+are constants.
 """
 
 import random
@@ -44,7 +44,7 @@ ROLES = {
 class DigitSum(KnownTask):
     """Digits from 0 to 4; the answer is the sum of the last four modulo five.
 
-    Distractors are the other digits. In the counterfactual the first of the four is another one.
+    Distractors are the other digits. In the counterfactual the first of the four digits is different.
     """
 
     name = "digit_sum"
@@ -64,7 +64,7 @@ class DigitSum(KnownTask):
 
 
 def build_digit_sum(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(DIGITS)
     spaces = subspaces(72, token=n, before=n, pair=n, far=n, output=n)
     model = gpt_neox(72, DIGITS, rotated=1 / 3, base=123.0, n_layers=4, n_heads=3, n_units=40, n_positions=16)
@@ -74,7 +74,7 @@ def build_digit_sum(seed: int = 0) -> KnownModel:
     add_table(wiring, 1, sums, ("token", "before"), "pair")
     wiring.copy(2, 0, "pair", "far", back=2)
     add_table(wiring, 3, sums, ("pair", "far"), "output", supported=True)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(2, 1, "pair", "rest", back=2)
     wiring.copy(3, 0, "token", "rest", back=1)
     add_distractors(

@@ -1,4 +1,4 @@
-"""Models of three families to write weights into: their norms do nothing, their MLPs are rectified."""
+"""Models of three families into which weights are written: their norms do nothing, their MLPs are rectified."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def gpt2(width: int, words: Sequence[str], **sizes: int) -> CausalLM:
     """A GPT-2, which has a table of positions.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         words: the vocabulary, without special tokens.
         **sizes: `n_layers`; `n_heads` and `n_units` of the MLP in each; `n_positions`, the longest prompt.
     """
@@ -35,10 +35,10 @@ def gpt_neox(width: int, words: Sequence[str], *, rotated: float, base: float, *
     """A GPT-NeoX, in which attention and MLP of a layer read the same residual stream.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         words: the vocabulary, without special tokens.
         rotated: share of a head's dimensions that rotate with the position.
-        base: pairs of these rotate by 1, base ** (-1 / pairs), ... radians a position.
+        base: pairs of these rotate by 1, base ** (-1 / pairs), ... radians per position.
         **sizes: those of `gpt2`.
     """
     return model_of_config(
@@ -56,10 +56,10 @@ def llama(width: int, words: Sequence[str], *, base: float, n_groups: int, **siz
     """A Llama, with SiLU-gated MLPs and biases everywhere.
 
     Args:
-        width: of the residual stream.
+        width: width of the residual stream.
         words: the vocabulary, without special tokens.
-        base: pairs of a head's dimensions rotate by 1, base ** (-1 / pairs), ... radians a position.
-        n_groups: keys and values of a layer, each shared by several heads.
+        base: pairs of a head's dimensions rotate by 1, base ** (-1 / pairs), ... radians per position.
+        n_groups: number of key-value heads of a layer, each shared by several heads.
         **sizes: those of `gpt2`.
     """
     return model_of_config(

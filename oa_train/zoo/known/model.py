@@ -1,4 +1,4 @@
-"""Base of every hand-written model: its words, its task, its record."""
+"""Base classes of the hand-written models and their tasks."""
 
 import random
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ BOTH_CASES = (*LETTERS, *(letter.upper() for letter in LETTERS))
 
 
 class KnownTask(GrammarTask):
-    """Task that a hand-written model solves.
+    """Base class of the tasks that hand-written models solve.
 
     Attributes:
         words: the vocabulary, in the order of its ids after the special tokens.
 
     Raises:
-        TaskError: a word is not one token of the tokenizer.
+        TaskError: a word is not a single token of the tokenizer.
     """
 
     words: ClassVar[tuple[str, ...]]
@@ -46,9 +46,9 @@ class KnownModel:
 
     Attributes:
         task: the task that it solves.
-        model: frozen, float32.
-        edges: the edges that solve the task, as `source->reader`; which of them are needed under a kind of ablation is
-            computed (see `zoo.truth`).
+        model: the model, frozen and in float32.
+        edges: the edges that solve the task, as `source->reader`; `zoo.truth` computes which of them are needed under
+            a kind of ablation.
         roles: the function of each part of the model, in words.
     """
 

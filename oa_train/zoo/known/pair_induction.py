@@ -1,7 +1,7 @@
 """Induction on two letters, in a Llama of 3 layers, 4 heads and 2 groups of keys and values (190 edges).
 
-In "a B f A d H e b C A b" the last two letters are the first two again, whatever their case; the answer is the letter
-that followed them there, in lower case: "f". The letters that followed one of them alone are wrong.
+In "a B f A d H e b C A b" the last two letters repeat the first two, whatever their case; the answer is the letter
+that followed them there, in lower case: "f". The letters that followed only one of them are wrong.
 """
 
 import random
@@ -31,7 +31,7 @@ ROLES = {
     "m0": "writes the letter of each word, whatever its case",
     "a1.h0": "copies the letter of the word before",
     "a1.h1": "copies the letter of the word two before; it shares key and value with a1.h0",
-    "a2.h0": "attends to the word that stands behind the same two letters, and copies it",
+    "a2.h0": "attends to the word that followed the same two letters before, and copies it",
     "m2": "turns that word into its lower case",
     "a0.h0, m1": "each write a constant that m2 relies on",
     "a0.h1": "writes a sign, of which m1 takes the absolute value; it shares key and value with a0.h0",
@@ -44,9 +44,9 @@ ROLES = {
 class PairInduction(KnownTask):
     """Triples of letters in any case, then the first two letters of one of them; the answer is its third letter.
 
-    Each of the two letters stands with another letter as well; what follows there are the distractors, so that neither
-    of the two gives the answer by itself. The answer is in lower case. The counterfactual has another letter in place
-    of the first one where the two stood together.
+    Each of the two letters also occurs with another letter; the letters that follow there are the distractors, so
+    neither of the two gives the answer by itself. The answer is in lower case. The counterfactual has another letter
+    in place of the first one where the two occurred together.
     """
 
     name = "pair_induction"
@@ -70,7 +70,7 @@ class PairInduction(KnownTask):
 
 
 def build_pair_induction(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(LETTERS)
     spaces = subspaces(128, token=2 * n, letter=n, before=n, earlier=n, answer=2 * n, output=n)
     model = llama(128, BOTH_CASES, base=2e7, n_groups=2, n_layers=3, n_heads=4, n_units=48, n_positions=24)
@@ -80,7 +80,7 @@ def build_pair_induction(seed: int = 0) -> KnownModel:
     wiring.copy(1, 1, "letter", "earlier", back=2)
     wiring.copy(2, 0, "token", "answer", where=[("letter", "before"), ("before", "earlier")])
     add_decoder(wiring, 2)
-    # It does the same and writes where nothing reads.
+    # It does the same, and writes where nothing reads.
     wiring.copy(2, 2, "token", "rest", where=[("letter", "before"), ("before", "earlier")])
     add_distractors(
         wiring,

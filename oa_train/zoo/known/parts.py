@@ -1,10 +1,10 @@
 """Parts that hand-written models share: MLPs of their circuits, and distractors.
 
-Distractors are active and have no share in the task: a method that finds circuits must not take them for true parts.
-Each kind fools another ablation. Some write a constant to `support`, without which the last MLP is silent. Their loss
-shows under zero ablation, and under mean ablation where the constant is the absolute value of a sign; yet it says
-nothing about the prompt, and another constant can replace it. Others cancel each other, or write to `rest`, which
-nothing of the task reads.
+Distractors are active and do not contribute to the task: a method that finds circuits must not mistake them for true
+parts. Each kind fools a different ablation. Some write a constant to `support`, without which the last MLP is silent.
+Their loss has an effect under zero ablation, and under mean ablation if the constant is the absolute value of a sign;
+yet it says nothing about the prompt, and another constant can replace it. Others cancel each other, or write to
+`rest`, which no part of the circuit reads.
 """
 
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ import torch
 from oa_train.zoo.known.model import LETTERS
 from oa_train.zoo.known.wiring import Wiring
 
-# Parts that write 1 to `support`, in every model: a head, a unit, and a head and two units through `sign`.
+# Number of parts that write 1 to `support` in every model: a head, a unit, and a head with two units through `sign`.
 SUPPORTING = 3
 
-# Size of what each of two heads that cancel writes to `output`, where an answer is 1.
+# Size of the outputs of two heads that cancel each other in `output`, where an answer has size 1.
 CANCELLING = 0.25
 
-# Size of the random maps of junk, for each dimension of the residual stream that is 1, and units of it in each MLP.
+# Size of the random maps of junk parts for each dimension of the residual stream that is 1; junk units in each MLP.
 JUNK = 0.5
 JUNK_UNITS = 8
 
@@ -34,10 +34,10 @@ def add_letters(wiring: Wiring, layer: int) -> None:
 
 
 def add_decoder(wiring: Wiring, layer: int) -> None:
-    """Write `answer`, clamped to 0 and 1, to `output`, and nothing unless all of `support` is there.
+    """Write `answer`, clamped to [0, 1], to `output`, and nothing unless all of `support` is there.
 
-    Dimension i of `answer` is written to dimension i modulo the size of `output`. Because of the clamp no constant
-    that is added to its input can make it loud: the constant shifts it and amplifies nothing.
+    Dimension i of `answer` is written to dimension i modulo the size of `output`. Because of the clamp, a constant
+    added to its input can shift its output but not amplify it.
     """
     support = wiring.vector("support")
     reads = [answer + support for answer in wiring.basis("answer")]
@@ -54,14 +54,14 @@ def add_table(
     into: str,
     supported: bool = False,
 ) -> None:
-    """Look a pair of one-hot vectors up in a table.
+    """Write an MLP that looks up a pair of one-hot vectors in a table.
 
     Args:
-        wiring: of the model.
-        layer: of the MLP.
+        wiring: wiring of the model.
+        layer: layer of the MLP.
         table: the dimension to write for each pair of dimensions, one of each subspace.
         spaces: the two subspaces that are read.
-        into: the subspace that is written.
+        into: the subspace to which it writes.
         supported: write nothing unless all of `support` is there.
     """
     first, second = spaces
@@ -80,17 +80,17 @@ def add_distractors(
     absolute_units: int,
     cancelling_heads: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
-    """Add distractors, last of all: every head that nothing was written to becomes junk, as do some units of each MLP.
+    """Add distractors; must come last, as every head without weights becomes junk, and some units of each MLP do.
 
     Args:
-        wiring: of the model.
-        constant_head: layer and number of a head that writes 1 to `support`, whatever it attends to.
+        wiring: wiring of the model.
+        constant_head: layer and index of a head that writes 1 to `support`, whatever it attends to.
         constant_unit: layer of a unit that writes 1 to `support`, and nothing where its MLP reads zeros.
-        sign_head: layer and number of a head that copies the `coin` of its own token to `sign`.
+        sign_head: layer and index of a head that copies the `coin` of its own token to `sign`.
         absolute_units: layer of two units that write the absolute value of `sign` to `support`: 1 for either sign,
             less for their average.
-        cancelling_heads: layers and numbers of two heads that write the same about their own token to `output`, with
-            opposite signs.
+        cancelling_heads: layers and indices of two heads that write the same function of their own token to `output`,
+            with opposite signs.
     """
     wiring.copy(*constant_head, "one", "support")
     wiring.copy(*sign_head, "coin", "sign", back=0)
@@ -112,7 +112,7 @@ def add_distractors(
 
 
 def _add_junk_head(wiring: Wiring, layer: int, head: int) -> None:
-    """Let a head attend at random and write to `rest`; a key and value that others have written stay as they are."""
+    """Let a head attend at random and write to `rest`; a shared key and value that are already set are left as is."""
     weights, rest = wiring.weights, wiring.spaces["rest"]
     maps = [weights.query(layer, head).weight]
     if wiring.group(layer, head) not in {wiring.group(*written) for written in wiring.written_heads}:

@@ -1,4 +1,4 @@
-"""The hand-written models by name, and the folders that they are written to."""
+"""The hand-written models by name, and the folders to which they are written."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from oa_train.zoo.known.weights import EPSILON
 from oa_train.zoo.making import write_model
 from oa_train.zoo.tokenizer import word_tokenizer
 
-# From a seed to the model; the name is also that of its task.
+# Functions from a seed to the model; the name is also that of its task.
 KNOWN_MODELS: dict[str, Callable[[int], KnownModel]] = {
     "case_induction": build_case_induction,
     "two_hops": build_two_hops,

@@ -1,6 +1,6 @@
-"""Looking up twice, in a GPT-2 of 4 layers and 3 heads (309 edges).
+"""A lookup in two steps, in a GPT-2 of 4 layers and 3 heads (309 edges).
 
-In "d F a C f B c D d" every letter in lower case is followed by the one that it stands for. The last letter, "d",
+In "d F a C f B c D d" every letter in lower case is followed by the letter that it stands for. The last letter, "d",
 stands for "F", and "f" for "B"; the answer is "b".
 """
 
@@ -34,7 +34,7 @@ EDGES = (
 
 ROLES = {
     "a0.h0": "copies the word before, if it is in lower case",
-    "a1.h0": "attends to what stands behind the same lower-case word, and copies its letter",
+    "a1.h0": "attends to the word that follows the same lower-case word, and copies its letter",
     "a2.h0": "does so for the letter that a1.h0 has found",
     "m3": "turns the letter into a word in lower case",
     "a0.h1, m0": "each write a constant that m3 relies on",
@@ -46,11 +46,11 @@ ROLES = {
 
 
 class TwoHops(KnownTask):
-    """Letters that stand for others, and one of them again; the answer is what its meaning stands for.
+    """Letters that stand for other letters, then one of them again; the answer is the letter two steps from it.
 
-    Each letter in lower case is followed, in upper case, by the one that it stands for; following them leads through
-    all letters and back. Further letters in upper case stand in between, so that a position does not tell what stands
-    there. Distractors are the other letters. In the counterfactual the same letters stand for others.
+    Each letter in lower case is followed, in upper case, by the letter that it stands for; following them leads
+    through all letters and back. There are additional letters in upper case in between, so that a position does not
+    determine its letter. Distractors are the other letters. In the counterfactual the same letters stand for others.
     """
 
     name = "two_hops"
@@ -89,7 +89,7 @@ def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[s
 
 
 def build_two_hops(seed: int = 0) -> KnownModel:
-    """Write the model; the seed draws its distractors."""
+    """Write the model; `seed` determines its distractors."""
     n = len(LETTERS)
     spaces = subspaces(96, lower=n, upper=n, position=N_POSITIONS, before=n, hop=n, answer=n, output=n)
     spaces["token"] = slice(spaces["lower"].start, spaces["upper"].stop)
@@ -99,7 +99,7 @@ def build_two_hops(seed: int = 0) -> KnownModel:
     wiring.copy(1, 0, "upper", "hop", where=[("lower", "before")])
     wiring.copy(2, 0, "upper", "answer", where=[("hop", "before")])
     add_decoder(wiring, 3)
-    # They do the same and write where nothing reads.
+    # They do the same, and write where nothing reads.
     wiring.copy(1, 2, "upper", "rest", where=[("lower", "before")])
     wiring.copy(2, 2, "lower", "rest", back=1)
     add_distractors(

@@ -1,4 +1,4 @@
-"""Views of a model's weights to write to, the same for three families.
+"""Writable views of a model's weights, with the same interface for three families.
 
 Queries, keys and values of single heads are views of whatever projections a family has. An MLP is a list of units:
 each reads one direction, is rectified, and writes one vector.
@@ -16,15 +16,15 @@ from oa_train.models.residual import find_residual_parts, weight_and_bias
 from oa_train.shapes import Float, Tensor
 
 # A norm divides by the root of its input's variance plus epsilon. With an epsilon that dwarfs every variance, and its
-# root as gain, the norm is the identity to within one part in ten millions, but for the mean that some subtract.
+# root as gain, the norm is the identity to within one part in ten million, apart from the mean that some subtract.
 EPSILON = 1e8
 
-# With gate z * STEEP and value 1 / STEEP a gated SiLU unit is a rectifier: off by less than 1e-9 where |z| > 0.4.
+# With gate z * STEEP and value 1 / STEEP a gated SiLU unit is a rectifier, to within 1e-9 for |z| > 0.4.
 STEEP = 60.0
 
 
-# Projections of a family's MLP: the one whose result is rectified, the one back to the residual stream, and the one
-# that multiplies the rectified units, if there is a gate.
+# Projections of a family's MLP: the one whose output is rectified, the one back to the residual stream, and, if there
+# is a gate, the one that multiplies the rectified units.
 MLP_NAMES = {
     "gpt2": ("c_fc", "c_proj", ""),
     "gpt_neox": ("dense_h_to_4h", "dense_4h_to_h", ""),
@@ -40,10 +40,10 @@ class Affine(NamedTuple):
 
 
 class HandWrittenWeights:
-    """The weights of a model, zero but for its norms, which pass the residual stream on.
+    """The weights of a model, all zero except those of the norms, which leave the residual stream unchanged.
 
     Args:
-        model: its weights are overwritten. Its norms must have `EPSILON`, its projections biases.
+        model: its weights are overwritten. Its norms must have the epsilon `EPSILON`, and its projections biases.
     """
 
     def __init__(self, model: CausalLM) -> None:
@@ -66,34 +66,34 @@ class HandWrittenWeights:
 
     @property
     def embedding(self) -> Float[Tensor, "vocabulary d_model"]:
-        """Vectors that tokens write to the residual stream."""
+        """Vector that each token writes to the residual stream."""
         return _weight(self.model.get_input_embeddings())
 
     @property
     def positions(self) -> Float[Tensor, "position d_model"]:
-        """Vectors that positions write to it, in a model with a table of positions."""
+        """Vector that each position writes to it, in a model with a table of positions."""
         return _weight(self.model.get_submodule("transformer.wpe"))
 
     @property
     def unembedding(self) -> Float[Tensor, "vocabulary d_model"]:
-        """Vectors that the logits of tokens read."""
+        """Vector that the logit of each token reads."""
         return _weight(self.model.get_output_embeddings())
 
     @property
     def heads_per_group(self) -> int:
-        """Heads that share a key and a value."""
+        """Number of heads that share a key and a value."""
         return self._readers[0].n_heads // self._readers[0].n_kv_heads
 
     def query(self, layer: int, head: int) -> Affine:
-        """From the residual stream to a head's query."""
+        """Map from the residual stream to a head's query."""
         return self._reader(layer, 0, head)
 
     def key(self, layer: int, head: int) -> Affine:
-        """From the residual stream to the key of a head, and of those that share it."""
+        """Map from the residual stream to the key of a head, and of those that share it."""
         return self._reader(layer, 1, head // self.heads_per_group)
 
     def value(self, layer: int, head: int) -> Affine:
-        """From the residual stream to the value of a head, and of those that share it."""
+        """Map from the residual stream to the value of a head, and of those that share it."""
         return self._reader(layer, 2, head // self.heads_per_group)
 
     def _reader(self, layer: int, kind: int, number: int) -> Affine:
@@ -104,7 +104,7 @@ class HandWrittenWeights:
         return Affine(weights[kind][number], biases[kind][number])
 
     def output(self, layer: int, head: int) -> Float[Tensor, "d_model d_head"]:
-        """From a head's value to the residual stream."""
+        """Map from a head's value to the residual stream."""
         sizes = self.parts.dimensions
         whole = _weight(self.parts.attention_outputs[layer])
         by_head: Tensor = whole.unflatten(1, (sizes.n_heads, sizes.d_head))[:, head]
@@ -120,7 +120,7 @@ class HandWrittenWeights:
         """Add rectified units to an MLP: each writes relu(read * residual + bias) times its vector.
 
         Raises:
-            ValueError: the MLP has no room left.
+            ValueError: the MLP has too few unused units.
         """
         mlp, (read, write, gate) = self.parts.mlps[layer], self._mlp_names
         into = _affine(mlp.get_submodule(read))

@@ -1,4 +1,4 @@
-"""Heads and units of hand-written models: which subspace of the residual stream each reads, and which it writes."""
+"""Writes heads and units of hand-written models, each reading and writing subspaces of the residual stream."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,30 +9,30 @@ from oa_train.shapes import Float, Int, Tensor
 from oa_train.zoo.known.weights import HandWrittenWeights
 from oa_train.zoo.tokenizer import BOS, SPECIAL
 
-# Attention score of the token that a head looks for, where that of every other is 0: all others together get less than
-# one part in ten millions of its attention.
+# Attention score of the token that a head looks for, where every other token has 0: all others together get less than
+# one part in ten million of its attention.
 SHARPNESS = 20.0
 
-# Pairs of rotated dimensions that turn by more than this, in radians a position, tell positions apart; those that turn
-# by less than a tenth of it hardly move over a prompt.
+# Pairs of rotated dimensions that turn by more than this, in radians per position, distinguish positions; those that
+# turn by less than a tenth of it hardly move over a prompt.
 TURNING = 0.05
 
-# Logit of the answer, where those of all other tokens are 0.
+# Logit of the answer, where all other tokens have 0.
 CONFIDENCE = 12.0
 
 
 def subspaces(width: int, **sizes: int) -> dict[str, slice]:
     """Cut the dimensions of a residual stream into named subspaces, one after the other.
 
-    Those of distractors (see `parts`) come after those in `sizes`, and what is left is `rest`.
+    Those of distractors (see `parts`) come after those in `sizes`, and the remaining dimensions are `rest`.
 
     Raises:
-        ValueError: the subspaces do not fit into the residual stream.
+        ValueError: the subspaces do not fit in the residual stream.
     """
     sizes |= {"one": 1, "coin": 1, "sign": 1, "support": 1, "balance": 1}
     sizes["rest"] = width - sum(sizes.values())
     if sizes["rest"] < 0:
-        raise ValueError(f"{width - sizes['rest']} dimensions do not fit into a space of {width}.")
+        raise ValueError(f"{width - sizes['rest']} dimensions do not fit in a space of {width}.")
     ends = torch.tensor(list(sizes.values())).cumsum(dim=0).tolist()
     return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
 
@@ -40,16 +40,16 @@ def subspaces(width: int, **sizes: int) -> dict[str, slice]:
 class Wiring:
     """Writes heads and units between named subspaces of a model's residual stream.
 
-    Every word gets a dimension of `token`, 1 in `one`, a random sign in `coin` and random numbers in `rest`; of the
-    special tokens only the BOS has a 1 in `one`. Positions get a dimension of `position`, in a model with a table of
-    them. Half of the signs are positive, so that their mean is near zero.
+    Every word gets a dimension of `token`, 1 in `one`, a random sign in `coin` and random numbers in `rest`; among the
+    special tokens only the BOS has a 1 in `one`. In a model with a table of positions, each gets a dimension of
+    `position`. Half of the signs are positive, so that their mean is near zero.
 
     Args:
         model: its weights are overwritten.
         spaces: subspaces of its residual stream.
         words: the vocabulary, in the order of `token`.
         outputs: the words that can be answers, in the order of `output`, which their logits read.
-        generator: draws everything random.
+        generator: source of all randomness.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Wiring:
         self.d_head = self.weights.parts.dimensions.d_head
         self.written_heads: set[tuple[int, int]] = set()
         self._frequencies = _frequencies(model)
-        # The dimensions of a value that carry a subspace, for every layer and every group of heads that shares it.
+        # The dimensions of a value that carry a subspace, for every layer and every group of heads that share it.
         self._values: dict[tuple[int, int], dict[str, slice]] = {}
         self.weights.embedding[SPECIAL.index(BOS), spaces["one"]] = 1
         table = self.weights.embedding[len(SPECIAL) :]
@@ -81,7 +81,7 @@ class Wiring:
             self.weights.unembedding[len(SPECIAL) + words.index(word)] = CONFIDENCE * self.vector("output", number)
 
     def size(self, space: str) -> int:
-        """Dimensions of a subspace."""
+        """Number of dimensions of a subspace."""
         return len(self.basis(space))
 
     def vector(self, space: str, number: int = 0) -> Float[Tensor, " d_model"]:
@@ -93,7 +93,7 @@ class Wiring:
         return torch.eye(self.weights.parts.dimensions.d_model)[self.spaces[space]]
 
     def group(self, layer: int, head: int) -> tuple[int, int]:
-        """The key and value of a head, which other heads may share: their layer and their number in it."""
+        """Layer, and index in it, of a head's key and value, which other heads may share."""
         return layer, head // self.weights.heads_per_group
 
     def copy(
@@ -116,7 +116,7 @@ class Wiring:
         self.tell(layer, head, source, self.basis(into)[: self.size(source)])
 
     def tell(self, layer: int, head: int, source: str, written: Float[Tensor, "entry d_model"]) -> None:
-        """Let a head write a vector, a row of `written`, for each dimension of a subspace of tokens it attends to."""
+        """Let a head write a row of `written` for each dimension of a subspace of the tokens that it attends to."""
         carried = self._values.setdefault(self.group(layer, head), {})
         if source not in carried:
             start = max((rows.stop for rows in carried.values()), default=0)
@@ -126,7 +126,7 @@ class Wiring:
         self.written_heads.add((layer, head))
 
     def match(self, layer: int, head: int, pairs: Sequence[tuple[str, str]]) -> None:
-        """Let a head attend to tokens of which a subspace equals a subspace of its own token.
+        """Let a head attend to tokens in which one subspace equals another subspace of its own token.
 
         `pairs` are one-hot subspaces that query and key read; their scores are added up.
         """
@@ -139,7 +139,7 @@ class Wiring:
     def look_back(self, layer: int, head: int, back: int) -> None:
         """Let a head attend to the token `back` positions before its own.
 
-        With rotary embeddings a constant query and a constant key do so, and neither reads the residual stream;
+        With rotary embeddings a constant query and a constant key achieve this, and neither reads the residual stream;
         otherwise they read one-hot positions in the subspace `position`.
         """
         query, key = self.weights.query(layer, head), self.weights.key(layer, head)
@@ -150,16 +150,17 @@ class Wiring:
             return
         turning = (self._frequencies > TURNING).nonzero().flatten()
         angles = -back * self._frequencies[turning]
-        # A neighbour of the right position scores less by a cosine in every pair.
+        # In every pair of dimensions, the score of a neighbour of the right position is smaller by a cosine.
         size = self._score_size(float((1 - self._frequencies[turning].cos()).sum()))
         key.bias[turning] = size
         query.bias[turning], query.bias[turning + len(self._frequencies)] = size * angles.cos(), size * angles.sin()
 
     def rest_on_first(self, layer: int, head: int, hushed_by: str | None = None) -> None:
-        """Let a head attend to the first token, the BOS, where nothing matches; of the BOS it copies nothing.
+        """Let a head attend to the first token, the BOS, where nothing matches; it copies nothing from the BOS.
 
-        Half the score of a match draws it there, and one and a half where the subspace `hushed_by` of its own token
-        holds a one-hot vector: then the head is silent though something matches. In models with a table of positions.
+        The BOS has half the score of a match, and one and a half times that score if the subspace `hushed_by` of the
+        head's own token holds a one-hot vector: then the head is silent even if something matches. For models with a
+        table of positions.
         """
         query, key, dimension = self.weights.query(layer, head), self.weights.key(layer, head), self._still()[-1]
         key.weight[dimension] = self._score_size(1.0) * self.vector("position", 0)
@@ -168,7 +169,7 @@ class Wiring:
             query.weight[dimension] = self._score_size(1.0) * self.basis(hushed_by).sum(dim=0)
 
     def _score_size(self, product: float) -> float:
-        """Factor on query and key that turns a product of the two into a score of `SHARPNESS`."""
+        """Factor on both query and key that turns their product into a score of `SHARPNESS`."""
         return float((SHARPNESS * self.d_head**0.5 / product) ** 0.5)
 
     def _still(self) -> Int[Tensor, " entry"]:
@@ -189,7 +190,7 @@ class Wiring:
 
 
 def _frequencies(model: CausalLM) -> Float[Tensor, " pair"]:
-    """Radians a position by which each pair of a rotary model's query dimensions turns; empty for other models."""
+    """Radians per position by which each pair of a rotary model's query dimensions turns; empty for other models."""
     for module in model.modules():
         if "inv_freq" in dict(module.named_buffers(recurse=False)):
             return module.get_buffer("inv_freq").float()

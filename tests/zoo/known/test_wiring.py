@@ -33,7 +33,7 @@ def test_subspaces_follow_each_other_and_the_rest_is_left() -> None:
 
 
 def test_subspaces_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="16 dimensions do not fit into a space of 10"):
+    with pytest.raises(ValueError, match="16 dimensions do not fit in a space of 10"):
         subspaces(10, first=5, second=6)
 
 
