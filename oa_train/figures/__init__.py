@@ -1,1 +1,1 @@
-"""Pictures of results: arrays in, matplotlib figures out. Nothing here reads files or knows models."""
+"""Figures of results: arrays in, matplotlib figures out. Nothing here reads files or depends on models."""

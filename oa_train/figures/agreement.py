@@ -1,4 +1,4 @@
-"""Several trained circuits: each under every ablation, and their overlap."""
+"""Figure of several trained circuits: their KL divergence under every ablation, and their overlap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,17 +9,17 @@ from matplotlib.figure import Figure
 
 from oa_train.figures.style import FONT_SIZE, new_figure, write
 
-# Divergences below this are drawn in one colour.
+# Divergences below this share a colour.
 SMALLEST_KL = 1e-4
 
 
 def agreement_figure(
     names: Sequence[str], kl: Mapping[str, Sequence[float]], jaccard: Sequence[Sequence[float]]
 ) -> Figure:
-    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
+    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every pair of circuits.
 
     Args:
-        names: the circuits.
+        names: names of the circuits.
         kl: divergence of each circuit in nats, by ablation.
         jaccard: [circuit, circuit] overlaps between 0 and 1.
     """

@@ -1,4 +1,4 @@
-"""A circuit drawn as the model is built: layers from bottom to top, heads side by side, the MLP to their right."""
+"""A circuit drawn like the model: layers from bottom to top, heads side by side, the MLP to their right."""
 
 from collections.abc import Collection
 
@@ -12,11 +12,11 @@ from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_tit
 def circuit_drawing(
     n_layers: int, n_heads: int, kept: Collection[str], title: str, embedding: str = "embedding"
 ) -> Figure:
-    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer.
+    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, out of `n_layers` layers of `n_heads` heads.
 
-    Layer 0 is at the bottom, below it the name of the embedding.
+    Layer 0 is at the bottom, with the name of the embedding below it.
     """
-    # Deep models are drawn more densely, so that the figure fits a page.
+    # Deep models are drawn with less spacing, so that the figure fits a page.
     height = 0.6 if n_layers <= 12 else 0.34
     figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)))
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Circuits of edges drawn as a graph."""
+"""Edge circuits drawn as graphs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,27 +10,27 @@ from matplotlib.patches import FancyArrowPatch
 
 from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, set_title, write
 
-# Legend and colour of edges by how they are read; distinguishable without red and green.
+# Legend and colour of edges by kind of reader; the colours are safe for red-green colour blindness.
 READ_AS: Mapping[str, tuple[str, str]] = {
     "q": ("read as query", "#D55E00"),
     "k": ("read as key", "#009E73"),
     "v": ("read as value", "#0072B2"),
     "": ("read by MLP or logits", "#777777"),
 }
-# Edges between the same two nodes would lie on each other; by how they are read they bend differently.
+# Curvature of edges by kind of reader, so that edges between the same two nodes do not overlap.
 BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 
 
 def edge_drawing(
     n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, str]], title: str, logits: str = "logits"
 ) -> Figure:
-    """Draw a circuit of edges: input below, logits above, and in every layer its heads, and above them its MLP.
+    """Draw an edge circuit: the input at the bottom, the logits on top, and in each layer the MLP above the heads.
 
     Args:
-        n_layers: layers of the model.
-        n_heads: heads of a layer.
-        edges: node that writes, node that reads, and as what (`q`, `k`, `v` or nothing).
-        title: of the figure.
+        n_layers: number of layers of the model.
+        n_heads: number of heads in a layer.
+        edges: source node, reader node, and what is read (`q`, `k`, `v` or an empty string).
+        title: title of the figure.
         logits: name of the node on top.
     """
     figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6))

@@ -1,4 +1,4 @@
-"""The Pareto front of circuits: divergence against size."""
+"""The Pareto front of circuits: KL divergence against size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,11 +15,11 @@ def front_figure(
     """KL divergence of circuits against their sizes, with 95 % intervals; a line for each ablation of the rest.
 
     Args:
-        sizes: kept parts of each circuit.
-        kl: by ablation, the divergence of each circuit from the clean model in nats.
-        n_parts: parts of the model.
-        parts: plural name of a part.
-        title: of the figure.
+        sizes: number of kept parts of each circuit.
+        kl: KL divergence of each circuit from the clean model in nats, by ablation.
+        n_parts: number of parts of the model.
+        parts: plural noun for the parts.
+        title: title of the figure.
     """
     figure = new_figure(6.2, 3.6)
     axes = figure.subplots()

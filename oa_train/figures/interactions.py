@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from oa_train.figures.comparison import MOST_ROWS, Interval, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
 
-# With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
+# Maximum numbers of units for which the numbers in the cells, and the names of the units, are legible.
 MOST_WRITTEN, MOST_NAMED = 20, 60
 
 BEYOND, WITHIN = "#0072B2", "#B0B0B0"
@@ -19,15 +19,15 @@ BEYOND, WITHIN = "#0072B2", "#B0B0B0"
 def interaction_map(
     table: np.ndarray, singles: np.ndarray, significant: np.ndarray, names: Sequence[str], label: str, title: str
 ) -> Figure:
-    """Interaction of every pair, red where two units matter more together than apart; single effects on the diagonal.
+    """Heat map of the interaction of every pair, red where it is positive; single effects are on the diagonal.
 
     Args:
-        table: [unit, unit] symmetric, in nats; NaN where a pair was not measured.
+        table: symmetric [unit, unit] interactions in nats; NaN where a pair was not measured.
         singles: effect of each unit alone, written on the diagonal.
-        significant: [unit, unit] pairs that are framed.
-        names: of the units.
-        label: of the colours.
-        title: of the figure.
+        significant: [unit, unit] flags of the pairs to frame.
+        names: names of the units.
+        label: label of the colour bar.
+        title: title of the figure.
     """
     n_units = len(names)
     size = min(max(3.2, (0.46 if n_units <= MOST_WRITTEN else 0.16) * n_units), 14.0)
@@ -57,14 +57,14 @@ def interaction_map(
 def interaction_bars(
     names: Sequence[str], values: Sequence[Interval], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
-    """Ranked bars with 95 % intervals, the first on top; significant ones in colour.
+    """Bars with 95 % intervals, the first on top; significant ones in colour.
 
     Args:
-        names: of the bars; as many as can be read are drawn.
-        values: in nats.
-        significant: bars that are coloured.
-        label: of the axis.
-        title: of the figure.
+        names: names of the bars; only as many as are legible are drawn.
+        values: value of each bar in nats.
+        significant: flags of the bars to colour.
+        label: label of the axis.
+        title: title of the figure.
     """
     n_rows = min(len(names), MOST_ROWS)
     figure = new_figure(6.4, 1.3 + 0.19 * max(n_rows, 5))
@@ -87,7 +87,7 @@ def interaction_bars(
 
 
 def _short(value: float) -> str:
-    """A number that fits into a cell: "1.2", ".034", "-.002", "0"."""
+    """A number short enough for a cell: "1.2", ".034", "-.002", "0"."""
     if abs(value) < 5e-4:
         return "0"
     return f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)

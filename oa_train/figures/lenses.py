@@ -1,4 +1,4 @@
-"""Lenses: divergence and agreement by layer, and the predictions of one prompt."""
+"""Figures of lenses: divergence and agreement by layer, predictions for one prompt, causal faithfulness."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,11 +9,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
 
-# Colours of lenses in order of appearance, distinguishable without red and green.
+# Colours of lenses in order of appearance; safe for red-green colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
 MARKERS = "osD^vpPx"
 
-# Characters of a token in a cell.
+# Maximum number of characters of a token in a cell.
 MOST_CHARACTERS = 9
 
 
@@ -21,9 +21,9 @@ def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Interval]]], layers: S
     """KL divergence and agreement of each lens by layer, with 95 % bands.
 
     Args:
-        lines: by lens, intervals of `kl` and `agreement` at each layer.
-        layers: numbers of the layers.
-        title: of the figure.
+        lines: intervals of `kl` and `agreement` at each layer, by lens.
+        layers: indices of the layers.
+        title: title of the figure.
     """
     figure = new_figure(8.8, 3.6)
     left, right = figure.subplots(1, 2)
@@ -61,14 +61,14 @@ def prediction_grid(
     columns: Sequence[str],
     title: str,
 ) -> Figure:
-    """Top token of every layer at every position, coloured by its probability; the first layer at the bottom.
+    """Grid of the top token at every layer and position, coloured by its probability; the first layer at the bottom.
 
     Args:
         words: top tokens, [layer][position].
-        probabilities: theirs, [layer, position].
+        probabilities: probabilities of the top tokens, [layer, position].
         rows: names of the layers.
         columns: the prompt's tokens.
-        title: of the figure.
+        title: title of the figure.
     """
     figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows))
     axes = figure.subplots()
@@ -88,12 +88,14 @@ def prediction_grid(
 def faithfulness_figure(
     panels: Mapping[tuple[str, str], Mapping[str, Sequence[Interval]]], layers: Sequence[int], title: str
 ) -> Figure:
-    """Agreement of the effects on a model and on lenses by layer, with 95 % bars: a row a measure, a column a change.
+    """Agreement between effects on a model and on lenses by layer, with 95 % error bars.
+
+    Each measure has a row of panels, each change a column.
 
     Args:
-        panels: by measure and change, the intervals of each lens at each layer.
-        layers: numbers of the layers.
-        title: of the figure.
+        panels: intervals of each lens at each layer, by measure and change.
+        layers: indices of the layers.
+        title: title of the figure.
     """
     measures, changes = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
     figure = new_figure(1.4 + 2.7 * len(changes), 0.8 + 2.1 * len(measures))

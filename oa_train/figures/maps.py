@@ -1,4 +1,4 @@
-"""Heat maps of the keep-probabilities of a mask's entries."""
+"""Heat maps: keep-probabilities of a mask's entries, and counts at each head and MLP."""
 
 import re
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from matplotlib.patches import Rectangle
 
 from oa_train.figures.style import FONT_SIZE, new_figure, set_title, write
 
-# With more cells than this, numbers in them are illegible.
+# Maximum number of cells for which numbers in them are legible.
 MOST_LABELLED = 400
-# Beyond this many rows or columns their names cannot be read.
+# Maximum number of rows or columns for which their names are legible.
 MOST_NAMED = 60
-# Size in inches of a cell with a number, and of one without.
+# Size in inches of a cell with a number, and of a cell without.
 LABELLED_CELL, NAMED_CELL = 0.42, 0.16
 
 
@@ -30,8 +30,8 @@ def score_map(
         table: [row, column] values between 0 and 1; NaN where there is no entry.
         rows: names of the rows.
         columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        threshold: entries above it are in the circuit.
+        axes_names: labels of the axes, first that of the rows.
+        threshold: keep-probability above which an entry is in the circuit.
     """
     labelled = table.size <= MOST_LABELLED
     longest = max(table.shape)
@@ -63,13 +63,13 @@ def score_map(
 
 
 def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
-    """Heat map of the number of units in each layer: layer 0 at the bottom, a column for each head and one for MLPs.
+    """Heat map of a count at each head and MLP, a row for each layer; layer 0 is at the bottom.
 
     Args:
         table: [layer, column] counts.
         columns: names of the columns.
-        label: of the colours.
-        title: of the figure.
+        label: label of the colour bar.
+        title: title of the figure.
     """
     n_layers, n_columns = table.shape
     height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
@@ -89,7 +89,7 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
 
 
 def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Ticks for names of units ("a3.h0.q"): the first unit and the number of each layer, of at most forty layers."""
+    """Ticks for names of units ("a3.h0.q"): index of a layer's first unit and the layer's number; at most 40 ticks."""
     layers = [re.match(r"[a-z](\d+)", name) for name in names]
     firsts: dict[str, int] = {}
     for place, layer in enumerate(layers):
@@ -100,7 +100,7 @@ def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
 
 
 def _label(axes: Axes, table: np.ndarray, threshold: float) -> None:
-    """Write the number into each cell, and frame those above the threshold."""
+    """Write the value into each cell, and frame cells above the threshold."""
     for (row, column), value in np.ndenumerate(table):
         if np.isnan(value):
             continue

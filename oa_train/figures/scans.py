@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from oa_train.figures.comparison import SMALLEST_KL
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
-# Beyond this many rows or columns only some are named.
+# With more rows or columns than this, only some of them are named.
 MOST_NAMED = 24
-# Maps in a row.
+# Maximum number of maps side by side.
 MOST_COLUMNS = 4
 
 
@@ -22,14 +22,14 @@ def effect_maps(
     axes_names: tuple[str, str],
     title: str,
 ) -> Figure:
-    """A heat map of KL divergences for each ablation, over one logarithmic scale; the first row at the bottom.
+    """A heat map of KL divergences for each ablation, with a common logarithmic scale; the first row at the bottom.
 
     Args:
-        tables: [row, column] in nats by ablation; NaN where there is no part.
+        tables: [row, column] divergences in nats, by ablation; NaN where there is no part.
         rows: names of the rows.
         columns: names of the columns.
-        axes_names: labels of the axes, that of the rows first.
-        title: of the figure.
+        axes_names: labels of the axes, first that of the rows.
+        title: title of the figure.
     """
     n_across = min(MOST_COLUMNS, len(tables))
     n_down = -(-len(tables) // n_across)
@@ -60,11 +60,11 @@ def effect_maps(
 
 
 def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Distribution over parts of the ratio of each ablation's KL divergence to that of optimal ablation.
+    """Cumulative distribution over parts of the ratio of each ablation's KL divergence to that of optimal ablation.
 
     Args:
-        ratios: of every part, by ablation; positive.
-        title: of the figure.
+        ratios: ratio of each part, positive, by ablation.
+        title: title of the figure.
     """
     figure = new_figure(5.6, 3.2)
     axes = figure.subplots()

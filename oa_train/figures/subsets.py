@@ -1,4 +1,4 @@
-"""KL divergence of a circuit with parts outside it kept in many combinations."""
+"""KL divergence of a circuit with many combinations of the parts outside it kept."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from oa_train.figures.comparison import Interval, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, set_title
 
-# Colour of each mask of the parts outside that has a row of its own.
+# Colours of the masks of the outside parts that have a row of their own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
 CLEAN = "#009E73"
-# Smaller divergences, in nats, are drawn linearly down to zero.
+# Below this divergence, in nats, the axis is linear down to zero.
 SMALLEST_LINEAR = 1e-3
 
 
@@ -22,9 +22,9 @@ class Subsets:
     """Divergences under one ablation, in nats.
 
     Attributes:
-        title: above the panel.
-        random: of the random subsets, by the share of the parts outside that is kept.
-        marked: of the masks in `MARKED`.
+        title: title above the panel.
+        random: divergences of the random subsets, by the share of the outside parts that is kept.
+        marked: divergences of the masks in `MARKED`.
     """
 
     title: str
@@ -33,11 +33,11 @@ class Subsets:
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
-    """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
+    """KL divergence with random subsets of the outside parts kept, a row per density, and with the marked masks.
 
     Args:
-        panels: one for each ablation, from top to bottom.
-        title: of the figure.
+        panels: one panel for each ablation, from top to bottom.
+        title: title of the figure.
     """
     n_rows = [len(panel.random) + len(panel.marked) + 1 for panel in panels]
     figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows))

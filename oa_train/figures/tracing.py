@@ -1,4 +1,4 @@
-"""Causal tracing: recovery by layer, as lines and as heat maps."""
+"""Figures of causal tracing: recovery by layer, as lines and as heat maps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from oa_train.figures.comparison import Interval
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure, set_title
 
-# Profile of each corruption over the layers.
+# Interval at each layer, by corruption.
 Profiles = Mapping[str, Sequence[Interval]]
 
 MOST_TICKS = 16
@@ -21,10 +21,10 @@ def profile_figure(
     """Recovered share by layer with 95 % bands: a row of panels for each restored kind, a column for each place.
 
     Args:
-        panels: by kind and place, the profile of each corruption.
-        layers: numbers of the layers.
-        labels: of the corruptions, for the legend.
-        title: of the figure.
+        panels: profile of each corruption over the layers, by kind and place.
+        layers: indices of the layers.
+        labels: labels of the corruptions in the legend.
+        title: title of the figure.
     """
     kinds, places = (list(dict.fromkeys(key[n] for key in panels)) for n in (0, 1))
     figure = new_figure(1.2 + 3.1 * len(places), 0.9 + 2.0 * len(kinds))
@@ -67,11 +67,11 @@ def recovery_maps(
     """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
 
     Args:
-        tables: [row, layer], by the names of their row and column in a grid of maps.
+        tables: [row, layer] recoveries, by the names of the map's row and column in the grid of maps.
         rows: names of the rows.
-        layers: numbers of the layers.
-        title: of the figure.
-        highest: end of the colour scale; by default that of the values.
+        layers: indices of the layers.
+        title: title of the figure.
+        highest: upper end of the colour scale; by default the largest value.
     """
     down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
     longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)

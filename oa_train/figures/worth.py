@@ -1,4 +1,4 @@
-"""Worth of each part of a circuit: the rise in KL divergence without it."""
+"""Worth of each part of a circuit: the increase in KL divergence without it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from oa_train.figures.style import FONT_SIZE, new_figure, set_title
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
-# The axis is symlog: linear between minus and plus this, or the tolerance if larger.
+# The axis is symlog: linear between minus and plus this value, or the tolerance if that is larger.
 LINEAR_BELOW = 1e-4
 
 
 def worth_figure(
     names: Sequence[str], worth: Sequence[Interval], verdicts: Sequence[str], tolerance: float, title: str
 ) -> Figure:
-    """Rise in KL divergence when a part is taken out, with 95 % intervals.
+    """Increase in KL divergence when a part is removed, with 95 % intervals.
 
     Args:
-        names: the parts in descending order of worth; the first ones have a row each.
-        worth: of each part, in nats; may be negative.
-        verdicts: of each part, a key of `COLOURS`.
-        tolerance: negligible worth in nats, drawn as a line.
-        title: of the figure.
+        names: names of the parts in descending order of worth; the first ones have a row each.
+        worth: worth of each part, in nats; may be negative.
+        verdicts: verdict on each part, a key of `COLOURS`.
+        tolerance: worth in nats that counts as negligible, drawn as a line.
+        title: title of the figure.
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows

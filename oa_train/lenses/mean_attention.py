@@ -11,10 +11,10 @@ from oa_train.tasks.task import Task
 
 @torch.no_grad()
 def mean_attention(model: CausalLM, task: Task, track: Track = silent) -> Float[Tensor, "layer d_model"]:
-    """Mean over the task's `means` prompts, in float32: the constants of the mean lens, and the start of others."""
+    """Mean over the task's `means` prompts, in float32: constants of the mean lens, initial constants of others."""
     total, n_prompts = torch.zeros(1, dtype=torch.float64), 0
     batches = list(task.batches("means", task.n_means))
-    for batch in counted(track, batches, "averaging what attention adds"):
+    for batch in counted(track, batches, "averaging attention outputs"):
         tokens = Tokens(model, batch.to(model.device), attention=True)
         assert tokens.attention is not None
         of_prompts = torch.einsum("ltd,t->ld", tokens.attention.double(), tokens.weights.double())

@@ -1,4 +1,4 @@
-"""Predictions of lenses, and how far they are from the model's."""
+"""The scored tokens of a batch as inputs of lenses, and the predictions of lenses at them."""
 
 from collections.abc import Iterator
 
@@ -11,24 +11,24 @@ from oa_train.lenses.lens import Lens
 from oa_train.models.frozen import CausalLM
 from oa_train.shapes import Float, Tensor
 
-# Default number of predictions (starts times tokens) that are computed at once.
+# Default number of predictions (layers times tokens) that are computed at once.
 PREDICTIONS = 1024
 
 
 class Tokens:
-    """The scored tokens of a batch, as lenses see them.
+    """The scored tokens of a batch, as lenses read them.
 
     Args:
         model: frozen causal language model.
-        batch: prompts on its device; scored positions of weight 0 are left out.
-        attention: keep what attention adds, for the resample lens and means.
+        batch: prompts on the model's device; scored positions of weight 0 are left out.
+        attention: whether to keep attention outputs, which the resample lens and the means need.
 
     Attributes:
-        logits: of the model, [token, vocabulary].
-        residuals: what enters each block and, last, the final norm, [place, token, d_model].
-        attention: what each attention layer adds, [layer, token, d_model], or None.
-        weights: of each token in its prompt's average; those of a prompt sum to 1.
-        rows: prompt of each token.
+        logits: logits of the model, [token, vocabulary].
+        residuals: input of each block and, last, of the final norm, [place, token, d_model].
+        attention: output of each attention layer, [layer, token, d_model], or None.
+        weights: weight of each token in its prompt's average; they sum to 1 over a prompt.
+        rows: index of each token's prompt.
     """
 
     def __init__(self, model: CausalLM, batch: Batch, attention: bool = False) -> None:
@@ -47,10 +47,12 @@ class Tokens:
         return len(self.logits)
 
     def partners(self) -> Float[Tensor, "layer token d_model"]:
-        """Outputs of attention at a token of the next prompt of the batch (the first's for the last).
+        """For each token, the attention outputs at a token of the next prompt in the batch.
+
+        Token i takes those at token i of that prompt, modulo its number of tokens; the last prompt takes the first's.
 
         Raises:
-            TaskError: the batch has one prompt only.
+            TaskError: the batch has only one prompt.
         """
         assert self.attention is not None
         if self._n_rows < 2:
@@ -62,7 +64,7 @@ class Tokens:
         return self.attention[:, firsts[others] + within % counts[others]]
 
     def by_prompt(self, values: Float[Tensor, "start token"]) -> Float[Tensor, "start prompt"]:
-        """Each prompt's average over its tokens."""
+        """Weighted average over the tokens of each prompt."""
         totals = values.new_zeros(len(values), self._n_rows)
         return totals.index_add_(1, self.rows, values * self.weights.to(values.dtype))
 
@@ -76,7 +78,7 @@ class Tokens:
 def lens_logits(
     lens: Lens, model: CausalLM, tokens: Tokens, piece: slice, partners: Tensor | None = None
 ) -> Float[Tensor, "start token vocabulary"]:
-    """Predictions of a lens at a slice of the tokens, with gradients to its parameters."""
+    """Predictions of a lens at a slice of the tokens, differentiable with respect to its parameters."""
     others = None if partners is None else partners[:, piece]
     final = lens(model, tokens.residuals[lens.starts][:, piece], others)
     logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])

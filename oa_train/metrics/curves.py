@@ -15,7 +15,7 @@ Identities = Int[Tensor, " prompt"] | None
 def area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate:
-    """Area under the mean of the prompts' curves, by trapezoids.
+    """Area under the mean of the prompts' curves, by the trapezoidal rule.
 
     Args:
         fractions: ablated fraction at each point, ascending.
@@ -29,15 +29,15 @@ def area(
 def recovery_area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate | None:
-    """Area under the recovery of a measure: 1 at the first point, 0 at the last.
+    """Area under the recovery of a measure, which is 1 at the first point and 0 at the last.
 
-    Recovery at a point is (m - m_last) / (m_first - m_last), of means over prompts, with the clean model first and
-    everything ablated last: the normalised faithfulness of the literature (Hanna et al., 2024), here averaged over
-    sizes as in MIB (Mueller et al., 2025).
+    Recovery at a point is (m - m_last) / (m_first - m_last) with m the mean over prompts; the first point is the clean
+    model and the last has everything ablated. It is the normalised faithfulness of Hanna et al. (2024), here averaged
+    over sizes as in MIB (Mueller et al., 2025).
 
     Returns:
-        None if in some resampling the measure is not larger at the first point than at the last, so that there is
-        nothing to recover.
+        None if there is nothing to recover: in some bootstrap sample the measure is not larger at the first point than
+        at the last.
     """
     means = _means(values, identities)
     gaps = means[0] - means[-1]
@@ -56,9 +56,9 @@ def holds_until(
     """The last fraction before the mean rise first exceeds a bound: where the curve breaks.
 
     Args:
-        fractions: ascending share that is ablated at each point.
-        rise: rise of a measure for each prompt at each point; the first point counts as within the bound.
-        bound: in the unit of `rise`.
+        fractions: ablated fraction at each point, ascending.
+        rise: increase of a measure for each prompt at each point; the first point counts as within the bound.
+        bound: threshold in the unit of `rise`.
         identities: see `estimates.estimate`.
     """
     exceeds = _means(rise, identities)[1:] > bound
@@ -67,7 +67,7 @@ def holds_until(
 
 
 def _means(values: Tensor, identities: Identities) -> Float[np.ndarray, "point draw"]:
-    """Means over all prompts, then over resampled ones."""
+    """Means over all prompts (first column), then over each bootstrap sample."""
     return resampled_means(0, of_distinct(values, identities))[0]
 
 

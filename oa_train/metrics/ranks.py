@@ -12,13 +12,13 @@ from oa_train.shapes import Bool, Float, Tensor
 
 N_DRAWS = 1000
 
-# Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
+# Lower bound of the KL divergences in a ratio, in nats: float32 cannot distinguish smaller ones from 0.
 FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class Bootstrapped:
-    """A statistic of all prompts, and its 95 % percentile interval over resampled prompts."""
+    """A statistic over all prompts, and its 95 % bootstrap percentile interval over prompts."""
 
     value: float
     ci95: tuple[float, float]
@@ -28,16 +28,16 @@ class Bootstrapped:
         return f"{self.value:.3g} ({self.ci95[0]:.3g} to {self.ci95[1]:.3g})"
 
     def as_json(self) -> dict[str, Any]:
-        """The object in a results file."""
+        """The statistic as written to a results file."""
         return {"value": self.value, "ci95": list(self.ci95)}
 
 
 def rank_correlation(
     first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"], seed: int = 0
 ) -> Bootstrapped:
-    """Spearman's correlation of two ablations' mean effects, from their effects on the same prompts.
+    """Spearman's rank correlation over parts of two ablations' mean effects, measured on the same prompts.
 
-    The prompts are resampled, the parts are not.
+    The interval comes from resampling prompts, not parts.
     """
     return _correlated(*(stats.rankdata(means, axis=0) for means in resampled_means(seed, first, second)))
 
@@ -45,12 +45,12 @@ def rank_correlation(
 def linear_correlation(
     first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"], seed: int = 0
 ) -> Bootstrapped:
-    """Pearson's correlation of two ablations' mean effects; see `rank_correlation`."""
+    """Pearson's correlation over parts of two ablations' mean effects; see `rank_correlation`."""
     return _correlated(*resampled_means(seed, first, second))
 
 
 def _correlated(first: np.ndarray, second: np.ndarray) -> Bootstrapped:
-    """Correlation over parts, in every resampling of the prompts."""
+    """Correlation over parts, for all prompts and for each bootstrap sample of them."""
     centred = [values - values.mean(axis=0) for values in (first, second)]
     norms = np.sqrt((centred[0] ** 2).sum(axis=0) * (centred[1] ** 2).sum(axis=0))
     return _bootstrapped((centred[0] * centred[1]).sum(axis=0) / np.maximum(norms, np.finfo(float).tiny))
@@ -59,7 +59,7 @@ def _correlated(first: np.ndarray, second: np.ndarray) -> Bootstrapped:
 def median_ratio(
     first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"], seed: int = 0
 ) -> Bootstrapped:
-    """Median over parts of the ratio of two ablations' mean effects, from their effects on the same prompts."""
+    """Median over parts of the ratio of two ablations' mean effects, measured on the same prompts."""
     return _bootstrapped(np.median(_ratios(first, second, seed), axis=0))
 
 
@@ -75,12 +75,12 @@ def above(
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
     """Parts whose mean effect exceeds a threshold, and their adjusted p-values.
 
-    A one-sided t-test over prompts for each part, with p-values adjusted to the false discovery rate (Benjamini and
+    Each part gets a one-sided t-test over prompts; p-values are adjusted for the false discovery rate (Benjamini and
     Hochberg).
     """
     values = effects.double().numpy() - threshold
     means, errors = values.mean(axis=1), stats.sem(values, axis=1)
-    # A part whose effect is the same on every prompt has no error: its sign decides.
+    # A part with the same effect on every prompt has a standard error of 0: the sign of its excess decides.
     scores = np.divide(means, errors, out=np.copysign(np.inf, means), where=errors > 0)
     p_values = np.where(means == 0, 1.0, stats.t.sf(scores, values.shape[1] - 1))
     adjusted = stats.false_discovery_control(p_values)
@@ -92,8 +92,8 @@ def beyond(
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
     """Estimates whose absolute value exceeds a threshold, and their adjusted p-values.
 
-    Twice the p-value of a one-sided t-test on the side of the mean, adjusted like those of `above`. It is the usual
-    two-sided test where the threshold is 0.
+    The p-value is twice that of a one-sided t-test on the side of the mean, adjusted as in `above`. With a threshold
+    of 0 this is the usual two-sided test.
     """
     excess = np.array([abs(value.mean) - threshold for value in estimates])
     errors = np.array([value.stderr for value in estimates])
@@ -111,7 +111,7 @@ def _ratios(first: Tensor, second: Tensor, seed: int) -> np.ndarray:
 
 
 def resampled_means(seed: int, *effects: Tensor) -> list[np.ndarray]:
-    """Mean effects [part, 1 + draw]: of all prompts, then of prompts drawn with replacement, the same for each."""
+    """Mean effects [part, 1 + draw]: over all prompts, then over prompts drawn with replacement, the same for each."""
     n_prompts = effects[0].shape[1]
     draws = np.random.default_rng(seed).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)
     weights = np.concatenate([np.ones((1, n_prompts)), draws]) / n_prompts

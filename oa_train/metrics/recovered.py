@@ -1,4 +1,4 @@
-"""Share of a corruption's damage that restoring undoes, and how sharply it is localised."""
+"""Recovered share in causal tracing, and how sharply recovery is localised over layers."""
 
 from collections.abc import Sequence
 
@@ -14,17 +14,17 @@ Identities = Int[Tensor, " prompt"] | None
 def recovered(
     lost: Float[Tensor, " prompt"], lost_without: Float[Tensor, " prompt"], identities: Identities = None
 ) -> Estimate:
-    """Share of the lost probability that restoring brings back: the average indirect effect of Li & Janson (2024).
+    """Recovered share of the lost probability: the average indirect effect of Li & Janson (2024).
 
-    1 - mean(lost) / mean(lost_without), with the delta method's interval. Below 0 restoring does further harm.
+    1 - mean(lost) / mean(lost_without), with a delta-method interval. Negative if restoring does further harm.
 
     Args:
-        lost: probability that the answer of each prompt loses with something restored.
-        lost_without: what it loses with nothing restored.
+        lost: drop in the probability of each prompt's answer with something restored.
+        lost_without: the same drop with nothing restored.
         identities: see `estimates.estimate`.
 
     Raises:
-        NotFiniteError: the corruption alone loses nothing.
+        NotFiniteError: the mean drop with nothing restored is 0.
     """
     ratio = ratio_of_means(lost, lost_without, identities)
     low, high = ratio.ci95
@@ -34,7 +34,7 @@ def recovered(
 def recovered_bootstrap(
     lost: Float[Tensor, "run prompt"], lost_without: Float[Tensor, " prompt"], identities: Identities = None
 ) -> list[tuple[float, float]]:
-    """95 % percentile intervals of `recovered` over resampled prompts, for each run."""
+    """95 % bootstrap percentile interval of `recovered` over prompts, for each run."""
     shares = _resampled_shares(lost, lost_without, identities)
     return [(float(low), float(high)) for low, high in np.percentile(shares[:, 1:], [2.5, 97.5], axis=1).T]
 
@@ -44,8 +44,8 @@ def effective_layers(
 ) -> Estimate:
     """Number of layers over which recovery is spread: the participation ratio (sum x)^2 / sum x^2 of its profile.
 
-    1 if a single layer recovers anything, the number of layers if all recover equally; negative shares count as 0.
-    The interval is of percentiles over resampled prompts.
+    1 if a single layer recovers anything, the number of layers if all recover equally; negative shares count as 0. The
+    interval is a bootstrap percentile interval over prompts.
     """
     shares = _resampled_shares(lost, lost_without, identities).clip(min=0)
     squares = np.maximum((shares**2).sum(axis=0), np.finfo(float).tiny)

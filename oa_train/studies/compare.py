@@ -1,4 +1,4 @@
-"""Ablations on the same prompts: of everything outside a circuit, of each component alone, for one run or several."""
+"""Ablations compared on the same prompts: of everything outside a circuit, and of each component alone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ from oa_train.studies.study import (
     statistics_stages,
 )
 
-# With at most this many components all are ablated alone by default, else only those asked for.
+# Up to this many components, all are ablated alone by default; beyond it, only those asked for.
 MOST_ALONE = 64
 
 
@@ -49,17 +49,17 @@ class CompareSettings:
 
     Attributes:
         ablations: kinds of ablation; by default all for which the task has prompts.
-        components: a shell pattern, or a list of them, of the components that are also ablated alone; an empty list
-            for none. By default all of them if they are at most 64.
-        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have; by
-            default as many as the runs'.
-        fit: training of the constants of each component alone.
-        circuit_fit: training of constants for a run's circuit that has none for this task, for KL divergence and for a
-            table of this size.
-        random_circuits: random circuits of each run's size whose constants are trained; 0 for none. As a control, the
-            run's own circuit gets the same training.
-        random_fit: that training.
-        random_prompts: test prompts on which random circuits are evaluated, at most `n_test`.
+        components: shell pattern, or a list of patterns, of the components that are also ablated alone; an empty list
+            for none. By default all components if there are at most 64.
+        positions: number of positions with their own constants: 1 pools all positions, `every` is as many as the
+            prompts have; by default that of the runs.
+        fit: training of the constants for each component ablated alone.
+        circuit_fit: training of constants for the circuit of a run that has none trained on this task, for KL
+            divergence and with this number of positions.
+        random_circuits: number of random circuits of each run's size whose constants are trained; 0 for none. As a
+            control, the constants of the run's own circuit get the same training.
+        random_fit: training of the constants of random circuits and of that control.
+        random_prompts: number of test prompts on which random circuits are evaluated, at most `n_test`.
     """
 
     ablations: list[AblationKind] | None = None
@@ -82,11 +82,11 @@ class Compare(Study[CompareSettings]):
     """Compares ablations on the same held-out prompts.
 
     Each circuit is evaluated under every ablation, not only the one it was trained under. Under optimal ablation it
-    keeps its own constants if they were trained on this task, for KL divergence and for a table of this size; else new
-    ones are trained.
+    keeps its own constants if they were trained on this task, for KL divergence and with this number of positions;
+    otherwise new ones are trained.
 
     Rows: one for each circuit and ablation (`component` is "circuit"), then one for each component and ablation, each
-    with the measures and their paired differences to optimal ablation (`x_minus_optimal`).
+    with the measures and their paired differences from optimal ablation (`x_minus_optimal`).
 
     Raises:
         ConfigurationError: two circuits have the same name or are over different levels, or a pattern matches nothing.
@@ -98,7 +98,7 @@ class Compare(Study[CompareSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """Refuse circuits of different levels, and patterns that match nothing."""
+        """Reject circuits of different levels, and patterns that match nothing."""
         super().check()
         self.level = self.circuits[0].circuit.level
         if any(run.circuit.level != self.level for run in self.circuits):
@@ -108,7 +108,7 @@ class Compare(Study[CompareSettings]):
         unplanned = AblationSource(self.model, self.task, self.level)
         self.chosen = chosen_kinds(self.settings.ablations, unplanned, self.batches)
         self.kinds = self.chosen.kinds
-        # Of circuits of edges the components are ablated alone, not every edge.
+        # For edge circuits, components rather than single edges are ablated alone.
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
         if components is None:
@@ -116,7 +116,7 @@ class Compare(Study[CompareSettings]):
         self.alone = self.nodes.select(patterns_of(components))
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; circuits, components and random circuits, under each ablation."""
+        """The clean model and the statistics; circuits and components under each ablation; random circuits."""
         settings, task, n_alone = self.settings, self.task, len(self.alone)
         stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
         lacking = [run for run in self.circuits if not self._has_constants(run)]
@@ -140,7 +140,7 @@ class Compare(Study[CompareSettings]):
     def run(self) -> Findings:
         """Evaluate circuits, components and random circuits under each ablation."""
         self.clean_behaviour()
-        assert self._prepared  # gathered before all stages that use them
+        assert self._prepared  # the statistics are gathered before the stages that use them
         circuit_rows, alone_rows = self._circuit_rows(), self._alone_rows()
         drawn = [self._beside_random(run) for run in self._controlled]
         rows, first, overlaps = [*circuit_rows, *alone_rows], self.circuits[0], jaccard_matrix(self.circuits)
@@ -170,7 +170,7 @@ class Compare(Study[CompareSettings]):
 
     @cached_property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
+        """Number of positions with their own constants."""
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
         own = max(trained, default=1)
         return n_positions(self.settings.positions or own, self.batches)
@@ -182,12 +182,12 @@ class Compare(Study[CompareSettings]):
 
     @cached_property
     def _prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
+        """Ablations by kind; for a learned one, its initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
-        """One run for each size of circuit, to compare with random circuits."""
+        """The first run of each circuit size, to compare with random circuits."""
         if not self.settings.random_circuits or "optimal" not in self.kinds:
             return []
         return list({len(run.circuit): run for run in reversed(self.circuits)}.values())
@@ -229,7 +229,7 @@ class Compare(Study[CompareSettings]):
         return behaviours
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
-        """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
+        """Optimal constants of each run: its own if they apply, else trained from its own or from the means."""
         starts = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
         chosen = [starts[index] for index in lacking]
@@ -243,7 +243,7 @@ class Compare(Study[CompareSettings]):
         return run.constants.of_level(self.level).with_positions(self.positions)
 
     def _has_constants(self, run: TrainedCircuit) -> bool:
-        """True if a run's constants were trained for this task, for KL divergence and for tables of this size."""
+        """True if a run's constants were learned on this task, for KL divergence and with this number of positions."""
         if run.constants is None or not KINDS[run.ablation].learned:
             return False
         provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}

@@ -11,7 +11,7 @@ from oa_train.studies.study import Row, interval, spoken
 
 
 def described_run(run: TrainedCircuit) -> dict[str, Any]:
-    """A run in `results.json`."""
+    """Description of a run for `results.json`."""
     return {
         "name": run.name,
         "seed": run.seed,
@@ -23,7 +23,7 @@ def described_run(run: TrainedCircuit) -> dict[str, Any]:
 
 
 def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row for each ablation of one circuit."""
+    """Table rows of one circuit, one for each ablation."""
     paired = len(rows) > 1 and "kl_minus_optimal" in rows[0]
     return [
         {
@@ -42,7 +42,7 @@ def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
-    """A row for each component, with a column for each ablation, in descending order of the first one."""
+    """Table rows, one for each component, with a column for each ablation; in descending order of the first one."""
     by_component = [rows[first : first + n_kinds] for first in range(0, len(rows), n_kinds)]
     by_component.sort(key=lambda of_kinds: -of_kinds[0]["kl"].mean)
     return [
@@ -56,12 +56,12 @@ def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
 
 
 def seeds_line(group: Mapping[str, Any]) -> str:
-    """Sentence on mean and spread over runs that differ in their seed."""
+    """Sentence about mean and spread over runs that differ only in their seed."""
     kl, size = group["kl"], group["size"]
     return (
-        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
+        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its repeats: KL under "
         f"{spoken(group['ablation'])} ablation {written(kl['mean'])} ± {written(kl['standard_deviation'], 2)} "
-        f"(deviation), size {written(size['mean'])} ± {written(size['standard_deviation'], 2)}, "
+        f"(standard deviation), size {written(size['mean'])} ± {written(size['standard_deviation'], 2)}, "
         f"Jaccard {group['jaccard']:.2f}"
     )
 
@@ -72,7 +72,7 @@ def label(kind: AblationKind) -> str:
 
 
 def intervals(rows: Sequence[Row]) -> dict[str, list[Interval]]:
-    """KL divergences by ablation."""
+    """KL divergences with their intervals, by ablation."""
     by_kind: dict[str, list[Interval]] = {}
     for row in rows:
         by_kind.setdefault(row["ablation"], []).append(interval(row["kl"]))

@@ -1,4 +1,4 @@
-"""The end of a fit: refit of the constants for the discrete circuits, evaluation, and writing of all results."""
+"""The end of a fit: the constants are refitted for the discrete circuits, evaluated, and all results written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,16 +37,16 @@ from oa_train.training.pictures import circuit_picture, score_picture
 
 RefitStart = Literal["trained", "mean", "both"]
 
-# Results of a larger level list the kept entries only.
+# For a level with more entries, only the kept ones are listed.
 MOST_ROWS = 2000
 
-# Entries of a circuit that are named on the terminal.
+# Maximum number of a circuit's entries that are named on the terminal.
 MOST_NAMED = 10
 
-# Several circuits are also evaluated under these, to compare with learned constants.
+# Several circuits are also evaluated under these ablations, to compare with their own.
 REFERENCES: tuple[AblationKind, ...] = ("mean", "zero")
 
-# Settings of a training that set the size of a circuit.
+# Options of the module that determine the size of a circuit.
 PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
 
 
@@ -56,10 +56,10 @@ class FinishSettings:
 
     Attributes:
         refit: training of the constants for the discrete circuit.
-        refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, keeping
-            the better by validation. From the means a refit can end in a worse optimum.
-        size: entries of the circuit, those of the highest keep-probability, without dangling edges; by default the
-            module's target size, and without one all above its threshold.
+        refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, of which
+            the better by validation loss is kept. Starting from the means can end in a worse optimum.
+        size: number of entries of the circuit: those with the highest keep-probability, without dangling edges. By
+            default the module's target size, or without one all entries above its threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
@@ -73,7 +73,7 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Finished circuits.
+    """Finished circuits and their evaluation.
 
     Attributes:
         circuits: the circuits with their final constants.
@@ -94,20 +94,21 @@ def finish(
 ) -> Finished:
     """Refit the constants of trained circuits, and write circuits, constants and their evaluation to a run folder.
 
-    One circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation to `studies/fit_K/`.
+    A single circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation goes to
+    `studies/fit_K/`.
 
     Args:
         model: frozen causal language model.
         task: the task that the circuits were trained on.
-        circuits: from `CircuitModule.trained_circuits`.
+        circuits: the circuits, from `CircuitModule.trained_circuits`.
         run: run folder.
-        settings: of the refit.
+        settings: settings of the refit.
         track: progress.
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
     study = Evaluate(model, task, circuits, settings, track)
     study.announce([*refit_stages(circuits, settings, task), *study.plan()])
-    # The circuits are written before the refit, so that an interruption costs no more than the refit.
+    # The circuits are written before the refit, so that an interruption loses only the refit.
     for trained, folder in zip(circuits, folders, strict=True):
         trained.save_circuit(folder)
     refitted = refit(model, task, circuits, settings, study.track)
@@ -132,7 +133,7 @@ def refit_stages(circuits: Sequence[TrainedCircuit], settings: FinishSettings, t
 def refit(
     model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], settings: FinishSettings, track: Track = silent
 ) -> list[TrainedCircuit]:
-    """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
+    """Refit the constants of discrete circuits in parallel; under an ablation that is not learned, change nothing."""
     first = circuits[0]
     if not KINDS[first.ablation].learned:
         return list(circuits)
@@ -165,7 +166,7 @@ def refit(
 class Evaluate(Study[FinishSettings]):
     """Evaluates circuits under their own ablation on the test prompts.
 
-    Rows: of one circuit, its entries with their keep-probabilities; of several, each circuit under its own ablation
+    Rows: for one circuit, its entries with their keep-probabilities; for several, each circuit under its own ablation
     and under mean and zero ablation.
     """
 
@@ -174,7 +175,7 @@ class Evaluate(Study[FinishSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """Note ablation and level, which all circuits of a training share."""
+        """Store the ablation and the level, which all circuits of a training run share."""
         super().check()
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
 
@@ -183,7 +184,7 @@ class Evaluate(Study[FinishSettings]):
         return self._single(self.circuits[0]) if len(self.circuits) == 1 else self._several()
 
     def plan(self) -> list[Stage]:
-        """The circuits under each ablation, and the clean model."""
+        """The circuits under each ablation; for a single circuit also the clean model."""
         task, several = self.task, len(self.circuits) > 1
         kinds = self._kinds if several else [self.ablation]
         own = KINDS[self.ablation].constant
@@ -270,7 +271,7 @@ class Evaluate(Study[FinishSettings]):
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:
-    """Every entry with its score; for large levels and for edges, the kept entries only."""
+    """Every entry with its keep-probability; for large levels and for edges, only the kept entries."""
     level, kept = circuit.level, circuit.mask.tolist()
     scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(level)
     if len(level) > MOST_ROWS or not level.has_one_stream:
@@ -288,7 +289,7 @@ def _price(trained: TrainedCircuit) -> dict[str, Any]:
 
 
 def _named(circuit: Circuit) -> str:
-    """The entries of the highest keep-probability, as many as a line holds, and where the others are."""
+    """Names of the entries with the highest keep-probability, as many as fit a line, and where to find the others."""
     names = list(circuit.names)
     if len(names) <= MOST_NAMED:
         return ", ".join(names)

@@ -1,4 +1,4 @@
-"""The end of a constants-only training: the constants are written, and evaluated on held-out prompts."""
+"""The end of training constants alone: they are written, and evaluated on held-out prompts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,12 +20,12 @@ from oa_train.tasks.task import Task
 def finish_constants(
     model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], run: str | Path, track: Track = silent
 ) -> Finished:
-    """Write `constants/`, `circuit/` if they are of one, and `studies/fit_K/` to a run folder.
+    """Write `constants/`, `circuit/` if they belong to one, and `studies/fit_K/` to a run folder.
 
     Args:
         model: frozen causal language model.
         task: the task that the constants were trained on.
-        circuits: from `ConstantsModule.trained_circuits`.
+        circuits: the constants with their circuits, from `ConstantsModule.trained_circuits`.
         run: run folder.
         track: progress.
     """
@@ -39,7 +39,7 @@ def finish_constants(
 
 
 class EvaluateAlone(Study[FinishSettings]):
-    """Evaluates components that are each ablated alone, under the constants that they share.
+    """Evaluates components that are each ablated alone with trained constants.
 
     Rows: one for each component, with the measures.
     """
@@ -49,7 +49,7 @@ class EvaluateAlone(Study[FinishSettings]):
     asks_of = "several"
 
     def plan(self) -> list[Stage]:
-        """One: every component."""
+        """A single stage, for all components."""
         return [Stage("evaluating the constants", len(self.circuits) * self.task.n_test)]
 
     def run(self) -> Findings:

@@ -1,4 +1,4 @@
-"""The end of a training of lenses: they are written, with their losses."""
+"""The end of training lenses: they are written, with their losses."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +26,8 @@ def finish_lenses(
     Args:
         model: frozen causal language model.
         task: the task that the lenses were trained on.
-        lenses: from `LensModule.trained_lenses`.
-        losses: from `LensModule.validation_losses`.
+        lenses: the lenses, from `LensModule.trained_lenses`.
+        losses: losses by kind of lens, from `LensModule.validation_losses`.
         run: run folder.
         track: progress.
     """
@@ -38,7 +38,7 @@ def finish_lenses(
 
 
 class _Losses(Study[FinishSettings]):
-    """Losses of the best lenses on the validation prompts; a row for each lens and layer."""
+    """Validation losses of the best lenses; a row for each lens and layer."""
 
     name = "fit"
     Settings: ClassVar[type] = FinishSettings
@@ -47,7 +47,7 @@ class _Losses(Study[FinishSettings]):
     losses: Mapping[str, Float[Tensor, " start"]]
 
     def run(self) -> Findings:
-        """Lay the losses out. No model is run."""
+        """Convert the losses to rows and a table. No model is run."""
         layers = self.from_runs[0].layers
         by_layer = {kind: losses.expand(len(layers)).tolist() for kind, losses in self.losses.items()}
         rows = [

@@ -1,4 +1,4 @@
-"""The end of a training of tracing constants: they are written, with their losses."""
+"""The end of training constants for causal tracing: they are written, with their losses."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,8 +27,8 @@ def finish_tracing(
     Args:
         model: frozen causal language model.
         task: the task that the constants were trained on.
-        constants: from `TracingModule.tracing_constants`.
-        losses: validation loss of each run.
+        constants: the constants, from `TracingModule.tracing_constants`.
+        losses: validation loss of each traced run.
         run: run folder.
         track: progress.
     """
@@ -48,7 +48,7 @@ class _Losses(Study[FinishSettings]):
     losses: Float[Tensor, " run"]
 
     def run(self) -> Findings:
-        """Lay the losses out. No model is run."""
+        """Convert the losses to rows and a table. No model is run."""
         tracing = self.from_runs[0].tracing
         rows: list[Mapping[str, Any]] = [
             {"restored": run.kind, "at": run.span, "window": run.window, "layer": run.layer, "probability_lost": loss}

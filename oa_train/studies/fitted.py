@@ -1,4 +1,4 @@
-"""Optimal constants of circuits, trained from the means."""
+"""Optimal constants of circuits, by default trained from the means."""
 
 from collections.abc import Sequence
 
@@ -18,15 +18,15 @@ def fitted_constants(
     starts: Sequence[Constants] | None = None,
     level: Level | None = None,
 ) -> list[Constants]:
-    """Optimal constants of each circuit, no worse on the validation prompts than means and zeros.
+    """Train optimal constants for each circuit; on the validation prompts they are no worse than means and zeros.
 
     Args:
         source: model, task, means and progress.
         masks: a circuit in each row.
-        fit: the training.
+        fit: settings of the training.
         description: text of the progress bar.
         starts: initial constants of each circuit, or one set for all; by default the means.
-        level: of the masks, where it is another one than that of the source.
+        level: level of the masks, if it differs from that of the source.
     """
     return fit_constants(
         source.model,

@@ -1,4 +1,4 @@
-"""Units ablated together: their joint effect beside the sum of their single effects."""
+"""Units ablated together: their joint effect compared with the sum of their single effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
@@ -29,17 +29,17 @@ from oa_train.studies.unit_ablations import UnitAblations, gathered
 class Interact(Study[InteractSettings]):
     """Ablates units together: does their joint effect differ from the sum of their single effects?
 
-    The effect of an ablation is the KL divergence, or the rise of another loss over the clean model's. Rows: first
+    The effect of an ablation is the KL divergence, or the increase of another loss over the clean model's. Rows: first
     pairs and groups, the largest interaction first, with the measures of the joint ablation, and for each loss the
-    joint effect (`x_joint`), the sum of the single ones (`x_apart`) and the paired difference of the two
+    joint effect (`x_joint`), the sum of the single effects (`x_apart`) and the paired difference of the two
     (`x_interaction`). Above 0, units back each other up; below 0, their effects overlap. Then, with a primary set,
-    every other unit by the growth of its effect once that set is ablated: its effect alone (`x_alone`), given the set
-    (`x_conditional`), and the growth, which is the interaction of the unit and the set.
+    every other unit, sorted by how much its effect grows once that set is ablated: its effect alone (`x_alone`), its
+    effect given the set (`x_conditional`), and the growth, which is the interaction of the unit and the set.
 
     Raises:
-        ConfigurationError: an unknown unit; a pair of a unit with itself, a group of fewer than two, a selection of no
-            unit, or a primary set that leaves none; a scan of other units.
-        ArtefactError: `scan` is not a finished scan of this model.
+        ConfigurationError: a unit is unknown or paired with itself, a group or the selection has too few units, or the
+            selection is contained in the primary set.
+        ArtefactError: `scan` is not a finished scan of this model and of these units.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -48,7 +48,7 @@ class Interact(Study[InteractSettings]):
     resumable = True
 
     def check(self) -> None:
-        """Select units, pairs, groups and the primary set."""
+        """Select the units, pairs, groups and the primary set."""
         super().check()
         settings = self.settings
         patterns, primary = patterns_of(settings.components), patterns_of(settings.primary)
@@ -91,12 +91,12 @@ class Interact(Study[InteractSettings]):
 
     @property
     def _n_sets(self) -> int:
-        """Sets of several units, each ablated together."""
+        """Number of sets of several units that are ablated together."""
         pairs = self.n_paired * (self.n_paired - 1) // 2
         return pairs + len(self.joints) + len(self.conditionals) + (len(self.primary) > 1)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then each piece of single units, and each of sets."""
+        """The clean model and the statistics; then the pieces of single units, and those of sets."""
         stages, settings = [Stage("the clean model", self.task.n_test)], self.settings
         sizes = [*_sizes(len(self.singles), settings.parts_at_once), *_sizes(self._n_sets, settings.parts_at_once)]
         missing = self.pieces.missing(len(sizes))
@@ -104,7 +104,7 @@ class Interact(Study[InteractSettings]):
 
     @cached_property
     def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
+        """Measured pieces, stored in the study's folder if it has one."""
         return self._ablations.pieces(self.singles)
 
     def run(self) -> Findings:
@@ -150,7 +150,7 @@ class Interact(Study[InteractSettings]):
 
     @property
     def _ranked(self) -> Sequence[str]:
-        """Units ranked by their single effects, of which the first are paired."""
+        """Units whose single effects determine which of them are paired."""
         return self.units if self.settings.all_pairs else ()
 
     def _in_order(self, names: Iterable[str]) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ class Interact(Study[InteractSettings]):
         return UnitAblations(self, self.level, [settings.ablation], settings.fit, settings.positions)
 
     def _measured(self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int) -> Behaviour:
-        """Behaviour with each set ablated, in pieces numbered from `first`."""
+        """Behaviour with each set ablated, measured in pieces numbered from `first`."""
         at_once = self.settings.parts_at_once
 
         def measure(number: int) -> Piece:
@@ -211,10 +211,10 @@ class Interact(Study[InteractSettings]):
 
 
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
-    """Effect of each ablation: the rise of a loss over the clean model's."""
+    """Effect of each ablation: the increase of a loss over the clean model's."""
     return behaviour.loss(loss).double() - clean.loss(loss).double()
 
 
 def _sizes(n_sets: int, at_once: int) -> list[int]:
-    """Sizes of pieces."""
+    """Number of sets in each piece."""
     return [min(at_once, n_sets - start) for start in range(0, n_sets, at_once)]

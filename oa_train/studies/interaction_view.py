@@ -13,19 +13,19 @@ from oa_train.studies.interact_settings import InteractSettings
 from oa_train.studies.joint import AND
 from oa_train.studies.study import MOST_LISTED, Row, Table, interval, spoken
 
-# Columns of the table of joint effects and of that of conditional ones: title by suffix of the row's column.
+# Column titles, by suffix of the row's column, in the tables of joint effects and of conditional effects.
 TOGETHER = {"joint": "together", "apart": "sum of\nsingle effects", "interaction": "interaction"}
 GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interaction": "growth"}
 
 
 @dataclass(frozen=True)
 class InteractionView:
-    """Tables and figures of rows of `interact`, either all conditional or none.
+    """Tables and figures of rows of `interact`, which are either all conditional or all joint.
 
     Attributes:
         settings: settings of the study.
         level: level of the units.
-        primary: names of the primary set.
+        primary: names of the units in the primary set.
         subject: model and task, for titles.
         prompts: the test prompts, for titles.
     """
@@ -45,7 +45,7 @@ class InteractionView:
         return {"kl": "KL divergence"}.get(self.settings.effect, spoken(self.settings.effect))
 
     def shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """A table of the first rows, and the number of significant ones."""
+        """A table of the first rows, and a line with the number of significant effects."""
         if not rows:
             return
         settings, conditional = self.settings, _are_conditional(rows)
@@ -119,5 +119,5 @@ def _are_conditional(rows: Sequence[Row]) -> bool:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Names of a set; the first one and a count if there are more than three."""
+    """Names of the units of a set; with more than three, the first name and a count."""
     return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

@@ -10,13 +10,13 @@ from oa_train.studies.study import spoken
 
 @dataclass(frozen=True)
 class ChosenKinds:
-    """Kinds of ablation of a study, and the reason for each default kind that the prompts do not allow."""
+    """Kinds of ablation of a study, and for each kind that is left out by default the reason."""
 
     kinds: list[AblationKind]
     left_out: dict[AblationKind, str]
 
     def lines(self) -> Iterator[str]:
-        """Sentences about those that are left out."""
+        """Sentences about the kinds that are left out."""
         for reason in dict.fromkeys(self.left_out.values()):
             kinds = [spoken(kind) for kind, other in self.left_out.items() if other == reason]
             yield f"Left out: {' and '.join(kinds)} ablation, because {reason}."
@@ -25,7 +25,7 @@ class ChosenKinds:
 def chosen_kinds(
     requested: list[AblationKind] | None, source: AblationSource, batches: Sequence[Batch]
 ) -> ChosenKinds:
-    """The requested kinds, or by default all that ablate and that the prompts allow.
+    """The requested kinds, or by default all that ablate anything and that the prompts allow.
 
     Raises:
         TaskError: the prompts do not allow a requested kind.

@@ -1,4 +1,4 @@
-"""The lenses that a study compares: those of runs, those that need no training, and a tuned lens from a folder."""
+"""Choice of the lenses of a study: lenses of runs, lenses that need no training, and a tuned lens from a folder."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from oa_train.models.parts import Dimensions
 from oa_train.progress import Track
 from oa_train.tasks.task import Task
 
-# Name of a lens in the layout of AlignmentResearch.
+# Name of the tuned lens that is read from a folder.
 FROM_FOLDER = "tuned, from a folder"
 
 
 def chosen_layers(model: CausalLM, layers: Sequence[int] | None, runs: Sequence[TrainedLenses]) -> list[int]:
-    """Layers of a comparison: by default those that all runs have, or all of the model.
+    """Layers to read: by default those that all runs have, or without runs all layers of the model.
 
     Raises:
         ConfigurationError: a layer does not exist, or a run's lenses do not have it.
@@ -35,7 +35,7 @@ def chosen_layers(model: CausalLM, layers: Sequence[int] | None, runs: Sequence[
 
 
 def chosen_kinds(kinds: Sequence[str] | None, runs: Sequence[TrainedLenses]) -> list[str]:
-    """Kinds of a comparison: by default all that need no training, and those of the runs.
+    """Kinds of lens: by default those of the runs, and all that need no training.
 
     Raises:
         ConfigurationError: a kind does not exist, or no run has trained it.
@@ -63,7 +63,7 @@ def chosen_lenses(
     tuned_lens: str | None,
     track: Track,
 ) -> dict[str, Lens]:
-    """The lenses by name, at these layers, on the model's device."""
+    """The lenses by name, restricted to these layers, on the model's device."""
     sizes, lenses = Dimensions.of(model.config), dict[str, Lens]()
     for kind in kinds:
         if LENS_KINDS[kind].trained:

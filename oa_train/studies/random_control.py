@@ -1,4 +1,4 @@
-"""Control: random circuits of equal size, their constants trained like those of the run's circuit."""
+"""Control: random circuits of equal size, with constants trained in the same way as for the run's circuit."""
 
 import statistics
 from collections.abc import Mapping
@@ -27,19 +27,19 @@ def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Tas
 def beside_random_circuits(
     run: TrainedCircuit, source: AblationSource, n_circuits: int, fit: RefitSettings, n_prompts: int, track: Track
 ) -> dict[str, Any]:
-    """KL divergence of a run's circuit and of random ones of its size, under constants trained from the means.
+    """KL divergence of a run's circuit and of random circuits of its size, with constants trained from the means.
 
     Args:
         run: the run.
         source: model, task and means.
-        n_circuits: random circuits.
-        fit: training of the constants of each of them and of the run's circuit.
-        n_prompts: test prompts on which they are compared.
+        n_circuits: number of random circuits.
+        fit: training of the constants of the random circuits and of the run's circuit.
+        n_prompts: number of test prompts on which they are compared.
         track: progress.
 
     Returns:
-        `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits
-        that do as well as the run's or better.
+        `size`, `kl` of each random circuit and `run_kl` in nats, `percentile`, the percentage of random circuits that
+        do at least as well as the run's, and the numbers of training `steps` and of prompts.
     """
     model, task, level, size = source.model, source.task, run.circuit.level, len(run.circuit)
     drawn = random_circuits(level, size, n_circuits, task.seed, run.selected)
@@ -62,7 +62,7 @@ def beside_random_circuits(
 
 
 def random_line(control: Mapping[str, Any], parts: str) -> str:
-    """Sentence about the comparison."""
+    """Sentence about the comparison with random circuits."""
     kl, run_kl = control["kl"], control["run_kl"]
     as_good = sum(value <= run_kl for value in kl)
     verdict = "none of them is as good" if not as_good else f"{as_good} of them are as good or better"

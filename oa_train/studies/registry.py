@@ -1,6 +1,6 @@
 """The studies that have a command of their own. To add one, write its file and enter it here."""
 
-# By command: the class, imported when it is used, and its line in the overview.
+# The class of each command, imported when it is used, and its line in the overview of commands.
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),

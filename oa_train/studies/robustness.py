@@ -1,4 +1,4 @@
-"""Robustness of a circuit: are the parts outside irrelevant in every combination, not only when all are ablated?"""
+"""Robustness of a circuit: are the parts outside it irrelevant in every combination, not only all ablated?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, wor
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
 
-# Parts of the worst mask that are listed.
+# Maximum number of parts of the worst mask that are listed.
 MOST_LISTED_PARTS = 10
 
 
@@ -49,14 +49,14 @@ class RobustnessSettings:
     """Settings of `robustness`.
 
     Attributes:
-        ablations: kinds of ablation of the parts outside; by default the circuit's own.
-        n_subsets: random subsets of the parts outside that are kept, for each density; 0 for none.
-        densities: probabilities with which each part outside is kept.
-        ascent: the search for the worst mask.
-        loss: loss that the worst mask makes large.
-        tolerance: negligible rise in KL divergence, in nats: the parts outside are irrelevant if the whole 95 %
-            interval of the worst mask's rise is at or below it.
-        fit: training of constants for a learned ablation that the circuit has no constants of.
+        ablations: kinds of ablation of the outside parts; by default the circuit's own.
+        n_subsets: number of random subsets of the outside parts to keep, for each density; 0 for none.
+        densities: probabilities with which each outside part is kept.
+        ascent: settings of the search for the worst mask.
+        loss: loss that the worst mask maximises.
+        tolerance: increase in KL divergence, in nats, that counts as negligible: the outside parts are irrelevant if
+            the whole 95 % interval of the worst mask's increase is at or below it.
+        fit: training of constants for a learned ablation for which the circuit has none.
     """
 
     ablations: list[AblationKind] | None = None
@@ -81,13 +81,13 @@ class RobustnessSettings:
 class Robustness(Study[RobustnessSettings]):
     """Keeps the parts outside a circuit in many combinations: does the circuit do as well in all of them?
 
-    A circuit is usually evaluated with everything outside ablated. Here random subsets of the outside are kept, and
-    the worst mask is searched for: values in [0, 1] for the parts outside, the same for all prompts, by projected
-    gradient ascent on validation prompts. All masks are evaluated on the test prompts. The circuit itself is always
+    A circuit is usually evaluated with everything outside it ablated. Here random subsets of the outside parts are
+    kept, and projected gradient ascent on validation prompts searches for the worst mask: values in [0, 1] for the
+    outside parts, the same for all prompts. All masks are evaluated on the test prompts. The circuit itself is always
     kept, and so are parts that its training could not ablate.
 
     Rows: one for each ablation and mask (`all off`, `random subset` with its `density` and `draw`, `worst vertex`,
-    whose values are 0 or 1, and `worst`), with the measures and their paired differences to all off
+    whose values are 0 or 1, and `worst`), with the measures and their paired differences from `all off`
     (`x_minus_all_off`).
 
     Raises:
@@ -100,7 +100,7 @@ class Robustness(Study[RobustnessSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """Refuse a circuit with nothing outside."""
+        """Reject a circuit with nothing outside it."""
         super().check()
         self.trained = self.circuits[0]
         self.level, self.mask = self.trained.circuit.level, self.trained.circuit.mask
@@ -125,11 +125,11 @@ class Robustness(Study[RobustnessSettings]):
         return AblationSource(self.model, self.task, self.level, self.trained.positions, self.track)
 
     def _has_constants(self, kind: AblationKind) -> bool:
-        """True if the circuit has constants of this ablation."""
+        """True if the circuit has constants for this ablation."""
         return kind == self.trained.ablation and self.trained.constants is not None
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then of each ablation constants, the ascent and the test prompts."""
+        """The clean model and the statistics; then, for each ablation, constants, the ascent and the test prompts."""
         settings, task = self.settings, self.task
         lacking = [kind for kind in self.kinds if not self._has_constants(kind)]
         stages = [Stage("the clean model", task.n_test), *statistics_stages(lacking, task)]
@@ -181,12 +181,12 @@ class Robustness(Study[RobustnessSettings]):
         return KINDS[kind].prepare(self.source)
 
     def _fitted(self) -> Ablation:
-        """Learned constants of the circuit, trained with everything outside ablated."""
+        """Learned constants of the circuit, trained with everything outside it ablated."""
         masks, described = self.mask.unsqueeze(0), "fitting constants of the circuit"
         return fitted_constants(self.source, masks, self.settings.fit, described)[0]
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
-        """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""
+        """Masks that keep random subsets of the outside parts, by density and draw; the same for every ablation."""
         masks = {}
         for density in self.settings.densities:
             for draw in range(1, self.settings.n_subsets + 1):
@@ -223,7 +223,7 @@ class Robustness(Study[RobustnessSettings]):
         return by_density
 
     def _spread(self, kind: AblationKind, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Spread of the random subsets' divergences at each density, in nats."""
+        """Lowest, median and highest KL divergence of the random subsets at each density, in nats."""
         names = ("lowest", "median", "highest")
         return [
             {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))
@@ -263,7 +263,7 @@ class Robustness(Study[RobustnessSettings]):
         }
 
     def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
-        """Verdict on the parts outside, by the mask that hurts most on the test prompts."""
+        """Verdict on the outside parts, based on the mask that is worst on the test prompts."""
         is_found = hardest["kl"].mean <= worst["kl"].mean
         gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
         low, high = gap.ci95

@@ -1,4 +1,4 @@
-"""The model of a run, wherever its folder is now."""
+"""Finding the model of a run whose folder has moved."""
 
 import warnings
 from contextlib import suppress
@@ -20,12 +20,12 @@ _IDENTIFYING = (
 
 
 def located(run: RunFolder, spec: LMSpec) -> LMSpec:
-    """The specification of a run's model whose path is gone, with the folder that holds its weights now.
+    """The specification of a run's model whose path no longer exists, with the folder that now holds its weights.
 
-    It is looked for by the fingerprint of the weights (see `models.moved`), and named in a warning.
+    The folder is found by the fingerprint of the weights (see `models.moved`), and a warning names it.
 
     Raises:
-        ArtefactError: it was not found; the message says where it was looked for.
+        ArtefactError: the model was not found; the message lists the folders that were searched.
     """
     identity = _identity(run)
     moved = None if identity is None else find_moved(spec, identity, run.run)

@@ -1,4 +1,4 @@
-"""Sufficient sets: a few units that alone reach a stated recovery of the model's behaviour."""
+"""Sufficient sets: few units that by themselves reach a stated recovery of the model's behaviour."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -47,18 +47,19 @@ from oa_train.studies.sufficient_settings import SufficientSettings as Sufficien
 
 
 class Sufficient(Study[SufficientSettings]):
-    """Finds a small set of units that alone reach a stated recovery of the model's behaviour.
+    """Finds a small set of units that by itself reaches a stated recovery of the model's behaviour.
 
     Units are restored until the set is sufficient on the validation prompts, then removed while it stays sufficient.
-    The path is evaluated on the test prompts. Under `optimal` the search uses fixed constants, the means or the run's;
-    then constants are trained for the final set.
+    Steps of the search are then evaluated on the test prompts. Under `optimal` the search uses fixed constants, those
+    of the run or the means; afterwards constants are trained for the final set.
 
     Rows: one for each step of the search, with the units that it moved, the recovery on the validation prompts and, if
-    evaluated, the recovery and all measures on the test prompts (`trained_x` with constants trained for the set).
+    the step was evaluated, the recovery and all measures on the test prompts (`trained_x` with constants trained for
+    the set).
 
     Raises:
-        ConfigurationError: nothing is selected, the run's circuit is of edges or of other sites, or ablating the
-            selection leaves the measure as it is.
+        ConfigurationError: nothing is selected, the run's circuit is an edge circuit or has other sites, or ablating
+            the whole selection does not change the measure for the worse.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -92,7 +93,7 @@ class Sufficient(Study[SufficientSettings]):
             raise ConfigurationError(
                 f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost no "
                 "edge does anything without others on its path, so a greedy search cannot start. "
-                "minimal tests each edge of a circuit; fit with --model.level edges finds circuits of edges."
+                "minimal tests each edge of a circuit; fit with --model.level edges finds edge circuits."
             )
         kinds, _ = level.entry_kinds
         if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(kinds):
@@ -110,14 +111,14 @@ class Sufficient(Study[SufficientSettings]):
 
     @cached_property
     def ablation(self) -> Ablation:
-        """Ablation of the search; for a learned one, fixed constants."""
+        """Ablation used by the search; fixed constants for a learned ablation."""
         return self.kind.prepare(self.source) if self._own is None else self._own
 
     def _own_constants(self) -> Constants | None:
         """The run's constants, if it was trained under this ablation.
 
         Raises:
-            ConfigurationError: they tell more positions apart than `positions`.
+            ConfigurationError: they distinguish more positions than `positions`.
         """
         if self.start is None or self.start.constants is None or self.start.ablation != self.kind.name:
             return None
@@ -130,7 +131,7 @@ class Sufficient(Study[SufficientSettings]):
         return min(self.settings.search_prompts, self.task.n_validation)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then the longest search, its curve and the constants."""
+        """The statistics and the clean model; then a search that moves every unit, its curve and the constants."""
         settings, task = self.settings, self.task
         kinds = [self.kind.name] if self.kind.learned or self._own is None else []
         stages = [*statistics_stages(kinds, task), Stage("the clean model", self._n_search)]
@@ -145,7 +146,7 @@ class Sufficient(Study[SufficientSettings]):
 
     @property
     def _n_movable(self) -> int:
-        """Number of units that the search may move from its start."""
+        """Number of units that the search may move in its first direction."""
         return int((self._first & self.free if self.settings.direction == "remove" else self.free).sum())
 
     @property
@@ -154,14 +155,14 @@ class Sufficient(Study[SufficientSettings]):
 
     @property
     def _most_circuits(self) -> int:
-        """Circuits of a search that moves every unit, in rounds that succeed with their first candidates."""
+        """Number of circuits evaluated if the search moves every unit and each round's first candidates succeed."""
         n_units, settings = self._n_movable, self.settings
         tried = min(settings.candidates, n_units) + settings.at_once.bit_length() - 1
         first = n_units if self._scores is None else tried
         return 2 + first + (self._most_steps - 1) * tried + 2 * settings.pairs
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say what the search costs if it moves every unit, and how it screens."""
+        """Announce the cost of a search that moves every unit, and how candidates are screened."""
         super().announce(stages)
         settings, n_units = self.settings, self._n_movable
         tried = min(settings.candidates, n_units)
@@ -184,7 +185,7 @@ class Sufficient(Study[SufficientSettings]):
 
     def run(self) -> Findings:
         """Search on the validation prompts, and evaluate on the test prompts."""
-        _ = self.ablation  # statistics are gathered before all stages that use them
+        _ = self.ablation  # the statistics are gathered before the stages that use them
         if self.kind.learned:
             _ = self.source.mean
         steps = self._search()
@@ -260,12 +261,12 @@ class Sufficient(Study[SufficientSettings]):
             )
 
     def _curve(self, masks: Sequence[Tensor]) -> Behaviour:
-        """Behaviour with everything ablated, then of each set, under the ablation of the search."""
+        """Behaviour with everything ablated, then with each set kept, under the ablation of the search."""
         stacked, rows = torch.stack([~self.free, *masks]), self.settings.fit.rows_per_run
         return self.behaviour(self.level, stacked, [self.ablation], "the sets on test prompts", rows)
 
     def _trained(self, masks: Sequence[Tensor]) -> tuple[Behaviour, Constants]:
-        """The same as `_curve` with constants trained for each set, and the constants of the last one."""
+        """Like `_curve`, but with constants trained for each set; also returns those of the last set."""
         stacked, fit = torch.stack([~self.free, *masks]), self.settings.fit
         assert isinstance(self.ablation, Constants)
         sets = fitted_constants(self.source, stacked, fit, "fitting constants of sets", starts=[self.ablation])
@@ -273,7 +274,7 @@ class Sufficient(Study[SufficientSettings]):
         return self.behaviour(self.level, stacked, sets, described, fit.rows_per_run), sets[-1]
 
     def _trained_set(self, last: Step, constants: Constants | None) -> TrainedCircuit:
-        """The set as a circuit, with its constants if the ablation has some."""
+        """The set as a circuit, with its constants if the ablation has any."""
         task = self.task
         provenance = {
             "model": task.lm.name,
@@ -301,7 +302,7 @@ class Sufficient(Study[SufficientSettings]):
 
     @property
     def _labels(self) -> tuple[str, str, str]:
-        """Labels of the figure's axes, and its title."""
+        """Labels of the figure's axes, and the title."""
         return (
             f"units kept, of {int(self.free.sum()):,}",
             f"recovery ({spoken(self.settings.measure).replace('kl', 'KL divergence')})",

@@ -18,19 +18,19 @@ from oa_train.metrics.recovered import Identities, effective_layers, recovered, 
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import Row, Table, interval, spoken
 
-# Name in tables of the run that restores nothing.
+# Name of the run that restores nothing, for tables.
 NOTHING = "nothing"
 
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """Outcome of every traced run on every known prompt.
+    """Results of every traced run on every prompt that the model answers correctly.
 
     Attributes:
-        tracing: the runs; the last one of the tensors restores nothing.
-        probabilities: of the answers, by corruption: [draw, run, prompt].
-        lost: probability that the answers lose, by corruption, averaged over draws: [run, prompt].
-        identities: of the prompts.
+        tracing: the traced runs; the tensors have one more, the last, which restores nothing.
+        probabilities: probabilities of the answers by corruption: [draw, run, prompt].
+        lost: drops in the answers' probability by corruption, averaged over draws: [run, prompt].
+        identities: identities of the prompts; see `estimates.estimate`.
     """
 
     tracing: Tracing
@@ -39,7 +39,7 @@ class Traced:
     identities: Identities
 
     def rows(self) -> Iterator[Row]:
-        """A row for each corruption and run."""
+        """A row for each corruption and traced run, and one for each corruption with nothing restored."""
         for name, drop in self.lost.items():
             probabilities = self.probabilities[name].mean(dim=0)
             intervals = recovered_bootstrap(drop[:-1], drop[-1], self.identities)
@@ -59,13 +59,13 @@ class Traced:
             }
 
     def _groups(self) -> Iterator[tuple[TracedRun, slice]]:
-        """The first run of every kind, span and window, and the slice of its runs."""
+        """The first run of every kind, span and window, and the slice of its runs over the layers."""
         n_layers = len(self.tracing.layers)
         for first in range(0, len(self.tracing.runs), n_layers):
             yield self.tracing.runs[first], slice(first, first + n_layers)
 
     def localisation(self) -> Iterator[dict[str, Any]]:
-        """Peak of each profile over the layers, and the number of layers that it is spread over."""
+        """Peak of each profile over the layers, and the number of layers over which it is spread."""
         for first, runs in self._groups():
             for name, drop in self.lost.items():
                 peak = int(drop[runs].mean(dim=1).argmin())
@@ -76,7 +76,7 @@ class Traced:
                 }
 
     def agreement(self) -> list[dict[str, Any]]:
-        """Correlations of the recovery of all runs, of ranks and of values, for each pair of corruptions."""
+        """Rank and linear correlation of the recovery of all runs, for each pair of corruptions."""
         return [
             {
                 "first": first,
@@ -98,7 +98,7 @@ class Traced:
             [{"corruption": "none", "probability of the answer": clean}, *nothing],
         )
         yield Table(
-            "Share of the lost probability that comes back, by layer",
+            "Share of the lost probability that is recovered, by layer",
             [
                 {"restored": line["restored"], "at": place(line["at"]), "layers": line["window"]}
                 | {"corruption": spoken(line["corruption"]), "peak layer": line["peak"]}
@@ -117,7 +117,7 @@ class Traced:
 
 
 def place(span: str) -> str:
-    """A span in tables and figures."""
+    """Name of a span in tables and figures."""
     if span == WHOLE:
         return "every token"
     if span.startswith("-"):
@@ -133,7 +133,7 @@ def place(span: str) -> str:
 
 
 def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
-    """Recovery by layer, a panel for each kind, place and window."""
+    """Figure of recovery by layer, with a panel for each kind, place and window."""
     panels: dict[tuple[str, str], dict[str, list[Interval]]] = {}
     several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
     for row in rows:
@@ -147,7 +147,7 @@ def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
 
 
 def place_maps(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
-    """Heat maps of recovery: places by layers, a map for each corruption, kind and window."""
+    """Heat maps of recovery, places by layers, one for each corruption, kind and window."""
     tables: dict[tuple[str, str], dict[str, list[float]]] = {}
     several = len({row.get("window") for row in rows if row["restored"] != NOTHING}) > 1
     for row in rows:
@@ -166,6 +166,6 @@ def token_maps(
     layers: Sequence[int],
     subject: str,
 ) -> Figure:
-    """Heat maps of recovery at every token of one prompt, whose corrupted tokens have an asterisk."""
+    """Heat maps of recovery at every token of one prompt; corrupted tokens have an asterisk."""
     title = f"{subject}: one prompt, answered by {answer!r}; corrupted tokens have a *"
     return recovery_maps(tables, tokens, layers, title, 1.0)

@@ -1,4 +1,4 @@
-"""Sets of units ablated under several kinds of ablation."""
+"""Effects of ablating sets of units under several kinds of ablation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +24,14 @@ from oa_train.studies.study import Study, spoken, statistics_stages
 
 @dataclass(frozen=True, eq=False)
 class UnitAblations:
-    """The ablations of a study, for any sets of units.
+    """Ablates sets of units for a study, under each of its kinds of ablation.
 
     Attributes:
-        study: supplies model, prompts and progress.
+        study: the study, which supplies model, prompts and progress.
         level: level of the units.
         kinds: kinds of ablation.
-        fit: training of constants, for kinds that are learned.
-        positions: positions that constants tell apart; `every` is as many as the test prompts have.
+        fit: training of the constants of learned kinds.
+        positions: number of positions with their own constants; `every` is as many as the test prompts have.
     """
 
     study: Study[Any]
@@ -48,14 +48,14 @@ class UnitAblations:
 
     @cached_property
     def prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
+        """Ablations by kind; for a learned one, its initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     def pieces(self, units: Sequence[str]) -> Pieces:
-        """Measured pieces, in the study's folder if it has one; `units` are those that the study ablates."""
+        """Measured pieces, stored in the study's folder if it has one; `units` are those that the study ablates."""
         study, task = self.study, self.study.task
         about = {
-            "settings": plain({**asdict(study.settings), "dictionaries": None}),  # the level names them
+            "settings": plain({**asdict(study.settings), "dictionaries": None}),  # the level identifies them
             "units": list(units),
             "level": self.level.header(),
             "ablations": list(self.kinds),
@@ -65,7 +65,7 @@ class UnitAblations:
         return Pieces(study.folder, about)
 
     def stages(self, sizes: Sequence[int]) -> list[Stage]:
-        """Statistics, then constants and test prompts of pieces of these sizes, under each kind."""
+        """The statistics, then constants and test prompts for pieces of these sizes under each kind."""
         task = self.study.task
         stages = statistics_stages(self.kinds, task) if sizes else []
         for size in sizes:
@@ -76,8 +76,8 @@ class UnitAblations:
         return stages
 
     def measured(self, masks: Bool[Tensor, "circuit entry"], described: str) -> Piece:
-        """Measures of circuits under each kind, as tensors `<kind>.<measure>` of [circuit, prompt]."""
-        assert self.prepared  # gathered before all stages that use them
+        """Measures of circuits under each kind, as tensors `<kind>.<measure>` of shape [circuit, prompt]."""
+        assert self.prepared  # the statistics are gathered before the stages that use them
         piece: Piece = {}
         for kind in self.kinds:
             ablations: Sequence[Ablation] = [self.prepared[kind]]
@@ -90,6 +90,6 @@ class UnitAblations:
 
 
 def gathered(pieces: Sequence[Mapping[str, Tensor]], kind: AblationKind, clean: Behaviour) -> Behaviour:
-    """Behaviour under a kind of ablation, from the pieces of `UnitAblations.measured`."""
+    """Behaviour under a kind of ablation, concatenated from the pieces of `UnitAblations.measured`."""
     measures = {name: torch.cat([piece[f"{kind}.{name}"] for piece in pieces]) for name in MEASURES}
     return Behaviour(**measures, identities=clean.identities)

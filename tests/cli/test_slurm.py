@@ -137,7 +137,7 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     (runs[4] / "checkpoints" / "last.ckpt").unlink()
     (runs[1] / "checkpoints" / "last.ckpt").write_bytes(b"cut off")
     said = fit()
-    assert said.count("is damaged and is passed over") == 1
+    assert said.count("is damaged and is skipped") == 1
     assert recorded(runs[5])["resumed_from"] == str(LAST)
     # The checkpoint that a job began with is taken when it has none of its own.
     given = str(runs[0] / "checkpoints" / "best.ckpt")

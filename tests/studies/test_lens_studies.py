@@ -180,11 +180,11 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "KL divergence in nats of the best lenses, on 8 validation prompts" in shown
     run = "runs/read/version_0"
     assert main(["compare_lenses", "--run", run]) == 0
-    assert "First layer from which on the top token is the model's" in capsys.readouterr().out
+    assert "First layer from which the top token stays the model's" in capsys.readouterr().out
     results = json.loads((tmp_path / run / "studies" / "compare_lenses_0" / "results.json").read_text())
     assert len(results["rows"]) == 5 * 3
     assert main(["lens", "--run", run, "--lens.prompt", "The first of the"]) == 0
-    assert "Next token after 'The first of the', by the oca lens" in capsys.readouterr().out
+    assert "Next token after 'The first of the', predicted by the oca lens" in capsys.readouterr().out
     assert main(["faithfulness", "--run", run]) == 2
     assert "Score the last position alone (Text: scored last)" in capsys.readouterr().err
     words = ["--data.scored", "last", "--faithfulness.directions", "4", "--faithfulness.layers", "[1]"]

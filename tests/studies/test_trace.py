@@ -134,7 +134,7 @@ def test_what_cannot_work_is_told_before_any_work(model, task, settings, message
 def test_constants_that_were_not_trained_for_it_are_refused(model, task, constants, tmp_path):
     with pytest.raises(ConfigurationError, match=r"were trained for attention, residual at -1, subject_last"):
         Trace(model, task, [constants], TraceSettings(windows=[3]))
-    with pytest.raises(ConfigurationError, match=r"trace\.prompt is 99; the model knows the prompts 0 to 23"):
+    with pytest.raises(ConfigurationError, match=r"trace\.prompt is 99; expected 0 to 23"):
         Trace(model, task, [constants], TraceSettings(prompt=99)).run()
     constants.save(tmp_path)
     loaded = TracingConstants.load(tmp_path)
@@ -178,7 +178,7 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "test/probability_lost" in capsys.readouterr().out
     assert main(["compare", "--run", run]) == 2
     message = capsys.readouterr().err
-    assert "holds constants of causal tracing, and no circuit: oa-train trace --run runs/traced/version_0" in message
+    assert "holds constants of causal tracing, but no circuit: oa-train trace --run runs/traced/version_0" in message
     assert main(["trace", "--run", run, "--trace.windows", "[3]"]) == 2
     assert "train constants for it" in capsys.readouterr().err
 
