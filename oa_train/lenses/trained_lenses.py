@@ -126,7 +126,7 @@ def load_tuned_lens(folder: str | Path) -> AffineLens:
     folder = Path(folder).expanduser()
     config, file = folder / "config.json", folder / "params.pt"
     if not (config.is_file() and file.is_file()):
-        raise ArtefactError(f"{folder} holds no tuned lens; expected config.json and params.pt in it.")
+        raise ArtefactError(f"{folder} does not hold a tuned lens; expected config.json and params.pt in it.")
     content = read_json(config)
     n_layers, d_model = (_size(config, content, name) for name in ("num_hidden_layers", "d_model"))
     try:
@@ -164,6 +164,6 @@ def check_sizes(model: CausalLM, n_layers: int, d_model: int, label: str) -> Non
     own = Dimensions.of(model.config)
     if (own.n_layers, own.d_model) != (n_layers, d_model):
         raise ArtefactError(
-            f"The {label} is of a model with {n_layers} layers of width {d_model}; this one has {own.n_layers} of "
-            f"width {own.d_model}."
+            f"The {label} belongs to a model with {n_layers} layers of width {d_model}; this model has "
+            f"{own.n_layers} of width {own.d_model}."
         )

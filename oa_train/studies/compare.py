@@ -284,8 +284,8 @@ class Compare(Study[CompareSettings]):
             yield Table(title, alone_cells(alone_rows, len(self.kinds))[:MOST_LISTED])
         elif self.settings.components is None:
             yield (
-                f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
-                f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
+                f"No component was ablated alone: the model has {len(self.nodes)}, and by default this is done for at "
+                f"most {MOST_ALONE}. --compare.components 'a10.*' selects some, '*' all."
             )
         yield from self.chosen.lines()
         yield from (random_line(control, self.level.parts) for control in drawn)

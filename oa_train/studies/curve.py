@@ -260,7 +260,7 @@ class Curve(Study[CurveSettings]):
         yield Table(f"Curves with {self._which} first, 95 % intervals", summary_cells(curves, summaries, holds))
         yield from self.chosen.lines()
         if RANDOM in self.rankings and settings.random_orders > 1:
-            yield f"random is the mean of {settings.random_orders} orders; tables/curve.csv has each."
+            yield f"random is the mean over {settings.random_orders} orders; tables/curve.csv has each of them."
 
     @property
     def _which(self) -> str:

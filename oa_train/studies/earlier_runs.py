@@ -49,7 +49,7 @@ def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[P
             messages.append(f"{checkpoint} is damaged and is skipped.")
             continue
         return checkpoint, [*messages, f"SLURM has started job {job} again; it resumes from {checkpoint}."]
-    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
+    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it starts as before."]
 
 
 def is_same_experiment(run: RunFolder, config: Mapping[str, Any], job: str | None = None) -> bool:

@@ -65,7 +65,7 @@ class _Losses(Study[FinishSettings]):
             )
         rows.append({"restored": NOTHING, "probability_lost": float(self.losses[-1])})
         title = (
-            f"Probability that the answers lose under the best constants, on {self.task.n_validation} validation "
+            f"Drop in the answers' probability under the best constants, on {self.task.n_validation} validation "
             f"prompts; {float(self.losses[-1]):.3g} with nothing restored"
         )
         return Findings(rows, shown=[Table(title, cells)], table="tracing")

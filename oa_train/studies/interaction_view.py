@@ -38,7 +38,7 @@ class InteractionView:
 
     @property
     def _effect(self) -> str:
-        return "fall of the logit difference" if self.settings.effect == "logit_difference" else self._measure
+        return "drop in the logit difference" if self.settings.effect == "logit_difference" else self._measure
 
     @property
     def _measure(self) -> str:

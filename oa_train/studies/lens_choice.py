@@ -48,8 +48,8 @@ def chosen_kinds(kinds: Sequence[str] | None, runs: Sequence[TrainedLenses]) -> 
     for kind in kinds:
         if kind not in (*trained, *untrained):
             raise ConfigurationError(
-                f"lenses names {kind!r}, which is trained: give a run that has trained it (--run), which "
-                f"oa-train fit --model LensModule --model.lenses '[{kind}]' makes."
+                f"lenses names {kind!r}, which has to be trained: give a run that has trained it (--run), or train "
+                f"one with oa-train fit --model LensModule --model.lenses '[{kind}]'."
             )
     return list(kinds)
 

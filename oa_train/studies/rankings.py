@@ -139,8 +139,8 @@ def effects_of_scan(
     model: Mapping[str, Any] = results.get("model") or {}
     if model.get("fingerprint") != fingerprint:
         raise ArtefactError(
-            f"The ranking {folder} is of the model {model.get('name')} ({str(model.get('fingerprint'))[:12]}), and "
-            f"this one is another ({fingerprint[:12]}). Scan this model."
+            f"The ranking {folder} was made with the model {model.get('name')} "
+            f"({str(model.get('fingerprint'))[:12]}), not with this one ({fingerprint[:12]}). Scan this model."
         )
     try:
         by_kind: dict[str, dict[str, float]] = {}
@@ -188,7 +188,7 @@ def _of_parts(whose: str, scores: Mapping[str, float], level: Level, parts: Sequ
     unknown, missing = [name for name in scores if name not in known], [name for name in parts if name not in scores]
     if unknown:
         raise ArtefactError(
-            f"{whose} ranks {_listed(unknown)}, which this selection does not have: it is of another model or "
+            f"{whose} ranks {_listed(unknown)}, which this selection does not have: it belongs to another model or "
             f"selection. {nearest_names(unknown[0], level.names)}"
         )
     if missing:

@@ -213,7 +213,7 @@ class RunFolder:
             sentence = f"No further state had been written. This resumes from {resumed_from} once more:"
             return [sentence, f"  {self.resume_command(resumed_from)}"]
         if kept is not None and "StochasticWeightAveraging" in self.config_path.read_text(encoding="utf-8"):
-            exactness = "but not exactly as it would have: the averages of StochasticWeightAveraging begin anew:"
+            exactness = "but not exactly: the averages of StochasticWeightAveraging start again:"
             return [
                 f"This resumes from {kept}, in a new version of the run, {exactness}",
                 f"  {self.resume_command(kept)}",

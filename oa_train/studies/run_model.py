@@ -30,10 +30,10 @@ def located(run: RunFolder, spec: LMSpec) -> LMSpec:
     identity = _identity(run)
     moved = None if identity is None else find_moved(spec, identity, run.run)
     if moved is None:
-        result = "The run holds no results yet that tell its weights, so it was not looked for."
+        result = "The run has no results yet that identify its weights, so it was not searched for."
         if identity is not None:
             looked = ", ".join(map(str, places(run.run)))
-            result = f"It was looked for by the fingerprint of its weights, up to two folders deep in {looked}."
+            result = f"It was searched for by the fingerprint of its weights, up to two folders deep in {looked}."
         raise ArtefactError(
             f"{run.path} is of the model {spec.name}, which is not there. {result}\nSay where it is now, or where a "
             "copy is: --lm.name FOLDER (from Python `run.lm(FOLDER)`)."

@@ -98,7 +98,7 @@ class Sufficient(Study[SufficientSettings]):
         kinds, _ = level.entry_kinds
         if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(kinds):
             raise ConfigurationError(
-                f"sites is {settings.sites}, but the circuit of {self.start.name} is of {', '.join(kinds)}. "
+                f"sites is {settings.sites}, but the circuit of {self.start.name} has {', '.join(kinds)}. "
                 "Leave sites out, or leave --run out and name the model with --lm.name."
             )
         return level
@@ -255,7 +255,7 @@ class Sufficient(Study[SufficientSettings]):
         gap = of_nothing if name == "kl" else of_clean - of_nothing
         if not gap > TIE_BREAK:
             raise ConfigurationError(
-                f"The {spoken(name)} is {written(of_clean)} of the clean model and {written(of_nothing)} with all "
+                f"The {spoken(name)} is {written(of_clean)} for the clean model and {written(of_nothing)} with all "
                 f"{int(self.free.sum())} units under {spoken(self.kind.name)} ablation: there is nothing to recover. "
                 "Choose another measure, ablation or task."
             )

@@ -91,8 +91,8 @@ class Trace(Study[TraceSettings]):
     def _check_constants(self) -> None:
         if self.constants is None:
             raise ConfigurationError(
-                "trace.corruptions names optimal, whose constants are trained: oa-train fit --model TracingModule "
-                "..., then give its run (--run)."
+                "trace.corruptions names optimal, whose constants have to be trained: run oa-train fit --model "
+                "TracingModule ..., then give that run (--run)."
             )
         known = self.constants.tracing
         lacking = [run for run in self.tracing.runs if run not in known.runs]
@@ -164,7 +164,7 @@ class Trace(Study[TraceSettings]):
             "layers": partial(
                 profiles, rows, layers, f"{self.subject}: clean values restored while the subject is corrupted"
             ),
-            "map": partial(place_maps, rows, layers, f"{self.subject}: share of the lost probability that comes back"),
+            "map": partial(place_maps, rows, layers, f"{self.subject}: recovered share of the lost probability"),
         }
         if self.settings.prompt is not None:
             figures["prompt"] = partial(token_maps, *self._by_token(self.settings.prompt), layers, self.subject)

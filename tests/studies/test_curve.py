@@ -239,7 +239,7 @@ def test_rankings_that_do_not_fit_are_refused(model, task, run, tmp_path):
     refused("cannot be read as CSV", [str(tmp_path / "f")])
     refused("has no results.json", [str(tmp_path)])
     refused("results of 'compare'", [scanned(tmp_path, model, command="compare")])
-    refused(r"is of the model tiny .*Scan this model", [scanned(tmp_path, other_model)])
+    refused(r"was made with the model tiny .*Scan this model", [scanned(tmp_path, other_model)])
     refused("damaged", [scanned(tmp_path, model, rows=[{"component": "m0"}])])
     refused("ranks a0.h0, .* and 7 more, which this selection", [scanned(tmp_path, model)], sites=["mlp"])
     refused("Give --run", ["scores"])

@@ -138,7 +138,11 @@ def test_a_model_in_bfloat16_is_read_and_changed_too(trained):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (CompareLenses, CompareLensesSettings(lenses=["oca"]), r"lenses names 'oca', which is trained: give a run"),
+        (
+            CompareLenses,
+            CompareLensesSettings(lenses=["oca"]),
+            r"lenses names 'oca', which has to be trained: give a run",
+        ),
         (CompareLenses, CompareLensesSettings(lenses=["okra"]), "lenses names 'okra'"),
         (CompareLenses, CompareLensesSettings(layers=[3]), r"layers is \[3\]; expected ascending numbers from 0 to 2"),
         (ReadPrompt, LensSettings(lens="resample"), "The resample lens needs other prompts"),
@@ -156,7 +160,7 @@ def test_layers_that_were_not_trained_and_other_models_are_refused(model, task, 
     with pytest.raises(ConfigurationError, match=r"b/run were not trained for the layers \[1\]"):
         CompareLenses(model, task, [trained, partial], CompareLensesSettings(layers=[1]))
     tuned_lens(tmp_path)
-    with pytest.raises(ArtefactError, match="of a model with 3 layers of width 8; this one has 3 of width 64"):
+    with pytest.raises(ArtefactError, match="to a model with 3 layers of width 8; this model has 3 of width 64"):
         CompareLenses(model, task, settings=CompareLensesSettings(tuned_lens=str(tmp_path))).run()
 
 

@@ -116,7 +116,7 @@ def test_a_corruption_without_effect_is_told(model, task, constants):
     [
         (
             {"corruptions": ["optimal"]},
-            "names optimal, whose constants are trained: oa-train fit --model",
+            "names optimal, whose constants have to be trained: run oa-train fit --model",
         ),
         ({"corruptions": ["guassian"]}, "trace.corruptions is 'guassian'"),
         ({"restore": ["neurons"]}, "restore names 'neurons'"),
@@ -165,7 +165,7 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     fit = ["fit", *module, *data, "--lm.name", "facts", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
     assert main([*fit, "--experiment", "traced", "--data.n_validation", "12"]) == 0
     shown = capsys.readouterr().out
-    assert "Probability that the answers lose under the best constants, on 12 validation prompts" in shown
+    assert "Drop in the answers' probability under the best constants, on 12 validation prompts" in shown
     run = "runs/traced/version_0"
     assert main(["trace", "--run", run, "--trace.draws", "1"]) == 0
     shown = capsys.readouterr().out
