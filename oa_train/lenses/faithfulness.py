@@ -25,7 +25,7 @@ from oa_train.shapes import Float, Tensor
 # Added to the diagonal of the covariance of the residual stream to make it positive definite.
 RIDGE = 3e-4
 
-# Bisection steps of the search for a step size.
+# Number of bisection steps in the search for a step size.
 BISECTIONS = 8
 
 

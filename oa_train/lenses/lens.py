@@ -71,7 +71,7 @@ class Lens(nn.Module, ABC):
 
 
 class LogitLens(Lens):
-    """Applies the final norm and the unembedding to the residual stream unchanged (nostalgebraist 2020)."""
+    """Leaves the residual stream unchanged, so that norm and unembedding read it directly (nostalgebraist 2020)."""
 
     def forward(self, model: CausalLM, residuals: Tensor, partners: Tensor | None = None) -> Tensor:
         """The residuals themselves."""

@@ -133,7 +133,7 @@ def ratio_of_means(
 
 
 def written(value: float, digits: int = 3) -> str:
-    """A number to `digits` significant digits: "0.0235", "1,240", "0"; in scientific notation only below 0.0001."""
+    """A number to `digits` significant digits, integers in full: "0.0235", "1,240"; scientific below 0.0001."""
     if value == 0 or not math.isfinite(value):
         return f"{abs(value):g}" if value == 0 else f"{value}"
     if abs(value) < SMALLEST_WRITTEN:

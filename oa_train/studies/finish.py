@@ -1,4 +1,4 @@
-"""The end of a fit: the constants are refitted for the discrete circuits, evaluated, and all results written."""
+"""The end of a fit: constants are refitted for the discrete circuits, which are evaluated and written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace

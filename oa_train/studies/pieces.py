@@ -48,7 +48,7 @@ class Pieces:
             if changed:
                 raise ArtefactError(
                     f"{self._folder} holds pieces of another study: {', '.join(changed)} differ. Resume with the "
-                    "options with which it was started, or start a new one without --resume."
+                    "options that it was started with, or start a new one without --resume."
                 )
         elif self._rank == 0:
             write_json(file, about)

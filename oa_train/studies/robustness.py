@@ -1,4 +1,4 @@
-"""Robustness of a circuit: are the parts outside it irrelevant in every combination, not only all ablated?"""
+"""Robustness of a circuit: are the parts outside it irrelevant in every combination, or only if all are ablated?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

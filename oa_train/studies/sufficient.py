@@ -59,7 +59,7 @@ class Sufficient(Study[SufficientSettings]):
 
     Raises:
         ConfigurationError: nothing is selected, the run's circuit is an edge circuit or has other sites, or ablating
-            the whole selection does not change the measure for the worse.
+            the whole selection does not worsen the measure.
         TaskError: the task has no prompts for the ablation.
     """
 
