@@ -27,6 +27,14 @@ from oa_train.tasks.task import Task
 # A key of `KINDS`; not a Literal, so that users can register ablations of their own.
 AblationKind = str
 
+# Statistics of an `AblationSource` by attribute, with what gathering each is called; a kind names those that it needs.
+STATISTICS = {
+    "mean": "averaging activations",
+    "mean_by_position": "averaging activations by position",
+    "spread": "measuring the spread of activations",
+    "counterfactual_mean": "averaging activations on counterfactuals",
+}
+
 
 class AblationSource:
     """Statistics of a model on a task's `means` stream that ablations are made from, computed when first needed.
@@ -55,22 +63,22 @@ class AblationSource:
             return self.mean
         longest = max(int(batch.lengths.max()) for batch in self.task.batches("means", self.task.n_means))
         slots = Slots(longest, self.level.spans)
-        return self.sums(lambda batch: batch, "averaging activations by position", slots=slots).means()
+        return self.sums(lambda batch: batch, STATISTICS["mean_by_position"], slots=slots).means()
 
     @cached_property
     def counterfactual_mean(self) -> Constants:
         """Mean values on the counterfactual prompts."""
-        return self.sums(Batch.counterfactual, "averaging activations on counterfactuals").means()
+        return self.sums(Batch.counterfactual, STATISTICS["counterfactual_mean"]).means()
 
     @cached_property
     def spread(self) -> Constants:
         """Standard deviation of the values in each dimension."""
-        squares = self.sums(lambda batch: batch, "measuring the spread of activations", torch.square)
+        squares = self.sums(lambda batch: batch, STATISTICS["spread"], torch.square)
         return self._sums.spread(squares)
 
     @cached_property
     def _sums(self) -> StreamingMeans:
-        return self.sums(lambda batch: batch, "averaging activations")
+        return self.sums(lambda batch: batch, STATISTICS["mean"])
 
     @property
     def zero(self) -> Constants:
@@ -97,6 +105,7 @@ class Kind:
     Attributes:
         name: in configurations and results.
         prepare: makes the ablation for a model and a task; of a learned one, the initial constants.
+        statistics: keys of `STATISTICS` that `prepare` takes from the source, by which work is announced.
         constant: True if replacements are constants of `positions` slots, which runs store.
         learned: True if the constants are trained.
         total: True if replacements carry nothing about the prompt.
@@ -107,6 +116,7 @@ class Kind:
 
     name: AblationKind
     prepare: Callable[[AblationSource], Ablation]
+    statistics: tuple[str, ...] = ()
     constant: bool = True
     learned: bool = False
     total: bool = True
@@ -140,14 +150,19 @@ def _other_prompt(other_prompts: OtherPrompts) -> Callable[[AblationSource], Abl
 KINDS: dict[AblationKind, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("optimal", lambda source: source.mean, learned=True),
-        Kind("mean", lambda source: source.mean),
+        Kind("optimal", lambda source: source.mean, ("mean",), learned=True),
+        Kind("mean", lambda source: source.mean, ("mean",)),
         # Not stored: how many positions there are is known once the prompts are.
-        Kind("mean_by_position", lambda source: source.mean_by_position, constant=False),
+        Kind("mean_by_position", lambda source: source.mean_by_position, ("mean_by_position",), constant=False),
         Kind("zero", lambda source: source.zero),
         Kind("resample", _resample, constant=False, partnered=True),
-        Kind("noise", lambda source: NoiseAblation(source.mean, source.spread, source.task.seed), constant=False),
-        Kind("counterfactual_mean", lambda source: source.counterfactual_mean, paired=True),
+        Kind(
+            "noise",
+            lambda source: NoiseAblation(source.mean, source.spread, source.task.seed),
+            ("mean", "spread"),
+            constant=False,
+        ),
+        Kind("counterfactual_mean", lambda source: source.counterfactual_mean, ("counterfactual_mean",), paired=True),
         Kind("counterfactual", _other_prompt(Batch.counterfactual), constant=False, total=False, paired=True),
         Kind("clean", _other_prompt(lambda batch: batch), constant=False, total=False, restores=True),
     )

@@ -14,7 +14,17 @@ from oa_train import __version__, errors
 from oa_train.cli.precheck import check_files
 from oa_train.cli.record import log, recording
 from oa_train.cli.streams import safe_streams
-from oa_train.errors import DONE, FAULT, INTERRUPTED, MISTAKE, TERMINATED, UNREAD, ConfigurationError, nearest_names
+from oa_train.errors import (
+    DONE,
+    FAULT,
+    INTERRUPTED,
+    MISTAKE,
+    TERMINATED,
+    UNREAD,
+    ConfigurationError,
+    nearest_names,
+    suggestion,
+)
 from oa_train.studies.registry import STUDIES
 
 # By name: the function, imported when it is used, and the line in the overview.
@@ -85,9 +95,9 @@ def _run(words: Sequence[str]) -> None:
     elif first in ("-h", "--help", "--version"):
         _overview().parse_args([first])
     elif first.startswith("-"):
-        sentence = nearest_names(first, ("--help", "--version", *QUIET[1:]))
-        near = f" {sentence}" if sentence.startswith("Did you mean") else ""
-        raise ConfigurationError(f"There is no option {first} before the command.{near} See oa-train --help.")
+        near = suggestion(first, ("--help", "--version", *QUIET[1:]))
+        sentences = [f"There is no option {first} before the command.", near, "See oa-train --help."]
+        raise ConfigurationError(" ".join(filter(None, sentences)))
     elif first:
         raise ConfigurationError(f"There is no command {first!r}. {nearest_names(first, COMMANDS)}")
     else:

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from oa_train.cli.faults import place_outside, reasons
 from oa_train.cli.precheck import LINKED
-from oa_train.errors import ConfigurationError, nearest_names
+from oa_train.errors import ConfigurationError, nearest_names, suggestion
 from oa_train.masks.base import MaskDistribution
 from oa_train.models.parts import WITHOUT_DEVICE_MAP
 from oa_train.tasks.task import Task
@@ -125,9 +125,8 @@ def _unknown(name: str, shown: str, parser: ArgumentParser) -> str:
         if new is not None:
             return f"{start}; it is called {new} now."
         siblings = [option for option in names if prefix and option.startswith(f"{prefix}.")]
-        near = nearest_names(name, [*names, "quiet"])
         top = sorted({option.split(".")[0] for option in [*names, "quiet"]})
-        return f"{start}. {near if near.startswith('Did you mean') else nearest_names(name, siblings or top)}"
+        return f"{start}. {suggestion(name, [*names, 'quiet']) or nearest_names(name, siblings or top)}"
     arguments = [argument for argument in names if "." not in argument and argument not in ("help", *LINKED)]
     if owner in BASES:
         near = nearest_names(name, ["class_path", "init_args", *arguments])
@@ -172,8 +171,8 @@ def _expected(key: str, value: object, leaves: Sequence[Any]) -> str:
         plain.remove("an integer")
     if choices:
         plain.append(f"one of {', '.join(choices)}")
-    near = nearest_names(str(value), choices) if choices and key not in _EXPECTED else ""
-    return f"{_EXPECTED.get(key, ' or '.join(plain))}.{f' {near}' if near.startswith('Did you mean') else ''}"
+    near = suggestion(str(value), choices) if key not in _EXPECTED else ""
+    return f"{_EXPECTED.get(key, ' or '.join(plain))}. {near}".rstrip()
 
 
 def _leaves(hint: Any) -> Iterator[Any]:
@@ -212,8 +211,8 @@ def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
         return f"{start} is no class known here. {nearest_names(name, known)}"
     except Exception as problem:  # noqa: BLE001 (importing runs whatever the module holds)
         place = place_outside(problem)
-        near = nearest_names(name, [f"{kind.__module__}.{kind.__name__}" for kind in known.values()])
-        hint = near if near.startswith("Did you mean") else "Modules are found in the folders that PYTHONPATH names."
+        near = suggestion(name, [f"{kind.__module__}.{kind.__name__}" for kind in known.values()])
+        hint = near or "Modules are found in the folders that PYTHONPATH names."
         raised = "" if place is None else f" (raised {place})"
         return f"{start} cannot be imported: {type(problem).__name__}: {problem}{raised}.\n{hint}"
     expected = f"expected a kind of {bases[0].__name__}: {', '.join(list(known)[:10])}"

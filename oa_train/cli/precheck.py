@@ -111,4 +111,4 @@ def _only_at_the_top(option: str, name: str) -> ConfigurationError:
 def _configs_near(path: Path) -> str:
     parent = path if path.is_dir() else path.parent
     names = sorted(other.name for other in parent.glob("*.y*ml") if other.is_file()) if parent.is_dir() else []
-    return f" {nearest_names(path.name, names).replace('Valid names', f'In {parent}')}" if names else ""
+    return f" {nearest_names(path.name, names, f'In {parent}')}" if names else ""

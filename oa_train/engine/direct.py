@@ -22,16 +22,6 @@ from oa_train.models.sites import SITE_KINDS, Site
 from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
 
-# Kinds of site whose units write to the residual stream, with the modules they write through: the last linear map, and
-# the module whose output is added (the map itself, or a norm after it).
-_WRITERS: dict[str, Callable[[Parts, int], tuple[nn.Module, nn.Module] | None]] = {
-    "heads": lambda parts, layer: (parts.attention_outputs[layer], parts.attentions[layer]),
-    "neurons": lambda parts, layer: (parts.down_projections[layer], parts.mlps[layer]),
-    "embedding": lambda parts, layer: None,
-    "attention": lambda parts, layer: None,
-    "mlp": lambda parts, layer: None,
-}
-
 
 def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Tensor, "row entry"]:
     """Terms of the clean model's logit difference that each unit writes directly, in nats, averaged over positions.
@@ -39,8 +29,8 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     Where the logit difference is not linear in the logits (several answers, or soft-capping), it is linearised at the
     clean run. Norms after attention or an MLP keep the scale of the clean run, too.
 
-    Units at a span count there only; those of kinds that do not write to the residual stream (the stream before a
-    block, token embeddings, features of dictionaries) get NaN.
+    Units at a span count there only; those of kinds without `SiteKind.writes` (the stream before a block, token
+    embeddings, features of dictionaries) get NaN.
     """
     parts, rows = find_parts(model), torch.arange(len(batch), device=batch.tokens.device).unsqueeze(1)
     seen: dict[tuple[nn.Module, str], Tensor] = {}
@@ -52,15 +42,16 @@ def direct_attribution(model: CausalLM, batch: Batch, nodes: Nodes) -> Float[Ten
     def keep(module: nn.Module, side: str, tensor: Tensor) -> None:
         seen[module, side] = scored(tensor)
 
-    written: dict[Site, tuple[nn.Module, nn.Module] | None] = {}
+    written: dict[Site, tuple[nn.Module, ...]] = {}
     taps = []
     for site in nodes.sites:
-        if site.kind not in _WRITERS:
+        kind = SITE_KINDS[site.kind]
+        if kind.writes is None:
             continue
-        module, side = SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)
-        modules = written[site] = _WRITERS[site.kind](parts, site.layer)
+        module, side = kind.place_of(site.layer, parts, nodes.by_layer)
+        modules = written[site] = kind.writes(parts, site.layer)
         taps.append(Tap(module, side, partial(keep, module, side)))
-        if modules is not None and _has_post_norm(*modules):
+        if modules and _has_post_norm(*modules):
             taps.append(Tap(modules[1], "input", partial(keep, modules[1], "input")))
     direction = _direction(model, batch, parts, taps, scored)
     attribution = torch.full((len(batch), len(nodes)), torch.nan, dtype=direction.dtype, device=direction.device)
@@ -112,12 +103,12 @@ def _of_units(
     site: Site,
     nodes: Nodes,
     parts: Parts,
-    modules: tuple[nn.Module, nn.Module] | None,
+    modules: tuple[nn.Module, ...],
     seen: dict[tuple[nn.Module, str], Tensor],
     direction: Float[Tensor, "row scored d_model"],
 ) -> Float[Tensor, "row scored unit"]:
     values = seen[SITE_KINDS[site.kind].place_of(site.layer, parts, nodes.by_layer)]
-    if modules is not None:
+    if modules:
         projection, adding = modules
         if _has_post_norm(projection, adding):
             direction = direction * rms_norm_scale(adding, seen[adding, "input"])

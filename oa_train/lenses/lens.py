@@ -6,7 +6,7 @@ output replaced by a constant (optimal constant attention, Li & Janson 2024).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -141,21 +141,29 @@ class LensKind:
         make: builds the lens from (starts, n_layers, d_model).
         trained: True if its parameters are trained.
         teacher: kind of lens whose predictions it is trained to match; empty for the model's own predictions.
+        learning_rate: default initial learning rate.
+        affine: True if it is an `AffineLens`, whose singular vectors `faithfulness` uses as directions.
+        from_means: True if it is not trained and its constants are mean attention outputs.
+        needs_partners: True if it reads attention outputs of other prompts.
     """
 
     make: Callable[[Sequence[int], int, int], Lens]
     trained: bool = True
     teacher: str = ""
+    learning_rate: float = 0.003
+    affine: bool = False
+    from_means: bool = False
+    needs_partners: bool = False
 
 
-LENS_KINDS: Mapping[str, LensKind] = {
+LENS_KINDS: dict[str, LensKind] = {
     "logit": LensKind(LogitLens, trained=False),
-    "tuned": LensKind(AffineLens),
+    "tuned": LensKind(AffineLens, learning_rate=0.0003, affine=True),
     "oca": LensKind(ConstantsLens),
     "oca_shared": LensKind(partial(ConstantsLens, shared=True)),
-    "linear_oca": LensKind(AffineLens, teacher="oca"),
-    "mean": LensKind(partial(ConstantsLens, shared=True), trained=False),
-    "resample": LensKind(ResampleLens, trained=False),
+    "linear_oca": LensKind(AffineLens, teacher="oca", learning_rate=0.0003, affine=True),
+    "mean": LensKind(partial(ConstantsLens, shared=True), trained=False, from_means=True),
+    "resample": LensKind(ResampleLens, trained=False, needs_partners=True),
 }
 
 

@@ -22,6 +22,9 @@ from oa_train.shapes import Bool, Float, Tensor
 Place = tuple[nn.Module, Literal["input", "output"]]
 # Dictionaries by layer of their site.
 Dictionaries = Mapping[int, Dictionary]
+# Modules through which the units of a layer's site write to the residual stream: the last linear map, and the module
+# whose output is added (the map itself, or a norm after it); none where the tensor itself is added.
+Writes = Callable[[Parts, int], tuple[nn.Module, ...]]
 
 
 @dataclass(frozen=True, order=True)
@@ -63,6 +66,7 @@ class SiteKind:
         unit_name: suffix for each of several units, with `{unit}` in it.
         after_attention: whether attention of the layer, up to the input of its output projection, reads nothing that
             depends on the tensor. A circuit that ablates no other tensor of the layer does without that attention.
+        writes: how its units write to the residual stream; None if they do not, or not linearly.
     """
 
     name: str
@@ -72,6 +76,7 @@ class SiteKind:
     place: Callable[[Parts, int], Place]
     unit_name: str = ""
     after_attention: bool = False
+    writes: Writes | None = None
 
     def layers_of(self, dimensions: Dimensions, dictionaries: Dictionaries) -> Sequence[int]:
         """Layers of a model that have such a site."""
@@ -181,6 +186,10 @@ def _residual(parts: Parts, layer: int) -> Place:
     return (parts.final_norm if layer == len(parts.blocks) else parts.blocks[layer]), "input"
 
 
+def _directly(parts: Parts, layer: int) -> tuple[nn.Module, ...]:
+    return ()
+
+
 def _every_layer(dimensions: Dimensions) -> range:
     return range(dimensions.n_layers)
 
@@ -198,7 +207,14 @@ SITE_KINDS: dict[str, SiteKind] = {
     kind.name: kind
     for kind in (
         SiteKind("tokens", "tokens", _before_the_first, _stream, lambda parts, _: (parts.token_embedding, "output")),
-        SiteKind("embedding", "input", _before_the_first, _stream, lambda parts, _: (parts.blocks[0], "input")),
+        SiteKind(
+            "embedding",
+            "input",
+            _before_the_first,
+            _stream,
+            lambda parts, _: (parts.blocks[0], "input"),
+            writes=_directly,
+        ),
         SiteKind("residual", "r{layer}", lambda sizes: range(1, sizes.n_layers + 1), _stream, _residual),
         SiteKind(
             "heads",
@@ -208,6 +224,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             lambda parts, layer: (parts.attention_outputs[layer], "input"),
             ".h{unit}",
             after_attention=True,
+            writes=lambda parts, layer: (parts.attention_outputs[layer], parts.attentions[layer]),
         ),
         SiteKind(
             "attention",
@@ -216,6 +233,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _stream,
             lambda parts, layer: (parts.attentions[layer], "output"),
             after_attention=True,
+            writes=_directly,
         ),
         SiteKind(
             "neurons",
@@ -225,6 +243,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _neurons,
             ".n{unit}",
             after_attention=True,
+            writes=lambda parts, layer: (parts.down_projections[layer], parts.mlps[layer]),
         ),
         SiteKind(
             "mlp",
@@ -233,6 +252,7 @@ SITE_KINDS: dict[str, SiteKind] = {
             _stream,
             lambda parts, layer: (parts.mlps[layer], "output"),
             after_attention=True,
+            writes=_directly,
         ),
         _Features("features", "f{layer}", _before_the_first, _stream, _residual, ".{unit}"),
     )

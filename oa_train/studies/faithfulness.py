@@ -23,7 +23,7 @@ from oa_train.lenses.faithfulness import (
     resampled,
     steered,
 )
-from oa_train.lenses.lens import AffineLens, Lens
+from oa_train.lenses.lens import LENS_KINDS, AffineLens, Lens
 from oa_train.lenses.predictions import Tokens
 from oa_train.metrics.estimates import Estimate, estimate
 from oa_train.progress import Stage, counted
@@ -98,16 +98,17 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
             self.layers = list(layers_between(self.layers, 4))
         self.choose_kinds(self.settings.lenses)
         if self.settings.lenses is None:
-            self.kinds = [kind for kind in self.kinds if kind != RESAMPLE]
-        if RESAMPLE in self.kinds:
-            raise ConfigurationError("The resample lens also reads other prompts, so its effects are not its own.")
+            self.kinds = [kind for kind in self.kinds if not LENS_KINDS[kind].needs_partners]
+        for kind in self.kinds:
+            if LENS_KINDS[kind].needs_partners:
+                raise ConfigurationError(f"The {kind} lens also reads other prompts, so its effects are not its own.")
         if any(batch.scored.shape[1] > 1 for batch in self.batches):
             Intervened(self.model, self.batches[0], 0, 1)  # raises a TaskError with the reason
 
     def plan(self) -> list[Stage]:
         """Means if they are needed, statistics of the stream, and the changes at each layer."""
         n_changes = 2 * self.settings.directions + self.settings.directions // self.settings.subspace
-        n_bases = 1 + len({"tuned", "linear_oca"} & {*self.kinds})
+        n_bases = 1 + sum(LENS_KINDS[kind].affine for kind in self.kinds)
         calibrating = BISECTIONS * self.settings.directions * len(self.batches[0])
         passes = self.task.n_test * n_changes * n_bases + calibrating
         statistics = Stage("statistics", self.task.n_means)

@@ -11,7 +11,7 @@ from oa_train.batches import Batch, unanswered
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.lenses import prediction_grid
-from oa_train.lenses.lens import Lens
+from oa_train.lenses.lens import LENS_KINDS, Lens
 from oa_train.lenses.predictions import PREDICTIONS, Tokens, lens_logits
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.metrics.estimates import written
@@ -63,8 +63,10 @@ class ReadPrompt(LensStudy[LensSettings]):
         super().check()
         self.choose_kinds(None if self.settings.lens is None else [self.settings.lens])
         self.kinds = self.kinds[:1]
-        if self.kinds == ["resample"]:
-            raise ConfigurationError("The resample lens needs other prompts; choose another lens for a single prompt.")
+        if LENS_KINDS[self.kinds[0]].needs_partners:
+            raise ConfigurationError(
+                f"The {self.kinds[0]} lens needs other prompts; choose another lens for a single prompt."
+            )
         self.choose_layers(self.settings.layers)
 
     @torch.no_grad()

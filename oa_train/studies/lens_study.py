@@ -83,8 +83,8 @@ class LensStudy(Study[S]):
 
     @property
     def mean_stages(self) -> list[Stage]:
-        """Stage that computes the constants of the mean lens, if it is one of the kinds."""
-        return [Stage("means", self.task.n_means)] if "mean" in self.kinds else []
+        """Stage that computes the mean attention outputs, if a kind of lens needs them."""
+        return [Stage("means", self.task.n_means)] if any(LENS_KINDS[kind].from_means for kind in self.kinds) else []
 
     @property
     def identities(self) -> Int[Tensor, " prompt"]:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import AblationKind
+from oa_train.ablations.registry import KINDS, STATISTICS, AblationKind
 from oa_train.ablations.trained import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
@@ -313,13 +313,8 @@ def differences(
 
 def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
     """Stages that gather the statistics of the `means` prompts for ablations of these kinds."""
-    needed = {
-        "averaging activations": {"optimal", "mean", "noise"},
-        "averaging activations by position": {"mean_by_position"},
-        "measuring the spread of activations": {"noise"},
-        "averaging activations on counterfactuals": {"counterfactual_mean"},
-    }
-    return [Stage(name, task.n_means) for name, needing in needed.items() if needing & set(kinds)]
+    needed = {statistic for kind in kinds for statistic in KINDS[kind].statistics}
+    return [Stage(description, task.n_means) for name, description in STATISTICS.items() if name in needed]
 
 
 def spoken(name: str) -> str:

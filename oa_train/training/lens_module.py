@@ -22,9 +22,6 @@ from oa_train.training.settings import as_list
 from oa_train.training.side_by_side import BestSlices, Part, SideBySideModule
 from oa_train.training.strategies import share_from_first_process
 
-# Learning rates of constants and of affine maps.
-RATES = {"oca": 0.003, "oca_shared": 0.003, "tuned": 0.0003, "linear_oca": 0.0003}
-
 
 class LensModule(SideBySideModule):
     """Trains lenses, at all layers at once, to predict what the model predicts.
@@ -40,7 +37,7 @@ class LensModule(SideBySideModule):
             layer), `oca_shared` (the same for all layers), `tuned` (an affine map), `linear_oca` (an affine map that
             matches `oca`).
         layers: layers that are read; all by default.
-        learning_rates: learning rate at the start, by kind; see `RATES` for the others.
+        learning_rates: learning rate at the start, by kind; see `LENS_KINDS` for the others.
         optimizer: class of the optimiser, with its arguments but for `lr`; Adam by default.
         lr_scheduler: class of a schedule of the rates, with its arguments; by default cosine decay to zero over the
             whole training.
@@ -77,7 +74,7 @@ class LensModule(SideBySideModule):
         sizes = Dimensions.of(self.frozen.config)
         self.starts = check_layers(layers, sizes.n_layers)
         self._sizes = sizes.n_layers, sizes.d_model
-        self.rates = {kind: (learning_rates or {}).get(kind, RATES[kind]) for kind in kinds}
+        self.rates = {kind: (learning_rates or {}).get(kind, LENS_KINDS[kind].learning_rate) for kind in kinds}
         self.predictions_at_once = predictions_at_once
         by_kind = {kind: LENS_KINDS[kind].make(self.starts, *self._sizes) for kind in kinds}
         self.lenses: Any = nn.ModuleDict(by_kind)
