@@ -1,1 +1,1 @@
-"""Checks of the family table, slow references, and the memory that a training takes."""
+"""Checks of the family table, slow reference implementations, and estimates of training memory."""

@@ -1,4 +1,4 @@
-"""Facts about a model from its configuration alone: parts, edges, trained parameters, memory of a step."""
+"""Facts about a model from its configuration alone: parts, edges, trained parameters, memory of a training step."""
 
 import math
 import os
@@ -21,11 +21,13 @@ DEFAULT_TOKENS = 32
 
 
 def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
-    """Facts about a model that need no weights, as plain values; sizes in bytes. The settings are of a training step.
+    """Gather the facts about a model that need no weights, as plain values by topic; sizes in bytes.
+
+    `settings` are those of the training step whose memory is estimated.
 
     Raises:
-        ModelError: there is no such model, or its family is not in the table or its entry wrong.
-        ConfigurationError: the model has fewer positions than prompts have tokens.
+        ModelError: the model does not exist, its family is not in the table, or the table's entry is wrong.
+        ConfigurationError: the prompts have more tokens than the model has positions.
     """
     model = empty_model(lm)
     config: Any = model.config
@@ -63,7 +65,7 @@ def model_facts(lm: LMSpec, settings: StepSettings) -> dict[str, Any]:
 
 
 def _circuit_facts(model: CausalLM, graph: Graph, n_tokens: int) -> dict[str, Any]:
-    """Components, readers, sources and edges, and what circuits of them train."""
+    """Numbers of components, readers, sources and edges, and of the parameters that circuits train."""
     sizes = find_parts(model).dimensions
     components = Nodes.of(model.config)
     n_heads = graph.n_layers * graph.n_heads
@@ -103,7 +105,7 @@ def _trained(n_masks: int, n_constants: int, n_tokens: int) -> dict[str, int]:
 
 
 def _memory(model: CausalLM, settings: StepSettings) -> dict[str, Any] | None:
-    """Bytes of a step by what they hold; None for mixtures of experts, whose shapes depend on the tokens."""
+    """Bytes of a step by purpose; None for mixtures of experts, whose shapes depend on the tokens."""
     if any(name.endswith(".experts") for name, _ in model.named_modules()):
         return None
     memory = node_step_memory(model, settings)

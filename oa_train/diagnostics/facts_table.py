@@ -7,7 +7,7 @@ Rows = Iterator[tuple[str, int | str, str]]
 
 
 def facts_rows(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Parts, circuits and memory of a training step, a row each."""
+    """Rows about the model's parts, its circuits, and the memory of a training step."""
     rows = [row for section in (_part_rows, _circuit_rows, _memory_rows) for row in section(facts)]
     return [{"part": part, "size": size, "of": note} for part, size, note in rows]
 
@@ -42,14 +42,14 @@ def _circuit_rows(facts: dict[str, Any]) -> Rows:
 def _memory_rows(facts: dict[str, Any]) -> Rows:
     memory, step = facts["step_bytes"], facts["step"]
     if memory is None:
-        yield "node training step", "", "not estimated: what experts need depends on the tokens that they are given"
+        yield "node training step", "", "not estimated: the memory of experts depends on the tokens routed to them"
         return
     rows = f"{step['batch_size']} prompts of {step['n_tokens']} tokens, {step['samples_per_prompt']} samples each"
     yield "node training step", _size(memory["total"]), f"{rows}{_manner(step)}; peak of all tensors:"
     share = f", a share of 1 in {step['n_processes']}" if step["strategy"] == "fsdp" else ""
     yield "  weights", _size(memory["weights"]), f"frozen parameters and buffers{share}"
     if memory["gathered"]:
-        yield "  gathered", _size(memory["gathered"]), "weights outside of the blocks, from other processes"
+        yield "  gathered", _size(memory["gathered"]), "weights outside the blocks, from other processes"
     yield "  trained", _size(memory["trained"]), "masks and pooled constants, their gradients, Adam's moments"
     yield "  replacements", _size(memory["replacements"]), "masks laid out for all rows and positions"
     yield "  activations", _size(memory["activations"]), "kept for the backward pass"
@@ -58,7 +58,7 @@ def _memory_rows(facts: dict[str, Any]) -> Rows:
 
 
 def _manner(step: dict[str, Any]) -> str:
-    """Settings of the step that are not the default, in words."""
+    """Settings of the step that differ from the default, in words."""
     parts = [
         f", {step['precision']}" if step["autocast"] else "",
         ", with recomputation" if step["recompute"] else "",

@@ -14,8 +14,8 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of live tensors that were created inside the context, each storage once.
 
     Attributes:
-        now: bytes alive.
-        peak: most bytes alive at one time.
+        now: bytes that are live now.
+        peak: maximum of `now` so far.
     """
 
     def __init__(self) -> None:
@@ -28,13 +28,14 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
         if getattr(function, "namespace", "") == "fsdp":
-            # FSDP frees gathered weights by resizing their storages, which is not dispatched; the next all-gather is.
+            # FSDP frees gathered weights by resizing their storages, which is not dispatched; the next all-gather is,
+            # so the sizes are read again then.
             for key, storage in list(self._storages.items()):
                 self._set(key, storage.nbytes())
         before = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
         for tensor in filter(_is_tensor, tree_leaves(made)):
             storage = tensor.untyped_storage()
-            # Views and in-place results of tensors from before the context are not created here.
+            # Views and in-place results of tensors that existed before the context are not new.
             if storage._cdata not in before and storage._cdata not in self._sizes:
                 self._storages[storage._cdata] = storage
                 weakref.finalize(storage, self._drop, storage._cdata)

@@ -1,7 +1,7 @@
 """Memory of a training step of a node circuit, measured without weights.
 
-The step runs on fake tensors, and the bytes of live tensors are counted. So the result is right for Hugging Face's own
-code, whatever a family keeps for its backward pass.
+The step runs on fake tensors while the bytes of live tensors are counted. The result therefore holds for Hugging
+Face's own code, whatever a family keeps for its backward pass.
 """
 
 import copy
@@ -35,11 +35,11 @@ class StepSettings:
     """Settings of a training step on which its memory depends.
 
     Attributes:
-        batch_size: prompts in a batch of one process.
-        n_tokens: tokens of every prompt.
-        samples_per_prompt: mask samples of each prompt.
-        autocast: True if the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
-        recompute: True for activation checkpointing of the blocks.
+        batch_size: number of prompts in a batch of one process.
+        n_tokens: number of tokens of every prompt.
+        samples_per_prompt: number of mask samples for each prompt.
+        autocast: whether the model's operations run in half precision, as under `bf16-mixed` and `16-mixed`.
+        recompute: whether the blocks use activation checkpointing.
         strategy: `auto` for one process, `ddp`, or `fsdp`, which shards the model's weights across processes.
         n_processes: number of processes.
     """
@@ -55,20 +55,20 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak of the tensors' bytes in a training step, split into parts.
+    """Peak memory of tensors in a training step, in bytes, split by purpose.
 
-    A device needs more than tensors: the libraries themselves, workspaces of matrix products, and the allocator's
+    A device also needs memory for the libraries themselves, workspaces of matrix products, and the allocator's
     overhead.
 
     Attributes:
         weights: the frozen model's parameters and buffers, or the process's share of them.
-        gathered: gathered weights that a sharded model keeps after a run: those outside the blocks, which are gathered
-            one by one and freed again.
+        gathered: gathered weights that a sharded model keeps after a run: those outside the blocks. (Blocks are
+            gathered one at a time and freed again.)
         trained: masks and pooled constants, their gradients and Adam's two moments.
         replacements: masks, and constants that differ by position, for every row and position.
         activations: tensors that the masked run keeps for the backward pass.
         logits: logits of the clean and the masked run, and what their divergence keeps.
-        passing: temporaries at the peak.
+        passing: temporary tensors at the peak.
     """
 
     weights: int
@@ -86,39 +86,39 @@ class StepMemory:
 
 
 def node_step_memory(model: CausalLM, settings: StepSettings) -> StepMemory:
-    """Memory of a training step of a circuit with pooled constants, in each process.
+    """Memory of a training step of a node circuit with pooled constants, in each process.
 
     Args:
-        model: a model on the meta device from `empty_model`; it is not changed.
+        model: model on the meta device, from `empty_model`; it is not changed.
         settings: settings of the step.
 
     Raises:
-        RunError: the strategy is `fsdp`, and a process group is initialised already.
+        RunError: the strategy is `fsdp` and a process group is already initialised.
     """
     shapes: Any = copy.deepcopy(model)
-    shapes.config.pad_token_id = None  # or else transformers searches the tokens for it, which have no values
+    shapes.config.pad_token_id = None  # otherwise transformers searches the tokens, which have no values, for it
     tokens = torch.zeros(settings.batch_size, settings.n_tokens, dtype=torch.long)
     batch = unanswered(tokens, torch.ones_like(tokens, dtype=torch.bool))
     shared = settings.strategy == "fsdp"
     processes = _fake_processes(settings.n_processes) if shared else nullcontext()
-    # Fake CPU tensors rather than meta tensors: some models' code reads a tensor's value.
+    # Fake CPU tensors rather than meta tensors, because the code of some models reads a tensor's value.
     with processes as mesh, FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         standing = shapes.to_empty(device="cpu")
         standing.tie_weights()
         if mesh is not None:
             shard(standing, mesh)
-        live.peak = live.now  # until here weights that are tied or sharded existed twice
+        live.peak = live.now  # up to here, tied or sharded weights existed twice
         return _step(standing, batch, settings, live)
 
 
 @contextmanager
 def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
-    """A mesh in which only this process exists: messages from the others have a size but no content."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the back end "fake"
+    """A mesh of which only this process exists: collectives return tensors of the right size, without content."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
     if distributed.is_initialized():
         raise RunError(
-            "The memory of a sharded model is measured outside of process groups. Measure it in one process."
+            "The memory of a sharded model cannot be measured inside a process group. Measure it in one process."
         )
     distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_processes)
     try:
@@ -128,12 +128,12 @@ def _fake_processes(n_processes: int) -> Iterator[DeviceMesh]:
 
 
 def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes) -> StepMemory:
-    """A step as in `training.circuit_module`, with the live bytes measured after each part."""
+    """Run a step as in `training.circuit_module`, measuring the live bytes after each part of it."""
     weights, copies = live.now, settings.samples_per_prompt
     nodes = Nodes.of(model.config)
     mask, constants, optimiser = _trained(nodes, in_buckets=settings.strategy == "ddp")
     trained = live.now
-    # Both half precisions are of one size.
+    # bfloat16 and float16 have the same size.
     with torch.autocast("cpu", torch.bfloat16) if settings.autocast else nullcontext():
         with torch.no_grad():
             clean = scored_logits(model, batch)
@@ -160,7 +160,7 @@ def _step(model: CausalLM, batch: Batch, settings: StepSettings, live: LiveBytes
 
 
 def _trained(nodes: Nodes, in_buckets: bool) -> tuple[Tensor, TrainableConstants, list[Tensor]]:
-    """A mask and constants with their gradients, and Adam's moments; with `in_buckets` also DDP's gradient buckets."""
+    """A mask and constants with gradients, and Adam's moments; with `in_buckets` also DDP's gradient buckets."""
     mask = torch.ones(len(nodes), requires_grad=True)
     constants = TrainableConstants([Constants.zeros(nodes)])
     moments = []

@@ -1,4 +1,4 @@
-"""The state of a model that interventions must leave as it was."""
+"""The state of a model that interventions must leave unchanged."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from oa_train.shapes import Int, Tensor
 
 
 def model_state(model: CausalLM, tokens: Int[Tensor, "row position"]) -> dict[str, Any]:
-    """All that an intervention could leave behind. Versions count in-place changes, so that no copy is needed."""
+    """Everything that an intervention could change; `_version` counts in-place changes, so no copies are needed."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return {

@@ -1,4 +1,4 @@
-"""A prompt as a model reads it: its tokens, the positions that are scored, its spans."""
+"""A prompt as a model reads it: its tokens, its scored positions, its spans."""
 
 from collections.abc import Sequence
 
@@ -7,15 +7,15 @@ from oa_train.tasks.task import Stream, Task
 
 LEGEND = "| ends a token, > ends a scored one, [ ] holds one that is never ablated"
 
-# Most tokens of a prompt that are shown, half of them from its end.
+# Maximum number of tokens shown of a prompt, half of them from its end.
 MOST_TOKENS = 200
 
-# Most scored positions, and most answers at one, that are listed.
+# Maximum number of scored positions, and of answers at a position, that are listed.
 MOST_LISTED = 5
 
 
 def prompt_lines(task: Task, stream: Stream, number: int) -> list[str]:
-    """A prompt in tokens (see `LEGEND`), with its scored positions and their answers, spans, and counterfactual."""
+    """Lines with a prompt's tokens (see `LEGEND`), scored positions and their answers, spans and counterfactual."""
     prompt, batch = task.prompt(stream, number), task.batch(stream, number, 1)
     ids = batch.tokens[batch.attention_mask].tolist()
     first = int(batch.attention_mask[0].long().argmax())
@@ -35,7 +35,7 @@ def prompt_lines(task: Task, stream: Stream, number: int) -> list[str]:
 
 
 def _scored(task: Task, batch: Batch, ids: Sequence[int], scored: Sequence[int]) -> list[str]:
-    """Scored positions: the first ones, or only the last where every position is scored by the token that follows."""
+    """Scored positions: the first few, or only the last if every position is scored by the token that follows."""
     lines = [
         f"after {task.tokenizer.decode([ids[place]])!r} (token {place}): {_words(task, answers)} against "
         f"{_words(task, wrong) or 'all other tokens'}"

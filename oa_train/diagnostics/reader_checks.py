@@ -1,6 +1,6 @@
-"""Checks of where a model's queries, keys and values stand, for the self-check.
+"""Checks that each query, key and value is read at the right place, for the self-check.
 
-That keeping all edges gives the model itself says little about this: with equal inputs, readers that are mixed up give
+That keeping all edges reproduces the model says little about this: with equal inputs, readers that are mixed up give
 the same outputs.
 """
 
@@ -23,7 +23,7 @@ from oa_train.shapes import Bool, Float, Tensor
 
 @torch.no_grad()
 def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row scored vocabulary"]:
-    """Logits of the engine for edges where no edge is cut."""
+    """Logits of the engine for edges with every edge kept."""
     graph = Graph.of(model.config)
     everything = torch.ones(len(batch), len(graph), device=model.device)
     return masked_logits(model, batch, graph, everything, read_values(model, batch, graph))
@@ -33,18 +33,18 @@ def logits_with_every_edge(model: CausalLM, batch: Batch) -> Float[Tensor, "row 
 def misplaced_readers(
     model: CausalLM, batch: Batch, tolerance: float, layers: Sequence[int], advance: Advance = lambda done: None
 ) -> int:
-    """Count readers of attention that change values of heads that they must not.
+    """Count readers of attention that change outputs of heads that they must not change.
 
-    A reader gets another input at one position. That of a query can change its own head there and nowhere else; that
-    of a key or value the heads that share it, there and later. A value with the same input everywhere makes its heads
-    the same everywhere, whatever they attend to.
+    Each reader in turn gets a different input at one position. For a query this may change only its own head, at that
+    position; for a key or value, only the heads that share it, at that position and later ones. A value with the same
+    input at every position makes the outputs of its heads the same at every position, whatever they attend to.
 
     Args:
         model: frozen causal language model.
-        batch: a prompt without padding; its first token is left alone.
-        tolerance: relative difference, to the largest value, that counts as none.
-        layers: those whose readers are checked.
-        advance: counts rows that were run.
+        batch: a prompt without padding; its first token is left unchanged.
+        tolerance: difference, relative to the largest value, that counts as none.
+        layers: indices of the layers whose readers are checked.
+        advance: called with the number of rows that were run.
     """
     graph, width = Graph.of(model.config), batch.tokens.shape[1]
     place, n_readers = width // 2, graph.n_heads + 2 * graph.n_kv_heads
@@ -57,7 +57,7 @@ def misplaced_readers(
     may_move = _may_move(model, graph, place, width)
     wrong = 0
     for layer in layers:
-        # After the readers of attention every layer has its MLP's.
+        # In each layer, the MLP's reader follows those of attention.
         readers = layer * (n_readers + 1) + torch.arange(n_readers)
         mask = (graph.edge_readers != readers.unsqueeze(1)).float().to(model.device)
         clean = _heads(model, rows, torch.ones_like(mask), values, layer)
@@ -67,7 +67,7 @@ def misplaced_readers(
         varies = ((constant - constant[:, :1]).abs().amax(dim=(1, 3)) > smallest).cpu()
         advance(3 * n_readers)
         varies &= may_move.any(dim=1)
-        # With a norm after attention the same replacement is written with each token's own scale.
+        # With a norm after attention, the same replacement is scaled differently at each token.
         skipped = family.attention_sinks or (family.attention_post_norm and layer)
         varies[: None if skipped else -graph.n_kv_heads] = False
         wrong += int(((moved & ~may_move).flatten(1).any(dim=1) | varies.any(dim=1)).sum())
@@ -77,7 +77,7 @@ def misplaced_readers(
 def _heads(
     model: CausalLM, batch: Batch, mask: Tensor, values: Values, layer: int
 ) -> Float[Tensor, "row position head d_head"]:
-    """Values of a layer's heads while edges are cut."""
+    """Outputs of a layer's heads while edges are cut."""
     parts, read = find_parts(model), list[Tensor]()
     with tapped([Tap(parts.attention_outputs[layer], "input", read.append)]):
         masked_logits(model, batch, Graph.of(model.config), mask, values.repeat(len(mask)))
@@ -86,7 +86,7 @@ def _heads(
 
 
 def _may_move(model: CausalLM, graph: Graph, place: int, width: int) -> Bool[Tensor, "reader position head"]:
-    """True at values of heads that can move when each reader of a layer has another input at one position."""
+    """True where the output of a head may change when a reader of the layer gets another input at one position."""
     heads, positions = torch.arange(graph.n_heads), torch.arange(width).view(1, -1, 1)
     own = heads.unsqueeze(1) == heads
     shared = torch.arange(graph.n_kv_heads).unsqueeze(1) == heads // (graph.n_heads // graph.n_kv_heads)

@@ -1,8 +1,8 @@
-"""The slow, obvious reference that the engine for nodes is tested against.
+"""A slow and obvious reference implementation, against which the engine for nodes is tested.
 
-The two share the table of families, the names of entries, and the finite attention masks. All else is computed again
-here: one row, one position and one unit at a time, with separate hooks, the mixture written out as in the paper, and
-logits at all positions, from which the scored ones are picked at the end.
+The two share the table of families, the names of entries, and the finite attention masks. Everything else is
+implemented again here: one row, one position and one unit at a time, with separate hooks, the mixture written out as
+in the paper, and logits at all positions, from which the scored ones are picked at the end.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,7 +25,7 @@ from oa_train.shapes import Float, Tensor
 def reference_node_logits(
     model: CausalLM, batch: Batch, nodes: Nodes, mask: Float[Tensor, "row entry"], values: Values
 ) -> Float[Tensor, "row scored vocabulary"]:
-    """Reference implementation of `masked_logits` for nodes, in loops."""
+    """Reference implementation of `masked_logits` for nodes, with loops over rows, positions and units."""
     handles = []
     for site in nodes.sites:
         module, is_input = _module(model, nodes, site)
@@ -64,7 +64,7 @@ def _module(model: CausalLM, nodes: Nodes, site: Site) -> tuple[nn.Module, bool]
         return block.get_submodule(family.attention_post_norm or family.attention_output), False
     if site.kind == "mlp":
         return block.get_submodule(family.mlp), False
-    # A kind that is added later: its own entry is all that says where it is.
+    # A kind that is added later: only its entry in the table says where it is.
     module, side = SITE_KINDS[site.kind].place_of(site.layer, find_parts(model), nodes.by_layer)
     return module, side == "input"
 
@@ -98,7 +98,7 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
             if name not in entries or not (span is None or tokens[span][row, column]):
                 continue
             keep, replacement = mask[row, entries[name]], _pick(values, site, span, row, column)[unit]
-            # Replacements of partly kept units get no gradient.
+            # Replacements of partially kept units get no gradient.
             return keep * value + (1 - keep) * (replacement if keep < 0.001 else replacement.detach())
         return value
 
@@ -106,7 +106,7 @@ def _site_changer(batch: Batch, nodes: Nodes, site: Site, mask: Tensor, values: 
 
 
 def run_with_hooks(model: CausalLM, batch: Batch, handles: Iterable[Any]) -> Float[Tensor, "row scored vocabulary"]:
-    """Run a model whose hooks are attached, remove them, and pick the logits at the scored positions one by one."""
+    """Run a model with hooks attached, remove the hooks, and pick the logits at the scored positions one by one."""
     try:
         with as_written(model):
             logits = model(

@@ -1,7 +1,7 @@
-"""Checks that the family table fits a model, by running the model itself on random tokens.
+"""Checks that the family table is right for a model, by running the model itself on random tokens.
 
-A wrong entry seldom raises an error: it reads and replaces the wrong values. Every check states something
-that only holds where the entry is right.
+A wrong entry rarely raises an error: it reads and replaces the wrong values. Every check tests a property that holds
+only if the entry is right.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,17 +35,17 @@ from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Int, Tensor
 from oa_train.tasks.encoding import PaddingSide, PromptEncoder
 
-# Largest difference, as a part of the largest value, that rounding may make. Many families norm in float32 whatever
-# their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
+# Largest difference, relative to the largest value, that rounding may cause. Many families compute norms in float32
+# whatever their data type, so float64 is not checked to its last digits. Mistakes are of the order of 1.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
 
 # Of tokens, masks and constants.
 SEED = 0
 # Long enough for attention and padding to matter, short enough for the slow reference.
 N_TOKENS = 6
-# Positions in the tables of constants: fewer than tokens, so that the last row serves several.
+# Number of positions in the tables of constants: fewer than tokens, so that the last row serves several tokens.
 TABLE = 3
-# Layers whose readers are checked beside the first and the last, unless all are.
+# Number of layers whose readers are checked besides the first and the last, unless all layers are checked.
 FEW_LAYERS = 2
 
 
@@ -54,11 +54,11 @@ class Check:
     """Result of a check.
 
     Attributes:
-        name: what should hold.
-        figure: the largest difference relative to the largest value, or a number of exceptions; NaN where the check
-            could not be carried out.
-        tolerance: the figure's limit.
-        problem: why the check could not be carried out, or nothing.
+        name: the property that should hold.
+        figure: largest difference relative to the largest value, or a number of exceptions; NaN if the check could
+            not be carried out.
+        tolerance: upper limit of the figure.
+        problem: why the check could not be carried out; otherwise empty.
     """
 
     name: str
@@ -80,17 +80,17 @@ def self_check(
 
     Args:
         model: frozen causal language model; the checks are sharpest in float64.
-        lm: where the model came from, to check that its tokenizer fits it.
-        full: check the readers of every layer, not only of the first, the last and two drawn at random.
+        lm: specification from which the model was loaded, to check that its tokenizer matches it.
+        full: whether to check the readers of every layer, not only of the first, the last and two random ones.
         track: progress.
 
     Returns:
-        The checks in the order in which they were made. One that raises an error has failed; the others still
-        run.
+        The checks in the order in which they were carried out. A check that raises an error has failed; the others
+        are still carried out.
 
     Raises:
-        ModelError: the family is not in the table, the model is not built as its entry says, or its weights are not
-            finite.
+        ModelError: the family is not in the table, the model's modules are not those of its entry, or its weights are
+            not finite.
     """
     find_parts(model)
     check_finite(model)
@@ -117,13 +117,13 @@ def _carried_out(name: str, tolerance: float, check: Callable[["_Trial"], float]
     try:
         return Check(name, check(trial), tolerance)
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError) as problem:
-        # Values that are replaced in the wrong place can break a model's own code anywhere.
+        # Values replaced at the wrong place can break the model's own code anywhere.
         first = str(problem).strip().split("\n")[0]
         return Check(name, float("nan"), tolerance, f"{type(problem).__name__}: {first}")
 
 
 class _Trial:
-    """A model with all that the checks draw for it, in its data type and on its device."""
+    """A model, and the random inputs that the checks use, in its data type and on its device."""
 
     def __init__(self, model: CausalLM, full: bool) -> None:
         self.model = model
@@ -165,7 +165,7 @@ class _Trial:
         )
 
     def batch(self, rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: int | None = None) -> Batch:
-        """Rows of tokens, padded; a BOS in front is protected."""
+        """Rows of tokens, padded; a leading BOS is protected."""
         padded = _batch(rows, side, width)
         return replace(padded, protected=leading_tokens(padded.tokens, padded.positions, self.bos_token_id))
 
@@ -175,7 +175,7 @@ class _Trial:
 
     @cached_property
     def fast_and_slow(self) -> list[tuple[Tensor, ...]]:
-        """Logits and the gradients of mask and constants, by the engine and by the slow reference."""
+        """Logits and the gradients of mask and constants, from the engine and from the slow reference."""
         first, second = self.tokens(2)
         batch = self.batch([first, second[: N_TOKENS - 2]], "left")
         results = []
@@ -185,13 +185,13 @@ class _Trial:
             with torch.enable_grad():
                 logits = run(self.model, batch, self.nodes, mask, constants.replacements(batch))
                 weights = torch.linspace(-1, 1, logits.numel(), device=logits.device).view_as(logits)
-                # The slow one does not touch constants of units that no row ablates; their gradient is zero.
+                # The reference does not use constants of units that no row ablates; their gradient is zero.
                 gradients = torch.autograd.grad((logits * weights).sum(), leaves, materialize_grads=True)
             results.append((logits.detach(), *gradients))
         return results
 
     def added(self, batch: Batch, taps: Sequence[Tap] = ()) -> Float[Tensor, "layer row position d_model"]:
-        """Vectors that each block adds to the residual stream."""
+        """The vectors that each block adds to the residual stream."""
         read, written = list[Tensor](), list[Tensor]()
         before = [Tap(block, "input", read.append) for block in self.parts.blocks]
         after = [Tap(block, "output", written.append) for block in self.parts.blocks]
@@ -213,7 +213,7 @@ def _all_ablated(trial: _Trial) -> float:
 
 
 def _ablated_blocks(trial: _Trial) -> float:
-    """Difference over tokens, and between constants of MLPs, of what a block adds less its MLP's constant."""
+    """Largest difference, over tokens and two sets of MLP constants, in a block's update minus its MLP's constant."""
     batch, constants = _batch(trial.tokens(2)), trial.constants()
     mlps = [Site("mlp", layer) for layer in range(trial.dimensions.n_layers)]
     zeros = {site: torch.zeros_like(table) if site in mlps else table for site, table in constants.tables.items()}
@@ -226,7 +226,7 @@ def _ablated_blocks(trial: _Trial) -> float:
 
 
 def _written_alone(trial: _Trial, kinds: tuple[str, str]) -> float:
-    """Difference over tokens at the sites of the second kind when all of the first, which enter it, are constants."""
+    """Largest difference over tokens at sites of the second kind when all their inputs, of the first, are constant."""
     if "neurons" in kinds and not trial.parts.down_projections:
         return 0.0
     batch = _batch(trial.tokens(2))
@@ -249,7 +249,7 @@ def _padding(trial: _Trial) -> float:
 
 
 def _sharing(trial: _Trial) -> float:
-    """Circuits that ablate one component each, in several layers."""
+    """Difference between shared and separate runs of circuits that each ablate one component, in several layers."""
     n_entries, batch = len(trial.nodes), trial.batch(trial.tokens(2))
     masks = torch.ones(3, n_entries, dtype=torch.bool, device=batch.tokens.device)
     masks[range(3), [n_entries // 3, 2 * n_entries // 3, n_entries - 1]] = False
@@ -270,7 +270,7 @@ def _against_reference(trial: _Trial, part: slice) -> float:
 
 
 def _wrong_parallel(trial: _Trial) -> float:
-    """Layers whose MLP changes with the heads of its own layer in a parallel model, or does not in another."""
+    """Number of layers whose MLP changes with its own layer's heads though the model is parallel, or vice versa."""
     n_layers = trial.dimensions.n_layers
     batch, kept = _batch(trial.tokens(1).expand(n_layers, -1)), trial.ones(n_layers)
     ablated = kept.unflatten(1, (n_layers, -1)).clone()
@@ -289,19 +289,19 @@ def _wrong_parallel(trial: _Trial) -> float:
 
 
 def _wrong_post_norms(trial: _Trial) -> float:
-    """Layers that add something else than attention and MLP write in a model without post-norms, or the reverse."""
+    """Number of layers that, without post-norms, add more than attention and MLP outputs, or the reverse."""
     writes: list[Tensor] = []
     modules = [module for pair in zip(trial.parts.attention_outputs, trial.parts.mlps, strict=True) for module in pair]
     added = trial.added(trial.batch(trial.tokens(2)), [Tap(module, "output", writes.append) for module in modules])
-    by_row = [value.reshape(added.shape[1:]) for value in writes]  # some families put rows and positions together
+    by_row = [value.reshape(added.shape[1:]) for value in writes]  # some families flatten rows and positions
     written = torch.stack(by_row).unflatten(0, (-1, 2)).sum(dim=1)
     post_norms = check_family(trial.model.config.model_type).post_norms
-    # A first token can have activations that are a thousand times the others', which would hide a difference.
+    # The first token's activations can be a thousand times those of others, which would hide a difference.
     pairs = zip(added[:, :, 1:], written[:, :, 1:], strict=True)
     return sum((_difference(*pair) > TOLERANCES[trial.model.dtype]) != post_norms for pair in pairs)
 
 
-# What should hold, and the function that gives the largest difference from it.
+# Properties that should hold, and the functions that return the largest deviation.
 COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     "all kept: the logits are the model's own": _all_kept,
     "all ablated: only the last token and its position count": _all_ablated,
@@ -316,7 +316,7 @@ COMPARISONS: dict[str, Callable[[_Trial], float]] = {
     ),
     "neurons at constants: the MLP adds the same at every token": partial(_written_alone, kinds=("neurons", "mlp")),
 }
-# What should hold, and the function that counts exceptions.
+# Properties that should hold, and the functions that count exceptions.
 COUNTS: dict[str, Callable[[_Trial], float]] = {
     "every MLP reads what `parallel` says": _wrong_parallel,
     "every block adds what `post_norms` says": _wrong_post_norms,
@@ -337,7 +337,7 @@ def _batch(rows: Sequence[Tensor] | Tensor, side: PaddingSide = "right", width: 
 
 
 def _difference(actual: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
-    """The largest difference relative to the largest expected value; NaN if a value is."""
+    """Largest difference relative to the largest expected value; NaN if any value is NaN."""
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((actual - expected).abs().max() / largest)
 

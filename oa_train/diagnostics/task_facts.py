@@ -1,4 +1,4 @@
-"""Facts about the prompts of a task: its streams, and the clean model's results on them."""
+"""Facts about the prompts of a task: the sizes of its streams, and the clean model's results on them."""
 
 import statistics
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from oa_train.ablations.ability import Ability
 from oa_train.tasks.record_files import shorten
 from oa_train.tasks.task import Stream, Task
 
-# Prompts that are read of a stream whose prompts are drawn without end.
+# Number of prompts read from a stream whose prompts are drawn without end.
 DRAWN = 512
 
 
 def stream_rows(task: Task) -> list[dict[str, Any]]:
-    """Sizes of the streams: prompts, how many have different texts, how many are used, and their lengths in tokens."""
+    """A row for each stream: its numbers of prompts, distinct texts and used prompts, and their lengths in tokens."""
     rows, train = [], _texts(task, "train")
     used = {"validation": task.n_validation, "test": task.n_test, "means": task.n_means}
     for stream in get_args(Stream):
@@ -41,7 +41,7 @@ def ability_rows(abilities: Mapping[Stream, Ability]) -> list[dict[str, Any]]:
 
 
 def wrong_rows(task: Task, abilities: Mapping[Stream, Ability]) -> list[dict[str, Any]]:
-    """Prompts that the clean model gets wrong, those of the lowest logit difference first."""
+    """Rows of prompts that the clean model gets wrong, in ascending order of logit difference."""
     wrong = []
     for stream, ability in abilities.items():
         columns = (ability.accuracy, ability.logit_difference, ability.top)

@@ -1,1 +1,1 @@
-"""Pictures of results: arrays and estimates in, matplotlib figures out. Nothing here reads files or knows models."""
+"""Figures of results: arrays and estimates in, matplotlib figures out. Nothing here reads files or uses models."""

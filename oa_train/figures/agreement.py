@@ -1,4 +1,4 @@
-"""Several trained circuits: each under every ablation, and their overlap."""
+"""Figure of several trained circuits: their KL divergence under every ablation, and their overlap."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 
 from oa_train.figures.style import FONT_SIZE, new_figure, write_in_cells
 
-# Divergences below this are drawn in one colour.
+# Divergences below this share a colour.
 SMALLEST_KL = 1e-4
 
 
 def agreement_figure(
     names: Sequence[str], kl: Mapping[str, Sequence[float]], jaccard: Sequence[Sequence[float]]
 ) -> Figure:
-    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every two circuits.
+    """Two heat maps: KL divergence of each circuit under each ablation, and overlap of every pair of circuits.
 
-    The divergences, by ablation, are in nats, and the overlaps of [circuit, circuit] between 0 and 1.
+    `kl` has divergences in nats, by ablation, and `jaccard` [circuit, circuit] overlaps between 0 and 1.
     """
     figure = new_figure(3.0 + 0.75 * len(kl) + 0.75 * len(names), max(2.6, 1.4 + 0.5 * len(names)))
     left, right = figure.subplots(1, 2, width_ratios=[len(kl), len(names)])

@@ -1,6 +1,6 @@
-"""A circuit drawn as the model is built: layers from bottom to top, heads side by side, the MLP to their right.
+"""A circuit drawn like the model: layers from bottom to top, heads side by side, the MLP to their right.
 
-A circuit of nodes has boxes, one of edges arrows.
+Node circuits are drawn with boxes, edge circuits with arrows.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -13,23 +13,23 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from oa_train.figures.style import ABLATED, FONT_SIZE, KEPT, new_figure, write
 
-# Legend and colour of edges by how they are read; distinguishable without red and green.
+# Legend and colour of edges by kind of reader; the colours are safe for red-green colour blindness.
 READ_AS: Mapping[str, tuple[str, str]] = {
     "q": ("read as query", "#D55E00"),
     "k": ("read as key", "#009E73"),
     "v": ("read as value", "#0072B2"),
     "": ("read by MLP or logits", "#777777"),
 }
-# Edges between the same two nodes would lie on each other; by how they are read they bend differently.
+# Curvature of edges by kind of reader, so that edges between the same two nodes do not overlap.
 BENDS = {"q": 0.04, "k": 0.13, "v": 0.22, "": 0.08}
 
 
 def circuit_drawing(n_layers: int, n_heads: int, kept: Collection[str], title: str) -> Figure:
-    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, in a model of these layers and heads per layer.
+    """Draw which heads and MLPs (`a1.h3`, `m0`) a circuit keeps, out of `n_layers` layers of `n_heads` heads.
 
     Layer 0 is at the bottom.
     """
-    # Deep models are drawn more densely, so that the figure fits a page.
+    # Deep models are drawn with less spacing, so that the figure fits a page.
     height = 0.6 if n_layers <= 12 else 0.34
     figure = new_figure(min(max(4.0, 0.55 * (n_heads + 3)), 18.0), max(2.6, height * (n_layers + 2)), title)
     axes = figure.subplots()
@@ -56,9 +56,9 @@ def _box(axes: Axes, x: float, y: float, label: str, kept: bool) -> None:
 
 
 def edge_drawing(n_layers: int, n_heads: int, edges: Sequence[tuple[str, str, str]], title: str) -> Figure:
-    """Draw a circuit of edges: input below, logits above, and in every layer its heads, and above them its MLP.
+    """Draw an edge circuit: the input at the bottom, the logits on top, and in each layer the MLP above the heads.
 
-    Edges are given by the node that writes, the node that reads, and as what (`q`, `k`, `v` or nothing).
+    Each edge is its source node, its reader node, and what is read (`q`, `k`, `v` or an empty string).
     """
     figure = new_figure(max(5.0, 0.8 * (n_heads + 2)), max(3.5, 1.5 * n_layers + 1.6), title)
     axes = figure.subplots()

@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure, tidy
 from oa_train.metrics.estimates import Estimate
 
-# Divergences are drawn on a logarithmic axis; smaller ones are drawn at its edge.
+# Lower end of the logarithmic axis of divergences; smaller ones are drawn there.
 SMALLEST_KL = 1e-5
 
-# More rows than this cannot be told apart on a page; those that matter most are shown.
+# More rows than this are illegible on a page; only those that matter most are shown.
 MOST_ROWS = 30
 
 RANDOM_CIRCUITS = "random circuits,\noptimal"
@@ -36,13 +36,14 @@ def draw_band(axes: Axes, places: Sequence[float], estimates: Sequence[Estimate]
 
 @dataclass(frozen=True)
 class Panel:
-    """One part of the figure.
+    """One panel of the figure.
 
     Attributes:
-        title: above the panel.
-        names: of its rows.
+        title: title above the panel.
+        names: names of the rows.
         rows: intervals of each ablation, in the order of `names`.
-        ranked: draw them by effect under the first ablation, the largest on top, and no more than can be read.
+        ranked: whether to sort the rows by effect under the first ablation, largest on top, and draw only as many as
+            are legible.
     """
 
     title: str
@@ -66,7 +67,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Control:
-    """KL divergences of a run's circuit and of random circuits after the same training, under a name."""
+    """KL divergences of a run's circuit and of random circuits after the same training; `name` labels the row."""
 
     name: str
     run_kl: float
@@ -76,9 +77,9 @@ class Control:
 def comparison_figure(
     panels: Sequence[Panel], title: str, labels: Mapping[str, str] | None = None, controls: Sequence[Control] = ()
 ) -> Figure:
-    """KL divergence under each ablation, with 95 % intervals; panels over one axis, and controls at the bottom.
+    """KL divergence under each ablation, with 95 % intervals; panels with a common axis, and controls at the bottom.
 
-    Panels without rows are left out. `labels` are those of the ablations in the legend, by default their names.
+    Panels without rows are left out. `labels` are the ablations' labels in the legend, by default their names.
     """
     shown = [panel.in_order() for panel in panels if panel.names]
     n_kinds = max(len(panel.rows) for panel in shown)
@@ -103,7 +104,7 @@ def _draw(axes: Axes, panel: Panel, labels: Mapping[str, str]) -> None:
         heights = np.arange(len(names)) + min(0.22, spacing) * (number - (len(rows) - 1) / 2)
         means, lengths = error_bars(intervals, SMALLEST_KL)
         colour, marker = ablation_style(kind)
-        # Ablations that are not total are hollow.
+        # Ablations that are not total have hollow markers.
         style: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if "not total" in labels[kind] else None}
         style |= {"fmt": marker, "markersize": 4, "elinewidth": 1.0}
         axes.errorbar(means, heights, xerr=lengths, label=labels[kind], **style)

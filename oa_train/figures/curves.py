@@ -1,4 +1,4 @@
-"""Behaviour of a model against the ablated share."""
+"""Behaviour of a model as a function of the ablated share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,18 +16,18 @@ from oa_train.metrics.estimates import Estimate
 # Line styles of rankings, in order of appearance.
 LINES: Sequence[Any] = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 4)))
 
-# Of the name of a ranking in the legend.
+# Maximum number of characters of a ranking's name in the legend.
 MOST_CHARACTERS = 26
 
-# A logarithmic axis is drawn where divergences differ by more than this factor.
+# The axis is logarithmic if divergences differ by more than this factor.
 LOGARITHMIC_FROM = 30.0
-# Smaller divergences, in nats, are drawn linearly down to zero.
+# Below this divergence, in nats, the axis is linear down to zero.
 SMALLEST_LINEAR = 1e-3
 
 
 @dataclass(frozen=True)
 class DrawnCurve:
-    """A curve under one ablation, in the order of one ranking; intervals of each point."""
+    """A curve under one ablation in the order of one ranking, as an interval for each point."""
 
     ranking: str
     ablation: str
@@ -41,8 +41,8 @@ def curve_figure(
 ) -> Figure:
     """KL divergence and accuracy against the ablated share, with 95 % bands.
 
-    A colour stands for an ablation, a line style for a ranking. `fractions` are the ablated share at each point,
-    `order` is `the least` or `the most`, for the label of the axis, and `bound` is drawn as a line, in nats.
+    Colours denote ablations, line styles denote rankings. `fractions` is the ablated share at each point, `order` is
+    `the least` or `the most`, for the label of the axis, and `bound` is a KL divergence in nats to mark with a line.
     """
     figure = new_figure(8.6, 3.6, title)
     left, right = figure.subplots(1, 2, sharex=True)
@@ -74,7 +74,7 @@ def curve_figure(
 
 
 def _scale(axes: Axes, means: Sequence[float]) -> None:
-    """Set a symlog axis if the divergences differ by a large factor."""
+    """Use a symlog axis if the divergences differ by a large factor."""
     positive = [mean for mean in means if mean > 0]
     if positive and max(positive) > LOGARITHMIC_FROM * min(positive):
         axes.set_yscale("symlog", linthresh=max(SMALLEST_LINEAR, min(positive)), linscale=0.4)

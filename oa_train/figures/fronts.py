@@ -1,4 +1,4 @@
-"""The Pareto front of circuits: divergence against size."""
+"""The Pareto front of circuits: KL divergence against size."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ def front_figure(
 ) -> Figure:
     """KL divergence (nats) of circuits by size, with 95 % intervals; a line for each ablation of the rest.
 
-    `parts` is the plural name of what circuits keep, of which the model has `n_parts`.
+    `parts` is the plural noun for what circuits keep, of which the model has `n_parts`.
     """
     figure = new_figure(6.2, 3.6, title)
     axes = figure.subplots()

@@ -11,7 +11,7 @@ from oa_train.figures.comparison import MOST_ROWS, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy, write
 from oa_train.metrics.estimates import Estimate
 
-# With more units than this, numbers in the cells are illegible; with more than the second, so are their names.
+# Maximum numbers of units for which the numbers in the cells, and the names of the units, are legible.
 MOST_WRITTEN, MOST_NAMED = 20, 60
 
 BEYOND, WITHIN = "#0072B2", "#B0B0B0"
@@ -20,10 +20,10 @@ BEYOND, WITHIN = "#0072B2", "#B0B0B0"
 def interaction_map(
     table: np.ndarray, singles: np.ndarray, significant: np.ndarray, names: Sequence[str], label: str, title: str
 ) -> Figure:
-    """Interaction of every pair, red where two units matter more together than apart; single effects on the diagonal.
+    """Heat map of the interaction of every pair, red where it is positive; single effects are on the diagonal.
 
-    The symmetric table of [unit, unit] is in nats, NaN where a pair was not measured; significant pairs are framed.
-    The label is that of the colours.
+    `table` has symmetric [unit, unit] interactions in nats, NaN where a pair was not measured. Significant pairs are
+    framed. `label` is the label of the colour bar.
     """
     n_units = len(names)
     size = min(max(3.2, (0.46 if n_units <= MOST_WRITTEN else 0.16) * n_units), 14.0)
@@ -52,9 +52,9 @@ def interaction_map(
 def interaction_bars(
     names: Sequence[str], values: Sequence[Estimate], significant: Sequence[bool], label: str, title: str
 ) -> Figure:
-    """Ranked bars with 95 % intervals, the first on top, as many as can be read; significant ones in colour.
+    """Bars with 95 % intervals, the first on top, only as many as are legible; significant ones in colour.
 
-    The label is that of the axis.
+    `label` is the label of the axis.
     """
     n_rows = min(len(names), MOST_ROWS)
     more = f"\nthe first {n_rows} of {len(names)}" if len(names) > n_rows else ""
@@ -74,7 +74,7 @@ def interaction_bars(
 
 
 def _short(value: float) -> str:
-    """A number that fits into a cell: "1.2", ".034", "-.002", "0"."""
+    """A number short enough for a cell: "1.2", ".034", "-.002", "0"."""
     if abs(value) < 5e-4:
         return "0"
     return f"{value:.1f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)

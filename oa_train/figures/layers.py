@@ -1,4 +1,4 @@
-"""Axes whose horizontal direction is the layers of a model."""
+"""Axes with the layers of a model in the horizontal direction."""
 
 from collections.abc import Iterable, Mapping
 
@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 
-# Two names of a panel: those of its row and of its column.
+# Names of a panel's row and column.
 Place = tuple[str, str]
 
 
@@ -21,9 +21,9 @@ def over_layers(axes: Axes) -> None:
 def layer_panels(
     places: Iterable[Place], labels: Mapping[str, str], layer: str, title: str
 ) -> tuple[Figure, dict[Place, Axes]]:
-    """A grid of panels over layers, each with a line at 0, in order of appearance of the names of rows and columns.
+    """A grid of panels over layers, each with a line at 0; rows and columns are in order of first appearance.
 
-    `labels` has the label of the vertical axes of each row, and `layer` is that of the horizontal ones.
+    `labels` has the label of the vertical axes by row, and `layer` is the label of the horizontal axes.
     """
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     figure = new_figure(1.3 + 2.9 * len(columns), 0.9 + 2.1 * len(rows), title)

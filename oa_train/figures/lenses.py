@@ -1,4 +1,4 @@
-"""Lenses: divergence and agreement by layer, and the predictions of one prompt."""
+"""Figures of lenses: divergence and agreement by layer, predictions for one prompt, causal faithfulness."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,18 +12,18 @@ from oa_train.figures.layers import layer_panels, over_layers
 from oa_train.figures.style import FONT_SIZE, legend_beside, new_figure, write_in_cells
 from oa_train.metrics.estimates import Estimate
 
-# Colours of lenses in order of appearance, distinguishable without red and green.
+# Colours of lenses in order of appearance; safe for red-green colour blindness.
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#555555", "#8C6D31")
 MARKERS = "osD^vpPx"
 
-# Characters of a token in a cell.
+# Maximum number of characters of a token in a cell.
 MOST_CHARACTERS = 9
 
 
 def lens_figure(lines: Mapping[str, Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str) -> Figure:
     """KL divergence and agreement of each lens by layer, with 95 % bands.
 
-    `lines` has by lens the intervals of `kl` and `agreement` at each layer.
+    `lines` has the intervals of `kl` and `agreement` at each layer, by lens.
     """
     figure = new_figure(8.8, 3.6, title)
     left, right = figure.subplots(1, 2)
@@ -50,9 +50,10 @@ def prediction_grid(
     columns: Sequence[str],
     title: str,
 ) -> Figure:
-    """Top token of every layer at every position, coloured by its probability; the first layer at the bottom.
+    """Grid of the top token at every layer and position, coloured by its probability; the first layer at the bottom.
 
-    Words and probabilities are of [layer, position]; `rows` names the layers, and `columns` are the tokens.
+    `words` are the top tokens, [layer][position], with their probabilities; `rows` are names of the layers, and
+    `columns` the prompt's tokens.
     """
     figure = new_figure(min(24.0, 1.8 + 0.72 * len(columns)), 1.6 + 0.25 * len(rows), title)
     axes = figure.subplots()
@@ -69,9 +70,11 @@ def prediction_grid(
 def faithfulness_figure(
     panels: Mapping[tuple[str, str], Mapping[str, Sequence[Estimate]]], layers: Sequence[int], title: str
 ) -> Figure:
-    """Agreement of the effects on a model and on lenses by layer, with 95 % bars: a row a measure, a column a change.
+    """Agreement between effects on a model and on lenses by layer, with 95 % error bars.
 
-    `panels` has by measure and change the intervals of each lens at each layer.
+    Each measure has a row of panels, each change a column.
+
+    `panels` has the intervals of each lens at each layer, by measure and change.
     """
     measures = {"magnitude": "correlation of sizes", "similarity": "cosine of effects"}
     figure, grid = layer_panels(panels, measures, "layer", title)

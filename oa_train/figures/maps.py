@@ -1,4 +1,4 @@
-"""Heat maps of the keep-probabilities of a mask's entries."""
+"""Heat maps: keep-probabilities of a mask's entries, and counts at each head and MLP."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from matplotlib.patches import Rectangle
 
 from oa_train.figures.style import FONT_SIZE, new_figure, write_in_cells
 
-# With more cells than this, numbers in them are illegible.
+# Maximum number of cells for which numbers in them are legible.
 MOST_LABELLED = 400
-# Beyond this many rows or columns their names cannot be read.
+# Maximum number of rows or columns for which their names are legible.
 MOST_NAMED = 60
-# Size in inches of a cell with a number, and of one without.
+# Size in inches of a cell with a number, and of a cell without.
 LABELLED_CELL, NAMED_CELL = 0.42, 0.16
 
 
@@ -23,8 +23,8 @@ def score_map(
 ) -> Figure:
     """Heat map of keep-probabilities, the first row at the bottom.
 
-    The table of [row, column] has values between 0 and 1, and NaN where there is no entry: such cells are blank, and
-    cells above the threshold are framed. `axes_names` are the labels of the axes, that of the rows first.
+    `table` has [row, column] values between 0 and 1, and NaN where there is no entry. Cells without an entry are
+    blank, and cells above the threshold are framed. `axes_names` are the labels of the axes, first that of the rows.
     """
     labelled = table.size <= MOST_LABELLED
     longest = max(table.shape)
@@ -59,9 +59,9 @@ def score_map(
 
 
 def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str) -> Figure:
-    """Heat map of [layer, column] counts: layer 0 at the bottom, a column for each head and one for MLPs.
+    """Heat map of [layer, column] counts, a column for each head and one for MLPs; layer 0 is at the bottom.
 
-    The label says what is counted.
+    `label`, for the colour bar, says what is counted.
     """
     n_layers, n_columns = table.shape
     height, width = (0.3 if n_layers > 12 else 0.42) * n_layers + 1.4, LABELLED_CELL * n_columns + 2.4
@@ -79,7 +79,7 @@ def count_map(table: np.ndarray, columns: Sequence[str], label: str, title: str)
 
 
 def _first_of_layers(names: Sequence[str]) -> tuple[list[int], list[str]]:
-    """Ticks for names of units ("a3.h0.q"): the first unit and the number of each layer, of at most forty layers."""
+    """Ticks for names of units ("a3.h0.q"): index of a layer's first unit and the layer's number; at most 40 ticks."""
     layers = [re.match(r"[a-z](\d+)", name) for name in names]
     firsts: dict[str, int] = {}
     for place, layer in enumerate(layers):

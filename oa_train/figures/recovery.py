@@ -1,4 +1,4 @@
-"""Recovery of the model's behaviour by sets of units, against their size."""
+"""Recovery of the model's behaviour by sets of units, against the size of the sets."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ from oa_train.figures.comparison import draw_band, error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 from oa_train.metrics.estimates import Estimate
 
-# Colour and marker of the two phases of a search: units are restored, units are removed.
+# Colour and marker of each phase of a search.
 STYLES: Mapping[str, tuple[str, str]] = {"restoring": ("#0072B2", "o"), "removing": ("#D55E00", "v")}
 
-# Recovery far below 0 (everything ablated) is not drawn.
+# Lower limit of the axis; recovery can be far below 0 (everything ablated).
 LOWEST = -0.5
 
 
@@ -28,12 +28,12 @@ def recovery_figure(
     """Recovery along the path of a search, with 95 % intervals as bands.
 
     Args:
-        paths: sizes and recoveries of the sets, by a key of `STYLES`.
+        paths: sizes and recoveries of the sets of each phase, a key of `STYLES`.
         trained: sizes and recoveries of the sets whose constants were trained; may be empty.
         target: target recovery, drawn as a line.
         chosen: size of the final set, drawn as a line.
-        labels: labels of the axes, that of sizes first.
-        title: of the figure.
+        labels: labels of the axes, first that of sizes.
+        title: title of the figure.
     """
     figure = new_figure(6.2, 3.8, title)
     axes = figure.subplots()

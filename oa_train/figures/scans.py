@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from oa_train.figures.comparison import SMALLEST_KL
 from oa_train.figures.style import FONT_SIZE, ablation_style, new_figure
 
-# Beyond this many rows or columns only some are named.
+# With more rows or columns than this, only some of them are named.
 MOST_NAMED = 24
-# Maps in a row.
+# Maximum number of maps side by side.
 MOST_COLUMNS = 4
 
 
@@ -22,10 +22,10 @@ def effect_maps(
     axes_names: tuple[str, str],
     title: str,
 ) -> Figure:
-    """A heat map of KL divergences for each ablation, over one logarithmic scale; the first row at the bottom.
+    """A heat map of KL divergences for each ablation, with a common logarithmic scale; the first row at the bottom.
 
-    The tables of [row, column] are in nats, NaN where there is no part; `axes_names` are the labels of the axes, that
-    of the rows first.
+    `tables` has [row, column] divergences in nats, by ablation; NaN where there is no part. `axes_names` are the
+    labels of the axes, first that of the rows.
     """
     n_across = min(MOST_COLUMNS, len(tables))
     n_down = -(-len(tables) // n_across)
@@ -55,7 +55,10 @@ def effect_maps(
 
 
 def gap_figure(ratios: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Distribution over parts of the ratio, positive, of each ablation's KL divergence to that of optimal ablation."""
+    """Cumulative distribution over parts of the ratio of each ablation's KL divergence to that of optimal ablation.
+
+    `ratios` has the ratio of each part, positive, by ablation.
+    """
     figure = new_figure(5.6, 3.2, title)
     axes = figure.subplots()
     for name, values in ratios.items():

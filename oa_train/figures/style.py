@@ -1,4 +1,4 @@
-"""Colours, sizes and text that all figures share."""
+"""Colours, sizes and text styles shared by all figures."""
 
 import io
 import textwrap
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure as Figure
 
 from oa_train.files import replace_file
 
-# Colour and marker of each ablation in every figure; distinguishable without red and green.
+# Colour and marker of each ablation in every figure; safe for red-green colour blindness.
 ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "optimal": ("#0072B2", "o"),
     "mean": ("#E69F00", "s"),
@@ -23,9 +23,9 @@ ABLATION_STYLES: Mapping[str, tuple[str, str]] = {
     "counterfactual_mean": ("#8C6D31", "P"),
     "counterfactual": ("#D55E00", "D"),
 }
-# Of what is no ablation by itself: noise that is added to embeddings.
+# Colour and marker of a corruption that is not an ablation: noise added to embeddings.
 OTHERS: Mapping[str, tuple[str, str]] = {"gaussian": ("#D55E00", "v")}
-# For ablations that have no style of their own.
+# Colours and markers of ablations without a style of their own.
 OTHER_STYLES = (("#7B4FA3", "<"), ("#A6761D", "h"), ("#1B1B1B", "*"))
 KEPT, ABLATED = "#0072B2", "#D9D9D9"
 FONT_SIZE = 9
@@ -38,7 +38,7 @@ def ablation_style(name: str) -> tuple[str, str]:
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
-    """An empty figure, in inches, under a title wrapped to its width; it needs no display and no global state."""
+    """An empty figure of this size in inches, independent of matplotlib's global state, with its title wrapped."""
     figure = Figure(figsize=(width, height), layout="constrained", dpi=DOTS_PER_INCH)
     if title:
         lines = [textwrap.fill(line, max(24, int(11 * width))) for line in title.split("\n")]
@@ -75,7 +75,7 @@ def write_in_cells(axes: Axes, texts: Sequence[Sequence[str]], **options: Any) -
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure atomically, as PNG, SVG or PDF by the suffix of the path."""
+    """Write a figure atomically, as PNG, SVG or PDF depending on the suffix of the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix.removeprefix("."))

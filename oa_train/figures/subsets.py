@@ -1,4 +1,4 @@
-"""KL divergence of a circuit with parts outside it kept in many combinations."""
+"""KL divergence of a circuit with many combinations of the parts outside it kept."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from oa_train.figures.comparison import error_bars
 from oa_train.figures.style import FONT_SIZE, new_figure, tidy
 from oa_train.metrics.estimates import Estimate
 
-# Colour of each mask of the parts outside that has a row of its own.
+# Colours of the masks of the outside parts that have a row of their own.
 MARKED: Mapping[str, str] = {"all off": "#0072B2", "worst vertex": "#E69F00", "worst": "#D55E00"}
 CLEAN = "#009E73"
-# Smaller divergences, in nats, are drawn linearly down to zero.
+# Below this divergence, in nats, the axis is linear down to zero.
 SMALLEST_LINEAR = 1e-3
 
 
@@ -23,9 +23,9 @@ class Subsets:
     """Divergences under one ablation, in nats.
 
     Attributes:
-        title: above the panel.
-        random: of the random subsets, by the share of the parts outside that is kept.
-        marked: of the masks in `MARKED`.
+        title: title above the panel.
+        random: divergences of the random subsets, by the share of the outside parts that is kept.
+        marked: divergences of the masks in `MARKED`.
     """
 
     title: str
@@ -34,9 +34,9 @@ class Subsets:
 
 
 def subsets_figure(panels: Sequence[Subsets], title: str) -> Figure:
-    """KL divergence with random subsets of the outside kept, a row for each density, and under the marked masks.
+    """KL divergence with random subsets of the outside parts kept, a row per density, and with the marked masks.
 
-    The panels, one for each ablation, stand below each other.
+    The panels, one for each ablation, are drawn from top to bottom.
     """
     n_rows = [len(panel.random) + len(panel.marked) + 1 for panel in panels]
     figure = new_figure(6.4, 1.0 + sum(0.4 + 0.24 * rows for rows in n_rows), title)

@@ -1,4 +1,4 @@
-"""Causal tracing: recovery by layer, as lines and as heat maps."""
+"""Figures of causal tracing: recovery by layer, as lines and as heat maps."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from oa_train.figures.layers import layer_panels
 from oa_train.figures.style import FONT_SIZE, ablation_style, legend_beside, new_figure
 from oa_train.metrics.estimates import Estimate
 
-# Profile of each corruption over the layers.
+# Estimate at each layer, by corruption.
 Profiles = Mapping[str, Sequence[Estimate]]
 
 MOST_TICKS = 16
@@ -22,7 +22,7 @@ def profile_figure(
 ) -> Figure:
     """Recovered share by layer with 95 % bands: a row of panels for each restored kind, a column for each place.
 
-    `panels` has by kind and place the profile of each corruption, and `labels` the corruptions' names in the legend.
+    `panels` has the profile of each corruption over the layers, by kind and place; `labels` are for the legend.
     """
     kinds = {kind: f"{kind}\nrecovered share" for kind, _ in panels}
     figure, grid = layer_panels(panels, kinds, "layer in the middle of the window", title)
@@ -44,8 +44,8 @@ def recovery_maps(
 ) -> Figure:
     """Heat maps of recovery, a row for each place or token, a column for each layer; the first row on top.
 
-    The tables of [row, layer] are given by the names of their row and column in a grid of maps. The scale of colours
-    ends at `highest`, by default that of the values.
+    `tables` has [row, layer] recoveries, by the names of the map's row and column in the grid of maps. `highest` is
+    the upper end of the colour scale, by default the largest value.
     """
     down, across = (list(dict.fromkeys(key[n] for key in tables)) for n in (0, 1))
     longest, width = max(map(len, rows)), min(max(2.2, 0.13 * len(layers)), 5.0)

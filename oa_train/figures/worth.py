@@ -1,4 +1,4 @@
-"""Worth of each part of a circuit: the rise in KL divergence without it."""
+"""Worth of each part of a circuit: the increase in KL divergence without it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,17 +13,17 @@ from oa_train.metrics.estimates import Estimate
 
 COLOURS: Mapping[str, str] = {"needed": "#0072B2", "undecided": "#999999", "superfluous": "#D55E00"}
 
-# The axis is symlog: linear between minus and plus this, or the tolerance if larger.
+# The axis is symlog: linear between minus and plus this value, or the tolerance if that is larger.
 LINEAR_BELOW = 1e-4
 
 
 def worth_figure(
     names: Sequence[str], worth: Sequence[Estimate], verdicts: Sequence[str], tolerance: float, title: str
 ) -> Figure:
-    """Rise in KL divergence, in nats, when a part is taken out, with 95 % intervals.
+    """Increase in KL divergence, in nats, when a part is removed, with 95 % intervals.
 
-    The parts are in descending order of worth; the first ones have a row each. The verdicts are keys of `COLOURS`, and
-    the tolerance, a negligible worth, is drawn as a line.
+    The parts are in descending order of worth; the first ones have a row each. The verdicts are keys of `COLOURS`. The
+    tolerance, a worth that counts as negligible, is drawn as a line.
     """
     n_rows = min(len(names), MOST_ROWS)
     shortened = len(names) > n_rows

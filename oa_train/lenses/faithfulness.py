@@ -1,7 +1,7 @@
-"""Causal faithfulness of lenses: does what changes the model change the lens alike (Li & Janson 2024, section 5)?
+"""Causal faithfulness of lenses (Li & Janson 2024, section 5): do changes affect model and lens in the same way?
 
-The residual stream of a prompt's scored token is changed at a layer, once inside the model, and once in what the lens
-reads. Of a faithful lens the sizes of both effects go together over directions, and so do the effects themselves.
+The residual stream of a prompt's scored token is changed at a layer, once inside the model and once in the input of
+the lens. For a faithful lens the two effects are correlated in size across directions, and similar in direction.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,10 +22,10 @@ from oa_train.models.taps import Tap
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 
-# Added to the covariance of the residual stream, so that it has a Cholesky factor.
+# Added to the diagonal of the covariance of the residual stream to make it positive definite.
 RIDGE = 3e-4
 
-# Halvings of the interval in which a step size is looked for.
+# Number of bisection steps in the search for a step size.
 BISECTIONS = 8
 
 
@@ -38,7 +38,7 @@ class StreamStatistics:
 
     @classmethod
     def of(cls, residuals: Float[Tensor, "prompt d_model"]) -> "StreamStatistics":
-        """Statistics of some residual streams."""
+        """Compute the statistics of these residual streams."""
         values = residuals.double()
         mean = values.mean(dim=0)
         covariance = (values - mean).mT @ (values - mean) / (len(values) - 1)
@@ -46,7 +46,7 @@ class StreamStatistics:
         return cls(mean, torch.linalg.cholesky(covariance + ridge))
 
     def random_directions(self, n_directions: int, *seed: int | str) -> Float[Tensor, "direction d_model"]:
-        """Unit vectors along draws from the stream's own normal distribution."""
+        """Unit vectors in the directions of samples from a normal distribution with the stream's covariance."""
         generator = torch_generator("directions", *seed)
         draws = torch.randn(n_directions, len(self.mean), dtype=torch.float64, generator=generator)
         return F.normalize(draws.to(self.factor.device) @ self.factor.mT, dim=-1)
@@ -54,7 +54,7 @@ class StreamStatistics:
     def basis(self, matrix: Float[Tensor, "d_model d_model"], n_directions: int) -> Float[Tensor, "direction d_model"]:
         """Directions of the stream to which an affine lens with this matrix is most sensitive.
 
-        Images under the factor of the leading right singular vectors of matrix times factor, as unit vectors.
+        The leading right singular vectors of `matrix @ factor`, mapped by `factor` and normalised.
         """
         _, _, right = torch.linalg.svd(matrix.to(self.factor) @ self.factor)
         return F.normalize(right[:n_directions] @ self.factor.mT, dim=-1)
@@ -66,7 +66,7 @@ def steered(
     step: float,
     *seed: int | str,
 ) -> Float[Tensor, "direction prompt d_model"]:
-    """Streams moved along each direction, by `step` times a standard normal number for every prompt and direction."""
+    """Streams moved along each direction by `step` times a standard normal sample per prompt and direction."""
     generator = torch_generator("steering", *seed)
     lengths = torch.randn(len(directions), len(streams), 1, generator=generator).to(streams.device)
     return (streams + step * lengths * directions.unsqueeze(1)).to(streams.dtype)
@@ -77,7 +77,7 @@ def projected(
     directions: Float[Tensor, "direction d_model"],
     mean: Float[Tensor, " d_model"],
 ) -> Float[Tensor, "direction prompt d_model"]:
-    """Streams without what distinguishes each from the mean along a direction."""
+    """Streams with each one's deviation from the mean along a direction removed."""
     units, centred = directions.to(streams.dtype), streams - mean.to(streams.dtype)
     return streams - (centred @ units.mT).mT.unsqueeze(-1) * units.unsqueeze(1)
 
@@ -85,7 +85,7 @@ def projected(
 def resampled(
     streams: Float[Tensor, "prompt d_model"], directions: Float[Tensor, "direction d_model"], size: int
 ) -> Float[Tensor, "subspace prompt d_model"]:
-    """Streams whose component in a subspace is the next prompt's, for each group of `size` directions."""
+    """Streams whose component in the span of each group of `size` directions is replaced by the next prompt's."""
     changed = []
     for group in directions.split(size):
         basis, _ = torch.linalg.qr(group.mT)
@@ -100,8 +100,8 @@ class Effects:
 
     Attributes:
         model: KL divergence of the changed model from the model, in nats.
-        lens: that of the changed lens from the lens.
-        similarity: cosine of the two changes of log probability, centred and weighted by the model's probabilities.
+        lens: KL divergence of the lens's prediction after the change from the one before, in nats.
+        similarity: cosine similarity of the two changes in log probability; see `log_change_similarity`.
     """
 
     model: Float[Tensor, "change prompt"]
@@ -110,9 +110,9 @@ class Effects:
 
 
 class Intervened:
-    """A model and its prompts at one layer, whose residual streams are changed where they enter, at the scored token.
+    """Changes the residual streams of prompts at the input of one layer, and measures the effects.
 
-    A model run has at most `rows_per_run` rows, changes times prompts.
+    Streams are changed at the scored token. A model run has at most `rows_per_run` rows (changes times prompts).
 
     Raises:
         TaskError: the prompts are scored at several positions.
@@ -131,7 +131,7 @@ class Intervened:
 
     @torch.no_grad()
     def logits(self, streams: Float[Tensor, "change prompt d_model"]) -> Float[Tensor, "change prompt vocabulary"]:
-        """The model's predictions with changed streams."""
+        """The model's logits at the scored token when its streams are replaced by these."""
         at_once = max(1, self._rows_per_run // len(self._batch))
         return torch.cat([self._run(part) for part in streams.split(at_once)])
 
@@ -149,12 +149,12 @@ class Intervened:
         return logits.view(len(streams), len(self._batch), -1)
 
     def model_effects(self, streams: Float[Tensor, "change prompt d_model"]) -> Float[Tensor, "change prompt"]:
-        """KL divergence of the changed model from the model."""
+        """KL divergence of the changed model from the model, in nats."""
         return kl_divergence(self.clean, self.logits(streams))
 
     @torch.no_grad()
     def effects(self, lens: Lens, streams: Float[Tensor, "change prompt d_model"], logits: Tensor) -> Effects:
-        """Effects of changes on model and lens; `logits` are the changed model's."""
+        """Effects of changes on the model and on a lens; `logits` are those of the changed model."""
         before = _read(lens, self._model, self.streams.unsqueeze(0))[0]
         after = torch.cat([_read(lens, self._model, change.unsqueeze(0)) for change in streams])
         return Effects(
@@ -175,9 +175,10 @@ def log_change_similarity(
     before: Float[Tensor, "prompt vocabulary"],
     after: Float[Tensor, "change prompt vocabulary"],
 ) -> Float[Tensor, "change prompt"]:
-    """Cosine of the model's and the lens's change of log probabilities, centred and weighted by the model's p.
+    """Cosine similarity of the changes in log probability of the model (clean to changed) and of the lens.
 
-    The Aitchison-type similarity of Li & Janson (2024): 1 if the lens changes as the model does, up to a factor.
+    Both changes are centred and weighted by the clean model's probabilities: the Aitchison-type similarity of Li &
+    Janson (2024), 1 if the lens changes as the model does, up to a positive factor.
     """
     p = clean.double().softmax(dim=-1)
 
@@ -191,7 +192,7 @@ def log_change_similarity(
 
 
 def calibrated_step(effect: Callable[[float], float], target: float, largest: float) -> float:
-    """Largest step, up to `largest`, at which an effect that grows with it stays below a target, by bisection."""
+    """Largest step in [0, `largest`] whose effect stays below `target`; the effect must increase with the step."""
     low, high = 0.0, largest
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -200,7 +201,7 @@ def calibrated_step(effect: Callable[[float], float], target: float, largest: fl
 
 
 def layers_between(layers: list[int], number: int) -> Iterator[int]:
-    """Some of the layers, evenly spaced, without the first if there are others."""
+    """At most `number` evenly spaced layers; the first one is left out if there are others."""
     inner = layers[1:] or layers
     for n in range(min(number, len(inner))):
         yield inner[(2 * n + 1) * len(inner) // (2 * min(number, len(inner)))]

@@ -1,8 +1,8 @@
-"""Lenses: estimates, from the residual stream at a layer, of the stream that the final norm will read.
+"""Lenses: estimates, from the residual stream at a layer, of the input of the final norm.
 
-Every lens ends in the model's own norm and unembedding. What is between the layer and there differs: nothing (logit
-lens), an affine map (tuned lens, Belrose et al. 2023), or the model's own blocks with a constant in place of what each
-attention layer adds (optimal constant attention, Li & Janson 2024).
+Every lens ends in the model's own norm and unembedding. Lenses differ in what lies between the layer and that norm:
+nothing (logit lens), an affine map (tuned lens, Belrose et al. 2023), or the model's own blocks with each attention
+output replaced by a constant (optimal constant attention, Li & Janson 2024).
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ class Lens(nn.Module, ABC):
     """A lens at several layers.
 
     Args:
-        starts: layers, ascending; layer l is read where the residual stream enters block l.
-        n_layers: of the model.
+        starts: indices of the layers, ascending; layer l is read at the input of block l.
+        n_layers: number of layers of the model.
         d_model: width of the residual stream.
 
     Attributes:
-        needs_partners: True if it reads what attention adds on other prompts.
+        needs_partners: True if it needs attention outputs of other prompts.
     """
 
     needs_partners = False
@@ -45,23 +45,23 @@ class Lens(nn.Module, ABC):
         residuals: Float[Tensor, "start token d_model"],
         partners: Float[Tensor, "layer token d_model"] | None = None,
     ) -> Float[Tensor, "start token d_model"]:
-        """Estimates of what enters the final norm, in the dtype of the residuals.
+        """Estimates of the input of the final norm, in the dtype of the residuals.
 
         Args:
             model: frozen causal language model.
-            residuals: what enters the block of each start.
-            partners: what attention adds in each layer at another prompt's token.
+            residuals: input of the block of each start layer.
+            partners: output of each attention layer at a token of another prompt.
         """
 
     def trained(self) -> dict[str, Tensor]:
-        """Tensors that are trained, by name: [start, ...], or [1, ...] where all starts share them."""
+        """Trainable tensors by name: [start, ...], or [1, ...] where all layers share them."""
         return dict(self.named_parameters())
 
     def at(self, starts: Sequence[int]) -> "Lens":
-        """The same lens at some of its layers.
+        """This lens restricted to some of its layers.
 
         Raises:
-            ConfigurationError: it has no such layer.
+            ConfigurationError: the lens lacks one of the layers.
         """
         for start in starts:
             if start not in self.starts:
@@ -74,7 +74,7 @@ class Lens(nn.Module, ABC):
 
 
 class LogitLens(Lens):
-    """Reads the residual stream out as it is (nostalgebraist 2020)."""
+    """Leaves the residual stream unchanged, so that norm and unembedding read it directly (nostalgebraist 2020)."""
 
     def forward(self, model: CausalLM, residuals: Tensor, partners: Tensor | None = None) -> Tensor:
         """The residuals themselves."""
@@ -82,7 +82,7 @@ class LogitLens(Lens):
 
 
 class AffineLens(Lens):
-    """Adds an affine function of the residual stream: x + W x + b. It starts as the logit lens."""
+    """Adds an affine function of the residual stream: x + W x + b. It is initialised as the logit lens."""
 
     def __init__(self, starts: Sequence[int], n_layers: int, d_model: int) -> None:
         super().__init__(starts, n_layers, d_model)
@@ -96,9 +96,9 @@ class AffineLens(Lens):
 
 
 class ConstantsLens(Lens):
-    """Runs the model's later blocks with a constant in place of what each attention layer adds.
+    """Runs the model's remaining blocks with each attention output replaced by a constant.
 
-    Unless they are `shared`, each start has constants of its own.
+    Each layer has its own constants, unless they are `shared`.
     """
 
     def __init__(self, starts: Sequence[int], n_layers: int, d_model: int, shared: bool = False) -> None:
@@ -107,11 +107,11 @@ class ConstantsLens(Lens):
 
     @torch.no_grad()
     def load(self, outputs: Float[Tensor, "layer d_model"]) -> None:
-        """Set the constants of every start."""
+        """Set every layer's constants to these attention outputs."""
         self.constants.copy_(outputs.expand_as(self.constants))
 
     def forward(self, model: CausalLM, residuals: Tensor, partners: Tensor | None = None) -> Tensor:
-        """Run the blocks from every start on."""
+        """Run the remaining blocks from every start layer."""
 
         def added(layer: int, live: Sequence[int]) -> Tensor:
             numbers = slice(0, 1) if len(self.constants) == 1 else slice(0, len(live))
@@ -121,14 +121,14 @@ class ConstantsLens(Lens):
 
 
 class ResampleLens(Lens):
-    """Runs the model's later blocks with what attention adds at another prompt's token."""
+    """Runs the model's remaining blocks with attention outputs taken from a token of another prompt."""
 
     needs_partners = True
 
     def forward(self, model: CausalLM, residuals: Tensor, partners: Tensor | None = None) -> Tensor:
-        """Run the blocks from every start on; raises ConfigurationError without partners."""
+        """Run the remaining blocks from every start layer; raises `ConfigurationError` without partners."""
         if partners is None:
-            raise ConfigurationError("The resample lens needs what attention adds on other prompts.")
+            raise ConfigurationError("The resample lens needs attention outputs of other prompts.")
         values = partners
         return run_tail(model, residuals, self.starts, lambda layer, live: values[layer].unsqueeze(0))
 
@@ -138,12 +138,12 @@ class LensKind:
     """A kind of lens.
 
     Attributes:
-        make: makes it for starts, number of layers and width.
+        make: builds the lens from (starts, n_layers, d_model).
         trained: True if its parameters are trained.
-        teacher: kind of lens whose prediction it is trained to match; empty for the model's.
-        learning_rate: initial learning rate by default.
+        teacher: kind of lens whose predictions it is trained to match; empty for the model's own predictions.
+        learning_rate: default initial learning rate.
         affine: True if it is an `AffineLens`, whose singular vectors `faithfulness` uses as directions.
-        from_means: True if, untrained, it holds mean attention outputs.
+        from_means: True if it is not trained and its constants are mean attention outputs.
         needs_partners: True if it reads attention outputs of other prompts.
     """
 
@@ -168,10 +168,16 @@ LENS_KINDS: dict[str, LensKind] = {
 
 
 def check_lens_kinds(option: str, names: Sequence[str], trained: bool = False) -> None:
-    """Refuse kinds of lens that do not exist, are named twice or, if only trained ones will do, are not trained.
+    """Validate names of kinds of lens.
+
+    Args:
+        option: name of the option, for messages.
+        names: the kinds.
+        trained: whether only kinds that are trained are allowed, each together with its teacher.
 
     Raises:
-        ConfigurationError: one is.
+        ConfigurationError: a kind is unknown, named twice, not trained though it has to be, or lacks its teacher, or
+            no kind is named.
     """
     known: dict[str, Any] = {name: kind for name, kind in LENS_KINDS.items() if kind.trained or not trained}
     for name in names:
@@ -186,10 +192,10 @@ def check_lens_kinds(option: str, names: Sequence[str], trained: bool = False) -
 
 
 def check_layers(layers: Sequence[int] | None, n_layers: int) -> list[int]:
-    """Layers of a lens: all by default.
+    """Validated layers of a lens; all by default.
 
     Raises:
-        ConfigurationError: the model has no such layer, or they do not ascend.
+        ConfigurationError: a layer does not exist, the layers are not in ascending order, or there are none.
     """
     chosen = list(range(n_layers)) if layers is None else list(layers)
     if not chosen or chosen != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= n_layers:

@@ -1,4 +1,4 @@
-"""Predictions of lenses, and how far they are from the model's."""
+"""The scored tokens of a batch as inputs of lenses, and the predictions of lenses at them."""
 
 from collections.abc import Iterator
 
@@ -13,19 +13,19 @@ from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Float, Tensor
 from oa_train.tasks.task import Task
 
-# Default number of predictions (starts times tokens) that are computed at once.
+# Default number of predictions (layers times tokens) that are computed at once.
 PREDICTIONS = 1024
 
 
 class Tokens:
-    """The scored tokens of a batch, as lenses see them; positions of weight 0 are left out.
+    """The scored tokens of a batch, as lenses read them; positions of weight 0 are left out.
 
     Attributes:
-        logits: of the model.
-        residuals: what enters each block and, last, the final norm.
-        attention: what each attention layer adds, for the resample lens and means; None if it was not asked for.
-        weights: of each token in its prompt's average; those of a prompt sum to 1.
-        rows: prompt of each token.
+        logits: logits of the model.
+        residuals: input of each block and, last, of the final norm.
+        attention: output of each attention layer, which the resample lens and the means need; None if not asked for.
+        weights: weight of each token in its prompt's average; they sum to 1 over a prompt.
+        rows: index of each token's prompt.
     """
 
     def __init__(self, model: CausalLM, batch: Batch, attention: bool = False) -> None:
@@ -44,10 +44,12 @@ class Tokens:
         return len(self.logits)
 
     def partners(self) -> Float[Tensor, "layer token d_model"]:
-        """Outputs of attention at a token of the next prompt of the batch (the first's for the last).
+        """For each token, the attention outputs at a token of the next prompt in the batch.
+
+        Token i takes those at token i of that prompt, modulo its number of tokens; the last prompt takes the first's.
 
         Raises:
-            TaskError: the batch has one prompt only.
+            TaskError: the batch has only one prompt.
         """
         assert self.attention is not None
         if self._n_rows < 2:
@@ -59,7 +61,7 @@ class Tokens:
         return self.attention[:, firsts[others] + within % counts[others]]
 
     def by_prompt(self, values: Float[Tensor, "start token"]) -> Float[Tensor, "start prompt"]:
-        """Each prompt's average over its tokens."""
+        """Weighted average over the tokens of each prompt."""
         totals = values.new_zeros(len(values), self._n_rows)
         return totals.index_add_(1, self.rows, values * self.weights.to(values.dtype))
 
@@ -73,7 +75,7 @@ class Tokens:
 def lens_logits(
     lens: Lens, model: CausalLM, tokens: Tokens, piece: slice, partners: Tensor | None = None
 ) -> Float[Tensor, "start token vocabulary"]:
-    """Predictions of a lens at a slice of the tokens, with gradients to its parameters."""
+    """Predictions of a lens at a slice of the tokens, differentiable with respect to its parameters."""
     others = None if partners is None else partners[:, piece]
     final = lens(model, tokens.residuals[lens.starts][:, piece], others)
     logits: Tensor = read_out(model, final.flatten(0, 1)).unflatten(0, final.shape[:2])
@@ -82,13 +84,13 @@ def lens_logits(
 
 @torch.no_grad()
 def mean_attention(model: CausalLM, task: Task, track: Track = silent) -> Float[Tensor, "layer d_model"]:
-    """Mean output of attention at the scored positions of the task's `means` prompts, in float32.
+    """Mean attention outputs at the scored positions of the task's `means` prompts, in float32.
 
-    These are the constants of the mean lens, and those that others start from.
+    They are the constants of the mean lens, and the initial constants of others.
     """
     total, n_prompts = torch.zeros(1, dtype=torch.float64), 0
     batches = list(task.batches("means", task.n_means))
-    for batch in counted(track, batches, "averaging what attention adds"):
+    for batch in counted(track, batches, "averaging attention outputs"):
         tokens = Tokens(model, batch.to(model.device), attention=True)
         assert tokens.attention is not None
         of_prompts = torch.einsum("ltd,t->ld", tokens.attention.double(), tokens.weights.double())

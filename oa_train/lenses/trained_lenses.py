@@ -1,4 +1,4 @@
-"""Trained lenses as an artefact, and tuned lenses of the layout of AlignmentResearch."""
+"""Trained lenses on disk, and tuned lenses in the format of AlignmentResearch/tuned-lens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,12 +43,12 @@ class TrainedLenses:
     """Lenses that were trained together, by kind.
 
     Attributes:
-        name: of the run, in tables and figures.
-        lenses: by kind, a key of `LENS_KINDS`; all of the same layers.
-        n_layers: of the model.
-        d_model: width of its residual stream.
-        provenance: model, task and run that they come from, as plain data.
-        noun: for messages.
+        name: name of the run, for tables and figures.
+        lenses: the lenses by kind, a key of `LENS_KINDS`; all read the same layers.
+        n_layers: number of layers of the model.
+        d_model: width of the model's residual stream.
+        provenance: the model, task and run that they come from, as plain data.
+        noun: what error messages call it.
     """
 
     noun: ClassVar[str] = "run with lenses"
@@ -61,7 +61,7 @@ class TrainedLenses:
 
     @property
     def layers(self) -> Sequence[int]:
-        """Layers of all lenses."""
+        """Indices of the layers, the same for all lenses."""
         return next(iter(self.lenses.values())).starts
 
     @property
@@ -71,12 +71,12 @@ class TrainedLenses:
         return fingerprint
 
     def check_belongs(self, model: CausalLM) -> None:
-        """Refuse another model with an `ArtefactError`."""
+        """Raise an `ArtefactError` unless the lenses were trained on this model."""
         check_sizes(model, self.n_layers, self.d_model, "lens")
         check_fingerprint(model, "The lens belongs", self.provenance)
 
     def save(self, run: str | Path) -> Path:
-        """Write `lens/` into a run folder."""
+        """Write the lenses to `lens/` in a run folder."""
         header = {
             "kinds": list(self.lenses),
             "layers": list(self.layers),
@@ -89,10 +89,10 @@ class TrainedLenses:
 
     @classmethod
     def load(cls, run: str | Path) -> "TrainedLenses":
-        """Read `lens/` of a run folder.
+        """Read the lenses from `lens/` in a run folder.
 
         Raises:
-            ArtefactError: it is missing, damaged, of another version, or holds something else.
+            ArtefactError: the folder is missing, damaged, of another version, or holds something else.
         """
         folder = Path(run) / FOLDER
         if not folder.is_dir():
@@ -116,17 +116,17 @@ class TrainedLenses:
 
 
 def load_tuned_lens(folder: str | Path) -> AffineLens:
-    """Read a tuned lens in the layout of AlignmentResearch/tuned-lens: `config.json` and `params.pt`.
+    """Read a tuned lens in the format of AlignmentResearch/tuned-lens: `config.json` and `params.pt`.
 
     No code from the file is run.
 
     Raises:
-        ArtefactError: the folder holds no such lens, or it is damaged.
+        ArtefactError: the folder does not hold such a lens, or the lens is damaged.
     """
     folder = Path(folder).expanduser()
     config, file = folder / "config.json", folder / "params.pt"
     if not (config.is_file() and file.is_file()):
-        raise ArtefactError(f"{folder} holds no tuned lens; expected config.json and params.pt in it.")
+        raise ArtefactError(f"{folder} does not hold a tuned lens; expected config.json and params.pt in it.")
     content = read_json(config)
     n_layers, d_model = (_size(config, content, name) for name in ("num_hidden_layers", "d_model"))
     try:
@@ -148,7 +148,7 @@ def load_tuned_lens(folder: str | Path) -> AffineLens:
 def _size(config: Path, content: Mapping[str, Any], name: str) -> int:
     size = content.get(name)
     if not isinstance(size, int) or not 0 < size < 1 << 20:
-        raise ArtefactError(f"{config} is no configuration of a tuned lens: {name} is {size!r}; expected a size.")
+        raise ArtefactError(f"{config} is not the configuration of a tuned lens: {name} is {size!r}; expected a size.")
     return size
 
 
@@ -160,10 +160,10 @@ def _tensor(file: Path, state: Any, name: str, shape: list[int]) -> Tensor:
 
 
 def check_sizes(model: CausalLM, n_layers: int, d_model: int, label: str) -> None:
-    """Refuse a lens of other sizes than the model's with an `ArtefactError`."""
+    """Raise an `ArtefactError` unless the lens has the model's number of layers and width."""
     own = Dimensions.of(model.config)
     if (own.n_layers, own.d_model) != (n_layers, d_model):
         raise ArtefactError(
-            f"The {label} is of a model with {n_layers} layers of width {d_model}; this one has {own.n_layers} of "
-            f"width {own.d_model}."
+            f"The {label} belongs to a model with {n_layers} layers of width {d_model}; this model has "
+            f"{own.n_layers} of width {own.d_model}."
         )

@@ -1,4 +1,4 @@
-"""Correctness of a prediction, from logits and the ids of answers and distractors, which are padded with -1."""
+"""Correctness of predictions, from logits and the token ids of answers and distractors (padded with -1)."""
 
 import torch
 
@@ -17,11 +17,11 @@ def logit_difference(
 ) -> Float[Tensor, "*row"]:
     """Log odds of the answers against the distractors.
 
-    For one answer and one distractor this is the difference of their logits; for several it is the difference of the
-    log-sum-exp of each set, the log of how much likelier the answers are together. In a row without distractors all
-    tokens that are not answers take their place.
+    For one answer and one distractor this is the difference between their logits; for several it is the difference
+    between the log-sum-exps of the two sets, the log of the ratio of their total probabilities. In a row without
+    distractors, all tokens that are not answers take their place.
     """
-    # Padding repeats the first answer, which is always there.
+    # Padding is replaced with the first answer, which always exists.
     everything_else = logits.scatter(-1, torch.where(answers < 0, answers[..., :1], answers), float("-inf"))
     rest = torch.logsumexp(everything_else, dim=-1)
     has_distractors = (distractors >= 0).any(dim=-1)
@@ -31,7 +31,7 @@ def logit_difference(
 def cross_entropy(
     logits: Float[Tensor, "*row vocabulary"], answers: Int[Tensor, "*row answer"]
 ) -> Float[Tensor, "*row"]:
-    """Minus the log probability of the answers, together where there are several, in nats."""
+    """Negative log of the total probability of the answers, in nats."""
     return torch.logsumexp(logits, dim=-1) - _log_mass(logits, answers)
 
 

@@ -13,7 +13,7 @@ from oa_train.shapes import Float, Tensor
 def area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate:
-    """Area under the mean of the prompts' curves, by trapezoids; `fractions` is ascending."""
+    """Area under the mean of the prompts' curves, by the trapezoidal rule; `fractions` is ascending."""
     distinct = of_distinct(values, identities)
     (means,) = resampled_means(distinct)
     return bootstrapped(np.trapezoid(means, fractions.double().numpy(), axis=0), distinct.shape[1])
@@ -22,15 +22,15 @@ def area(
 def recovery_area(
     fractions: Float[Tensor, " point"], values: Float[Tensor, "point prompt"], identities: Identities = None
 ) -> Estimate | None:
-    """Area under the recovery of a measure: 1 at the first point, 0 at the last.
+    """Area under the recovery of a measure, which is 1 at the first point and 0 at the last.
 
-    Recovery at a point is (m - m_last) / (m_first - m_last), of means over prompts, with the clean model first and
-    everything ablated last: the normalised faithfulness of the literature (Hanna et al., 2024), here averaged over
-    sizes as in MIB (Mueller et al., 2025).
+    Recovery at a point is (m - m_last) / (m_first - m_last) with m the mean over prompts; the first point is the clean
+    model and the last has everything ablated. It is the normalised faithfulness of Hanna et al. (2024), here averaged
+    over sizes as in MIB (Mueller et al., 2025).
 
     Returns:
-        None if in some resampling the measure is not larger at the first point than at the last, so that there is
-        nothing to recover.
+        None if there is nothing to recover: in some bootstrap sample the measure is not larger at the first point than
+        at the last.
     """
     distinct = of_distinct(values, identities)
     (means,) = resampled_means(distinct)
@@ -49,7 +49,7 @@ def holds_until(
 ) -> Estimate:
     """The last fraction before the mean rise of a measure first exceeds a bound: where the curve breaks.
 
-    The first point counts as within the bound, which is in the unit of the rise; `fractions` is ascending.
+    The first point counts as within the bound, which is in the unit of `rise`; `fractions` is ascending.
     """
     distinct = of_distinct(rise, identities)
     (means,) = resampled_means(distinct)

@@ -1,4 +1,4 @@
-"""Means with their uncertainty, paired differences, resampling, and the formatting of numbers."""
+"""Means with their uncertainty, paired differences, bootstrap resampling, and number formatting."""
 
 import math
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from scipy import stats
 from oa_train.errors import NotFiniteError, TaskError
 from oa_train.shapes import Float, Int, Tensor
 
-# Numbers below this are written with a power of ten.
+# Numbers below this are written in scientific notation.
 SMALLEST_WRITTEN = 1e-4
 
-# Narrower intervals, as a share of the mean, are rounding errors of float32 and are left out.
+# Intervals narrower than this share of the mean are float32 rounding errors and are not written.
 NARROWEST_WRITTEN = 1e-6
 
-# Resamplings of the prompts of a bootstrap.
+# Number of bootstrap samples of the prompts.
 N_DRAWS = 1000
 
-# Of each prompt, equal for equal prompts; None if all are distinct.
+# An id for each prompt, the same for equal prompts; None if all are distinct.
 Identities = Int[Tensor, " prompt"] | None
 
 
@@ -37,7 +37,7 @@ class Estimate:
     n: int
 
     def __str__(self) -> str:
-        """The mean and half the width of its interval, "0.0235 ± 0.0030", or its ends: "0.75 [0.47, 0.91]"."""
+        """Mean and half-width of the interval, "0.0235 ± 0.0030"; ends if it is asymmetric: "0.75 [0.47, 0.91]"."""
         low, high = self.ci95
         margin = (high - low) / 2
         if not margin > NARROWEST_WRITTEN * abs(self.mean):
@@ -60,17 +60,18 @@ class Estimate:
 
 
 def estimate(values: Float[Tensor, " prompt"], identities: Identities = None, *, is_share: bool = False) -> Estimate:
-    """Mean of a measure from its values on at least two distinct prompts.
+    """Mean of a measure over at least two distinct prompts.
 
     Args:
         values: value of each prompt.
-        identities: equal for equal prompts, whose values are averaged first: a repetition adds no information. By
-            default all prompts are distinct.
-        is_share: the measure is a proportion, like accuracy. If every value is 0 or 1 the interval is Wilson's.
+        identities: an id for each prompt, the same for equal prompts; their values are averaged first, since a
+            repetition adds no information. By default all prompts are distinct.
+        is_share: whether the measure is a proportion, like accuracy. If so, and every value is 0 or 1, the interval
+            is Wilson's.
 
     Raises:
-        NotFiniteError: mean or error is not finite.
-        TaskError: all prompts are the same.
+        NotFiniteError: the mean or its standard error is not finite.
+        TaskError: there are fewer than two distinct prompts.
     """
     array = of_distinct(values.unsqueeze(0), identities).squeeze(0).numpy()
     if len(array) < 2:
@@ -89,7 +90,7 @@ def estimate(values: Float[Tensor, " prompt"], identities: Identities = None, *,
 
 
 def of_distinct(values: Float[Tensor, "row prompt"], identities: Identities) -> Float[Tensor, "row distinct"]:
-    """Values of distinct prompts, in float64: those of equal prompts are averaged; see `estimate`."""
+    """Values of the distinct prompts in float64, averaged over equal prompts; see `estimate`."""
     values = values.double()
     if identities is None:
         return values
@@ -105,8 +106,8 @@ def paired_difference(
 ) -> Estimate:
     """Mean of `first - second` over the same prompts.
 
-    Prompts differ in difficulty far more than ablations do on one prompt, so the interval of the difference is much
-    narrower than those of the two means suggest.
+    Prompts differ far more in difficulty than ablations differ on one prompt, so the interval of the difference is
+    much narrower than the intervals of the two means suggest.
     """
     return estimate(first.double() - second.double(), identities)
 
@@ -114,9 +115,10 @@ def paired_difference(
 def ratio_of_means(
     numerator: Float[Tensor, " prompt"], denominator: Float[Tensor, " prompt"], identities: Identities = None
 ) -> Estimate:
-    """Mean of the numerator over that of the denominator, on the same prompts.
+    """Mean of the numerator divided by the mean of the denominator, over the same prompts.
 
-    Its error is that of the linearised ratio (the delta method): of the residuals numerator - ratio * denominator.
+    Its standard error is that of the linearised ratio (the delta method), from the residuals
+    numerator - ratio * denominator.
 
     Raises:
         NotFiniteError: the denominator's mean is 0.
@@ -129,7 +131,7 @@ def ratio_of_means(
 
 
 def resampled_means(*effects: Tensor) -> list[np.ndarray]:
-    """Mean effects [part, 1 + draw]: of all prompts, then of prompts drawn with replacement, the same for each."""
+    """Mean effects [part, 1 + draw]: over all prompts, then over prompts drawn with replacement, the same for each."""
     n_prompts = effects[0].shape[1]
     draws = np.random.default_rng(0).multinomial(n_prompts, np.full(n_prompts, 1 / n_prompts), size=N_DRAWS)
     weights = np.concatenate([np.ones((1, n_prompts)), draws]) / n_prompts
@@ -137,18 +139,18 @@ def resampled_means(*effects: Tensor) -> list[np.ndarray]:
 
 
 def percentile_interval(statistics: Float[np.ndarray, " draw"]) -> tuple[float, float]:
-    """95 % interval of a statistic, from those of all prompts and of every resampling."""
+    """95 % interval of a statistic, from its values over all prompts (first) and over each bootstrap sample."""
     low, high = np.percentile(statistics[1:], [2.5, 97.5])
     return float(low), float(high)
 
 
 def bootstrapped(statistics: Float[np.ndarray, " draw"], n_prompts: int) -> Estimate:
-    """A statistic of all prompts, with error and interval from its values in every resampling."""
+    """A statistic over all prompts (first), with error and interval from its values over each bootstrap sample."""
     return Estimate(float(statistics[0]), float(statistics[1:].std()), percentile_interval(statistics), n_prompts)
 
 
 def written(value: float, digits: int = 3) -> str:
-    """A number as a person writes it: "0.0235", "1,240", "0"; with a power of ten only below 0.0001."""
+    """A number to `digits` significant digits, integers in full: "0.0235", "1,240"; scientific below 0.0001."""
     if value == 0 or not math.isfinite(value):
         return f"{abs(value):g}" if value == 0 else f"{value}"
     if abs(value) < SMALLEST_WRITTEN:
@@ -157,5 +159,5 @@ def written(value: float, digits: int = 3) -> str:
 
 
 def _fixed(value: float, decimals: int) -> str:
-    """A number with `decimals` decimals and no negative zero."""
+    """A number with `decimals` decimal places and no negative zero."""
     return f"{round(value, decimals) + 0.0:,.{decimals}f}"

@@ -1,4 +1,4 @@
-"""Measures of an ablated model, one value per prompt, and the losses made of them."""
+"""Measures of an ablated model, one value per prompt, and the losses derived from them."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,7 +9,7 @@ from oa_train.metrics.behaviour import cross_entropy, is_correct, logit_differen
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.shapes import Float, Tensor
 
-# From clean logits, ablated logits and their batch to a value at each scored position.
+# Maps clean logits, ablated logits and their batch to a value at each scored position.
 _Measure = Callable[[Tensor, Tensor, Batch], Tensor]
 
 
@@ -27,7 +27,7 @@ MEASURES: dict[str, _Measure] = {
 
 Loss = Literal["kl", "cross_entropy", "logit_difference"]
 
-# A loss is minimised; the logit difference is to be large, so its sign is flipped.
+# Losses are minimised; a large logit difference is good, so its sign is flipped.
 LOSS_SIGNS: dict[Loss, int] = {"kl": 1, "cross_entropy": 1, "logit_difference": -1}
 
 
@@ -39,8 +39,8 @@ def measured(
 ) -> Float[Tensor, " batch"]:
     """A measure (a key of `MEASURES`) of every row of a batch, averaged over its scored positions.
 
-    In nats, or between 0 and 1 for accuracy; float32, or float64 where the ablated model's `logits` are. The rows are
-    the prompts of the clean logits, or copies of them as `Batch.repeat` lays them out.
+    In nats, or between 0 and 1 for accuracy; float32, or float64 for float64 `logits`. The rows are the prompts of the
+    clean logits, or copies of them in the order of `Batch.repeat`.
     """
     # Half precision is too coarse for differences of logits.
     precise = logits if logits.dtype.itemsize == 8 else logits.float()
@@ -48,7 +48,7 @@ def measured(
 
 
 def check_loss(option: str, name: str) -> None:
-    """Refuse an unknown loss with a `ConfigurationError` that names the option."""
+    """Raise a `ConfigurationError` that names the option if the loss is unknown."""
     check_choice(option, name, LOSS_SIGNS)
 
 
@@ -58,9 +58,10 @@ def loss_of(
     logits: Float[Tensor, "batch scored vocabulary"],
     batch: Batch,
 ) -> Float[Tensor, " batch"]:
-    """Loss of every row, see `measured`: a measure, with its sign flipped if more is better.
+    """Loss of every row: a measure (see `measured`), with its sign flipped if more is better.
 
-    `kl` is the divergence from the clean model and `cross_entropy` that of the task's answers. `logit_difference`, of
-    answers against distractors, has no bound: a circuit that is surer than the model is better.
+    `kl` is the divergence from the clean model, `cross_entropy` is that of the task's answers, and `logit_difference`
+    compares answers with distractors. The last is unbounded: a circuit that is more confident than the model scores
+    better.
     """
     return LOSS_SIGNS[name] * measured(name, clean, logits, batch)

@@ -10,13 +10,13 @@ from scipy import stats
 from oa_train.metrics.estimates import Estimate, percentile_interval, resampled_means
 from oa_train.shapes import Bool, Float, Tensor
 
-# Smallest KL divergence in a ratio, in nats: float32 cannot tell smaller ones from 0.
+# Lower bound of the KL divergences in a ratio, in nats: float32 cannot distinguish smaller ones from 0.
 FLOOR = 1e-6
 
 
 @dataclass(frozen=True)
 class Bootstrapped:
-    """A statistic of all prompts, and its 95 % percentile interval over resampled prompts."""
+    """A statistic over all prompts, and its 95 % bootstrap percentile interval over prompts."""
 
     value: float
     ci95: tuple[float, float]
@@ -26,32 +26,32 @@ class Bootstrapped:
         return f"{self.value:.3g} ({self.ci95[0]:.3g} to {self.ci95[1]:.3g})"
 
     def as_json(self) -> dict[str, Any]:
-        """The object in a results file."""
+        """The statistic as written to a results file."""
         return {"value": self.value, "ci95": list(self.ci95)}
 
 
 def rank_correlation(first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"]) -> Bootstrapped:
-    """Spearman's correlation of two ablations' mean effects, from their effects on the same prompts.
+    """Spearman's rank correlation over parts of two ablations' mean effects, measured on the same prompts.
 
-    The prompts are resampled, the parts are not.
+    The interval comes from resampling prompts, not parts.
     """
     return _correlated(*(stats.rankdata(means, axis=0) for means in resampled_means(first, second)))
 
 
 def linear_correlation(first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"]) -> Bootstrapped:
-    """Pearson's correlation of two ablations' mean effects; see `rank_correlation`."""
+    """Pearson's correlation over parts of two ablations' mean effects; see `rank_correlation`."""
     return _correlated(*resampled_means(first, second))
 
 
 def _correlated(first: np.ndarray, second: np.ndarray) -> Bootstrapped:
-    """Correlation over parts, in every resampling of the prompts."""
+    """Correlation over parts, for all prompts and for each bootstrap sample of them."""
     centred = [values - values.mean(axis=0) for values in (first, second)]
     norms = np.sqrt((centred[0] ** 2).sum(axis=0) * (centred[1] ** 2).sum(axis=0))
     return _bootstrapped((centred[0] * centred[1]).sum(axis=0) / np.maximum(norms, np.finfo(float).tiny))
 
 
 def median_ratio(first: Float[Tensor, "part prompt"], second: Float[Tensor, "part prompt"]) -> Bootstrapped:
-    """Median over parts of the ratio of two ablations' mean effects, from their effects on the same prompts."""
+    """Median over parts of the ratio of two ablations' mean effects, measured on the same prompts."""
     return _bootstrapped(np.median(_ratios(first, second), axis=0))
 
 
@@ -65,7 +65,7 @@ def above(
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
     """Parts whose mean effect exceeds a threshold, and their adjusted p-values.
 
-    A one-sided t-test over prompts for each part, with p-values adjusted to the false discovery rate (Benjamini and
+    Each part gets a one-sided t-test over prompts; p-values are adjusted for the false discovery rate (Benjamini and
     Hochberg).
     """
     values = effects.double().numpy() - threshold
@@ -78,8 +78,8 @@ def beyond(
 ) -> tuple[Bool[np.ndarray, " part"], Float[np.ndarray, " part"]]:
     """Estimates whose absolute value exceeds a threshold, and their adjusted p-values.
 
-    Twice the p-value of a one-sided t-test on the side of the mean, adjusted like those of `above`. It is the usual
-    two-sided test where the threshold is 0.
+    The p-value is twice that of a one-sided t-test on the side of the mean, adjusted as in `above`. With a threshold
+    of 0 this is the usual two-sided test.
     """
     excess = np.array([abs(value.mean) - threshold for value in estimates])
     errors = np.array([value.stderr for value in estimates])
@@ -88,7 +88,7 @@ def beyond(
 
 
 def _one_sided(means: np.ndarray, errors: np.ndarray, degrees: int | np.ndarray) -> np.ndarray:
-    """P-values of one-sided t-tests; where the error is 0 the sign of the mean decides."""
+    """P-values of one-sided t-tests; where the standard error is 0, the sign of the mean decides."""
     scores = np.divide(means, errors, out=np.copysign(np.inf, means), where=errors > 0)
     return np.where(means == 0, 1.0, stats.t.sf(scores, degrees))
 

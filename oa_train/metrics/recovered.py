@@ -1,4 +1,4 @@
-"""Share of a corruption's damage that restoring undoes, and how sharply it is localised."""
+"""Recovered share in causal tracing, and how sharply recovery is localised over layers."""
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from oa_train.shapes import Float, Tensor
 def recovered(
     lost: Float[Tensor, " prompt"], lost_without: Float[Tensor, " prompt"], identities: Identities = None
 ) -> Estimate:
-    """Share of the lost probability that restoring brings back: the average indirect effect of Li & Janson (2024).
+    """Recovered share of the lost probability: the average indirect effect of Li & Janson (2024).
 
-    1 - mean(lost) / mean(lost_without), of the probability that each prompt's answer loses with something restored,
-    and with nothing; with the delta method's interval. Below 0 restoring does further harm.
+    1 - mean(lost) / mean(lost_without), with a delta-method interval, from the drops in the probability of each
+    prompt's answer with something restored and with nothing restored. Negative if restoring does further harm.
 
     Raises:
-        NotFiniteError: the corruption alone loses nothing.
+        NotFiniteError: the mean drop with nothing restored is 0.
     """
     ratio = ratio_of_means(lost, lost_without, identities)
     low, high = ratio.ci95
@@ -33,7 +33,7 @@ def recovered(
 def recovered_bootstrap(
     lost: Float[Tensor, "run prompt"], lost_without: Float[Tensor, " prompt"], identities: Identities = None
 ) -> list[tuple[float, float]]:
-    """95 % percentile intervals of `recovered` over resampled prompts, for each run."""
+    """95 % bootstrap percentile interval of `recovered` over prompts, for each run."""
     shares = _resampled_shares(of_distinct(lost, identities), lost_without, identities)
     return [percentile_interval(of_run) for of_run in shares]
 
@@ -43,8 +43,8 @@ def effective_layers(
 ) -> Estimate:
     """Number of layers over which recovery is spread: the participation ratio (sum x)^2 / sum x^2 of its profile.
 
-    1 if a single layer recovers anything, the number of layers if all recover equally; negative shares count as 0.
-    The interval is of percentiles over resampled prompts.
+    1 if a single layer recovers anything, the number of layers if all recover equally; negative shares count as 0. The
+    interval is a bootstrap percentile interval over prompts.
     """
     distinct = of_distinct(lost, identities)
     shares = _resampled_shares(distinct, lost_without, identities).clip(min=0)

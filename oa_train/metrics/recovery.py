@@ -1,4 +1,4 @@
-"""Agreement of a circuit, or of the scores of its parts, with the true circuit."""
+"""Agreement of a circuit, or of scores for its parts, with the true circuit."""
 
 from dataclasses import asdict, dataclass
 
@@ -15,14 +15,14 @@ from oa_train.shapes import Bool, Float, Tensor
 
 @dataclass(frozen=True)
 class Recovery:
-    """Agreement of a circuit with the true one; 1 is the best of each metric.
+    """Agreement of a circuit with the true one; the best value of each metric is 1.
 
     Attributes:
         precision: share of the circuit that is in the true one; 0 for an empty circuit.
         recall: share of the true circuit that is in the circuit.
         f1: harmonic mean of the two.
-        auroc: chance that a true part has a higher score than another; ties count half. None without scores.
-        average_precision: area under precision over recall, for thresholds on the scores. None without scores.
+        auroc: probability that a true part has a higher score than another; ties count half. None without scores.
+        average_precision: area under the precision-recall curve over score thresholds. None without scores.
     """
 
     precision: float
@@ -41,15 +41,15 @@ def recovery(
 ) -> Recovery:
     """Compare a circuit with the true one.
 
-    Scores are of all entries, higher for those to keep first, in any range.
+    `scores` ranks all entries, higher for those to keep first, in any range.
 
     Raises:
-        ValueError: all entries are true, or none is.
+        ValueError: all entries are in the true circuit, or none is.
     """
     if bool(true.all()) or not bool(true.any()):
         raise ValueError("A circuit of all parts or of none leaves nothing to find.")
     target, chosen = true.long(), circuit.long()
-    # Ranks stand in for the scores, which torchmetrics would squash if they left the range from 0 to 1.
+    # Ranks replace the scores, because torchmetrics applies a sigmoid to values outside [0, 1].
     ranks = None if scores is None else _ranks(scores)
     return Recovery(
         precision=float(binary_precision(chosen, target)),
@@ -61,6 +61,6 @@ def recovery(
 
 
 def _ranks(scores: Tensor) -> Float[Tensor, " entry"]:
-    """Ranks from 0 to 1; equal scores have one rank."""
+    """Ranks in [0, 1); equal scores share a rank."""
     ranks: Tensor = scores.detach().unique(return_inverse=True)[1].double()
     return ranks / max(1, len(ranks))

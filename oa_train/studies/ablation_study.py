@@ -1,4 +1,4 @@
-"""Studies that ablate: the kinds of ablation that they compare, and what these are made from."""
+"""Studies that compare kinds of ablation: how the kinds are chosen, prepared and run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -15,12 +15,12 @@ from oa_train.studies.study import S, Study, spoken
 
 
 class AblationStudy(Study[S]):
-    """A study of entries of a level under several kinds of ablation. Subclasses set `level` and kinds in `check`.
+    """A study that ablates entries of a level. Subclasses set `level` in `check`, and the kinds by `choose_kinds`.
 
     Attributes:
         level: level of the masks.
         kinds: kinds of ablation.
-        left_out: reason for each default kind that the prompts do not allow.
+        left_out: the reason for each kind that is left out by default.
     """
 
     level: Level
@@ -29,11 +29,11 @@ class AblationStudy(Study[S]):
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart; by default as many as the first circuit's."""
+        """Number of positions with their own constants; by default that of the first circuit."""
         return self.circuits[0].positions if self.circuits else 1
 
     def choose_kinds(self, requested: list[AblationKind] | None) -> None:
-        """Set `kinds` to those requested, or by default to all that ablate and that the prompts allow.
+        """Set `kinds` to those requested, or by default to all that ablate anything and that the prompts allow.
 
         Raises:
             TaskError: the prompts do not allow a requested kind.
@@ -60,7 +60,7 @@ class AblationStudy(Study[S]):
 
     @cached_property
     def prepared(self) -> dict[AblationKind, Ablation]:
-        """Ablations by kind; of a learned one, the initial constants."""
+        """Ablations by kind; for a learned one, its initial constants."""
         return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     def fitted_constants(
@@ -72,14 +72,14 @@ class AblationStudy(Study[S]):
         starts: Sequence[Constants] | None = None,
         level: Level | None = None,
     ) -> list[Constants]:
-        """Optimal constants of each circuit, no worse on the validation prompts than means and zeros.
+        """Train optimal constants for each circuit; on the validation prompts they are no worse than means and zeros.
 
         Args:
             masks: a circuit in each row.
-            fit: the training.
-            description: of the circuits, for the progress bar.
+            fit: settings of the training.
+            description: name of the circuits, for the progress bar.
             starts: initial constants of each circuit, or one set for all; by default the means.
-            level: of the masks, where it is another one than the study's.
+            level: level of the masks, if it differs from that of the study.
         """
         if not len(masks):
             return []
@@ -108,12 +108,12 @@ class AblationStudy(Study[S]):
 
         Args:
             masks: a circuit in each row.
-            constants: trains those of the circuits, for a kind that is learned.
-            description: of the circuits, for the progress bar.
+            constants: trains constants for the circuits; called for a learned kind.
+            description: name of the circuits, for the progress bar.
             rows_per_run: see `circuit_behaviour`.
-            level: of the masks, where it is another one than the study's.
+            level: level of the masks, if it differs from that of the study.
         """
-        prepared, behaviours = self.prepared, {}  # statistics are gathered before all stages that use them
+        prepared, behaviours = self.prepared, {}  # the statistics are gathered before the stages that use them
         for kind in self.kinds:
             ablations = constants() if KINDS[kind].learned else [prepared[kind]]
             described = f"{description} under {spoken(kind)} ablation"
@@ -121,7 +121,7 @@ class AblationStudy(Study[S]):
         return behaviours
 
     def stages_under_each(self, n_circuits: int, fit_passes: int) -> list[Stage]:
-        """Stages of `under_each`, with the passes of a training of constants, which may be 0."""
+        """Stages of `under_each`; `fit_passes` is the number of passes in training constants, and may be 0."""
         stages = []
         for kind in self.kinds:
             if KINDS[kind].learned and fit_passes:

@@ -1,4 +1,4 @@
-"""Agreement of several circuits: overlap, and spread of metrics over seeds."""
+"""Agreement of several circuits: their overlap, and the spread of metrics over seeds."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,18 @@ from oa_train.metrics.estimates import estimate
 
 
 def jaccard_matrix(runs: Sequence[TrainedCircuit]) -> list[list[float]]:
-    """Jaccard overlap of every two circuits: shared components over components in either."""
+    """Jaccard overlap of every pair of circuits: entries in both divided by entries in either."""
     return [[jaccard(first.circuit, second.circuit) for second in runs] for first in runs]
 
 
 def over_seeds(runs: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation: str) -> list[dict[str, Any]]:
-    """Mean and spread over runs that differ in nothing but their seed, which form groups.
+    """Mean and spread over each group of runs that differ only in their seed.
 
-    The KL divergence of each run's circuit is in nats, by the run's name, measured under the ablation.
+    `kl` has the KL divergence of each run's circuit under the ablation, in nats, by name of the run.
 
     Returns:
         For each group of at least two: names and seeds of its runs, the ablations, mean, standard deviation and 95 %
-        interval of size and KL divergence over runs, and the mean overlap of two of its circuits.
+        interval of size and KL divergence over runs, and the mean pairwise overlap of its circuits.
     """
     groups: dict[str, dict[int, TrainedCircuit]] = {}
     for run in runs:

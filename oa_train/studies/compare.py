@@ -1,4 +1,4 @@
-"""Ablations on the same prompts: of everything outside a circuit, of each component alone, for one run or several."""
+"""Ablations compared on the same prompts: of everything outside a circuit, and of each component alone."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ from oa_train.studies.options import check_ablations, check_positions, n_positio
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates, spoken, statistics_stages
 
-# With at most this many components all are ablated alone by default, else only those asked for.
+# Up to this many components, all are ablated alone by default; beyond it, only those asked for.
 MOST_ALONE = 64
 
 
@@ -44,17 +44,17 @@ class CompareSettings:
 
     Attributes:
         ablations: kinds of ablation; by default all for which the task has prompts.
-        components: a shell pattern, or a list of them, of the components that are also ablated alone; an empty list
-            for none. By default all of them if they are at most 64.
-        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have; by
-            default as many as the runs'.
-        fit: training of the constants of each component alone.
-        circuit_fit: training of constants for a run's circuit that has none for this task, for KL divergence and for a
-            table of this size.
-        random_circuits: random circuits of each run's size whose constants are trained; 0 for none. As a control, the
-            run's own circuit gets the same training.
-        random_fit: that training.
-        random_prompts: test prompts on which random circuits are evaluated, at most `n_test`.
+        components: shell pattern, or a list of patterns, of the components that are also ablated alone; an empty list
+            for none. By default all components if there are at most 64.
+        positions: number of positions with their own constants: 1 pools all positions, `every` is as many as the
+            prompts have; by default that of the runs.
+        fit: training of the constants for each component ablated alone.
+        circuit_fit: training of constants for the circuit of a run that has none trained on this task, for KL
+            divergence and with this number of positions.
+        random_circuits: number of random circuits of each run's size whose constants are trained; 0 for none. As a
+            control, the constants of the run's own circuit get the same training.
+        random_fit: training of the constants of random circuits and of that control.
+        random_prompts: number of test prompts on which random circuits are evaluated, at most `n_test`.
     """
 
     ablations: list[AblationKind] | None = None
@@ -77,11 +77,11 @@ class Compare(AblationStudy[CompareSettings]):
     """Compares ablations on the same held-out prompts.
 
     Each circuit is evaluated under every ablation, not only the one it was trained under. Under optimal ablation it
-    keeps its own constants if they were trained on this task, for KL divergence and for a table of this size; else new
-    ones are trained.
+    keeps its own constants if they were trained on this task, for KL divergence and with this number of positions;
+    otherwise new ones are trained.
 
     Rows: one for each circuit and ablation (`component` is "circuit"), then one for each component and ablation, each
-    with the measures and their paired differences to optimal ablation (`x_minus_optimal`).
+    with the measures and their paired differences from optimal ablation (`x_minus_optimal`).
 
     Raises:
         ConfigurationError: two circuits have the same name or are over different levels, or a pattern matches nothing.
@@ -93,7 +93,7 @@ class Compare(AblationStudy[CompareSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """Refuse circuits of different levels, and patterns that match nothing."""
+        """Reject circuits of different levels, and patterns that match nothing."""
         super().check()
         self.level = self.circuits[0].circuit.level
         if any(run.circuit.level != self.level for run in self.circuits):
@@ -101,7 +101,7 @@ class Compare(AblationStudy[CompareSettings]):
             kinds = ", ".join(f"{name} of {len(level)} {level.parts}" for name, level in levels)
             raise ConfigurationError(f"These circuits are of different kinds: {kinds}. Compare those of one kind.")
         self.choose_kinds(self.settings.ablations)
-        # Of circuits of edges the components are ablated alone, not every edge.
+        # For edge circuits, components rather than single edges are ablated alone.
         self.nodes = self.level.node_level(self.model.config)
         components = self.settings.components
         if components is None:
@@ -109,7 +109,7 @@ class Compare(AblationStudy[CompareSettings]):
         self.alone = self.nodes.select(patterns_of(components))
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; circuits, components and random circuits, under each ablation."""
+        """The clean model and the statistics; circuits and components under each ablation; random circuits."""
         settings, task, n_alone = self.settings, self.task, len(self.alone)
         stages = [Stage("the clean model", task.n_test), *statistics_stages(self.kinds, task)]
         lacking = [run for run in self.circuits if not self._has_constants(run)]
@@ -158,14 +158,14 @@ class Compare(AblationStudy[CompareSettings]):
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
+        """Number of positions with their own constants."""
         trained = (run.constants.n_positions for run in self.circuits if run.constants is not None)
         own = max(trained, default=1)
         return n_positions(self.settings.positions or own, self.batches)
 
     @property
     def _controlled(self) -> list[TrainedCircuit]:
-        """One run for each size of circuit, to compare with random circuits."""
+        """The first run of each circuit size, to compare with random circuits."""
         if not self.settings.random_circuits or "optimal" not in self.kinds:
             return []
         return list({len(run.circuit): run for run in reversed(self.circuits)}.values())
@@ -194,7 +194,7 @@ class Compare(AblationStudy[CompareSettings]):
         return [{"component": name} | row for index, name in enumerate(self.alone) for row in _rows(behaviours, index)]
 
     def _circuit_constants(self, masks: Bool[Tensor, "circuit entry"]) -> list[Constants]:
-        """Optimal constants of each run: its own if they fit, else trained from its own or the means."""
+        """Optimal constants of each run: its own if they apply, else trained from its own or from the means."""
         chosen = [self._start(run) for run in self.circuits]
         lacking = [index for index, run in enumerate(self.circuits) if not self._has_constants(run)]
         starts, fit = [chosen[index] for index in lacking], self.settings.circuit_fit
@@ -209,7 +209,7 @@ class Compare(AblationStudy[CompareSettings]):
         return run.constants.of_level(self.level).with_positions(self.positions)
 
     def _has_constants(self, run: TrainedCircuit) -> bool:
-        """True if a run's constants were trained for this task, for KL divergence and for tables of this size."""
+        """True if a run's constants were learned on this task, for KL divergence and with this number of positions."""
         if run.constants is None or not KINDS[run.ablation].learned:
             return False
         provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}
@@ -235,8 +235,8 @@ class Compare(AblationStudy[CompareSettings]):
             yield Table(title, alone_cells(alone_rows, len(self.kinds))[:MOST_LISTED])
         elif self.settings.components is None:
             yield (
-                f"No component was ablated alone: the model has {len(self.nodes)}, and by default that is done up to "
-                f"{MOST_ALONE}. --compare.components 'a10.*' names some, '*' all."
+                f"No component was ablated alone: the model has {len(self.nodes)}, and by default this is done for at "
+                f"most {MOST_ALONE}. --compare.components 'a10.*' selects some, '*' all."
             )
         yield from self.left_out_lines()
         yield from (random_line(control, self.level.parts) for control in drawn)

@@ -1,4 +1,4 @@
-"""Comparison of lenses as predictors of the model from its middle layers."""
+"""Comparison of lenses: how well each predicts the model's output from its middle layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from oa_train.shapes import Float, Tensor
 from oa_train.studies.lens_study import LensStudy
 from oa_train.studies.study import Findings, Row, Table, spoken
 
-# Layers in the table on the terminal.
+# Maximum number of layers in the table on the terminal, besides the last one.
 MOST_LAYERS = 10
 
-# Whose divergence the others' are compared with, the first of them that is there.
+# The reference lens, in order of preference: the divergences of the others are compared with its divergence.
 REFERENCES = ("oca", "oca_shared", "tuned", "logit")
 
 
@@ -32,9 +32,10 @@ class CompareLensesSettings:
 
     Attributes:
         lenses: kinds of lens; by default those of the runs, and `logit`, `mean` and `resample`.
-        layers: layers that are read; by default those of the runs' lenses, or all.
-        tuned_lens: folder of a tuned lens in the layout of AlignmentResearch (`config.json`, `params.pt`).
-        predictions_at_once: predictions (layers times scored positions) of one run; bounds memory, changes no result.
+        layers: layers to read; by default those of the runs' lenses, or all.
+        tuned_lens: folder of a tuned lens in the format of AlignmentResearch (`config.json`, `params.pt`).
+        predictions_at_once: predictions (layers times scored positions) computed at once; limits memory without
+            changing results.
     """
 
     lenses: list[str] | None = None
@@ -48,12 +49,12 @@ class CompareLensesSettings:
 
 @dataclass(frozen=True, eq=False)
 class Readings:
-    """Figures of a lens on every prompt, averaged over its scored positions.
+    """Measures of a lens on each prompt, averaged over scored positions.
 
     Attributes:
-        kl: divergence of the prediction from the model's, in nats.
-        agreement: share of positions with the model's top token.
-        depth: first layer from which on the top token is the model's, the number of layers where it never is.
+        kl: KL divergence of the lens's prediction from the model's, in nats.
+        agreement: share of positions at which lens and model have the same top token.
+        depth: first layer from which the top token stays the model's; one past the last layer read if there is none.
     """
 
     kl: Float[Tensor, "start prompt"]
@@ -62,15 +63,15 @@ class Readings:
 
 
 class CompareLenses(LensStudy[CompareLensesSettings]):
-    """Reads the residual stream of every layer by several lenses: what do middle layers already know?
+    """Reads the residual stream of every layer with several lenses: what do middle layers already know?
 
-    Rows: one for each lens and layer, with `kl` (of the prediction from the model's, in nats), `agreement` (share of
-    scored positions with the model's top token) and the paired difference of the divergence to that of the reference,
-    `kl_minus_oca` for example. Metrics: `depth_<lens>`, the first layer from which on the lens has the model's top
-    token (prediction depth, Belrose et al. 2023).
+    Rows: one for each lens and layer, with `kl` (divergence of the lens's prediction from the model's, in nats),
+    `agreement` (share of scored positions at which both have the same top token) and the paired difference of the
+    divergence from the reference's, for example `kl_minus_oca`. Metrics: `depth_<lens>`, the first layer from which
+    the lens's top token stays the model's (prediction depth, Belrose et al. 2023).
 
     Raises:
-        ConfigurationError: a lens is not trained, or has no such layer.
+        ConfigurationError: no run has trained a lens that was asked for, or it lacks a layer that was asked for.
     """
 
     name = "compare_lenses"
@@ -78,17 +79,17 @@ class CompareLenses(LensStudy[CompareLensesSettings]):
     asks_of = "any"
 
     def check(self) -> None:
-        """Choose lenses and layers."""
+        """Choose the lenses and layers."""
         super().check()
         self.choose_layers(self.settings.layers)
         self.choose_kinds(self.settings.lenses)
 
     def plan(self) -> list[Stage]:
-        """The means, and the test prompts."""
+        """The means if they are needed, and the test prompts."""
         return [*self.mean_stages, Stage("reading", self.task.n_test)]
 
     def run(self) -> Findings:
-        """Read every test prompt by every lens."""
+        """Read every test prompt with every lens."""
         readings, identities = self._readings(self.lenses(self.settings.tuned_lens)), self.identities
         reference = next((name for name in REFERENCES if name in readings), next(iter(readings)))
         rows = list(self._rows(readings, reference, identities))
@@ -125,7 +126,7 @@ class CompareLenses(LensStudy[CompareLensesSettings]):
             kl.append(kl_divergence(tokens.logits[piece], logits))
             agrees.append(logits.argmax(dim=-1) == tokens.logits[piece].argmax(dim=-1))
         agreement = torch.cat(agrees, dim=1)
-        settled = agreement.flip(0).cumprod(dim=0).sum(dim=0)  # layers, from the last one down, that all agree
+        settled = agreement.flip(0).cumprod(dim=0).sum(dim=0)  # number of layers at the end that all agree
         layers = torch.tensor([*self.layers, self.layers[-1] + 1], device=settled.device)
         depth = layers[len(self.layers) - settled].float()
         values = torch.cat([torch.cat(kl, dim=1).float(), agreement.float(), depth.unsqueeze(0)])
@@ -159,7 +160,7 @@ class CompareLenses(LensStudy[CompareLensesSettings]):
             ]
             yield Table(f"{title}, on {self.prompts}", cells)
         yield Table(
-            "First layer from which on the top token is the model's",
+            "First layer from which the top token stays the model's",
             [{"lens": spoken(name), "prediction depth": depths[f"depth_{name}"]} for name in names],
         )
 
@@ -174,7 +175,7 @@ class CompareLenses(LensStudy[CompareLensesSettings]):
 
 
 def _cell(row: Row, measure: str) -> Any:
-    """A short share, as there is a column for each lens."""
+    """A compact cell, because the table has a column for each lens."""
     value: Estimate = row[measure]
     if measure == "kl":
         return value

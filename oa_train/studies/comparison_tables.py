@@ -10,7 +10,7 @@ from oa_train.studies.study import MOST_LISTED, Row, spoken
 
 
 def described_run(run: TrainedCircuit) -> dict[str, Any]:
-    """A run in `results.json`."""
+    """Description of a run for `results.json`."""
     return {
         "name": run.name,
         "seed": run.seed,
@@ -22,7 +22,7 @@ def described_run(run: TrainedCircuit) -> dict[str, Any]:
 
 
 def circuit_cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A row for each ablation of one circuit."""
+    """Table rows of one circuit, one for each ablation."""
     paired, cells = len(rows) > 1 and "kl_minus_optimal" in rows[0], []
     for row in rows:
         cell = {"ablation": label(row["ablation"]), "KL": row["kl"]}
@@ -41,12 +41,12 @@ def measure_cells(row: Row) -> dict[str, str]:
 
 
 def most_listed(title: str, n_parts: int) -> str:
-    """Title of a table of parts, of which the first `MOST_LISTED` are listed."""
+    """Title of a table of parts that lists at most the first `MOST_LISTED`."""
     return title + (f": the {MOST_LISTED} of {n_parts} that matter most" if n_parts > MOST_LISTED else "")
 
 
 def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
-    """A row for each component, with a column for each ablation, in descending order of the first one."""
+    """Table rows, one for each component, with a column for each ablation; in descending order of the first one."""
     by_component = [rows[first : first + n_kinds] for first in range(0, len(rows), n_kinds)]
     by_component.sort(key=lambda of_kinds: -of_kinds[0]["kl"].mean)
     return [
@@ -60,12 +60,12 @@ def alone_cells(rows: Sequence[Row], n_kinds: int) -> list[dict[str, Any]]:
 
 
 def seeds_line(group: Mapping[str, Any]) -> str:
-    """Sentence on mean and spread over runs that differ in their seed."""
+    """Sentence about mean and spread over runs that differ only in their seed."""
     kl, size = group["kl"], group["size"]
     return (
-        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its like: KL under "
+        f"seeds {', '.join(map(str, group['seeds']))} of {group['runs'][0]} and its repeats: KL under "
         f"{spoken(group['ablation'])} ablation {written(kl['mean'])} ± {written(kl['standard_deviation'], 2)} "
-        f"(deviation), size {written(size['mean'])} ± {written(size['standard_deviation'], 2)}, "
+        f"(standard deviation), size {written(size['mean'])} ± {written(size['standard_deviation'], 2)}, "
         f"Jaccard {group['jaccard']:.2f}"
     )
 
@@ -76,7 +76,7 @@ def label(kind: AblationKind) -> str:
 
 
 def kl_by_ablation(rows: Sequence[Row]) -> dict[str, list[Estimate]]:
-    """KL divergences by ablation."""
+    """KL divergences with their intervals, by ablation."""
     by_kind: dict[str, list[Estimate]] = {}
     for row in rows:
         by_kind.setdefault(row["ablation"], []).append(row["kl"])

@@ -57,23 +57,23 @@ class CurveSettings:
             those that the run was free to ablate, else all.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         rankings: `scores`, the keep-probabilities of the run's circuit; `attribution`, the first-order effect of
-            ablating each unit; `random`; or paths, of the folder of a finished scan or of a CSV file with the columns
-            `component` and `score`. By default scores if the run has them, attribution and random.
+            ablating each unit; `random`; or the path of the folder of a finished scan, or of a CSV file with the
+            columns `component` and `score`. By default scores if the run has them, attribution and random.
         ranked_under: ablation whose replacements attribution uses (by default mean), and whose KL divergences are
             taken from a scan (by default optimal).
-        attribution_loss: loss whose gradient attribution takes, `cross_entropy` or `logit_difference`.
-        random_orders: random orders over which `random` is averaged.
-        fractions: shares of the units that are ablated, together with 0 and 1.
+        attribution_loss: loss that attribution differentiates, `cross_entropy` or `logit_difference`.
+        random_orders: number of random orders over which `random` is averaged.
+        fractions: shares of the units that are ablated; 0 and 1 are always added.
         sizes: numbers of units that are kept, instead of `fractions`.
-        order: ablate the `least` or the `most` important units first.
+        order: whether to ablate the `least` or the `most` important units first.
         ablations: kinds of ablation; by default all for which the task has prompts.
-        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have; by
-            default as many as the run's, else 1.
-        refit: train optimal constants for every point. Otherwise all points share the run's, or, if it has none, those
-            trained with all selected units ablated.
+        positions: number of positions with their own constants: 1 pools all positions, `every` is as many as the
+            prompts have; by default that of the run, else 1.
+        refit: whether to train optimal constants for every point. Otherwise all points share one set: the constants of
+            the run, or else constants trained with all selected units ablated.
         fit: training of these constants.
-        broken_by: measure by which the curve breaks: `kl` in nats, or the loss of `accuracy`.
-        bound: value of it at which the curve breaks.
+        broken_by: measure that decides where the curve breaks: `kl`, in nats, or the drop in `accuracy`.
+        bound: value of `broken_by` above which the curve breaks.
     """
 
     sites: list[str] | None = None
@@ -117,19 +117,20 @@ class CurveSettings:
 
 
 class Curve(AblationStudy[CurveSettings]):
-    """Ablates a growing share of the selected units, the least important first: where does behaviour break?
+    """Ablates a growing share of the selected units in order of importance: where does behaviour break?
 
-    All other units are kept. The first point, nothing ablated, is the clean model; the last one, everything ablated,
-    is the same for all rankings.
+    Units that are not selected are kept. The first point, nothing ablated, is the clean model; the last one, all
+    selected units ablated, is the same for all rankings.
 
     Rows: one for each ranking (and `draw` of a random one), fraction and ablation, with the measures and their paired
-    differences to the clean model (`x_minus_clean`). Metrics: for each ranking and ablation the area under the KL
-    divergence over the fraction (`<ranking>_<ablation>_kl_area`), that under the recovery of the logit difference
-    (`..._recovery_area`), and the last fraction before the bound is exceeded (`..._holds_until`).
+    differences from the clean model (`x_minus_clean`). Metrics: for each ranking and ablation, the area under the
+    curve of the KL divergence over the fraction (`<ranking>_<ablation>_kl_area`), the area under the recovery of the
+    logit difference (`..._recovery_area`), and the last fraction before the bound is exceeded (`..._holds_until`).
 
     Raises:
-        ConfigurationError: a pattern matches nothing, a ranking or size does not fit, or there is no run for scores.
-        ArtefactError: a ranking is of another model or of other units.
+        ConfigurationError: a pattern matches nothing, a ranking or size is invalid, or the ranking by scores or the
+            ablation of the attribution needs a run.
+        ArtefactError: a stored ranking was made for another model or for other units.
         TaskError: the task has no prompts for an ablation that was asked for.
     """
 
@@ -138,7 +139,7 @@ class Curve(AblationStudy[CurveSettings]):
     asks_of = "optional"
 
     def check(self) -> None:
-        """Select the units, read stored rankings, and lay out the points."""
+        """Select the units, read stored rankings, and choose the points."""
         super().check()
         settings = self.settings
         self.trained = self.circuits[0] if self.circuits else None
@@ -156,7 +157,7 @@ class Curve(AblationStudy[CurveSettings]):
                     f"ranked_under is {self.ranked_under}, but there is no run whose constants attribution could use. "
                     "Give --run, or choose another ablation."
                 )
-        assert self._stored is not None  # read now: a ranking that does not fit is an error before any work
+        assert self._stored is not None  # read now, so that an unsuitable ranking fails before any computation
         self.ablated = numbers_ablated(len(self.parts), settings.fractions, settings.sizes)
 
     def _selection(self) -> tuple[Level, tuple[str, ...]]:
@@ -169,7 +170,7 @@ class Curve(AblationStudy[CurveSettings]):
 
     @cached_property
     def _stored(self) -> dict[str, Ranking]:
-        """Rankings that need no run of the model, by their name in the settings."""
+        """Rankings that can be read without running the model, by their name in the settings."""
         stored = {}
         for name in self.rankings:
             if name == SCORES:
@@ -181,20 +182,20 @@ class Curve(AblationStudy[CurveSettings]):
 
     @property
     def _n_circuits(self) -> int:
-        """Number of circuits: everything ablated, and the intermediate points of each order."""
+        """Number of circuits: the one with everything ablated, and the intermediate points of each order."""
         n_orders = len(self.rankings) + (self.settings.random_orders - 1 if RANDOM in self.rankings else 0)
         return 1 + n_orders * (len(self.ablated) - 2)
 
     @property
     def _own_constants(self) -> Ablation | None:
-        """The run's learned constants, if they are of this level."""
+        """The run's learned constants, if they belong to this level."""
         trained = self.trained
         if trained is None or trained.constants is None or not KINDS[trained.ablation].learned:
             return None
         return trained.constants.of_level(self.level) if self.level == trained.circuit.level else None
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics, attribution; then all points under each ablation."""
+        """The clean model, the statistics and attribution; then all points under each ablation."""
         task, with_attribution = self.task, ATTRIBUTION in self.rankings
         needed = [*self.kinds, self.ranked_under] if with_attribution else self.kinds
         stages = [Stage("the clean model", task.n_test), *statistics_stages(needed, task)]
@@ -206,7 +207,7 @@ class Curve(AblationStudy[CurveSettings]):
     def run(self) -> Findings:
         """Evaluate all points under each ablation."""
         clean = self.clean_behaviour()
-        assert self.prepared  # gathered before all stages that use them
+        assert self.prepared  # the statistics are gathered before the stages that use them
         orders = self._orders()
         masks, curves, n_between = self._masks(orders), list[MeasuredCurve](), len(self.ablated) - 2
         constants, rows_per_run = partial(self._constants, masks), self.settings.fit.rows_per_run
@@ -247,11 +248,11 @@ class Curve(AblationStudy[CurveSettings]):
         yield Table(f"Curves with {self._which} first, 95 % intervals", summary_cells(curves, summaries, holds))
         yield from self.left_out_lines()
         if RANDOM in self.rankings and settings.random_orders > 1:
-            yield f"random is the mean of {settings.random_orders} orders; tables/curve.csv has each."
+            yield f"random is the mean over {settings.random_orders} orders; tables/curve.csv has each of them."
 
     @property
     def _which(self) -> str:
-        """Units that are ablated first, for titles."""
+        """Which units are ablated first, for titles."""
         return f"the {self.settings.order} important of {len(self.parts):,} {self.level.parts}"
 
     def _figure(self, curves: Sequence[MeasuredCurve]) -> Figure:
@@ -264,7 +265,7 @@ class Curve(AblationStudy[CurveSettings]):
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
+        """Number of positions with their own constants."""
         own = 1 if self.trained is None or self._own_constants is None else self.trained.positions
         return n_positions(self.settings.positions or own, self.batches)
 
@@ -274,7 +275,7 @@ class Curve(AblationStudy[CurveSettings]):
 
     @cached_property
     def _entries(self) -> Tensor:
-        """Mask entries of the units."""
+        """Indices of the units in the mask."""
         return torch.tensor([self.level.index(name) for name in self.parts])
 
     def _orders(self) -> list[Ranking]:
@@ -290,7 +291,7 @@ class Curve(AblationStudy[CurveSettings]):
         return orders
 
     def _attribution(self) -> Ranking:
-        """Mean absolute first-order effect on the validation prompts."""
+        """Ranking by the mean absolute first-order effect on the validation prompts."""
         kind = KINDS[self.ranked_under]
         own = self._own_constants if kind.learned else None
         ablation = kind.prepare(self.source) if own is None else own
@@ -301,7 +302,7 @@ class Curve(AblationStudy[CurveSettings]):
         return Ranking(ATTRIBUTION, gradients[:, self._entries].abs().double().mean(dim=0))
 
     def _masks(self, orders: Sequence[Ranking]) -> Bool[Tensor, "circuit entry"]:
-        """Everything ablated; then the intermediate points of each order."""
+        """Masks with everything ablated, then at the intermediate points of each order."""
         masks = torch.ones(self._n_circuits, len(self.level), dtype=torch.bool)
         masks[0, self._entries] = False
         row = 1

@@ -24,9 +24,9 @@ class MeasuredCurve:
 
     Attributes:
         ranking: name of the ranking.
-        draw: number of a random order; None for others, and for the mean of all random ones.
+        draw: number of a random order; None for other rankings, and for the mean over random orders.
         ablation: kind of ablation.
-        behaviour: of every point, the clean model first and everything ablated last.
+        behaviour: behaviour at every point, the clean model first and everything ablated last.
     """
 
     ranking: str
@@ -37,7 +37,7 @@ class MeasuredCurve:
     def summary(
         self, fractions: Float[Tensor, " point"], broken_by: Literal["kl", "accuracy"], bound: float
     ) -> dict[str, Estimate]:
-        """Areas, and the last fraction before the curve breaks; no `recovery_area` if there is nothing to recover."""
+        """Areas and the last fraction before the curve breaks; no `recovery_area` if there is nothing to recover."""
         measured, identities = self.behaviour, self.behaviour.identities
         rise = measured.kl if broken_by == "kl" else measured.accuracy[:1] - measured.accuracy
         recovery = recovery_area(fractions, measured.logit_difference, identities)
@@ -48,7 +48,7 @@ class MeasuredCurve:
         }
 
     def rows(self, ablated: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """A row for each point; `ablated` is the number of units that it ablates."""
+        """A row for each point; `ablated` holds the number of units ablated at each."""
         for point, number in enumerate(ablated):
             row: dict[str, Any] = {"ranking": self.ranking, "draw": self.draw, "ablation": self.ablation}
             row |= {"total": KINDS[self.ablation].total, "fraction": number / ablated[-1], "ablated": number}
@@ -58,14 +58,14 @@ class MeasuredCurve:
             yield row
 
     def drawn(self) -> DrawnCurve:
-        """The curve for the figure."""
+        """The curve as the figure takes it."""
         points = [estimates(self.behaviour, point) for point in range(len(self.behaviour.kl))]
         kl, accuracy = ([of_point[measure] for of_point in points] for measure in ("kl", "accuracy"))
         return DrawnCurve(self.ranking, self.ablation, label(self.ablation), kl, accuracy)
 
 
 def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[int] | None) -> list[int]:
-    """Numbers of ablated parts in ascending order, from 0 to all: by the fraction ablated, or the number kept.
+    """Numbers of ablated parts in ascending order, from 0 to all, given the ablated fractions or the numbers kept.
 
     Raises:
         ConfigurationError: a size is not between 0 and the number of parts.
@@ -79,7 +79,7 @@ def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[in
 
 
 def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
-    """The curves, with the draws of a ranking under an ablation replaced by their mean, prompt by prompt."""
+    """The curves, with the draws of a ranking under an ablation averaged prompt by prompt."""
     groups: dict[tuple[str, AblationKind], list[MeasuredCurve]] = {}
     for curve in curves:
         groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
@@ -90,7 +90,7 @@ def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
 
 
 def chosen_points(behaviour: Behaviour, points: Sequence[int], clean: Behaviour) -> Behaviour:
-    """Behaviour of the clean model, then of the circuits with these numbers."""
+    """Behaviour of the clean model, then of the circuits with these indices."""
     return _combined([clean, behaviour], lambda values: torch.cat([values[0], values[1][list(points)]]))
 
 
@@ -99,7 +99,7 @@ def _mean(values: list[Tensor]) -> Tensor:
 
 
 def _combined(behaviours: Sequence[Behaviour], combine: Callable[[list[Tensor]], Tensor]) -> Behaviour:
-    """Measures made of those of several behaviours on the same prompts."""
+    """Behaviour that combines each measure of several behaviours on the same prompts."""
     measures = {name: combine([getattr(behaviour, name) for behaviour in behaviours]) for name in MEASURES}
     return Behaviour(**measures, identities=behaviours[0].identities)
 
@@ -107,7 +107,7 @@ def _combined(behaviours: Sequence[Behaviour], combine: Callable[[list[Tensor]],
 def summary_cells(
     curves: Sequence[MeasuredCurve], summaries: Sequence[Mapping[str, Estimate]], holds: str
 ) -> list[dict[str, Any]]:
-    """A row for each ranking and ablation."""
+    """Table rows, one for each ranking and ablation."""
     return [
         {
             "ranking": curve.ranking,
@@ -126,7 +126,7 @@ def _share(estimate: Estimate) -> str:
 
 
 def point_cells(curves: Sequence[MeasuredCurve], ablated: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each point, with a column for each ranking."""
+    """Table rows, one for each point, with a column for each ranking."""
     return [
         {"ablated": f"{number:,} ({number / ablated[-1]:.0%})"}
         | {curve.ranking: estimates(curve.behaviour, point)["kl"] for curve in curves}

@@ -1,4 +1,4 @@
-"""Runs of the same experiment that were made before: their results, and the checkpoint from which a job goes on."""
+"""Earlier runs of the same experiment: their results, and the checkpoint from which a job resumes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ RECORDS = ("resumed_from", "slurm_job")
 
 
 def finished_results(run: RunFolder) -> dict[str, Any] | None:
-    """Results of the end of a training of this run; None if it is not finished, or its files are damaged."""
+    """Results of the finished training run; None if it is not finished or its files are damaged."""
     results = fit_results(run)
     numbers = {str(row["number"]) for row in (results or {}).get("rows", ()) if "number" in row}
     folders = [run.path / FRONT / number for number in numbers] or [run.path]
@@ -28,13 +28,13 @@ def finished_results(run: RunFolder) -> dict[str, Any] | None:
 
 
 def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[Path | None, list[str]]:
-    """Last checkpoint of the latest run of this job with this configuration, and messages about it.
+    """Last checkpoint of this job's latest run with this configuration, and messages about it.
 
-    Damaged checkpoints are passed over, so that one of them does not end every further start of the job.
+    Damaged checkpoints are skipped, so that one of them does not make every restart of the job fail.
 
     Args:
-        folder: holds the runs, `version_<N>`.
-        config: configuration of this run, as it would be recorded.
+        folder: folder that holds the runs, `version_<N>`.
+        config: configuration of this run, in the form in which runs record it.
     """
     job, messages = slurm_job(), []
     numbers = [run.name.removeprefix(f"{VERSION}_") for run in folder.glob(f"{VERSION}_*")]
@@ -46,14 +46,14 @@ def checkpoint_to_go_on_from(folder: Path, config: Mapping[str, Any]) -> tuple[P
         try:
             read_checkpoint(checkpoint)
         except CheckpointError:
-            messages.append(f"{checkpoint} is damaged and is passed over.")
+            messages.append(f"{checkpoint} is damaged and is skipped.")
             continue
         return checkpoint, [*messages, f"SLURM has started job {job} again; it resumes from {checkpoint}."]
-    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it begins as it did."]
+    return None, [*messages, f"SLURM has started job {job} again, but it left no checkpoint; it starts as before."]
 
 
 def is_same_experiment(run: RunFolder, config: Mapping[str, Any], job: str | None = None) -> bool:
-    """True if a run has this configuration and, if one is given, belongs to this job."""
+    """True if a run has this configuration and, if a job is given, belongs to it."""
     try:
         recorded = read_config(run.config_path)
     except ConfigurationError:

@@ -35,10 +35,10 @@ STEER, PROJECT, RESAMPLE = "steer", "project", "resample"
 RANDOM, BASIS = "random", "basis"
 MEASURED = ("magnitude", "similarity")
 
-# Effects below this, in nats, are 0 in float32, and have no logarithm worth comparing.
+# Smaller effects, in nats, are rounding errors of float32, so logarithms are taken of no less than this.
 SMALLEST_EFFECT = 1e-7
 
-# Largest step, in standard deviations of the residual stream along a direction, that a calibration tries.
+# Largest step that the calibration tries, in standard deviations of the residual stream along a direction.
 LARGEST_STEP = 8.0
 
 
@@ -49,11 +49,13 @@ class FaithfulnessSettings:
     Attributes:
         lenses: kinds of lens; by default those that the runs have trained, and `logit` and `mean`.
         layers: layers at which the residual stream is changed; by default four of the lenses' layers.
-        directions: random directions, drawn from the stream's normal distribution, and as many of each affine lens's
-            own basis.
-        subspace: directions that span a subspace, whose component is swapped between prompts.
-        target: nats; steps are scaled so that the model's mean effect along random directions stays just below.
-        rows_per_run: most rows (changes times prompts) of one model run; bounds memory, changes no result.
+        directions: number of random directions (from a normal distribution fitted to the stream), and of directions
+            from each affine lens's own basis.
+        subspace: dimension of the subspaces in which prompts exchange components.
+        target: KL divergence in nats; the step is calibrated so that the model's mean effect along random directions
+            is just below it.
+        rows_per_run: maximum number of rows (changes times prompts) in one model run; limits memory without changing
+            results.
     """
 
     lenses: list[str] | None = None
@@ -69,16 +71,18 @@ class FaithfulnessSettings:
 
 
 class Faithfulness(LensStudy[FaithfulnessSettings]):
-    """Changes the residual stream in the model and under a lens alike: do the predictions change alike?
+    """Changes the residual stream in the model and in the input of a lens: do predictions change in the same way?
 
-    Three changes of a prompt's scored token: `steer` (a random step along a direction), `project` (what distinguishes
-    it from the mean along a direction is removed) and `resample` (its component in a subspace is the next prompt's).
-    Rows: one for each lens, layer, change and set of directions, with `magnitude`, the correlation over directions of
-    the logarithms of the two mean effects (over subspaces and prompts for `resample`), and `similarity`, the cosine of
-    the two changes of log probability (Li & Janson 2024, section 5).
+    The stream is changed at a prompt's scored token in three ways: `steer` (a random step along a direction),
+    `project` (its deviation from the mean along a direction is removed) and `resample` (its component in a subspace
+    is replaced by the next prompt's). Rows: one for each lens, layer, change and set of directions, with `magnitude`,
+    the correlation over directions of the logarithms of the two mean effects (over subspaces and prompts for
+    `resample`), and `similarity`, the cosine similarity of the two changes in log probability (Li & Janson 2024,
+    section 5).
 
     Raises:
-        ConfigurationError: a lens is not trained, or has no such layer.
+        ConfigurationError: no run has trained a lens that was asked for, it lacks a layer that was asked for, or it is
+            the resample lens.
         TaskError: the prompts are scored at several positions.
     """
 
@@ -87,7 +91,7 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
     asks_of = "any"
 
     def check(self) -> None:
-        """Choose lenses and layers."""
+        """Choose the lenses and layers."""
         super().check()
         self.choose_layers(self.settings.layers)
         if self.settings.layers is None:
@@ -97,12 +101,12 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
             self.kinds = [kind for kind in self.kinds if not LENS_KINDS[kind].needs_partners]
         for kind in self.kinds:
             if LENS_KINDS[kind].needs_partners:
-                raise ConfigurationError(f"The {kind} lens reads other prompts too, so its effects are not its own.")
+                raise ConfigurationError(f"The {kind} lens also reads other prompts, so its effects are not its own.")
         if any(batch.scored.shape[1] > 1 for batch in self.batches):
-            Intervened(self.model, self.batches[0], 0, 1)  # says why not
+            Intervened(self.model, self.batches[0], 0, 1)  # raises a TaskError with the reason
 
     def plan(self) -> list[Stage]:
-        """Statistics of the stream, and the changes at each layer."""
+        """Means if they are needed, statistics of the stream, and the changes at each layer."""
         n_changes = 2 * self.settings.directions + self.settings.directions // self.settings.subspace
         n_bases = 1 + sum(LENS_KINDS[kind].affine for kind in self.kinds)
         calibrating = BISECTIONS * self.settings.directions * len(self.batches[0])
@@ -111,7 +115,7 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
         return [*self.mean_stages, statistics, *[Stage(f"layer {n}", passes) for n in self.layers]]
 
     def run(self) -> Findings:
-        """Change the stream at every layer."""
+        """Change the stream at each chosen layer."""
         lenses, statistics, identities = self.lenses(), self._statistics(), self.identities
         rows, steps = list[Row](), dict[int, float]()
         for layer in self.layers:
@@ -146,7 +150,7 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
     def _at(
         self, layer: int, lenses: Mapping[str, Lens], statistics: StreamStatistics
     ) -> tuple[float, dict[tuple[str, str, str], Effects]]:
-        """Step and effects at one layer, by lens, change and set of directions."""
+        """The step at one layer, and the effects there by lens, change and set of directions."""
         settings, seed, device = self.settings, self.task.seed, self.model.device
         moved = [batch.to(device) for batch in self.batches]
         prompts = [Intervened(self.model, batch, layer, settings.rows_per_run) for batch in moved]
@@ -226,7 +230,7 @@ class Faithfulness(LensStudy[FaithfulnessSettings]):
 
 
 def _joined(parts: Sequence[Effects]) -> Effects:
-    """Effects on the prompts of all batches."""
+    """Concatenate the effects on the prompts of all batches."""
     fields = (torch.cat([getattr(e, name).cpu() for e in parts], dim=1) for name in ("model", "lens", "similarity"))
     return Effects(*fields)
 
@@ -236,7 +240,7 @@ def _brief(value: Estimate) -> str:
 
 
 def _magnitude(change: str, effects: Effects) -> Estimate:
-    """Pearson correlation of the logarithms of the two effects, with Fisher's interval."""
+    """Pearson correlation of the logarithms of the two effects, with an interval from Fisher's transformation."""
     pairs = (effects.model, effects.lens)
     if change != RESAMPLE:
         pairs = (effects.model.mean(dim=1, keepdim=True), effects.lens.mean(dim=1, keepdim=True))

@@ -1,4 +1,4 @@
-"""Findings of a study: its rows, metrics and figures, and how they become JSON, CSV and frames."""
+"""Findings of a study: its rows, metrics and figures, and their conversion to JSON, CSV and data frames."""
 
 import csv
 import io
@@ -16,13 +16,13 @@ from oa_train.metrics.estimates import Estimate
 if TYPE_CHECKING:
     import pandas as pd
 
-# Column names with plain values or estimates.
+# Plain values or estimates by column name.
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for the terminal: rows of texts, numbers and estimates under a title."""
+    """A table for the terminal: a title and rows of strings, numbers and estimates."""
 
     title: str
     rows: Sequence[Row]
@@ -30,20 +30,20 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """Answer of a study.
+    """Results of a study.
 
     Attributes:
         rows: the study's table, written to `results.json` and `tables/<table>.csv`.
         metrics: estimates of the main results by name.
         facts: further keys of `results.json`; plain values and estimates.
         shown: tables and lines for the terminal.
-        figures: functions that draw a figure, or return None if there is nothing to draw, by name; called once the
-            results are on disk.
+        figures: functions by name that draw a figure, or return None if there is nothing to draw; called after the
+            results have been written.
         circuit: sizes of the circuit.
-        trained: a circuit that the study produced, written to `circuit/` and `constants/` in its folder, which can be
-            used like that of a run.
+        trained: a circuit that the study produced, written to `circuit/` and `constants/` in its folder; it can be
+            used like the circuit of a run.
         table: name of the CSV file.
-        folder: study folder, once written.
+        folder: the study's folder, once written.
     """
 
     rows: Sequence[Row]
@@ -57,7 +57,7 @@ class Findings:
     folder: Path | None = None
 
     def where(self, **values: Any) -> list[Row]:
-        """Rows that have these values: `findings.where(component="circuit", ablation="mean")`."""
+        """Rows with these values: `findings.where(component="circuit", ablation="mean")`."""
         return [row for row in self.rows if all(row.get(name) == value for name, value in values.items())]
 
     def flat_rows(self) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ class Findings:
         return [_flat(row) for row in self.rows]
 
     def to_frame(self) -> "pd.DataFrame":
-        """The rows as a pandas frame, with the columns of `flat_rows`.
+        """The rows as a pandas data frame, with the columns of `flat_rows`.
 
         Raises:
             ConfigurationError: pandas is not installed.
@@ -84,7 +84,7 @@ def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
 
 
 def plain(value: Any) -> Any:
-    """JSON values of estimates, dataclasses and containers of them."""
+    """Convert estimates, dataclasses and containers of them to values that JSON can hold."""
     if isinstance(value, Estimate):
         return value.as_json()
     if is_dataclass(value) and not isinstance(value, type):
@@ -106,7 +106,7 @@ def _flat(row: Row) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of plain values whole."""
+    """Write rows of plain values to a CSV file, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()

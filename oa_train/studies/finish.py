@@ -1,4 +1,4 @@
-"""The end of a fit: refit of the constants for the discrete circuits, evaluation, and writing of all results."""
+"""The end of a fit: constants are refitted for the discrete circuits, which are evaluated and written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,16 +29,16 @@ from oa_train.training.pictures import circuit_picture, score_picture
 
 RefitStart = Literal["trained", "mean", "both"]
 
-# Results of a larger level list the kept entries only.
+# For a level with more entries, only the kept ones are listed.
 MOST_ROWS = 2000
 
-# Entries of a circuit that are named on the terminal.
+# Maximum number of a circuit's entries that are named on the terminal.
 MOST_NAMED = 10
 
-# Several circuits are also evaluated under these, to compare with learned constants.
+# Several circuits are also evaluated under these ablations, to compare with their own.
 REFERENCES: tuple[AblationKind, ...] = ("mean", "zero")
 
-# Settings of a training that set the size of a circuit.
+# Options of the module that determine the size of a circuit.
 PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
 
 
@@ -48,10 +48,10 @@ class FinishSettings:
 
     Attributes:
         refit: training of the constants for the discrete circuit.
-        refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, keeping
-            the better by validation. From the means a refit can end in a worse optimum.
-        size: entries of the circuit, those of the highest keep-probability, without dangling edges; by default the
-            module's target size, and without one all above its threshold.
+        refit_start: initial constants of the refit: those `trained` with the masks, the `mean`, or `both`, of which
+            the better by validation loss is kept. Starting from the means can end in a worse optimum.
+        size: number of entries of the circuit: those with the highest keep-probability, without dangling edges. By
+            default the module's target size, or without one all entries above its threshold.
     """
 
     refit: RefitSettings = field(default_factory=RefitSettings)
@@ -65,7 +65,7 @@ class FinishSettings:
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """Circuits with their final constants, and the findings of their evaluation."""
+    """Finished circuits with their final constants, and the findings of their evaluation."""
 
     circuits: list[TrainedCircuit]
     findings: Findings
@@ -81,13 +81,13 @@ def finish(
 ) -> Finished:
     """Refit the constants of trained circuits, and write circuits, constants and their evaluation to a run folder.
 
-    One circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation to `studies/fit_K/`.
-    `circuits` are from `CircuitModule.trained_circuits`, which were trained on the task.
+    A single circuit is written to `circuit/` and `constants/`, several to `front/N/`; the evaluation goes to
+    `studies/fit_K/`. `circuits` are from `CircuitModule.trained_circuits` and were trained on the task.
     """
     settings, folders = settings or FinishSettings(), circuit_folders(Path(run), len(circuits))
     study = Evaluate(model, task, circuits, settings, track)
     study.announce([*study.refit_stages(), *study.plan()])
-    # The circuits are written before the refit, so that an interruption costs no more than the refit.
+    # The circuits are written before the refit, so that an interruption loses only the refit.
     for trained, folder in zip(circuits, folders, strict=True):
         trained.save_circuit(folder)
     study.refit()
@@ -100,7 +100,7 @@ def finish(
 class Evaluate(AblationStudy[FinishSettings]):
     """Evaluates circuits under their own ablation on the test prompts.
 
-    Rows: of one circuit, its entries with their keep-probabilities; of several, each circuit under its own ablation
+    Rows: for one circuit, its entries with their keep-probabilities; for several, each circuit under its own ablation
     and under mean and zero ablation.
     """
 
@@ -109,7 +109,7 @@ class Evaluate(AblationStudy[FinishSettings]):
     asks_of = "several"
 
     def check(self) -> None:
-        """Note ablation and level, which all circuits of a training share."""
+        """Store the ablation and the level, which all circuits of a training run share."""
         super().check()
         self.ablation, self.level = self.circuits[0].ablation, self.circuits[0].circuit.level
         others = [kind for kind in REFERENCES if kind != self.ablation] if len(self.circuits) > 1 else []
@@ -127,7 +127,7 @@ class Evaluate(AblationStudy[FinishSettings]):
         return [*stages, Stage("refitting the constants", passes)]
 
     def refit(self) -> None:
-        """Refit the constants of discrete circuits in parallel; those of ablations without learning are unchanged."""
+        """Refit the constants of the discrete circuits in parallel; do nothing if the ablation is not learned."""
         if not KINDS[self.ablation].learned:
             return
         settings, circuits = self.settings, self.circuits
@@ -158,7 +158,7 @@ class Evaluate(AblationStudy[FinishSettings]):
         return self._single(self.circuits[0]) if len(self.circuits) == 1 else self._several()
 
     def plan(self) -> list[Stage]:
-        """The circuits under each ablation, and the clean model."""
+        """The circuits under each ablation; for a single circuit also the clean model."""
         task, own = self.task, KINDS[self.ablation].constant
         stages = statistics_stages([kind for kind in self.kinds if not (own and kind == self.ablation)], task)
         stages += [Stage("the circuits", len(self.circuits) * task.n_test) for _ in self.kinds]
@@ -234,7 +234,7 @@ class Evaluate(AblationStudy[FinishSettings]):
 
 
 def _entry_rows(circuit: Circuit) -> list[Row]:
-    """Every entry with its score; for large levels and for edges, the kept entries only."""
+    """Every entry with its keep-probability; for large levels and for edges, only the kept entries."""
     level, kept = circuit.level, circuit.mask.tolist()
     scores = circuit.scores.tolist() if circuit.scores is not None else [None] * len(level)
     if len(level) > MOST_ROWS or not level.has_one_stream:
@@ -252,7 +252,7 @@ def _price(trained: TrainedCircuit) -> dict[str, Any]:
 
 
 def _named(circuit: Circuit) -> str:
-    """The entries of the highest keep-probability, as many as a line holds, and where the others are."""
+    """Names of the entries with the highest keep-probability, as many as fit a line, and where to find the others."""
     names = list(circuit.names)
     if len(names) <= MOST_NAMED:
         return ", ".join(names)

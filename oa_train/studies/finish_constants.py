@@ -1,4 +1,4 @@
-"""The end of a constants-only training: the constants are written, and evaluated on held-out prompts."""
+"""The end of training constants alone: they are written, and evaluated on held-out prompts."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -20,9 +20,9 @@ from oa_train.tasks.task import Task
 def finish_constants(
     model: CausalLM, task: Task, circuits: Sequence[TrainedCircuit], run: str | Path, track: Track = silent
 ) -> Finished:
-    """Write `constants/`, `circuit/` if they are of one, and `studies/fit_K/` to a run folder.
+    """Write `constants/`, `circuit/` if they belong to one, and `studies/fit_K/` to a run folder.
 
-    `circuits` are from `ConstantsModule.trained_circuits`, which were trained on the task.
+    `circuits` are from `ConstantsModule.trained_circuits`; their constants were trained on the task.
     """
     first, run = circuits[0], Path(run)
     is_circuit = first.name == "circuit"
@@ -34,7 +34,7 @@ def finish_constants(
 
 
 class EvaluateAlone(Study[FinishSettings]):
-    """Evaluates components that are each ablated alone, under the constants that they share.
+    """Evaluates components that are each ablated alone with trained constants.
 
     Rows: one for each component, with the measures.
     """
@@ -44,7 +44,7 @@ class EvaluateAlone(Study[FinishSettings]):
     asks_of = "several"
 
     def plan(self) -> list[Stage]:
-        """One: every component."""
+        """A single stage, for all components."""
         return [Stage("evaluating the constants", len(self.circuits) * self.task.n_test)]
 
     def run(self) -> Findings:

@@ -1,4 +1,4 @@
-"""The end of a training of lenses, or of the constants of causal tracing: they are written, with their losses."""
+"""The end of training lenses, or constants for causal tracing: they are written, with their losses."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ def finish_lenses(
 ) -> Findings:
     """Write `lens/` and `studies/fit_K/` to a run folder; a row for each lens and layer.
 
-    `lenses` are from `LensModule.trained_lenses`, and `losses` from `LensModule.validation_losses`.
+    `lenses` are from `LensModule.trained_lenses`, and `losses`, by kind of lens, from `LensModule.validation_losses`.
     """
     lenses.save(run)
     layers = lenses.layers
@@ -57,9 +57,9 @@ def finish_tracing(
     run: str | Path,
     track: Track = silent,
 ) -> Findings:
-    """Write `tracing/` and `studies/fit_K/` to a run folder; a row for each traced run, as are the validation losses.
+    """Write `tracing/` and `studies/fit_K/` to a run folder; a row for each traced run.
 
-    `constants` are from `TracingModule.tracing_constants`.
+    `constants` are from `TracingModule.tracing_constants`, and `losses` has the validation loss of each traced run.
     """
     constants.save(run)
     tracing, unrestored = constants.tracing, float(losses[-1])
@@ -75,7 +75,7 @@ def finish_tracing(
         for first, runs in by_place(tracing)
     ]
     title = (
-        f"Probability that the answers lose under the best constants, on {task.n_validation} validation prompts; "
+        f"Drop in the answers' probability under the best constants, on {task.n_validation} validation prompts; "
         f"{unrestored:.3g} with nothing restored"
     )
     study = _Losses(model, task, [constants], track=track)
@@ -90,7 +90,7 @@ def _known(loss: float) -> float | None:
 
 
 class _Losses(Study[FinishSettings]):
-    """Losses on the validation prompts, which the training has measured; no model is run."""
+    """Losses on the validation prompts, which were measured during training; no model is run."""
 
     name = "fit"
     Settings: ClassVar[type] = FinishSettings
@@ -98,5 +98,5 @@ class _Losses(Study[FinishSettings]):
     findings: Findings
 
     def run(self) -> Findings:
-        """The losses, laid out."""
+        """The rows and the table of the losses."""
         return self.findings

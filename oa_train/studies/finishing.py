@@ -1,4 +1,4 @@
-"""The end of a fit, by the kind of module that was trained."""
+"""The end of a fit, dispatched by the kind of module that was trained."""
 
 from pathlib import Path
 
@@ -16,13 +16,16 @@ from oa_train.training.tracing_module import TracingModule
 
 
 def finish_fit(module: FrozenModelModule, task: Task, run: Path, settings: FinishSettings) -> Findings | None:
-    """Write what a module has trained to a run folder, evaluated; None for a module of a user's own.
+    """Evaluate what a module has trained and write it to a run folder.
 
     Args:
-        module: with its best state.
-        task: what it was trained on.
+        module: the module in its best state.
+        task: the task that it was trained on.
         run: run folder.
-        settings: of the refit of circuits.
+        settings: settings of the refit of circuits.
+
+    Returns:
+        None for a module of the user's own, for which nothing is written.
     """
     model, track = module.frozen, module.track
     if isinstance(module, CircuitModule):

@@ -1,7 +1,7 @@
 """Greedy search for a small sufficient set of units.
 
 Units are restored until the set is sufficient, then removed while it stays sufficient. When no single unit can be
-moved, pairs are tried, and then a group that only helps together.
+moved, pairs are tried; then a group of units that help only jointly (restoring), or swaps (removing).
 """
 
 import math
@@ -14,11 +14,11 @@ import torch
 
 from oa_train.shapes import Bool, Float, Tensor
 
-# Recovery of circuits [circuit, entry].
+# Maps masks [circuit, entry] to the recovery of each circuit.
 Measure = Callable[[Bool[Tensor, "circuit entry"]], Float[Tensor, " circuit"]]
 Move = Literal["start", "restore", "restore pair", "restore group", "remove", "remove pair", "swap"]
 
-# Recoveries that differ by less are equal: float32 cannot tell them apart.
+# Recoveries that differ by less count as equal: float32 cannot distinguish them.
 ROUNDING = 1e-5
 
 
@@ -34,7 +34,7 @@ class Step:
         recovery: recovery of that set on the prompts of the search.
         tried: number of circuits evaluated in the step.
         units: number of units that could have been moved.
-        screened: True if only some of them were tried.
+        screened: True if only some of these units were tried.
     """
 
     move: Move
@@ -62,12 +62,12 @@ class GreedySearch:
     """A search for a small set whose recovery reaches a target.
 
     Attributes:
-        measure: recovery of circuits, 1 with all units kept.
-        free: entries that may be moved; all others stay as they are.
+        measure: computes the recovery of circuits; 1 with all units kept.
+        free: entries that may be moved; all others stay unchanged.
         target: recovery at which a set is sufficient.
         budget: limits of the search.
-        scores: scores of all entries, higher for those to keep first. They order the candidates of the first rounds;
-            without them the first round of either direction tries all.
+        scores: scores of all entries, higher for those to keep first. They order candidates that have not been tried
+            yet; without them the first round in each direction tries all.
         on_step: called with every step.
     """
 
@@ -78,12 +78,12 @@ class GreedySearch:
     scores: Float[Tensor, " entry"] | None = None
     on_step: Callable[[Step], None] = lambda step: None
     steps: list[Step] = field(default_factory=list)
-    # Circuits evaluated in the last round, which removed nothing.
+    # Number of circuits evaluated in the last round, which removed nothing.
     tried_in_vain: int = 0
 
     def run(self, start: Bool[Tensor, " entry"]) -> list[Step]:
-        """Restore, then remove; the last step has the final set."""
-        # Last known change in recovery from moving each unit out of the set [0], and into it [1].
+        """Restore units, then remove units; the last step holds the final set."""
+        # Last measured change in recovery when each unit is removed [0] or restored [1].
         self._changes = torch.full((2, len(self.free)), torch.nan, dtype=torch.float64)
         self._tried, self._screened = 0, False
         (recovery,) = self._measured([start])
@@ -122,7 +122,10 @@ class GreedySearch:
         return change > self.budget.least_gain if restoring else self._is_enough(self._recovery + change)
 
     def _queue(self, restoring: bool) -> list[int]:
-        """Units that can be moved: those whose last move looked good, those never tried, then all others."""
+        """Units that can be moved, in the order in which to try them.
+
+        First those whose last trial looked good, then those never tried, then the others.
+        """
         units: list[int] = (self.free & (self._mask != restoring)).nonzero().flatten().tolist()
         changes = self._changes[int(restoring)].tolist()
         prior = [0.0] * len(changes) if self.scores is None else (self.scores * (1 if restoring else -1)).tolist()
@@ -140,7 +143,7 @@ class GreedySearch:
         return (tuple(queue[first : first + size]) for first in range(0, len(queue), size))
 
     def _single(self, restoring: bool) -> bool:
-        """Move the best unit, or several, of the first chunk of candidates in which any is good."""
+        """Move the best unit, or several, from the first chunk of candidates that contains a good one."""
         queue = self._queue(restoring)
         for chunk in self._chunks(queue, restoring):
             recoveries = dict(zip(chunk, self._measured([self._moved([unit]) for unit in chunk]), strict=True))
@@ -158,7 +161,8 @@ class GreedySearch:
     def _as_many(self, units: Sequence[int], first: float, restoring: bool) -> tuple[Sequence[int], float]:
         """The units to move at once, the best first, and their recovery: all of them, half, a quarter, ..., or one.
 
-        Restoring: the fewest that are sufficient, else those that recover most. Removing: as many as can go.
+        When restoring: the fewest that are sufficient, else those that recover most. When removing: as many as
+        possible.
         """
         counts = [len(units) >> halvings for halvings in range(len(units).bit_length() - 1)]
         masks = [self._moved(units[:count]) for count in counts]
@@ -173,7 +177,7 @@ class GreedySearch:
     def _take(self, move: Move, units: Sequence[int], recovery: float, n_queued: int) -> None:
         restored = [unit for unit in units if not self._mask[unit]]
         removed = [unit for unit in units if self._mask[unit]]
-        for unit in units:  # to move it back would undo the change
+        for unit in units:  # moving it back would undo the change
             into = int(not self._mask[unit])
             self._changes[1 - into, unit] = -self._changes[into, unit] if len(units) == 1 else torch.nan
         self._mask, self._recovery = self._moved(units), recovery
@@ -207,10 +211,10 @@ class GreedySearch:
         return self._take_best("swap", swaps, len(kept), most < max(len(kept), len(ablated)))
 
     def _group(self) -> bool:
-        """Restore a group in which every unit is needed to close half of the gap to the target.
+        """Restore a minimal group of units that closes half of the gap to the target.
 
-        Halves of the units are tried in turn (QuickXplain, Junker, 2004): a group of k among n units takes about
-        k log(n / k) circuits.
+        The units are halved recursively (QuickXplain, Junker 2004): finding k among n units takes about k log(n / k)
+        circuits.
         """
         queue = self._queue(True)
         wanted = min((self._recovery + self.target) / 2, self.target - ROUNDING)

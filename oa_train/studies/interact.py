@@ -1,4 +1,4 @@
-"""Units ablated together: their joint effect beside the sum of their single effects."""
+"""Units ablated together: their joint effect compared with the sum of their single effects."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from oa_train.studies.rankings import effects_of_scan
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken
 from oa_train.studies.unit_study import UnitStudy
 
-# Columns of the table of joint effects and of that of conditional ones: title by suffix of the row's column.
+# Column titles, by suffix of the row's column, in the tables of joint effects and of conditional effects.
 TOGETHER = {"joint": "together", "apart": "sum of\nsingle effects", "interaction": "interaction"}
 GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interaction": "growth"}
 
@@ -31,17 +31,17 @@ GROWTH = {"alone": "alone", "conditional": "given the\nprimary set", "interactio
 class Interact(UnitStudy[InteractSettings]):
     """Ablates units together: does their joint effect differ from the sum of their single effects?
 
-    The effect of an ablation is the KL divergence, or the rise of another loss over the clean model's. Rows: first
+    The effect of an ablation is the KL divergence, or the increase of another loss over the clean model's. Rows: first
     pairs and groups, the largest interaction first, with the measures of the joint ablation, and for each loss the
-    joint effect (`x_joint`), the sum of the single ones (`x_apart`) and the paired difference of the two
+    joint effect (`x_joint`), the sum of the single effects (`x_apart`) and the paired difference of the two
     (`x_interaction`). Above 0, units back each other up; below 0, their effects overlap. Then, with a primary set,
-    every other unit by the growth of its effect once that set is ablated: its effect alone (`x_alone`), given the set
-    (`x_conditional`), and the growth, which is the interaction of the unit and the set.
+    every other unit, sorted by how much its effect grows once that set is ablated: its effect alone (`x_alone`), its
+    effect given the set (`x_conditional`), and the growth, which is the interaction of the unit and the set.
 
     Raises:
-        ConfigurationError: an unknown unit; a pair of a unit with itself, a group of fewer than two, a selection of no
-            unit, or a primary set that leaves none; a scan of other units.
-        ArtefactError: `scan` is not a finished scan of this model.
+        ConfigurationError: a unit is unknown or paired with itself, a group or the selection has too few units, or the
+            selection is contained in the primary set.
+        ArtefactError: `scan` is not a finished scan of this model and of these units.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -50,7 +50,7 @@ class Interact(UnitStudy[InteractSettings]):
     settings: InteractSettings
 
     def check(self) -> None:
-        """Select units, pairs, groups and the primary set."""
+        """Select the units, pairs, groups and the primary set."""
         super().check()
         settings = self.settings
         patterns, primary = patterns_of(settings.components), patterns_of(settings.primary)
@@ -93,12 +93,12 @@ class Interact(UnitStudy[InteractSettings]):
 
     @property
     def _n_sets(self) -> int:
-        """Sets of several units, each ablated together."""
+        """Number of sets of several units that are ablated together."""
         pairs = self.n_paired * (self.n_paired - 1) // 2
         return pairs + len(self.joints) + len(self.conditionals) + (len(self.primary) > 1)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then each piece of single units, and each of sets."""
+        """The clean model and the statistics; then the pieces of single units, and those of sets."""
         return [Stage("the clean model", self.task.n_test), *self.piece_stages(len(self.units), self._n_sets)]
 
     def run(self) -> Findings:
@@ -177,11 +177,11 @@ class Interact(UnitStudy[InteractSettings]):
 
     @property
     def _effect(self) -> str:
-        names = {"kl": "KL divergence", "logit_difference": "fall of the logit difference"}
+        names = {"kl": "KL divergence", "logit_difference": "drop in the logit difference"}
         return names.get(self.settings.effect, spoken(self.settings.effect))
 
     def _shown(self, rows: Sequence[Row]) -> Iterator[Table | str]:
-        """A table of the first rows, and the number of significant ones."""
+        """A table of the first rows, and a line with the number of significant effects."""
         if not rows:
             return
         settings, conditional = self.settings, _are_conditional(rows)
@@ -251,7 +251,7 @@ class Interact(UnitStudy[InteractSettings]):
 
 
 def _effects(behaviour: Behaviour, clean: Behaviour, loss: Loss) -> Float[Tensor, "set prompt"]:
-    """Effect of each ablation: the rise of a loss over the clean model's."""
+    """Effect of each ablation: the increase of a loss over the clean model's."""
     return behaviour.loss(loss).double() - clean.loss(loss).double()
 
 
@@ -260,5 +260,5 @@ def _are_conditional(rows: Sequence[Row]) -> bool:
 
 
 def _short(names: Sequence[str]) -> str:
-    """Names of a set; the first one and a count if there are more than three."""
+    """Names of the units of a set; with more than three, the first name and a count."""
     return AND.join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"

@@ -18,21 +18,22 @@ class InteractSettings:
     """Settings of `interact`.
 
     Attributes:
-        sites: kinds of site whose units are ablated, as of `scan`.
+        sites: kinds of site whose units are ablated, as in `scan`.
         components: shell patterns of the units that are paired, and whose effect given `primary` is measured.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
-        pairs: `all`, pairs of two names each, or none: all, unless there are groups or a primary set.
-        groups: lists of names or patterns; the units of each are ablated together.
-        primary: names or patterns of a set; the effect of every other unit is measured with and without it.
-        most_pairs: most pairs; with more units, those with the largest single effects are paired.
+        pairs: `all`, or a list of pairs of unit names. By default all pairs, unless there are groups or a primary set.
+        groups: lists of names or patterns; the units of each list are ablated together.
+        primary: names or patterns of a set; the effect of every other unit is measured with and without it ablated.
+        most_pairs: maximum number of pairs; if there are more, only the units with the largest single effects are
+            paired.
         scan: folder of a finished scan, whose single effects select those units; by default they are measured.
         ablation: kind of ablation; under `optimal` every set of units has its own constants.
-        effect: loss whose rise is the effect that is ranked and tested: `kl`, `logit_difference` (its fall) or
+        effect: loss whose increase is the effect that is ranked and tested: `kl`, `logit_difference` (its decrease) or
             `cross_entropy`. The table has all of them.
-        positions: positions that constants tell apart, as of `scan`.
+        positions: number of positions with their own constants, as in `scan`.
         fit: training of the constants of optimal ablation.
-        parts_at_once: sets whose constants are trained together; bounds memory, changes no result. Each such piece is
-            written when it is done.
+        parts_at_once: number of sets whose constants are trained together; limits memory without changing results.
+            Each such piece is written when it is done.
         threshold: nats; an interaction is significant if its absolute value is significantly larger.
         false_discovery_rate: expected share of false positives among the significant interactions.
     """
@@ -69,10 +70,10 @@ class InteractSettings:
 
     @property
     def all_pairs(self) -> bool:
-        """True if pairs are made of all units."""
+        """True if all pairs of units are made."""
         return self.pairs == "all" or (self.pairs is None and not self.groups and not self.primary)
 
     @property
     def interaction(self) -> str:
-        """Column by which rows are ranked."""
+        """Name of the column by which rows are sorted."""
         return f"{self.effect}_interaction"

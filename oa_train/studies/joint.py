@@ -12,7 +12,7 @@ from oa_train.models.levels import Level
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import spoken
 
-# Between the names of units that are ablated together.
+# Separates the names of units that are ablated together.
 AND = " + "
 
 
@@ -21,7 +21,7 @@ class Joint:
     """Sets of units whose joint effect is compared with the sum of the effects of each set.
 
     Attributes:
-        form: `pair` or `group` of single units, or `conditional`: the primary set and a unit.
+        form: `pair` or `group` of single units, or `conditional` (the primary set and one other unit).
         members: names of the units of each set.
     """
 
@@ -38,7 +38,7 @@ class Joint:
 
     @classmethod
     def group(cls, level: Level, patterns: Sequence[str]) -> "Joint":
-        """The units that patterns select; raises `ConfigurationError` if they are fewer than two."""
+        """The units that patterns select; raises `ConfigurationError` if there are fewer than two."""
         names = level.select(patterns)
         if len(names) < 2:
             raise ConfigurationError(
@@ -69,7 +69,7 @@ class Joint:
     ) -> dict[str, Float[Tensor, " prompt"]]:
         """The joint effect, the sum of the members' effects, and the difference of the two.
 
-        For a conditional also the unit's effect alone, and its effect given the primary set.
+        For `conditional`, also the unit's effect alone and its effect given the primary set.
         """
         apart = sum(members[1:], members[0])
         values = {"joint": joint, "apart": apart, "interaction": joint - apart}
@@ -79,7 +79,7 @@ class Joint:
 
 
 def n_screened(n_units: int, most_pairs: int) -> int:
-    """Most units whose pairs number at most `most_pairs`."""
+    """Largest number of units that have at most `most_pairs` pairs."""
     return min(n_units, (1 + isqrt(1 + 8 * most_pairs)) // 2)
 
 

@@ -25,10 +25,10 @@ class LensSettings:
     """Settings of `lens`.
 
     Attributes:
-        prompt: text that is read; by default the first test prompt.
-        lens: kind of lens; by default the first of the run's, or `logit`.
-        layers: layers that are read; by default those of the run's lenses, or all.
-        tokens: most probable tokens that are listed for each layer.
+        prompt: text to read; by default the first test prompt.
+        lens: kind of lens; by default the run's first, or `logit`.
+        layers: layers to read; by default those of the run's lenses, or all.
+        tokens: number of most probable tokens listed for each layer.
     """
 
     prompt: str | None = None
@@ -46,10 +46,12 @@ class ReadPrompt(LensStudy[LensSettings]):
     """Reads one prompt's residual stream at every layer: when does the prediction form?
 
     Rows: one for each layer and position, with the most probable tokens, their probabilities, and `kl`, the divergence
-    of the lens's prediction from the model's, in nats; the model itself is the last layer of each position.
+    of the lens's prediction from the model's, in nats. The last row of each position (`layer` is `model`) is the
+    model's own prediction.
 
     Raises:
-        ConfigurationError: the lens is not trained, or has no such layer.
+        ConfigurationError: no run has trained this lens, it lacks a layer that was asked for, or it is the resample
+            lens.
     """
 
     name = "lens"
@@ -57,17 +59,19 @@ class ReadPrompt(LensStudy[LensSettings]):
     asks_of = "optional"
 
     def check(self) -> None:
-        """Choose the lens."""
+        """Choose the lens and the layers."""
         super().check()
         self.choose_kinds(None if self.settings.lens is None else [self.settings.lens])
         self.kinds = self.kinds[:1]
         if LENS_KINDS[self.kinds[0]].needs_partners:
-            raise ConfigurationError(f"The {self.kinds[0]} lens needs other prompts; choose another for a single one.")
+            raise ConfigurationError(
+                f"The {self.kinds[0]} lens needs other prompts; choose another lens for a single prompt."
+            )
         self.choose_layers(self.settings.layers)
 
     @torch.no_grad()
     def run(self) -> Findings:
-        """Read the prompt."""
+        """Read the prompt with the lens at every layer."""
         text = self.settings.prompt or self.task.prompt("test", 0).text
         batch = self._batch(text).to(self.model.device)
         (kind,), lens, tokens = self.kinds, next(iter(self.lenses().values())), Tokens(self.model, batch)
@@ -79,7 +83,7 @@ class ReadPrompt(LensStudy[LensSettings]):
         words = [[self._word(token) for token in line] for line in top.indices[..., 0].tolist()]
         probabilities = top.values[..., 0].numpy()
         title = f"{self.subject.split(',')[0]}, {spoken(kind)} lens: most probable next token at every layer"
-        heading = f"Next token after {text!r}, by the {spoken(kind)} lens"
+        heading = f"Next token after {text!r}, predicted by the {spoken(kind)} lens"
         return Findings(
             rows,
             facts={"prompt": text, "lens": kind},
@@ -89,7 +93,7 @@ class ReadPrompt(LensStudy[LensSettings]):
         )
 
     def _batch(self, text: str) -> Batch:
-        """The text, scored at every position."""
+        """The text as a batch of one prompt, scored at every position."""
         encoder = self.task.encoder
         tokens, mask = encoder.pad(encoder.encode([text]), "right")
         batch = unanswered(tokens, mask, encoder.protected(tokens, mask))
@@ -122,7 +126,7 @@ class ReadPrompt(LensStudy[LensSettings]):
                 yield row | {"kl": float(divergence[number, position])}
 
     def _cells(self, rows: Sequence[Row], columns: Sequence[str]) -> Iterator[Row]:
-        """The last position, the model on top."""
+        """Rows of the last position for the terminal, the model's own prediction first."""
         for row in reversed([row for row in rows if row["position"] == len(columns) - 1]):
             cells: dict[str, Any] = {"layer": row["layer"]}
             for rank in range(self.settings.tokens):

@@ -1,4 +1,4 @@
-"""Studies of lenses: those of runs, those that need no training, and a tuned lens from a folder."""
+"""Studies of lenses: lenses of runs, lenses that need no training, and a tuned lens from a folder."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from oa_train.progress import Stage
 from oa_train.shapes import Int, Tensor
 from oa_train.studies.study import S, Study
 
-# Name of a lens in the layout of AlignmentResearch.
+# Name of the tuned lens that is read from a folder.
 FROM_FOLDER = "tuned, from a folder"
 
 
@@ -32,7 +32,7 @@ class LensStudy(Study[S]):
     kinds: list[str]
 
     def choose_layers(self, layers: Sequence[int] | None) -> None:
-        """Set `layers`: by default those that all runs have, or all of the model.
+        """Set `layers`: by default those that all runs have, or without runs all layers of the model.
 
         Raises:
             ConfigurationError: a layer does not exist, or a run's lenses do not have it.
@@ -58,12 +58,12 @@ class LensStudy(Study[S]):
         for kind in self.kinds:
             if kind not in available:
                 raise ConfigurationError(
-                    f"lenses names {kind!r}, which is trained: give a run that has trained it (--run), which "
-                    f"oa-train fit --model LensModule --model.lenses '[{kind}]' makes."
+                    f"lenses names {kind!r}, which has to be trained: give a run that has trained it (--run), or "
+                    f"train one with oa-train fit --model LensModule --model.lenses '[{kind}]'."
                 )
 
     def lenses(self, tuned_lens: str | None = None) -> dict[str, Lens]:
-        """The lenses by name, at the layers, on the model's device; `tuned_lens` is the folder of a further one."""
+        """The lenses by name, at `layers`, on the model's device; `tuned_lens` is the folder of one more."""
         sizes, lenses = Dimensions.of(self.model.config), dict[str, Lens]()
         for kind in self.kinds:
             if LENS_KINDS[kind].trained:
@@ -83,7 +83,7 @@ class LensStudy(Study[S]):
 
     @property
     def mean_stages(self) -> list[Stage]:
-        """Passes from which the mean lens is made, if it is one of the kinds."""
+        """Stage that computes the mean attention outputs, if a kind of lens needs them."""
         return [Stage("means", self.task.n_means)] if any(LENS_KINDS[kind].from_means for kind in self.kinds) else []
 
     @property

@@ -45,11 +45,11 @@ class MinimalSettings:
     """Settings of `minimal`.
 
     Attributes:
-        refit: refit the constants for the circuit without each part and, as a control, for the whole circuit.
-            Otherwise the run's constants are used, which were not trained for the part's absence.
-        tolerance: negligible worth in nats: a part is superfluous if the whole 95 % interval of its worth is at or
-            below it.
-        random_complements: random circuits of equal size that are ablated for comparison; 0 for none.
+        refit: whether to refit the constants for the circuit without each part and, as a control, for the whole
+            circuit. Otherwise the run's constants are used, which were not trained for the part's absence.
+        tolerance: worth in nats that counts as negligible: a part is superfluous if the whole 95 % interval of its
+            worth is at or below it.
+        random_complements: number of random circuits of equal size that are ablated for comparison; 0 for none.
         fit: training of the constants of circuits without a part, and of complements.
     """
 
@@ -63,17 +63,17 @@ class MinimalSettings:
 
 
 class Minimal(AblationStudy[MinimalSettings]):
-    """Measures the worth of each part of a circuit, and evaluates its complement.
+    """Measures the worth of each part of a circuit, and evaluates the complement.
 
-    The ablation is that of the circuit's training. Parts that the training could not ablate are never removed; the
-    complement keeps them too.
+    The ablation is the one that the circuit was trained under. Parts that the training could not ablate are never
+    removed; the complement keeps them too.
 
     Rows: the circuit without each of its parts, in descending order of worth, with the measures, their paired
-    differences to the whole circuit (`x_minus_circuit`), a verdict, and the number of edges that dangle without it.
+    differences from the whole circuit (`x_minus_circuit`), a verdict, and the number of edges that dangle without it.
 
     Raises:
-        ConfigurationError: the circuit has no parts, a refit was asked for under an ablation without learned
-            constants, or the circuit has no constants though its ablation is by constants.
+        ConfigurationError: the circuit has no parts that can be removed, a refit was asked for under an ablation
+            without learned constants, or the circuit lacks the constants that its ablation needs.
         TaskError: the ablation needs counterfactuals and the task has none.
     """
 
@@ -82,7 +82,7 @@ class Minimal(AblationStudy[MinimalSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """Refuse a circuit without parts, or without the constants that its ablation needs."""
+        """Reject a circuit without removable parts, or without the constants that its ablation needs."""
         super().check()
         self.trained = self.circuits[0]
         self.kind = KINDS[self.trained.ablation]
@@ -100,13 +100,13 @@ class Minimal(AblationStudy[MinimalSettings]):
             )
         if self.kind.constant and self.trained.constants is None:
             raise ConfigurationError(
-                f"{self.trained.name} has no constants, and {self.kind.name} ablation is by constants. Train some "
+                f"{self.trained.name} has no constants, which {self.kind.name} ablation needs. Train some "
                 "with fit_constants."
             )
         self.choose_kinds([self.kind.name])
 
     def plan(self) -> list[Stage]:
-        """Circuits without a part, the clean model, complements."""
+        """The circuits without a part, the clean model, and the complements."""
         settings, task, without = self.settings, self.task, 1 + int((self.mask & self.removable).sum())
         complements = 1 + settings.random_complements
         by_own_values = self.kind.learned or self.trained.constants is not None
@@ -157,7 +157,7 @@ class Minimal(AblationStudy[MinimalSettings]):
     def _without(
         self, removed: Sequence[Sequence[int]], described: str = "circuits without a part"
     ) -> tuple[Behaviour, list[dict[str, Any]]]:
-        """Remove sets of entries, one set at a time; the first circuit is the whole one."""
+        """Behaviour of the whole circuit, then without each set of entries; and a row for each set."""
         masks = self.mask.repeat(1 + len(removed), 1)
         for row, entries in enumerate(removed, start=1):
             masks[row, list(entries)] = False
@@ -179,13 +179,13 @@ class Minimal(AblationStudy[MinimalSettings]):
         }
 
     def _together(self, names: Sequence[str]) -> dict[str, Any]:
-        """The circuit without several parts at once."""
+        """Measures of the circuit without all of these parts."""
         together = [self.level.index(name) for name in names]
         _, (row,) = self._without([together], "the circuit without its superfluous parts")
         return {name: value for name, value in row.items() if name != self.level.part}
 
     def _complements(self) -> list[dict[str, Estimate]]:
-        """The model with the circuit's parts ablated, or those of random circuits; everything else is kept."""
+        """Measures with the circuit's parts ablated, then those of each random circuit; everything else is kept."""
         drawn = random_circuits(
             self.level,
             len(self.trained.circuit),
@@ -202,7 +202,7 @@ class Minimal(AblationStudy[MinimalSettings]):
         return [estimates(behaviour, row) for row in range(len(masks))]
 
     def _refitted(self, masks: Bool[Tensor, "circuit entry"]) -> list[Ablation]:
-        """The circuit's constants, trained again for each circuit without a part."""
+        """The circuit's constants, refitted for each circuit without a part."""
         assert self.trained.constants is not None
         fitted = fit_constants(
             self.model,

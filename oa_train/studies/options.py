@@ -19,7 +19,7 @@ def patterns_of(components: str | list[str]) -> list[str]:
 def selected_units(
     config: Any, sites: Sequence[str], components: str | list[str], dictionaries: Sequence[DictionarySpec]
 ) -> tuple[Nodes, tuple[str, ...]]:
-    """The level of these kinds of site, and its selected units.
+    """The level of these kinds of site, and the names of its selected units.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a kind of site does not exist in this model.
@@ -30,7 +30,7 @@ def selected_units(
 
 
 def check_positions(positions: int | Literal["every"] | None) -> None:
-    """Refuse a number of positions below 1 with a `ConfigurationError`."""
+    """Raise a `ConfigurationError` if the number of positions is below 1."""
     if isinstance(positions, int) and positions < 1:
         raise ConfigurationError(f"positions is {positions}; expected at least 1, or every.")
 
@@ -38,7 +38,7 @@ def check_positions(positions: int | Literal["every"] | None) -> None:
 def check_unit_options(
     parts_at_once: int, positions: int | Literal["every"], threshold: float, false_discovery_rate: float
 ) -> None:
-    """Refuse values of these options that cannot work with a `ConfigurationError`."""
+    """Raise a `ConfigurationError` if one of these options is out of range."""
     check_positions(positions)
     check_at_least(1, parts_at_once=parts_at_once)
     check_at_least(0, threshold=threshold)
@@ -47,15 +47,15 @@ def check_unit_options(
 
 
 def n_positions(positions: int | Literal["every"], batches: Sequence[Batch]) -> int:
-    """Positions that constants tell apart."""
+    """Number of positions with their own constants."""
     return max(int(batch.lengths.max()) for batch in batches) if positions == "every" else positions
 
 
 def check_ablations(ablations: list[AblationKind] | None) -> None:
-    """Refuse an empty list of kinds of ablation, an unknown kind, or one that is there twice.
+    """Validate kinds of ablation; None is allowed.
 
     Raises:
-        ConfigurationError: it is.
+        ConfigurationError: the list is empty, or a kind is unknown or named twice.
     """
     if ablations is None:
         return

@@ -19,12 +19,12 @@ RecoveryMeasure = Literal["kl", "logit_difference", "accuracy"]
 # Accuracy has ties; the KL divergence, with this weight, breaks them.
 TIE_BREAK = 1e-6
 
-# Units of one step that are named on the terminal.
+# Maximum number of units of one step that are named on the terminal.
 MOST_NAMED = 4
 
 
 def recovery_of(behaviour: Behaviour, clean: Behaviour, index: int, measure: RecoveryMeasure) -> Estimate:
-    """Recovery by a circuit: share of the gap between everything ablated (circuit 0) and the clean model."""
+    """Recovery of a circuit: the share of the gap between everything ablated (circuit 0) and the clean model."""
     values, whole = getattr(behaviour, measure), getattr(clean, measure)[0]
     return ratio_of_means(values[index] - values[0], whole - values[0], clean.identities)
 
@@ -43,14 +43,14 @@ def recoveries(
 
 
 def evenly(n_steps: int, most: int) -> list[int]:
-    """Numbers of at most `most` steps, evenly spread, with the first and the last."""
+    """Indices of at most `most` evenly spaced steps, including the first and the last."""
     if n_steps <= most:
         return list(range(n_steps))
     return [round(number * (n_steps - 1) / (most - 1)) for number in range(most)]
 
 
 def step_cells(row: Row) -> Mapping[str, Any]:
-    """A step in the printed table."""
+    """Cells of a step in the printed table."""
     moved = [*(f"+{name}" for name in row["restored"].split()), *(f"-{name}" for name in row["removed"].split())]
     return {
         "units": row["size"],
@@ -73,13 +73,13 @@ def step_rows(
     """A row for each step.
 
     Args:
-        steps: of the search.
-        level: of the masks.
+        steps: steps of the search.
+        level: level of the masks.
         free: entries that could be moved.
-        clean: behaviour of the model itself.
-        measured: by prefix of the columns, numbers of the evaluated steps, and the behaviour with everything ablated
-            followed by that of those steps.
-        measure: measure of the recovery.
+        clean: behaviour of the clean model.
+        measured: by column prefix, the indices of the evaluated steps, and their behaviour, preceded by that with
+            everything ablated.
+        measure: measure whose recovery is reported.
     """
     for number, step in enumerate(steps):
         row: dict[str, Any] = {
@@ -102,7 +102,7 @@ def step_rows(
 
 
 def searched(steps: Sequence[Step], n_prompts: int, tried_in_vain: int) -> dict[str, Any]:
-    """Counts of a search, for `results.json`."""
+    """Statistics of a search, for `results.json`."""
     moves = [step.move for step in steps[1:]]
     return {
         "prompts": n_prompts,
@@ -115,23 +115,23 @@ def searched(steps: Sequence[Step], n_prompts: int, tried_in_vain: int) -> dict[
 
 
 def searched_lines(search: Mapping[str, Any], pairs: int) -> Iterator[str]:
-    """The same in words."""
+    """The statistics of `searched` as sentences."""
     moves = ", ".join(f"{count} x {move}" for move, count in search["moves"].items())
     yield (
         f"search: {search['circuits']:,} circuits on {search['prompts']} validation prompts in {search['rounds']} "
         f"rounds ({moves})"
     )
     if search["screened_rounds"]:
-        yield f"{search['screened_rounds']} rounds tried only some of the units: those that did best when last tried"
+        yield f"{search['screened_rounds']} rounds tried only some units: those that did best when last tried"
     yield "No single unit of the set can be removed" + (
         ", nor any of the pairs and swaps that were tried." if pairs else "."
     )
 
 
 def path_figure(rows: Sequence[Row], target: float, size_label: str, recovery_label: str, title: str) -> Figure:
-    """Recovery of the measured steps against their size."""
+    """Figure of the recovery of the measured steps against their size."""
     measured = [row for row in rows if "recovery" in row]
-    # The turning point belongs to both parts.
+    # The turning point belongs to both phases.
     turn = max((row["step"] for row in rows if row["move"].startswith("restore")), default=0)
     parts = {"restoring": [row for row in measured if row["step"] <= turn]} if turn else {}
     removing = [row for row in measured if row["step"] >= turn]

@@ -1,6 +1,6 @@
-"""Pieces of a long study, each written when it is done, so that an interruption costs one piece.
+"""Pieces of a long study, each written when it is done, so that an interruption loses at most one piece.
 
-    <study folder>/pieces/about.json      identity of the study; pieces of another one are refused
+    <study folder>/pieces/about.json      identity of the study; pieces of another study are rejected
     <study folder>/pieces/<N>.safetensors
 
 Under torch.distributed the pieces are distributed over the processes, which share the folder.
@@ -24,7 +24,7 @@ Piece = dict[str, Tensor]
 
 
 class Pieces:
-    """Pieces of the results of one study.
+    """Pieces of the results of a study.
 
     Args:
         folder: study folder, or None to keep the pieces in memory.
@@ -54,10 +54,10 @@ class Pieces:
             write_json(file, about)
 
     def all(self, n_pieces: int, compute: Callable[[int], Piece], first: int = 0) -> Iterator[Piece]:
-        """Pieces from `first` on, in order: missing ones are computed, then all are read.
+        """Pieces `first` to `n_pieces - 1` in order: missing ones are computed, then all are read.
 
         Raises:
-            ArtefactError: a piece that was written is damaged.
+            ArtefactError: the file of a piece is damaged.
         """
         if self._folder is None:
             yield from map(compute, range(first, n_pieces))
@@ -72,7 +72,7 @@ class Pieces:
             yield self._read(number)
 
     def missing(self, n_pieces: int) -> list[int]:
-        """Numbers of the pieces that this process is still to compute."""
+        """Indices of the pieces that this process has yet to compute."""
         own = range(self._rank, n_pieces, self._n_ranks)
         return [number for number in own if self._folder is None or not self._file(number).exists()]
 
@@ -85,5 +85,5 @@ class Pieces:
             return load_file(self._file(number))
         except (OSError, SafetensorError) as problem:
             raise ArtefactError(
-                f"The piece {self._file(number)} cannot be read: {problem}. Delete it and resume; it is made again."
+                f"The piece {self._file(number)} cannot be read: {problem}. Delete it and resume to compute it again."
             ) from problem

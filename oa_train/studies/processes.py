@@ -1,4 +1,4 @@
-"""The processes that torchrun has started for one study."""
+"""Processes that torchrun has started for a study."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ def launched_by_torchrun() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[int]:
-    """Rank of this process in the group of all, which exists for the length of the context; 0 without torchrun."""
+    """Rank of this process in a group of all processes that lives as long as the context; 0 without torchrun."""
     if not launched_by_torchrun():
         yield 0
         return
@@ -25,7 +25,7 @@ def process_group() -> Iterator[int]:
 
 
 def from_first(text: str) -> str:
-    """Text of the first process, broadcast to all."""
+    """The first process's text, broadcast to all."""
     texts = [text]
     if dist.is_initialized():
         dist.broadcast_object_list(texts)

@@ -1,4 +1,4 @@
-"""Control: random circuits of equal size, their constants trained like those of the run's circuit."""
+"""Control: random circuits of equal size, with constants trained in the same way as for the run's circuit."""
 
 import statistics
 from collections.abc import Mapping
@@ -26,11 +26,11 @@ def random_stages(n_circuits: int, fit: RefitSettings, n_prompts: int, task: Tas
 def beside_random_circuits(
     study: AblationStudy[Any], run: TrainedCircuit, n_circuits: int, fit: RefitSettings, n_prompts: int
 ) -> dict[str, Any]:
-    """KL divergence of a run's circuit and of random ones of its size, under constants trained alike from the means.
+    """KL divergence of a run's circuit and of random circuits of its size, all with constants trained from the means.
 
     Returns:
-        `size`, `kl` of each random circuit and `run_kl` in nats, and `percentile`, the percentage of random circuits
-        that do as well as the run's or better.
+        `size`, `kl` of each random circuit and `run_kl` in nats, `percentile`, the percentage of random circuits that
+        do at least as well as the run's, and the numbers of training `steps` and of prompts.
     """
     level, size = run.circuit.level, len(run.circuit)
     drawn = random_circuits(level, size, n_circuits, study.task.seed, run.selected)
@@ -53,7 +53,7 @@ def beside_random_circuits(
 
 
 def random_line(control: Mapping[str, Any], parts: str) -> str:
-    """Sentence about the comparison."""
+    """Sentence about the comparison with random circuits."""
     kl, run_kl = control["kl"], control["run_kl"]
     as_good = sum(value <= run_kl for value in kl)
     verdict = "none of them is as good" if not as_good else f"{as_good} of them are as good or better"

@@ -1,4 +1,4 @@
-"""Rankings of parts: keep-probabilities of a circuit, random orders, a finished scan, a CSV file."""
+"""Rankings of parts: by keep-probabilities of a circuit, at random, by a finished scan or by a CSV file."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ from oa_train.studies.study import RESULTS_FILE
 SCORES, ATTRIBUTION, RANDOM = "scores", "attribution", "random"
 BUILT_IN = (SCORES, ATTRIBUTION, RANDOM)
 
-# Names that a message lists.
+# Maximum number of names that a message lists.
 MOST_NAMED = 5
 
 
@@ -31,9 +31,9 @@ class Ranking:
     """Parts in an order of importance.
 
     Attributes:
-        name: in tables and figures.
-        scores: the larger, the more important.
-        draw: number of a random order, counted from 1; None for others.
+        name: name in tables and figures.
+        scores: score of each part; the larger, the more important.
+        draw: number of a random order, counted from 1; None for other rankings.
     """
 
     name: str
@@ -42,19 +42,19 @@ class Ranking:
 
     @property
     def ascending(self) -> Int[Tensor, " part"]:
-        """Numbers of the parts, the least important first; ties in descending order, as in `Level.largest`."""
+        """Indices of the parts, least important first; ties by descending index, as in `Level.largest`."""
         return self.scores.argsort(descending=True, stable=True).flip(0)
 
     def names(self, parts: Sequence[str]) -> list[str]:
-        """Names of the parts, the least important first."""
+        """Names of the parts, least important first."""
         return [parts[number] for number in self.ascending.tolist()]
 
 
 def check_names(rankings: Sequence[str]) -> None:
-    """Refuse rankings that are neither built in nor a path, duplicates, and an empty list.
+    """Validate names of rankings.
 
     Raises:
-        ConfigurationError: there is such a ranking, or none at all.
+        ConfigurationError: the list is empty, or a ranking is named twice or is neither built in nor a path.
     """
     if not rankings:
         raise ConfigurationError(f"rankings is empty; name at least one of {', '.join(BUILT_IN)}, or a path.")
@@ -63,14 +63,14 @@ def check_names(rankings: Sequence[str]) -> None:
     for name in rankings:
         if name not in BUILT_IN and not Path(name).expanduser().exists():
             raise ConfigurationError(
-                f"rankings names {name!r}, which is no file or folder either. {nearest_names(name, BUILT_IN)} A path "
+                f"rankings names {name!r}, which is not a path either. {nearest_names(name, BUILT_IN)} A path "
                 "leads to the folder of a finished scan (studies/scan_0 of its run), or to a CSV file with the "
                 "columns component and score."
             )
 
 
 def keep_probabilities(trained: TrainedCircuit | None, level: Level, parts: Sequence[str]) -> Ranking:
-    """Keep-probabilities of a run's circuit.
+    """Ranking by the keep-probabilities of a run's circuit.
 
     Raises:
         ConfigurationError: there is no circuit, or it was not trained.
@@ -88,7 +88,7 @@ def keep_probabilities(trained: TrainedCircuit | None, level: Level, parts: Sequ
 
 
 def told_apart(rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
-    """The rankings; those with equal names are renamed to their keys."""
+    """The rankings; those with the same name are renamed to their keys."""
     names = [ranking.name for ranking in rankings.values()]
     return {
         key: ranking if names.count(ranking.name) == 1 else replace(ranking, name=key)
@@ -97,7 +97,7 @@ def told_apart(rankings: Mapping[str, Ranking]) -> dict[str, Ranking]:
 
 
 def random_order(n_parts: int, seed: int, draw: int) -> Ranking:
-    """A random order, determined by the seed and the number of the draw."""
+    """A random order, determined by the seed and the draw."""
     order = torch.randperm(n_parts, generator=torch_generator(seed, "random ranking", draw))
     return Ranking(RANDOM, order.double(), draw)
 
@@ -105,17 +105,17 @@ def random_order(n_parts: int, seed: int, draw: int) -> Ranking:
 def ranking_of_path(
     text: str, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationKind | None
 ) -> Ranking:
-    """The ranking of a finished scan by its KL divergences, or that of a CSV file.
+    """The ranking by a finished scan's KL divergences, or by the scores in a CSV file.
 
     Args:
         text: path of a scan's study folder, or of a CSV file with the columns `component` (or `edge`) and `score`.
         level: level of the parts.
-        parts: names of the parts that are ranked.
+        parts: names of the parts to rank.
         fingerprint: fingerprint of the model, which a scan must match.
-        ablation: kind of ablation in the scan; by default `optimal`, or the first it has.
+        ablation: kind of ablation in the scan; by default `optimal`, or the first one it has.
 
     Raises:
-        ArtefactError: it is neither, is damaged, is of another model, or ranks other parts.
+        ArtefactError: the path is neither, or the ranking is damaged, belongs to another model, or ranks other parts.
     """
     path = Path(text).expanduser()
     if path.is_dir() or path.name == RESULTS_FILE:
@@ -140,8 +140,8 @@ def effects_of_scan(
     model: Mapping[str, Any] = results.get("model") or {}
     if model.get("fingerprint") != fingerprint:
         raise ArtefactError(
-            f"The ranking {folder} is of the model {model.get('name')} ({str(model.get('fingerprint'))[:12]}), and "
-            f"this one is another ({fingerprint[:12]}). Scan this model."
+            f"The ranking {folder} was made with the model {model.get('name')} "
+            f"({str(model.get('fingerprint'))[:12]}), not with this one ({fingerprint[:12]}). Scan this model."
         )
     try:
         by_kind: dict[str, dict[str, float]] = {}
@@ -184,17 +184,17 @@ def _scores_of_csv(path: Path, level: Level, parts: Sequence[str]) -> Tensor:
 
 
 def _of_parts(whose: str, scores: Mapping[str, float], level: Level, parts: Sequence[str]) -> Tensor:
-    """Scores of the parts, in their order; scores of other parts of the level are ignored."""
+    """Scores of the parts in their order; scores of the level's other parts are ignored."""
     known = set(level.names)
     unknown, missing = [name for name in scores if name not in known], [name for name in parts if name not in scores]
     if unknown:
         raise ArtefactError(
-            f"{whose} ranks {listed(unknown, MOST_NAMED)}, which this selection does not have: it is of "
+            f"{whose} ranks {listed(unknown, MOST_NAMED)}, which this selection does not have: it belongs to "
             f"another model or selection. {nearest_names(unknown[0], level.names)}"
         )
     if missing:
         raise ArtefactError(
-            f"{whose} has no score of {listed(missing, MOST_NAMED)}, of the {len(parts)} {level.parts} that are "
-            "selected. Select what it ranks (components), or rank the rest too."
+            f"{whose} has no score for {listed(missing, MOST_NAMED)}, of the {len(parts)} selected {level.parts}. "
+            "Select only what it ranks (components), or rank the rest too."
         )
     return torch.tensor([scores[name] for name in parts], dtype=torch.float64)

@@ -1,14 +1,14 @@
 """The studies that have a command of their own. To add one, write its file and enter it here."""
 
-# By command: the class, imported when it is used, and its line in the overview.
+# The class of each command, imported when it is used, and its line in the overview of commands.
 STUDIES: dict[str, tuple[str, str]] = {
     "compare": ("oa_train.studies.compare.Compare", "learned ablation against all others, for one run or several"),
     "scan": ("oa_train.studies.scan.Scan", "every part ablated alone, under every ablation: which matter?"),
-    "curve": ("oa_train.studies.curve.Curve", "more and more ablated together, by importance: where does it break?"),
+    "curve": ("oa_train.studies.curve.Curve", "units ablated in order of importance: where does behaviour break?"),
     "interact": ("oa_train.studies.interact.Interact", "units ablated together: which back each other up?"),
     "sufficient": (
         "oa_train.studies.sufficient.Sufficient",
-        "which few parts are enough? greedy, to a stated recovery",
+        "which few units are enough? greedy search to a stated recovery",
     ),
     "trace": ("oa_train.studies.trace.Trace", "where is a fact recalled? clean values restored, subject corrupted"),
     "compare_lenses": (
@@ -23,6 +23,6 @@ STUDIES: dict[str, tuple[str, str]] = {
     "minimal": ("oa_train.studies.minimal.Minimal", "is a circuit minimal, and is it complete?"),
     "robustness": (
         "oa_train.studies.robustness.Robustness",
-        "is what lies outside a circuit irrelevant in any combination?",
+        "are the parts outside a circuit irrelevant in every combination?",
     ),
 }

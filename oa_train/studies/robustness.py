@@ -1,4 +1,4 @@
-"""Robustness of a circuit: are the parts outside irrelevant in every combination, not only when all are ablated?"""
+"""Robustness of a circuit: are the parts outside it irrelevant in every combination, or only if all are ablated?"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, wor
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
 
-# Parts of the worst mask that are listed.
+# Maximum number of parts of the worst mask that are listed.
 MOST_LISTED_PARTS = 10
 
 
@@ -40,14 +40,14 @@ class RobustnessSettings:
     """Settings of `robustness`.
 
     Attributes:
-        ablations: kinds of ablation of the parts outside; by default the circuit's own.
-        n_subsets: random subsets of the parts outside that are kept, for each density; 0 for none.
-        densities: probabilities with which each part outside is kept.
-        ascent: the search for the worst mask.
-        loss: loss that the worst mask makes large.
-        tolerance: negligible rise in KL divergence, in nats: the parts outside are irrelevant if the whole 95 %
-            interval of the worst mask's rise is at or below it.
-        fit: training of constants for a learned ablation that the circuit has no constants of.
+        ablations: kinds of ablation of the outside parts; by default the circuit's own.
+        n_subsets: number of random subsets of the outside parts to keep, for each density; 0 for none.
+        densities: probabilities with which each outside part is kept.
+        ascent: settings of the search for the worst mask.
+        loss: loss that the worst mask maximises.
+        tolerance: increase in KL divergence, in nats, that counts as negligible: the outside parts are irrelevant if
+            the whole 95 % interval of the worst mask's increase is at or below it.
+        fit: training of constants for a learned ablation for which the circuit has none.
     """
 
     ablations: list[AblationKind] | None = None
@@ -72,13 +72,13 @@ class RobustnessSettings:
 class Robustness(AblationStudy[RobustnessSettings]):
     """Keeps the parts outside a circuit in many combinations: does the circuit do as well in all of them?
 
-    A circuit is usually evaluated with everything outside ablated. Here random subsets of the outside are kept, and
-    the worst mask is searched for: values in [0, 1] for the parts outside, the same for all prompts, by projected
-    gradient ascent on validation prompts. All masks are evaluated on the test prompts. The circuit itself is always
+    A circuit is usually evaluated with everything outside it ablated. Here random subsets of the outside parts are
+    kept, and projected gradient ascent on validation prompts searches for the worst mask: values in [0, 1] for the
+    outside parts, the same for all prompts. All masks are evaluated on the test prompts. The circuit itself is always
     kept, and so are parts that its training could not ablate.
 
     Rows: one for each ablation and mask (`all off`, `random subset` with its `density` and `draw`, `worst vertex`,
-    whose values are 0 or 1, and `worst`), with the measures and their paired differences to all off
+    whose values are 0 or 1, and `worst`), with the measures and their paired differences from `all off`
     (`x_minus_all_off`).
 
     Raises:
@@ -91,7 +91,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
     asks_of = "one"
 
     def check(self) -> None:
-        """Refuse a circuit with nothing outside."""
+        """Reject a circuit with nothing outside it."""
         super().check()
         self.trained = self.circuits[0]
         self.level, self.mask = self.trained.circuit.level, self.trained.circuit.mask
@@ -110,11 +110,11 @@ class Robustness(AblationStudy[RobustnessSettings]):
             )
 
     def _has_constants(self, kind: AblationKind) -> bool:
-        """True if the circuit has constants of this ablation."""
+        """True if the circuit has constants for this ablation."""
         return kind == self.trained.ablation and self.trained.constants is not None
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then of each ablation constants, the ascent and the test prompts."""
+        """The clean model and the statistics; then, for each ablation, constants, the ascent and the test prompts."""
         settings, task = self.settings, self.task
         lacking = [kind for kind in self.kinds if not self._has_constants(kind)]
         stages = [Stage("the clean model", task.n_test), *statistics_stages(lacking, task)]
@@ -168,7 +168,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         return KINDS[kind].prepare(self.source)
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
-        """Masks with random subsets of the outside kept, by density and draw; the same for every ablation."""
+        """Masks that keep random subsets of the outside parts, by density and draw; the same for every ablation."""
         masks = {}
         for density in self.settings.densities:
             for draw in range(1, self.settings.n_subsets + 1):
@@ -219,7 +219,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
             yield self._kept(searches[kind])
 
     def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
-        """Verdict on the parts outside, by the mask that hurts most on the test prompts."""
+        """Verdict on the outside parts, based on the mask that is worst on the test prompts."""
         is_found = hardest["kl"].mean <= worst["kl"].mean
         gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
         low, high = gap.ci95
@@ -259,7 +259,7 @@ def _metrics(kind: AblationKind, rows: Sequence[Row]) -> dict[str, Estimate]:
 
 
 def _random_kl(rows: Sequence[Row]) -> dict[float, list[float]]:
-    """Divergences of the random subsets at each density, in nats."""
+    """KL divergences of the random subsets at each density, in nats."""
     by_density: dict[float, list[float]] = {}
     for row in rows:
         if row["mask"] == RANDOM:
@@ -268,7 +268,7 @@ def _random_kl(rows: Sequence[Row]) -> dict[float, list[float]]:
 
 
 def _spread(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Lowest, median and highest of these divergences."""
+    """Lowest, median and highest KL divergence of the random subsets at each density, in nats."""
     names = ("lowest", "median", "highest")
     return [
         {"density": density, "n": len(kl)} | dict(zip(names, np.quantile(kl, [0, 0.5, 1]).tolist(), strict=True))

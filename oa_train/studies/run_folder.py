@@ -1,11 +1,11 @@
-"""Run folders: their creation and content, and the commands that resume runs.
+"""Run folders: their creation, their contents, and the commands that resume runs.
 
 <root>/<experiment>/version_<N>/
     config.yaml  run.log  checkpoints/{best,last}.ckpt
-    circuit/ constants/             of one circuit
-    front/<N>/{circuit,constants}/  of several
-    lens/ or tracing/               of lenses, or of the constants of causal tracing
-    studies/<name>_<K>/             circuit/ constants/ as well, where a study found a circuit
+    circuit/ constants/             for a single circuit
+    front/<N>/{circuit,constants}/  for several circuits
+    lens/ or tracing/               for lenses, or for constants of causal tracing
+    studies/<name>_<K>/             with circuit/ and constants/ if the study found a circuit
 """
 
 import os
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from oa_train.models.spec import LMSpec
 
 CONFIG_FILE = "config.yaml"
-# Inside the folder of a study: what a resumable one has done.
+# Inside the folder of a resumable study: what has been computed so far.
 PIECES = "pieces"
 FRONT = "front"
 STUDIES = "studies"
@@ -43,25 +43,25 @@ _SCHEME = re.compile(r"[a-zA-Z][\w+.-]+://")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study wrote one."""
+    """Folder of a run, or of one of its circuits: `RUN/front/N`, or `RUN/studies/<name>_<K>` if a study found one."""
 
     path: Path
 
     @classmethod
     def create(cls, root: Path, experiment: str) -> "RunFolder":
-        """Claim the next version of an experiment, a folder in the root; no two processes get the same one.
+        """Create the folder of an experiment's next version in `root`; no two processes get the same one.
 
         Raises:
-            RunError: the folder cannot be made.
+            RunError: the folder cannot be created.
         """
         return cls(make_next_folder(root / experiment, VERSION))
 
     @classmethod
     def find(cls, text: str, *, whole: bool = False) -> "RunFolder":
-        """The folder that a user named, of a run or, unless only a `whole` run will do, of one of its circuits.
+        """The run folder, or unless it has to be `whole` that of one of its circuits, at a path that a user gave.
 
         Raises:
-            ArtefactError: it is not a run; runs nearby are listed.
+            ArtefactError: there is no run at the path; the message lists runs nearby.
         """
         folder = cls(Path(text).expanduser())
         if folder.path.is_dir() and folder.config_path.is_file() and (folder.run == folder.path or not whole):
@@ -70,53 +70,54 @@ class RunFolder:
 
     @property
     def run(self) -> Path:
-        """The run: RUN of RUN/front/N or RUN/studies/<name>_<K>, else the folder itself."""
+        """Folder of the run: RUN for RUN/front/N or RUN/studies/<name>_<K>, otherwise the folder itself."""
         of_a_study = self.path.parent.name == STUDIES and (self.path / "circuit").is_dir()
         is_part = (self.path.parent.name == FRONT or of_a_study) and not (self.path / CONFIG_FILE).exists()
         return RunFolder(self.path.parent.parent).run if is_part else self.path
 
     @property
     def is_of_a_study(self) -> bool:
-        """True if a study made the run folder, which has no circuit."""
+        """True if the run folder was created by a study rather than by training; it then has no circuit."""
         return not (self.path / "circuit").exists() and "model" not in self.config()
 
     @property
     def config_path(self) -> Path:
-        """Configuration of the run."""
+        """Path of the run's configuration."""
         return self.run / CONFIG_FILE
 
     @property
     def version(self) -> int:
-        """Number of the version; 0 for a folder of another name."""
+        """Number of the version; 0 for a folder with another name."""
         number = self.path.name.removeprefix(f"{VERSION}_")
         return int(number) if number.isdecimal() else 0
 
     def checkpoint(self, name: str) -> Path:
-        """Path of `best` or `last`."""
+        """Path of the checkpoint `best` or `last`."""
         return self.run / "checkpoints" / f"{name}.ckpt"
 
     def config(self) -> dict[str, Any]:
         """Configuration of the run.
 
         Raises:
-            ConfigurationError: it cannot be read, or names another file.
+            ConfigurationError: it cannot be read, or refers to another configuration file.
         """
         content = read_config(self.config_path)
         if "config" in content:
             raise ConfigurationError(
-                f"{self.config_path} names another configuration file, as no run folder of `oa-train fit` does."
+                f"{self.config_path} refers to another configuration file, which no run folder of `oa-train fit` does."
             )
         return content
 
     def lm(self, name: str | None = None) -> "LMSpec":
-        """The model of the run, without leave to run code of its own.
+        """The model of the run, which is not allowed to run code of its own (`trust_remote_code` is dropped).
 
         Args:
             name: where the model is now, if it has moved; a copy of the same weights will do. Without it, a folder
-                that is gone is looked for by the fingerprint of its weights (see `models.moved`), which is warned of.
+                that no longer exists is searched for by the fingerprint of its weights (see `models.moved`), with a
+                warning.
 
         Raises:
-            ArtefactError: it is not where it was, and was not found; the message says where it was looked for.
+            ArtefactError: the model has moved and was not found; the message lists the folders that were searched.
         """
         from oa_train.models.spec import LMSpec
         from oa_train.studies.run_model import located
@@ -128,7 +129,7 @@ class RunFolder:
         return located(self, spec) if is_gone(spec.name) else spec
 
     def save_config(self, config: dict[str, Any]) -> None:
-        """Write the configuration."""
+        """Write the run's configuration."""
         replace_file(self.path / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
 
     def circuits(self) -> "list[RunFolder]":
@@ -142,9 +143,9 @@ class RunFolder:
         """The circuit of the run.
 
         Raises:
-            ArtefactError: there is none; the message says why.
+            ArtefactError: the run has no circuit, or several; the message says why and what to do.
         """
-        from oa_train.ablations.trained import TrainedCircuit  # torch, which help and refusals do without
+        from oa_train.ablations.trained import TrainedCircuit  # imports torch, which help and early errors do not need
 
         try:
             return TrainedCircuit.load(self.path)
@@ -154,7 +155,7 @@ class RunFolder:
     def _why_no_circuit(self, problem: ArtefactError) -> str:
         if not (self.path / "circuit").exists() and (self.path / "constants").is_dir():
             return (
-                f"{self.path} holds constants of components that were ablated alone, and no circuit.\nGive runs that "
+                f"{self.path} holds constants of components that were ablated alone, but no circuit.\nGive runs that "
                 "trained a circuit, or constants for one (`circuit` or `keep` of ConstantsModule)."
             )
         for folder, content, command in (
@@ -162,12 +163,12 @@ class RunFolder:
             ("tracing", "constants of causal tracing", "trace"),
         ):
             if (self.path / folder).is_dir():
-                return f"{self.path} holds {content}, and no circuit: oa-train {command} --run {self.path}"
+                return f"{self.path} holds {content}, but no circuit: oa-train {command} --run {self.path}"
         if len(circuits := self.circuits()) > 1:
             choices = f"{self.path / FRONT}/N, N being {', '.join(part.path.name for part in circuits)}"
             return f"{self.path} holds several circuits. Give one of them: {choices}."
         return (
-            f"{problem}\nThe run was not finished, or was damaged since. This finishes it, in a new version:\n"
+            f"{problem}\nThe run was not finished, or has been damaged since. This finishes it, in a new version:\n"
             f"  {self.resume_command(self.last_state())}"
         )
 
@@ -176,11 +177,11 @@ class RunFolder:
         return next((path for path in map(self.checkpoint, ("last", "best")) if path.is_file()), None)
 
     def resume_command(self, checkpoint: Path | None = None) -> str:
-        """The command that resumes the run at a checkpoint, `last.ckpt` by default, or finishes it; for a shell."""
+        """The shell command that finishes the run, or resumes it from a checkpoint, by default `last.ckpt`."""
         return f"{self.start_command()} --ckpt_path {shlex.quote(str(checkpoint or self.checkpoint('last')))}"
 
     def start_command(self) -> str:
-        """The command that runs the configuration again from its beginning."""
+        """The command that runs the configuration again from the beginning."""
         return f"oa-train fit --config {shlex.quote(str(self.config_path))}"
 
     def how_to_resume(self, resumed_from: Path | None = None) -> list[str]:
@@ -192,7 +193,7 @@ class RunFolder:
             sentence = f"No further state had been written. This resumes from {resumed_from} once more:"
             return [sentence, f"  {self.resume_command(resumed_from)}"]
         if kept is not None and "StochasticWeightAveraging" in self.config_path.read_text(encoding="utf-8"):
-            exactness = "but not exactly as it would have: the averages of StochasticWeightAveraging begin anew:"
+            exactness = "but not exactly: the averages of StochasticWeightAveraging start again:"
             return [
                 f"This resumes from {kept}, in a new version of the run, {exactness}",
                 f"  {self.resume_command(kept)}",
@@ -204,7 +205,7 @@ class RunFolder:
 
 
 def is_gone(name: str) -> bool:
-    """True if the name of a model is the path of one that does not exist."""
+    """True if the name of a model is an absolute path that does not exist."""
     path = Path(name).expanduser()
     return path.is_absolute() and not path.exists()
 
@@ -215,11 +216,11 @@ def circuit_folders(run: Path, n_circuits: int) -> list[Path]:
 
 
 def output_root(option: str, text: str) -> Path:
-    """Resolve the folder that is to hold runs, and check that folders can be made in it.
+    """Resolve the folder that is to hold runs, and check that folders can be created in it.
 
     Args:
-        option: its name, for messages.
-        text: as the user gave it; `~` is the home directory.
+        option: name of the option, for messages.
+        text: path as the user gave it; `~` is the home directory.
 
     Raises:
         ConfigurationError: it is not a local folder, a broken link or a file is in the way, or its parent is not
@@ -232,10 +233,10 @@ def output_root(option: str, text: str) -> Path:
 
 
 def check_experiment(name: str) -> None:
-    """Check that the name of an experiment makes a folder inside the root.
+    """Check that the name of an experiment denotes a folder inside the root of all runs.
 
     Raises:
-        ConfigurationError: it is empty, absolute or leads out of the root.
+        ConfigurationError: the name is empty or absolute, or leads out of the root.
     """
     if ".." in Path(name).parts or Path(name).is_absolute() or not name:
         raise ConfigurationError(
@@ -244,7 +245,7 @@ def check_experiment(name: str) -> None:
 
 
 def check_writable(option: str, text: str, folder: Path) -> None:
-    """Check that a folder can be made, and folders in it; see `output_root`."""
+    """Check that a folder can be created, and folders inside it; see `output_root`."""
     absolute = folder.absolute()
     above = next(parent for parent in (absolute, *absolute.parents) if os.path.lexists(parent))
     if above.is_symlink() and not above.exists():
@@ -261,11 +262,11 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML configuration.
 
     Raises:
-        ConfigurationError: the file is missing, or is no YAML mapping.
+        ConfigurationError: the file is missing, or is not a YAML mapping.
     """
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _UniqueKeys)  # noqa: S506 (it makes nothing but plain values)
+            content = yaml.load(file, _UniqueKeys)  # noqa: S506 (it constructs only plain values)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         how = "cannot be read" if isinstance(problem, OSError) else "cannot be read as YAML"
         raise ConfigurationError(f"The configuration {path} {how}: {' '.join(str(problem).split())}") from problem
@@ -279,13 +280,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses duplicate keys of a mapping; YAML itself would silently take the last."""
+    """YAML loader that rejects duplicate keys of a mapping; PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         names = [key.value for key, _ in node.value]
         for key, _ in node.value:
             if names.count(key.value) > 1 and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands here twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} occurs twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -295,7 +296,7 @@ def _not_a_run(text: str, folder: Path) -> str:
     above: Sequence[Path] = [part.parent for part in (folder, folder.parent) if part.name == FRONT]
     if folder.is_dir() and any((run / CONFIG_FILE).is_file() for run in above):
         return (
-            f"--run is {text!r}, of a run that has trained several circuits side by side. `test` and `validate` take "
+            f"--run is {text!r}, in a run that has trained several circuits side by side. `test` and `validate` take "
             "the run itself and report all of them, and so does `compare`; other studies take one, <run>/front/<N>."
         )
     state = f"has no {CONFIG_FILE}" if folder.is_dir() else "does not exist"

@@ -1,4 +1,4 @@
-"""The runs under a folder with their main results, read from their files without torch."""
+"""List of the runs under a folder with their main results, read from files without importing torch."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,13 +12,13 @@ from oa_train.studies.run_folder import CONFIG_FILE, FRONT, RunFolder, read_conf
 
 
 def list_runs(root: Path) -> list[dict[str, str]]:
-    """A row for each run in a folder, or below it, the latest last; one for each circuit of a run that has several."""
+    """A row for each run in or below a folder, the latest last; a run with several circuits has a row for each."""
     configs = sorted(root.rglob(CONFIG_FILE), key=lambda path: path.stat().st_mtime)
     return [row for path in configs for row in _rows(RunFolder(path.parent), root)]
 
 
 def fit_results(run: RunFolder) -> dict[str, Any] | None:
-    """The latest results of the end of a training."""
+    """Latest results of the end of a training run; None if there are none."""
     paths = sorted(run.path.glob("studies/fit_*/results.json"), key=lambda path: path.stat().st_mtime)
     with suppress(OSError, ValueError):
         results = json.loads(paths[-1].read_text(encoding="utf-8")) if paths else None
@@ -27,10 +27,10 @@ def fit_results(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _rows(run: RunFolder, root: Path) -> Iterator[dict[str, str]]:
-    """A row for each circuit of a run, or for the run if it has no circuits."""
+    """A row for each circuit of a run with several, otherwise one for the run."""
     try:
         config = read_config(run.config_path)
-    except ConfigurationError:  # a configuration of something else
+    except ConfigurationError:  # not the configuration of a run
         return
     results, lm, data = fit_results(run), config.get("lm"), config.get("data")
     begun = datetime.fromtimestamp(run.config_path.stat().st_mtime).astimezone()
@@ -57,7 +57,7 @@ def _rows(run: RunFolder, root: Path) -> Iterator[dict[str, str]]:
 
 
 def _figures(counts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Size, and metrics as means and half the widths of their intervals."""
+    """Size, KL divergence as mean and half-width of its interval, accuracy as mean and ends of its interval."""
     part = "edges" if "edges_total" in counts else "nodes"
     size = f"{counts[part]:,} of {counts[f'{part}_total']:,} {part}" if f"{part}_total" in counts else ""
     texts = {

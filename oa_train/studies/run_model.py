@@ -1,4 +1,4 @@
-"""The model of a run, wherever its folder is now."""
+"""Finding the model of a run whose folder has moved."""
 
 import warnings
 from contextlib import suppress
@@ -20,20 +20,20 @@ _IDENTIFYING = (
 
 
 def located(run: RunFolder, spec: LMSpec) -> LMSpec:
-    """The specification of a run's model whose path is gone, with the folder that holds its weights now.
+    """The specification of a run's model whose path no longer exists, with the folder that now holds its weights.
 
-    It is looked for by the fingerprint of the weights (see `models.moved`), and named in a warning.
+    The folder is found by the fingerprint of the weights (see `models.moved`), and a warning names it.
 
     Raises:
-        ArtefactError: it was not found; the message says where it was looked for.
+        ArtefactError: the model was not found; the message lists the folders that were searched.
     """
     identity = _identity(run)
     moved = None if identity is None else find_moved(spec, identity, run.run)
     if moved is None:
-        result = "The run holds no results yet that tell its weights, so it was not looked for."
+        result = "The run has no results yet that identify its weights, so it was not searched for."
         if identity is not None:
             looked = ", ".join(map(str, places(run.run)))
-            result = f"It was looked for by the fingerprint of its weights, up to two folders deep in {looked}."
+            result = f"It was searched for by the fingerprint of its weights, up to two folders deep in {looked}."
         raise ArtefactError(
             f"{run.path} is of the model {spec.name}, which is not there. {result}\nSay where it is now, or where a "
             "copy is: --lm.name FOLDER (from Python `run.lm(FOLDER)`)."

@@ -33,14 +33,15 @@ class ScanSettings:
 
     Attributes:
         sites: kinds of site whose units are scanned: `heads`, `mlp`, `attention`, `neurons`, `residual`, `embedding`,
-            `tokens`, `features`.
+            `tokens` or `features`.
         components: shell patterns of the units that are scanned (`a*.h*`, `!m0`), also at a span (`m*@S2`).
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
         ablations: kinds of ablation; by default all for which the task has prompts.
-        positions: positions that constants tell apart: 1 pools them, `every` is as many as the prompts have.
+        positions: number of positions with their own constants: 1 pools all positions, `every` is as many as the
+            prompts have.
         fit: training of the constants of optimal ablation.
-        parts_at_once: units whose constants are trained together; bounds memory, changes no result. Each such piece
-            is written when it is done.
+        parts_at_once: number of units whose constants are trained together; limits memory without changing results.
+            Each such piece is written when it is done.
         threshold: nats; a unit is critical if its KL divergence is significantly larger.
         false_discovery_rate: expected share of false positives among the critical units.
     """
@@ -66,14 +67,14 @@ class ScanSettings:
 class Scan(UnitStudy[ScanSettings]):
     """Ablates every unit of a selection alone, under every ablation: how much does each matter?
 
-    Rows: one for each unit and ablation, with all measures, their paired differences to optimal ablation
-    (`x_minus_optimal`) and to the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL divergence
-    exceeds the threshold in a one-sided t-test, with p-values adjusted for the false discovery rate.
+    Rows: one for each unit and ablation, with all measures, their paired differences from optimal ablation
+    (`x_minus_optimal`) and from the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL
+    divergence exceeds the threshold in a one-sided t-test, with p-values adjusted for the false discovery rate.
     `direct_attribution` is the unit's direct logit attribution in the clean run (see `engine.direct`), the same under
     every ablation; units that do not write to the residual stream have none.
 
-    Per-prompt values stay in the study's folder: `pieces/<N>.safetensors`, tensors `<ablation>.<measure>` of [unit,
-    prompt], units in the order of the rows.
+    Per-prompt values are kept in the study's folder, `pieces/<N>.safetensors`, as tensors `<ablation>.<measure>` of
+    shape [unit, prompt], with units in the order of the rows.
 
     Raises:
         ConfigurationError: a pattern matches nothing, or a kind of site does not exist in this model.
@@ -95,12 +96,12 @@ class Scan(UnitStudy[ScanSettings]):
         self.choose_kinds(settings.ablations)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then each piece under each ablation."""
+        """The clean model, direct attribution and the statistics; then each missing piece under each ablation."""
         stages = [Stage("the clean model", self.task.n_test), Stage("direct attribution", self.task.n_test)]
         return stages + self.piece_stages(len(self.units))
 
     def run(self) -> Findings:
-        """Measure every unit, and assemble the findings."""
+        """Measure every unit, and collect the findings."""
         clean = self.clean_behaviour()
         assert clean.identities is not None
         direct = self._direct(clean)
@@ -125,7 +126,7 @@ class Scan(UnitStudy[ScanSettings]):
         )
 
     def _direct(self, clean: Behaviour) -> dict[str, Estimate | None]:
-        """Direct logit attribution of each unit."""
+        """Direct logit attribution of each unit; None for units that do not write to the residual stream."""
         model, batches = self.model, counted(self.track, self.batches, "attributing the logit difference")
         terms = torch.cat([direct_attribution(model, batch.to(model.device), self.level).cpu() for batch in batches])
         by_unit = {name: terms[:, self.level.index(name)] for name in self.units}
@@ -157,7 +158,7 @@ class Scan(UnitStudy[ScanSettings]):
                 yield row | {"critical": bool(critical[index]), "adjusted_p": float(adjusted[index])}
 
     def _agreement(self, behaviours: Mapping[AblationKind, Behaviour]) -> list[dict[str, Any]]:
-        """Rank correlation and ratios of the KL divergences of all units, for each pair of ablations."""
+        """Rank correlation and ratios of all units' KL divergences, for each pair of ablations."""
         return [
             {
                 "first": first,

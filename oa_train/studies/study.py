@@ -1,4 +1,4 @@
-"""Studies: questions about a model, answered in rows, metrics and figures that are written in one format.
+"""Studies: questions about a model, answered by rows, metrics and figures in a common format.
 
     <run>/studies/<name>_<K>/results.json, tables/<table>.csv, figures/<figure>.png
 
@@ -37,7 +37,7 @@ from oa_train.tasks.task import Stream, Task
 
 RESULTS_FILE = "results.json"
 
-# Rows of a table of parts on the terminal; tables/*.csv has all of them.
+# Maximum number of rows of a table of parts on the terminal; tables/*.csv has all of them.
 MOST_LISTED = 30
 
 SCHEMA_VERSION = 1
@@ -51,7 +51,7 @@ class Study(ABC, Generic[S]):
     Args:
         model: frozen causal language model.
         task: source of prompts.
-        from_runs: what the study is about, as runs have trained it: of the class `FromRun`, circuits by default.
+        from_runs: results of runs that the study is about, instances of `FromRun`; trained circuits by default.
         settings: an instance of `Settings`; its defaults if omitted.
         track: progress.
 
@@ -61,11 +61,11 @@ class Study(ABC, Generic[S]):
     Attributes:
         name: the command's name and the prefix of study folders.
         Settings: dataclass of the options.
-        FromRun: class of what the study is about.
-        asks_of: how many of them the study needs: `none`, `one`, `several` (at least one), `optional` (one or none),
-            or `any` (any number).
-        resumable: True if it writes pieces to its folder (see `studies.pieces`) and can be resumed there.
-        folder: its folder, once claimed.
+        FromRun: class of `from_runs`.
+        asks_of: number of `from_runs` that the study needs: `none`, `one`, `several` (at least one), `optional` (one
+            or none), or `any` (any number).
+        resumable: True if the study writes pieces to its folder (see `studies.pieces`) and can be resumed from them.
+        folder: the study's folder, once created.
     """
 
     name: ClassVar[str]
@@ -91,10 +91,10 @@ class Study(ABC, Generic[S]):
         self.check()
 
     def check(self) -> None:
-        """Refuse unsuitable settings, or what was trained, before anything is computed.
+        """Reject unsuitable settings or `from_runs` before anything is computed.
 
         Raises:
-            ConfigurationError: there is not as much as the study needs, or two have the same name.
+            ConfigurationError: the number of `from_runs` is not what the study needs, or two have the same name.
         """
         names, noun = [trained.name for trained in self.from_runs], self.FromRun.noun
         fits, wanted = {
@@ -109,25 +109,25 @@ class Study(ABC, Generic[S]):
 
     @property
     def circuits(self) -> list[TrainedCircuit]:
-        """The circuits of a study of circuits."""
+        """The trained circuits, for a study of circuits."""
         return self.from_runs
 
     @abstractmethod
     def run(self) -> Findings:
-        """Answer the question. Nothing is written."""
+        """Compute the findings. Nothing is written."""
 
     def plan(self) -> Sequence[Stage]:
-        """Stages of the work, if known in advance: they are numbered, and the remaining time is estimated."""
+        """Stages of the work, if known in advance; used to number them and to estimate the remaining time."""
         return []
 
     def answer(self) -> Findings:
-        """Announce the work, and do it. Nothing is written."""
+        """Announce the work unless it is planned already, and do it. Nothing is written."""
         if not self.track.stages:
             self.announce(self.plan())
         return self.run()
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Print the cost of these stages, and number them from now on."""
+        """Print the cost of these stages, and number them in the progress output."""
         if stages:
             self.track = self.track.planned(stages)
             self.track.say(self._cost(stages))
@@ -149,11 +149,11 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def clean(self) -> CleanLogits:
-        """Logits of the model itself on the test prompts, computed once."""
+        """Logits of the clean model on the test prompts, computed once."""
         return CleanLogits(self.model)
 
     def clean_behaviour(self) -> Behaviour:
-        """Behaviour of the model itself on the test prompts."""
+        """Behaviour of the clean model on the test prompts."""
         return clean_behaviour(self.model, counted(self.track, self.batches, "running the clean model"), self.clean)
 
     def behaviour(
@@ -171,25 +171,25 @@ class Study(ABC, Generic[S]):
             )
 
     def run_in(self, run: str | Path) -> Findings:
-        """Claim `studies/<name>_<K>` in a run folder, answer the question, and write the findings there.
+        """Create `studies/<name>_<K>` in a run folder, compute the findings, and write them there.
 
         Raises:
-            RunError: the folder cannot be made, before anything is computed, or cannot be written to.
+            RunError: the folder cannot be created (raised before anything is computed) or written to.
         """
         folder = self.claim(run)
         with removed_if_empty(folder):
             return self.write(self.answer(), folder)
 
     def claim(self, run: str | Path) -> Path:
-        """Make the next free study folder of a run."""
+        """Create the next free study folder of a run."""
         self.folder = make_next_folder(Path(run) / "studies", self.name)
         return self.folder
 
     def resume(self, folder: str | Path) -> Path:
-        """Resume in the folder of an unfinished study of the same kind.
+        """Use the folder of an unfinished study of the same kind, whose pieces are then reused.
 
         Raises:
-            ArtefactError: it is not such a folder, or the study is finished.
+            ArtefactError: the folder is not that of such a study, or the study is finished.
         """
         folder = Path(folder)
         if not self.resumable or not (folder / PIECES).is_dir() or not folder.name.startswith(f"{self.name}_"):
@@ -197,15 +197,15 @@ class Study(ABC, Generic[S]):
                 f"{folder} is not the folder of an unfinished {self.name}, such as studies/{self.name}_0 of a run."
             )
         if (folder / RESULTS_FILE).exists():
-            raise ArtefactError(f"{folder} holds results already: this {self.name} was finished.")
+            raise ArtefactError(f"{folder} already holds results: this {self.name} is finished.")
         self.folder = folder
         return folder
 
     def write(self, findings: Findings, folder: Path) -> Findings:
-        """Write results, a trained circuit if there is one, table and figures, in this order.
+        """Write the results, a trained circuit if there is one, the table and the figures, in this order.
 
         Returns:
-            The findings, with their folder.
+            The findings, with their folder set.
 
         Raises:
             RunError: a file cannot be written.
@@ -255,14 +255,14 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def distinct_prompts(self) -> dict[Stream, int]:
-        """Distinct texts among the prompts of each stream that evaluations use."""
+        """Number of distinct texts among the prompts of each stream that evaluations use."""
         task = self.task
         sizes: dict[Stream, int] = {"means": task.n_means, "validation": task.n_validation, "test": task.n_test}
         return {stream: len({task.prompt(stream, n).text for n in range(size)}) for stream, size in sizes.items()}
 
     @property
     def prompts(self) -> str:
-        """The test prompts, for titles."""
+        """Description of the test prompts, for titles."""
         n_test, distinct = self.task.n_test, self.distinct_prompts["test"]
         repeated = "" if distinct == n_test else f", {distinct:,} of them distinct, which intervals count"
         return f"{n_test:,} held-out prompts{repeated}"
@@ -274,14 +274,14 @@ class Study(ABC, Generic[S]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the model's weights, of what was trained if known: weights of a sharded model cannot be read."""
+        """Digest of the model's weights, from `from_runs` if known: a sharded model's weights cannot be read."""
         known = (trained.fingerprint for trained in self.from_runs)
         return next(filter(None, known), None) or fingerprint(self.model)
 
 
 @contextmanager
 def removed_if_empty(folder: Path) -> Iterator[None]:
-    """Remove a study folder in which nothing was written when the work inside fails or is interrupted."""
+    """Remove a study folder that is still empty when the work inside the context fails or is interrupted."""
     try:
         yield
     except BaseException:
@@ -302,7 +302,7 @@ def estimates(behaviour: Behaviour, index: int = 0) -> dict[str, Estimate]:
 def differences(
     behaviour: Behaviour, other: Behaviour, index: int, other_index: int, name: str
 ) -> dict[str, Estimate]:
-    """Paired differences of all measures of two circuits on the same prompts, called `<measure>_minus_<name>`."""
+    """Paired differences of two circuits in all measures on the same prompts, by `<measure>_minus_<name>`."""
     return {
         f"{measure}_minus_{name}": paired_difference(
             getattr(behaviour, measure)[index], getattr(other, measure)[other_index], behaviour.identities
@@ -312,11 +312,11 @@ def differences(
 
 
 def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
-    """Passes over the `means` prompts from which ablations of these kinds are made."""
+    """Stages that gather the statistics of the `means` prompts for ablations of these kinds."""
     needed = {statistic for kind in kinds for statistic in KINDS[kind].statistics}
     return [Stage(description, task.n_means) for name, description in STATISTICS.items() if name in needed]
 
 
 def spoken(name: str) -> str:
-    """Name of an ablation or measure in titles and tables."""
+    """Name of an ablation or measure as written in titles and tables."""
     return name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""Sufficient sets: a few units that alone reach a stated recovery of the model's behaviour."""
+"""Sufficient sets: few units that by themselves reach a stated recovery of the model's behaviour."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -38,18 +38,19 @@ from oa_train.studies.sufficient_settings import SufficientSettings as Sufficien
 
 
 class Sufficient(AblationStudy[SufficientSettings]):
-    """Finds a small set of units that alone reach a stated recovery of the model's behaviour.
+    """Finds a small set of units that by itself reaches a stated recovery of the model's behaviour.
 
     Units are restored until the set is sufficient on the validation prompts, then removed while it stays sufficient.
-    The path is evaluated on the test prompts. Under `optimal` the search uses fixed constants, the means or the run's;
-    then constants are trained for the final set.
+    Steps of the search are then evaluated on the test prompts. Under `optimal` the search uses fixed constants, those
+    of the run or the means; afterwards constants are trained for the final set.
 
     Rows: one for each step of the search, with the units that it moved, the recovery on the validation prompts and, if
-    evaluated, the recovery and all measures on the test prompts (`trained_x` with constants trained for the set).
+    the step was evaluated, the recovery and all measures on the test prompts (`trained_x` with constants trained for
+    the set).
 
     Raises:
-        ConfigurationError: nothing is selected, the run's circuit is of edges or of other sites, or ablating the
-            selection leaves the measure as it is.
+        ConfigurationError: nothing is selected, the run's circuit is an edge circuit or has other sites, or ablating
+            the whole selection does not worsen the measure.
         TaskError: the task has no prompts for the ablation.
     """
 
@@ -83,31 +84,31 @@ class Sufficient(AblationStudy[SufficientSettings]):
             raise ConfigurationError(
                 f"{self.start.name} is a circuit of {level.parts}, and sufficient moves single units: almost no "
                 "edge does anything without others on its path, so a greedy search cannot start. "
-                "minimal tests each edge of a circuit; fit with --model.level edges finds circuits of edges."
+                "minimal tests each edge of a circuit; fit with --model.level edges finds edge circuits."
             )
         kinds, _ = level.entry_kinds
         if settings.sites != [*DEFAULT_SITES] and set(settings.sites) != set(kinds):
             raise ConfigurationError(
-                f"sites is {settings.sites}, but the circuit of {self.start.name} is of {', '.join(kinds)}. "
+                f"sites is {settings.sites}, but the circuit of {self.start.name} has {', '.join(kinds)}. "
                 "Leave sites out, or leave --run out and name the model with --lm.name."
             )
         return level
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
+        """Number of positions with their own constants."""
         return self.settings.positions or super().positions
 
     @cached_property
     def ablation(self) -> Ablation:
-        """Ablation of the search; for a learned one, fixed constants."""
+        """Ablation used by the search; fixed constants for a learned ablation."""
         return self.kind.prepare(self.source) if self._own is None else self._own
 
     def _own_constants(self) -> Constants | None:
         """The run's constants, if it was trained under this ablation.
 
         Raises:
-            ConfigurationError: they tell more positions apart than `positions`.
+            ConfigurationError: they distinguish more positions than `positions`.
         """
         if self.start is None or self.start.constants is None or self.start.ablation != self.kind.name:
             return None
@@ -118,7 +119,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
         return min(self.settings.search_prompts, self.task.n_validation)
 
     def plan(self) -> list[Stage]:
-        """The clean model and statistics; then the longest search, its curve and the constants."""
+        """The statistics and the clean model; then a search that moves every unit, its curve and the constants."""
         settings, task = self.settings, self.task
         kinds = [self.kind.name] if self.kind.learned or self._own is None else []
         stages = [*statistics_stages(kinds, task), Stage("the clean model", self._n_search)]
@@ -133,7 +134,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
 
     @property
     def _n_movable(self) -> int:
-        """Number of units that the search may move from its start."""
+        """Number of units that the search may move in its first direction."""
         return int((self._first & self.free if self.settings.direction == "remove" else self.free).sum())
 
     @property
@@ -142,14 +143,14 @@ class Sufficient(AblationStudy[SufficientSettings]):
 
     @property
     def _most_circuits(self) -> int:
-        """Circuits of a search that moves every unit, in rounds that succeed with their first candidates."""
+        """Number of circuits evaluated if the search moves every unit and each round's first candidates succeed."""
         n_units, settings = self._n_movable, self.settings
         tried = min(settings.candidates, n_units) + settings.at_once.bit_length() - 1
         first = n_units if self._scores is None else tried
         return 2 + first + (self._most_steps - 1) * tried + 2 * settings.pairs
 
     def announce(self, stages: Sequence[Stage]) -> None:
-        """Say what the search costs if it moves every unit, and how it screens."""
+        """Announce the cost of a search that moves every unit, and how candidates are screened."""
         super().announce(stages)
         settings, n_units = self.settings, self._n_movable
         tried = min(settings.candidates, n_units)
@@ -172,7 +173,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
 
     def run(self) -> Findings:
         """Search on the validation prompts, and evaluate on the test prompts."""
-        _ = self.ablation  # statistics are gathered before all stages that use them
+        _ = self.ablation  # the statistics are gathered before the stages that use them
         if self.kind.learned:
             _ = self.source.mean
         steps, fit = self._search(), self.settings.fit
@@ -249,7 +250,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
         gap = of_nothing if name == "kl" else of_clean - of_nothing
         if not gap > TIE_BREAK:
             raise ConfigurationError(
-                f"The {spoken(name)} is {written(of_clean)} of the clean model and {written(of_nothing)} with all "
+                f"The {spoken(name)} is {written(of_clean)} for the clean model and {written(of_nothing)} with all "
                 f"{int(self.free.sum())} units under {spoken(self.kind.name)} ablation: there is nothing to recover. "
                 "Choose another measure, ablation or task."
             )
@@ -259,7 +260,7 @@ class Sufficient(AblationStudy[SufficientSettings]):
         return torch.stack([~self.free, *(steps[point].mask for point in points)])
 
     def _trained_set(self, last: Step, constants: Constants | None) -> TrainedCircuit:
-        """The set as a circuit, with its constants if the ablation has some."""
+        """The set as a circuit, with its constants if the ablation has any."""
         task, settings = self.task, self.settings
         searched_for = {
             "direction": settings.direction,

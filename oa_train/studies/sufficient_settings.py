@@ -1,4 +1,4 @@
-"""Settings of the search for a sufficient set."""
+"""Options of the study `sufficient`."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -27,16 +27,17 @@ class SufficientSettings:
         sites: kinds of site whose units are candidates; with a run, those of its circuit.
         components: shell patterns of the candidates; all other units are kept.
         dictionaries: sparse autoencoders, whose features are the units of the kind `features`.
-        positions: positions that constants tell apart; by default as many as the run's, or 1, which pools them.
-        candidates: units that a round of the search tries, those that did best when last tried; if none of them can
-            be moved, the next ones.
-        at_once: most units that a round moves.
-        pairs: most pairs, and swaps, that are tried when no single unit can be moved; 0 for none.
-        least_gain: gain in recovery that a single unit must exceed to be restored.
-        search_prompts: validation prompts of the search, at most `n_validation`.
-        curve_points: most steps that are evaluated on the test prompts.
+        positions: number of positions with their own constants; by default that of the run, or 1, which pools all
+            positions.
+        candidates: number of units that a round of the search tries, those that did best when last tried; if none of
+            them can be moved, the next ones follow.
+        at_once: maximum number of units that a round moves.
+        pairs: maximum number of pairs, and of swaps, tried when no single unit can be moved; 0 for none.
+        least_gain: gain in recovery that restoring a unit or a pair must exceed.
+        search_prompts: number of validation prompts used by the search, at most `n_validation`.
+        curve_points: maximum number of steps evaluated on the test prompts.
         fit: training of the constants of the set, under `optimal`.
-        fit_every: also train constants for every n-th of these steps; by default for the final set alone.
+        fit_every: also train constants for every n-th of these steps; by default only for the final set.
     """
 
     direction: Direction = "restore"

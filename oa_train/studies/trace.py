@@ -37,24 +37,25 @@ from oa_train.studies.trace_settings import DRAWN, GAUSSIAN, OPTIMAL, RESAMPLE, 
 from oa_train.studies.trace_tables import Traced, place_maps, profiles, token_maps
 from oa_train.tasks.donors import Donors
 
-# Restored kinds, spans and windows by default.
+# Default kinds, spans and windows that are restored.
 DEFAULTS: tuple[Any, ...] = (("attention", "mlp"), ("-1", f"{SUBJECT}_last"), (5,))
 
-# A corruption that takes less of the answers' probability leaves nothing to recover.
+# Below this drop in the answers' probability there is nothing to recover.
 LEAST_LOST = 1e-5
 
 
 class Trace(Study[TraceSettings]):
     """Corrupts the subject and restores clean values layer by layer: where does the model recall a fact?
 
-    Prompts that the model does not answer by its most probable token are left out and counted. Rows: one for each
-    corruption and traced run, with `recovered`, the share of the lost probability that comes back (the average
-    indirect effect; delta method), its bootstrap interval, and the `probability` of the answers; and a row for each
-    corruption with nothing restored.
+    Prompts whose most probable token is not an answer are left out and counted. Rows: one for each corruption and
+    traced run, with `recovered`, the share of the lost probability that restoring recovers (the average indirect
+    effect of Li & Janson 2024, with a delta-method interval), a bootstrap interval for it (`bootstrap_low` and
+    `bootstrap_high`), and the `probability` of the answers; and a row for each corruption with nothing restored.
 
     Raises:
-        ConfigurationError: the run's constants were not trained for what is to be restored.
-        TaskError: the prompts lack a span, or the model knows fewer than two of them.
+        ConfigurationError: `optimal` was asked for and no run was given, or its constants were not trained for these
+            kinds, spans, windows, layers or this subject; or `prompt` is out of range.
+        TaskError: the prompts lack a span, or the model answers fewer than two of them correctly.
     """
 
     name = "trace"
@@ -64,7 +65,7 @@ class Trace(Study[TraceSettings]):
     resumable = True
 
     def check(self) -> None:
-        """Choose runs and corruptions."""
+        """Choose the traced runs and the corruptions."""
         super().check()
         settings, n_layers = self.settings, Dimensions.of(self.model.config).n_layers
         self.constants: TracingConstants | None = self.from_runs[0] if self.from_runs else None
@@ -91,8 +92,8 @@ class Trace(Study[TraceSettings]):
     def _check_constants(self) -> None:
         if self.constants is None:
             raise ConfigurationError(
-                "trace.corruptions names optimal, whose constants are trained: oa-train fit --model TracingModule "
-                "..., then give its run (--run)."
+                "trace.corruptions names optimal, whose constants have to be trained: run oa-train fit --model "
+                "TracingModule ..., then give that run (--run)."
             )
         known = self.constants.tracing
         lacking = [run for run in self.tracing.runs if run not in known.runs]
@@ -103,7 +104,7 @@ class Trace(Study[TraceSettings]):
             )
 
     def plan(self) -> list[Stage]:
-        """The clean model, all traced runs, and those of the prompt that is traced token by token."""
+        """The clean model, all traced runs, and the runs of the prompt that is traced token by token."""
         n_test, n_draws = self.task.n_test, self._n_draws
         stages = [Stage("the clean model", n_test)]
         if GAUSSIAN in self.corruptions:
@@ -124,7 +125,7 @@ class Trace(Study[TraceSettings]):
 
     @cached_property
     def known(self) -> list[Batch]:
-        """The test prompts that the model answers, in pieces.
+        """The test prompts that the model answers correctly, in batches of at most `prompts_at_once`.
 
         Raises:
             TaskError: there are fewer than two.
@@ -132,7 +133,7 @@ class Trace(Study[TraceSettings]):
         right = self._clean.accuracy[0] == 1
         if int(right.sum()) < 2:
             raise TaskError(
-                f"The model answers {int(right.sum())} of the {len(right)} test prompts by its most probable token, "
+                f"The model answers {int(right.sum())} of the {len(right)} test prompts with its most probable token, "
                 "so there is no fact whose recall could be traced. `oa-train check-data` shows what it answers."
             )
         parts = right.split([len(batch) for batch in self.batches])
@@ -144,13 +145,14 @@ class Trace(Study[TraceSettings]):
         return self.clean_behaviour()
 
     def run(self) -> Findings:
-        """Trace every known prompt under every corruption."""
+        """Trace every prompt that the model answers correctly, under every corruption."""
         right = self._clean.accuracy[0] == 1
         known, identities = self.known, self._clean.identities[right]
         clean = (-self._clean.cross_entropy[0][right].double()).exp()
         if self.settings.prompt is not None and not 0 <= self.settings.prompt < len(clean):
             raise ConfigurationError(
-                f"trace.prompt is {self.settings.prompt}; the model knows the prompts 0 to {len(clean) - 1}."
+                f"trace.prompt is {self.settings.prompt}; expected 0 to {len(clean) - 1}, the index of a prompt "
+                "that the model answers correctly."
             )
         traced = self._traced(len(known))
         drops = {name: probability_lost(clean, p).mean(dim=0) for name, p in traced.items()}
@@ -163,7 +165,7 @@ class Trace(Study[TraceSettings]):
             "layers": partial(
                 profiles, rows, layers, f"{self.subject}: clean values restored while the subject is corrupted"
             ),
-            "map": partial(place_maps, rows, layers, f"{self.subject}: share of the lost probability that comes back"),
+            "map": partial(place_maps, rows, layers, f"{self.subject}: recovered share of the lost probability"),
         }
         if self.settings.prompt is not None:
             figures["prompt"] = partial(token_maps, *self._by_token(self.settings.prompt), layers, self.subject)
@@ -179,7 +181,7 @@ class Trace(Study[TraceSettings]):
                 "localisation": list(traced_runs.localisation()),
             },
             shown=[
-                f"{n_known} of {n_test} test prompts are traced, whose answer is the model's most probable token",
+                f"{n_known} of {n_test} test prompts are traced: those that the model answers correctly",
                 *traced_runs.tables(estimate(clean, identities)),
             ],
             figures=figures,
@@ -202,7 +204,7 @@ class Trace(Study[TraceSettings]):
         return corrupted_by(ablation.to(self.model.device), self.model, self.tokens, self.tracing.subject)
 
     def _traced(self, n_batches: int) -> dict[str, Float[Tensor, "draw run prompt"]]:
-        """Probabilities of the answers, from the pieces."""
+        """Probabilities of the answers, computed or read from finished pieces."""
         drawn = [(name, draw) for name in self.corruptions for draw in range(self._draws(name))]
         jobs = list(product(drawn, range(n_batches)))
         tracer = Tracer(self.model, self.tracing, self.settings.rows_per_run)
@@ -234,7 +236,7 @@ class Trace(Study[TraceSettings]):
     def _by_token(self, number: int) -> tuple[dict[tuple[str, str], np.ndarray], list[str], str]:
         """Recovery at each token of one prompt, for each corruption and kind; the tokens, and the answer.
 
-        Constants are those trained with nothing restored, because there are none for single tokens.
+        Under `optimal` all runs use the constants trained with nothing restored; none are trained for single tokens.
         """
         prompt = [batch.rows(slice(row, row + 1)) for batch in self.known for row in range(len(batch))][number]
         columns = (prompt.attention_mask & ~prompt.protected)[0].nonzero().flatten().tolist()
@@ -256,7 +258,7 @@ class Trace(Study[TraceSettings]):
         return tables, [words[column] + "*" * inside[column] for column in columns], answer
 
     def _unrestored(self, name: str, draw: int) -> Corruption:
-        """The corruption of the run that restores nothing, for any runs."""
+        """The corruption of the run that restores nothing, used in every run."""
         if name != OPTIMAL:
             return self._corruption(name, draw)
         assert self.constants is not None

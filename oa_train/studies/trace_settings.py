@@ -1,4 +1,4 @@
-"""Settings of `trace`."""
+"""Options of the study `trace`."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from oa_train.engine.chunks import ROWS_PER_RUN
 
 OPTIMAL, GAUSSIAN, RESAMPLE = "optimal", "gaussian", "resample"
 
-# Corruptions that draw random numbers, whose results are averaged over `draws`.
+# Random corruptions, whose results are averaged over `draws`.
 DRAWN = (GAUSSIAN, RESAMPLE)
 
 
@@ -17,22 +17,25 @@ class TraceSettings:
     """Settings of `trace`.
 
     Attributes:
-        restore: what is restored: `attention`, `mlp`, `residual`; by default as the run's constants were trained, or
-            `attention` and `mlp`.
-        at: spans at which it is restored; by default as the run's constants were trained, or the last token of the
-            prompt and that of the subject.
-        windows: odd numbers of neighbouring layers that are restored together; by default as the run's constants were
-            trained, or 5.
-        layers: blocks in the middle of the windows; by default as the run's constants were trained, or all.
-        subject: span whose tokens are corrupted; by default as the run's constants were trained, or `subject`.
+        restore: what is restored: `attention`, `mlp` or `residual`; by default what the run's constants were trained
+            for, or `attention` and `mlp`.
+        at: spans at which it is restored; by default those that the run's constants were trained for, or the last
+            token of the prompt and the last token of the subject.
+        windows: odd numbers of neighbouring layers that are restored together; by default those that the run's
+            constants were trained for, or 5.
+        layers: blocks in the middle of the windows; by default those that the run's constants were trained for, or
+            all.
+        subject: span whose tokens are corrupted; by default the one that the run's constants were trained for, or
+            `subject`.
         corruptions: `optimal` (the constants of a run of TracingModule), `gaussian` (noise added to the subject's
-            embeddings), or kinds of ablation of them, such as `resample`; by default the first two, or `gaussian`
-            alone without a run.
-        noise: standard deviation of the Gaussian noise, in those of the numbers in the subjects' embeddings.
-        draws: random draws whose results are averaged; a prompt's draws are the same in all runs.
-        prompt: number, among the known prompts, of one that is traced token by token; none if omitted.
-        prompts_at_once: prompts of a piece, which is written when it is done.
-        rows_per_run: most rows (runs times prompts) of one model run; bounds memory, changes no result.
+            embeddings), or kinds of ablation of these embeddings, such as `resample`; by default the first two, or
+            only `gaussian` without a run.
+        noise: standard deviation of the Gaussian noise, as a multiple of that of the subjects' embeddings.
+        draws: number of random draws over which results are averaged; a prompt's draws are the same in all runs.
+        prompt: index, among the prompts answered correctly, of one that is traced token by token; none if null.
+        prompts_at_once: number of prompts in a piece; each piece is written when it is done.
+        rows_per_run: maximum number of rows (runs times prompts) in one model run; limits memory without changing
+            results.
     """
 
     restore: list[str] | None = None

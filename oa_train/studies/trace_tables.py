@@ -18,19 +18,19 @@ from oa_train.metrics.recovered import effective_layers, recovered, recovered_bo
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.study import Row, Table, spoken
 
-# Name in tables of the run that restores nothing.
+# Name of the run that restores nothing, for tables.
 NOTHING = "nothing"
 
 
 @dataclass(frozen=True, eq=False)
 class Traced:
-    """Outcome of every traced run on every known prompt.
+    """Results of every traced run on every prompt that the model answers correctly.
 
     Attributes:
-        tracing: the runs; the last one of the tensors restores nothing.
-        probabilities: of the answers, by corruption: [draw, run, prompt].
-        lost: probability that the answers lose, by corruption, averaged over draws: [run, prompt].
-        identities: of the prompts.
+        tracing: the traced runs; the tensors have one more, the last, which restores nothing.
+        probabilities: probabilities of the answers by corruption: [draw, run, prompt].
+        lost: drops in the answers' probability by corruption, averaged over draws: [run, prompt].
+        identities: identities of the prompts; see `estimates.estimate`.
     """
 
     tracing: Tracing
@@ -39,7 +39,7 @@ class Traced:
     identities: Identities
 
     def rows(self) -> Iterator[Row]:
-        """A row for each corruption and run."""
+        """A row for each corruption and traced run, and one for each corruption with nothing restored."""
         for name, drop in self.lost.items():
             probabilities = self.probabilities[name].mean(dim=0)
             intervals = recovered_bootstrap(drop[:-1], drop[-1], self.identities)
@@ -58,7 +58,7 @@ class Traced:
             }
 
     def localisation(self) -> Iterator[dict[str, Any]]:
-        """Peak of each profile over the layers, and the number of layers that it is spread over."""
+        """Peak of each profile over the layers, and the number of layers over which it is spread."""
         for first, runs in by_place(self.tracing):
             for name, drop in self.lost.items():
                 peak = int(drop[runs].mean(dim=1).argmin())
@@ -69,7 +69,7 @@ class Traced:
                 }
 
     def agreement(self) -> list[dict[str, Any]]:
-        """Correlations of the recovery of all runs, of ranks and of values, for each pair of corruptions."""
+        """Rank and linear correlation of the recovery of all runs, for each pair of corruptions."""
         return [
             {"first": first, "second": second, "rank_correlation": ranks.as_json(), "correlation": values.as_json()}
             for first, second, ranks, values in self._correlations
@@ -93,7 +93,7 @@ class Traced:
             [{"corruption": "none", "probability of the answer": clean}, *nothing],
         )
         yield Table(
-            "Share of the lost probability that comes back, by layer",
+            "Share of the lost probability that is recovered, by layer",
             [
                 {"restored": line["restored"], "at": place(line["at"]), "layers": line["window"]}
                 | {"corruption": spoken(line["corruption"]), "peak layer": line["peak"]}
@@ -122,7 +122,7 @@ def where(run: TracedRun) -> dict[str, Any]:
 
 
 def place(span: str) -> str:
-    """A span in tables and figures."""
+    """Name of a span in tables and figures."""
     if span == WHOLE:
         return "every token"
     if span.startswith("-"):
@@ -138,7 +138,7 @@ def place(span: str) -> str:
 
 
 def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
-    """Recovery by layer, a panel for each kind, place and window."""
+    """Figure of recovery by layer, with a panel for each kind, place and window."""
     panels: dict[tuple[str, str], dict[str, list[Estimate]]] = {}
     for row, window in _restoring(rows):
         profiles = panels.setdefault((row["restored"], place(row["at"]) + window), {})
@@ -148,7 +148,7 @@ def profiles(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
 
 
 def place_maps(rows: Sequence[Row], layers: Sequence[int], title: str) -> Figure:
-    """Heat maps of recovery: places by layers, a map for each corruption, kind and window."""
+    """Heat maps of recovery, places by layers, one for each corruption, kind and window."""
     tables: dict[tuple[str, str], dict[str, list[float]]] = {}
     for row, window in _restoring(rows):
         lines = tables.setdefault((spoken(row["corruption"]), row["restored"] + window), {})
@@ -172,6 +172,6 @@ def token_maps(
     layers: Sequence[int],
     subject: str,
 ) -> Figure:
-    """Heat maps of recovery at every token of one prompt, whose corrupted tokens have an asterisk."""
+    """Heat maps of recovery at every token of one prompt; corrupted tokens have an asterisk."""
     title = f"{subject}: one prompt, answered by {answer!r}; corrupted tokens have a *"
     return recovery_maps(tables, tokens, layers, title, 1.0)

@@ -1,4 +1,4 @@
-"""Studies of sets of units that are ablated under several kinds of ablation, measured piece by piece."""
+"""Studies that ablate sets of units under several kinds of ablation and are measured in pieces."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +24,7 @@ class UnitStudy(AblationStudy[S]):
     """A study that ablates sets of units, with the settings `fit`, `positions` and `parts_at_once`.
 
     Attributes:
-        units: those that are ablated alone; set in `check`.
+        units: units that are ablated alone; set in `check`.
     """
 
     resumable = True
@@ -33,14 +33,14 @@ class UnitStudy(AblationStudy[S]):
 
     @property
     def positions(self) -> int:
-        """Number of positions that constants tell apart."""
+        """Number of positions with their own constants."""
         return n_positions(self.settings.positions, self.batches)
 
     @cached_property
     def pieces(self) -> Pieces:
-        """Measured pieces, in the study's folder if it has one."""
+        """Measured pieces, stored in the study's folder if it has one."""
         about = {
-            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level names them
+            "settings": plain({**asdict(self.settings), "dictionaries": None}),  # the level identifies them
             "units": list(self.units),
             "level": self.level.header(),
             "ablations": list(self.kinds),
@@ -50,14 +50,14 @@ class UnitStudy(AblationStudy[S]):
         return Pieces(self.folder, about)
 
     def n_pieces(self, n_sets: int) -> int:
-        """Pieces that this many sets are measured in."""
+        """Number of pieces in which this many sets are measured."""
         at_once: int = self.settings.parts_at_once
         return -(-n_sets // at_once)
 
     def piece_stages(self, *n_sets: int) -> list[Stage]:
-        """Statistics, then constants and test prompts under each kind of all pieces that are missing.
+        """The statistics, then constants and test prompts for each missing piece under each kind.
 
-        The pieces are those of the first number of sets, followed by those of the next.
+        The pieces of the first number of sets are followed by those of the next.
         """
         at_once, fit = self.settings.parts_at_once, self.settings.fit
         sizes = [min(at_once, n - start) for n in n_sets for start in range(0, n, at_once)]
@@ -70,7 +70,7 @@ class UnitStudy(AblationStudy[S]):
     def behaviours(
         self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int = 0
     ) -> dict[AblationKind, Behaviour]:
-        """Behaviour with each set of units ablated, under each kind, in pieces numbered from `first`."""
+        """Behaviour with each set of units ablated, under each kind, measured in pieces numbered from `first`."""
         at_once = self.settings.parts_at_once
 
         def measure(number: int) -> Piece:
@@ -86,7 +86,7 @@ class UnitStudy(AblationStudy[S]):
         return by_kind
 
     def measured(self, masks: Bool[Tensor, "circuit entry"], described: str) -> Piece:
-        """Measures of circuits under each kind, as tensors `<kind>.<measure>` of [circuit, prompt]."""
+        """Measures of circuits under each kind, as tensors `<kind>.<measure>` of shape [circuit, prompt]."""
         fit = self.settings.fit
         constants = partial(self.fitted_constants, masks, fit, described)
         behaviours = self.under_each(masks, constants, described, fit.rows_per_run)

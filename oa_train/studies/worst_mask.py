@@ -1,4 +1,4 @@
-"""The search for the mask of the parts outside a circuit that hurts most."""
+"""The search for the worst mask of the parts outside a circuit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ class WorstMask:
     """The worst mask on the prompts of the search.
 
     Attributes:
-        mask: of all entries, in [0, 1].
+        mask: values of all entries, in [0, 1].
         vertex: the worst mask of zeros and ones.
-        losses: mean losses by name: `all_off`, `starts` and `ends` of the ascents, the worst of the
+        losses: mean losses by name: `all_off`, `starts` and `ends` of the ascents, that of the worst of the
             `random_subsets`, `worst_vertex` and `worst`.
     """
 
@@ -51,18 +51,18 @@ def worst_mask(
     ascent: AscentSettings,
     loss: Loss,
 ) -> WorstMask:
-    """Search for the mask of the parts outside a circuit that hurts most, on validation prompts.
+    """Search on validation prompts for the mask of the parts outside a circuit that has the largest loss.
 
     Ascents start with everything outside ablated, at random values, and at the worst of the random subsets. Their
     results are also rounded to masks of zeros and ones.
 
     Args:
-        source: model, level, prompts, the seed of the random values, and progress.
+        source: supplies model, level, prompts, the seed of the random values, and progress.
         circuit: entries that are kept; entries that are neither kept nor outside stay 0.
         outside: entries that may change.
-        subsets: masks that keep random subsets of the outside; may be empty.
+        subsets: masks that keep random subsets of the outside parts; may be empty.
         ablation: supplies the replacements.
-        ascent: the ascents.
+        ascent: settings of the ascents.
         loss: name of the loss to maximise.
     """
     model, task, level, track = source.model, source.task, source.level, source.track
@@ -103,7 +103,7 @@ def worst_mask(
 def most_kept(
     mask: Float[Tensor, " entry"], outside: Bool[Tensor, " entry"], names: Sequence[str]
 ) -> dict[str, float]:
-    """Values of a mask outside a circuit by name, the largest first."""
+    """Values of a mask at the entries outside a circuit by name, the largest first."""
     entries = outside.nonzero().flatten()
     order = entries[mask[entries].argsort(descending=True, stable=True)]
     return {names[entry]: round(float(mask[entry]), 6) for entry in order.tolist()}

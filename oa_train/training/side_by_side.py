@@ -1,4 +1,4 @@
-"""Tensors that are trained side by side: one step of all of them, and the best of each by validation."""
+"""Tensors that are trained side by side: a training step on all of them, and the best of each by validation loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -14,21 +14,21 @@ from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.steps import share_of_step
 
-# Half precision would round the small gradients of a mean to 0. A power of two changes no digit otherwise.
+# Half precision would round the small gradients of a mean to 0. Scaling by a power of two changes no other digit.
 SCALE = 2.0**10
 
-# A loss by the name it is logged under, the numbers of some of the trainings, and a function that computes their share
-# of it, with gradients.
+# Name under which a loss is logged, indices of some of the training problems, and a function that computes the loss of
+# each of them, with gradients.
 Part = tuple[str, Any, Callable[[], Float[Tensor, " training"]]]
 
 
 class SideBySideModule(FrozenModelModule):
-    """Runs independent trainings on the same prompts, and keeps the best of each by validation.
+    """Solves independent training problems on the same prompts, and keeps the best of each by validation loss.
 
-    By default learning rates fall to zero over the whole training; see `FrozenModelModule` for the arguments.
+    By default learning rates decay to zero over the whole training; see `FrozenModelModule` for the arguments.
 
     Attributes:
-        losses: means over the prompts of an evaluation, of every training.
+        losses: mean losses of every training problem over the prompts of an evaluation.
     """
 
     keeps_best = True
@@ -43,7 +43,7 @@ class SideBySideModule(FrozenModelModule):
         super().__init__(arguments, optimizer, lr_scheduler or partial(decaying_to_zero, self))
 
     def step_of_parts(self, parts: Sequence[Part], batch: Batch, batch_idx: int) -> Tensor:
-        """A step on the sum of all losses, so that each training's gradient is its own, whatever runs beside it."""
+        """A step on the sum of all losses; the gradient of each training problem is independent of the others."""
         values, loss = summed([part for *_, part in parts], list(self.named_trainables().values()))
         totals: dict[str, Tensor] = {}
         for (name, numbers, _), value in zip(parts, values, strict=True):
@@ -59,14 +59,14 @@ class SideBySideModule(FrozenModelModule):
 def summed(
     parts: Iterable[Callable[[], Float[Tensor, " value"]]], parameters: Sequence[Tensor]
 ) -> tuple[list[Float[Tensor, " value"]], Float[Tensor, ""]]:
-    """Values of all parts, and a number with the value and the gradient of their sum.
+    """Values of all parts, and a scalar with the value and the gradient of their sum.
 
-    Each part's gradient is taken at once, so that its activations are freed before the next part runs; the number is
-    linear in the parameters, with the total gradient as its slope.
+    Each part's gradient is computed immediately, so that its activations are freed before the next part runs; the
+    scalar is linear in the parameters, with the total gradient as its slope.
 
     Args:
-        parts: functions that compute values with gradients to the parameters.
-        parameters: what is trained.
+        parts: functions that compute values with gradients with respect to the parameters.
+        parameters: the trained parameters.
     """
     slopes = [torch.zeros_like(parameter) for parameter in parameters]
     values = []
@@ -84,15 +84,15 @@ def summed(
 
 
 class BestSlices(nn.Module):
-    """The slices with the lowest loss so far of tensors whose first dimension counts independent trainings.
+    """The slices with the lowest loss so far of tensors whose first dimension indexes independent training problems.
 
-    Buffers, which checkpoints store.
+    They are buffers, so checkpoints store them.
 
     Args:
-        tensors: by name, [training, ...] each.
+        tensors: tensors [training, ...] by name.
 
     Attributes:
-        loss: lowest loss of each training; infinite before the first offer.
+        loss: lowest loss of each slice; infinite before the first offer.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -108,7 +108,7 @@ class BestSlices(nn.Module):
 
     @torch.no_grad()
     def offer(self, tensors: Mapping[str, Tensor], loss: Float[Tensor, " training"]) -> None:
-        """Keep the slices of every training whose loss is lower than before; NaN never is."""
+        """Keep every slice whose loss is lower than before; a NaN never is."""
         loss = loss.to(self.loss)
         better = loss < self.loss
         for name, best in self.tensors().items():
@@ -116,5 +116,5 @@ class BestSlices(nn.Module):
         self.loss[better] = loss[better]
 
     def known(self) -> bool:
-        """True once every training was offered something finite."""
+        """True once every slice has a finite loss."""
         return bool(torch.isfinite(self.loss).all())

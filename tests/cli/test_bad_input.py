@@ -158,7 +158,7 @@ def test_wrong_options_of_fit(capsys, monkeypatch, options, said):
         ("# nothing", "The configuration given.yaml is empty"),
         ("just text", "The configuration given.yaml holds a str; expected named options"),
         ("- a\n- b", "The configuration given.yaml holds a list; expected named options"),
-        (f"{CHOSEN}seed_everything: 1\nseed_everything: 2", "'seed_everything' stands here twice"),
+        (f"{CHOSEN}seed_everything: 1\nseed_everything: 2", "'seed_everything' occurs twice"),
         (f"{CHOSEN}modle: 3", "There is no option modle (in the configuration). Did you mean model"),
         (f"{CHOSEN}trainer: {{max_epoch: 3}}", "Did you mean trainer.max_epochs"),
         (f"{CHOSEN}trainer: {{max_epochs: [1, 2]}}", "trainer.max_epochs is [1, 2]; expected an integer."),
@@ -309,7 +309,7 @@ def test_a_run_folder_names_no_other_configuration(capsys):
     Path("shared").mkdir()
     Path("shared/config.yaml").write_text("config: other.yaml\nlm: {name: tiny}\ndata: IOI\nmodel: CircuitModule")
     for command in ("test", "validate", "compare"):
-        assert "names another configuration file" in complaint(capsys, command, "--run", "shared")
+        assert "refers to another configuration file" in complaint(capsys, command, "--run", "shared")
 
 
 def test_a_run_that_was_not_finished_says_how_to_finish_it(capsys):

@@ -254,7 +254,7 @@ def test_how_to_resume_promises_no_exactness_with_stochastic_weight_averaging():
     run.save_config(yaml.safe_load("trainer: {callbacks: [{class_path: l.StochasticWeightAveraging}]}"))
     sentence, command = run.how_to_resume()
     assert sentence == (
-        f"This resumes from {run.checkpoint('last')}, in a new version of the run, but not exactly as it would have: "
-        "the averages of StochasticWeightAveraging begin anew:"
+        f"This resumes from {run.checkpoint('last')}, in a new version of the run, but not exactly: "
+        "the averages of StochasticWeightAveraging start again:"
     )
     assert command == f"  {run.resume_command()}"

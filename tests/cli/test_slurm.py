@@ -125,11 +125,11 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     assert f"it resumes from {LAST}." in fit()
     assert recorded(runs[1])["resumed_from"] == str(LAST)
     # A run of another configuration does not.
-    assert "it begins as it did" in fit("--model.penalty_weight", "0.3")
+    assert "it starts as before" in fit("--model.penalty_weight", "0.3")
     assert recorded(runs[2])["resumed_from"] is None
     # So does another job.
     monkeypatch.setenv("SLURM_JOB_ID", "4243")
-    assert "it begins as it did" in fit()
+    assert "it starts as before" in fit()
     assert recorded(runs[3])["slurm_job"] == "4243"
     # The newest run of this job has no checkpoint, and the one before it is damaged.
     monkeypatch.setenv("SLURM_JOB_ID", "4242")
@@ -137,13 +137,13 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_newest_run_that_can_be
     (runs[4] / "checkpoints" / "last.ckpt").unlink()
     (runs[1] / "checkpoints" / "last.ckpt").write_bytes(b"cut off")
     said = fit()
-    assert said.count("is damaged and is passed over") == 1
+    assert said.count("is damaged and is skipped") == 1
     assert recorded(runs[5])["resumed_from"] == str(LAST)
     # The checkpoint that a job began with is taken when it has none of its own.
     given = str(runs[0] / "checkpoints" / "best.ckpt")
     assert "again; it resumes from runs" in fit("--ckpt_path", given)
     monkeypatch.setenv("SLURM_JOB_ID", "4244")
-    assert "it begins as it did" in fit("--ckpt_path", given)
+    assert "it starts as before" in fit("--ckpt_path", given)
     assert recorded(runs[7])["resumed_from"] == given
     # Outside of SLURM the record is not carried on.
     for name in (*JOB, "SLURM_RESTART_COUNT"):

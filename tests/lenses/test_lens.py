@@ -119,7 +119,7 @@ def test_lenses_are_saved_and_read_back(tmp_path):
             assert torch.equal(loaded.lenses[kind].trained()[name], tensor)
     with pytest.raises(ArtefactError, match="The lens belongs to another model"):
         loaded.check_belongs(tiny_model("llama"))
-    with pytest.raises(ArtefactError, match="of a model with 3 layers of width 32; this one has 3 of width 64"):
+    with pytest.raises(ArtefactError, match="to a model with 3 layers of width 32; this model has 3 of width 64"):
         loaded.check_belongs(load_model(LMSpec()))
 
 
@@ -159,7 +159,10 @@ class Code:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "params.pt").unlink(), "holds no tuned lens; expected config.json and params.pt"),
+        (
+            lambda folder: (folder / "params.pt").unlink(),
+            "does not hold a tuned lens; expected config.json and params.pt",
+        ),
         (lambda folder: (folder / "params.pt").write_bytes(b"PK\x03\x04"), "is damaged, or holds more than tensors"),
         (lambda folder: torch.save({"0.weight": Code()}, folder / "params.pt"), "is damaged, or holds more"),
         (lambda folder: torch.save([1], folder / "params.pt"), "has no tensor '0.weight'"),

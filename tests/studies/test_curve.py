@@ -230,7 +230,7 @@ def test_rankings_that_do_not_fit_are_refused(model, task, run, tmp_path):
         "a1.h9.*another model or selection.*Did you mean a1.h", [write_csv(tmp_path / "a", every | {"a1.h9": 1.0})]
     )
     few = {name: 1.0 for name in names if name not in ("m0", "a2.h1")}
-    refused("no score of m0, a2.h1, of the 15 components", [write_csv(tmp_path / "b", few)])
+    refused("no score for m0, a2.h1, of the 15 selected components", [write_csv(tmp_path / "b", few)])
     refused("columns name, score; expected component and score", [write_csv(tmp_path / "c", every, "name,score")])
     refused("gives m0 the score 'nan' in line", [write_csv(tmp_path / "d", every | {"m0": float("nan")})])
     (tmp_path / "e").write_text("component,score\nm0,1\nm0,2")
@@ -239,7 +239,7 @@ def test_rankings_that_do_not_fit_are_refused(model, task, run, tmp_path):
     refused("cannot be read as CSV", [str(tmp_path / "f")])
     refused("has no results.json", [str(tmp_path)])
     refused("results of 'compare'", [scanned(tmp_path, model, command="compare")])
-    refused(r"is of the model tiny .*Scan this model", [scanned(tmp_path, other_model)])
+    refused(r"was made with the model tiny .*Scan this model", [scanned(tmp_path, other_model)])
     refused("damaged", [scanned(tmp_path, model, rows=[{"component": "m0"}])])
     refused("ranks a0.h0, .* and 7 more, which this selection", [scanned(tmp_path, model)], sites=["mlp"])
     refused("Give --run", ["scores"])
@@ -250,7 +250,7 @@ def test_rankings_that_do_not_fit_are_refused(model, task, run, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rankings": ["atribution"]}, "'atribution', which is no file.*Did you mean attribution"),
+        ({"rankings": ["atribution"]}, "'atribution', which is not a path.*Did you mean attribution"),
         ({"rankings": []}, "rankings is empty"),
         ({"rankings": ["random", "random"]}, "twice"),
         ({"fractions": [0.5, 1.2]}, "fractions names 1.2"),

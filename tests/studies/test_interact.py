@@ -139,7 +139,7 @@ def test_pairs_are_screened_by_single_effects_and_that_is_said(model, task, tmp_
     assert "in the scan under mean ablation" in next(str(line) for line in read.shown if "Screened" in str(line))
     assert measured.flat_rows()[0]["kl_interaction"] == pytest.approx(read.flat_rows()[0]["kl_interaction"], abs=1e-6)
     other, file = known_case("backup_induction"), scan.folder / "results.json"
-    with pytest.raises(OaTrainError, match="is of the model"):
+    with pytest.raises(OaTrainError, match="was made with the model"):
         Interact(other.model, other.task, settings=InteractSettings(scan=str(file)))
     with pytest.raises(OaTrainError, match=r"ranks a0.h0, .* which this selection does not have"):
         Interact(

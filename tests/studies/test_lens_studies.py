@@ -137,7 +137,11 @@ def test_a_model_in_bfloat16_is_read_and_changed_too(trained):
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        (CompareLenses, CompareLensesSettings(lenses=["oca"]), r"lenses names 'oca', which is trained: give a run"),
+        (
+            CompareLenses,
+            CompareLensesSettings(lenses=["oca"]),
+            r"lenses names 'oca', which has to be trained: give a run",
+        ),
         (CompareLenses, CompareLensesSettings(lenses=["okra"]), "lenses names 'okra'"),
         (CompareLenses, CompareLensesSettings(layers=[3]), r"layers is \[3\]; expected ascending numbers from 0 to 2"),
         (ReadPrompt, LensSettings(lens="resample"), "The resample lens needs other prompts"),
@@ -155,7 +159,7 @@ def test_layers_that_were_not_trained_and_other_models_are_refused(model, task, 
     with pytest.raises(ConfigurationError, match=r"b/run were not trained for the layers \[1\]"):
         CompareLenses(model, task, [trained, partial], CompareLensesSettings(layers=[1]))
     tuned_lens(tmp_path)
-    with pytest.raises(ArtefactError, match="of a model with 3 layers of width 8; this one has 3 of width 64"):
+    with pytest.raises(ArtefactError, match="to a model with 3 layers of width 8; this model has 3 of width 64"):
         CompareLenses(model, task, settings=CompareLensesSettings(tuned_lens=str(tmp_path))).run()
 
 
@@ -179,11 +183,11 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "KL divergence in nats of the best lenses, on 8 validation prompts" in shown
     run = "runs/read/version_0"
     assert main(["compare_lenses", "--run", run]) == 0
-    assert "First layer from which on the top token is the model's" in capsys.readouterr().out
+    assert "First layer from which the top token stays the model's" in capsys.readouterr().out
     results = json.loads((tmp_path / run / "studies" / "compare_lenses_0" / "results.json").read_text())
     assert len(results["rows"]) == 5 * 3
     assert main(["lens", "--run", run, "--lens.prompt", "The first of the"]) == 0
-    assert "Next token after 'The first of the', by the oca lens" in capsys.readouterr().out
+    assert "Next token after 'The first of the', predicted by the oca lens" in capsys.readouterr().out
     assert main(["faithfulness", "--run", run]) == 2
     assert "Score the last position alone (Text: scored last)" in capsys.readouterr().err
     words = ["--data.scored", "last", "--faithfulness.directions", "4", "--faithfulness.layers", "[1]"]

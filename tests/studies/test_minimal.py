@@ -274,7 +274,7 @@ def test_what_cannot_be_asked_is_refused(model, task, source, tmp_path):
     run = by_hand(model, source)
     with pytest.raises(ConfigurationError, match="under mean ablation, which has nothing to train"):
         minimal(model, task, run, tmp_path, MinimalSettings(refit=True))
-    with pytest.raises(ConfigurationError, match="has no constants, and mean ablation is by constants"):
+    with pytest.raises(ConfigurationError, match="has no constants, which mean ablation needs"):
         minimal(model, task, replace(run, constants=None), tmp_path)
     for changed in (by_hand(model, source, ()), by_hand(model, source, selected=["m1"])):
         with pytest.raises(ConfigurationError, match="keeps none of the components that it could leave out"):

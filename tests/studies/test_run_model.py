@@ -123,7 +123,7 @@ def test_a_run_without_results_says_that_it_cannot_tell(run, tmp_path):
     model_at(tmp_path / "work/model")
     for name in ("circuit", "constants", "studies"):
         shutil.rmtree(run.path / name, ignore_errors=True)
-    with pytest.raises(ArtefactError, match=r"holds no results yet(.|\n)*--lm.name FOLDER"):
+    with pytest.raises(ArtefactError, match=r"has no results yet(.|\n)*--lm.name FOLDER"):
         run.lm()
 
 
@@ -146,7 +146,7 @@ def test_commands_find_it_too(run, tmp_path, capsys):
     words += ["--minimal.random_complements", "0", "--data.n_means", "8"]
     assert main(words) == 2
     message = capsys.readouterr().err
-    assert f"{run.path} is of the model {GONE}, which is not there. It was looked for by the fingerprint" in message
+    assert f"{run.path} is of the model {GONE}, which is not there. It was searched for by the fingerprint" in message
     model_at(tmp_path / "work/model")
     assert main(words) == 0
     assert f"oa-train: warning: The model {GONE} is not there; {tmp_path}/work/model has" in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_what_has_no_answer_is_refused(model, task):
     with pytest.raises(ConfigurationError, match=r"circuit of edges, and sufficient moves single units"):
         Sufficient(model, task, [edges])
     run = a_run(model, task, ("m0",))
-    with pytest.raises(ConfigurationError, match="but the circuit of run is of heads, mlp"):
+    with pytest.raises(ConfigurationError, match="but the circuit of run has heads, mlp"):
         Sufficient(model, task, [run], SufficientSettings(sites=["attention"]))
     by_position = replace(run, constants=run.constants.with_positions(3))
     with pytest.raises(ConfigurationError, match="tell 3 positions apart"):

@@ -116,7 +116,7 @@ def test_a_corruption_without_effect_is_told(model, task, constants):
     [
         (
             {"corruptions": ["optimal"]},
-            "names optimal, whose constants are trained: oa-train fit --model",
+            "names optimal, whose constants have to be trained: run oa-train fit --model",
         ),
         ({"corruptions": ["guassian"]}, "trace.corruptions is 'guassian'"),
         ({"restore": ["neurons"]}, "restore names 'neurons'"),
@@ -134,7 +134,7 @@ def test_what_cannot_work_is_told_before_any_work(model, task, settings, message
 def test_constants_that_were_not_trained_for_it_are_refused(model, task, constants, tmp_path):
     with pytest.raises(ConfigurationError, match=r"were trained for attention, residual at -1, subject_last"):
         Trace(model, task, [constants], TraceSettings(windows=[3]))
-    with pytest.raises(ConfigurationError, match=r"trace\.prompt is 99; the model knows the prompts 0 to 23"):
+    with pytest.raises(ConfigurationError, match=r"trace\.prompt is 99; expected 0 to 23"):
         Trace(model, task, [constants], TraceSettings(prompt=99)).run()
     constants.save(tmp_path)
     loaded = TracingConstants.load(tmp_path)
@@ -165,7 +165,7 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     fit = ["fit", *module, *data, "--lm.name", "facts", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
     assert main([*fit, "--experiment", "traced", "--data.n_validation", "12"]) == 0
     shown = capsys.readouterr().out
-    assert "Probability that the answers lose under the best constants, on 12 validation prompts" in shown
+    assert "Drop in the answers' probability under the best constants, on 12 validation prompts" in shown
     run = "runs/traced/version_0"
     assert main(["trace", "--run", run, "--trace.draws", "1"]) == 0
     shown = capsys.readouterr().out
@@ -178,7 +178,7 @@ def test_the_whole_way_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "test/probability_lost" in capsys.readouterr().out
     assert main(["compare", "--run", run]) == 2
     message = capsys.readouterr().err
-    assert "holds constants of causal tracing, and no circuit: oa-train trace --run runs/traced/version_0" in message
+    assert "holds constants of causal tracing, but no circuit: oa-train trace --run runs/traced/version_0" in message
     assert main(["trace", "--run", run, "--trace.windows", "[3]"]) == 2
     assert "train constants for it" in capsys.readouterr().err
 
