@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from oa_train.ablations.ascent import AscentSettings as AscentSettings
     from oa_train.ablations.constants import Constants as Constants
     from oa_train.ablations.context import ablated as ablated
     from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
     from oa_train.ablations.fitting import RefitSettings as RefitSettings, fit_constants as fit_constants
     from oa_train.ablations.registry import KINDS as KINDS, AblationSource as AblationSource
     from oa_train.ablations.tracing_constants import TracingConstants as TracingConstants
-    from oa_train.ablations.trained import TrainedCircuit as TrainedCircuit
+    from oa_train.ablations.trained_circuit import TrainedCircuit as TrainedCircuit
+    from oa_train.ablations.worst_mask import AscentSettings as AscentSettings
     from oa_train.batches import Batch as Batch
     from oa_train.circuits.circuit import Circuit as Circuit, jaccard as jaccard
     from oa_train.circuits.published import published_ioi_circuit as published_ioi_circuit
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         Faithfulness as Faithfulness,
         FaithfulnessSettings as FaithfulnessSettings,
     )
-    from oa_train.studies.finish import FinishSettings as FinishSettings, finish as finish
+    from oa_train.studies.finish_circuits import FinishSettings as FinishSettings, finish as finish
     from oa_train.studies.finish_constants import finish_constants as finish_constants
     from oa_train.studies.interact import Interact as Interact, InteractSettings as InteractSettings
     from oa_train.studies.lens import LensSettings as LensSettings, ReadPrompt as ReadPrompt
@@ -78,14 +78,14 @@ if TYPE_CHECKING:
 
 # Public names by the module that they are from, as above.
 _NAMES = {
-    "ablations.ascent": ["AscentSettings"],
+    "ablations.worst_mask": ["AscentSettings"],
     "ablations.constants": ["Constants"],
     "ablations.context": ["ablated"],
     "ablations.evaluation": ["circuit_behaviour"],
     "ablations.fitting": ["RefitSettings", "fit_constants"],
     "ablations.registry": ["KINDS", "AblationSource"],
     "ablations.tracing_constants": ["TracingConstants"],
-    "ablations.trained": ["TrainedCircuit"],
+    "ablations.trained_circuit": ["TrainedCircuit"],
     "batches": ["Batch"],
     "circuits.circuit": ["Circuit", "jaccard"],
     "circuits.published": ["published_ioi_circuit"],
@@ -107,7 +107,7 @@ _NAMES = {
     "studies.compare_lenses": ["CompareLenses", "CompareLensesSettings"],
     "studies.curve": ["Curve", "CurveSettings"],
     "studies.faithfulness": ["Faithfulness", "FaithfulnessSettings"],
-    "studies.finish": ["FinishSettings", "finish"],
+    "studies.finish_circuits": ["FinishSettings", "finish"],
     "studies.finish_constants": ["finish_constants"],
     "studies.interact": ["Interact", "InteractSettings"],
     "studies.lens": ["LensSettings", "ReadPrompt"],

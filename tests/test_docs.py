@@ -28,7 +28,7 @@ from oa_train.studies.compare import CompareSettings
 from oa_train.studies.compare_lenses import CompareLensesSettings
 from oa_train.studies.curve import CurveSettings
 from oa_train.studies.faithfulness import FaithfulnessSettings
-from oa_train.studies.finish import FinishSettings
+from oa_train.studies.finish_circuits import FinishSettings
 from oa_train.studies.interact import InteractSettings
 from oa_train.studies.lens import LensSettings
 from oa_train.studies.minimal import MinimalSettings

@@ -25,8 +25,8 @@ from oa_train.models.families import FAMILIES, Family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import find_parts
 from oa_train.models.sites import SITE_KINDS, Site
+from oa_train.tasks.file_formats import READERS
 from oa_train.tasks.layouts import LAYOUTS
-from oa_train.tasks.record_files import READERS
 from tests.builders import quiet_trainer, random_constants, random_mask, small_ioi, tiny_model
 from tests.precision import WithoutSinglePrecision
 

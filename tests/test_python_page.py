@@ -8,7 +8,7 @@ import torch
 
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.errors import ArtefactError
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.finish_circuits import FinishSettings, finish
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from oa_train.ablations.base import replacements_of_copies
-from oa_train.ablations.best import BestConstants, can_share_tables, replaced_slots
+from oa_train.ablations.best_constants import BestConstants, can_share_tables, replaced_slots
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.evaluation import CleanLogits, circuit_behaviour
 from oa_train.batches import Batch

@@ -21,7 +21,7 @@ from oa_train.models.frozen import CausalLM
 from oa_train.models.levels import Level
 from oa_train.progress import Track, counted, silent
 from oa_train.shapes import Tensor
-from oa_train.tasks.donors import Donors
+from oa_train.tasks.partners import Partners
 from oa_train.tasks.task import Task
 
 # A key of `KINDS`; not a Literal, so that users can register their own ablations.
@@ -47,9 +47,9 @@ class AblationSource:
         self.slots = Slots(positions, level.spans)
 
     @cached_property
-    def donors(self) -> Donors:
+    def partners(self) -> Partners:
         """Source of partners of prompts, with spans of the same lengths."""
-        return Donors(self.task, self.task.seed, [span for span in self.level.spans if span is not None])
+        return Partners(self.task, self.task.seed, [span for span in self.level.spans if span is not None])
 
     @cached_property
     def mean(self) -> Constants:
@@ -110,7 +110,7 @@ class Kind:
         learned: True if the constants are trained.
         total: True if replacements carry nothing about the prompt.
         paired: True if the task's prompts need counterfactuals.
-        partnered: True if the prompts need partners (see `Donors`).
+        partnered: True if the prompts need partners (see `Partners`).
         restores: True if replacements are the model's own clean values, which change nothing by themselves.
     """
 
@@ -128,7 +128,7 @@ class Kind:
         """Reason why the ablation cannot be applied to these prompts, for messages; None if it can."""
         if self.paired and any(batch.counterfactual_tokens is None for batch in batches):
             return "the prompts have no counterfactuals"
-        return source.donors.why_lacking(batches) if self.partnered else None
+        return source.partners.why_lacking(batches) if self.partnered else None
 
     def __reduce__(self) -> tuple[Callable[[AblationKind], "Kind"], tuple[AblationKind]]:
         # By name: functions of a kind may be lambdas, and modules are pickled for a spawned process.
@@ -140,7 +140,7 @@ def _kind(name: AblationKind) -> Kind:
 
 
 def _resample(source: AblationSource) -> Ablation:
-    return OtherPromptAblation(source.donors, source.level.spans)
+    return OtherPromptAblation(source.partners, source.level.spans)
 
 
 def _other_prompt(other_prompts: OtherPrompts) -> Callable[[AblationSource], Ablation]:

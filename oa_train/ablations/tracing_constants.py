@@ -9,7 +9,7 @@ import torch
 
 from oa_train.ablations.context import check_fingerprint
 from oa_train.ablations.tracing import Tracing
-from oa_train.ablations.trained import run_name
+from oa_train.ablations.trained_circuit import run_name
 from oa_train.artefacts import (
     PROVENANCE,
     SIZE,

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from oa_train.cli.record import log
+from oa_train.cli.run_log import log
 from oa_train.progress import BETWEEN_LINES, Advance, Track, duration
 
 

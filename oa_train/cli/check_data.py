@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oa_train.ablations.ability import ENOUGH, Ability, clean_ability
+from oa_train.ablations.clean_ability import ENOUGH, Ability, clean_ability
 from oa_train.checks import check_at_least
 from oa_train.cli.bars import track
 from oa_train.cli.output import console, print_table

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from oa_train.ablations.conversion import convert
+from oa_train.ablations.old_layout import convert
 from oa_train.cli.output import console
 from oa_train.cli.parser import ExplainingParser
 

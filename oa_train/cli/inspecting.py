@@ -12,9 +12,9 @@ from oa_train.cli.output import print_table
 from oa_train.cli.parser import ExplainingParser, add_config
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.trainer import check_true_precision
-from oa_train.diagnostics.facts import DEFAULT_TOKENS, model_facts
-from oa_train.diagnostics.facts_table import facts_rows
 from oa_train.diagnostics.memory import StepSettings, Strategy
+from oa_train.diagnostics.model_facts import DEFAULT_TOKENS, model_facts
+from oa_train.diagnostics.model_facts_table import facts_rows
 from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.loading import load_config, load_model, with_dtype

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from oa_train.ablations.ability import ability_before_training
+from oa_train.ablations.clean_ability import ability_before_training
 from oa_train.checks import check_at_least
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building, told_how_to_resume
@@ -27,14 +27,14 @@ from oa_train.cli.parser import (
     make_paths_absolute,
 )
 from oa_train.cli.quiet import silence_libraries
-from oa_train.cli.record import record_in
+from oa_train.cli.run_log import record_in
 from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, trainer_changes
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.models.loading import load_config
 from oa_train.models.spec import LMSpec
 from oa_train.studies.earlier_runs import checkpoint_to_go_on_from, finished_results, is_same_experiment
-from oa_train.studies.finish import FinishSettings
-from oa_train.studies.finishing import finish_fit
+from oa_train.studies.finish import finish_fit
+from oa_train.studies.finish_circuits import FinishSettings
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training import slurm
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages

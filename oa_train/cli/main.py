@@ -12,7 +12,7 @@ from importlib import import_module
 
 from oa_train import __version__, errors
 from oa_train.cli.precheck import check_files
-from oa_train.cli.record import log, recording
+from oa_train.cli.run_log import log, recording
 from oa_train.cli.streams import safe_streams
 from oa_train.errors import (
     DONE,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from oa_train.cli.record import log
+from oa_train.cli.run_log import log
 
 if TYPE_CHECKING:
     from oa_train.studies.findings import Findings

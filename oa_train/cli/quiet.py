@@ -9,7 +9,7 @@ import warnings
 
 from transformers.utils.logging import disable_progress_bar
 
-from oa_train.cli.record import LIBRARIES
+from oa_train.cli.run_log import LIBRARIES
 
 _WARNINGS = (
     # Our command line passes its own words to Lightning's.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.cli.bars import track
 from oa_train.cli.faults import Claim, building
 from oa_train.cli.output import show
@@ -24,7 +24,7 @@ from oa_train.cli.parser import (
 )
 from oa_train.cli.precheck import stored_config, take_options
 from oa_train.cli.quiet import silence_libraries
-from oa_train.cli.record import record_in
+from oa_train.cli.run_log import record_in
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.loading import load_on_device
 from oa_train.progress import silent

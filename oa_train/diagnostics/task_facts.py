@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from oa_train.ablations.ability import Ability
-from oa_train.tasks.record_files import shorten
+from oa_train.ablations.clean_ability import Ability
+from oa_train.tasks.file_formats import shorten
 from oa_train.tasks.task import Stream, Task
 
 # Number of prompts read from a stream whose prompts are drawn without end.

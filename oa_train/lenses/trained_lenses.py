@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from oa_train.ablations.context import check_fingerprint
-from oa_train.ablations.trained import run_name
+from oa_train.ablations.trained_circuit import run_name
 from oa_train.artefacts import (
     FLOATS,
     PROVENANCE,

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from oa_train.errors import ConfigurationError, ModelError
-from oa_train.models.adapters import merged
 from oa_train.models.families import check_config, check_family
 from oa_train.models.frozen import CausalLM, freeze
-from oa_train.models.locating import ADAPTER_ALONE, loading, locate
+from oa_train.models.model_files import ADAPTER_ALONE, loading, locate
+from oa_train.models.peft_adapters import merged
 from oa_train.models.spec import LMSpec
 from oa_train.models.weights import check_complete, check_finite
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from oa_train.errors import ModelError
 from oa_train.models.families import Family, check_config
-from oa_train.models.lookup import Lookup, looked_up
+from oa_train.models.module_lookup import Lookup, looked_up
 
 WITHOUT_DEVICE_MAP = (
     "Masks and constants are on one device and are mixed into every layer, so all layers have to be there too. Load "

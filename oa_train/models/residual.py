@@ -15,7 +15,7 @@ from torch import nn
 from oa_train.errors import ModelError
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
-from oa_train.models.lookup import Lookup, looked_up
+from oa_train.models.module_lookup import Lookup, looked_up
 from oa_train.models.parts import find_parts
 from oa_train.shapes import Float, Tensor
 

@@ -11,16 +11,15 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
-from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.comparison import Control, Panel, comparison_figure
+from oa_train.figures.overlap import agreement_figure
 from oa_train.figures.style import Figure
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
 from oa_train.studies.ablation_study import AblationStudy
-from oa_train.studies.agreement import jaccard_matrix, over_seeds
 from oa_train.studies.comparison_tables import (
     alone_cells,
     circuit_cells,
@@ -31,6 +30,7 @@ from oa_train.studies.comparison_tables import (
     seeds_line,
 )
 from oa_train.studies.options import check_ablations, check_positions, n_positions, patterns_of
+from oa_train.studies.overlap import jaccard_matrix, over_seeds
 from oa_train.studies.random_control import beside_random_circuits, random_line, random_stages
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, differences, estimates, spoken, statistics_stages
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from oa_train.ablations.registry import KINDS, AblationKind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.studies.study import MOST_LISTED, Row, spoken
 

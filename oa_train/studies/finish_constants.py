@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Stage, Track, silent
 from oa_train.studies.comparison_tables import most_listed
-from oa_train.studies.finish import Evaluate, Finished, FinishSettings
+from oa_train.studies.finish_circuits import Evaluate, Finished, FinishSettings
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Study, Table, estimates
 from oa_train.tasks.task import Task
 

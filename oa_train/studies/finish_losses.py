@@ -10,7 +10,7 @@ from oa_train.lenses.trained_lenses import TrainedLenses
 from oa_train.models.frozen import CausalLM
 from oa_train.progress import Track, silent
 from oa_train.shapes import Float, Tensor
-from oa_train.studies.finish import FinishSettings
+from oa_train.studies.finish_circuits import FinishSettings
 from oa_train.studies.study import Findings, Study, Table, spoken
 from oa_train.studies.trace_tables import NOTHING, by_place, place, where
 from oa_train.tasks.task import Task

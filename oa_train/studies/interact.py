@@ -17,7 +17,7 @@ from oa_train.metrics.ranks import beyond
 from oa_train.progress import Stage
 from oa_train.shapes import Float, Tensor
 from oa_train.studies.interact_settings import InteractSettings as InteractSettings
-from oa_train.studies.joint import AND, Joint, n_screened, ranked_units, screening_line
+from oa_train.studies.joint_sets import AND, Joint, n_screened, ranked_units, screening_line
 from oa_train.studies.options import patterns_of, selected_units
 from oa_train.studies.rankings import effects_of_scan
 from oa_train.studies.study import MOST_LISTED, Findings, Row, Table, estimates, spoken

@@ -18,8 +18,8 @@ from oa_train.ablations.registry import KINDS
 from oa_train.checks import check_at_least
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
+from oa_train.figures.minimality import worth_figure
 from oa_train.figures.style import Figure
-from oa_train.figures.worth import worth_figure
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor

@@ -8,7 +8,7 @@ import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.random import random_circuits
 from oa_train.progress import Stage
 from oa_train.studies.ablation_study import AblationStudy

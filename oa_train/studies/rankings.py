@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from oa_train.ablations.registry import AblationKind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.files import read_json
 from oa_train.models.levels import Level

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
 from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.worst_mask import AscentSettings
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.figures.style import Figure
@@ -27,7 +27,7 @@ from oa_train.studies.comparison_tables import label
 from oa_train.studies.findings import listed
 from oa_train.studies.options import check_ablations
 from oa_train.studies.study import Findings, Row, Table, differences, estimates, spoken, statistics_stages
-from oa_train.studies.worst_mask import WorstMask, most_kept, search_stages, worst_mask
+from oa_train.studies.worst_mask_search import WorstMask, most_kept, search_stages, worst_mask
 
 ALL_OFF, RANDOM, WORST, VERTEX = "all off", "random subset", "worst", "worst vertex"
 

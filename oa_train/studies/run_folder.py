@@ -22,7 +22,7 @@ from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.files import make_next_folder, replace_file
 
 if TYPE_CHECKING:
-    from oa_train.ablations.trained import TrainedCircuit
+    from oa_train.ablations.trained_circuit import TrainedCircuit
     from oa_train.models.spec import LMSpec
 
 CONFIG_FILE = "config.yaml"
@@ -113,8 +113,8 @@ class RunFolder:
 
         Args:
             name: where the model is now, if it has moved; a copy of the same weights will do. Without it, a folder
-                that no longer exists is searched for by the fingerprint of its weights (see `models.moved`), with a
-                warning.
+                that no longer exists is searched for by the fingerprint of its weights (see `models.moved_models`),
+                with a warning.
 
         Raises:
             ArtefactError: the model has moved and was not found; the message lists the folders that were searched.
@@ -145,7 +145,9 @@ class RunFolder:
         Raises:
             ArtefactError: the run has no circuit, or several; the message says why and what to do.
         """
-        from oa_train.ablations.trained import TrainedCircuit  # imports torch, which help and early errors do not need
+        from oa_train.ablations.trained_circuit import (
+            TrainedCircuit,  # imports torch, which help and early errors do not need
+        )
 
         try:
             return TrainedCircuit.load(self.path)

@@ -6,7 +6,7 @@ from contextlib import suppress
 from oa_train.artefacts import HEADER_FILE
 from oa_train.errors import ArtefactError
 from oa_train.files import read_json
-from oa_train.models.moved import SIZES, Identity, find_moved, places
+from oa_train.models.moved_models import SIZES, Identity, find_moved, places
 from oa_train.models.spec import LMSpec
 from oa_train.studies.run_folder import FRONT, RunFolder
 
@@ -22,7 +22,7 @@ _IDENTIFYING = (
 def located(run: RunFolder, spec: LMSpec) -> LMSpec:
     """The specification of a run's model whose path no longer exists, with the folder that now holds its weights.
 
-    The folder is found by the fingerprint of the weights (see `models.moved`), and a warning names it.
+    The folder is found by the fingerprint of the weights (see `models.moved_models`), and a warning names it.
 
     Raises:
         ArtefactError: the model was not found; the message lists the folders that were searched.

@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationKind
-from oa_train.engine.direct import direct_attribution
+from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
 from oa_train.figures.style import Figure
@@ -70,8 +70,9 @@ class Scan(UnitStudy[ScanSettings]):
     Rows: one for each unit and ablation, with all measures, their paired differences from optimal ablation
     (`x_minus_optimal`) and from the clean model (`x_minus_clean`), and whether the unit is `critical`: its KL
     divergence exceeds the threshold in a one-sided t-test, with p-values adjusted for the false discovery rate.
-    `direct_attribution` is the unit's direct logit attribution in the clean run (see `engine.direct`), the same under
-    every ablation; units that do not write to the residual stream have none.
+    `direct_attribution` is the unit's direct logit attribution in the clean run (see
+    `engine.direct_attribution`), the same under every ablation; units that do not write to the residual
+    stream have none.
 
     Per-prompt values are kept in the study's folder, `pieces/<N>.safetensors`, as tensors `<ablation>.<measure>` of
     shape [unit, prompt], with units in the order of the rows.

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
 from oa_train.ablations.registry import KINDS, STATISTICS, AblationKind
-from oa_train.ablations.trained import TrainedCircuit, run_name
+from oa_train.ablations.trained_circuit import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
 from oa_train.engine.chunks import ROWS_PER_RUN, RUN_BYTES

@@ -11,7 +11,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import fit_passes
 from oa_train.ablations.registry import check_kind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.estimates import Estimate, written

@@ -35,7 +35,7 @@ from oa_train.studies.pieces import Piece, Pieces
 from oa_train.studies.study import Findings, Study, spoken, statistics_stages
 from oa_train.studies.trace_settings import DRAWN, GAUSSIAN, OPTIMAL, RESAMPLE, TraceSettings
 from oa_train.studies.trace_tables import Traced, place_maps, profiles, token_maps
-from oa_train.tasks.donors import Donors
+from oa_train.tasks.partners import Partners
 
 # Default kinds, spans and windows that are restored.
 DEFAULTS: tuple[Any, ...] = (("attention", "mlp"), ("-1", f"{SUBJECT}_last"), (5,))
@@ -198,7 +198,7 @@ class Trace(Study[TraceSettings]):
         if name == GAUSSIAN:
             ablation: Any = AddedNoiseAblation.of_spread(source.mean, source.spread, self.settings.noise, seed)
         elif name == RESAMPLE:
-            ablation = OtherPromptAblation(Donors(self.task, seed, [self.tracing.subject]), source.level.spans)
+            ablation = OtherPromptAblation(Partners(self.task, seed, [self.tracing.subject]), source.level.spans)
         else:
             ablation = KINDS[name].prepare(source)
         return corrupted_by(ablation.to(self.model.device), self.model, self.tokens, self.tracing.subject)

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from oa_train.seeds import derive_seed
+from oa_train.tasks.builtin_records import ShippedRecords
+from oa_train.tasks.file_formats import Fields
 from oa_train.tasks.grammar import end_span, fill
-from oa_train.tasks.record_files import Fields
-from oa_train.tasks.shipped import ShippedRecords
 from oa_train.tasks.vocabulary import read_data, require_enough
 
 MINIMUM_NOUNS = 10

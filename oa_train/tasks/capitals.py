@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from oa_train.tasks.fact_records import FactRecords
-from oa_train.tasks.pairing import Objects
+from oa_train.tasks.subject_pairs import Objects
 from oa_train.tasks.vocabulary import read_data
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
-from oa_train.tasks.record_files import (
+from oa_train.tasks.file_formats import (
     HUB,
     READERS,
     Row,

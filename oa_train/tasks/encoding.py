@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from oa_train.batches import leading_tokens
 from oa_train.errors import ModelError, TaskError
 from oa_train.models.loading import load_config
-from oa_train.models.locating import loading, locate
+from oa_train.models.model_files import loading, locate
 from oa_train.models.spec import LMSpec
 from oa_train.shapes import Bool, Int, Tensor
 

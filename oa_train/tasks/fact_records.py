@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar
 
 from oa_train.errors import TaskError
+from oa_train.tasks.builtin_records import ShippedRecords
+from oa_train.tasks.file_formats import Fields
 from oa_train.tasks.grammar import end_span, fill
-from oa_train.tasks.pairing import Objects, pair_name, pair_subjects
-from oa_train.tasks.record_files import Fields
-from oa_train.tasks.shipped import ShippedRecords
+from oa_train.tasks.subject_pairs import Objects, pair_name, pair_subjects
 from oa_train.tasks.task import Stream
 
 MINIMUM_SUBJECTS = 10

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from oa_train.errors import ConfigurationError, unknown_name
 from oa_train.tasks.fact_records import FactRecords
-from oa_train.tasks.pairing import Objects
+from oa_train.tasks.subject_pairs import Objects
 from oa_train.tasks.vocabulary import read_data
 
 

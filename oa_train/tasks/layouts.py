@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from oa_train.errors import nearest_names
-from oa_train.tasks.record_files import Fields, RowError, shared_length, shorten
+from oa_train.tasks.file_formats import Fields, RowError, shared_length, shorten
 
 # The fields of a prompt that `Records` reads and `Task.save` writes, and to which every other layout is converted.
 OWN_FIELDS = (

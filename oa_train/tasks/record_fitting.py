@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from oa_train.errors import TaskError
 from oa_train.tasks.encoding import PromptEncoder, Span
-from oa_train.tasks.record_files import RowError, shared_length, shorten
+from oa_train.tasks.file_formats import RowError, shared_length, shorten
 from oa_train.tasks.record_reading import Record
 from oa_train.tasks.task import AnswerPositions, Prompt, Question
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from oa_train.errors import nearest_names
 from oa_train.seeds import derive_seed
 from oa_train.tasks.encoding import Span, needs_space
+from oa_train.tasks.file_formats import Fields, Row, RowError, shorten
 from oa_train.tasks.layouts import Layout
-from oa_train.tasks.record_files import Fields, Row, RowError, shorten
 from oa_train.tasks.task import Prompt, Question, Stream
 
 LeadingSpace = Literal["auto", "as_written"]

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal, get_args
 
 from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError, TaskError, unknown_name
-from oa_train.tasks.finite import FiniteTask
+from oa_train.tasks.file_formats import Fields, Row, RowError, read_rows, report
+from oa_train.tasks.finite_task import FiniteTask
 from oa_train.tasks.layouts import LAYOUTS
-from oa_train.tasks.record_files import Fields, Row, RowError, read_rows, report
 from oa_train.tasks.record_fitting import RecordFitter
 from oa_train.tasks.record_reading import LeadingSpace, RecordReader
 from oa_train.tasks.record_streams import cut_into_streams

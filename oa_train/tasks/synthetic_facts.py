@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from oa_train.seeds import derive_seed
 from oa_train.tasks.fact_records import FactRecords
-from oa_train.tasks.pairing import Objects
+from oa_train.tasks.subject_pairs import Objects
 from oa_train.tasks.task import Stream, stream_of
 from oa_train.tasks.vocabulary import read_data
 

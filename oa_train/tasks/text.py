@@ -13,7 +13,7 @@ from oa_train.errors import ConfigurationError, TaskError
 from oa_train.seeds import python_generator
 from oa_train.tasks.corpus import Corpus, Windows
 from oa_train.tasks.documents import DocumentReader, listed_documents
-from oa_train.tasks.finite import FiniteTask
+from oa_train.tasks.finite_task import FiniteTask
 from oa_train.tasks.task import Prompt, Stream
 
 Scored = Literal["last", "all"] | int

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from oa_train.checks import check_at_least
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
 from oa_train.training.circuit_module import CircuitModule
-from oa_train.training.pictures import score_picture
+from oa_train.training.mask_figures import score_picture
 
 # Settings in which two runs must agree for their objectives to be comparable.
 _OBJECTIVE = ("penalty", "target_size", "threshold")

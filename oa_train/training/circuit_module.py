@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from oa_train.ablations.base import replacements_of_copies
 from oa_train.ablations.evaluation import circuit_logits
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.checks import check_positive
 from oa_train.circuits.circuit import Circuit
@@ -28,8 +28,8 @@ from oa_train.models.levels import Level
 from oa_train.models.sites import DEFAULT_SITES, check_dictionaries
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Bool, Float, Tensor
-from oa_train.training.averages import CircuitMeans, each_and_mean
 from oa_train.training.circuit_masks import CircuitMasks, LevelKind, StepRows, check_level, level_of
+from oa_train.training.metric_averages import CircuitMeans, each_and_mean
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.penalties import PenaltySettings, PenaltyWeight

@@ -13,7 +13,7 @@ from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
 from oa_train.ablations.fitting import NOTICEABLE, FittedCircuits
 from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.checks import check_positive
 from oa_train.circuits.circuit import Circuit
@@ -27,7 +27,7 @@ from oa_train.models.sites import DEFAULT_SITES, check_dictionaries, check_site_
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.seeds import derive_seed
 from oa_train.shapes import Float, Tensor
-from oa_train.training.averages import CircuitMeans
+from oa_train.training.metric_averages import CircuitMeans
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
 from oa_train.training.side_by_side import SideBySideModule

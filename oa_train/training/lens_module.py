@@ -16,7 +16,7 @@ from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.parts import Dimensions
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.shapes import Float, Tensor
-from oa_train.training.averages import CircuitMeans
+from oa_train.training.metric_averages import CircuitMeans
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable
 from oa_train.training.settings import as_list
 from oa_train.training.side_by_side import BestSlices, Part, SideBySideModule

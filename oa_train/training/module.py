@@ -27,7 +27,7 @@ from oa_train.tasks.task import Task
 from oa_train.training.checkpoints import IDENTITY_KEY, check_identity, check_state, read_checkpoint, record_of
 from oa_train.training.compatibility import check_trainer
 from oa_train.training.data import TaskData
-from oa_train.training.finite import check_finite
+from oa_train.training.finite_check import check_finite
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, configured, restore_rates
 from oa_train.training.settings import as_settings, rebuilt
 from oa_train.training.steps import accumulated_in
@@ -194,7 +194,7 @@ class FrozenModelModule(lightning.LightningModule):
         return reduced
 
     def check_finite(self, tensors: Mapping[str, torch.Tensor], label: str, batch: Batch) -> None:
-        """Stop when a part of the loss on these prompts is not finite; see `training.finite.check_finite`."""
+        """Stop when a part of the loss on these prompts is not finite; see `training.finite_check.check_finite`."""
         check_finite(tensors, label, self.frozen, batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from oa_train.batches import Batch
 from oa_train.shapes import Float, Tensor
-from oa_train.training.averages import CircuitMeans
+from oa_train.training.metric_averages import CircuitMeans
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.optimizers import LRSchedulerCallable, OptimizerCallable, decaying_to_zero
 from oa_train.training.steps import share_of_step

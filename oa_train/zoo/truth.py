@@ -18,7 +18,7 @@ from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
 from oa_train.checks import check_at_least, check_positive
-from oa_train.metrics.recovery import Recovery, recovery
+from oa_train.metrics.ground_truth import Recovery, recovery
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.progress import Track, silent

@@ -14,8 +14,8 @@ from oa_train.errors import TaskError
 from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.spec import LMSpec
-from oa_train.tasks import IOI, Task, donors
-from oa_train.tasks.donors import Donors
+from oa_train.tasks import IOI, Task
+from oa_train.tasks.partners import Partners
 from oa_train.tasks.task import stream_of
 from tests.builders import batch_of, random_batch, small_ioi, tiny_model, widened, with_spans
 
@@ -33,7 +33,7 @@ def rows_of(batch: Batch) -> list[list[int]]:
 
 
 def partners(batch: Batch, task: Task | None = None, seed: int = 0) -> list[list[int]]:
-    return rows_of(Donors(task or small_ioi(), seed)(batch))
+    return rows_of(Partners(task or small_ioi(), seed)(batch))
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +68,14 @@ def test_a_partner_depends_on_no_other_prompt_and_no_padding(whole, side, size):
     assert [row for batch in task.batches("test", N_PROMPTS, size) for row in partners(batch, task)] == expected
     assert partners(widened(task.batch("test", 0, N_PROMPTS), side, 7), task) == expected
     assert partners(whole.repeat(2)) == expected * 2
-    again = Donors(task, 0)
+    again = Partners(task, 0)
     for batch in reversed(list(task.batches("test", N_PROMPTS, size))):  # whatever was asked before
         assert rows_of(again(batch)) == [expected[number] for number in batch.example_ids.tolist()]
 
 
 def test_partners_stand_in_their_prompts_columns_and_nothing_else_changes(whole):
     for batch in (whole, small_ioi(padding_side="left").batch("test", 0, N_PROMPTS)):
-        other = Donors(small_ioi(), 0)(batch)
+        other = Partners(small_ioi(), 0)(batch)
         assert torch.equal(other.tokens[~batch.attention_mask], batch.tokens[~batch.attention_mask])
         assert other.counterfactual_tokens is None
         assert other.padded == batch.padded
@@ -111,12 +111,12 @@ def test_a_length_that_no_donor_has_gets_the_first_further_prompt_of_that_length
 
 
 def test_a_length_that_there_is_not_is_refused(monkeypatch):
-    monkeypatch.setattr(donors, "FURTHER_PROMPTS", 10)
+    monkeypatch.setattr("oa_train.tasks.partners.FURTHER_PROMPTS", 10)
     task = small_ioi()
     odd = batch_of([[task.bos_token_id, *range(5, 45)]])
     message = r"needs another prompt of 41 tokens, and there is none among 10 .* task ioi.*n_means, or .*ablation"
     with pytest.raises(TaskError, match=message):
-        Donors(task, 0)(odd)
+        Partners(task, 0)(odd)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def values_of(model, level):
 def test_resampled_values_are_those_of_the_partners_alone(values_of, side):
     task = small_ioi(padding_side=side)
     batch = task.batch("test", 0, 6)
-    values = OtherPromptAblation(Donors(task, 3)).replacements(batch, values_of)
+    values = OtherPromptAblation(Partners(task, 3)).replacements(batch, values_of)
     for row, tokens in enumerate(partners(batch, seed=3)):
         for site, alone in values_of(batch_of([tokens])).items():
             assert_close(values[site][row, batch.attention_mask[row]], alone[0], **EXACT)
@@ -156,7 +156,7 @@ def test_counterfactual_values_are_those_of_the_counterfactuals(values_of, side)
 @pytest.mark.parametrize("span", ["S1", "S2", "IO", "end", "-1"])
 def test_at_a_span_the_partners_same_span_is_taken(model, span, side):
     task, level = small_ioi(padding_side=side), Nodes.of(model.config, patterns=[f"m*@{span}", f"a*@{span}"])
-    batch, donors_of = task.batch("test", 0, 8), Donors(task, 3, [span])
+    batch, donors_of = task.batch("test", 0, 8), Partners(task, 3, [span])
     values = OtherPromptAblation(donors_of, [span]).replacements(batch, partial(read_values, model, level=level))
     others, moved = donors_of(batch), 0
     whole = read_values(model, others, level)

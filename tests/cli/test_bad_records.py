@@ -108,7 +108,7 @@ def test_bad_prompts_are_told_by_line_and_field_with_what_to_do(capsys, name, co
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_dataset_that_cannot_be_reached_is_told(capsys, monkeypatch, command):
-    monkeypatch.setattr("oa_train.tasks.record_files.hub_answers", lambda: False)
+    monkeypatch.setattr("oa_train.tasks.file_formats.hub_answers", lambda: False)
     said = refused(capsys, command, "hf://nobody/nothing")
     assert "The dataset 'hf://nobody/nothing' cannot be read" in said
     assert "Check its name and the connection; offline, a dataset that has been downloaded" in said

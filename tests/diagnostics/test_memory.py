@@ -11,9 +11,9 @@ from benchmarks.scaling import Arrangement, estimated, measure
 from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.batches import unanswered
 from oa_train.cli.main import main
-from oa_train.diagnostics.facts import model_facts
 from oa_train.diagnostics.live_bytes import LiveBytes
 from oa_train.diagnostics.memory import StepSettings, node_step_memory
+from oa_train.diagnostics.model_facts import model_facts
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.errors import RunError

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from oa_train.ablations.registry import KINDS
-from oa_train.figures.agreement import agreement_figure
 from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.comparison import (
     MOST_ROWS,
@@ -19,8 +18,9 @@ from oa_train.figures.comparison import (
     comparison_figure,
 )
 from oa_train.figures.maps import score_map
+from oa_train.figures.minimality import COLOURS, worth_figure
+from oa_train.figures.overlap import agreement_figure
 from oa_train.figures.style import ABLATION_STYLES, KEPT, ablation_style, save_figure
-from oa_train.figures.worth import COLOURS, worth_figure
 from oa_train.metrics.estimates import Estimate
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,7 +11,7 @@ from oa_train.cli.main import main
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
-from oa_train.models.locating import locate
+from oa_train.models.model_files import locate
 from oa_train.models.selection import Nodes
 from oa_train.models.spec import LMSpec
 

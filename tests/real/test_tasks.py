@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from oa_train.ablations.ability import clean_ability
+from oa_train.ablations.clean_ability import clean_ability
 from oa_train.models.frozen import CausalLM
 from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Agreement, Capitals, Facts, GreaterThan, Induction, Task

@@ -10,15 +10,15 @@ import torch
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.published import published_ioi_circuit
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
-from oa_train.studies.agreement import over_seeds
 from oa_train.studies.compare import Compare, CompareSettings
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.finish_circuits import FinishSettings, finish
+from oa_train.studies.overlap import over_seeds
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, save_language_model, small_ioi
@@ -250,7 +250,7 @@ def test_resample_is_left_out_where_a_prompt_has_no_partner(module, trained, tmp
         before = "Then, " * 7 if stream == "test" and index < 3 else ""
         return replace(drawn, text=before + drawn.text, counterfactual=None, spans={})
 
-    monkeypatch.setattr("oa_train.tasks.donors.FURTHER_PROMPTS", 300)
+    monkeypatch.setattr("oa_train.tasks.partners.FURTHER_PROMPTS", 300)
     monkeypatch.setattr(task, "prompt", longer)
     settings = CompareSettings(components=[], fit=UNFITTED, random_circuits=0)
     findings = compare(module.frozen, task, [trained], tmp_path, settings)

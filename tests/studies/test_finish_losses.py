@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from oa_train.studies.finish import FinishSettings
+from oa_train.studies.finish import finish_fit
+from oa_train.studies.finish_circuits import FinishSettings
 from oa_train.studies.finish_losses import NO_VALIDATION
-from oa_train.studies.finishing import finish_fit
 from oa_train.training.data import TaskData
 from oa_train.training.lens_module import LensModule
 from oa_train.training.tracing_module import TracingModule

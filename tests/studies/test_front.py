@@ -10,14 +10,14 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationSource
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ConfigurationError
 from oa_train.models.pruning import within_budget
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.studies.compare import Compare, CompareSettings
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.finish_circuits import FinishSettings, finish
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi

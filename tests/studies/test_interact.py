@@ -14,13 +14,13 @@ from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
 from oa_train.cli.main import main
 from oa_train.errors import OaTrainError
-from oa_train.metrics.recovery import recovery
+from oa_train.metrics.ground_truth import recovery
 from oa_train.models.frozen import CausalLM
 from oa_train.models.loading import load_model
 from oa_train.models.selection import Nodes
 from oa_train.models.spec import LMSpec
 from oa_train.studies.interact import Interact, InteractSettings
-from oa_train.studies.joint import n_screened
+from oa_train.studies.joint_sets import n_screened
 from oa_train.studies.scan import Scan, ScanSettings
 from oa_train.studies.unit_study import UnitStudy
 from oa_train.zoo.known.backup_induction import BACKUP, PRIMARY

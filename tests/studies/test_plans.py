@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from oa_train.ablations.ascent import AscentSettings
 from oa_train.ablations.evaluation import CleanLogits, circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
+from oa_train.ablations.worst_mask import AscentSettings
 from oa_train.circuits.circuit import Circuit
 from oa_train.models.graph import Graph
 from oa_train.models.loading import load_model
@@ -18,7 +18,7 @@ from oa_train.models.selection import Nodes
 from oa_train.studies import compare as compare_module
 from oa_train.studies.compare import Compare, CompareSettings
 from oa_train.studies.curve import Curve, CurveSettings
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.finish_circuits import FinishSettings, finish
 from oa_train.studies.minimal import Minimal, MinimalSettings
 from oa_train.studies.robustness import Robustness, RobustnessSettings
 from tests.builders import small_ioi

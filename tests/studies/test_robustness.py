@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from oa_train.ablations.ascent import AscentSettings, ascend
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import AblationSource
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
+from oa_train.ablations.worst_mask import AscentSettings, ascend
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
 from oa_train.engine.forward import scored_logits

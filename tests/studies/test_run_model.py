@@ -13,11 +13,11 @@ from oa_train.ablations.fitting import RefitSettings
 from oa_train.cli.main import main
 from oa_train.cli.precheck import stored_config
 from oa_train.errors import ArtefactError
-from oa_train.models import moved
+from oa_train.models import moved_models
 from oa_train.models.loading import load_model
-from oa_train.models.moved import places
+from oa_train.models.moved_models import places
 from oa_train.models.spec import LMSpec, builtin_models
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies.finish_circuits import FinishSettings, finish
 from oa_train.studies.run_folder import RunFolder
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
@@ -82,7 +82,7 @@ def test_a_moved_model_is_found_and_said(run, tmp_path, place):
 def test_a_model_elsewhere_is_not_looked_for(run, tmp_path, monkeypatch, place):
     model_at(tmp_path / place)
     read, scandir = [], os.scandir
-    monkeypatch.setattr(moved.os, "scandir", lambda folder: read.append(Path(folder)) or scandir(folder))
+    monkeypatch.setattr(moved_models.os, "scandir", lambda folder: read.append(Path(folder)) or scandir(folder))
     with pytest.raises(ArtefactError) as refusal:
         run.lm()
     project = tmp_path / "a/b/project"
@@ -95,7 +95,9 @@ def test_a_model_elsewhere_is_not_looked_for(run, tmp_path, monkeypatch, place):
 
 def test_weights_are_read_only_of_models_of_the_same_family_and_sizes(run, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(moved, "load_model", lambda spec: loaded.append(Path(spec.name).name) or load_model(spec))
+    monkeypatch.setattr(
+        moved_models, "load_model", lambda spec: loaded.append(Path(spec.name).name) or load_model(spec)
+    )
     model_at(tmp_path / "work/a_family", model_type="llama")
     model_at(tmp_path / "work/b_layers", n_layer=7)
     model_at(tmp_path / "work/c_code", model_type="mine", auto_map={"AutoConfig": "evil.Config"})
@@ -112,10 +114,10 @@ def test_weights_are_read_only_of_models_of_the_same_family_and_sizes(run, tmp_p
 
 
 def test_folders_of_many_entries_are_read_in_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(moved, "MOST_ENTRIES", 3)
+    monkeypatch.setattr(moved_models, "MOST_ENTRIES", 3)
     for number in range(10):
         (tmp_path / f"{number}").mkdir()
-    assert len(list(moved._inside(tmp_path))) == 3
+    assert len(list(moved_models._inside(tmp_path))) == 3
     assert [path for path in places(Path("/run")) if path == path.parent] == []
 
 
@@ -134,7 +136,7 @@ def test_any_result_tells_the_weights(run, tmp_path, left):
         shutil.rmtree(run.path / name, ignore_errors=True)
     if left == "studies":
         (run.path / "studies/scan_0").mkdir(parents=True)
-        model = {"family": "gpt2", "fingerprint": moved.fingerprint(load_model(LMSpec())), "name": GONE}
+        model = {"family": "gpt2", "fingerprint": moved_models.fingerprint(load_model(LMSpec())), "name": GONE}
         (run.path / "studies/scan_0/results.json").write_text(json.dumps({"model": model}))
     folder = model_at(tmp_path / "work/model")
     assert run.lm().name == str(folder)

@@ -14,7 +14,7 @@ import torch
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
 from oa_train.ablations.registry import KINDS, AblationSource
-from oa_train.engine.direct import direct_attribution
+from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.errors import ArtefactError, OaTrainError
 from oa_train.models.dictionaries import DictionarySpec
 from oa_train.models.frozen import CausalLM

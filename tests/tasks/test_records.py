@@ -10,8 +10,8 @@ import pytest
 from oa_train.errors import ArtefactError, ConfigurationError, OaTrainError, TaskError, UnknownNameError
 from oa_train.models.spec import LMSpec
 from oa_train.tasks import IOI, Induction, Prompt, Records
-from oa_train.tasks.donors import Donors
-from oa_train.tasks.record_files import MOST_CHARACTERS
+from oa_train.tasks.file_formats import MOST_CHARACTERS
+from oa_train.tasks.partners import Partners
 
 NAMES = ("Anna", "Paul", "Tom", "Mary", "Peter", "Kate", "John", "Ben")
 PLACES = ("park", "store", "library", "school", "market", "beach")
@@ -94,7 +94,7 @@ def test_files_of_each_kind_read_alike(kind: str, tmp_path: Path) -> None:
 
 def test_cells_of_a_table_are_text(tmp_path: Path) -> None:
     """pandas would take the answers None and NA for missing ones, and 07 for 7."""
-    from oa_train.tasks.record_files import read_rows
+    from oa_train.tasks.file_formats import read_rows
 
     path = written(tmp_path, "prompt,answer\na,None\nb,NA\nc,07\n", "a.csv")
     assert [row.content["answer"] for row in read_rows(path) if isinstance(row.content, dict)] == ["None", "NA", "07"]
@@ -175,12 +175,12 @@ def test_no_prompt_is_its_own_partner() -> None:
     """Training, means and refit share the prompts of a small file."""
     task = Records(rows=rows())
     batch = task.batch("train", 0, 14)
-    partners = Donors(task, 0)(batch)
+    partners = Partners(task, 0)(batch)
     assert not (partners.tokens == batch.tokens).all(dim=1).any()
     task.streams["means"] = task.streams["means"][:1]
     task.n_means = 1
     with pytest.raises(TaskError, match="Add prompts of this length"):
-        Donors(task, 0)(task.batch_of("means", range(1)))
+        Partners(task, 0)(task.batch_of("means", range(1)))
 
 
 # Answers of several tokens

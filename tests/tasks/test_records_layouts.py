@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from oa_train.tasks.file_formats import RowError
 from oa_train.tasks.layouts import LAYOUTS
-from oa_train.tasks.record_files import RowError
 
 REWRITE = {"prompt": "{} is in", "subject": "Rome", "target_true": {"str": "Italy"}, "target_new": {"str": "Peru"}}
 

@@ -18,8 +18,8 @@ from oa_train.errors import ConfigurationError, ModelError, TaskError
 from oa_train.models.loading import load_model
 from oa_train.models.spec import BUILT_IN, LMSpec
 from oa_train.tasks import IOI, GrammarTask, GreaterThan, Induction, Prompt, Question, Stream, Task
-from oa_train.tasks.donors import Donors
 from oa_train.tasks.encoding import load_tokenizer
+from oa_train.tasks.partners import Partners
 from oa_train.tasks.task import stream_of
 from tests.builders import batch_of
 
@@ -437,7 +437,7 @@ def test_a_task_that_reads_its_prompts_from_a_list_works_like_any_other(side: st
     assert (batch.tokens[batch.protected] == bos).all()
     logits = scored_logits(load_model(LMSpec()), batch)[:, 0]
     assert torch.equal(logits.argmax(dim=-1), batch.answers[:, 0, 0])
-    partners = Donors(task, 0, ("S2",))(batch)
+    partners = Partners(task, 0, ("S2",))(batch)
     assert torch.equal(partners.attention_mask, batch.attention_mask)
 
 

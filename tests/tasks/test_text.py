@@ -20,7 +20,7 @@ from oa_train.seeds import python_generator
 from oa_train.tasks import Text
 from oa_train.tasks.corpus import MANY_DOCUMENTS
 from oa_train.tasks.documents import DocumentReader
-from oa_train.tasks.record_files import MOST_CHARACTERS
+from oa_train.tasks.file_formats import MOST_CHARACTERS
 from oa_train.tasks.task import PaddingSide, Stream, stream_of
 
 WORDS = ["Anna", "gave", "a", "book", "to", "Paul", "and", "went", "the", "park", "with", "Mary", ".", "They", "river"]
@@ -502,7 +502,7 @@ def test_a_folder_without_such_files_is_told_with_those_that_it_has(letters_lm: 
 
 
 def test_a_dataset_that_cannot_be_reached_is_told(letters_lm: LMSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("oa_train.tasks.record_files.hub_answers", lambda: False)
+    monkeypatch.setattr("oa_train.tasks.file_formats.hub_answers", lambda: False)
     said = refusal(ArtefactError, lm=letters_lm, path="hf://nobody/nothing")
     assert "The dataset 'hf://nobody/nothing' cannot be read" in said
 

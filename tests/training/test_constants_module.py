@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, CheckpointError, ConfigurationError
 from oa_train.models.dictionaries import DictionarySpec

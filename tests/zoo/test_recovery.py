@@ -2,7 +2,7 @@
 
 import pytest
 
-from oa_train.metrics.recovery import recovery
+from oa_train.metrics.ground_truth import recovery
 from oa_train.models.graph import Graph
 from oa_train.models.spec import LMSpec
 from oa_train.training.circuit_module import CircuitModule

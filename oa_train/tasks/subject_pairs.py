@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from oa_train.seeds import derive_seed
 from oa_train.tasks.encoding import CONTEXT, PromptEncoder
-from oa_train.tasks.record_files import shared_length
+from oa_train.tasks.file_formats import shared_length
 
 # The right objects of a subject, by relation.
 Objects = Mapping[str, Sequence[str]]

@@ -1,4 +1,4 @@
-"""Facts about a model (see `diagnostics.facts`) as the rows of a table."""
+"""Facts about a model (see `diagnostics.model_facts`) as the rows of a table."""
 
 from collections.abc import Iterator
 from typing import Any

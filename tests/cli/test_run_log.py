@@ -12,7 +12,7 @@ from oa_train.cli import main as entry
 from oa_train.cli.bars import track
 from oa_train.cli.main import main
 from oa_train.cli.output import console
-from oa_train.cli.record import LIBRARIES, log, record_in, recording
+from oa_train.cli.run_log import LIBRARIES, log, record_in, recording
 from oa_train.errors import RunError
 from oa_train.progress import counted
 

@@ -16,7 +16,7 @@ from oa_train.tasks.task import Task
 FURTHER_PROMPTS = 20_000
 
 
-class Donors:
+class Partners:
     """Draws a partner for every prompt: another prompt of equal length from the stream `means`.
 
     The partner depends only on the seed and the prompt's index, not on its batch.

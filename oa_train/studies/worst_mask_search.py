@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from oa_train.ablations.ascent import AscentSettings, ascend
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.registry import AblationSource
+from oa_train.ablations.worst_mask import AscentSettings, ascend
 from oa_train.metrics.measures import Loss
 from oa_train.progress import Stage
 from oa_train.seeds import torch_generator

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from oa_train.errors import TaskError
-from oa_train.tasks.record_files import Fields, Row, RowError, report
+from oa_train.tasks.file_formats import Fields, Row, RowError, report
 from oa_train.tasks.records import Records
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from oa_train.ablations.trained import TrainedCircuit
+from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import jaccard
 from oa_train.metrics.estimates import estimate
 

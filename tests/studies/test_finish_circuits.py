@@ -15,8 +15,8 @@ from oa_train.errors import ArtefactError
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.sites import Site
 from oa_train.progress import Track, silent
-from oa_train.studies import finish as finishing
-from oa_train.studies.finish import FinishSettings, finish
+from oa_train.studies import finish_circuits as finishing
+from oa_train.studies.finish_circuits import FinishSettings, finish
 from oa_train.training.circuit_module import CircuitModule
 from oa_train.training.data import TaskData
 from tests.builders import quiet_trainer, small_ioi

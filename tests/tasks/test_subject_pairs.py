@@ -4,7 +4,7 @@ import pytest
 
 from oa_train.models.spec import LMSpec
 from oa_train.tasks.encoding import PromptEncoder
-from oa_train.tasks.pairing import pair_name, pair_subjects
+from oa_train.tasks.subject_pairs import pair_name, pair_subjects
 
 
 @pytest.fixture(scope="module")

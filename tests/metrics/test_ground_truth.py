@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from oa_train.metrics.recovery import recovery
+from oa_train.metrics.ground_truth import recovery
 
 TRUE = torch.tensor([True, True, False, False, False])
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from oa_train.engine.direct import direct_attribution
+from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import measured

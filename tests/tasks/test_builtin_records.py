@@ -9,7 +9,7 @@ from transformers import GPT2Config, PreTrainedTokenizerFast
 from oa_train.errors import TaskError
 from oa_train.models.spec import LMSpec
 from oa_train.tasks import Agreement, Capitals
-from oa_train.tasks.shipped import ShippedRecords
+from oa_train.tasks.builtin_records import ShippedRecords
 from oa_train.tasks.vocabulary import read_data
 
 DATA = read_data("capitals")
