@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from oa_train.ablations.context import ablated as ablated
     from oa_train.ablations.evaluation import circuit_behaviour as circuit_behaviour
     from oa_train.ablations.fitting import RefitSettings as RefitSettings, fit_constants as fit_constants
-    from oa_train.ablations.registry import KINDS as KINDS, AblationSource as AblationSource
+    from oa_train.ablations.registry import ABLATION_KINDS as ABLATION_KINDS, AblationSource as AblationSource
     from oa_train.ablations.tracing_constants import TracingConstants as TracingConstants
     from oa_train.ablations.trained_circuit import TrainedCircuit as TrainedCircuit
     from oa_train.ablations.worst_mask import AscentSettings as AscentSettings
@@ -83,7 +83,7 @@ _NAMES = {
     "ablations.context": ["ablated"],
     "ablations.evaluation": ["circuit_behaviour"],
     "ablations.fitting": ["RefitSettings", "fit_constants"],
-    "ablations.registry": ["KINDS", "AblationSource"],
+    "ablations.registry": ["ABLATION_KINDS", "AblationSource"],
     "ablations.tracing_constants": ["TracingConstants"],
     "ablations.trained_circuit": ["TrainedCircuit"],
     "batches": ["Batch"],

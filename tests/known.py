@@ -9,7 +9,7 @@ import torch
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName, AblationSource
 from oa_train.batches import Batch
 from oa_train.engine.reading import read_values
 from oa_train.models.frozen import CausalLM
@@ -45,12 +45,12 @@ class Case:
         return self.task.batch("test", 0, 32)
 
     @cached_property
-    def ablations(self) -> dict[AblationKind, Ablation]:
+    def ablations(self) -> dict[AblationName, Ablation]:
         """An ablation of every kind, the starts of those that are trained."""
         source = AblationSource(self.model, self.task, self.graph)
-        return {name: kind.prepare(source) for name, kind in KINDS.items()}
+        return {name: kind.prepare(source) for name, kind in ABLATION_KINDS.items()}
 
-    def kl(self, masks: torch.Tensor, kind: AblationKind) -> torch.Tensor:
+    def kl(self, masks: torch.Tensor, kind: AblationName) -> torch.Tensor:
         """Divergence of circuits of edges, averaged over prompts."""
         return circuit_behaviour(self.model, [self.batch], self.graph, masks, [self.ablations[kind]]).kl.mean(dim=1)
 

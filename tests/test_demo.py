@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oa_train import Circuit, Constants, LMSpec, ablated, load_model
-from oa_train.ablations.registry import KINDS
+from oa_train.ablations.registry import ABLATION_KINDS
 from oa_train.cli.main import main
 from oa_train.tasks.encoding import load_tokenizer
 from tests.jobs.fits import ROOT, done
@@ -84,7 +84,9 @@ def test_constants_per_position_obey_the_law_against_resample_on_prompts_of_one_
 
 def test_counterfactual_ablation_is_told_apart_as_not_total(compared):
     assert {row["ablation"] for row in compared["rows"] if not row["total"]} == {"counterfactual"}
-    assert {row["ablation"] for row in compared["rows"]} == {name for name, kind in KINDS.items() if not kind.restores}
+    assert {row["ablation"] for row in compared["rows"]} == {
+        name for name, kind in ABLATION_KINDS.items() if not kind.restores
+    }
 
 
 def test_everything_is_where_the_demo_says(run):

@@ -12,14 +12,14 @@ import pytest
 
 import oa_train
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS
+from oa_train.ablations.registry import ABLATION_KINDS
 from oa_train.cli.main import COMMANDS
 from oa_train.cli.messages import RENAMED
 from oa_train.masks.hard_concrete import HardConcrete
 from oa_train.masks.uniform import UniformGradientSampling
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
 from oa_train.models.dictionaries import DictionarySpec
-from oa_train.models.dictionary_layouts import READERS
+from oa_train.models.dictionary_layouts import DICTIONARY_READERS
 from oa_train.models.families import FAMILIES, Family
 from oa_train.models.parts import Dimensions
 from oa_train.models.sites import SITE_KINDS
@@ -149,13 +149,13 @@ def test_no_configurable_class_is_left_out() -> None:
 
 @pytest.mark.parametrize("page", ["configuration.md", "components.md"])
 def test_every_kind_of_ablation_is_named(page: str) -> None:
-    assert all(f"`{kind}`" in (ROOT / "docs" / page).read_text() for kind in KINDS)
+    assert all(f"`{kind}`" in (ROOT / "docs" / page).read_text() for kind in ABLATION_KINDS)
 
 
 def test_every_kind_of_ablation_has_a_section_and_says_whether_it_is_total() -> None:
     text = (ROOT / "docs" / "components.md").read_text()
-    assert re.findall(r"^### `(\w+)`$", text, re.MULTILINE) == list(KINDS)
-    for kind in KINDS.values():
+    assert re.findall(r"^### `(\w+)`$", text, re.MULTILINE) == list(ABLATION_KINDS)
+    for kind in ABLATION_KINDS.values():
         row = re.search(rf"^\| `{kind.name}` \|(.*\|){{5}}$", text, re.MULTILINE)
         assert row, kind.name
         assert row[0].split("|")[4].strip().startswith("yes" if kind.total else "**no**")
@@ -214,7 +214,7 @@ def test_kinds_of_site_that_the_pages_name_exist() -> None:
 def test_options_of_a_dictionary_and_layouts_are_named() -> None:
     text = COMPONENTS.read_text()
     assert all(re.search(rf"^\| `{option}` \|", text, re.MULTILINE) for option in options(DictionarySpec))
-    assert all(f"`{name}`" in text for name in READERS)
+    assert all(f"`{name}`" in text for name in DICTIONARY_READERS)
 
 
 def test_renamed_options_are_listed() -> None:

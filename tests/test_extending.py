@@ -14,7 +14,7 @@ import torch
 
 from oa_train import Circuit, CircuitModule, LMSpec, Nodes, TaskData, TrainedCircuit, TrainedLenses, load_model
 from oa_train.ablations.evaluation import circuit_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.cli.main import main
 from oa_train.diagnostics.selfcheck import self_check
 from oa_train.engine.forward import scored_logits
@@ -25,7 +25,7 @@ from oa_train.models.families import FAMILIES, Family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.parts import find_parts
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.tasks.file_formats import READERS
+from oa_train.tasks.file_formats import FILE_READERS
 from oa_train.tasks.layouts import LAYOUTS
 from tests.builders import quiet_trainer, random_constants, random_mask, small_ioi, tiny_model
 from tests.precision import WithoutSinglePrecision
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 # Files are shown in blocks, their names before them: alone on a line, or at the end of a sentence.
 FILES = dict(re.findall(r"`(\w+\.(?:py|yaml))`:\n\n```(?:python|yaml)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-REGISTRIES: list[dict] = [SITE_KINDS, KINDS, FAMILIES, LENS_KINDS, READERS, LAYOUTS]
+REGISTRIES: list[dict] = [SITE_KINDS, ABLATION_KINDS, FAMILIES, LENS_KINDS, FILE_READERS, LAYOUTS]
 
 # What makes a training a matter of seconds.
 SHORT = [
@@ -120,7 +120,7 @@ def test_an_own_ablation_trains_and_evaluates(imported, name):
     task = small_ioi()
     model = load_model(LMSpec("tiny"))
     nodes = Nodes.of(model.config, ["mlp"], ["m*@-1"])
-    ablation = KINDS[name].prepare(AblationSource(model, task, nodes))
+    ablation = ABLATION_KINDS[name].prepare(AblationSource(model, task, nodes))
     masks = torch.tensor([[True, True, True], [True, False, True]])
     whole, without = circuit_behaviour(model, task.batches("test", 8), nodes, masks, [ablation]).kl.mean(dim=1)
     assert whole < 1e-6 < without
@@ -215,7 +215,7 @@ def test_the_tables_of_the_page_have_every_field_and_check():
     fields = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
     assert set(Family.__dataclass_fields__) <= fields
     assert set(SITE_KINDS["mlp"].__dataclass_fields__) <= fields
-    assert set(KINDS["mean"].__dataclass_fields__) <= fields
+    assert set(ABLATION_KINDS["mean"].__dataclass_fields__) <= fields
     with WithoutSinglePrecision():
         checks = [check.name for check in self_check(tiny_model("gpt2"))]
     assert [name for name in checks if f"| {name} |" not in PAGE] == []

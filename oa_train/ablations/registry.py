@@ -1,6 +1,6 @@
 """Kinds of ablation by name, and their preparation for a model and a task.
 
-To add an ablation, write a subclass of `Ablation` and enter it in `KINDS`.
+To add an ablation, write a subclass of `Ablation` and enter it in `ABLATION_KINDS`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,8 +24,8 @@ from oa_train.shapes import Tensor
 from oa_train.tasks.partners import Partners
 from oa_train.tasks.task import Task
 
-# A key of `KINDS`; not a Literal, so that users can register their own ablations.
-AblationKind = str
+# A key of `ABLATION_KINDS`; not a Literal, so that users can register their own ablations.
+AblationName = str
 
 # Statistics of an `AblationSource` by attribute, with what gathering each is called; a kind names those that it needs.
 STATISTICS = {
@@ -99,7 +99,7 @@ class AblationSource:
 
 
 @dataclass(frozen=True)
-class Kind:
+class AblationKind:
     """A kind of ablation.
 
     Attributes:
@@ -114,7 +114,7 @@ class Kind:
         restores: True if replacements are the model's own clean values, which change nothing by themselves.
     """
 
-    name: AblationKind
+    name: AblationName
     prepare: Callable[[AblationSource], Ablation]
     statistics: tuple[str, ...] = ()
     constant: bool = True
@@ -130,13 +130,13 @@ class Kind:
             return "the prompts have no counterfactuals"
         return source.partners.why_lacking(batches) if self.partnered else None
 
-    def __reduce__(self) -> tuple[Callable[[AblationKind], "Kind"], tuple[AblationKind]]:
+    def __reduce__(self) -> tuple[Callable[[AblationName], "AblationKind"], tuple[AblationName]]:
         # By name: functions of a kind may be lambdas, and modules are pickled for a spawned process.
         return _kind, (self.name,)
 
 
-def _kind(name: AblationKind) -> Kind:
-    return KINDS[name]
+def _kind(name: AblationName) -> AblationKind:
+    return ABLATION_KINDS[name]
 
 
 def _resample(source: AblationSource) -> Ablation:
@@ -147,32 +147,36 @@ def _other_prompt(other_prompts: OtherPrompts) -> Callable[[AblationSource], Abl
     return lambda source: OtherPromptAblation(other_prompts, source.level.spans)
 
 
-KINDS: dict[AblationKind, Kind] = {
+ABLATION_KINDS: dict[AblationName, AblationKind] = {
     kind.name: kind
     for kind in (
-        Kind("optimal", lambda source: source.mean, ("mean",), learned=True),
-        Kind("mean", lambda source: source.mean, ("mean",)),
+        AblationKind("optimal", lambda source: source.mean, ("mean",), learned=True),
+        AblationKind("mean", lambda source: source.mean, ("mean",)),
         # Not stored, as the number of positions is known only with the prompts.
-        Kind("mean_by_position", lambda source: source.mean_by_position, ("mean_by_position",), constant=False),
-        Kind("zero", lambda source: source.zero),
-        Kind("resample", _resample, constant=False, partnered=True),
-        Kind(
+        AblationKind(
+            "mean_by_position", lambda source: source.mean_by_position, ("mean_by_position",), constant=False
+        ),
+        AblationKind("zero", lambda source: source.zero),
+        AblationKind("resample", _resample, constant=False, partnered=True),
+        AblationKind(
             "noise",
             lambda source: NoiseAblation(source.mean, source.spread, source.task.seed),
             ("mean", "spread"),
             constant=False,
         ),
-        Kind("counterfactual_mean", lambda source: source.counterfactual_mean, ("counterfactual_mean",), paired=True),
-        Kind("counterfactual", _other_prompt(Batch.counterfactual), constant=False, total=False, paired=True),
-        Kind("clean", _other_prompt(lambda batch: batch), constant=False, total=False, restores=True),
+        AblationKind(
+            "counterfactual_mean", lambda source: source.counterfactual_mean, ("counterfactual_mean",), paired=True
+        ),
+        AblationKind("counterfactual", _other_prompt(Batch.counterfactual), constant=False, total=False, paired=True),
+        AblationKind("clean", _other_prompt(lambda batch: batch), constant=False, total=False, restores=True),
     )
 }
 
 
-def check_kind(option: str, name: str) -> Kind:
+def check_kind(option: str, name: str) -> AblationKind:
     """Look up an ablation; raises `ConfigurationError` if it is unknown or restores the model's own values."""
-    ablating = {kind: entry for kind, entry in KINDS.items() if not entry.restores}
-    if name in KINDS and name not in ablating:
+    ablating = {kind: entry for kind, entry in ABLATION_KINDS.items() if not entry.restores}
+    if name in ABLATION_KINDS and name not in ablating:
         raise ConfigurationError(
             f"{option} is {name!r}, which restores the model's own values and so ablates nothing. It is for "
             f"restoring units while others are ablated. Expected one of {', '.join(ablating)}."
@@ -181,11 +185,11 @@ def check_kind(option: str, name: str) -> Kind:
     return ablating[name]
 
 
-def check_suits(kinds: Sequence[AblationKind], source: AblationSource, batches: Sequence[Batch]) -> None:
+def check_suits(kinds: Sequence[AblationName], source: AblationSource, batches: Sequence[Batch]) -> None:
     """Check that the prompts allow these ablations; raises `TaskError` with the reason if not."""
     for name in kinds:
-        if reason := KINDS[name].why_not(source, batches):
+        if reason := ABLATION_KINDS[name].why_not(source, batches):
             raise TaskError(
                 f"The task {source.task.name} has no {name.replace('_', ' ')} ablation: {reason}. Add such prompts, "
-                f"or choose another ablation ({', '.join(kind for kind, entry in KINDS.items() if entry.total)}, say)."
+                f"or choose another ablation ({', '.join(kind.name for kind in ABLATION_KINDS.values() if kind.total)}, say)."
             )

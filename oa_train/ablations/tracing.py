@@ -153,10 +153,10 @@ class Tracer:
         self.level = tracing.level(model.config)
         self.masks = tracing.masks(self.level)
 
-    def pieces(self, batch: Batch, gradients: bool = False) -> "Iterator[Piece]":
+    def pieces(self, batch: Batch, gradients: bool = False) -> "Iterator[TracedPrompts]":
         """Pieces of a batch on the model's device, with clean values and the runs that fit in memory at once."""
         pieces = chunks(self.model, self.level, batch, self.masks, self.rows_per_run, gradients)
-        return (Piece(self, prompts, slices) for prompts, slices in pieces)
+        return (TracedPrompts(self, prompts, slices) for prompts, slices in pieces)
 
     def probabilities(
         self, batch: Batch, corruption: Corruption, advance: Advance = lambda rows: None
@@ -186,7 +186,7 @@ class Tracer:
         return parts
 
 
-class Piece:
+class TracedPrompts:
     """Some prompts of a batch, their clean values and probabilities, and slices of the runs that fit in memory."""
 
     def __init__(self, tracer: Tracer, batch: Batch, slices: Sequence[slice]) -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.context import check_belongs
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError, nearest_names
 from oa_train.models.frozen import CausalLM
@@ -39,9 +39,11 @@ class TrainedCircuit:
         folder = Path(folder)
         circuit = Circuit.load(folder / "circuit")
         name = circuit.provenance.get("ablation", "optimal")
-        if name not in KINDS:
-            raise ArtefactError(f"{folder} was trained under the ablation {name!r}. {nearest_names(name, KINDS)}")
-        kind = KINDS[name]
+        if name not in ABLATION_KINDS:
+            raise ArtefactError(
+                f"{folder} was trained under the ablation {name!r}. {nearest_names(name, ABLATION_KINDS)}"
+            )
+        kind = ABLATION_KINDS[name]
         return cls(run_name(folder), circuit, Constants.load(folder / "constants") if kind.constant else None)
 
     def check_belongs(self, model: CausalLM) -> None:
@@ -64,10 +66,10 @@ class TrainedCircuit:
             self.constants.save(folder / "constants")
 
     @property
-    def ablation(self) -> AblationKind:
+    def ablation(self) -> AblationName:
         """Ablation under which the circuit was trained; optimal by default."""
         constants = self.constants.provenance if self.constants is not None else {}
-        kind: AblationKind = self.circuit.provenance.get("ablation") or constants.get("ablation") or "optimal"
+        kind: AblationName = self.circuit.provenance.get("ablation") or constants.get("ablation") or "optimal"
         return kind
 
     @property

@@ -24,7 +24,7 @@ from oa_train.artefacts import FLOATS, tensor_bytes
 from oa_train.errors import ArtefactError, nearest_names
 from oa_train.files import write_folder
 from oa_train.models.builtin import builtin_folders
-from oa_train.models.dictionary_layouts import PLAIN_FILE, READERS, read_plain, refuse
+from oa_train.models.dictionary_layouts import DICTIONARY_READERS, PLAIN_FILE, read_plain, refuse
 from oa_train.shapes import Float, Tensor
 
 Activation = Literal["identity", "relu", "jumprelu", "topk", "groupmax"]
@@ -249,7 +249,7 @@ def load_dictionary(
     built_in = builtin_folders(PLAIN_FILE).get(str(folder_or_file))
     path = built_in or Path(folder_or_file).expanduser().absolute()
     weights = _weights_file(path)
-    values = READERS.get(weights.name, read_plain)(weights)
+    values = DICTIONARY_READERS.get(weights.name, read_plain)(weights)
     stated = values.pop("site")
     if stated is not None and site is not None and stated != site:
         refuse(str(path), f"reads at {stated}, not at {site}", f"Expected no site, or {stated}.")
@@ -266,7 +266,7 @@ def load_dictionary(
 def _weights_file(path: Path) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return path
-    known = [path / name for name in READERS if (path / name).is_file()]
+    known = [path / name for name in DICTIONARY_READERS if (path / name).is_file()]
     if len(known) == 1:
         return known[0]
     state, content, advice = "does not exist", "", ""
@@ -278,7 +278,7 @@ def _weights_file(path: Path) -> Path:
             advice = " Pickles and .npz files are not read: export their tensors with safetensors."
     raise ArtefactError(
         f"{path} {state}.\n{content}Expected a .safetensors file, or a folder with exactly one of "
-        f"{', '.join(READERS)}.{advice}"
+        f"{', '.join(DICTIONARY_READERS)}.{advice}"
     )
 
 

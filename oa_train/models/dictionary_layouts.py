@@ -185,7 +185,7 @@ def read_plain(weights: Path) -> dict[str, Any]:
     return values
 
 
-READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+DICTIONARY_READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "sae_weights.safetensors": read_sae_lens,
     "sae.safetensors": read_sparsify,
     PLAIN_FILE: read_plain,

@@ -7,7 +7,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_suits
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName, AblationSource, check_suits
 from oa_train.models.levels import Level
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
@@ -24,15 +24,15 @@ class AblationStudy(Study[S]):
     """
 
     level: Level
-    kinds: list[AblationKind]
-    left_out: dict[AblationKind, str]
+    kinds: list[AblationName]
+    left_out: dict[AblationName, str]
 
     @property
     def positions(self) -> int:
         """Number of positions with their own constants; by default that of the first circuit."""
         return self.circuits[0].positions if self.circuits else 1
 
-    def choose_kinds(self, requested: list[AblationKind] | None) -> None:
+    def choose_kinds(self, requested: list[AblationName] | None) -> None:
         """Set `kinds` to those requested, or by default to all that ablate anything and that the prompts allow.
 
         Raises:
@@ -43,9 +43,9 @@ class AblationStudy(Study[S]):
             check_suits(requested, source, self.batches)
             self.kinds, self.left_out = requested, {}
             return
-        reasons = {name: kind.why_not(source, self.batches) for name, kind in KINDS.items()}
+        reasons = {name: kind.why_not(source, self.batches) for name, kind in ABLATION_KINDS.items()}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
-        self.kinds = [name for name, kind in KINDS.items() if not kind.restores and name not in self.left_out]
+        self.kinds = [name for name, kind in ABLATION_KINDS.items() if not kind.restores and name not in self.left_out]
 
     def left_out_lines(self) -> Iterator[str]:
         """Sentences about the kinds that are left out."""
@@ -59,9 +59,9 @@ class AblationStudy(Study[S]):
         return AblationSource(self.model, self.task, self.level, self.positions, self.track)
 
     @cached_property
-    def prepared(self) -> dict[AblationKind, Ablation]:
+    def prepared(self) -> dict[AblationName, Ablation]:
         """Ablations by kind; for a learned one, its initial constants."""
-        return {kind: KINDS[kind].prepare(self.source) for kind in self.kinds}
+        return {kind: ABLATION_KINDS[kind].prepare(self.source) for kind in self.kinds}
 
     def fitted_constants(
         self,
@@ -103,7 +103,7 @@ class AblationStudy(Study[S]):
         description: str,
         rows_per_run: int,
         level: Level | None = None,
-    ) -> dict[AblationKind, Behaviour]:
+    ) -> dict[AblationName, Behaviour]:
         """Behaviour of circuits on the test prompts under each kind.
 
         Args:
@@ -115,7 +115,7 @@ class AblationStudy(Study[S]):
         """
         prepared, behaviours = self.prepared, {}  # the statistics are gathered before the stages that use them
         for kind in self.kinds:
-            ablations = constants() if KINDS[kind].learned else [prepared[kind]]
+            ablations = constants() if ABLATION_KINDS[kind].learned else [prepared[kind]]
             described = f"{description} under {spoken(kind)} ablation"
             behaviours[kind] = self.behaviour(level or self.level, masks, ablations, described, rows_per_run)
         return behaviours
@@ -124,7 +124,7 @@ class AblationStudy(Study[S]):
         """Stages of `under_each`; `fit_passes` is the number of passes in training constants, and may be 0."""
         stages = []
         for kind in self.kinds:
-            if KINDS[kind].learned and fit_passes:
+            if ABLATION_KINDS[kind].learned and fit_passes:
                 stages.append(Stage("constants", fit_passes))
             stages.append(Stage("the test prompts", n_circuits * self.task.n_test))
         return stages

@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
@@ -57,7 +57,7 @@ class CompareSettings:
         random_prompts: number of test prompts on which random circuits are evaluated, at most `n_test`.
     """
 
-    ablations: list[AblationKind] | None = None
+    ablations: list[AblationName] | None = None
     components: str | list[str] | None = None
     positions: int | Literal["every"] | None = None
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=150, batch_size=16, evaluate_every=50))
@@ -204,13 +204,13 @@ class Compare(AblationStudy[CompareSettings]):
         return chosen
 
     def _start(self, run: TrainedCircuit) -> Constants:
-        if run.constants is None or not KINDS[run.ablation].learned:
+        if run.constants is None or not ABLATION_KINDS[run.ablation].learned:
             return self.source.mean
         return run.constants.of_level(self.level).with_positions(self.positions)
 
     def _has_constants(self, run: TrainedCircuit) -> bool:
         """True if a run's constants were learned on this task, for KL divergence and with this number of positions."""
-        if run.constants is None or not KINDS[run.ablation].learned:
+        if run.constants is None or not ABLATION_KINDS[run.ablation].learned:
             return False
         provenance, task = run.constants.provenance, {**self.task.describe(), "seed": None}
         return (
@@ -273,8 +273,8 @@ class Compare(AblationStudy[CompareSettings]):
         return agreement_figure(names, kl, overlaps)
 
 
-def _rows(behaviours: Mapping[AblationKind, Behaviour], index: int) -> Iterator[dict[str, Any]]:
+def _rows(behaviours: Mapping[AblationName, Behaviour], index: int) -> Iterator[dict[str, Any]]:
     optimal = behaviours.get("optimal")
     for kind, behaviour in behaviours.items():
-        row = {"ablation": kind, "total": KINDS[kind].total, **estimates(behaviour, index)}
+        row = {"ablation": kind, "total": ABLATION_KINDS[kind].total, **estimates(behaviour, index)}
         yield row if optimal is None else row | differences(behaviour, optimal, index, index, "optimal")

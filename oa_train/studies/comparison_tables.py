@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.metrics.estimates import Estimate, written
 from oa_train.studies.study import MOST_LISTED, Row, spoken
@@ -70,9 +70,9 @@ def seeds_line(group: Mapping[str, Any]) -> str:
     )
 
 
-def label(kind: AblationKind) -> str:
+def label(kind: AblationName) -> str:
     """Name of an ablation in tables and legends."""
-    return spoken(kind) + ("" if KINDS[kind].total else " (not total)")
+    return spoken(kind) + ("" if ABLATION_KINDS[kind].total else " (not total)")
 
 
 def kl_by_ablation(rows: Sequence[Row]) -> dict[str, list[Estimate]]:

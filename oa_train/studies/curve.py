@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.attribution import mask_gradients
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource, check_kind, check_suits
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName, AblationSource, check_kind, check_suits
 from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError
 from oa_train.figures.curves import curve_figure
@@ -80,13 +80,13 @@ class CurveSettings:
     components: str | list[str] | None = None
     dictionaries: list[DictionarySpec] = field(default_factory=list)
     rankings: list[str] | None = None
-    ranked_under: AblationKind | None = None
+    ranked_under: AblationName | None = None
     attribution_loss: Loss = "cross_entropy"
     random_orders: int = 3
     fractions: list[float] = field(default_factory=lambda: [tenth / 10 for tenth in range(11)])
     sizes: list[int] | None = None
     order: Literal["least", "most"] = "least"
-    ablations: list[AblationKind] | None = None
+    ablations: list[AblationName] | None = None
     positions: int | Literal["every"] | None = None
     refit: bool = True
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25))
@@ -152,7 +152,7 @@ class Curve(AblationStudy[CurveSettings]):
         self.ranked_under = settings.ranked_under or "mean"
         if ATTRIBUTION in self.rankings:
             check_suits([self.ranked_under], AblationSource(self.model, self.task, self.level), self.batches)
-            if KINDS[self.ranked_under].learned and self._own_constants is None:
+            if ABLATION_KINDS[self.ranked_under].learned and self._own_constants is None:
                 raise ConfigurationError(
                     f"ranked_under is {self.ranked_under}, but there is no run whose constants attribution could use. "
                     "Give --run, or choose another ablation."
@@ -190,7 +190,7 @@ class Curve(AblationStudy[CurveSettings]):
     def _own_constants(self) -> Ablation | None:
         """The run's learned constants, if they belong to this level."""
         trained = self.trained
-        if trained is None or trained.constants is None or not KINDS[trained.ablation].learned:
+        if trained is None or trained.constants is None or not ABLATION_KINDS[trained.ablation].learned:
             return None
         return trained.constants.of_level(self.level) if self.level == trained.circuit.level else None
 
@@ -257,7 +257,11 @@ class Curve(AblationStudy[CurveSettings]):
 
     def _figure(self, curves: Sequence[MeasuredCurve]) -> Figure:
         settings = self.settings
-        refit = ", constants refitted" if settings.refit and any(KINDS[kind].learned for kind in self.kinds) else ""
+        refit = (
+            ", constants refitted"
+            if settings.refit and any(ABLATION_KINDS[kind].learned for kind in self.kinds)
+            else ""
+        )
         title = f"{self.subject}: {len(self.parts):,} {self.level.parts} ablated together{refit}"
         bound = settings.bound if settings.broken_by == "kl" and settings.bound > 0 else None
         drawn = [curve.drawn() for curve in curves]
@@ -292,7 +296,7 @@ class Curve(AblationStudy[CurveSettings]):
 
     def _attribution(self) -> Ranking:
         """Ranking by the mean absolute first-order effect on the validation prompts."""
-        kind = KINDS[self.ranked_under]
+        kind = ABLATION_KINDS[self.ranked_under]
         own = self._own_constants if kind.learned else None
         ablation = kind.prepare(self.source) if own is None else own
         batches, loss = list(self.task.batches("validation", self.task.n_validation)), self.settings.attribution_loss

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from oa_train.ablations.evaluation import Behaviour
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.errors import ConfigurationError
 from oa_train.figures.curves import DrawnCurve
 from oa_train.metrics.curves import area, holds_until, recovery_area
@@ -31,7 +31,7 @@ class MeasuredCurve:
 
     ranking: str
     draw: int | None
-    ablation: AblationKind
+    ablation: AblationName
     behaviour: Behaviour
 
     def summary(
@@ -51,7 +51,7 @@ class MeasuredCurve:
         """A row for each point; `ablated` holds the number of units ablated at each."""
         for point, number in enumerate(ablated):
             row: dict[str, Any] = {"ranking": self.ranking, "draw": self.draw, "ablation": self.ablation}
-            row |= {"total": KINDS[self.ablation].total, "fraction": number / ablated[-1], "ablated": number}
+            row |= {"total": ABLATION_KINDS[self.ablation].total, "fraction": number / ablated[-1], "ablated": number}
             row |= {"kept": ablated[-1] - number, **estimates(self.behaviour, point)}
             row |= differences(self.behaviour, self.behaviour, point, 0, "clean")
             del row["kl_minus_clean"]
@@ -80,7 +80,7 @@ def numbers_ablated(n_parts: int, fractions: Sequence[float], sizes: Sequence[in
 
 def pooled(curves: Sequence[MeasuredCurve]) -> list[MeasuredCurve]:
     """The curves, with the draws of a ranking under an ablation averaged prompt by prompt."""
-    groups: dict[tuple[str, AblationKind], list[MeasuredCurve]] = {}
+    groups: dict[tuple[str, AblationName], list[MeasuredCurve]] = {}
     for curve in curves:
         groups.setdefault((curve.ranking, curve.ablation), []).append(curve)
     return [

@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName, AblationSource
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.checks import check_at_least, check_choice
 from oa_train.circuits.circuit import Circuit
@@ -36,7 +36,7 @@ MOST_ROWS = 2000
 MOST_NAMED = 10
 
 # Several circuits are also evaluated under these ablations, to compare with their own.
-REFERENCES: tuple[AblationKind, ...] = ("mean", "zero")
+REFERENCES: tuple[AblationName, ...] = ("mean", "zero")
 
 # Options of the module that determine the size of a circuit.
 PRICES = ("penalty_weight", "node_penalty", "target_size", "target_warmup")
@@ -118,7 +118,7 @@ class Evaluate(AblationStudy[FinishSettings]):
     def refit_stages(self) -> list[Stage]:
         """Stages of `refit`."""
         settings, task, n_starts, stages = self.settings, self.task, len(self.circuits), list[Stage]()
-        if not KINDS[self.ablation].learned:
+        if not ABLATION_KINDS[self.ablation].learned:
             return stages
         if settings.refit_start != "trained":
             n_starts *= 2 if settings.refit_start == "both" else 1
@@ -128,7 +128,7 @@ class Evaluate(AblationStudy[FinishSettings]):
 
     def refit(self) -> None:
         """Refit the constants of the discrete circuits in parallel; do nothing if the ablation is not learned."""
-        if not KINDS[self.ablation].learned:
+        if not ABLATION_KINDS[self.ablation].learned:
             return
         settings, circuits = self.settings, self.circuits
         starts = [trained.constants for trained in circuits if trained.constants is not None]
@@ -159,7 +159,7 @@ class Evaluate(AblationStudy[FinishSettings]):
 
     def plan(self) -> list[Stage]:
         """The circuits under each ablation; for a single circuit also the clean model."""
-        task, own = self.task, KINDS[self.ablation].constant
+        task, own = self.task, ABLATION_KINDS[self.ablation].constant
         stages = statistics_stages([kind for kind in self.kinds if not (own and kind == self.ablation)], task)
         stages += [Stage("the circuits", len(self.circuits) * task.n_test) for _ in self.kinds]
         return stages if len(self.circuits) > 1 else [*stages, Stage("the clean model", task.n_test)]
@@ -212,9 +212,11 @@ class Evaluate(AblationStudy[FinishSettings]):
             table="front",
         )
 
-    def _behaviour(self, kind: AblationKind, evaluated: str) -> Behaviour:
+    def _behaviour(self, kind: AblationName, evaluated: str) -> Behaviour:
         own = [trained.constants for trained in self.circuits if trained.constants is not None]
-        ablations: Sequence[Ablation] = own if kind == self.ablation and own else [KINDS[kind].prepare(self.source)]
+        ablations: Sequence[Ablation] = (
+            own if kind == self.ablation and own else [ABLATION_KINDS[kind].prepare(self.source)]
+        )
         masks = torch.stack([trained.circuit.mask for trained in self.circuits])
         return self.behaviour(self.level, masks, ablations, evaluated, self.settings.refit.rows_per_run)
 
@@ -228,7 +230,7 @@ class Evaluate(AblationStudy[FinishSettings]):
             threshold = self.circuits[0].training.get("threshold", 0.5)
             yield "keep_probability", partial(score_picture, self.level, first.scores, threshold)
 
-    def _front(self, kl: Mapping[AblationKind, Sequence[Estimate]]) -> Figure:
+    def _front(self, kl: Mapping[AblationName, Sequence[Estimate]]) -> Figure:
         sizes = [len(trained.circuit) for trained in self.circuits]
         return front_figure(sizes, kl, len(self.level), self.level.parts, self.subject)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.ablations.registry import AblationName, check_kind
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import Loss, check_loss
@@ -46,7 +46,7 @@ class InteractSettings:
     primary: str | list[str] = field(default_factory=list)
     most_pairs: int = 120
     scan: str | None = None
-    ablation: AblationKind = "optimal"
+    ablation: AblationName = "optimal"
     effect: Loss = "kl"
     positions: int | Literal["every"] = 1
     fit: RefitSettings = field(default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Literal
 
-from oa_train.ablations.registry import AblationKind
+from oa_train.ablations.registry import AblationName
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.estimates import written
 from oa_train.models.levels import Level
@@ -88,7 +88,7 @@ def ranked_units(effects: Mapping[str, float], n_units: int) -> list[str]:
     return sorted(effects, key=lambda name: -effects[name])[:n_units]
 
 
-def screening_line(effects: Mapping[str, float], chosen: Sequence[str], scanned: AblationKind | None) -> str | None:
+def screening_line(effects: Mapping[str, float], chosen: Sequence[str], scanned: AblationName | None) -> str | None:
     """Sentence about the units and pairs that were screened out; None if there are none."""
     n_units, n_chosen = len(effects), len(chosen)
     if n_chosen == n_units or not n_chosen:

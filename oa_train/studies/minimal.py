@@ -14,7 +14,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants, fit_passes
-from oa_train.ablations.registry import KINDS
+from oa_train.ablations.registry import ABLATION_KINDS
 from oa_train.checks import check_at_least
 from oa_train.circuits.random import random_circuits
 from oa_train.errors import ConfigurationError
@@ -85,7 +85,7 @@ class Minimal(AblationStudy[MinimalSettings]):
         """Reject a circuit without removable parts, or without the constants that its ablation needs."""
         super().check()
         self.trained = self.circuits[0]
-        self.kind = KINDS[self.trained.ablation]
+        self.kind = ABLATION_KINDS[self.trained.ablation]
         self.level, self.mask = self.trained.circuit.level, self.trained.circuit.mask
         self.removable = self.level.selected(self.trained.selected)
         if not (self.mask & self.removable).any():

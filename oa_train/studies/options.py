@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from oa_train.ablations.registry import KINDS, AblationKind, check_kind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName, check_kind
 from oa_train.batches import Batch
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
@@ -51,7 +51,7 @@ def n_positions(positions: int | Literal["every"], batches: Sequence[Batch]) -> 
     return max(int(batch.lengths.max()) for batch in batches) if positions == "every" else positions
 
 
-def check_ablations(ablations: list[AblationKind] | None) -> None:
+def check_ablations(ablations: list[AblationName] | None) -> None:
     """Validate kinds of ablation; None is allowed.
 
     Raises:
@@ -60,7 +60,7 @@ def check_ablations(ablations: list[AblationKind] | None) -> None:
     if ablations is None:
         return
     if not ablations:
-        raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(KINDS)}.")
+        raise ConfigurationError(f"ablations is empty; name at least one of {', '.join(ABLATION_KINDS)}.")
     for kind in ablations:
         check_kind("ablations", kind)
     if len(set(ablations)) < len(ablations):

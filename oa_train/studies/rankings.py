@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from oa_train.ablations.registry import AblationKind
+from oa_train.ablations.registry import AblationName
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.files import read_json
@@ -103,7 +103,7 @@ def random_order(n_parts: int, seed: int, draw: int) -> Ranking:
 
 
 def ranking_of_path(
-    text: str, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationKind | None
+    text: str, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationName | None
 ) -> Ranking:
     """The ranking by a finished scan's KL divergences, or by the scores in a CSV file.
 
@@ -126,7 +126,7 @@ def ranking_of_path(
 
 
 def effects_of_scan(
-    path: str | Path, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationKind | None
+    path: str | Path, level: Level, parts: Sequence[str], fingerprint: str, ablation: AblationName | None
 ) -> dict[str, float]:
     """KL divergence in nats of each part ablated alone, from a finished scan; see `ranking_of_path`."""
     folder = Path(path).expanduser()

@@ -11,7 +11,7 @@ import torch
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_passes
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.ablations.worst_mask import AscentSettings
 from oa_train.checks import check_at_least
 from oa_train.errors import ConfigurationError
@@ -50,7 +50,7 @@ class RobustnessSettings:
         fit: training of constants for a learned ablation for which the circuit has none.
     """
 
-    ablations: list[AblationKind] | None = None
+    ablations: list[AblationName] | None = None
     n_subsets: int = 32
     densities: list[float] = field(default_factory=lambda: [0.1, 0.25, 0.5, 0.75, 0.9])
     ascent: AscentSettings = field(default_factory=AscentSettings)
@@ -109,7 +109,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
                 "raise n_validation of the task."
             )
 
-    def _has_constants(self, kind: AblationKind) -> bool:
+    def _has_constants(self, kind: AblationName) -> bool:
         """True if the circuit has constants for this ablation."""
         return kind == self.trained.ablation and self.trained.constants is not None
 
@@ -120,7 +120,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         stages = [Stage("the clean model", task.n_test), *statistics_stages(lacking, task)]
         n_subsets = settings.n_subsets * len(settings.densities)
         for kind in self.kinds:
-            if KINDS[kind].learned and kind in lacking:
+            if ABLATION_KINDS[kind].learned and kind in lacking:
                 stages.append(Stage("constants", fit_passes(1, settings.fit, task.n_validation, 1)))
             stages += search_stages(settings.ascent, n_subsets)
             stages.append(Stage("the test prompts", (3 + n_subsets) * task.n_test))
@@ -132,10 +132,10 @@ class Robustness(AblationStudy[RobustnessSettings]):
         prepared = {kind: self._prepared(kind) for kind in self.kinds}
         subsets = self._subsets()
         drawn = torch.stack([*subsets.values()]) if subsets else torch.zeros(0, len(self.level))
-        rows, searches = dict[AblationKind, list[Row]](), dict[AblationKind, WorstMask]()
+        rows, searches = dict[AblationName, list[Row]](), dict[AblationName, WorstMask]()
         for kind in self.kinds:
             ablation = prepared[kind]
-            if KINDS[kind].learned and not self._has_constants(kind):
+            if ABLATION_KINDS[kind].learned and not self._has_constants(kind):
                 (ablation,) = self.fitted_constants(self.mask.unsqueeze(0), self.settings.fit, "the circuit")
             search = worst_mask(
                 self.source, self.mask, self.outside, drawn, ablation, self.settings.ascent, self.settings.loss
@@ -161,11 +161,11 @@ class Robustness(AblationStudy[RobustnessSettings]):
             table="masks",
         )
 
-    def _prepared(self, kind: AblationKind) -> Ablation:
+    def _prepared(self, kind: AblationName) -> Ablation:
         constants = self.trained.constants
         if constants is not None and self._has_constants(kind):
             return constants.of_level(self.level)
-        return KINDS[kind].prepare(self.source)
+        return ABLATION_KINDS[kind].prepare(self.source)
 
     def _subsets(self) -> dict[tuple[float, int], Float[Tensor, " entry"]]:
         """Masks that keep random subsets of the outside parts, by density and draw; the same for every ablation."""
@@ -177,12 +177,12 @@ class Robustness(AblationStudy[RobustnessSettings]):
                 masks[density, draw] = (self.mask | (self.outside & kept)).float()
         return masks
 
-    def _rows(self, kind: AblationKind, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
+    def _rows(self, kind: AblationName, behaviour: Behaviour, drawn: Sequence[tuple[float, int]]) -> Iterator[Row]:
         named: list[tuple[str, float | None, int | None]] = [(mask, None, None) for mask in (ALL_OFF, VERTEX, WORST)]
         named += [(RANDOM, density, draw) for density, draw in drawn]
         for number, (mask, density, draw) in enumerate(named):
             row: dict[str, Any] = {"mask": mask, "density": density, "draw": draw, "ablation": kind}
-            row |= {"total": KINDS[kind].total} | estimates(behaviour, number)
+            row |= {"total": ABLATION_KINDS[kind].total} | estimates(behaviour, number)
             yield row | differences(behaviour, behaviour, number, 0, "all_off")
 
     def _facts(self, rows: Sequence[Row], search: WorstMask) -> dict[str, Any]:
@@ -193,7 +193,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         }
 
     def _shown(
-        self, rows: Mapping[AblationKind, Sequence[Row]], searches: Mapping[AblationKind, WorstMask]
+        self, rows: Mapping[AblationName, Sequence[Row]], searches: Mapping[AblationName, WorstMask]
     ) -> Iterator[Table | str]:
         for kind, of_kind in rows.items():
             by_mask = {row["mask"]: row for row in of_kind}
@@ -218,7 +218,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
             yield self._sentence(kind, max(of_kind, key=lambda row: row["kl"].mean), by_mask[WORST])
             yield self._kept(searches[kind])
 
-    def _sentence(self, kind: AblationKind, hardest: Row, worst: Row) -> str:
+    def _sentence(self, kind: AblationName, hardest: Row, worst: Row) -> str:
         """Verdict on the outside parts, based on the mask that is worst on the test prompts."""
         is_found = hardest["kl"].mean <= worst["kl"].mean
         gap, tolerance = (worst if is_found else hardest)["kl_minus_all_off"], self.settings.tolerance
@@ -241,7 +241,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         n_off = len(values) - len(on)
         return f"Kept most in the worst mask: {listed(on, MOST_LISTED_PARTS)}; {n_off} of {len(values)} off."
 
-    def _figure(self, rows: Mapping[AblationKind, Sequence[Row]]) -> Figure:
+    def _figure(self, rows: Mapping[AblationName, Sequence[Row]]) -> Figure:
         panels = []
         for kind, of_kind in rows.items():
             by_mask = {row["mask"]: row for row in of_kind}
@@ -250,7 +250,7 @@ class Robustness(AblationStudy[RobustnessSettings]):
         return subsets_figure(panels, f"{self.subject}: {self.trained.size}, and the rest in many combinations")
 
 
-def _metrics(kind: AblationKind, rows: Sequence[Row]) -> dict[str, Estimate]:
+def _metrics(kind: AblationName, rows: Sequence[Row]) -> dict[str, Estimate]:
     by_mask = {row["mask"].replace(" ", "_"): row for row in rows}
     metrics = {f"{mask}_{kind}_kl": by_mask[mask]["kl"] for mask in ("all_off", "worst_vertex", "worst")}
     for mask in ("worst_vertex", "worst"):

@@ -29,7 +29,7 @@ CONFIG_FILE = "config.yaml"
 # Inside the folder of a resumable study: what has been computed so far.
 PIECES = "pieces"
 FRONT = "front"
-STUDIES = "studies"
+STUDIES_FOLDER = "studies"
 VERSION = "version"
 
 # Model options that are taken from a run folder; `trust_remote_code` never is.
@@ -71,7 +71,7 @@ class RunFolder:
     @property
     def run(self) -> Path:
         """Folder of the run: RUN for RUN/front/N or RUN/studies/<name>_<K>, otherwise the folder itself."""
-        of_a_study = self.path.parent.name == STUDIES and (self.path / "circuit").is_dir()
+        of_a_study = self.path.parent.name == STUDIES_FOLDER and (self.path / "circuit").is_dir()
         is_part = (self.path.parent.name == FRONT or of_a_study) and not (self.path / CONFIG_FILE).exists()
         return RunFolder(self.path.parent.parent).run if is_part else self.path
 

@@ -10,7 +10,7 @@ import torch
 
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationName
 from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.figures.comparison import Panel, comparison_figure
 from oa_train.figures.scans import effect_maps, gap_figure
@@ -49,7 +49,7 @@ class ScanSettings:
     sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
     components: str | list[str] = "*"
     dictionaries: list[DictionarySpec] = field(default_factory=list)
-    ablations: list[AblationKind] | None = None
+    ablations: list[AblationName] | None = None
     positions: int | Literal["every"] = 1
     fit: RefitSettings = field(
         default_factory=lambda: RefitSettings(steps=100, batch_size=8, evaluate_every=25, patience=1)
@@ -138,7 +138,7 @@ class Scan(UnitStudy[ScanSettings]):
 
     def _rows(
         self,
-        behaviours: Mapping[AblationKind, Behaviour],
+        behaviours: Mapping[AblationName, Behaviour],
         clean: Behaviour,
         direct: Mapping[str, Estimate | None],
     ) -> Iterator[Row]:
@@ -149,7 +149,7 @@ class Scan(UnitStudy[ScanSettings]):
         for index, name in enumerate(self.units):
             for kind, behaviour in behaviours.items():
                 critical, adjusted = tests[kind]
-                row = {"component": name, "ablation": kind, "total": KINDS[kind].total}
+                row = {"component": name, "ablation": kind, "total": ABLATION_KINDS[kind].total}
                 row |= estimates(behaviour, index) | differences(behaviour, clean, index, 0, "clean")
                 del row["kl_minus_clean"]
                 if "optimal" in behaviours:
@@ -158,7 +158,7 @@ class Scan(UnitStudy[ScanSettings]):
                     row["direct_attribution"] = direct[name]
                 yield row | {"critical": bool(critical[index]), "adjusted_p": float(adjusted[index])}
 
-    def _agreement(self, behaviours: Mapping[AblationKind, Behaviour]) -> list[dict[str, Any]]:
+    def _agreement(self, behaviours: Mapping[AblationName, Behaviour]) -> list[dict[str, Any]]:
         """Rank correlation and ratios of all units' KL divergences, for each pair of ablations."""
         return [
             {
@@ -172,7 +172,7 @@ class Scan(UnitStudy[ScanSettings]):
             for second in self.kinds[number + 1 :]
         ]
 
-    def _shown(self, rows: Sequence[Row], behaviours: Mapping[AblationKind, Behaviour]) -> Iterator[Table | str]:
+    def _shown(self, rows: Sequence[Row], behaviours: Mapping[AblationName, Behaviour]) -> Iterator[Table | str]:
         n_units = len(self.units)
         title = most_listed(f"KL divergence in nats with one unit ablated, on {self.prompts}", n_units)
         direct = {row["component"]: row.get("direct_attribution") for row in rows}
@@ -186,7 +186,7 @@ class Scan(UnitStudy[ScanSettings]):
         )
 
     def _summary(
-        self, kind: AblationKind, behaviours: Mapping[AblationKind, Behaviour], rows: Sequence[Row], threshold: str
+        self, kind: AblationName, behaviours: Mapping[AblationName, Behaviour], rows: Sequence[Row], threshold: str
     ) -> dict[str, Any]:
         kl = behaviours[kind].kl
         cells = {
@@ -200,7 +200,7 @@ class Scan(UnitStudy[ScanSettings]):
             cells["rank correlation\nwith optimal"] = str(rank_correlation(optimal, kl))
         return cells
 
-    def _maps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure:
+    def _maps(self, behaviours: Mapping[AblationName, Behaviour]) -> Figure:
         tables = {}
         for kind, behaviour in behaviours.items():
             scores = torch.full((len(self.level),), torch.nan)
@@ -214,7 +214,7 @@ class Scan(UnitStudy[ScanSettings]):
         panel = Panel("one unit ablated", list(self.units), kl_by_ablation(rows), ranked=True)
         return comparison_figure([panel], self.subject, {kind: label(kind) for kind in self.kinds})
 
-    def _gaps(self, behaviours: Mapping[AblationKind, Behaviour]) -> Figure | None:
+    def _gaps(self, behaviours: Mapping[AblationName, Behaviour]) -> Figure | None:
         if "optimal" not in behaviours or len(behaviours) < 2:
             return None
         means = {kind: behaviour.kl.mean(dim=1).clamp(min=FLOOR).numpy() for kind, behaviour in behaviours.items()}

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import CLEAN_BYTES, Behaviour, CleanLogits, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import KINDS, STATISTICS, AblationKind
+from oa_train.ablations.registry import ABLATION_KINDS, STATISTICS, AblationName
 from oa_train.ablations.trained_circuit import TrainedCircuit, run_name
 from oa_train.artefacts import versions
 from oa_train.batches import Batch
@@ -311,9 +311,9 @@ def differences(
     }
 
 
-def statistics_stages(kinds: Sequence[AblationKind], task: Task) -> list[Stage]:
+def statistics_stages(kinds: Sequence[AblationName], task: Task) -> list[Stage]:
     """Stages that gather the statistics of the `means` prompts for ablations of these kinds."""
-    needed = {statistic for kind in kinds for statistic in KINDS[kind].statistics}
+    needed = {statistic for kind in kinds for statistic in ABLATION_KINDS[kind].statistics}
     return [Stage(description, task.n_means) for name, description in STATISTICS.items() if name in needed]
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import AblationKind, check_kind
+from oa_train.ablations.registry import AblationName, check_kind
 from oa_train.checks import check_at_least, check_choice
 from oa_train.errors import ConfigurationError
 from oa_train.models.dictionaries import DictionarySpec
@@ -43,7 +43,7 @@ class SufficientSettings:
     direction: Direction = "restore"
     recovery: float = 0.9
     measure: RecoveryMeasure = "kl"
-    ablation: AblationKind | None = None
+    ablation: AblationName | None = None
     sites: list[str] = field(default_factory=lambda: [*DEFAULT_SITES])
     components: str | list[str] = "*"
     dictionaries: list[DictionarySpec] = field(default_factory=list)

@@ -11,7 +11,7 @@ import torch
 
 from oa_train.ablations.noise import AddedNoiseAblation
 from oa_train.ablations.prompts import OtherPromptAblation
-from oa_train.ablations.registry import KINDS, AblationSource, check_suits
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource, check_suits
 from oa_train.ablations.tracing import (
     SUBJECT,
     Corruption,
@@ -85,7 +85,7 @@ class Trace(Study[TraceSettings]):
             self._check_constants()
         self.tokens = tokens_level(self.model.config, subject)
         self.source = AblationSource(self.model, self.task, self.tokens, 1, self.track)
-        check_suits([name for name in self.corruptions if name in KINDS], self.source, self.batches)
+        check_suits([name for name in self.corruptions if name in ABLATION_KINDS], self.source, self.batches)
         for span in (subject, *self.tracing.spans):
             self.batches[0].layout.span(span)
 
@@ -200,7 +200,7 @@ class Trace(Study[TraceSettings]):
         elif name == RESAMPLE:
             ablation = OtherPromptAblation(Partners(self.task, seed, [self.tracing.subject]), source.level.spans)
         else:
-            ablation = KINDS[name].prepare(source)
+            ablation = ABLATION_KINDS[name].prepare(source)
         return corrupted_by(ablation.to(self.model.device), self.model, self.tokens, self.tracing.subject)
 
     def _traced(self, n_batches: int) -> dict[str, Float[Tensor, "draw run prompt"]]:

@@ -9,7 +9,7 @@ import torch
 
 from oa_train.ablations.evaluation import Behaviour
 from oa_train.ablations.fitting import fit_passes
-from oa_train.ablations.registry import AblationKind
+from oa_train.ablations.registry import AblationName
 from oa_train.metrics.measures import MEASURES
 from oa_train.progress import Stage
 from oa_train.shapes import Bool, Tensor
@@ -69,7 +69,7 @@ class UnitStudy(AblationStudy[S]):
 
     def behaviours(
         self, sets: Sequence[Sequence[str]], described: str, clean: Behaviour, first: int = 0
-    ) -> dict[AblationKind, Behaviour]:
+    ) -> dict[AblationName, Behaviour]:
         """Behaviour with each set of units ablated, under each kind, measured in pieces numbered from `first`."""
         at_once = self.settings.parts_at_once
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from oa_train.errors import ArtefactError, ConfigurationError, nearest_names
 from oa_train.tasks.file_formats import (
+    FILE_READERS,
     HUB,
-    READERS,
     Row,
     RowError,
     check_file,
@@ -55,8 +55,8 @@ class DocumentReader:
     """Reads the documents of files, folders and datasets.
 
     Args:
-        path: plain text file, file of rows (a suffix of `READERS`), folder of such files, folder saved by `datasets`,
-            or `hf://owner/name` on the Hub.
+        path: plain text file, file of rows (a suffix of `FILE_READERS`), folder of such files, folder saved by
+            `datasets`, or `hf://owner/name` on the Hub.
         field: field of a row that holds the text.
         pattern: glob pattern of the files in a folder that are read.
         separator: text between the documents of a plain file; without it the file is one document.
@@ -84,8 +84,8 @@ class DocumentReader:
             return [self._texts(rows) for rows in dataset_splits(path, self.subset)]
         if folder.is_dir():
             return [self._folder(folder)]
-        check_file(folder, self.path, (*READERS, ".txt", ".md", ".rst"))
-        if folder.suffix.lower() in READERS:
+        check_file(folder, self.path, (*FILE_READERS, ".txt", ".md", ".rst"))
+        if folder.suffix.lower() in FILE_READERS:
             self._refuse_separator()
         return [self._file(folder)]
 
@@ -117,7 +117,7 @@ class DocumentReader:
                 yield Document(document.place, document.text, split if named else document.split)
 
     def _file(self, file: Path, name: str = "") -> Iterator[Document]:
-        if file.suffix.lower() in READERS:
+        if file.suffix.lower() in FILE_READERS:
             return self._texts(read_rows(str(file), longest=LONGEST), name)
         return self._plain(file, name)
 

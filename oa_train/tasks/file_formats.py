@@ -70,12 +70,12 @@ def read_rows(path: str, subset: str | None = None, longest: int = MOST_CHARACTE
     if file.is_dir():
         return chain.from_iterable(dataset_splits(str(file)))
     check_file(file, path)
-    if file.suffix.lower() not in READERS:
+    if file.suffix.lower() not in FILE_READERS:
         raise ConfigurationError(
             f"data.path is {path!r}, and {file.suffix or 'no suffix'!r} is not a known format; expected "
-            f"{', '.join(READERS)}, a folder saved by `datasets`, or {HUB}owner/name."
+            f"{', '.join(FILE_READERS)}, a folder saved by `datasets`, or {HUB}owner/name."
         )
-    return READERS[file.suffix.lower()](file, longest)
+    return FILE_READERS[file.suffix.lower()](file, longest)
 
 
 def check_subset(path: str, subset: str | None) -> None:
@@ -87,10 +87,10 @@ def check_subset(path: str, subset: str | None) -> None:
 def check_file(file: Path, path: str, suffixes: Iterable[str] | None = None) -> None:
     """Raise a ConfigurationError if a file does not exist; it names the nearest folders and files of these suffixes.
 
-    `path` is the file as its user wrote it; the suffixes are those of `READERS` by default.
+    `path` is the file as its user wrote it; the suffixes are those of `FILE_READERS` by default.
     """
     if not file.is_file():
-        known = READERS if suffixes is None else suffixes
+        known = FILE_READERS if suffixes is None else suffixes
         others = (other for other in file.parent.glob("*") if not other.name.startswith("."))
         names = sorted(other.name for other in others if other.suffix in known or other.is_dir())
         near = f" {nearest_names(file.name, names, f'In {file.parent}')}" if names else ""
@@ -273,7 +273,7 @@ def _reading(path: str) -> Iterator[None]:
         ) from problem
 
 
-READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
+FILE_READERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_document,
     ".csv": _csv,

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from oa_train.ablations.base import replacements_of_copies
 from oa_train.ablations.evaluation import circuit_logits
-from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import AblationName, AblationSource, check_kind
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.checks import check_positive
@@ -102,7 +102,7 @@ class CircuitModule(FrozenModelModule):
         level: LevelKind = "nodes",
         sites: list[str] = [*DEFAULT_SITES],  # noqa: B006 (never changed; jsonargparse shows a default of None badly)
         dictionaries: list[DictionarySpec] | None = None,
-        ablation: AblationKind = "optimal",
+        ablation: AblationName = "optimal",
         loss: Loss = "kl",
         positions: int = 1,
         components: str | list[str] = "*",

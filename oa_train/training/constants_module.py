@@ -12,7 +12,7 @@ from oa_train.ablations.constants import Constants, TrainableConstants
 from oa_train.ablations.context import check_belongs
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
 from oa_train.ablations.fitting import NOTICEABLE, FittedCircuits
-from oa_train.ablations.registry import KINDS, AblationSource, Kind, check_kind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationKind, AblationSource, check_kind
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.batches import Batch
 from oa_train.checks import check_positive
@@ -155,7 +155,7 @@ class ConstantsModule(SideBySideModule):
         return {
             "level": self.level.identity(),
             "ablated": {name: _digest(circuit.level.kept(~circuit.mask)) for name, circuit in self.circuits.items()},
-            "start": self.start if isinstance(self._starts_from, Kind) else "constants",
+            "start": self.start if isinstance(self._starts_from, AblationKind) else "constants",
             "positions": self.positions,
             "loss": self.loss,
         }
@@ -289,9 +289,9 @@ def _digest(names: Sequence[str]) -> str:
     return listed if len(names) <= MOST_LISTED else f"{len(names)} entries, {derive_seed(listed):016x}"
 
 
-def _start_kind(name: str) -> Kind:
+def _start_kind(name: str) -> AblationKind:
     """The ablation whose constants the training starts from."""
-    kinds = [kind.name for kind in KINDS.values() if kind.constant and not kind.learned]
+    kinds = [kind.name for kind in ABLATION_KINDS.values() if kind.constant and not kind.learned]
     if name not in kinds:
         raise ConfigurationError(
             f"start is {name!r}, which is not a folder of constants either. {nearest_names(name, kinds)}"

@@ -5,7 +5,7 @@ from torch import nn
 
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants, TrainableConstants
-from oa_train.ablations.registry import AblationKind, AblationSource, check_kind, check_suits
+from oa_train.ablations.registry import AblationName, AblationSource, check_kind, check_suits
 from oa_train.errors import ConfigurationError
 from oa_train.models.levels import Level
 from oa_train.shapes import Bool, Tensor
@@ -23,7 +23,7 @@ class Replacements(nn.Module):
     """
 
     def __init__(
-        self, kind: AblationKind, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
+        self, kind: AblationName, level: Level, positions: int, n_circuits: int, selection: Bool[Tensor, " entry"]
     ) -> None:
         super().__init__()
         self.kind = check_kind("ablation", kind)
@@ -65,6 +65,6 @@ class Replacements(nn.Module):
         if self._other is None:
             raise ConfigurationError(
                 f"The {self.kind.name} ablation is prepared with the task's prompts when a trainer fits, validates or "
-                "tests; without one, use `KINDS` of oa_train.ablations.registry."
+                "tests; without one, use `ABLATION_KINDS` of oa_train.ablations.registry."
             )
         return [self._other]

@@ -16,7 +16,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
-from oa_train.ablations.registry import AblationKind, AblationSource, check_kind
+from oa_train.ablations.registry import AblationName, AblationSource, check_kind
 from oa_train.checks import check_at_least, check_positive
 from oa_train.metrics.ground_truth import Recovery, recovery
 from oa_train.models.frozen import CausalLM
@@ -74,7 +74,7 @@ class Truth:
         meant_kl: divergence of the edges by which the model was meant to work.
     """
 
-    kind: AblationKind
+    kind: AblationName
     graph: Graph
     sets: tuple[tuple[str, ...], ...]
     kl: tuple[float, ...]
@@ -111,7 +111,7 @@ def find_truth(
     model: CausalLM,
     task: Task,
     meant: Sequence[str],
-    kind: AblationKind,
+    kind: AblationName,
     settings: TruthSettings | None = None,
     track: Track = silent,
 ) -> Truth:
@@ -143,7 +143,7 @@ def find_truth(
 class _Measure:
     """KL divergence of circuits on test prompts, in nats."""
 
-    def __init__(self, model: CausalLM, task: Task, kind: AblationKind, settings: TruthSettings, track: Track) -> None:
+    def __init__(self, model: CausalLM, task: Task, kind: AblationName, settings: TruthSettings, track: Track) -> None:
         self._model, self._task, self._settings, self._track = model, task, settings, track
         self._kind = check_kind("kind", kind)
         self._graph = Graph.of(model.config)
@@ -246,7 +246,7 @@ def _minimal(
 
 
 def _smallest(
-    graph: Graph, measure: Measure, minimal: list[tuple[Tensor, dict[str, float]]], kind: AblationKind, meant_kl: float
+    graph: Graph, measure: Measure, minimal: list[tuple[Tensor, dict[str, float]]], kind: AblationName, meant_kl: float
 ) -> Truth:
     size = min(len(costs) for _, costs in minimal)
     unique = {tuple(costs): (mask, costs) for mask, costs in minimal if len(costs) == size}

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from oa_train.ablations import evaluation
 from oa_train.ablations.base import Ablation
 from oa_train.ablations.evaluation import Behaviour, circuit_behaviour, clean_behaviour
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.batches import Batch
 from oa_train.diagnostics.reference import reference_node_logits
 from oa_train.engine.forward import scored_logits
@@ -48,7 +48,7 @@ def task():
 
 
 def ablation(name: str, model, task) -> Ablation:
-    return KINDS[name].prepare(AblationSource(model, task, Nodes.of(model.config)))
+    return ABLATION_KINDS[name].prepare(AblationSource(model, task, Nodes.of(model.config)))
 
 
 def several() -> Induction:
@@ -108,7 +108,8 @@ def test_circuits_with_spans_have_their_own_ablations_too(model, task):
     level = Nodes.of(model.config, ["heads", "mlp", "residual"], ["m*@S2", "r2@end", "a*.h*@-1"])
     source = AblationSource(model, task, level)
     kinds = [
-        KINDS[name].prepare(source) for name in ("resample", "mean", "noise", "counterfactual", "clean", "resample")
+        ABLATION_KINDS[name].prepare(source)
+        for name in ("resample", "mean", "noise", "counterfactual", "clean", "resample")
     ]
     drawn = torch.rand(len(kinds), len(level), generator=torch.Generator().manual_seed(1)) < 0.5
     batches = list(task.batches("test", 7, 4))
@@ -119,7 +120,7 @@ def test_circuits_with_spans_have_their_own_ablations_too(model, task):
             assert_same(row_of(together, index), alone)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ABLATION_KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_figures_do_not_depend_on_the_batch_size(model, level, masks, name, side):
     task = small_ioi(padding_side=side)
@@ -129,7 +130,7 @@ def test_figures_do_not_depend_on_the_batch_size(model, level, masks, name, side
     assert_same(of_five, of_sixteen)
     other_side = small_ioi(padding_side="left" if side == "right" else "right")
     assert_same(circuit_behaviour(model, other_side.batches("test", 16), level, masks, [kind]), of_sixteen)
-    assert ((of_five.kl[-1] > 1e-2) | KINDS[name].restores).all()
+    assert ((of_five.kl[-1] > 1e-2) | ABLATION_KINDS[name].restores).all()
 
 
 @pytest.mark.parametrize("name", ["mean", "resample", "noise"])

@@ -14,7 +14,7 @@ from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour, circuit_logits
 from oa_train.ablations.fitting import RefitSettings, fit_constants
 from oa_train.ablations.means import StreamingMeans
-from oa_train.ablations.registry import KINDS, AblationSource, check_kind
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource, check_kind
 from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.reading import read_values
@@ -82,8 +82,8 @@ def at_tokens(values: Values, level: Nodes, batch: Batch) -> list[torch.Tensor]:
 
 
 def test_each_kind_says_what_it_is():
-    assert tuple(KINDS) == NAMES
-    for name, kind in KINDS.items():
+    assert tuple(ABLATION_KINDS) == NAMES
+    for name, kind in ABLATION_KINDS.items():
         assert kind.name == name
         assert kind.learned == (name == LEARNED)
         assert kind.constant == (name in CONSTANT)
@@ -93,7 +93,7 @@ def test_each_kind_says_what_it_is():
 
 
 def test_a_kind_that_takes_something_away_is_looked_up_by_name():
-    for name, kind in KINDS.items():
+    for name, kind in ABLATION_KINDS.items():
         if name != "clean":
             assert check_kind("ablation", name) is kind
     with pytest.raises(ConfigurationError, match=r"ablation is 'resampel'; expected one of .*Did you mean .*resample"):
@@ -106,7 +106,7 @@ def test_a_kind_that_takes_something_away_is_looked_up_by_name():
 @pytest.mark.parametrize("units", ["plain", "spanned"])
 def test_with_everything_kept_each_kind_gives_the_models_own_logits(model, sources, units, name):
     level, batch = sources[units].level, small_ioi(padding_side="left").batch("test", 0, 5)
-    ablation, clean = KINDS[name].prepare(sources[units]), scored_logits(model, batch)
+    ablation, clean = ABLATION_KINDS[name].prepare(sources[units]), scored_logits(model, batch)
     kept = torch.ones(1, len(level)).bool()
     assert torch.equal(circuit_logits(model, batch, level, kept, [ablation]), clean)
     ablated = circuit_logits(model, batch, level, ~kept, [ablation])
@@ -121,7 +121,7 @@ def test_with_everything_kept_each_kind_gives_the_models_own_logits(model, sourc
 def test_each_kind_of_ablation_runs_on_each_kind_of_site(model, kind, name):
     level = Nodes.of(model.config, [kind], (), dictionaries(model) if kind == "features" else ())
     task = small_ioi(n_means=8)
-    ablation = KINDS[name].prepare(AblationSource(model, task, level))
+    ablation = ABLATION_KINDS[name].prepare(AblationSource(model, task, level))
     batch, nothing = task.batch("test", 0, 3), torch.zeros(1, len(level)).bool()
     clean, ablated = scored_logits(model, batch), circuit_logits(model, batch, level, nothing, [ablation])
     if name == "clean":
@@ -133,9 +133,9 @@ def test_each_kind_of_ablation_runs_on_each_kind_of_site(model, kind, name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("n_positions", [1, 4])
 def test_each_kind_is_prepared_with_what_it_needs(model, plain, name, n_positions):
-    ablation = KINDS[name].prepare(AblationSource(model, small_ioi(n_means=4), plain, n_positions))
-    assert isinstance(ablation, Constants) == (KINDS[name].constant or name == "mean_by_position")
-    if KINDS[name].constant:
+    ablation = ABLATION_KINDS[name].prepare(AblationSource(model, small_ioi(n_means=4), plain, n_positions))
+    assert isinstance(ablation, Constants) == (ABLATION_KINDS[name].constant or name == "mean_by_position")
+    if ABLATION_KINDS[name].constant:
         assert ablation.n_positions == n_positions
         ablation.check_fits(plain)
 
@@ -144,7 +144,7 @@ def test_each_kind_is_prepared_with_what_it_needs(model, plain, name, n_position
 @pytest.mark.parametrize("units", ["plain", "spanned"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_what_each_kind_supplies_depends_on_no_other_prompt_and_no_padding(model, sources, units, name, side):
-    level, ablation = sources[units].level, KINDS[name].prepare(sources[units])
+    level, ablation = sources[units].level, ABLATION_KINDS[name].prepare(sources[units])
     values_of = partial(read_values, model, level=level)
     batch = small_ioi(padding_side=side).batch("test", 0, 4)
     together = at_tokens(ablation.replacements(batch, values_of), level, batch)
@@ -159,7 +159,7 @@ def test_only_ablations_that_are_not_total_let_the_prompt_through(model, plain):
     """Two prompts of one number and length get the same replacements under every total ablation."""
     task = small_ioi(n_tokens=18)
     batches = [task.batch(stream, 0, 4) for stream in ("train", "test")]
-    for name, kind in KINDS.items():
+    for name, kind in ABLATION_KINDS.items():
         ablation: Ablation = kind.prepare(AblationSource(model, task, plain))
         first, second = (ablation.replacements(batch, partial(read_values, model, level=plain)) for batch in batches)
         same = all(torch.equal(first[site], second[site]) for site in plain.sites)
@@ -256,10 +256,10 @@ def test_statistics_are_gathered_once_and_when_needed(model, plain):
     source = AblationSource(model, small_ioi(n_means=4), plain, track=Told())
     assert isinstance(source.sums(lambda batch: batch, "first"), StreamingMeans)
     for name in ("zero", "resample", "counterfactual", "clean"):
-        KINDS[name].prepare(source)
+        ABLATION_KINDS[name].prepare(source)
     assert shown == ["first"]
-    for name in KINDS:
-        KINDS[name].prepare(source)
+    for name in ABLATION_KINDS:
+        ABLATION_KINDS[name].prepare(source)
     assert shown[1:] == [
         "averaging activations",
         "averaging activations by position",
@@ -284,6 +284,6 @@ def test_optimal_is_at_most_mean_and_zero_on_prompts_of_one_length():
     assert (optimal[2] < 0.8 * mean[2]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize("kind", ABLATION_KINDS.values(), ids=list(ABLATION_KINDS))
 def test_a_kind_reaches_another_process_by_its_name(kind):
     assert pickle.loads(pickle.dumps(kind)) is kind

@@ -27,7 +27,7 @@ from tests.builders import random_batch, random_constants, with_spans
 
 EXACT = {"rtol": 0, "atol": 1e-10}
 SPANS = ("-1", "subject", "subject_last", "subject_next", "every")
-KINDS = ("attention", "mlp", "residual")
+ABLATION_KINDS = ("attention", "mlp", "residual")
 
 
 def prompts(side="right"):
@@ -66,11 +66,11 @@ def places(model, run, n_layers):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_run_equals_hooks_one_by_one_in_value_and_gradient(archetype, side):
-    batch, tracing = prompts(side), Tracing(3, (0, 1, 2), KINDS, SPANS, (1, 3))
+    batch, tracing = prompts(side), Tracing(3, (0, 1, 2), ABLATION_KINDS, SPANS, (1, 3))
     tracer, constants = Tracer(archetype, tracing, 1000), constants_of(tracing, archetype).requires_grad_()
     (piece,) = tracer.pieces(batch)
     logits = piece.logits(slice(None), constants[:, None, None]).unflatten(0, (len(tracing), len(batch)))
-    clean = read_values(archetype, batch, Nodes.of(archetype.config, KINDS))
+    clean = read_values(archetype, batch, Nodes.of(archetype.config, ABLATION_KINDS))
     slow = []
     for number in range(len(tracing)):
         restored = []

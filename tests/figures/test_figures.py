@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from oa_train.ablations.registry import KINDS
+from oa_train.ablations.registry import ABLATION_KINDS
 from oa_train.figures.circuits import circuit_drawing
 from oa_train.figures.comparison import (
     MOST_ROWS,
@@ -181,7 +181,7 @@ def test_points_stand_at_their_means_in_their_colours():
 
 def test_every_ablation_has_a_colour_and_a_marker_of_its_own():
     # What restores units is compared with nothing.
-    taking = {name for name, kind in KINDS.items() if not kind.restores}
+    taking = {name for name, kind in ABLATION_KINDS.items() if not kind.restores}
     assert taking == set(ABLATION_STYLES)
     assert all(len(set(values)) == len(taking) for values in zip(*ABLATION_STYLES.values(), strict=True))
 

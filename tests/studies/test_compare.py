@@ -9,7 +9,7 @@ import torch
 
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS
+from oa_train.ablations.registry import ABLATION_KINDS
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.published import published_ioi_circuit
@@ -27,7 +27,7 @@ QUICK = RefitSettings(steps=60, batch_size=8, evaluate_every=30)
 BRIEF = RefitSettings(steps=20, batch_size=8, evaluate_every=10)
 UNFITTED = RefitSettings(steps=0)
 KEPT = ("a0.h0", "a0.h3", "m0", "a1.h0", "a1.h1", "a1.h2", "a1.h3")
-TAKING = [name for name, kind in KINDS.items() if not kind.restores]
+TAKING = [name for name, kind in ABLATION_KINDS.items() if not kind.restores]
 FEW = ["a0.h0", "m0", "m1"]
 
 

@@ -10,7 +10,7 @@ import torch
 from oa_train.ablations.attribution import mask_gradients
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.cli.main import main
@@ -72,7 +72,7 @@ def test_every_point_is_the_model_without_the_least_important_units(model, task,
             assert row["kept"] + row["ablated"] == 15
             assert row["fraction"] == row["ablated"] / 15
             mask = level.mask(ascending[row["ablated"] :]).unsqueeze(0)
-            wanted = circuit_behaviour(model, batches, level, mask, [KINDS[kind].prepare(source)])
+            wanted = circuit_behaviour(model, batches, level, mask, [ABLATION_KINDS[kind].prepare(source)])
             assert row["kl"].mean == pytest.approx(wanted.kl.mean().item(), rel=1e-4, abs=1e-6)
             assert row["accuracy"].mean == pytest.approx(wanted.accuracy.mean().item())
     assert {row["ablated"] for row in findings.rows} == {0, 3, 9, 15}

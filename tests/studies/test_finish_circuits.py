@@ -9,7 +9,7 @@ import torch
 from oa_train.ablations.constants import Constants
 from oa_train.ablations.evaluation import circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.circuits.circuit import Circuit
 from oa_train.errors import ArtefactError
 from oa_train.metrics.measures import LOSS_SIGNS, MEASURES
@@ -94,9 +94,9 @@ def test_refit_starts_are_honoured(finished_run, tmp_path):
     assert kl["both"] in (kl["trained"], kl["mean"])
 
 
-@pytest.mark.parametrize("ablation", [name for name, kind in KINDS.items() if not kind.restores])
+@pytest.mark.parametrize("ablation", [name for name, kind in ABLATION_KINDS.items() if not kind.restores])
 def test_a_fit_ends_with_its_own_ablation(task, tmp_path, ablation):
-    kind, module = KINDS[ablation], trained(task, ablation=ablation)
+    kind, module = ABLATION_KINDS[ablation], trained(task, ablation=ablation)
     told = []
 
     class Told(Track):

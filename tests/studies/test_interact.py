@@ -11,7 +11,7 @@ import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour, clean_behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.cli.main import main
 from oa_train.errors import OaTrainError
 from oa_train.metrics.ground_truth import recovery
@@ -51,7 +51,7 @@ def test_interactions_are_the_joint_effect_minus_the_single_ones(model, task, ki
     names, primary = ("a0.h1", "a1.h0", "m1"), ("a1.h1", "m0")
     findings = run(model, task, components=[*names], ablation=kind, pairs="all", primary=[*primary], groups=[[*names]])
     level, batches = Nodes.of(model.config), list(task.batches("test", 8))
-    ablation = KINDS[kind].prepare(AblationSource(model, task, level))
+    ablation = ABLATION_KINDS[kind].prepare(AblationSource(model, task, level))
     clean = clean_behaviour(model, batches).logit_difference
 
     def effects(*ablated: str) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from oa_train.ablations.base import Ablation
 from oa_train.ablations.context import ablated
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings, fit_constants
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.circuits.circuit import Circuit
 from oa_train.circuits.random import random_circuits
@@ -58,7 +58,7 @@ def by_hand(model, source, names=KEPT, ablation="mean", **provenance) -> Trained
     circuit = Circuit(level, names, provenance={"ablation": ablation} | provenance)
     # As a run has them, whose constants name the token that is never ablated.
     constants = replace(source.mean, provenance={"bos_token_id": source.task.bos_token_id})
-    return TrainedCircuit("by hand", circuit, constants if KINDS[ablation].constant else None)
+    return TrainedCircuit("by hand", circuit, constants if ABLATION_KINDS[ablation].constant else None)
 
 
 @pytest.fixture(scope="module")
@@ -221,8 +221,8 @@ def test_a_refit_gives_every_circuit_constants_of_its_own(model, task, source, t
 @pytest.mark.parametrize("kind", ["zero", "resample", "noise", "counterfactual"])
 def test_the_run_s_own_ablation_is_used(model, task, source, tmp_path, kind):
     run = by_hand(model, source, ablation=kind)
-    ablation = KINDS[kind].prepare(source)
-    run = replace(run, constants=ablation if KINDS[kind].constant else None)
+    ablation = ABLATION_KINDS[kind].prepare(source)
+    run = replace(run, constants=ablation if ABLATION_KINDS[kind].constant else None)
     findings = minimal(model, task, run, tmp_path, UNFITTED)
     masks = torch.stack([run.circuit.mask, ~run.circuit.mask])
     wanted = circuit_behaviour(model, task.batches("test", task.n_test), run.circuit.level, masks, [ablation])

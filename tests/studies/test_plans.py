@@ -8,7 +8,7 @@ import torch
 
 from oa_train.ablations.evaluation import CleanLogits, circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.ablations.trained_circuit import TrainedCircuit
 from oa_train.ablations.worst_mask import AscentSettings
 from oa_train.circuits.circuit import Circuit
@@ -69,7 +69,7 @@ def test_compare_does_what_it_says(model, task, kind, ablations):
 @pytest.mark.parametrize(("ablation", "refit"), [("optimal", False), ("resample", False)])
 def test_minimal_does_what_it_says(model, task, ablation, refit):
     trained, nodes = a_circuit(model, Nodes.of(model.config), ablation), Nodes.of(model.config)
-    if KINDS[ablation].constant:
+    if ABLATION_KINDS[ablation].constant:
         trained = TrainedCircuit("run", trained.circuit, AblationSource(model, task, nodes).mean)
     check_plan(Minimal(model, task, [trained], MinimalSettings(refit, 0.0, 2, BRIEF)))
 

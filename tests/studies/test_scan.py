@@ -13,7 +13,7 @@ import torch
 
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.fitting import RefitSettings
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.errors import ArtefactError, OaTrainError
 from oa_train.models.dictionaries import DictionarySpec
@@ -49,7 +49,7 @@ def test_each_unit_is_measured_as_it_is_alone(model, task, whole):
     batches, source = list(task.batches("test", 48)), AblationSource(model, task, scan.level)
     for name, kind in (("a1.h0", "mean"), ("m2", "zero"), ("a0.h3", "resample"), ("m1", "counterfactual")):
         mask = ~scan.level.mask([name]).unsqueeze(0)
-        behaviour = circuit_behaviour(model, batches, scan.level, mask, [KINDS[kind].prepare(source)])
+        behaviour = circuit_behaviour(model, batches, scan.level, mask, [ABLATION_KINDS[kind].prepare(source)])
         (row,) = whole.where(component=name, ablation=kind)
         assert row["kl"].mean == pytest.approx(behaviour.kl.mean().item(), rel=1e-4, abs=1e-7)
         assert row["accuracy"].mean == pytest.approx(behaviour.accuracy.mean().item())

@@ -20,7 +20,7 @@ from oa_train.tasks import IOI
 from oa_train.tasks.synthetic_facts import SyntheticFacts
 
 LM = LMSpec("facts")
-KINDS = ("attention", "residual")
+ABLATION_KINDS = ("attention", "residual")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def task():
 
 @pytest.fixture(scope="module")
 def constants(model):
-    tracing = Tracing(5, (0, 1, 2, 3, 4), KINDS, ("-1", "subject_last"))
+    tracing = Tracing(5, (0, 1, 2, 3, 4), ABLATION_KINDS, ("-1", "subject_last"))
     generator = torch.Generator().manual_seed(0)
     table = 0.1 * torch.randn(len(tracing), 64, generator=generator)
     return TracingConstants("a/run", tracing, table, {"fingerprint": fingerprint(model)})

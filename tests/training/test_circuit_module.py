@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from oa_train.ablations.constants import Constants, Slots
 from oa_train.ablations.evaluation import circuit_behaviour
 from oa_train.ablations.means import value_sums
-from oa_train.ablations.registry import KINDS, AblationSource
+from oa_train.ablations.registry import ABLATION_KINDS, AblationSource
 from oa_train.engine.levels import masked_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import CheckpointError, ConfigurationError, NotFiniteError
@@ -318,7 +318,7 @@ def test_bare_dataloaders_are_refused_with_a_reason():
         quiet_trainer(max_steps=1).fit(module, train_dataloaders=TaskData(small_ioi()).train_dataloader())
 
 
-ABLATIONS = [name for name, kind in KINDS.items() if not kind.restores]
+ABLATIONS = [name for name, kind in ABLATION_KINDS.items() if not kind.restores]
 
 
 def few(**changes):
@@ -330,7 +330,7 @@ def few(**changes):
     [*((ablation, "kl") for ablation in ABLATIONS), *(("optimal", loss) for loss in get_args(Loss) if loss != "kl")],
 )
 def test_every_ablation_and_every_loss_trains(ablation, loss):
-    kind, task = KINDS[ablation], few()
+    kind, task = ABLATION_KINDS[ablation], few()
     module = CircuitModule(ablation=ablation, loss=loss, samples_per_prompt=2)
     trainer = quiet_trainer(max_steps=3)
     trainer.fit(module, datamodule=TaskData(task))
@@ -377,7 +377,7 @@ def test_an_ablation_that_is_not_prepared_says_what_it_needs(ablation):
     module = CircuitModule(ablation=ablation)
     with pytest.raises(ConfigurationError, match=rf"The {ablation} ablation is prepared with .* when a trainer fits"):
         module.replacements.ablations()
-    with pytest.raises(ConfigurationError, match="without one, use `KINDS`"):
+    with pytest.raises(ConfigurationError, match="without one, use `ABLATION_KINDS`"):
         module.masked_loss(few().batch("train", 0), torch.zeros(4, 1, 393))
 
 
@@ -388,7 +388,7 @@ def test_validation_and_test_prepare_the_ablation_and_measure_the_circuit(ablati
         module, trainer = CircuitModule(ablation=ablation), quiet_trainer()
         module.masks.distribution.logits.data[::2] = -3.0
         (trainer.validate if stage == "validation" else trainer.test)(module, TaskData(task), verbose=False)
-        masks, kind = module.masks.discrete(), KINDS[ablation]
+        masks, kind = module.masks.discrete(), ABLATION_KINDS[ablation]
         assert 0 < masks.sum() < len(module.level)
         prepared = kind.prepare(AblationSource(module.frozen, task, module.level))
         expected = circuit_behaviour(module.frozen, task.batches(stage, 8), module.level, masks, [prepared])

@@ -51,18 +51,18 @@ def trained(way: tuple[LMSpec, str], made) -> tuple[Seen, torch.nn.Module]:
     return seen, module
 
 
-KINDS = {
+ABLATION_KINDS = {
     "uniform": lambda lm: CircuitModule(lm=lm, masks=UniformGradientSampling),
     "hard_concrete": lambda lm: CircuitModule(lm=lm, masks=lambda n: HardConcrete(n, initial_logit=0.0)),
     "constants": lambda lm: ConstantsModule(lm=lm, keep="m*"),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ABLATION_KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_half_precision_changes_little_and_nothing_that_is_trained(way, kind):
-    exact, _ = trained(EXACT, KINDS[kind])
-    half, module = trained(WAYS[way], KINDS[kind])
+    exact, _ = trained(EXACT, ABLATION_KINDS[kind])
+    half, module = trained(WAYS[way], ABLATION_KINDS[kind])
     assert half.dtypes == {torch.float32}
     # The data type of the model is what was asked for, so something was indeed computed in half precision.
     assert module.frozen.dtype is getattr(torch, module.lm.dtype)
