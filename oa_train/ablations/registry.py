@@ -189,7 +189,8 @@ def check_suits(kinds: Sequence[AblationName], source: AblationSource, batches: 
     """Check that the prompts allow these ablations; raises `TaskError` with the reason if not."""
     for name in kinds:
         if reason := ABLATION_KINDS[name].why_not(source, batches):
+            total = ", ".join(kind.name for kind in ABLATION_KINDS.values() if kind.total)
             raise TaskError(
                 f"The task {source.task.name} has no {name.replace('_', ' ')} ablation: {reason}. Add such prompts, "
-                f"or choose another ablation ({', '.join(kind.name for kind in ABLATION_KINDS.values() if kind.total)}, say)."
+                f"or choose another ablation ({total}, say)."
             )

@@ -17,8 +17,8 @@ from oa_train.training.steps import share_of_step
 # Half precision would round the small gradients of a mean to 0. Scaling by a power of two changes no other digit.
 SCALE = 2.0**10
 
-# Name under which a loss is logged, indices of some of the training problems, and a function that computes the loss of
-# each of them, with gradients.
+# Name under which a loss is logged, indices of some of the training problems, and a function that computes their
+# contributions to it, with gradients; those of several parts add up.
 Part = tuple[str, Any, Callable[[], Float[Tensor, " training"]]]
 
 
