@@ -91,7 +91,7 @@ def test_warnings_are_one_line_on_the_terminal_and_recorded_with_their_place(mon
     commanded(monkeypatch, command)
     assert main(["demo"]) == 0
     assert capsys.readouterr().err == "oa-train: warning: something is odd\n"
-    assert re.search(r"WARNING something is odd \(UserWarning, .*test_record.py:\d+\)", Path("run.log").read_text())
+    assert re.search(r"WARNING something is odd \(UserWarning, .*test_run_log.py:\d+\)", Path("run.log").read_text())
 
 
 def test_what_was_said_before_the_folder_was_known_is_recorded_too(monkeypatch):
