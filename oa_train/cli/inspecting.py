@@ -11,7 +11,6 @@ from oa_train.cli.bars import track
 from oa_train.cli.output import print_table
 from oa_train.cli.parser import ExplainingParser, add_config
 from oa_train.cli.quiet import silence_libraries
-from oa_train.cli.trainer import check_true_precision
 from oa_train.diagnostics.memory import StepSettings, Strategy
 from oa_train.diagnostics.model_facts import DEFAULT_TOKENS, model_facts
 from oa_train.diagnostics.model_facts_table import facts_rows
@@ -19,6 +18,7 @@ from oa_train.diagnostics.selfcheck import Check, self_check
 from oa_train.errors import ConfigurationError, RunError
 from oa_train.models.loading import load_config, load_model, with_dtype
 from oa_train.models.spec import LMSpec
+from oa_train.training.trainer_options import check_true_precision
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true"]
 

@@ -28,14 +28,13 @@ from oa_train.cli.parser import (
 )
 from oa_train.cli.quiet import silence_libraries
 from oa_train.cli.run_log import record_in
-from oa_train.cli.trainer import DEFAULT_ROOT, check_intervals, check_trainer, trainer_changes
 from oa_train.errors import DONE, CheckpointError, ConfigurationError
 from oa_train.models.loading import load_config
 from oa_train.models.spec import LMSpec
 from oa_train.studies.earlier_runs import checkpoint_to_go_on_from, finished_results, is_same_experiment
 from oa_train.studies.finish import finish_fit
 from oa_train.studies.finish_circuits import FinishSettings
-from oa_train.studies.run_folder import RunFolder
+from oa_train.studies.run_folder import RunFolder, check_experiment, output_root
 from oa_train.training import slurm
 from oa_train.training.callbacks import BestCheckpoint, LastCheckpoint, MaskImages
 from oa_train.training.checkpoints import WholeFileCheckpointIO, read_checkpoint
@@ -45,6 +44,9 @@ from oa_train.training.interruption import StopAtSignal, none_left_behind, termi
 from oa_train.training.module import FrozenModelModule
 from oa_train.training.progress_lines import training_bar
 from oa_train.training.strategies import ShardedStrategy
+from oa_train.training.trainer_options import check_intervals, check_trainer_options, trainer_changes
+
+DEFAULT_ROOT = "runs"
 
 # Tells the processes that a distributed strategy starts which run folder the first process has claimed.
 RUN_FOLDER_VARIABLE = "OA_TRAIN_RUN_FOLDER"
@@ -148,7 +150,11 @@ class OaTrainCLI(LightningCLI):
         chosen = self.config[self.subcommand]
         check_values(self._parser(self.subcommand), chosen)
         make_paths_absolute(chosen)
-        check_trainer(chosen, writes=self._writes)
+        check_trainer_options(chosen.trainer, LMSpec(**vars(chosen.lm)))
+        check_experiment(chosen.experiment)
+        if self._writes:
+            output_root("trainer.default_root_dir", str(chosen.trainer.default_root_dir or DEFAULT_ROOT))
+            output_root("experiment", str(self._experiment_folder()))
         check_at_least(1, checkpoint_every=chosen.checkpoint_every)
         self._say(*slurm.ignore_stray_ranks(chosen.trainer))
         if chosen.ckpt_path is None and self.subcommand != "fit":

@@ -16,11 +16,10 @@ from oa_train.masks.base import MaskDistribution
 from oa_train.models.parts import WITHOUT_DEVICE_MAP
 from oa_train.tasks.task import Task
 from oa_train.training.module import FrozenModelModule
+from oa_train.training.trainer_options import PRECISIONS
 
 # Bases of the classes that a configuration can name.
 BASES = (FrozenModelModule, Task, MaskDistribution)
-
-PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 
 # Values that work, for options of which the parser would accept more.
 _EXPECTED = {"seed_everything": "an integer", "trainer.precision": PRECISIONS}

@@ -5,14 +5,10 @@ from typing import Any
 import torch
 
 from oa_train.checks import check_at_least
-from oa_train.cli.messages import PRECISIONS
 from oa_train.errors import ConfigurationError
 from oa_train.models.loading import with_dtype
 from oa_train.models.spec import LMSpec
-from oa_train.studies.run_folder import check_experiment, output_root
 from oa_train.training.strategies import ShardedStrategy
-
-DEFAULT_ROOT = "runs"
 
 # The strategy that shards the frozen model; Lightning's strategy of that name would shard the trained tensors as well.
 SHARDED = "fsdp"
@@ -22,18 +18,26 @@ _OF_NOTEBOOKS = ("ddp_spawn", "ddp_fork", "ddp_notebook")
 
 # Precisions that set the data type of the frozen model, which must be loaded in it.
 TRUE_PRECISIONS = {"bf16-true": "bfloat16", "16-true": "float16"}
+PRECISIONS = "32-true, bf16-mixed, bf16-true (with --lm.dtype bfloat16) or, on a GPU, 16-mixed"
 _PRECISIONS = ("None", "32", "32-true", "bf16-mixed", "16-mixed")
 
 # Smallest values of trainer options that work, for those that Lightning does not check.
 _LEAST = {"log_every_n_steps": 0, "accumulate_grad_batches": 1, "gradient_clip_val": 0, "num_nodes": 1}
 
 
-def check_trainer(chosen: Any, *, writes: bool) -> None:
-    """Make the checks that Lightning does not make, or only during the run, and check where a run folder will be."""
-    config = chosen.trainer
+def check_trainer_options(config: Any, lm: LMSpec) -> None:
+    """Make the checks of a trainer's options that Lightning does not make, or only during the run.
+
+    Args:
+        config: the options, as attributes.
+        lm: model that the module freezes.
+
+    Raises:
+        ConfigurationError: an option has a value that cannot work, with this model or at all.
+    """
     for name, least in _LEAST.items():
         check_at_least(least, **{f"trainer.{name}": getattr(config, name)})
-    _check_precision(chosen)
+    _check_precision(config, lm)
     name = config.strategy if isinstance(config.strategy, str) else config.strategy.class_path.rpartition(".")[2]
     if name.startswith(("fsdp_", "deepspeed", "model_parallel", "FSDP", "DeepSpeed", "ModelParallel")):
         raise ConfigurationError(  # before anything is loaded; Lightning may want a GPU for it first
@@ -46,10 +50,6 @@ def check_trainer(chosen: Any, *, writes: bool) -> None:
             f"trainer.strategy is {name!r}{f' with start_method {method}' if method else ''}, which is for notebooks: "
             "here its processes would keep running after a signal has ended the first one. Use ddp, its equivalent."
         )
-    check_experiment(chosen.experiment)
-    if writes:
-        root = output_root("trainer.default_root_dir", str(config.default_root_dir or DEFAULT_ROOT))
-        output_root("experiment", str(root / chosen.experiment))
 
 
 def check_intervals(config: Any, batches_per_epoch: int) -> None:
@@ -90,15 +90,15 @@ def trainer_changes(config: Any) -> dict[str, Any]:
     return changes
 
 
-def _check_precision(chosen: Any) -> None:
-    config, precision, dtype = chosen.trainer, str(chosen.trainer.precision), chosen.lm.dtype
+def _check_precision(config: Any, lm: LMSpec) -> None:
+    precision, dtype = str(config.precision), lm.dtype
     if precision not in (*_PRECISIONS, *TRUE_PRECISIONS):
         raise ConfigurationError(
             f"trainer.precision is {precision!r}; expected {PRECISIONS}. What is trained is always float32; "
             "the data type of the frozen model is --lm.dtype."
         )
     if precision in TRUE_PRECISIONS:
-        dtype = with_dtype(LMSpec(**vars(chosen.lm))).dtype
+        dtype = with_dtype(lm).dtype
     check_true_precision("trainer.precision", precision, dtype)
     on_gpu = config.accelerator in ("gpu", "cuda") or (config.accelerator == "auto" and torch.cuda.is_available())
     if precision == "16-mixed" and not on_gpu:
