@@ -118,7 +118,7 @@ def test_an_interrupted_scan_goes_on_where_it_stopped(model, task, tmp_path, mon
     assert again == ["units 7 to 7"]
     assert findings.flat_rows() == expected.flat_rows()
     assert json.loads((folder / "results.json").read_text())["n_units"] == 7
-    with pytest.raises(ArtefactError, match="was finished"):
+    with pytest.raises(ArtefactError, match="this scan is finished"):
         Scan(model, task, settings=settings).resume(folder)
 
 

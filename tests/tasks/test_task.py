@@ -379,7 +379,7 @@ def test_the_help_of_a_task_explains_every_option(kind: type[Task], capsys: pyte
     page = " ".join(capsys.readouterr().out.split())
     for said in (
         "prompts in a training batch",
-        "where shorter prompts of a batch are padded",
+        "side on which shorter prompts of a batch are padded",
         "prompts of a batch when the model is only evaluated; bounds memory, changes no result",
         "only prompts of so many tokens, a prepended BOS included",
         "`last` scores each prompt's last answer, `every` the earlier ones as well",
