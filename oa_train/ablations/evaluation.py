@@ -87,7 +87,7 @@ def circuit_behaviour(
         level: level of the masks.
         masks: a circuit in each row; false entries are ablated, and numbers in [0, 1] mix.
         ablations: the ablation of each circuit, or one for all.
-        rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
+        rows_per_run: most rows (circuits times prompts) of one model run; limits memory, not results.
         clean: cache of clean logits, for when the same batches are evaluated again.
         advance: counts finished rows.
     """

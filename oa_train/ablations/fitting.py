@@ -45,7 +45,7 @@ class RefitSettings:
         evaluate_every: steps between evaluations on the validation prompts; the best constants are kept.
         patience: evaluations in a row that lower a circuit's loss by less than 1 %, after which the training of its
             constants stops; 0 never stops early.
-        rows_per_run: most rows (circuits times prompts) of one model run; bounds memory, changes no result.
+        rows_per_run: most rows (circuits times prompts) of one model run; limits memory, not results.
     """
 
     steps: int = 300

@@ -31,7 +31,7 @@ class AscentSettings:
         random_starts: ascents from uniformly random values, besides those from all zeros and from the worst random
             subset.
         n_prompts: validation prompts; every step runs on all of them.
-        rows_per_run: most rows (starts times prompts) of one model run; bounds memory, changes no result.
+        rows_per_run: most rows (starts times prompts) of one model run; limits memory, not results.
     """
 
     steps: int = 40

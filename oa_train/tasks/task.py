@@ -92,7 +92,7 @@ class Task(ABC):
         n_test: number of prompts in the final evaluation.
         n_means: number of prompts over which mean ablation averages.
         padding_side: side on which shorter prompts of a batch are padded.
-        evaluation_batch_size: prompts per batch when the model is only evaluated; bounds memory, changes no result.
+        evaluation_batch_size: prompts per batch when the model is only evaluated; limits memory, not results.
         answer_positions: `last` scores each prompt's last answer, `every` the earlier ones as well.
 
     Attributes:

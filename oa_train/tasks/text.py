@@ -42,7 +42,7 @@ class Text(FiniteTask):
         first_scored: first position, counted from 0, that may be drawn, so that a prediction has context; by default
             8, or the last position of a shorter window.
         max_tokens: at most this many tokens are read; for a dataset, from each split.
-        evaluation_batch_size: windows per batch outside training; bounds memory, changes no result.
+        evaluation_batch_size: windows per batch outside training; limits memory, not results.
         **options: the options of every task (see `Task`) except `answer_positions`.
 
     Attributes:

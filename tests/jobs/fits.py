@@ -23,6 +23,7 @@ from typing import Protocol
 
 import torch
 import yaml
+from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
 from oa_train.training.checkpoints import read_checkpoint
 
@@ -195,6 +196,8 @@ def _forked(module: str, folder: Path, words: list[str], environment: dict[str, 
     for stream in (1, 2):
         os.dup2(said, stream)
     os.close(said)
+    # As Lightning sets it when it is imported, which the server has done in its own environment.
+    rank_zero_only.rank = _get_rank() or 0
     # As `python -m` leaves them; Lightning reads from them how to start the other ranks.
     sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
     sys.argv = [module, *words]

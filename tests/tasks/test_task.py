@@ -380,8 +380,8 @@ def test_the_help_of_a_task_explains_every_option(kind: type[Task], capsys: pyte
     for said in (
         "prompts in a training batch",
         "side on which shorter prompts of a batch are padded",
-        "prompts of a batch when the model is only evaluated; bounds memory, changes no result",
-        "only prompts of so many tokens, a prepended BOS included",
+        "prompts per batch when the model is only evaluated; limits memory, not results",
+        "only prompts of this many tokens, including a prepended BOS",
         "`last` scores each prompt's last answer, `every` the earlier ones as well",
     ):
         assert said in page
