@@ -27,7 +27,7 @@ def layer_panels(
     """
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     figure = new_figure(1.3 + 2.9 * len(columns), 0.9 + 2.1 * len(rows), title)
-    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, sharex=True, sharey="row")
     for axes in grid.flat:
         axes.axhline(0, color="#555555", linewidth=0.7, zorder=0)
         over_layers(axes)

@@ -64,7 +64,10 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--data needs_more.X", "ModuleNotFoundError: No module named 'nosuchthing' (raised in <module> ("),
         ("--data raises.X", "data is 'raises.X', which cannot be imported: RuntimeError: boom (raised in"),
         ("--model.class_path os.path.join", "model is 'os.path.join', which is a function, not a class."),
-        ("--model IOI", "model is 'IOI', which is not a FrozenModelModule; expected a kind of FrozenModelModule: C"),
+        (
+            "--model IOI",
+            "expected a kind of FrozenModelModule: CircuitModule, ConstantsModule, LensModule, TracingModule.",
+        ),
         ("--model torch.nn.Linear", "model is 'torch.nn.Linear', which is not a FrozenModelModule"),
         ("--data Task", "data is 'Task', which is abstract; expected a kind of Task: "),
         # Values.
