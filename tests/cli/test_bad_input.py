@@ -56,7 +56,7 @@ def complaint(capsys: pytest.CaptureFixture, *words: str, status: int = 2) -> st
         ("--model.masks HardConcret", "masks is 'HardConcret', which is no class known here. Did you mean HardC"),
         ("--trainer.callbacks+=EarlyStoping", "Did you mean EarlyStopping?"),
         ("--data nosuch.IOI", "data is 'nosuch.IOI', which cannot be imported: ModuleNotFoundError: No module"),
-        ("--data oa_train.taks.IOI", "'oa_train' has no attribute 'taks'.\nDid you mean oa_train.tasks.ioi.IOI"),
+        ("--data oa_train.taks.IOI", "No oa_train attribute taks.\nDid you mean oa_train.tasks.ioi.IOI"),
         (
             "--data oa_train.tasks.IOIx",
             "'oa_train.tasks' has no attribute 'IOIx'.\nDid you mean oa_train.tasks.ioi.IOI",
