@@ -36,7 +36,7 @@ def test_every_public_name_exists_and_unknown_ones_do_not():
     for name in oa_train.__all__:
         assert getattr(oa_train, name) is not None
     assert "load_model" in dir(oa_train)
-    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+    with pytest.raises(AttributeError, match="No oa_train attribute load_modle"):
         oa_train.load_modle  # noqa: B018
 
 
