@@ -15,8 +15,8 @@ from oa_train.engine.forward import as_written
 from oa_train.engine.levels import masked_call
 from oa_train.errors import ArtefactError, ConfigurationError
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import replaced_attributes
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import replaced_attributes
 from oa_train.models.weights import fingerprint
 from oa_train.shapes import Bool, Tensor
 

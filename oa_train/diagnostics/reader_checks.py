@@ -15,8 +15,8 @@ from oa_train.engine.values import Values
 from oa_train.models.families import check_family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap, tapped
 from oa_train.progress import Advance
 from oa_train.shapes import Bool, Float, Tensor
 

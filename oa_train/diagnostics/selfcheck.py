@@ -24,11 +24,11 @@ from oa_train.engine.reading import read_values
 from oa_train.models.families import check_config, check_family
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.spec import LMSpec
-from oa_train.models.taps import Tap, tapped
 from oa_train.models.weights import check_finite
 from oa_train.progress import Advance, Track, silent
 from oa_train.seeds import torch_generator

@@ -15,11 +15,11 @@ from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.metrics.measures import measured
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import NormWeights, is_layer_norm, rms_norm_scale
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS
-from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
 
 

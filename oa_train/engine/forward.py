@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from oa_train.batches import Batch
 from oa_train.models.frozen import CausalLM
-from oa_train.models.parts import Parts, find_parts
-from oa_train.models.taps import (
+from oa_train.models.hooks import (
     CallFunction,
     Tap,
     changed_argument,
@@ -23,6 +22,7 @@ from oa_train.models.taps import (
     tapped,
     uncompiled,
 )
+from oa_train.models.parts import Parts, find_parts
 from oa_train.shapes import Float, Int, Tensor
 
 
@@ -56,7 +56,7 @@ def scored_logits(
     Args:
         model: frozen causal language model.
         batch: prompts on the model's device.
-        taps: functions that read or replace tensors of modules; see `models.taps`.
+        taps: functions that read or replace tensors of modules; see `models.hooks`.
         recompute: activation checkpointing of each block: less memory, more time, the same result.
         scored: the scored columns if rows join during the run, see `prefix_logits`; by default the batch's.
         changes: modules, each with a function that changes the arguments of its calls before the taps act.

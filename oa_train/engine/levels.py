@@ -16,9 +16,9 @@ from oa_train.engine.prefix import own_blocks, prefix_logits, saved_share
 from oa_train.engine.values import Values
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import tapped
 from oa_train.models.levels import Level
 from oa_train.models.selection import Nodes
-from oa_train.models.taps import tapped
 from oa_train.shapes import Bool, Float, Tensor
 
 

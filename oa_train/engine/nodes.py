@@ -14,10 +14,10 @@ from oa_train.batches import TokenLayout
 from oa_train.engine.values import Values
 from oa_train.errors import TaskError
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Group, Nodes
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.models.taps import Tap
 from oa_train.shapes import Bool, Float, Tensor
 
 # Below this a mask entry counts as ablated and its constant receives gradients. A constant should be the best

@@ -21,10 +21,10 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.values import Values
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import CallFunction, Tap
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.models.taps import CallFunction, Tap
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 

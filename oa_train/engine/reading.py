@@ -8,10 +8,10 @@ from oa_train.batches import Batch
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.values import Values
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import Tap
 from oa_train.models.levels import Level
 from oa_train.models.parts import find_parts
 from oa_train.models.sites import SITE_KINDS, Site
-from oa_train.models.taps import Tap
 from oa_train.shapes import Float, Tensor
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from oa_train.batches import Batch
 from oa_train.engine.forward import as_written, scored_logits
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap, changed_calls, replaced_forwards, tapped
 from oa_train.shapes import Float, Int, Tensor
 
 # Maps a layer and the starts at or before it to the layer's attention outputs, [start or 1, token or 1, d_model].

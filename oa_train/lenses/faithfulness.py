@@ -17,8 +17,8 @@ from oa_train.errors import TaskError
 from oa_train.lenses.lens import Lens
 from oa_train.metrics.divergence import kl_divergence
 from oa_train.models.frozen import CausalLM
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap
 from oa_train.seeds import torch_generator
 from oa_train.shapes import Float, Tensor
 

@@ -1,7 +1,7 @@
 """Loading frozen Hugging Face models by name.
 
-The model remains the plain `PreTrainedModel` that transformers made: `models.parts` finds its parts, and `models.taps`
-reads and replaces their tensors during a run.
+The model remains the plain `PreTrainedModel` that transformers made: `models.parts` finds its parts, and
+`models.hooks` reads and replaces their tensors during a run.
 """
 
 import os

@@ -3,14 +3,6 @@
 A task is a source of prompts, and makes batches of token ids from them. It knows nothing of weights and training.
 """
 
-from oa_train.tasks.agreement import Agreement as Agreement
-from oa_train.tasks.capitals import Capitals as Capitals
-from oa_train.tasks.facts import Facts as Facts
 from oa_train.tasks.grammar import GrammarTask as GrammarTask
-from oa_train.tasks.greater_than import GreaterThan as GreaterThan
-from oa_train.tasks.induction import Induction as Induction
-from oa_train.tasks.ioi import IOI as IOI
-from oa_train.tasks.records import Records as Records
-from oa_train.tasks.synthetic_facts import SyntheticFacts as SyntheticFacts
+from oa_train.tasks.registry import *  # noqa: F403 (every task is a name of the package)
 from oa_train.tasks.task import Prompt as Prompt, Question as Question, Stream as Stream, Task as Task
-from oa_train.tasks.text import Text as Text

@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from oa_train.models.frozen import CausalLM
-from oa_train.models.taps import Tap, tapped
+from oa_train.models.hooks import Tap, tapped
 from oa_train.seeds import derive_seed, torch_generator
 from oa_train.shapes import Bool, Float, Int, Tensor
 from oa_train.tasks import Prompt, SyntheticFacts

@@ -17,12 +17,12 @@ from oa_train.engine.prefix import prefix_logits
 from oa_train.engine.reading import read_values
 from oa_train.errors import ArtefactError, ConfigurationError, ModelError, TaskError
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.loading import load_model
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
 from oa_train.models.spec import LMSpec
-from oa_train.models.taps import Tap, tapped
 from oa_train.models.weights import fingerprint
 from tests.builders import BOS, batch_of, random_batch, random_constants, tiny_model, traces, with_spans
 from tests.engine.selections import SELECTIONS, SPANNED, selection

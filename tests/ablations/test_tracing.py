@@ -19,10 +19,10 @@ from oa_train.engine.levels import copies_logits
 from oa_train.engine.reading import read_values
 from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError, TaskError
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap
 from tests.builders import random_batch, random_constants, with_spans
 
 EXACT = {"rtol": 0, "atol": 1e-10}

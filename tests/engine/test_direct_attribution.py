@@ -8,9 +8,9 @@ from oa_train.engine.direct_attribution import direct_attribution
 from oa_train.engine.forward import scored_logits
 from oa_train.errors import ConfigurationError
 from oa_train.metrics.measures import measured
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
-from oa_train.models.taps import Tap
 from tests.builders import random_batch, traces, with_spans
 from tests.engine.selections import plain_kinds
 

@@ -12,10 +12,10 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import masked_logits
 from oa_train.metrics.measures import loss_of
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap
 from tests.builders import (
     BOS,
     VOCABULARY,

@@ -8,10 +8,10 @@ from oa_train.engine.forward import scored_logits
 from oa_train.engine.levels import copies_and_clean_logits, copies_logits, masked_logits
 from oa_train.engine.prefix import prefix_logits, saved_share
 from oa_train.engine.values import Values
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import SITE_KINDS, SiteKind
-from oa_train.models.taps import Tap, tapped
 from tests.builders import random_batch, random_constants, random_values, tiny_model, traces, with_spans
 from tests.engine.selections import SPANNED, every_kind, selection
 from tests.precision import WithoutSinglePrecision

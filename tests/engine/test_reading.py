@@ -12,10 +12,10 @@ from oa_train.engine.levels import masked_logits
 from oa_train.engine.nodes import node_taps
 from oa_train.engine.reading import read_values
 from oa_train.models.families import check_family
+from oa_train.models.hooks import Tap, replaced_forwards, tapped
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap, replaced_forwards, tapped
 from tests.builders import (
     random_batch,
     random_constants,

@@ -18,10 +18,10 @@ from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError, TaskError
 from oa_train.models.dictionaries import Dictionary
 from oa_train.models.families import FAMILIES
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.parts import find_parts
 from oa_train.models.selection import Nodes
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap, tapped
 from tests.builders import (
     batch_of,
     random_batch,

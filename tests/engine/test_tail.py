@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from oa_train.engine.forward import scored_logits
 from oa_train.engine.tail import read_out, run_tail, scored_stream
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap
 from tests.builders import random_batch, traces
 
 EXACT = {"rtol": 0, "atol": 1e-10}

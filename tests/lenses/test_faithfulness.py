@@ -19,8 +19,8 @@ from oa_train.lenses.faithfulness import (
     steered,
 )
 from oa_train.lenses.lens import LogitLens
+from oa_train.models.hooks import Tap
 from oa_train.models.parts import find_parts
-from oa_train.models.taps import Tap
 from tests.builders import random_batch
 
 EXACT = {"rtol": 0, "atol": 1e-10}

@@ -13,10 +13,10 @@ from oa_train.engine.reading import read_values
 from oa_train.errors import ModelError
 from oa_train.models.families import FAMILIES, check_config, check_family
 from oa_train.models.frozen import freeze
+from oa_train.models.hooks import Tap, tapped
 from oa_train.models.parts import Dimensions, find_parts
 from oa_train.models.residual import find_residual_parts
 from oa_train.models.selection import Nodes
-from oa_train.models.taps import Tap, tapped
 from tests.builders import TINY_CONFIGS, VOCABULARY, random_batch, tiny_model
 
 

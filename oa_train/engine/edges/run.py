@@ -32,10 +32,10 @@ from oa_train.engine.values import Values
 from oa_train.errors import ConfigurationError
 from oa_train.models.frozen import CausalLM
 from oa_train.models.graph import Graph
+from oa_train.models.hooks import Tap, foreign_hooks, recomputed, replaced_forward, replaced_forwards, tapped
 from oa_train.models.parts import Parts, find_parts
 from oa_train.models.residual import ResidualParts, find_residual_parts, is_layer_norm, rms_norm_scale, weight_and_bias
 from oa_train.models.sites import Site
-from oa_train.models.taps import Tap, foreign_hooks, recomputed, replaced_forward, replaced_forwards, tapped
 from oa_train.shapes import Bool, Float, Int, Tensor
 
 

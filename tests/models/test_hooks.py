@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from oa_train.models.taps import Tap, changed_argument, replaced_forwards, tapped
+from oa_train.models.hooks import Tap, changed_argument, replaced_forwards, tapped
 
 
 class Double(nn.Module):
