@@ -101,7 +101,12 @@ def _null_arguments(kind: type, arguments: Any) -> Iterator[str]:
 
 def _known_classes(base: type[Any]) -> dict[str, type[Any]]:
     """Imported subclasses that can be instantiated, by the bare names under which the parser knows them."""
-    return {kind.__name__: kind for kind in _below(base) if not inspect.isabstract(kind) and kind.__name__[0] != "_"}
+    return {kind.__name__: kind for kind in _below(base) if not _is_abstract(kind) and kind.__name__[0] != "_"}
+
+
+def _is_abstract(kind: type) -> bool:
+    """True if a class has abstract methods, whether or not it derives from `abc.ABC`."""
+    return any(getattr(inspect.getattr_static(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
 
 def _below(base: type[Any]) -> Iterator[type[Any]]:
@@ -207,7 +212,7 @@ def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
     try:
         kind = pkgutil.resolve_name(name) if "." in name else next(kind for kind in classes if kind.__name__ == name)
     except StopIteration:
-        return f"{start} is no class known here. {nearest_names(name, known)}"
+        return f"{start} is not a known class. {nearest_names(name, known)}"
     except Exception as problem:  # noqa: BLE001 (importing runs whatever the module holds)
         place = place_outside(problem)
         near = suggestion(name, [f"{kind.__module__}.{kind.__name__}" for kind in known.values()])
@@ -219,5 +224,5 @@ def _class_problem(key: str, name: str, bases: tuple[type, ...]) -> str:
         return f"{start} is a {type(kind).__name__}, not a class."
     if not issubclass(kind, bases):
         return f"{start} is not a {bases[0].__name__}; {expected}."
-    fault = "is abstract" if kind in bases or inspect.isabstract(kind) else "cannot be used here"
+    fault = "is abstract" if kind in bases or _is_abstract(kind) else "cannot be used here"
     return f"{start} {fault}; {expected}."

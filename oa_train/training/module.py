@@ -1,6 +1,6 @@
 """Base class of the Lightning modules: a frozen model, which checkpoints leave out."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +39,7 @@ FROZEN_PREFIX = "frozen."
 TASK_KEY = "oa_train_task"
 
 
-class FrozenModelModule(lightning.LightningModule, ABC):
+class FrozenModelModule(lightning.LightningModule):
     """Base class of Lightning modules around a frozen language model.
 
     The model is a submodule, so that Lightning moves it to the device, but it stays in evaluation mode, has no
