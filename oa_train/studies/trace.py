@@ -76,7 +76,7 @@ class Trace(Study[TraceSettings]):
             n_layers,
             tuple(trained.layers if settings.layers is None else settings.layers),
             tuple(settings.restore or trained.kinds),
-            tuple(settings.at or spans),
+            tuple(map(str, settings.at or spans)),
             tuple(settings.windows or trained.windows),
             subject,
         )

@@ -39,7 +39,7 @@ class TraceSettings:
     """
 
     restore: list[str] | None = None
-    at: list[str] | None = None
+    at: list[str | int] | None = None
     windows: list[int] | None = None
     layers: list[int] | None = None
     subject: str | None = None

@@ -76,7 +76,7 @@ class TracingModule(SideBySideModule):
         lm: LMSpec = BUILT_IN,
         seed: int = 0,
         restore: str | list[str] = ["attention", "mlp"],  # noqa: B006 (never changed)
-        at: str | list[str] | None = None,
+        at: str | list[str | int] | None = None,
         windows: list[int] = [5],  # noqa: B006 (never changed)
         layers: list[int] | None = None,
         subject: str = SUBJECT,
@@ -90,7 +90,10 @@ class TracingModule(SideBySideModule):
         arguments = dict(locals())
         check_positive(learning_rate=learning_rate, rows_per_run=rows_per_run)
         check_choice("loss", loss, get_args(TracingLoss))
-        spans = ["-1", f"{subject}_last"] if at is None else as_list(at)
+        # To YAML, -1 is a number.
+        spans = (
+            ["-1", f"{subject}_last"] if at is None else [str(span) for span in ([at] if isinstance(at, str) else at)]
+        )
         chosen: tuple[Any, ...] = (tuple(as_list(restore)), tuple(spans), tuple(windows), subject)
         Tracing(1, (0,), *chosen)  # refuses wrong names before the model is loaded
         super().__init__(arguments, optimizer, lr_scheduler)

@@ -210,7 +210,7 @@ def test_without_a_subject_the_command_says_what_to_do(capsys):
 def test_other_tasks_with_other_subjects_work():
     task = IOI(n_test=8, n_means=16)
     settings = TraceSettings(
-        subject="S2", at=["-1", "S2"], windows=[1], corruptions=["resample", "mean", "zero"], draws=2
+        subject="S2", at=[-1, "S2"], windows=[1], corruptions=["resample", "mean", "zero"], draws=2
     )
     findings = Trace(load_model(LMSpec()), task, settings=settings).run()
     assert {row["corruption"] for row in findings.rows} == {"resample", "mean", "zero"}

@@ -43,6 +43,10 @@ def test_runs_are_trained_as_if_each_were_alone():
     assert_close(together.best.loss[[*numbers, -1]], alone.best.loss, rtol=0, atol=1e-6)
 
 
+def test_the_last_token_may_be_a_number_as_yaml_reads_it():
+    assert TracingModule(**SUBJECT | {"at": [-1, "S2_last"]}).tracing == TracingModule(**SUBJECT).tracing
+
+
 def test_pieces_change_nothing():
     whole, parts = (train(2, rows_per_run=rows).constants for rows in (512, 5))
     assert_close(parts, whole, rtol=0, atol=1e-6)
