@@ -88,7 +88,7 @@ class FittedCircuits(nn.Module):
 
     @property
     def has_constants(self) -> bool:
-        """True if a circuit replaces any unit, so that there are constants to train."""
+        """True if there are constants to train: a circuit replaces some unit."""
         return any(table.requires_grad for table in self.constants.parameters())
 
     def candidate(self, constants: Constants) -> TrainableConstants:

@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import Namespace
 
@@ -28,7 +29,7 @@ from oa_train.cli.run_log import record_in
 from oa_train.errors import ConfigurationError, nearest_names
 from oa_train.models.loading import load_on_device
 from oa_train.progress import silent
-from oa_train.studies.processes import from_first, launched_by_torchrun, process_group
+from oa_train.studies.processes import from_first, process_group
 from oa_train.studies.run_folder import RunFolder, check_experiment, check_writable, output_root
 from oa_train.studies.study import Findings, Study, removed_if_empty
 from oa_train.training.interruption import terminable
@@ -71,7 +72,7 @@ def run_study(path: str, words: Sequence[str]) -> Findings:
         raise ConfigurationError(f"{kind.name} needs --run, the folder of a finished run.")
     if len(folders) > 1 and kind.asks_of not in TAKING_SEVERAL:
         raise ConfigurationError(f"--run is given {len(folders)} times: {', '.join(folders)}; expected one.")
-    if launched_by_torchrun() and not kind.resumable:
+    if dist.is_torchelastic_launched() and not kind.resumable:
         raise ConfigurationError(f"{kind.name} cannot be distributed over processes; run it without torchrun.")
     runs = [RunFolder.find(folder) for folder in folders]
     options = _options(parser, runs, rest)

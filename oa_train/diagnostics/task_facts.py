@@ -14,12 +14,15 @@ DRAWN = 512
 
 def stream_rows(task: Task) -> list[dict[str, Any]]:
     """A row for each stream: its numbers of prompts, distinct texts and used prompts, and their lengths in tokens."""
-    rows, train = [], _texts(task, "train")
+    rows = []
+    texts_of = {stream: _texts(task, stream) for stream in get_args(Stream)}
     used = {"validation": task.n_validation, "test": task.n_test, "means": task.n_means}
-    for stream in get_args(Stream):
-        texts, size = _texts(task, stream), task.size(stream)
+    for stream, texts in texts_of.items():
+        size = task.size(stream)
         lengths = task.lengths(stream, DRAWN if size is None else size)
-        row: dict[str, Any] = {"stream": f"{stream} (as train)" if stream != "train" and texts == train else stream}
+        row: dict[str, Any] = {
+            "stream": f"{stream} (as train)" if stream != "train" and texts == texts_of["train"] else stream
+        }
         row["prompts"] = "drawn" if size is None else size
         row["distinct texts"] = f"{len(texts)} of {DRAWN}" if size is None else len(texts)
         row["used"] = used.get(stream, "all" if size is None else "repeatedly")

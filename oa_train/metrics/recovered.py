@@ -53,6 +53,6 @@ def effective_layers(
 
 
 def _resampled_shares(distinct: Tensor, lost_without: Tensor, identities: Identities) -> Float[np.ndarray, "run draw"]:
-    without, lost = resampled_means(of_distinct(lost_without.unsqueeze(0), identities), distinct)
-    shares: np.ndarray = 1 - lost / np.maximum(without, np.finfo(float).tiny)
+    drop_without, drop = resampled_means(of_distinct(lost_without.unsqueeze(0), identities), distinct)
+    shares: np.ndarray = 1 - drop / np.maximum(drop_without, np.finfo(float).tiny)
     return shares

@@ -87,7 +87,7 @@ class SiteKind:
         return self.shape(dimensions)
 
     def place_of(self, layer: int, parts: Parts, dictionaries: Dictionaries) -> Place:
-        """Module and side at which a layer's tensor is tapped; raises `ConfigurationError` if the family has none."""
+        """Module with a layer's tensor, and whether it is input or output; raises `ConfigurationError` without one."""
         return self.place(parts, layer)
 
     def rank(self, layer: int, dictionaries: Dictionaries) -> tuple[int, int, int]:

@@ -252,7 +252,7 @@ class Curve(AblationStudy[CurveSettings]):
 
     @property
     def _which(self) -> str:
-        """Which units are ablated first, for titles."""
+        """Description of the units that are ablated first, for titles."""
         return f"the {self.settings.order} important of {len(self.parts):,} {self.level.parts}"
 
     def _figure(self, curves: Sequence[MeasuredCurve]) -> Figure:

@@ -50,7 +50,9 @@ def _summary(group: Sequence[TrainedCircuit], kl: Mapping[str, float], ablation:
         "ablation": ablation,
         "size": _spread([len(run.circuit) for run in group]),
         "kl": _spread([kl[run.name] for run in group]),
-        "jaccard": float(np.mean([jaccard(one.circuit, other.circuit) for one, other in combinations(group, 2)])),
+        "jaccard": float(
+            np.mean([jaccard(first.circuit, second.circuit) for first, second in combinations(group, 2)])
+        ),
     }
 
 

@@ -6,15 +6,10 @@ from contextlib import contextmanager
 import torch.distributed as dist
 
 
-def launched_by_torchrun() -> bool:
-    """True if torchrun has started this process."""
-    return dist.is_torchelastic_launched()
-
-
 @contextmanager
 def process_group() -> Iterator[int]:
     """Rank of this process in a group of all processes that lives as long as the context; 0 without torchrun."""
-    if not launched_by_torchrun():
+    if not dist.is_torchelastic_launched():
         yield 0
         return
     dist.init_process_group("gloo")

@@ -208,13 +208,13 @@ class Trace(Study[TraceSettings]):
         drawn = [(name, draw) for name in self.corruptions for draw in range(self._draws(name))]
         jobs = list(product(drawn, range(n_batches)))
         tracer = Tracer(self.model, self.tracing, self.settings.rows_per_run)
-        corruptions = {each: self._corruption(*each) for each in drawn}
+        corruptions = {key: self._corruption(*key) for key in drawn}
         missing = [len(self.known[jobs[number][1]]) for number in self._pieces.missing(len(jobs))]
         with self.track(len(self.tracing) * sum(missing), "tracing") as advance:
 
             def compute(number: int) -> Piece:
-                each, batch = jobs[number]
-                return {"probabilities": tracer.probabilities(self.known[batch], corruptions[each], advance)}
+                key, batch = jobs[number]
+                return {"probabilities": tracer.probabilities(self.known[batch], corruptions[key], advance)}
 
             pieces = [piece["probabilities"] for piece in self._pieces.all(len(jobs), compute)]
         draws: dict[str, list[Tensor]] = {name: [] for name in self.corruptions}

@@ -29,18 +29,18 @@ class Traced:
     Attributes:
         tracing: the traced runs; the tensors have one more, the last, which restores nothing.
         probabilities: probabilities of the answers by corruption: [draw, run, prompt].
-        lost: drops in the answers' probability by corruption, averaged over draws: [run, prompt].
+        drops: drops in the answers' probability by corruption, averaged over draws: [run, prompt].
         identities: identities of the prompts; see `estimates.estimate`.
     """
 
     tracing: Tracing
     probabilities: Mapping[str, Float[Tensor, "draw run prompt"]]
-    lost: Mapping[str, Float[Tensor, "run prompt"]]
+    drops: Mapping[str, Float[Tensor, "run prompt"]]
     identities: Identities
 
     def rows(self) -> Iterator[Row]:
         """A row for each corruption and traced run, and one for each corruption with nothing restored."""
-        for name, drop in self.lost.items():
+        for name, drop in self.drops.items():
             probabilities = self.probabilities[name].mean(dim=0)
             intervals = recovered_bootstrap(drop[:-1], drop[-1], self.identities)
             for number, run in enumerate(self.tracing.runs):
@@ -60,7 +60,7 @@ class Traced:
     def localisation(self) -> Iterator[dict[str, Any]]:
         """Peak of each profile over the layers, and the number of layers over which it is spread."""
         for first, runs in by_place(self.tracing):
-            for name, drop in self.lost.items():
+            for name, drop in self.drops.items():
                 peak = int(drop[runs].mean(dim=1).argmin())
                 yield {**where(first), "corruption": name} | {
                     "peak": self.tracing.layers[peak],
@@ -79,7 +79,7 @@ class Traced:
     def _correlations(self) -> list[tuple[str, str, Bootstrapped, Bootstrapped]]:
         return [
             (first, second, rank_correlation(a[:-1], b[:-1]), linear_correlation(a[:-1], b[:-1]))
-            for (first, a), (second, b) in combinations(self.lost.items(), 2)
+            for (first, a), (second, b) in combinations(self.drops.items(), 2)
         ]
 
     def tables(self, clean: Estimate) -> Iterator[Table | str]:
@@ -117,7 +117,7 @@ def by_place(tracing: Tracing) -> Iterator[tuple[TracedRun, slice]]:
 
 
 def where(run: TracedRun) -> dict[str, Any]:
-    """What a run restores at a layer, as columns."""
+    """Kind of site, span and window that a run restores, as columns."""
     return {"restored": run.kind, "at": run.span, "window": run.window}
 
 

@@ -177,7 +177,7 @@ class RecordFitter:
 
 @dataclass(frozen=True)
 class _Tail:
-    """An answer as the tokens with which it continues a prompt, each with its part of the text."""
+    """An answer: ids of the tokens that continue the prompt, and the text of each."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]

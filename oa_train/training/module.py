@@ -276,7 +276,9 @@ class FrozenModelModule(lightning.LightningModule):
         parameters = self.named_trainables()
         for name, gradient in record.get("gradients", {}).items():
             parameters[name].grad = gradient.to(self.device)
-        averaging = [each for each in vars(trainer)["callbacks"] if isinstance(each, StochasticWeightAveraging)]
+        averaging = [
+            callback for callback in vars(trainer)["callbacks"] if isinstance(callback, StochasticWeightAveraging)
+        ]
         if record and averaging:
             rank_zero_warn("A resume with StochasticWeightAveraging is not exact; with EMAWeightAveraging it is.")
         if record and any(stopping.wait_count >= stopping.patience for stopping in trainer.early_stopping_callbacks):

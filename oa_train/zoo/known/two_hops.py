@@ -59,19 +59,19 @@ class TwoHops(KnownTask):
     def draw(self, random: random.Random) -> Prompt:
         """Draw the letters, what they stand for, and the last one."""
         letters = random.sample(LETTERS, random.randint(FEWEST, MOST))
-        asked = random.choice(letters)
+        query = random.choice(letters)
         meaning = _cycle(letters, random)
-        answer = meaning[meaning[asked]]
+        answer = meaning[meaning[query]]
         other = meaning
-        while other[other[asked]] == answer:
+        while other[other[query]] == answer:
             other = _cycle(letters, random)
         after = [random.choice(letters) for _ in range(random.randint(0, MOST_FILLERS))]
         fillers = {letter: random.choices(LETTERS, k=after.count(letter)) for letter in letters}
         return Prompt(
-            text=_text(letters, meaning, fillers, asked),
+            text=_text(letters, meaning, fillers, query),
             answers=(f" {answer}",),
             distractors=tuple(f" {letter}" for letter in letters if letter != answer),
-            counterfactual=_text(letters, other, fillers, asked),
+            counterfactual=_text(letters, other, fillers, query),
         )
 
 
@@ -81,11 +81,11 @@ def _cycle(letters: Sequence[str], random: random.Random) -> dict[str, str]:
     return dict(zip(order, [*order[1:], order[0]], strict=True))
 
 
-def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[str, Sequence[str]], asked: str) -> str:
+def _text(letters: Sequence[str], meaning: Mapping[str, str], fillers: Mapping[str, Sequence[str]], query: str) -> str:
     words = []
     for letter in letters:
         words += [letter, meaning[letter].upper(), *(filler.upper() for filler in fillers[letter])]
-    return " ".join([*words, asked])
+    return " ".join([*words, query])
 
 
 def build_two_hops(seed: int = 0) -> KnownModel:
